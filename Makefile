@@ -1,0 +1,96 @@
+# Every check that CI runs, and the quickstart. `make help` lists the targets.
+# From a fresh clone, `make test` and `make quickstart` each set up what they need in .venv.
+
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+WEGEFT := $(BIN)/wegeft
+STAMP := $(VENV)/.setup-done
+NUM_RECIPES := 13
+# The quickstart recipe's output_dir.
+RUN := runs/quickstart
+
+# The Python in use, if it is new enough; otherwise the newest that can be found by name.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$name"; break; }; done)
+
+# Nothing below asks a model or data hub: what is needed comes from the package index.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup format lint types imports test test-slow recipes check bench docs quickstart clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with the pinned packages (once, 2 to 10 minutes by network)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "make: Python 3.11 or newer is needed and '$(PYTHON)' is not one;" \
+			"name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== setup: installing the packages of constraints.txt into $(VENV) (2 to 10 minutes, once)"
+	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+format: setup ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup ## Style, formatting and docstrings (ruff, pydoclint)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pydoclint --quiet wegeft_cli
+
+types: setup ## Types (mypy, strict)
+	$(BIN)/mypy
+
+imports: setup ## Direction of imports (import-linter)
+	$(BIN)/lint-imports
+
+test: setup ## The fast tests, offline (sets up .venv first where it is missing)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## The slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+recipes: setup ## Validate every shipped recipe
+	@found=0; for recipe in recipes/*.yaml; do \
+		$(WEGEFT) validate "$$recipe" || exit; found=$$((found + 1)); done; \
+	[ "$$found" -eq $(NUM_RECIPES) ] || { \
+		echo "make recipes: found $$found recipes, expected $(NUM_RECIPES)" >&2; exit 1; }; \
+	echo "$$found recipes are valid"
+
+check: lint types imports test recipes ## All that a change must pass
+
+bench: setup ## Step time of WeGeFT and LoRA, and the help page (some minutes; keep the machine idle)
+	$(BIN)/python scripts/bench_help.py
+	$(BIN)/python scripts/bench_step_time.py
+
+docs: setup ## Check that every link between the Markdown pages leads somewhere
+	$(BIN)/python scripts/check_docs.py
+
+quickstart: setup ## Train, merge and score a small real model (under 10 minutes on two cores)
+	@echo "== quickstart 1/5: the model, SmolLM2-135M (92.9 MB, once)"
+	@$(BIN)/python scripts/quickstart_model.py
+	@echo "== quickstart 2/5: the data, 1,480 generated word problems"
+	@$(BIN)/python scripts/quickstart_data.py
+	@echo "== quickstart 3/5: wegeft train quickstart (about 3 minutes)"
+	@if [ -d $(RUN)/adapter ]; then echo "$(RUN) is trained already; remove it to train again"; \
+		elif [ -d $(RUN) ]; then $(WEGEFT) train quickstart --resume auto; \
+		else $(WEGEFT) train quickstart; fi
+	@echo "== quickstart 4/5: wegeft merge"
+	@if [ -d $(RUN)/merged ]; then echo "$(RUN)/merged is there already"; \
+		else $(WEGEFT) merge $(RUN); fi
+	@echo "== quickstart 5/5: wegeft eval --task quickstart --compare-base (base and tuned)"
+	@$(WEGEFT) eval $(RUN) --task quickstart --compare-base
+
+clean: ## Remove what tools leave behind; .venv, .cache and runs stay
+	rm -rf build dist htmlcov .coverage .coverage.* *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find wegeft_cli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,264 @@
+"""Files and folders appear whole or not at all, and the disk's errors are told once."""
+
+import errno
+import os
+import resource
+import stat
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wegeft_cli.checkpoints.files import (
+    LOCK_NAME,
+    atomic_file,
+    atomic_folder,
+    check_free_space,
+    disk_errors,
+    hash_bytes,
+    lock_folder,
+    remove_leftovers,
+    save_tensors_atomic,
+    write_bytes_atomic,
+    write_text_atomic,
+)
+from wegeft_cli.errors import MachineError, UserError
+
+
+@contextmanager
+def full_disk(num_bytes):
+    """A real error from the system once a file grows beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def umask(mask):
+    old = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+def leave_half(path, error):
+    path.write_text("half")
+    raise error
+
+
+def test_text_and_bytes_replace_what_was_there(tmp_path, names_in):
+    path = tmp_path / "deep" / "file.txt"
+    write_text_atomic(path, "one")
+    write_text_atomic(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü"
+    write_bytes_atomic(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert names_in(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, names_in, error):
+    path = tmp_path / "file"
+    write_text_atomic(path, "old")
+    with pytest.raises(error), atomic_file(path) as temp:
+        leave_half(temp, error)
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    write_text_atomic(tmp_path / "link", "new")
+    assert (tmp_path / "other").read_text() == "mine"
+    assert not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path, mask, mode):
+    with umask(mask):
+        save_tensors_atomic(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "b").write_text("b")
+            (folder / "sub" / "b").chmod(0o600)
+    for name in ("a.safetensors", "folder/sub/b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+
+
+def test_tensors_come_back_equal_and_may_share_memory(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"whole": whole, "turned": whole.t(), "row": whole[1], "none": torch.empty(0, 3)}
+    save_tensors_atomic(tmp_path / "t.safetensors", tensors)
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_full_disk_is_a_machine_error_and_leaves_nothing(tmp_path, names_in):
+    with full_disk(1000), pytest.raises(MachineError, match="File too large"):
+        save_tensors_atomic(tmp_path / "t.safetensors", {"x": torch.ones(1000)})
+    with full_disk(1000), pytest.raises(MachineError, match="File too large"):
+        write_bytes_atomic(tmp_path / "b", bytes(2000))
+    with (
+        full_disk(1000),
+        pytest.raises(MachineError, match="File too large"),
+        atomic_folder(tmp_path / "folder") as folder,
+    ):
+        (folder / "large").write_bytes(bytes(2000))
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, MachineError),
+        (errno.EROFS, MachineError),
+        (errno.EIO, MachineError),
+        (errno.EACCES, UserError),
+        (errno.ENOTDIR, UserError),
+    ],
+)
+def test_errors_of_the_system_are_sorted(tmp_path, code, kind):
+    with pytest.raises(UserError) as caught, disk_errors(tmp_path):
+        raise OSError(code, os.strerror(code))
+    assert type(caught.value) is kind
+    assert caught.value.file == str(tmp_path)
+    assert os.strerror(code) in caught.value.message
+
+
+def test_a_path_through_a_file_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        write_text_atomic(tmp_path / "file" / "below", "text")
+    assert not isinstance(caught.value, MachineError)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_folder_is_whole_or_not_there(tmp_path, names_in, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
+        leave_half(folder / "half", error)
+    assert names_in(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("whole")
+        assert names_in(tmp_path / "out") == []
+    assert names_in(tmp_path / "out") == ["whole"]
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_full_destination_is_refused_or_replaced(tmp_path, names_in):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(UserError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pytest.fail("the body must not run")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", replace=True):
+        raise RuntimeError
+    assert names_in(tmp_path / "out") == ["old"]
+    with atomic_folder(tmp_path / "out", replace=True) as folder:
+        (folder / "new").write_text("new")
+    assert names_in(tmp_path / "out") == ["new"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands"), atomic_folder(tmp_path / "file"):
+        pytest.fail("the body must not run")
+    assert names_in(tmp_path) == ["file", "out"]
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, names_in):
+    (tmp_path / ".tmp-out-dead").mkdir()
+    (tmp_path / ".tmp-out-dead" / "file").write_text("half")
+    with atomic_folder(tmp_path / "out") as folder:
+        assert names_in(tmp_path) == [folder.name]
+        remove_leftovers(tmp_path, ".tmp-")
+        (folder / "file").write_text("whole")
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_free_space_is_checked_before_the_work(tmp_path):
+    check_free_space(tmp_path / "not" / "yet", 1, "a byte")
+    with pytest.raises(MachineError, match=r"a world needs .* GiB"):
+        check_free_space(tmp_path / "not" / "yet", 2**60, "a world")
+
+
+def test_hash_of_a_stretch_and_of_a_file_that_ends_early(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"xabcx")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_bytes(path, 1, 3) == abc
+    path.write_bytes(b"abc")
+    assert hash_bytes(path) == abc
+    with pytest.raises(UserError, match="ends too early"):
+        hash_bytes(path, 1, 3)
+
+
+def test_a_locked_folder_names_its_holder(tmp_path):
+    run_dir = tmp_path / "run"
+    with lock_folder(run_dir):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on ") as caught:
+            lock_folder(run_dir).__enter__()
+        assert LOCK_NAME in str(caught.value.hint)
+    with lock_folder(run_dir):
+        pass
+
+
+def test_the_lock_goes_with_a_failed_body(tmp_path):
+    with pytest.raises(KeyboardInterrupt), lock_folder(tmp_path):
+        raise KeyboardInterrupt
+    assert (tmp_path / LOCK_NAME).read_bytes() == b""
+    with lock_folder(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_bytes() != b""
+
+
+def test_another_process_is_kept_out_and_a_killed_one_is_not_in_the_way(tmp_path):
+    program = """
+        import sys, pathlib
+        from wegeft_cli.checkpoints.files import lock_folder
+        with lock_folder(pathlib.Path(sys.argv[1])):
+            print("locked", flush=True)
+            sys.stdin.read()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match=f"process {holder.pid} on "):
+            lock_folder(tmp_path).__enter__()
+        holder.kill()
+    assert str(holder.pid).encode() in (tmp_path / LOCK_NAME).read_bytes()
+    with lock_folder(tmp_path):
+        assert str(os.getpid()).encode() in (tmp_path / LOCK_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOLCK])
+def test_without_a_working_flock_the_file_decides(tmp_path, monkeypatch, code):
+    # Network file systems: flock grants everything (None) or is not there at all.
+    def flock(descriptor, flags):
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with sleeper:
+        monkeypatch.setattr("os.getpid", lambda: sleeper.pid)
+        with lock_folder(tmp_path):
+            monkeypatch.undo()
+            monkeypatch.setattr("fcntl.flock", flock)
+            with pytest.raises(UserError, match=f"process {sleeper.pid} on "):
+                lock_folder(tmp_path).__enter__()
+            text = (tmp_path / LOCK_NAME).read_text()
+        sleeper.kill()
+    (tmp_path / LOCK_NAME).write_text(text)
+    with lock_folder(tmp_path):
+        assert (tmp_path / LOCK_NAME).read_text() != text

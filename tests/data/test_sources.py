@@ -1,0 +1,197 @@
+"""Sources: every kind of file yields its rows with their places, every damage one fault."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from wegeft_cli.data.sources import Rows, load_rows
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.schema import DataSource
+
+ROWS = [{"prompt": f"p{i}\u2028", "completion": f"c,\n{i}"} for i in range(4)]
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    file = folder / name
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if name.endswith(".json"):
+        file.write_text(json.dumps(rows), encoding="utf-8")
+    elif name.endswith(".jsonl"):
+        file.write_text(lines, encoding="utf-8")
+    elif name.endswith(".gz"):
+        file.write_bytes(gzip.compress(lines.encode()))
+    elif name.endswith(".csv"):
+        cells = [[row["prompt"], row["completion"]] for row in rows]
+        quoted = [",".join(f'"{cell}"' for cell in row) for row in cells]
+        file.write_text("\n".join(["prompt,completion", *quoted]), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def load(path: Path | str, **fields: Any) -> Rows:
+    return load_rows(DataSource(path=str(path), **fields), recipe_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "third"),
+    [
+        ("a.json", "a.json: row 3"),
+        ("a.jsonl", "a.jsonl:3"),
+        ("a.jsonl.gz", "a.jsonl.gz:3"),
+        ("a.csv", "a.csv:6"),  # each row takes two lines, below the header
+        ("a.parquet", "a.parquet: row 3"),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, third: str) -> None:
+    file = write(tmp_path, name, ROWS)
+    rows = load(file)
+    assert rows.rows == ROWS
+    assert rows.place(2) == str(tmp_path / third)
+    assert rows.origin == str(file)
+    assert rows.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load(file, limit=2).rows == ROWS[:2]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
+    rows = load(file)
+    assert [row["text"] for row in rows.rows] == ["a", "b"]
+    assert rows.place(1) == f"{file}:3"
+
+
+def test_a_folder_gives_the_files_of_the_split_in_order(tmp_path: Path) -> None:
+    write(tmp_path, "train-00001-of-00002.jsonl", ROWS[2:])
+    write(tmp_path, "train-00000-of-00002.jsonl", ROWS[:2])
+    write(tmp_path, "trainer.jsonl", ROWS[:1])
+    write(tmp_path, "test.json", ROWS[:1])
+    rows = load(tmp_path)
+    assert rows.rows == ROWS
+    assert rows.place(3) == f"{tmp_path / 'train-00001-of-00002.jsonl'}:2"
+    assert load(tmp_path, limit=3).rows == ROWS[:3]
+    assert load(tmp_path, split="test").rows == ROWS[:1]
+
+
+def test_a_relative_path_is_tried_from_the_recipe_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    write(there, "a.json", ROWS)
+    source = DataSource(path="a.json")
+    assert load_rows(source, recipe_dir=there).origin == str(there / "a.json")
+    write(here, "a.json", ROWS)
+    assert load_rows(source, recipe_dir=there).origin == "a.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "place"),
+    [
+        ("a.json", b'[{"a": 1},\n]', "comma before the closing", ":2:1"),
+        ("a.json", b'[{"a": 1,\n }]', "comma before the closing", ":2:2"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "Extra data", ":2:1"),
+        ("a.json", b'{"data": [{"a": 1}]}', "rows under 'data'", ""),
+        ("a.json", b'"abc"', "list of rows is needed", ""),
+        ("a.json", b"[1]", "1 is not an object", ": row 1"),
+        ("a.json", b"[]", "there are no rows", ""),
+        ("a.json", b"[" * 100_000, "not readable JSON", ":1"),
+        ("a.json", b'[{"a":\n "\xff"}]', "byte 0xff is not UTF-8", ":2"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2,}\n', "comma before the closing", ":2:9"),
+        ("a.jsonl", b'{"a": 1}\n\xe9', "byte 0xe9 is not UTF-8", ":2"),
+        ("a.jsonl", b'{"a": 1}\n[2]', r"\[2\] is not an object", ":2"),
+        ("a.jsonl", b"", "there are no rows", ""),
+        ("a.jsonl.gz", b"not gzip", "not a whole gzip file", ""),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 50)[:-9], "not a whole gzip file", ""),
+        ("a.csv", b"a,b\n1,2\n3\n", "1 cells where the header has 2", ":3"),
+        ("a.csv", b"a,a\n1,2\n", "two columns of one name", ":1"),
+        ("a.csv", b'a,b\n1,"2\n', "not CSV", ":2"),
+        ("a.csv", b"", "there are no rows", ""),
+        ("a.parquet", b"PAR1 no", "not a whole Parquet file", ""),
+        ("a.xlsx", b"x", "unknown kind of file", ""),
+    ],
+)
+def test_damage_is_one_fault_with_its_place(
+    tmp_path: Path, name: str, content: bytes, message: str, place: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(file)
+    assert caught.value.file == f"{file}{place}"
+
+
+def test_a_handful_of_bad_lines_is_told_together(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("{}\n" + "{bad\n" * 9)
+    with pytest.raises(ExceptionGroup) as caught:
+        load(file)
+    assert [fault.file for fault in caught.value.exceptions] == [
+        f"{file}:{line}:2" for line in range(2, 7)
+    ]
+
+
+def test_a_folder_without_the_split_tells_what_it_has(tmp_path: Path) -> None:
+    write(tmp_path, "test.json", ROWS)
+    with pytest.raises(UserError, match=r"split 'train'; files found: test\.json"):
+        load(tmp_path)
+
+
+def test_a_split_of_two_kinds_is_not_guessed(tmp_path: Path) -> None:
+    write(tmp_path, "train.json", ROWS)
+    write(tmp_path, "train.csv", ROWS)
+    with pytest.raises(UserError, match=r"more than once: train\.csv, train\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["nope.json", "data/rows.jsonl", "squad", "json", "", "a/b/c"])
+def test_what_is_neither_here_nor_a_hub_id_tells_where_it_looked(path: str) -> None:
+    with pytest.raises(UserError, match="no such file or folder") as caught:
+        load(path)
+    assert caught.value.key == "path"
+    assert str(Path.cwd()) in (caught.value.hint or "")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The real loader, which finds hub ids below a local folder."""
+    folder = tmp_path / "hub"
+    real = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None, *, split: str) -> Any:
+        return real(str(folder / path), name, split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return folder
+
+
+def test_hub_rows_come_through_the_loader(hub: Path) -> None:
+    (hub / "owner/name").mkdir(parents=True)
+    write(hub / "owner/name", "train.json", ROWS)
+    rows = load("owner/name", limit=3)
+    assert rows.rows == ROWS[:3]
+    assert (rows.origin, rows.sha256) == ("owner/name:train", None)
+    assert rows.place(1) == "owner/name:train: row 2"
+    with pytest.raises(UserError, match=r"cannot be loaded: .*dev") as caught:
+        load("owner/name", split="dev")
+    assert caught.value.file == "owner/name:dev"
+
+
+def test_an_unreachable_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub cannot be reached") as caught:
+        load("owner/name")
+    assert caught.value.key == "path"
+    assert "HF_HUB_OFFLINE" in (caught.value.hint or "")

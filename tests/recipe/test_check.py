@@ -1,0 +1,232 @@
+"""Each rule of a recipe lets the sound value through and refuses the other by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from wegeft_cli.recipe.check import CHOICES, check_recipe
+from wegeft_cli.recipe.keys import kind_at, parse_key
+from wegeft_cli.recipe.schema import (
+    AdapterSection,
+    DataSection,
+    DataSource,
+    EvalSection,
+    LoggingSection,
+    ModelSection,
+    Recipe,
+    TrainSection,
+)
+
+SOUND = Recipe(
+    model=ModelSection(name_or_path="a/b"), data=DataSection(train=[DataSource(path="x.json")])
+)
+SECTIONS: dict[str, Any] = {
+    "model": ModelSection,
+    "adapter": AdapterSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "eval": EvalSection,
+    "logging": LoggingSection,
+}
+
+
+def change(**sections: dict[str, Any]) -> Recipe:
+    recipe = SOUND
+    for name, values in sections.items():
+        recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values)})
+    return recipe
+
+
+def find_faults(recipe: Recipe, **options: bool) -> list[tuple[str, str]]:
+    faults = check_recipe(recipe, where=lambda key: f"place of {key}", **options)
+    assert all(fault.file == f"place of {fault.key}" for fault in faults)
+    return [(fault.key or "", fault.message) for fault in faults]
+
+
+def test_sound_recipe_has_no_faults():
+    assert find_faults(SOUND) == []
+    assert find_faults(replace(SOUND, data=DataSection()), need_data=False) == []
+
+
+def test_required_keys():
+    assert [key for key, _ in find_faults(Recipe())] == ["model.name_or_path", "data.train"]
+    recipe = change(data={"train": [DataSource(path="x"), DataSource()]})
+    assert [key for key, _ in find_faults(recipe)] == ["data.train[1].path"]
+
+
+@pytest.mark.parametrize("pattern", CHOICES)
+def test_closed_choices(pattern):
+    section, _, name = pattern.partition(".")
+    if pattern == "task":
+        recipe = replace(SOUND, task="causal_ml")
+    elif "[]" in name:
+        source = DataSource(path="x", format="instrction")
+        recipe = change(data={name.partition("[")[0]: [source]})
+    else:
+        recipe = change(**{section: {name: "nonsense"}})
+    faults = find_faults(recipe)
+    key = pattern.replace("[]", "[0]")
+    assert key in [k for k, _ in faults]
+    message = next(m for k, m in faults if k == key)
+    assert ", ".join(CHOICES[pattern]) in message
+    assert kind_at(parse_key(key)) is str
+
+
+def test_nearest_choice_is_the_hint():
+    (fault,) = check_recipe(change(train={"optim": "adamw"}), where=lambda key: None)
+    assert fault.hint == "did you mean `adamw_torch`?"
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "refused", "accepted"),
+    [
+        ("adapter", "r", [0, -1], [1]),
+        ("adapter", "alpha", [0.0, -1.0], [0.5, None]),
+        ("adapter", "dropout", [-0.1, 1.0], [0.0, 0.99]),
+        ("data", "validation_fraction", [-0.1, 1.0], [0.5]),
+        ("data", "max_length", [0], [1]),
+        ("train", "per_device_train_batch_size", [0], [1]),
+        ("train", "per_device_eval_batch_size", [0], [1]),
+        ("train", "gradient_accumulation_steps", [0], [1]),
+        ("train", "num_train_epochs", [0.0, -1.0], [0.1]),
+        ("train", "max_steps", [0, -2], [-1, 1]),
+        ("train", "learning_rate", [0.0, -1e-4, float("nan")], [1e-9]),
+        ("train", "warmup_ratio", [-0.1, 1.1], [0.0, 1.0]),
+        ("train", "warmup_steps", [-1], [0, 5]),
+        ("train", "weight_decay", [-0.1], [0.0]),
+        ("train", "max_grad_norm", [-1.0], [0.0]),
+        ("train", "adam_beta1", [-0.1, 1.0], [0.0]),
+        ("train", "adam_beta2", [-0.1, 1.0], [0.5]),
+        ("train", "adam_epsilon", [0.0], [1e-12]),
+        ("train", "save_steps", [-1.0, 1.5, float("nan")], [0.0, 0.5, 1.0, 20.0]),
+        ("train", "save_total_limit", [0], [1, None]),
+        ("train", "logging_steps", [0], [1]),
+        ("eval", "batch_size", [0], [1]),
+        ("eval", "max_new_tokens", [0], [1, None]),
+        ("eval", "limit", [0], [1, None]),
+    ],
+)
+def test_ranges(section, name, refused, accepted):
+    for value in refused:
+        faults = find_faults(change(**{section: {name: value}}))
+        assert [key for key, _ in faults] == [f"{section}.{name}"]
+        assert str(value) in faults[0][1]
+    for value in accepted:
+        assert find_faults(change(**{section: {name: value}})) == []
+
+
+def test_seed_and_limits_of_sources():
+    assert [key for key, _ in find_faults(replace(SOUND, seed=-1))] == ["seed"]
+    assert [key for key, _ in find_faults(replace(SOUND, seed=2**32))] == ["seed"]
+    recipe = change(data={"train": [DataSource(path="x", limit=0)]})
+    assert [key for key, _ in find_faults(recipe)] == ["data.train[0].limit"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "words"),
+    [
+        ({"adapter": {"dropout": 0.1, "view": "activation"}}, "adapter.view", "dropout"),
+        ({"adapter": {"groups": {"a": ["x"]}, "share": "none"}}, "adapter.groups", "share"),
+        ({"adapter": {"groups": {}}}, "adapter.groups", "no group"),
+        ({"adapter": {"groups": {"a": []}}}, "adapter.groups", "no pattern"),
+        ({"adapter": {"groups": {"a.b": ["x"]}}}, "adapter.groups", "'a.b'"),
+        ({"adapter": {"type": "lora", "dropout": 0.1}}, "adapter.dropout", "lora"),
+        ({"adapter": {"type": "lora", "share": "none"}}, "adapter.share", "wegeft"),
+        ({"adapter": {"type": "lora", "groups": {"a": ["x"]}}}, "adapter.groups", "wegeft"),
+        ({"adapter": {"type": "ia3", "side": "output"}}, "adapter.side", "wegeft"),
+        ({"adapter": {"type": "lora", "peft": {"r": 4}}}, "adapter.peft.r", "adapter.r"),
+        ({"adapter": {"peft": {"lora_dropout": 0.1}}}, "adapter.peft", "wegeft"),
+        ({"adapter": {"target_modules": []}}, "adapter.target_modules", "names no module"),
+        ({"adapter": {"target_modules": ""}}, "adapter.target_modules", "names no module"),
+        ({"adapter": {"target_modules": ["q", ""]}}, "adapter.target_modules", "names no module"),
+        ({"adapter": {"target_modules": "(q"}}, "adapter.target_modules", "regular expression"),
+        ({"adapter": {"target_modules": 5}}, "adapter.target_modules", "5"),
+        ({"adapter": {"target_modules": [5]}}, "adapter.target_modules", "5"),
+        ({"train": {"warmup_ratio": 0.1, "warmup_steps": 5}}, "train.warmup_steps", "0.1"),
+        (
+            {"train": {"lr_scheduler_type": "constant", "warmup_steps": 5}},
+            "train.lr_scheduler_type",
+            "warm-up",
+        ),
+        (
+            {"data": {"validation": [DataSource(path="v")], "validation_fraction": 0.1}},
+            "data.validation_fraction",
+            "data.validation",
+        ),
+        ({"train": {"eval_steps": 0.1}}, "train.eval_steps", "no validation data"),
+        (
+            {"train": {"early_stopping_patience": 2}},
+            "train.early_stopping_patience",
+            "no validation data",
+        ),
+        (
+            {"train": {"early_stopping_patience": 2}, "data": {"validation_fraction": 0.1}},
+            "train.early_stopping_patience",
+            "eval_steps",
+        ),
+    ],
+)
+def test_contradictions(sections, key, words):
+    faults = find_faults(change(**sections))
+    assert [found for found, _ in faults] == [key]
+    assert words in faults[0][1]
+
+
+def test_what_belongs_together_is_accepted():
+    validated = {"validation_fraction": 0.1}
+    stopping = {"early_stopping_patience": 2, "eval_steps": 0.5}
+    for recipe in (
+        change(adapter={"dropout": 0.1, "view": "weight"}),
+        change(adapter={"groups": {"a-b_1": ["x"]}}),
+        change(adapter={"type": "dora", "r": 8, "peft": {"lora_dropout": 0.1}}),
+        change(adapter={"target_modules": "all-linear"}),
+        change(adapter={"target_modules": ["qkv_proj:q", "c_attn:0-768"]}),
+        change(train={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}),
+        change(data=validated, train=stopping),
+        change(data={"validation": [DataSource(path="v")]}, train=stopping),
+    ):
+        assert find_faults(recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "value"),
+    [
+        ({"model": {"load_in_4bit": True}}, "model.load_in_4bit", "true"),
+        ({"model": {"load_in_8bit": True}}, "model.load_in_8bit", "true"),
+        ({"adapter": {"type": "full"}}, "adapter.type", "full"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "adapter.modules_to_save", "lm_head"),
+        ({"data": {"packing": "bfd"}}, "data.packing", "bfd"),
+        ({"data": {"train": [DataSource(path="x", weight=0.5)]}}, "data.train[0].weight", "0.5"),
+        ({"train": {"strategy": "fsdp2"}}, "train.strategy", "fsdp2"),
+        ({"train": {"strategy": "hsdp"}}, "train.strategy", "hsdp"),
+        ({"train": {"compile": True}}, "train.compile", "true"),
+        ({"logging": {"report_to": "wandb"}}, "logging.report_to", "wandb"),
+    ],
+)
+def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
+    (fault,) = check_recipe(change(**sections), where=lambda key: None)
+    assert fault.key == key
+    assert value in fault.message
+    assert "is not available in this version" in fault.message
+    assert fault.hint
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "image_classification"])
+def test_other_tasks_are_not_available(task):
+    assert find_faults(replace(SOUND, task=task)) == [
+        ("task", f"`{task}` is not available in this version")
+    ]
+
+
+def test_both_quantised_loads_contradict():
+    faults = find_faults(change(model={"load_in_4bit": True, "load_in_8bit": True}))
+    assert ("model.load_in_8bit", "contradicts `model.load_in_4bit`") in faults
+
+
+def test_every_section_is_covered_by_the_helper():
+    assert set(SECTIONS) == {
+        name for name in vars(SOUND) if name not in ("seed", "output_dir", "task")
+    }

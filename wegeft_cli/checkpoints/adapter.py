@@ -1,0 +1,275 @@
+"""The adapter on disk: two files and a card, written whole and believed only after checking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.checkpoints.files import (
+    atomic_folder,
+    disk_errors,
+    save_tensors_atomic,
+    write_text_atomic,
+)
+from wegeft_cli.checkpoints.manifest import AdapterManifest
+from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
+from wegeft_cli.checkpoints.strict_json import parse_json, shorten
+from wegeft_cli.errors import UserError, raise_all
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+
+_PHI = "base_model.wegeft_phi_"
+_PSI = "base_model.wegeft_psi_"
+_SAVED = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as it lies on disk.
+
+    Args:
+        manifest: Everything but the tensors.
+        factors: Group -> (phi [d, r], psi [r, d]), float32.
+        saved_modules: Parameter name in the base -> the tensor trained in its place.
+    """
+
+    manifest: AdapterManifest
+    factors: dict[str, tuple[Tensor, Tensor]]
+    saved_modules: dict[str, Tensor]
+
+
+def save_adapter_files(
+    adapter_dir: Path,
+    manifest: AdapterManifest,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    saved_modules: Mapping[str, Tensor] | None = None,
+    card: str,
+) -> None:
+    """Write an adapter's folder, whole or not at all.
+
+    Args:
+        adapter_dir: The folder; an adapter that lies there is replaced, anything else refused.
+        manifest: Everything but the tensors.
+        factors: Group -> (phi [d, r], psi [r, d]); stored as float32.
+        saved_modules: Parameter name in the base -> the tensor trained in its place.
+        card: Text of README.md.
+
+    Raises:
+        UserError: If the folder holds other files, or a name in the manifest cannot be stored.
+        MachineError: If the disk fails; what lay there before is untouched.
+        ValueError: If the factors are not those of the manifest's groups.
+    """
+    if set(factors) != set(manifest.groups):
+        raise ValueError(f"factors of {sorted(factors)}, groups {sorted(manifest.groups)}")
+    tensors: dict[str, Tensor] = {}
+    for group, (phi, psi) in factors.items():
+        width = phi.shape[0]
+        if phi.shape != (width, manifest.r) or psi.shape != (manifest.r, width):
+            shapes = f"phi {list(phi.shape)}, psi {list(psi.shape)}"
+            raise ValueError(f"group {group}, r {manifest.r}: {shapes}")
+        tensors[_PHI + group] = phi.float()
+        tensors[_PSI + group] = psi.float()
+    tensors |= {_SAVED + name: tensor for name, tensor in (saved_modules or {}).items()}
+    config = manifest.to_json()
+    # What cannot be read again must not be written.
+    AdapterManifest.from_json(config, file=str(adapter_dir / CONFIG_NAME))
+
+    with atomic_folder(adapter_dir, replace=_holds_only_adapter(adapter_dir)) as folder:
+        save_tensors_atomic(folder / WEIGHTS_NAME, tensors)
+        write_text_atomic(folder / CARD_NAME, card)
+        write_text_atomic(folder / CONFIG_NAME, config)
+
+
+def _holds_only_adapter(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return {path.name for path in folder.iterdir()} <= {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+
+
+def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
+    """Read an adapter's folder and check all of it.
+
+    Args:
+        adapter_dir: The folder.
+
+    Returns:
+        The adapter; its factors are finite and fit the manifest and each other.
+
+    Raises:
+        UserError: If something is missing, damaged, foreign, or of another kind.
+        ExceptionGroup: If there are several faults.
+    """
+    config_path, weights_path = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
+    missing = [
+        UserError("this file is missing", file=str(path), hint="an adapter has both files")
+        for path in (config_path, weights_path)
+        if not path.is_file()
+    ]
+    if not config_path.is_file():
+        raise_all(missing)
+    with disk_errors(config_path, "read"):
+        text = config_path.read_bytes()
+    # The config first: an adapter of another kind may well keep its weights elsewhere.
+    manifest = AdapterManifest.from_json(text, file=str(config_path))
+    raise_all(missing)
+    raise_all(_check_tensors(manifest, read_shard(weights_path).tensors, weights_path))
+    tensors = load_tensors(weights_path)
+    raise_all(
+        [
+            UserError("holds NaN or infinite values", file=str(weights_path), key=name)
+            for name, tensor in tensors.items()
+            if not torch.isfinite(tensor).all()
+        ]
+    )
+    return AdapterFiles(
+        manifest,
+        {group: (tensors[_PHI + group], tensors[_PSI + group]) for group in manifest.groups},
+        {
+            name.removeprefix(_SAVED): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_SAVED)
+        },
+    )
+
+
+def _check_tensors(
+    manifest: AdapterManifest, tensors: Mapping[str, TensorInfo], path: Path
+) -> list[UserError]:
+    """Compare the tensors' names, types and shapes with the manifest."""
+    faults: list[UserError] = []
+    expected = {prefix + group for group in manifest.groups for prefix in (_PHI, _PSI)}
+    for name in sorted(expected - set(tensors)):
+        faults.append(UserError("is missing", file=str(path), key=name))
+    for name, info in tensors.items():
+        if name in expected and info.dtype != "F32":
+            message = f"must be float32 (F32), got {info.dtype}"
+            faults.append(UserError(message, file=str(path), key=name))
+        elif name not in expected and not name.startswith(_SAVED):
+            message = f"the tensor {shorten(name)} belongs to no group of the adapter"
+            faults.append(UserError(message, file=str(path)))
+    for group in manifest.groups:
+        if _PHI + group not in tensors or _PSI + group not in tensors:
+            continue
+        phi, psi = tensors[_PHI + group].shape, tensors[_PSI + group].shape
+        r = manifest.r
+        if len(phi) != 2 or phi[0] < 1 or phi[1] != r or psi != (r, phi[0]):
+            message = f"must be phi [d, {r}] and psi [{r}, d], got {list(phi)} and {list(psi)}"
+            faults.append(UserError(message, file=str(path), key=f"group {group}"))
+    return faults
+
+
+def resolve_adapter_dir(path: Path) -> Path:
+    """Find the adapter that a user means by an adapter folder or a run folder.
+
+    Args:
+        path: What was typed.
+
+    Returns:
+        The folder that holds `adapter_config.json`.
+
+    Raises:
+        UserError: If there is none; the message says what is there instead.
+    """
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if (path / "adapter" / CONFIG_NAME).is_file():
+        return path / "adapter"
+    if not path.is_dir():
+        what = "this is a file, not an adapter folder" if path.exists() else "there is no such path"
+        raise UserError(what, file=str(path), hint="give an adapter folder or a run folder")
+    if (path / "state.json").is_file() and (path / "manifest.json").is_file():
+        raise UserError(
+            "this is a checkpoint for resuming a run, not an adapter",
+            file=str(path),
+            hint=f"give the run's folder, {path.parent.parent}",
+        )
+    run = _read_run(path)
+    if run is not None:
+        raise UserError(
+            f"this run has no adapter yet (its status is {shorten(run.get('status'))})",
+            file=str(path),
+            hint="finish it: wegeft train RECIPE --resume auto",
+        )
+    if (path / WEIGHTS_NAME).is_file():
+        message = f"this adapter folder lacks its {CONFIG_NAME}"
+        raise UserError(message, file=str(path), hint="copy both files")
+    raise UserError(
+        f"this folder holds neither {CONFIG_NAME} nor adapter/{CONFIG_NAME}",
+        file=str(path),
+        hint="give an adapter folder or a run folder",
+    )
+
+
+def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
+    """Tell an adapter's kind and base without reading the rest: WeGeFT's own or any of PEFT's.
+
+    Args:
+        adapter_dir: The folder that holds `adapter_config.json`.
+
+    Returns:
+        Its `peft_type` (WEGEFT, LORA, ...), its base's name or path, and the base's revision.
+
+    Raises:
+        UserError: If the file is missing or damaged, or does not tell the kind or the base.
+    """
+    path = adapter_dir / CONFIG_NAME
+    with disk_errors(path, "read"):
+        values = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+    if not isinstance(values, dict):
+        raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(path))
+    for key in ("peft_type", "base_model_name_or_path"):
+        if not isinstance(values.get(key), str):
+            message = f"must be a text, got {shorten(values.get(key))}"
+            raise UserError(message, file=str(path), key=key)
+    revision = values.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        message = f"must be a text or null, got {shorten(revision)}"
+        raise UserError(message, file=str(path), key="revision")
+    return values["peft_type"], values["base_model_name_or_path"], revision
+
+
+def find_newest_run(runs_dir: Path) -> Path | None:
+    """Find the run that finished last.
+
+    Args:
+        runs_dir: The folder of the runs' folders.
+
+    Returns:
+        The run's folder, or None if no run in there has finished.
+    """
+    if not runs_dir.is_dir():
+        return None
+    finished: list[tuple[float, Path]] = []
+    for run_dir in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
+        run = _read_run(run_dir)
+        if run is not None and run.get("status") == "finished":
+            finished.append((_finished_at(run, run_dir), run_dir))
+    return max(finished)[1] if finished else None
+
+
+def _read_run(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "run.json"
+    try:
+        with disk_errors(path, "read"):
+            run = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+    except UserError:
+        return None
+    return run if isinstance(run, dict) else None
+
+
+def _finished_at(run: Mapping[str, Any], run_dir: Path) -> float:
+    """Seconds since the epoch: as the run says, else as its file does."""
+    try:
+        told = datetime.fromisoformat(run["finished_at"])
+        return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return (run_dir / "run.json").stat().st_mtime

@@ -1,0 +1,421 @@
+"""Writing to disk, whole or not at all: atomic files and folders, free space, the folder's lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from wegeft_cli.errors import MachineError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK_NAME = ".wegeft.lock"
+HASH_CHUNK_BYTES = 4 * 2**20
+_GIB = 2**30
+
+# What the user mends by another path or by rights; everything else is the machine's failure.
+_USER_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    }
+)
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
+    """Turn what the disk says into UserError or MachineError, here and nowhere else.
+
+    Args:
+        path: The file or folder that the user knows about.
+        doing: What was tried, for the message: write or read.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: If a path or its rights are wrong.
+        MachineError: If the disk is full, read-only or broken.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _told(error.errno, error.strerror or str(error), path, doing) from error
+    except SafetensorError as error:
+        # safetensors wraps the system's error in a text: "... (os error 28)".
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        code = int(found[1])
+        raise _told(code, os.strerror(code), path, doing) from error
+
+
+def _told(code: int | None, reason: str, path: Path, doing: str) -> UserError:
+    message = f"cannot {doing}: {reason}"
+    if code in _USER_ERRNOS:
+        return UserError(message, file=str(path), hint="check the path and its permissions")
+    hint = "free some space or choose another folder" if code in _FULL_ERRNOS else None
+    return MachineError(message, file=str(path), hint=hint)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it to `path` when the body is through.
+
+    Args:
+        path: The file to write; missing folders above it are made. A link standing there is
+            replaced, not followed.
+
+    Yields:
+        The temporary file, empty, to be filled or replaced.
+
+    Raises:
+        UserError: If the path is wrong or not permitted.
+        MachineError: If the disk fails. The temporary file is gone, the old one untouched.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = path.parent / f".tmp-{secrets.token_hex(4)}-{path.name}"
+        try:
+            with temp.open("xb") as file:
+                mode = os.fstat(file.fileno()).st_mode & 0o777
+            yield temp
+            _settle(temp, mode)
+            temp.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_file(path) as temp:
+        temp.write_bytes(data)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def save_tensors_atomic(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Args:
+        path: The file.
+        tensors: Name -> tensor of any device and layout; those sharing memory are written each
+            on its own.
+        metadata: Text for the file's header; "format: pt" when left out.
+    """
+    from safetensors.torch import save_file
+
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if address in seen else value
+        seen.add(address)
+    with atomic_file(path) as temp:
+        save_file(plain, temp, metadata=dict(metadata or {"format": "pt"}))
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; rename it to `path` when the body is through.
+
+    Args:
+        path: The folder to make. It may exist if it is empty.
+        replace: Let a full folder be exchanged for the new one at the end.
+
+    Yields:
+        The temporary folder, to be filled with ordinary writes: all files get the usual mode and
+        reach the disk before the folder gets its name.
+
+    Raises:
+        UserError: If there is already something else, or the path is wrong.
+        MachineError: If the disk fails. The temporary folder is gone, the old one untouched.
+    """
+    path = path.resolve()
+    with disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise UserError("a file stands where the folder should go", file=str(path))
+        if not replace:
+            check_unused_folder(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f".tmp-{path.name}-")
+        temp = path.parent / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        try:
+            temp.mkdir()
+            with _held(temp):
+                yield temp
+                _settle_folder(temp)
+                _exchange(temp, path)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+        remove_leftovers(path.parent, f".trash-{path.name}-")
+
+
+def check_unused_folder(path: Path) -> None:
+    """Refuse a destination that already holds files.
+
+    Args:
+        path: The folder that is to be written.
+
+    Raises:
+        UserError: If it holds anything.
+    """
+    with disk_errors(path, "read"):
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(
+                "this folder is not empty",
+                file=str(path),
+                hint="choose another output folder, or remove this one",
+            )
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that nobody can meet it half removed: renamed first, then deleted."""
+    trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
+    with disk_errors(path):
+        path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove the temporary folders that a killed process left; those of living ones stay.
+
+    Args:
+        parent: The folder in which to look.
+        prefix: How their names begin: `.tmp-...` or `.trash-...`.
+    """
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix) or folder.is_symlink() or not folder.is_dir():
+            continue
+        with suppress(OSError), _held(folder, must=True):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free_space(path: Path, num_bytes: int, what: str) -> None:
+    """Find a full disk before the work begins.
+
+    Args:
+        path: Where it will be written; it need not exist yet.
+        num_bytes: Bytes that will be written.
+        what: What needs them, for the message: "the merged model".
+
+    Raises:
+        MachineError: If fewer bytes are free.
+    """
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    with disk_errors(path, "read"):
+        num_free = shutil.disk_usage(place).free
+    if num_free < num_bytes:
+        raise MachineError(
+            f"{what} needs {num_bytes / _GIB:.2f} GiB, but {num_free / _GIB:.2f} GiB are free",
+            file=str(path),
+            hint="free some space or choose another folder",
+        )
+
+
+def hash_bytes(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
+    """SHA-256 of a file or of a stretch of it, read in pieces.
+
+    Args:
+        path: The file.
+        start: First byte.
+        num_bytes: Length of the stretch; None goes to the end.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        UserError: If the file ends before the stretch does, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
+    with disk_errors(path, "read"), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = os.fstat(file.fileno()).st_size - start if num_bytes is None else num_bytes
+        while left > 0:
+            num_read = file.readinto(buffer[: min(left, len(buffer))])
+            if not num_read:
+                raise UserError("this file ends too early", file=str(path))
+            digest.update(buffer[:num_read])
+            left -= num_read
+    return digest.hexdigest()
+
+
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Keep a second process out of a folder for as long as the body runs.
+
+    Args:
+        path: The folder; it is made if missing. The lock is a file in it that names its holder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: If another process holds the folder; the message names it.
+    """
+    lock_path = path / LOCK_NAME
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take_lock(descriptor, lock_path)
+        try:
+            yield
+        finally:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(descriptor: int, lock_path: Path) -> None:
+    """Lock by flock where the file system has it, else by what the file says."""
+    holder = _read_holder(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        taken = True
+    except OSError:
+        # Without flock a holder on another machine cannot be asked whether it still lives.
+        taken = bool(holder) and (holder.get("host") != socket.gethostname() or _lives(holder))
+    else:
+        # Some network file systems grant every flock: believe a living neighbour instead.
+        taken = holder.get("host") == socket.gethostname() and _lives(holder)
+    if taken:
+        who = (
+            f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('started')}"
+            if holder
+            else "another process"
+        )
+        raise UserError(
+            f"this folder is in use by {who}",
+            file=str(lock_path.parent),
+            hint=f"wait for it, choose another folder, or remove {LOCK_NAME} if it is long dead",
+        )
+    mine = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ticks": _start_ticks(os.getpid()),
+    }
+    with disk_errors(lock_path):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+
+def _read_holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _lives(holder: Mapping[str, Any]) -> bool:
+    """Tell whether the holder, a process of this machine other than this one, still runs."""
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return False
+    # The number may have gone to a new process since.
+    return holder.get("ticks") == _start_ticks(pid)
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process started, in ticks since boot; empty where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextmanager
+def _held(folder: Path, *, must: bool = False) -> Iterator[None]:
+    """Mark a folder as in use by a living process; with `must`, raise OSError if one uses it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Give a file its mode (safetensors writes 0600 whatever the umask) and sync it to disk."""
+    path.chmod(mode)
+    _sync(path)
+
+
+def _settle_folder(folder: Path) -> None:
+    # The folder was made under the same umask: it tells the mode of a file.
+    mode = folder.stat().st_mode & 0o666
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _settle(Path(root, name), mode)
+        _sync(Path(root))
+
+
+def _exchange(temp: Path, path: Path) -> None:
+    """Put `temp` in the place of `path`; what was there goes to the trash, or back on failure."""
+    trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
+    is_full = path.is_dir() and any(path.iterdir())
+    if is_full:
+        path.rename(trash)
+    try:
+        temp.rename(path)
+    except BaseException:
+        if is_full:
+            trash.rename(path)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""The Typer app, and the one boundary where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from wegeft_cli.cli import eval as eval_command
+from wegeft_cli.cli import merge, plan, recipes, train, validate
+from wegeft_cli.cli.console import errors, print_fault
+from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from wegeft_cli.version import VERSION
+
+app = typer.Typer(
+    name="wegeft",
+    help="Fine-tune large pretrained models by WeGeFT: weight changes generated from the weights.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"wegeft {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def guard(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command so that faults become messages and exit codes, whatever raised them.
+
+    WEGEFT_DEBUG=1 lets the traceback through.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (UserError, ExceptionGroup) as error:
+            if os.environ.get("WEGEFT_DEBUG") == "1":
+                raise
+            _leave_with(error)
+        except KeyboardInterrupt:
+            errors.print("interrupted", style="yellow")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except MemoryError:
+            errors.print("[red bold]error:[/] out of memory")
+            raise typer.Exit(EXIT_FAILED) from None
+
+    return guarded
+
+
+def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
+    """Print the user's faults and leave; a group that also holds a bug goes on as it is."""
+    if isinstance(error, UserError):
+        faults: list[UserError] = [error]
+    else:
+        mine, others = error.split(UserError)
+        if others is not None or mine is None:
+            raise error
+        faults = [fault for fault in _flatten(mine) if isinstance(fault, UserError)]
+    for fault in faults:
+        print_fault(fault)
+    raise typer.Exit(max(fault.exit_code for fault in faults)) from None
+
+
+def _flatten(group: BaseException) -> list[BaseException]:
+    if isinstance(group, BaseExceptionGroup):
+        return [leaf for member in group.exceptions for leaf in _flatten(member)]
+    return [group]
+
+
+app.command("train")(guard(train.train))
+app.command("merge")(guard(merge.merge))
+app.command("eval")(guard(eval_command.evaluate))
+app.command("validate")(guard(validate.validate))
+app.command("plan")(guard(plan.plan))
+for registered in recipes.recipes_app.registered_commands:
+    if registered.callback is not None:
+        registered.callback = guard(registered.callback)
+app.add_typer(recipes.recipes_app, name="recipes")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

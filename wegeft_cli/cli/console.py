@@ -1,0 +1,87 @@
+"""The only writer to the terminal: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from wegeft_cli.errors import UserError
+
+# In a run of many processes only the first one prints.
+_IS_QUIET = os.environ.get("RANK", "0") != "0"
+
+console = Console(quiet=_IS_QUIET)
+errors = Console(stderr=True, quiet=_IS_QUIET)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Write one JSON object to standard output, and nothing else there."""
+    if not _IS_QUIET:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def note(text: str) -> None:
+    """Tell something worth knowing, on standard error."""
+    errors.print(escape(text), style="dim", highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Tell something that may be wrong, on standard error."""
+    errors.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def print_fault(fault: UserError) -> None:
+    """Show one fault: where, which key, what is wrong, what to do next."""
+    place = ": ".join(part for part in (fault.file, fault.key) if part)
+    head = f"[bold]{escape(place)}:[/] " if place else ""
+    errors.print(
+        f"[red bold]error:[/] {head}{escape(fault.message)}", highlight=False, soft_wrap=True
+    )
+    if fault.hint:
+        errors.print(f"  [cyan]{escape(fault.hint)}[/]", highlight=False, soft_wrap=True)
+
+
+class RichReporter:
+    """Draws a workflow's progress on standard error."""
+
+    def note(self, text: str) -> None:
+        """Tell something worth knowing."""
+        note(text)
+
+    def warn(self, text: str) -> None:
+        """Tell something that may be wrong."""
+        warn(text)
+
+    @contextmanager
+    def progress(self, title: str, total: float) -> Iterator[Any]:
+        """Show a bar with the time left and the figures given at each advance."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=errors, disable=_IS_QUIET) as bar:
+            task = bar.add_task(title, total=total, figures="")
+
+            def advance(done: float, **figures: str) -> None:
+                text = "  ".join(
+                    f"[dim]{escape(name.replace('_', ' '))}[/] {escape(value)}"
+                    for name, value in figures.items()
+                )
+                bar.update(task, completed=done, **({"figures": text} if text else {}))
+
+            yield advance

@@ -1,0 +1,123 @@
+"""`wegeft eval`: a model, or given outputs, become scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.options import (
+    BaseOption,
+    DataDirOption,
+    JsonOption,
+    LimitOption,
+    TargetArgument,
+)
+
+
+def evaluate(
+    target: TargetArgument = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Task by name; may be given several times.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="Prompt, decoding and scoring rules.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Prompts generated at a time.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Longest answer; left out: the protocol's."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the JSON object to this file too.")
+    ] = None,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Score the base model too, side by side.")
+    ] = False,
+    samples: Annotated[
+        Path | None,
+        typer.Option("--samples", help="Score these outputs (JSONL) without any model."),
+    ] = None,
+    base: BaseOption = None,
+    list_tasks: Annotated[
+        bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on test sets, by a named protocol, and log every sample."""
+    from wegeft_cli.workflows import evaluate as workflow
+
+    if list_tasks:
+        _print_tasks(workflow.list_tasks(), as_json)
+        return
+    result = workflow.evaluate(
+        target,
+        tasks=task or [],
+        protocol=protocol,
+        data_dir=data_dir,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        output=output,
+        compare_base=compare_base,
+        samples=samples,
+        base=base,
+        reporter=RichReporter(),
+    )
+    if as_json:
+        print_json(result)
+        return
+    _print_scores(result)
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    base_rows = result.get("base_results")
+    table = Table("task", "protocol", "correct", "score", "95 % interval", "invalid")
+    if base_rows:
+        table.add_column("base")
+        table.add_column("gain")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for i, row in enumerate(result["results"]):
+        low, high = row["ci95"]
+        cells = [
+            row["task"],
+            row["protocol"],
+            f"{row['num_correct']} / {row['n']}",
+            f"{row['score']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            str(row["n_invalid"]),
+        ]
+        if base_rows:
+            cells += [
+                f"{base_rows[i]['score']:.1%}",
+                f"{100 * (row['score'] - base_rows[i]['score']):+.1f}",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+    if result.get("samples_path"):
+        console.print(
+            f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
+        )
+
+
+def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(listing)
+        return
+    from rich.table import Table
+
+    tasks = Table("task", "file under --data-dir", "answers", title_justify="left")
+    for row in listing["tasks"]:
+        tasks.add_row(row["name"], row["file"], row["kind"])
+    console.print(tasks)
+    for row in listing["protocols"]:
+        console.print(f"[bold]{row['name']}[/]  {row['description']}", highlight=False)

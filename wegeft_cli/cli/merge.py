@@ -1,0 +1,38 @@
+"""`wegeft merge`: an adapter and its base become one ordinary model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.options import AdapterArgument, BaseOption, JsonOption
+
+
+def merge(
+    adapter: AdapterArgument = None,
+    base: BaseOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write; left out: merged/ beside adapter/."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; left out: as in the base."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fold an adapter into its base, tensor by tensor: the model is never held in memory."""
+    from wegeft_cli.workflows.merge import merge as run
+
+    result = run(adapter, base=base, output=output, dtype=dtype, reporter=RichReporter())
+    if as_json:
+        print_json(result.to_json())
+        return
+    console.print(
+        f"[green]merged[/]: {result.num_folded} of {result.num_tensors} tensors changed in "
+        f"{result.seconds:.1f} s, peak memory {result.peak_memory_gib:.2f} GiB"
+    )
+    console.print(f"model: {result.output_dir}", highlight=False, soft_wrap=True)

@@ -1,0 +1,55 @@
+"""`wegeft recipes`: the recipes that ship, to look at and to copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from wegeft_cli.cli.console import console, print_json
+from wegeft_cli.cli.options import JsonOption
+
+recipes_app = typer.Typer(help="List, show and copy the recipes that ship.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]
+
+
+@recipes_app.command("list")
+def list_all(as_json: JsonOption = False) -> None:
+    """List the shipped recipes with what each reproduces."""
+    from wegeft_cli.recipe.catalog import list_recipes
+
+    recipes = list_recipes()
+    if as_json:
+        found = [{"name": r.name, "title": r.title, "path": str(r.path)} for r in recipes]
+        print_json({"recipes": found})
+        return
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    for recipe in recipes:
+        line = f"[bold]{recipe.name:<{width}}[/]  {escape(recipe.title)}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("show")
+def show(name: NameArgument) -> None:
+    """Print a recipe as it is written, header and all."""
+    from wegeft_cli.recipe.catalog import read_recipe_text
+
+    console.print(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("copy")
+def copy(
+    name: NameArgument,
+    destination: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DESTINATION]", help="A file or folder; left out: here."),
+    ] = None,
+) -> None:
+    """Copy a recipe to edit it; nothing is overwritten."""
+    from wegeft_cli.recipe.catalog import copy_recipe
+
+    written = copy_recipe(name, destination or Path())
+    console.print(str(written), markup=False, highlight=False, soft_wrap=True)

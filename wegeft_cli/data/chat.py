@@ -1,0 +1,85 @@
+"""Chat templates become renderers: the tokenizer's own, or a user's Jinja file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wegeft_cli.data.sources import find_local
+from wegeft_cli.data.templates import CHAT, ApplyChatTemplate, is_template_file, template_hash
+from wegeft_cli.errors import UserError
+
+
+class Template(NamedTuple):
+    """A template ready to use: name, fingerprint, and the renderer if it is for conversations."""
+
+    name: str
+    digest: str
+    apply: ApplyChatTemplate | None
+
+
+def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Template:
+    """Make a template ready.
+
+    Args:
+        name: A name out of `TEMPLATES`, or the path of a Jinja file.
+        tokenizer: Renders conversations, in transformers' sandboxed Jinja.
+        recipe_dir: Folder of the recipe, for relative paths.
+
+    Returns:
+        The template; its renderer is none where no conversation is written.
+
+    Raises:
+        UserError: If the file cannot be read, or the tokenizer has no chat template.
+    """
+    text = None
+    if is_template_file(name):
+        text = _read_template(name, recipe_dir)
+    elif name != CHAT:
+        return Template(name, template_hash(name), None)
+    elif not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template",
+            key="data.template",
+            hint="use an instruction-tuned model's tokenizer, or data.template: my.jinja",
+        )
+    digest = template_hash(text if text is not None else tokenizer.get_chat_template())
+    return Template(name, digest, _build_chat_renderer(tokenizer, text, name))
+
+
+def _read_template(name: str, recipe_dir: Path | None) -> str:
+    file = find_local(name, recipe_dir)
+    if file is None:
+        raise UserError(f"no such template file: {name!r}", key="data.template")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the template cannot be read: {error}", file=str(file), key="data.template"
+        ) from error
+
+
+def _build_chat_renderer(tokenizer: Any, text: str | None, name: str) -> ApplyChatTemplate:
+    import jinja2
+
+    def apply(messages: Sequence[Any], add_generation_prompt: bool) -> str:
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=text,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not Jinja: {error.message}",
+                file=f"{name}:{error.lineno}",
+                key="data.template",
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            # What a template finds wrong with a conversation, or stumbles over.
+            raise UserError(f"the chat template refuses the conversation: {error}") from error
+        return rendered
+
+    return apply

@@ -1,0 +1,1 @@
+"""Test sets, protocols, generation and scores."""

@@ -1,0 +1,1 @@
+"""The method: weight changes generated from the frozen weights themselves."""

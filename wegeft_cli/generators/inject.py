@@ -1,0 +1,226 @@
+"""Putting generators into a model, switching them, and taking them out again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.generators.equations import Side
+from wegeft_cli.generators.module import (
+    ROOT_NAME,
+    AdapterGenerators,
+    Generators,
+    GeneratorSettings,
+    Init,
+    LinearEdit,
+    View,
+)
+from wegeft_cli.generators.targets import (
+    Share,
+    Target,
+    assign_groups,
+    find_targets,
+    pattern_matches,
+)
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+
+
+def inject_generators(
+    model: nn.Module,
+    *,
+    rank: int = 64,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    share: Share = "module_type",
+    groups: Mapping[str, Sequence[str]] | None = None,
+    side: Side = "input",
+    init: Init = "phi_zero",
+    dropout: float = 0.0,
+    view: View = "auto",
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Generators:
+    """Give a model generators: W' = W (I + s phi psi) in the named linears, the base frozen.
+
+    The model is changed in place: it owns the generators as `model.wegeft`, the named layers apply
+    them, and every other parameter stops learning. At this point its outputs are the base's, bit
+    for bit. A second call with another `adapter_name` adds a second adapter and makes it active.
+
+    Args:
+        model: A model with `torch.nn.Linear` or Conv1D layers, quantised ones too.
+        rank: r, at least 1.
+        alpha: The scale is alpha / r; None means 2 r (the published scale of 2).
+        target_modules: Names, one regular expression, or `all-linear`; see `find_targets`.
+        share: Who shares one pair: module_type, input_dim or none.
+        groups: Explicit map, group -> patterns; replaces `share`. With `all-linear`, only what a
+            pattern matches is adapted.
+        side: input edits W (I + s phi psi), output (I + s phi psi) W and the bias with it.
+        init: phi_zero or psi_zero.
+        dropout: Dropout on the entries of W while training, 0 <= p < 1.
+        view: auto, activation or weight; all compute the same function.
+        seed: The factors are a pure function of (seed, group name).
+        adapter_name: Letters, digits, _ and -.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If a target matches nothing, a group has two widths, or settings contradict.
+    """
+    if rank < 1:
+        raise UserError(f"the rank must be at least 1, got {rank}", key="adapter.r")
+    targets = select_targets(model, target_modules, groups)
+    assigned = assign_groups(targets, share=share, groups=groups, side=side)
+    settings = GeneratorSettings(
+        rank=rank,
+        scale=2.0 if alpha is None else alpha / rank,
+        side=side,
+        init=init,
+        dropout=dropout,
+        view=view,
+        share="groups" if groups is not None else share,
+    )
+    return attach_generators(model, assigned, settings, seed=seed, adapter_name=adapter_name)
+
+
+def select_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> list[Target]:
+    """Find the targets; with explicit groups and `all-linear`, those that a pattern matches."""
+    targets = find_targets(model, target_modules)
+    if groups is None or target_modules != "all-linear":
+        return targets
+    patterns = [pattern for members in groups.values() for pattern in members]
+    # Rows of a fused projection exist only where a pattern names them.
+    parts = [t for pattern in patterns if ":" in pattern for t in find_targets(model, [pattern])]
+    fused = {target.name for target in parts}
+    whole = [
+        target
+        for target in targets
+        if target.name not in fused and any(pattern_matches(p, target) for p in patterns)
+    ]
+    return [*whole, *parts] or targets
+
+
+def attach_generators(
+    model: nn.Module,
+    assigned: Mapping[str, Sequence[Target]],
+    settings: GeneratorSettings,
+    *,
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Generators:
+    """Attach one adapter's generators to known targets; the lower half of `inject_generators`.
+
+    Args:
+        model: The base model.
+        assigned: Group name -> targets, each group of one width.
+        settings: Rank, scale, side and the rest.
+        seed: The factors are a pure function of (seed, group name).
+        adapter_name: Letters, digits, _ and -; new to this model.
+
+    Returns:
+        The generators at the model's root, with the new adapter active.
+
+    Raises:
+        UserError: If the settings contradict, or the name is taken.
+    """
+    _check_settings(settings, adapter_name)
+    if not assigned:
+        raise UserError("no linear layer is adapted", key="adapter.target_modules")
+    owner = get_generators(model)
+    if owner is None:
+        model.requires_grad_(False)
+        owner = Generators()
+        model.add_module(ROOT_NAME, owner)
+    if adapter_name in owner.adapters:
+        raise UserError(f"the model already has an adapter {adapter_name!r}")
+    if owner.folded is not None:
+        raise UserError(f"adapter {owner.folded!r} is folded", hint="unfold_generators first")
+    first = next(iter(next(iter(assigned.values()))))
+    device = next(model.get_submodule(first.name).parameters()).device
+    adapter = AdapterGenerators(settings, assigned, seed=seed, device=device)
+    owner.adapters[adapter_name] = adapter
+    for group, members in adapter.groups.items():
+        for target in members:
+            edit = owner.edits.get(target.name)
+            if edit is None:
+                edit = LinearEdit(owner, transposed=target.transposed)
+                edit.attach(model.get_submodule(target.name))
+                owner.edits[target.name] = edit
+            edit.add(adapter_name, adapter[group], target, settings)
+    use_generators(model, adapter_name)
+    return owner
+
+
+def get_generators(model: nn.Module) -> Generators | None:
+    """Give the generators at the model's root, or None where there are none."""
+    owner = getattr(model, ROOT_NAME, None)
+    return owner if isinstance(owner, Generators) else None
+
+
+def use_generators(model: nn.Module, adapter_name: str) -> None:
+    """Make one adapter the active one: only it changes the layers, only its factors learn.
+
+    Args:
+        model: A model with generators.
+        adapter_name: Which.
+
+    Raises:
+        KeyError: If there is no such adapter.
+    """
+    owner = _need_generators(model)
+    chosen = owner[adapter_name]
+    if owner.folded not in (None, adapter_name):
+        raise ValueError(f"adapter {owner.folded!r} is folded: unfold_generators first")
+    for adapter in owner.adapters.values():
+        adapter.requires_grad_(adapter is chosen)
+    owner.active = adapter_name
+
+
+@contextmanager
+def disable_generators(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone inside the block; a folded adapter stays folded."""
+    with _need_generators(model).turned_off():
+        yield
+
+
+def remove_generators(model: nn.Module) -> None:
+    """Take all generators out: the model is the plain base again (folded changes stay folded)."""
+    owner = _need_generators(model)
+    for edit in owner.edits.values():
+        edit.detach()
+    delattr(model, ROOT_NAME)
+
+
+def _need_generators(model: nn.Module) -> Generators:
+    owner = get_generators(model)
+    if owner is None:
+        raise ValueError("the model has no generators: call inject_generators first")
+    return owner
+
+
+def _check_settings(settings: GeneratorSettings, adapter_name: str) -> None:
+    if not 0 <= settings.dropout < 1:
+        raise UserError(
+            f"dropout must be at least 0 and below 1, got {settings.dropout}",
+            key="adapter.dropout",
+        )
+    if settings.dropout > 0 and settings.view == "activation":
+        raise UserError(
+            "dropout acts on the entries of the weight, which the activation view never touches",
+            key="adapter.view",
+            hint="use `view: auto` or `weight`, or `dropout: 0`",
+        )
+    if not torch.isfinite(torch.tensor(settings.scale)):
+        raise UserError(f"the scale must be finite, got {settings.scale}", key="adapter.alpha")
+    if not _ADAPTER_NAME.fullmatch(adapter_name):
+        raise UserError(f"adapter name {adapter_name!r} may hold only letters, digits, _ and -")

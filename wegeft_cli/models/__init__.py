@@ -1,0 +1,1 @@
+"""The base model: loading it, and knowing it without its weights."""

@@ -1,0 +1,261 @@
+"""The base model and its tokenizer: from a folder, a GGUF file or a hub, with or without weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wegeft_cli.errors import UserError
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_config(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model's configuration alone; a folder with only `config.json` will do.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers configuration.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _translated(name_or_path):
+        return AutoConfig.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
+
+
+def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build a causal language model without weights (torch's meta device), for counts and checks.
+
+    Args:
+        config: A transformers configuration.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The model, all parameters on the meta device.
+
+    Raises:
+        UserError: If the architecture is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise UserError(
+                f"{type(config).__name__} is no causal language model",
+                key="model.name_or_path",
+                hint=str(error).splitlines()[0],
+            ) from None
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a causal language model with its weights (safetensors or GGUF; pickles are refused).
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        dtype: auto (as in the checkpoint), float32, bfloat16 or float16.
+        attn_implementation: Attention kernel by its transformers name; None lets transformers
+            choose.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If there is no such model, or its weights are unreadable.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = _source(name_or_path, revision)
+    if "gguf_file" not in source:
+        source["use_safetensors"] = True
+    with _translated(name_or_path), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=_DTYPES.get(dtype, "auto"),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    return model.eval()
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers tokenizer.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _translated(name_or_path, what="tokenizer"), _quiet():
+        return AutoTokenizer.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
+
+
+def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | None:
+    """Find the folder on disk that holds a model's files: itself, or the hub cache's snapshot.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        The folder; None for a GGUF file, or for a hub id that is not in the cache.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or _is_path(name_or_path):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+        return None
+
+
+def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
+    """Give the folder with a model's safetensors, downloading them where they are on a hub.
+
+    Args:
+        name_or_path: Model folder or hub id.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        A folder that exists.
+
+    Raises:
+        UserError: If there is no such model, or it is a GGUF file.
+    """
+    found = find_base_folder(name_or_path, revision)
+    if found is not None:
+        return found
+    if _is_path(name_or_path):
+        _source(name_or_path, revision)  # tells what is missing
+        raise UserError(
+            f"{name_or_path!r} is a single file; a folder with safetensors is needed",
+            hint="save the base once with transformers' save_pretrained and give that folder",
+        )
+    from huggingface_hub import snapshot_download
+
+    with _translated(name_or_path):
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Give an id to pad with. Masks come from lengths, so that any id will do: eos, or 0."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if candidate is not None:
+            return int(candidate)
+    raise AssertionError("unreachable")
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+
+
+def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
+    """Turn a name into from_pretrained's arguments, refusing a path that is not there."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"{name_or_path!r} is a file, but neither a model folder nor a GGUF file",
+                key="model.name_or_path",
+            )
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"the folder {name_or_path!r} holds no config.json",
+                key="model.name_or_path",
+                hint="give the folder of a transformers model",
+            )
+        return {"pretrained_model_name_or_path": str(path)}
+    if _is_path(name_or_path):
+        raise UserError(
+            f"no folder {name_or_path!r}",
+            key="model.name_or_path",
+            hint="give a model folder or a hub id such as org/name",
+        )
+    return {"pretrained_model_name_or_path": name_or_path, "revision": revision or "main"}
+
+
+@contextmanager
+def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers and the hub raise for a missing model into one message."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            hint = "it wants to run its own code: set model.trust_remote_code if you trust it"
+        elif isinstance(error, OSError):
+            hint = "check the name, the revision, the network and your hub login, or give a folder"
+        else:
+            hint = None
+        raise UserError(
+            f"cannot load the {what} of {name_or_path!r}: {reason}",
+            key="model.name_or_path",
+            hint=hint,
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and notices out of the terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

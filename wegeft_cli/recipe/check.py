@@ -1,0 +1,289 @@
+"""Rules of a recipe: closed choices, ranges, and what contradicts what; no files, no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.keys import find_nearest, parse_key
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+
+PEFT_TYPES = (
+    "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
+    "hra", "fourierft", "vblora", "randlora", "shira", "c3a", "miss", "road", "delora", "waveft",
+)  # fmt: skip
+"""PEFT's methods that adapt linears by name: what `adapter.type` can be beside wegeft."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("causal_lm", "sequence_classification", "image_classification"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "adapter.type": ("wegeft", "full", *PEFT_TYPES),
+    "adapter.share": ("module_type", "input_dim", "none"),
+    "adapter.side": ("input", "output"),
+    "adapter.init": ("phi_zero", "psi_zero"),
+    "adapter.view": ("auto", "activation", "weight"),
+    "data.train[].format": (
+        "auto", "instruction", "prompt_completion", "messages", "text",
+        "metamath", "codefeedback", "wizardlm",
+    ),
+    "data.loss_on": ("completion", "assistant", "all"),
+    "data.packing": ("none", "bfd"),
+    "train.lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "train.optim": ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"),
+    "train.mixed_precision": ("none", "bf16", "fp16"),
+    "train.metric_for_best_model": ("eval_loss",),
+    "train.strategy": ("replicated", "fsdp2", "hsdp"),
+}  # fmt: skip
+"""Closed choices by key; `[]` stands for every position of a list."""
+CHOICES["data.validation[].format"] = CHOICES["data.train[].format"]
+
+_Fault: TypeAlias = tuple[str, str, str | None]  # key, message, hint
+_Range: TypeAlias = tuple[str, Callable[[float], bool]]
+
+_COUNT: _Range = ("at least 1", lambda value: value >= 1)
+_ABOVE_ZERO: _Range = ("above 0", lambda value: value > 0)
+_NOT_NEGATIVE: _Range = ("at least 0", lambda value: value >= 0)
+_SHARE: _Range = ("between 0 and 1", lambda value: 0 <= value <= 1)
+_BELOW_ONE: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_EVERY: _Range = (
+    "0, a share of the steps below 1, or a whole number of steps",
+    lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+)
+_RANGES: dict[str, _Range] = {
+    "seed": ("between 0 and 4294967295", lambda value: 0 <= value < 2**32),
+    "adapter.r": _COUNT,
+    "adapter.alpha": _ABOVE_ZERO,
+    "adapter.dropout": _BELOW_ONE,
+    "data.train[].limit": _COUNT,
+    "data.validation[].limit": _COUNT,
+    "data.validation_fraction": _BELOW_ONE,
+    "data.max_length": _COUNT,
+    "train.per_device_train_batch_size": _COUNT,
+    "train.per_device_eval_batch_size": _COUNT,
+    "train.gradient_accumulation_steps": _COUNT,
+    "train.num_train_epochs": _ABOVE_ZERO,
+    "train.max_steps": ("-1 or at least 1", lambda value: value == -1 or value >= 1),
+    "train.learning_rate": _ABOVE_ZERO,
+    "train.warmup_ratio": _SHARE,
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.max_grad_norm": _NOT_NEGATIVE,
+    "train.adam_beta1": _BELOW_ONE,
+    "train.adam_beta2": _BELOW_ONE,
+    "train.adam_epsilon": _ABOVE_ZERO,
+    "train.eval_steps": _EVERY,
+    "train.save_steps": _EVERY,
+    "train.save_total_limit": _COUNT,
+    "train.logging_steps": _COUNT,
+    "train.early_stopping_patience": _COUNT,
+    "eval.batch_size": _COUNT,
+    "eval.max_new_tokens": _COUNT,
+    "eval.limit": _COUNT,
+}
+
+# What the contract names and this version does not do: key -> (is it wanted, what to use instead).
+_NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task": (
+        lambda value: value in ("sequence_classification", "image_classification"),
+        "use `causal_lm`",
+    ),
+    "model.load_in_4bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
+    "model.load_in_8bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
+    "adapter.type": (
+        lambda value: value == "full",
+        "use `wegeft`, or a PEFT method such as `lora`",
+    ),
+    "adapter.modules_to_save": (bool, "leave it empty; only generators are trained"),
+    "data.train[].weight": (
+        lambda value: value is not None,
+        "use `limit` to take fewer rows of a source",
+    ),
+    "data.packing": (lambda value: value == "bfd", "use `none`"),
+    "train.strategy": (lambda value: value in ("fsdp2", "hsdp"), "use `replicated`"),
+    "train.compile": (bool, "leave it out"),
+    "logging.report_to": (
+        lambda value: value != "none",
+        "use `none`; metrics.jsonl in the run's folder holds every figure",
+    ),
+}
+_NOT_AVAILABLE["data.validation[].weight"] = _NOT_AVAILABLE["data.train[].weight"]
+
+_ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
+_SET_ELSEWHERE = {
+    "r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "target_modules": "adapter.target_modules",
+    "modules_to_save": "adapter.modules_to_save",
+    "peft_type": "adapter.type",
+    "task_type": "task",
+}
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")  # becomes a part of tensor names in the adapter file
+
+
+def check_recipe(
+    recipe: Recipe, *, where: Callable[[str], str | None], need_data: bool = True
+) -> list[UserError]:
+    """Check the rules that one recipe's values must keep.
+
+    Args:
+        recipe: The typed recipe.
+        where: Tells for a dotted key where it was set: `file:line:column`, an override, or None.
+        need_data: Whether training data are required, as they are for a command that trains.
+
+    Returns:
+        Every rule that is broken, in the order of the schema's sections; empty if all hold.
+    """
+    rules = (_check_values, _check_model, _check_adapter, _check_data, _check_train)
+    found = [fault for rule in rules for fault in rule(recipe)]
+    if need_data and not recipe.data.train:
+        hint = "name a file or a hub data set: `data: {train: [{path: ...}]}`"
+        found.append(("data.train", "is required and empty", hint))
+    return [UserError(message, file=where(key), key=key, hint=hint) for key, message, hint in found]
+
+
+def _find_values(recipe: Recipe, pattern: str) -> Iterator[tuple[str, Any]]:
+    """Go through the values that a key pattern stands for, with their keys."""
+    if "[]" not in pattern:
+        yield pattern, _get_value(recipe, pattern)
+        return
+    head, _, name = pattern.partition("[].")
+    for position, item in enumerate(_get_value(recipe, head)):
+        yield f"{head}[{position}].{name}", getattr(item, name)
+
+
+def _get_value(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in parse_key(key):
+        value = getattr(value, str(part))
+    return value
+
+
+def _check_values(recipe: Recipe) -> Iterator[_Fault]:
+    """Choices, ranges and what this version does not do, each by itself."""
+    for pattern, choices in CHOICES.items():
+        for key, value in _find_values(recipe, pattern):
+            if value not in choices:
+                near = find_nearest(value, choices)
+                hint = f"did you mean `{near}`?" if near else None
+                yield key, f"must be one of {', '.join(choices)}; got {value!r}", hint
+    for pattern, (words, holds) in _RANGES.items():
+        for key, value in _find_values(recipe, pattern):
+            if value is not None and not holds(value):
+                yield key, f"must be {words}; got {value}", None
+    for pattern, (is_wanted, hint) in _NOT_AVAILABLE.items():
+        for key, value in _find_values(recipe, pattern):
+            if is_wanted(value):
+                shown = str(value).lower() if isinstance(value, bool) else str(value)
+                yield key, f"`{shown}` is not available in this version", hint
+
+
+def _check_model(recipe: Recipe) -> Iterator[_Fault]:
+    if not recipe.model.name_or_path:
+        yield "model.name_or_path", "is required and empty", "name a model folder or a hub id"
+    if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
+        yield "model.load_in_8bit", "contradicts `model.load_in_4bit`", "keep one of the two"
+
+
+def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
+    adapter = recipe.adapter
+    yield from _check_targets(adapter)
+    yield from _check_groups(adapter)
+    if adapter.dropout > 0 and adapter.view == "activation":
+        yield (
+            "adapter.view",
+            f"`activation` contradicts `adapter.dropout` {adapter.dropout}: "
+            "dropout acts on the weight's entries",
+            "use view `weight` or `auto`, or dropout 0",
+        )
+    if adapter.type == "wegeft":
+        if adapter.peft:
+            message = "holds keys of a PEFT method, and `adapter.type` is `wegeft`"
+            yield "adapter.peft", message, "remove it, or set `adapter.type`"
+    else:
+        yield from _check_peft(adapter)
+
+
+def _check_targets(adapter: AdapterSection) -> Iterator[_Fault]:
+    key, targets = "adapter.target_modules", adapter.target_modules
+    hint = "name them ([q_proj, v_proj]), write one regular expression, or `all-linear`"
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield key, f"{targets!r} is no regular expression: {error}", hint
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not is_list and not isinstance(targets, str):
+        yield key, f"must be a list of module names or one text; got {targets!r}", hint
+    elif not targets or (is_list and "" in targets):
+        yield key, "names no module", hint
+
+
+def _check_groups(adapter: AdapterSection) -> Iterator[_Fault]:
+    if adapter.groups is None:
+        return
+    if adapter.share != AdapterSection.share:
+        message = f"contradicts `adapter.share` {adapter.share!r}: groups replace it"
+        yield "adapter.groups", message, "keep one of the two"
+    if not adapter.groups:
+        yield "adapter.groups", "holds no group", "remove it, or name a group and its patterns"
+    for name, patterns in adapter.groups.items():
+        if not _GROUP_NAME.fullmatch(name):
+            message = f"the group name {name!r} may hold only letters, digits, `_` and `-`"
+            yield "adapter.groups", message, None
+        if not patterns:
+            message = f"the group {name!r} holds no pattern"
+            yield "adapter.groups", message, "list patterns over full module names"
+
+
+def _check_peft(adapter: AdapterSection) -> Iterator[_Fault]:
+    if adapter.dropout > 0:
+        yield (
+            "adapter.dropout",
+            f"{adapter.dropout} acts on the frozen weight's entries, which only `wegeft` knows; "
+            f"`adapter.type` is {adapter.type!r}",
+            "set it to 0; a PEFT method's own goes under `adapter.peft` (`lora_dropout`)",
+        )
+    for name in _ONLY_WEGEFT:
+        value = getattr(adapter, name)
+        if value != getattr(AdapterSection(), name):
+            message = f"{value!r} is read by `wegeft` alone; `adapter.type` is {adapter.type!r}"
+            yield f"adapter.{name}", message, "remove it"
+    for name in adapter.peft:
+        if name in _SET_ELSEWHERE:
+            right = _SET_ELSEWHERE[name]
+            yield f"adapter.peft.{name}", f"is set by `{right}`", f"use `{right}`"
+
+
+def _check_data(recipe: Recipe) -> Iterator[_Fault]:
+    data = recipe.data
+    for pattern in ("data.train[].path", "data.validation[].path"):
+        for key, path in _find_values(recipe, pattern):
+            if not path:
+                yield key, "is required and empty", "name a file, a folder or a hub data set"
+    if data.validation and data.validation_fraction > 0:
+        message = f"{data.validation_fraction} contradicts `data.validation`"
+        yield "data.validation_fraction", message, "keep one of the two"
+
+
+def _check_train(recipe: Recipe) -> Iterator[_Fault]:
+    train = recipe.train
+    if train.warmup_ratio > 0 and train.warmup_steps > 0:
+        message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
+        yield "train.warmup_steps", message, "keep one of the two"
+    if train.lr_scheduler_type == "constant" and (train.warmup_ratio or train.warmup_steps):
+        message = "`constant` knows no warm-up, which the recipe asks for"
+        yield "train.lr_scheduler_type", message, "use `constant_with_warmup`"
+    validates = bool(recipe.data.validation) or recipe.data.validation_fraction > 0
+    hint = "set `data.validation` or `data.validation_fraction`"
+    if train.eval_steps > 0 and not validates:
+        message = f"{train.eval_steps} asks for a validation loss, and there are no validation data"
+        yield "train.eval_steps", message, hint
+    if train.early_stopping_patience is not None:
+        key = "train.early_stopping_patience"
+        if not validates:
+            yield key, "needs validation, and there are no validation data", hint
+        elif train.eval_steps == 0:
+            message = "needs validation while training, and `train.eval_steps` is 0"
+            yield key, message, "set `train.eval_steps`, e.g. 0.1 for ten times"

@@ -1,0 +1,243 @@
+"""One YAML text, read for its values and for where each of them stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.keys import KeyPath, format_key
+
+_MISSING_MARK = "???"  # OmegaConf's sign for a value that must still be given
+_UNESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+_OWN_KEY = re.compile(r"\$\{\.*[A-Za-z_]\w*(?:\.\w+|\[\d+\])*\}")
+_TAG = "tag:yaml.org,2002:"
+_SHAPES = ("map", "seq", "merge")
+_SCALARS = ("str", "int", "float", "bool", "null", "timestamp")
+_TAGS = {_TAG + name for name in _SHAPES + _SCALARS}
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a YAML text says and where."""
+
+    label: str
+    """The file, or the override, as the user knows it."""
+    values: Any
+    """Plain dicts, lists and scalars; `${...}` is not yet resolved."""
+    node: yaml.Node
+    """The same as composed nodes, which know their lines."""
+    has_lines: bool = True
+    """False for an override, whose label is its place."""
+    faulty: set[int] = field(default_factory=set)
+    """Ids of nodes that are already told; their values are null."""
+
+    def place(self, node: yaml.Node) -> str:
+        """Tell where a node stands: `file:line:column`, or the override."""
+        return _place(self.label, node.start_mark) if self.has_lines else self.label
+
+    def holds_faulty(self, node: yaml.Node) -> bool:
+        """Tell whether a node, or anything in it, is already told."""
+        return bool(self.faulty) and any(id(inner) in self.faulty for inner in _walk(node, set()))
+
+
+def read_document(
+    text: str, label: str, faults: list[UserError], *, at: KeyPath = ()
+) -> Document | None:
+    """Read a YAML text; duplicate keys and unusable scalars are told and left out.
+
+    Args:
+        text: One YAML document.
+        label: The file, or the override, as the user knows it.
+        faults: Takes what is wrong.
+        at: For an override, the key that it sets: the text is then a list of its one value, and
+            lines and columns mean nothing to the user.
+
+    Returns:
+        The document, or None if it is no YAML, or neither a map nor an override's value.
+    """
+    has_lines = not at
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        faults.append(_translate(error, label, has_lines=has_lines))
+        return None
+    if node is None or not (at or isinstance(node, yaml.MappingNode)):
+        got = "nothing" if node is None else f"{node.value!r:.60}"
+        got = "a list" if isinstance(node, yaml.SequenceNode) else got
+        hint = "`wegeft recipes show quickstart` prints a recipe to start from"
+        faults.append(UserError(f"expected a map of keys, got {got}", file=label, hint=hint))
+        return None
+    document = Document(label=label, values=None, node=node, has_lines=has_lines)
+    before = len(faults)
+    visited: set[int] = set()
+    for root in node.value if at else [node]:
+        _clean(document, root, at, faults, visited)
+    # OmegaConf stops at its first fault, so it is given what is left when the faults are taken out.
+    sound = text if len(faults) == before else yaml.serialize(node, Dumper=yaml.SafeDumper)
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(sound))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        faults.append(_translate(error, label, has_lines=has_lines))
+        return None
+    return Document(label, values, node, has_lines, document.faulty)
+
+
+def iterate_entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Go through the keys and values of a mapping node, those of `<<` merges last."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if key.tag != _TAG + "merge":
+            seen.add(key.value)
+            yield key, value
+    for key, value in node.value:
+        if key.tag == _TAG + "merge":
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for source in merged:
+                for entry in iterate_entries(source):
+                    if entry[0].value not in seen:
+                        seen.add(entry[0].value)
+                        yield entry
+
+
+def has_interpolation(value: object) -> bool:
+    """Tell whether a value is a text with an unescaped `${`."""
+    return isinstance(value, str) and _UNESCAPED.search(value) is not None
+
+
+def _walk(node: yaml.Node, visited: set[int]) -> Iterator[yaml.Node]:
+    if id(node) in visited:
+        return
+    visited.add(id(node))
+    yield node
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for inner in child if isinstance(child, tuple) else (child,):
+            yield from _walk(inner, visited)
+
+
+def _clean(
+    document: Document,
+    node: yaml.Node,
+    path: KeyPath,
+    faults: list[UserError],
+    visited: set[int],
+) -> None:
+    """Take duplicate keys and unusable scalars out of the tree; each node is visited once."""
+    if id(node) in visited:
+        return
+    visited.add(id(node))
+    if node.tag not in _TAGS:
+        _void(document, node, path, faults, f"the YAML tag `{node.tag}` is not read")
+    elif isinstance(node, yaml.MappingNode):
+        _clean_keys(document, node, path, faults)
+        for key, value in node.value:
+            inner = path if key.tag == _TAG + "merge" else (*path, key.value)
+            _clean(document, value, inner, faults, visited)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            _clean(document, item, (*path, position), faults, visited)
+    elif node.tag == _TAG + "str":
+        _clean_text(document, node, path, faults)
+
+
+def _clean_keys(
+    document: Document, node: yaml.MappingNode, path: KeyPath, faults: list[UserError]
+) -> None:
+    kept: dict[str, yaml.Node] = {}
+    entries = []
+    for key, value in node.value:
+        text = key.value if isinstance(key, yaml.ScalarNode) else None
+        fault = None
+        if text is None or key.tag not in (_TAG + "str", _TAG + "merge"):
+            shown = text if text is not None else "a list or map"
+            fault = UserError(
+                f"a key must be text, got {shown}",
+                file=document.place(key),
+                key=format_key(path) or None,
+                hint=f'quote it: "{text}"' if text is not None else "write a plain name",
+            )
+        elif text in kept:
+            first = document.place(kept[text])
+            fault = UserError(
+                "the key is given twice" + (f", first at {first}" if document.has_lines else ""),
+                file=document.place(key),
+                key=format_key((*path, text)),
+                hint="keep one of the two",
+            )
+        if fault is not None:
+            faults.append(fault)
+            continue
+        assert text is not None
+        kept[text] = key
+        entries.append((key, value))
+    node.value[:] = entries
+
+
+def _clean_text(
+    document: Document, node: yaml.Node, path: KeyPath, faults: list[UserError]
+) -> None:
+    if node.value == _MISSING_MARK:
+        _void(document, node, path, faults, "`???` stands for a value that is missing")
+    for match in _UNESCAPED.finditer(node.value):
+        start = match.end() - 2
+        if _OWN_KEY.match(node.value, start):
+            continue
+        hint = "write ${section.key}, or \\${ for the two characters themselves"
+        if re.match(r"\$\{\s*oc\.env\b", node.value[start:]):
+            hint = (
+                "a run saves its recipe, and secrets must not land there; "
+                "give the value as an override"
+            )
+        _void(
+            document,
+            node,
+            path,
+            faults,
+            f"only the recipe's own keys can be referred to, got {node.value!r}",
+            hint,
+        )
+        break
+
+
+def _void(
+    document: Document,
+    node: yaml.Node,
+    path: KeyPath,
+    faults: list[UserError],
+    message: str,
+    hint: str = "write a plain value",
+) -> None:
+    faults.append(
+        UserError(message, file=document.place(node), key=format_key(path) or None, hint=hint)
+    )
+    document.faulty.add(id(node))
+    node.tag, node.value = _TAG + "null", "null"
+
+
+def _place(label: str, mark: yaml.Mark) -> str:
+    return f"{label}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _translate(error: Exception, label: str, *, has_lines: bool) -> UserError:
+    """Turn what the YAML reader says into a fault with a place."""
+    place, what, hint = label, str(error).splitlines()[0] if str(error) else "", None
+    if isinstance(error, yaml.MarkedYAMLError):
+        what = ": ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        if has_lines and mark is not None:
+            place = _place(label, mark)
+    if isinstance(error, RecursionError):
+        what = "nested too deeply"
+    if "\\t" in what:
+        hint = "indent with spaces, not tabs"
+    elif "mapping values are not allowed" in what or "found character" in what:
+        hint = "quote a text that holds `: `, or begins with one of * & ! % @ `"
+    return UserError(f"not valid YAML: {what}", file=place, hint=hint)

@@ -1,0 +1,215 @@
+"""Dotted recipe keys: how they are written, which there are, and which one a stray key meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from wegeft_cli.recipe.schema import Recipe
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""A dotted key in pieces: `data.train[0].path` is `("data", "train", 0, "path")`."""
+
+ALIASES = {
+    "base_model": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "revision_of_model": "model.revision",
+    "torch_dtype": "model.dtype",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "num_epochs": "train.num_train_epochs",
+    "epochs": "train.num_train_epochs",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "num_warmup_steps": "train.warmup_steps",
+    "lr_warmup_steps": "train.warmup_steps",
+    "optimizer": "train.optim",
+    "out_dir": "output_dir",
+}
+"""Other tools' spellings that mean exactly one key here: read at the top level and in the section
+that holds the key, and announced."""
+
+_ALSO_READ_IN = {"data.max_length": ("model", "train")}
+"""Sections, besides its own, in which other tools keep such a key."""
+
+POINTERS = {
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "train_on_input": "data.loss_on",
+    "train_on_inputs": "data.loss_on",
+    "mask_prompt": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "assistant_only_loss": "data.loss_on",
+    "sample_packing": "data.packing",
+    "packed": "data.packing",
+    "val_size": "data.validation_fraction",
+    "val_set_size": "data.validation_fraction",
+    "validation_percent": "data.validation_fraction",
+    "chat_template": "data.template",
+    "prompt_template": "data.template",
+    "bf16": "train.mixed_precision",
+    "fp16": "train.mixed_precision",
+    "precision": "train.mixed_precision",
+    "batch_size": "train.per_device_train_batch_size",
+    "clip_grad_norm": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "scale": "adapter.alpha",
+    "lora_target": "adapter.target_modules",
+    "peft_type": "adapter.type",
+    "finetuning_type": "adapter.type",
+}
+"""Other tools' spellings whose values differ: never read, but the fault names the key to use."""
+
+_SEGMENT = re.compile(r"([^.\[\]\s]+)((?:\[\d+\])*)")
+_LEAST_LIKENESS = 0.6  # difflib's own cutoff for a close match
+_SAME_SECTION_BONUS = 0.1  # of two equally near keys, the one in the same section
+
+
+def format_key(path: KeyPath) -> str:
+    """Write a key path with dots and brackets: `data.train[0].path`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def format_pattern(path: KeyPath) -> str:
+    """Write a key path without list positions: `data.train[].path`."""
+    return re.sub(r"\[\d+\]", "[]", format_key(path))
+
+
+def parse_key(text: str) -> KeyPath:
+    """Split a dotted key into its pieces.
+
+    Args:
+        text: Such as `data.train[0].path`.
+
+    Returns:
+        The pieces; list positions as integers.
+
+    Raises:
+        ValueError: If the text is no dotted key.
+    """
+    path: list[str | int] = []
+    for segment in text.split("."):
+        match = _SEGMENT.fullmatch(segment)
+        if match is None:
+            raise ValueError(f"not a dotted key: {text!r}")
+        path.append(match[1])
+        path.extend(int(position) for position in re.findall(r"\d+", match[2]))
+    return tuple(path)
+
+
+def strip_optional(kind: Any) -> tuple[Any, bool]:
+    """Take `| None` off a type; tell whether it was there."""
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not type(None)]
+        return inner[0], True
+    return kind, kind is Any
+
+
+@cache
+def section_kinds(section: type) -> dict[str, Any]:
+    """Map each key of a section to its type."""
+    hints = get_type_hints(section)
+    return {field.name: hints[field.name] for field in fields(section)}
+
+
+def kind_at(path: KeyPath) -> Any | None:
+    """Find the type of the value at a key path, or None where the schema has no such key."""
+    kind: Any = Recipe
+    for part in path:
+        kind, _ = strip_optional(kind)
+        if kind is Any:
+            return Any
+        if isinstance(part, int):
+            kind = get_args(kind)[0] if get_origin(kind) is list else None
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            is_section = is_dataclass(kind) and isinstance(kind, type)
+            kind = section_kinds(kind).get(part) if is_section else None
+        if kind is None:
+            return None
+    return kind
+
+
+def find_alias(path: KeyPath) -> KeyPath | None:
+    """Find the key that a foreign spelling stands for, where it is read at all.
+
+    Args:
+        path: Where the spelling was written, e.g. `("sequence_len",)` or `("data", "cutoff_len")`.
+
+    Returns:
+        The path of the right key, or None.
+    """
+    target = ALIASES.get(str(path[-1]))
+    if target is None or len(path) > 2 or kind_at(path) is not None:
+        return None
+    right = parse_key(target)
+    homes = {right[:-1], (), *((section,) for section in _ALSO_READ_IN.get(target, ()))}
+    return right if path[:-1] in homes else None
+
+
+def find_nearest_key(path: KeyPath) -> str | None:
+    """Find the valid key that a stray one most likely meant, wherever in the schema it lives.
+
+    Args:
+        path: The stray key, with the place where it was written.
+
+    Returns:
+        The dotted key, or None if none is near.
+    """
+    name = str(path[-1]).lower().replace("-", "_")
+    foreign = ALIASES.get(name) or POINTERS.get(name)
+    if foreign is not None:
+        return foreign
+    parent = format_pattern(path[:-1])
+    best, best_likeness = None, _LEAST_LIKENESS
+    for candidate in _schema_paths():
+        likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio()
+        same_section = format_pattern(candidate[:-1]) == parent
+        likeness += _SAME_SECTION_BONUS if same_section else 0.0
+        if likeness > best_likeness:
+            best = (*path[:-1], candidate[-1]) if same_section else candidate
+            best_likeness = likeness
+    return format_key(best) if best else None
+
+
+def find_nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
+    """Find the word of a list that is spelt most like the given one, or None."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=_LEAST_LIKENESS)
+    return near[0] if near else None
+
+
+@cache
+def _schema_paths() -> tuple[KeyPath, ...]:
+    return tuple(_walk_schema(Recipe, ()))
+
+
+def _walk_schema(section: type, path: KeyPath) -> Iterator[KeyPath]:
+    for name, declared in section_kinds(section).items():
+        here = (*path, name)
+        yield here
+        kind, _ = strip_optional(declared)
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from _walk_schema(kind, here)
+        elif get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+            yield from _walk_schema(get_args(kind)[0], (*here, 0))

@@ -1,0 +1,88 @@
+"""All files and overrides of a recipe, laid over one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
+from wegeft_cli.recipe.layer import Findings, Layer, describe
+
+
+@dataclass
+class Merged:
+    """Settings of all layers so far, and where each was made."""
+
+    place: str
+    """The recipe's file, for keys that nobody set."""
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def add_layer(self, layer: Layer) -> None:
+        """Lay a layer over the ones before: maps merge, everything else is replaced."""
+        _merge_maps(self.values, layer.values)
+        for path, place in layer.places.items():
+            self.set_place(path, place)
+
+    def set_place(self, path: KeyPath, place: str) -> None:
+        """Remember who set a key; what an earlier layer said inside a replaced list is gone."""
+        inside = [old for old in self.places if len(old) > len(path) and old[: len(path)] == path]
+        for old in inside:
+            if isinstance(old[len(path)], int):
+                del self.places[old]
+        self.places[path] = place
+
+    def find_place(self, key: str) -> str:
+        """Find where a key, or what stands around it, was set last."""
+        path = parse_key(key)
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places[path] if path else self.place
+
+    def add_setting(self, path: KeyPath, value: Any, label: str, findings: Findings) -> None:
+        """Set one key; missing maps are made, missing list entries are a fault.
+
+        Args:
+            path: The key.
+            value: Its sound value.
+            label: The override that sets it.
+            findings: Takes the fault.
+        """
+        container: Any = self.values
+        for depth, part in enumerate(path):
+            here, is_last = path[: depth + 1], depth == len(path) - 1
+            if isinstance(part, int):
+                count = len(container) if isinstance(container, list) else 0
+                if part >= count:
+                    if not findings.is_told(here):
+                        around = format_key(path[:depth])
+                        message = f"`{around}` has no entry {part}: it holds {count}"
+                        findings.add(here, message, label, "count from 0")
+                    return
+            elif is_last:
+                container.setdefault(part, None)
+            elif container.get(part) is None:
+                container[part] = [] if isinstance(path[depth + 1], int) else {}
+            if is_last:
+                _merge_at(container, part, value)
+            elif not isinstance(container[part], (dict, list)):
+                message = (
+                    f"`{format_key(here)}` is {describe(container[part])}, nothing to set in it"
+                )
+                findings.add(here, message, label)
+                return
+            else:
+                container = container[part]
+
+
+def _merge_at(container: Any, part: str | int, value: Any) -> None:
+    if isinstance(container[part], dict) and isinstance(value, dict):
+        _merge_maps(container[part], value)
+    else:
+        container[part] = value
+
+
+def _merge_maps(old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        old.setdefault(key, None)
+        _merge_at(old, key, value)

@@ -1,0 +1,241 @@
+"""Adapters between a model in memory and their files: `save_adapter` and `load_adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from wegeft_cli.checkpoints.adapter import (
+    AdapterFiles,
+    load_adapter_files,
+    resolve_adapter_dir,
+    save_adapter_files,
+)
+from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
+from wegeft_cli.checkpoints.shards import list_tensors
+from wegeft_cli.errors import UserError
+from wegeft_cli.generators.inject import attach_generators, get_generators
+from wegeft_cli.generators.module import AdapterGenerators, Generators, GeneratorSettings
+from wegeft_cli.generators.targets import Target, find_linears, make_target
+from wegeft_cli.models.base import find_base_folder
+from wegeft_cli.version import VERSION
+
+
+def save_adapter(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    *,
+    base_model_name_or_path: str,
+    revision: str | None = None,
+    base_fingerprint: str | None = None,
+    target_modules: str | Iterable[str] = (),
+    task_type: str = "CAUSAL_LM",
+    adapter_name: str = "default",
+    card: str | None = None,
+) -> AdapterManifest:
+    """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
+
+    Args:
+        model: A model with generators.
+        adapter_dir: Folder to write; it must be new or empty.
+        base_model_name_or_path: The base that the adapter belongs to: a folder or a hub id.
+        revision: The base's hub revision.
+        base_fingerprint: The base's fingerprint where it is known; None computes it from the base's
+            files if they are on this machine.
+        target_modules: What was asked for, for the record; empty lists the kinds of layers.
+        task_type: PEFT's name of the task.
+        adapter_name: Which adapter.
+        card: Text of README.md; None writes a short one.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        UserError: If the folder holds something already.
+        MachineError: If the disk fails.
+    """
+    owner = get_generators(model)
+    if owner is None:
+        raise ValueError("the model has no generators: call inject_generators first")
+    base_dir = find_base_folder(base_model_name_or_path, revision)
+    if base_fingerprint is None and base_dir is not None:
+        base_fingerprint = fingerprint_base(base_dir)
+    names = _checkpoint_names(model, owner.edits, base_dir)
+    manifest = build_manifest(
+        owner[adapter_name],
+        names,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        base_fingerprint=base_fingerprint,
+        target_modules=target_modules,
+        task_type=task_type,
+    )
+    if card is None:
+        card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
+    save_adapter_files(Path(adapter_dir), manifest, owner[adapter_name].get_factors(), card=card)
+    return manifest
+
+
+def build_manifest(
+    adapter: AdapterGenerators,
+    names: Mapping[str, str],
+    *,
+    base_model_name_or_path: str,
+    revision: str | None,
+    base_fingerprint: str | None,
+    target_modules: str | Iterable[str],
+    task_type: str,
+) -> AdapterManifest:
+    """Describe an adapter in memory as its file states it.
+
+    Args:
+        adapter: The generators of one adapter.
+        names: Module name in the model -> in the base's checkpoint.
+        base_model_name_or_path: The base.
+        revision: Its hub revision.
+        base_fingerprint: Its fingerprint.
+        target_modules: What was asked for.
+        task_type: PEFT's name of the task.
+
+    Returns:
+        The manifest.
+    """
+    settings = adapter.settings
+    modules: dict[str, list[ModuleEntry]] = {}
+    for group, members in adapter.groups.items():
+        for target in members:
+            entry = ModuleEntry(group, target.rows, target.transposed)
+            modules.setdefault(names[target.name], []).append(entry)
+    asked = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    return AdapterManifest(
+        task_type=task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        base_fingerprint=base_fingerprint,
+        r=settings.rank,
+        alpha=settings.alpha,
+        scale=settings.scale,
+        side=settings.side,
+        share=settings.share,
+        dropout=settings.dropout,
+        init=settings.init,
+        modules={name: tuple(entries) for name, entries in modules.items()},
+        target_modules=asked or kinds,
+        wegeft_version=VERSION,
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    *,
+    adapter_name: str = "default",
+    base_dir: str | Path | None = None,
+) -> Generators:
+    """Put an adapter from its files onto a model, active at once.
+
+    Args:
+        model: The base model.
+        adapter_dir: An adapter folder or a run folder.
+        adapter_name: Name under which the model knows it.
+        base_dir: The folder that the model was loaded from: its fingerprint is then compared with
+            the one that the adapter was trained on. None trusts the caller.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If the files are damaged, or the base is another one.
+    """
+    folder = resolve_adapter_dir(Path(adapter_dir))
+    files = load_adapter_files(folder)
+    if base_dir is not None:
+        check_base(files.manifest, Path(base_dir), folder)
+    manifest = files.manifest
+    settings = GeneratorSettings(
+        rank=manifest.r,
+        scale=manifest.scale,
+        side=manifest.side,  # type: ignore[arg-type]
+        init=manifest.init,  # type: ignore[arg-type]
+        dropout=manifest.dropout,
+        share=manifest.share,  # type: ignore[arg-type]
+    )
+    groups = _find_members(model, files, folder)
+    owner = attach_generators(model, groups, settings, adapter_name=adapter_name)
+    owner[adapter_name].load_factors(files.factors)
+    return owner
+
+
+def check_base(manifest: AdapterManifest, base_dir: Path, adapter_dir: Path) -> None:
+    """Refuse a base that differs from the one an adapter was trained on.
+
+    Args:
+        manifest: The adapter's manifest.
+        base_dir: The base's folder.
+        adapter_dir: The adapter's folder, for the message.
+
+    Raises:
+        UserError: If both fingerprints are known and differ.
+    """
+    expected = manifest.base_fingerprint
+    found = fingerprint_base(base_dir) if expected is not None else None
+    if expected is not None and found is not None and expected != found:
+        raise UserError(
+            f"the base in {str(base_dir)!r} is not the one that this adapter was trained on: "
+            f"its fingerprint is {found[:19]}..., the adapter's {expected[:19]}...",
+            file=str(adapter_dir),
+            key="base_fingerprint",
+            hint=f"give the right one with --base (it was {manifest.base_model_name_or_path!r})",
+        )
+
+
+def _checkpoint_names(
+    model: nn.Module, module_names: Iterable[str], base_dir: Path | None
+) -> dict[str, str]:
+    """Map module names to those in the base's checkpoint, which may lack or have a prefix.
+
+    GPT-2's files, for one, say `h.0.attn.c_attn` where the model says `transformer.h.0....`.
+    """
+    stored = list_tensors(base_dir) if base_dir is not None else {}
+    prefix = getattr(model, "base_model_prefix", "")
+    names = {}
+    for name in module_names:
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        names[name] = next((c for c in candidates if f"{c}.weight" in stored), name)
+    return names
+
+
+def _find_members(
+    model: nn.Module, files: AdapterFiles, adapter_dir: Path
+) -> dict[str, list[Target]]:
+    """Find the model's linears that an adapter's manifest names, group by group."""
+    linears = find_linears(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    groups: dict[str, list[Target]] = {}
+    for stored_name, entries in files.manifest.modules.items():
+        candidates = (stored_name, f"{prefix}.{stored_name}", stored_name.removeprefix(f"{prefix}."))
+        name = next((candidate for candidate in candidates if candidate in linears), None)
+        if name is None:
+            raise UserError(
+                f"the model has no linear layer {stored_name!r}",
+                file=str(adapter_dir),
+                key="modules",
+                hint="this adapter belongs to another architecture",
+            )
+        for entry in entries:
+            target = make_target(model, name, entry.rows)
+            width = target.width(files.manifest.side)  # type: ignore[arg-type]
+            d = files.factors[entry.group][0].shape[0]
+            if width != d:
+                raise UserError(
+                    f"{name!r} is {width} wide in this model, the adapter's pair is {d}",
+                    file=str(adapter_dir),
+                    key=f"modules.{stored_name}",
+                    hint="this adapter belongs to another model",
+                )
+            groups.setdefault(entry.group, []).append(target)
+    return groups

@@ -1,0 +1,355 @@
+"""A model, or outputs that someone gives, become scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.files import write_text_atomic
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
+from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
+from wegeft_cli.evaluation.tasks import TASKS, TaskData, find_task, load_task_data
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.schema import EvalSection, ModelSection, Recipe
+from wegeft_cli.workflows.merge import PROVENANCE_NAME
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
+from wegeft_cli.workflows.run_folder import describe_environment, find_run
+
+_DEFAULT_BATCH_SIZE = EvalSection().batch_size
+
+
+def evaluate(
+    target: str | Path | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    protocol: str | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    output: Path | None = None,
+    compare_base: bool = False,
+    samples: Path | None = None,
+    base: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Score a model on test sets by a named protocol.
+
+    What is left out is taken from the run's own recipe, where the target belongs to a run.
+
+    Args:
+        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
+        tasks: Tasks by name.
+        protocol: Prompt, decoding and scoring rules by name.
+        data_dir: Folder with `<set>/test.json`; None reads the hub.
+        limit: Only the first so many rows of each set.
+        batch_size: Prompts generated at a time.
+        max_new_tokens: Longest answer; None takes the protocol's.
+        output: Write the JSON object to this file too.
+        compare_base: Score the base model as well.
+        samples: Score the outputs in this file instead of a model's.
+        base: The base's folder or hub id, where it is not as recorded.
+        reporter: Where words and progress go.
+
+    Returns:
+        The JSON object of `wegeft eval`: results, base_results, samples_path, target, environment.
+
+    Raises:
+        UserError: If a task, a protocol, a test set, the target or the samples are at fault.
+        ExceptionGroup: If there are several such faults.
+    """
+    reporter = reporter or SilentReporter()
+    path = None if samples is not None else _find_target(target)
+    recipe = _find_recipe(path)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    jobs = _read_tasks(
+        list(tasks) or list(settings.tasks),
+        protocol,
+        settings.protocol,
+        data_dir or (Path(settings.data_dir) if settings.data_dir else None),
+        limit or settings.limit,
+    )
+    if samples is not None:
+        scores, base_scores = [_score_samples(samples, jobs)], None
+    else:
+        assert path is not None
+        sizes = (
+            batch_size or settings.batch_size or _DEFAULT_BATCH_SIZE,
+            max_new_tokens or settings.max_new_tokens,
+        )
+        opened = open_target(path, recipe, base=base)
+        base_scores = None
+        if compare_base:
+            with opened.base_alone() as (model, tokenizer):
+                base_scores = _score_model(model, tokenizer, jobs, sizes, "base", reporter)
+        scores = _score_model(opened.model, opened.tokenizer, jobs, sizes, opened.kind, reporter)
+    result: dict[str, Any] = {"results": [result_dict(score) for score in scores]}
+    if base_scores is not None:
+        result["base_results"] = [result_dict(score) for score in base_scores]
+    samples_path = _samples_path(path, output, jobs)
+    if samples is None:
+        _write_samples(samples_path, scores, base_scores)
+    result |= {
+        "samples_path": str(samples_path if samples is None else samples),
+        "target": None if path is None else str(path),
+        **describe_environment(),
+    }
+    if output is not None:
+        write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def list_tasks() -> dict[str, Any]:
+    """Give the tasks and protocols as the JSON object of `wegeft eval --list`."""
+    return {
+        "tasks": [
+            {"name": task.name, "file": f"{task.folder}/test.json", "kind": task.kind}
+            for task in TASKS.values()
+        ],
+        "protocols": [
+            {"name": protocol.name, "description": protocol.description}
+            for protocol in PROTOCOLS.values()
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One test set under one protocol."""
+
+    data: TaskData
+    protocol: EvalProtocol
+
+
+@dataclass
+class OpenedTarget:
+    """A model to ask, with the way back to its base.
+
+    Args:
+        kind: adapter or model.
+        model: On its device.
+        tokenizer: Its tokenizer.
+        base: Where the base alone lies, for a model that is no adapter; None if unknown.
+    """
+
+    kind: str
+    model: Any
+    tokenizer: Any
+    base: str | None = None
+
+    @contextmanager
+    def base_alone(self) -> Iterator[tuple[Any, Any]]:
+        """Give the base model inside the block: the adapter switched off, or the base loaded."""
+        if self.kind == "adapter":
+            with _switched_off(self.model):
+                yield self.model, self.tokenizer
+            return
+        if self.base is None:
+            raise UserError(
+                "nothing tells which base this model came from",
+                key="--compare-base",
+                hint="name it with --base",
+            )
+        model, tokenizer = _load(ModelSection(name_or_path=self.base))
+        yield model, tokenizer
+
+
+def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) -> OpenedTarget:
+    """Load what a command is to work on.
+
+    Args:
+        path: An adapter, run or model folder, or a hub id.
+        recipe: The run's recipe, where the target belongs to a run.
+        base: The base's folder or hub id, where it is not as recorded.
+
+    Returns:
+        The model on its device.
+
+    Raises:
+        UserError: If the target is none of these, is damaged, or its base is another one.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not folder.exists():
+        model, tokenizer = _load(ModelSection(name_or_path=str(path)))
+        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder))
+    adapter_dir = resolve_adapter_dir(folder)
+    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    section = recipe.model if recipe is not None else ModelSection()
+    section = ModelSection(
+        name_or_path=base or recorded_base,
+        revision=None if base else revision,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    model, tokenizer = _load(section)
+    if kind == PEFT_TYPE:
+        from wegeft_cli.models.base import find_base_folder
+        from wegeft_cli.workflows.adapters import load_adapter
+
+        load_adapter(
+            model, adapter_dir, base_dir=find_base_folder(section.name_or_path, section.revision)
+        )
+        model.eval()
+    else:
+        from wegeft_cli.interop.peft import load_peft
+
+        model = load_peft(model, adapter_dir)
+    return OpenedTarget("adapter", model, tokenizer)
+
+
+def _load(section: ModelSection) -> tuple[Any, Any]:
+    from accelerate import PartialState
+
+    from wegeft_cli.models.base import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    model = load_model(
+        section.name_or_path,
+        revision=section.revision,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return model.to(PartialState().device), tokenizer
+
+
+def _switched_off(model: Any) -> AbstractContextManager[Any]:
+    from wegeft_cli.generators.inject import disable_generators, get_generators
+
+    if get_generators(model) is not None:
+        return disable_generators(model)
+    if hasattr(model, "disable_adapter"):
+        return model.disable_adapter()  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def _find_target(target: str | Path | None) -> str | Path:
+    if target is None:
+        return find_run(None)
+    if Path(target).suffix in (".yaml", ".yml"):
+        return load_recipe(target, need_data=False).recipe.output_dir
+    return target
+
+
+def _find_recipe(path: str | Path | None) -> Recipe | None:
+    """Read the recipe of the run that a target belongs to, if it belongs to one."""
+    if path is None:
+        return None
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
+            return load_recipe(folder / "recipe.yaml").recipe
+    return None
+
+
+def _read_provenance(folder: Path) -> str | None:
+    try:
+        values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
+        return str(values["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_tasks(
+    names: Sequence[str],
+    protocol: str | None,
+    default_protocol: str,
+    data_dir: Path | None,
+    limit: int | None,
+) -> list[Job]:
+    """Read every test set before any model is loaded."""
+    if not names:
+        raise UserError(
+            "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
+        )
+    jobs = []
+    for name in dict.fromkeys(names):
+        task = find_task(name)
+        chosen = find_protocol(protocol or task.own_protocol or default_protocol, task)
+        jobs.append(Job(load_task_data(task, data_dir=data_dir, limit=limit), chosen))
+    return jobs
+
+
+def _score_samples(samples: Path, jobs: Sequence[Job]) -> TaskScore:
+    if len(jobs) != 1:
+        raise UserError(
+            f"got {len(jobs)} tasks; a samples file answers one",
+            key="--samples",
+            hint="name one --task",
+        )
+    job = jobs[0]
+    return score_outputs(job.protocol, job.data, read_samples(samples, job.data))
+
+
+def _score_model(
+    model: Any,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    sizes: tuple[int, int | None],
+    title: str,
+    reporter: Reporter,
+) -> list[TaskScore]:
+    import torch
+
+    from wegeft_cli.evaluation.run import evaluate_task
+
+    batch_size, max_new_tokens = sizes
+    scores = []
+    for job in jobs:
+        with reporter.progress(f"{title}: {job.data.task.name}", len(job.data.rows)) as advance:
+            try:
+                score = evaluate_task(
+                    model,
+                    tokenizer,
+                    job.data,
+                    job.protocol,
+                    batch_size=batch_size,
+                    max_new_tokens=max_new_tokens,
+                    on_progress=lambda done, total, advance=advance: advance(done),  # type: ignore[misc]
+                )
+            except torch.OutOfMemoryError as error:
+                raise MachineError(
+                    "out of memory while generating", key="--batch-size", hint="lower it"
+                ) from error
+        scores.append(score)
+    return scores
+
+
+def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[Job]) -> Path:
+    """Choose where the per-sample log goes: beside --output, in the run's folder, or under runs/."""
+    if output is not None:
+        return output.with_name(f"{output.stem}-samples.jsonl")
+    name = "-".join([*(job.data.task.name for job in jobs), jobs[0].protocol.name])
+    folder = Path(path) if path is not None else Path("runs")
+    for candidate in (folder, folder.parent):
+        if (candidate / "run.json").is_file():
+            return candidate / "eval" / f"{folder.name}-{name}-samples.jsonl"
+    return Path("runs") / "eval" / f"{folder.name}-{name}-samples.jsonl"
+
+
+def _write_samples(
+    path: Path, scores: Sequence[TaskScore], base_scores: Sequence[TaskScore] | None
+) -> None:
+    """Write one line per answer: which model, task and protocol, and all that was read of it."""
+    lines = [
+        json.dumps(
+            {"model": model, "task": score.task, "protocol": score.protocol, **sample},
+            ensure_ascii=False,
+        )
+        for model, group in (("base", base_scores or ()), ("target", scores))
+        for score in group
+        for sample in score.samples
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, "".join(line + "\n" for line in lines))

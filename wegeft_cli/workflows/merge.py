@@ -1,0 +1,255 @@
+"""An adapter and its base become one ordinary model folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.checkpoints.adapter import (
+    AdapterFiles,
+    load_adapter_files,
+    read_adapter_type,
+    resolve_adapter_dir,
+)
+from wegeft_cli.checkpoints.files import (
+    atomic_folder,
+    check_unused_folder,
+    write_text_atomic,
+)
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE, ModuleEntry
+from wegeft_cli.checkpoints.shards import list_tensors
+from wegeft_cli.checkpoints.stream import merge_stream
+from wegeft_cli.errors import UserError
+from wegeft_cli.generators.equations import Side
+from wegeft_cli.generators.fold import FOLD_ROWS, fold_generators, merge_stored
+from wegeft_cli.generators.inject import remove_generators
+from wegeft_cli.generators.targets import Rows
+from wegeft_cli.models.base import fetch_base_folder, load_model, load_tokenizer
+from wegeft_cli.training.meters import measure_peak_memory_gib
+from wegeft_cli.version import VERSION
+from wegeft_cli.workflows.adapters import check_base, load_adapter
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
+from wegeft_cli.workflows.run_folder import find_run
+
+PROVENANCE_NAME = "wegeft_merge.json"
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written.
+
+    Args:
+        output_dir: The model folder.
+        num_tensors: Tensors in it.
+        num_folded: How many of them the adapter changed.
+        seconds: How long it took.
+        peak_memory_gib: Highest resident memory of the process, in GiB.
+    """
+
+    output_dir: Path
+    num_tensors: int
+    num_folded: int
+    seconds: float
+    peak_memory_gib: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as a JSON object, paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def merge(
+    adapter: str | Path | None = None,
+    *,
+    base: str | None = None,
+    output: Path | None = None,
+    dtype: str | None = None,
+    reporter: Reporter | None = None,
+) -> MergeResult:
+    """Fold an adapter into its base: W' = W (I + s phi psi), in float32 or better.
+
+    A WeGeFT adapter is streamed: the base's shards are copied in blocks of rows and the model is
+    never held. An adapter of another PEFT method is merged by PEFT, in memory.
+
+    Args:
+        adapter: An adapter or run folder; None takes the newest finished run under runs/.
+        base: The base's folder or hub id, where it is not as recorded.
+        output: Folder to write, new or empty; None is `merged` in the run's folder.
+        dtype: float32, bfloat16 or float16; None keeps the base's.
+        reporter: Where words and progress go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If the adapter is damaged, the base is another one, or the output is not empty.
+        MachineError: If the disk is too small or fails.
+    """
+    reporter = reporter or SilentReporter()
+    start = time.perf_counter()
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"got {dtype!r}", key="--dtype", hint=f"one of {', '.join(_DTYPES)}")
+    adapter_dir = resolve_adapter_dir(find_run(adapter))
+    output = output or _default_output(adapter_dir)
+    check_unused_folder(output)
+    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    name_or_path = base or recorded_base
+    if base is not None:
+        revision = None
+    if kind != PEFT_TYPE:
+        reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
+        num_tensors, num_folded = _merge_by_peft(name_or_path, revision, adapter_dir, output, dtype)
+    else:
+        files = load_adapter_files(adapter_dir)
+        base_dir = fetch_base_folder(name_or_path, revision)
+        check_base(files.manifest, base_dir, adapter_dir)
+        stored = list_tensors(base_dir)
+        if all(f"{name}.weight" in stored for name in files.manifest.modules):
+            with reporter.progress("merging", 100) as advance:
+                report = merge_stream(
+                    base_dir,
+                    output,
+                    _build_edits(files, {name: info.shape for name, info in stored.items()}),
+                    dtype=dtype,
+                    on_progress=lambda done, total: advance(round(100 * done / max(total, 1))),
+                )
+            num_tensors, num_folded = report.num_tensors, report.num_edited
+        else:
+            reporter.note("the base's files name its layers otherwise: merged in memory")
+            num_tensors, num_folded = _merge_in_memory(base_dir, adapter_dir, output, dtype)
+    provenance = {
+        "base_model_name_or_path": name_or_path,
+        "revision": revision,
+        "adapter": str(adapter_dir),
+        "peft_type": kind,
+        "wegeft_version": VERSION,
+    }
+    write_text_atomic(output / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
+    return MergeResult(
+        output_dir=output,
+        num_tensors=num_tensors,
+        num_folded=num_folded,
+        seconds=time.perf_counter() - start,
+        peak_memory_gib=measure_peak_memory_gib(torch.device("cpu")),
+    )
+
+
+@dataclass(frozen=True)
+class FoldEdit:
+    """How one stored tensor changes: every adapted row range by its group's pair.
+
+    Args:
+        parts: (phi, psi, rows, transposed) of each entry.
+        scale: s.
+        side: Which side is edited.
+    """
+
+    parts: Sequence[tuple[Tensor, Tensor, Rows | None, bool]]
+    scale: float
+    side: Side
+
+    def rows_at_once(self, shape: tuple[int, ...]) -> int:
+        """Rows in one block; all where the change mixes the stored rows."""
+        mixes = self.side == "output" or any(transposed for *_, transposed in self.parts)
+        return shape[0] if mixes else min(FOLD_ROWS, shape[0])
+
+    def __call__(self, block: Tensor, start_row: int) -> Tensor:
+        """Give the folded block."""
+        for phi, psi, rows, transposed in self.parts:
+            inside = rows
+            if rows is not None and not transposed:
+                inside = _rows_within(rows, start_row, start_row + block.shape[0])
+                if not inside:
+                    continue
+            block = merge_stored(
+                block, phi, psi, self.scale, self.side, rows=inside, transposed=transposed
+            )
+        return block
+
+
+def _rows_within(rows: Rows, start: int, stop: int) -> Rows:
+    cut = ((max(a, start) - start, min(b, stop) - start) for a, b in rows)
+    return tuple((a, b) for a, b in cut if a < b)
+
+
+def _build_edits(
+    files: AdapterFiles, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, FoldEdit]:
+    """Give the edit of every stored tensor that the adapter changes."""
+    manifest = files.manifest
+    side: Side = manifest.side  # type: ignore[assignment]
+
+    def part(entry: ModuleEntry) -> tuple[Tensor, Tensor, Rows | None, bool]:
+        return (*files.factors[entry.group], entry.rows, entry.transposed)
+
+    edits = {}
+    for name, entries in manifest.modules.items():
+        edit = FoldEdit([part(entry) for entry in entries], manifest.scale, side)
+        _check_shape(name, shapes[f"{name}.weight"], edit)
+        edits[f"{name}.weight"] = edit
+        # The output side edits the whole output W x + b, so it maps the bias too.
+        if side == "output" and f"{name}.bias" in shapes:
+            edits[f"{name}.bias"] = edit
+    return edits
+
+
+def _check_shape(name: str, shape: tuple[int, ...], edit: FoldEdit) -> None:
+    for phi, _, rows, transposed in edit.parts:
+        d_out, d_in = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        num_rows = d_out if rows is None else sum(stop - start for start, stop in rows)
+        width = d_in if edit.side == "input" else num_rows
+        if len(shape) != 2 or width != phi.shape[0]:
+            raise UserError(
+                f"{name}.weight is {list(shape)} in the base, the adapter's pair is "
+                f"{phi.shape[0]} wide",
+                key=f"modules.{name}",
+                hint="this adapter belongs to another base",
+            )
+
+
+def _merge_in_memory(
+    base_dir: Path, adapter_dir: Path, output: Path, dtype: str | None
+) -> tuple[int, int]:
+    model = load_model(str(base_dir))
+    load_adapter(model, adapter_dir)
+    num_folded = fold_generators(model, keep_base=False)
+    remove_generators(model)
+    return _write_model(model, str(base_dir), None, output, dtype), num_folded
+
+
+def _merge_by_peft(
+    name_or_path: str, revision: str | None, adapter_dir: Path, output: Path, dtype: str | None
+) -> tuple[int, int]:
+    from wegeft_cli.interop.peft import load_peft, merge_peft
+
+    model, num_folded = merge_peft(
+        load_peft(load_model(name_or_path, revision=revision), adapter_dir)
+    )
+    return _write_model(model, name_or_path, revision, output, dtype), num_folded
+
+
+def _write_model(
+    model: Any, name_or_path: str, revision: str | None, output: Path, dtype: str | None
+) -> int:
+    """Write a whole model with its tokenizer; give the number of its tensors."""
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    tokenizer = load_tokenizer(name_or_path, revision=revision)
+    with atomic_folder(output) as temporary:
+        model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
+        return len(list_tensors(temporary))
+
+
+def _default_output(adapter_dir: Path) -> Path:
+    is_in_run = adapter_dir.name == "adapter"
+    return adapter_dir.parent / ("merged" if is_in_run else f"{adapter_dir.name}-merged")
+

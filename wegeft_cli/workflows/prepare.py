@@ -1,0 +1,140 @@
+"""What `train`, `plan` and `--dry-run` find out of a recipe before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wegeft_cli.data.order import StepPlan
+from wegeft_cli.errors import UserError
+from wegeft_cli.generators.equations import count_parameters
+from wegeft_cli.generators.inject import select_targets
+from wegeft_cli.generators.targets import assign_groups, group_widths
+from wegeft_cli.models.base import build_meta_model, load_config
+from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One group's share of what learns.
+
+    Args:
+        name: The group.
+        num_layers: Layers, or row parts of layers, that use it.
+        width: d of its pair; None for a method without groups.
+        num_parameters: Learned parameters.
+    """
+
+    name: str
+    num_layers: int
+    width: int | None
+    num_parameters: int
+
+
+def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:
+    """Build the base without weights.
+
+    Args:
+        section: The recipe's `model`.
+
+    Returns:
+        Its configuration, and the model on torch's meta device.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    config = load_config(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return config, build_meta_model(config, trust_remote_code=section.trust_remote_code)
+
+
+def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+    """Count what learns, group by group, on a model without weights.
+
+    Args:
+        skeleton: The base on the meta device; a PEFT method is put into it.
+        section: The recipe's `adapter`.
+
+    Returns:
+        The groups; a PEFT method's counts are summed by kind of layer.
+
+    Raises:
+        UserError: If a target matches nothing, or a group has two widths.
+    """
+    if section.type != "wegeft":
+        return _plan_peft(skeleton, section)
+    assigned = assign_groups(
+        select_targets(skeleton, section.target_modules, section.groups),
+        share=section.share,  # type: ignore[arg-type]
+        groups=section.groups,
+        side=section.side,  # type: ignore[arg-type]
+    )
+    widths = group_widths(assigned, section.side)  # type: ignore[arg-type]
+    return [
+        GroupPlan(name, len(members), widths[name], count_parameters(widths[name], section.r))
+        for name, members in assigned.items()
+    ]
+
+
+def build_step_plan(recipe: Recipe, num_rows: int, world_size: int) -> StepPlan:
+    """Cut the rows into optimizer steps as the recipe says."""
+    train = recipe.train
+    return StepPlan(
+        num_rows=num_rows,
+        per_device_batch_size=train.per_device_train_batch_size,
+        accumulation_steps=train.gradient_accumulation_steps,
+        world_size=world_size,
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+        num_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+    )
+
+
+def count_steps(value: float, num_steps: int) -> int:
+    """Read a `*_steps` key: a number of steps, or below 1 a share of all steps; 0 is never."""
+    if 0 < value < 1:
+        return max(1, math.ceil(value * num_steps))
+    return int(value)
+
+
+def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+    from wegeft_cli.interop.peft import inject_peft
+
+    model = inject_peft(
+        skeleton,
+        section.type,
+        rank=section.r,
+        alpha=section.alpha,
+        target_modules=section.target_modules,
+        options=section.peft,
+    )
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
+            parts = name.split(".")
+            kind = next((p for i, p in enumerate(parts) if _is_method_part(parts, i)), parts[-1])
+            layers, total = counts.get(kind, (0, 0))
+            counts[kind] = (layers + 1, total + parameter.numel())
+    if not counts:
+        raise UserError(f"{section.type!r} leaves nothing to learn", key="adapter.type")
+    return [GroupPlan(kind, n, None, total) for kind, (n, total) in counts.items()]
+
+
+def _is_method_part(parts: list[str], i: int) -> bool:
+    """Tell whether the part after `i` is the PEFT method's own (lora_A, ia3_l, vera_lambda_b)."""
+    method = ("lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_")
+    return i + 1 < len(parts) and parts[i + 1].startswith(method)
+
+
+def find_run_dir(recipe: Recipe) -> Path:
+    """Give the run's folder as the recipe names it."""
+    return Path(recipe.output_dir).expanduser()

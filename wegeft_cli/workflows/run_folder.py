@@ -1,0 +1,154 @@
+"""A run's folder: `recipe.yaml`, `run.json`, `metrics.jsonl`, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.checkpoints.adapter import find_newest_run
+from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
+from wegeft_cli.errors import UserError
+from wegeft_cli.version import VERSION
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
+
+
+class RunFolder:
+    """The files of one run besides its checkpoints and its adapter.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter_dir = path / "adapter"
+        self.checkpoints_dir = path / "checkpoints"
+        self._values: dict[str, Any] = {}
+
+    def check_unused(self) -> None:
+        """Refuse a folder that already holds a run.
+
+        Raises:
+            UserError: If it does; the message says how the run can go on.
+        """
+        status = self.read_status()
+        if status is None and not self.adapter_dir.exists():
+            return
+        finished = status == "finished"
+        raise UserError(
+            f"this folder already holds a run (status: {status or 'unknown'})",
+            file=str(self.path),
+            key="output_dir",
+            hint="choose another one, such as output_dir=runs/second"
+            + ("" if finished else ", or go on with --resume auto"),
+        )
+
+    def read_status(self) -> str | None:
+        """Give the status in run.json; None where there is no readable one."""
+        try:
+            values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return values.get("status") if isinstance(values, dict) else None
+
+    def write_recipe(self, text: str) -> None:
+        """Write the resolved recipe, which repeats the run."""
+        write_text_atomic(self.path / "recipe.yaml", text)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Merge values into run.json and write it whole."""
+        self._values.update(values)
+        text = json.dumps(_finite(self._values), indent=2, allow_nan=False) + "\n"
+        write_text_atomic(self.path / "run.json", text)
+
+    def start_metrics(self, step: int) -> None:
+        """Keep the lines of metrics up to a step (that of the checkpoint), drop later ones."""
+        path = self.path / "metrics.jsonl"
+        kept: list[str] = []
+        if step and path.is_file():
+            with disk_errors(path, "read"):
+                lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+        write_text_atomic(path, "".join(line + "\n" for line in kept))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(dict(line)), allow_nan=False) + "\n")
+
+
+def find_run(path: str | Path | None) -> Path:
+    """Give the folder that a command means; left out, the newest finished run under runs/.
+
+    Args:
+        path: What was typed, or None.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If nothing was typed and no run has finished.
+    """
+    if path is not None:
+        return Path(path)
+    newest = find_newest_run(Path("runs"))
+    if newest is None:
+        raise UserError(
+            "there is no finished run under runs/",
+            hint="name an adapter or run folder, or train first: wegeft train quickstart",
+        )
+    return newest
+
+
+def describe_environment() -> dict[str, Any]:
+    """Give versions, git revision of the working folder, and platform, for run.json."""
+    versions = {"wegeft-cli": VERSION, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "git_revision": _git_revision(),
+        "platform": platform.platform(),
+    }
+
+
+def now() -> str:
+    """Give the time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a kill
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity, which JSON has no word for, by null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,133 @@
+"""`wegeft validate`: what can be known of a recipe without weights, data or network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.sources import find_local
+from wegeft_cli.data.templates import check_template
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.evaluation.protocols import find_protocol
+from wegeft_cli.evaluation.tasks import find_task
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.schema import Recipe
+
+_HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
+_HUB = "not found here; it would be taken from the hub, which is not asked"
+_LATER = "not found here; it must be there when it is used"
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that the recipe names and a run would read."""
+
+    key: str
+    path: str
+    found: bool
+    """Whether it is on this machine."""
+    note: str
+    """What it is, or what is missing; never a fault of the recipe."""
+
+
+@dataclass(frozen=True)
+class ValidateReport:
+    """A sound recipe, and what was looked at."""
+
+    recipe: str
+    """The file that was read."""
+    checked: tuple[str, ...]
+    """What holds, one sentence each."""
+    inputs: tuple[Input, ...]
+    """Model, data sets and test sets, and whether they are here."""
+    notes: tuple[str, ...]
+    """Foreign spellings that were read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the report as plain values, with `valid: true`."""
+        return {"valid": True, **asdict(self)}
+
+
+def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ValidateReport:
+    """Check a recipe: its keys and types, its rules, its names, and what of its inputs is here.
+
+    Args:
+        path: A recipe file, or the name of a shipped recipe.
+        overrides: `key=value` as on the command line.
+
+    Returns:
+        What was checked. Inputs that cannot be reached are told there and are no fault.
+
+    Raises:
+        UserError: If one thing is wrong.
+        ExceptionGroup: If several are.
+    """
+    loaded = load_recipe(path, overrides)
+    raise_all(list(_check_names(loaded)))
+    num_keys = sum(not key.endswith("]") for key in loaded.places)
+    checked = (
+        f"{num_keys} keys are known and of the right type",
+        "choices, ranges and the rules between keys hold",
+        "template, tasks and protocol exist",
+    )
+    inputs = tuple(_find_inputs(loaded.recipe, loaded.path.parent))
+    return ValidateReport(str(loaded.path), checked, inputs, loaded.notes)
+
+
+def _check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Check names that other rooms give a meaning to."""
+    section = loaded.recipe.eval
+    try:
+        check_template(loaded.recipe.data.template)
+    except UserError as fault:
+        yield _place(fault, "data.template", loaded)
+    for position, name in enumerate(section.tasks):
+        key = f"eval.tasks[{position}]"
+        try:
+            task = find_task(name)
+            key = "eval.protocol"
+            find_protocol(section.protocol, task)
+        except UserError as fault:
+            yield _place(fault, key, loaded)
+
+
+def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
+    place = loaded.places.get(key, str(loaded.path))
+    return UserError(fault.message, file=place, key=key, hint=fault.hint)
+
+
+def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
+    yield _find_model(recipe.model.name_or_path)
+    for part in ("train", "validation"):
+        for position, source in enumerate(getattr(recipe.data, part)):
+            key = f"data.{part}[{position}].path"
+            local = find_local(source.path, recipe_dir)
+            if local is None:
+                yield Input(key, source.path, False, _explain_missing(source.path))
+            else:
+                yield Input(key, source.path, True, f"at {local}")
+    if recipe.eval.data_dir is not None:
+        for name in recipe.eval.tasks:
+            folder = Path(recipe.eval.data_dir).expanduser() / find_task(name).folder
+            found = folder.is_dir()
+            note = f"at {folder}" if found else _LATER
+            yield Input("eval.data_dir", str(folder), found, note)
+
+
+def _find_model(name_or_path: str) -> Input:
+    key, path = "model.name_or_path", Path(name_or_path).expanduser()
+    if path.is_file():
+        return Input(key, name_or_path, True, "a file")
+    if (path / "config.json").is_file():
+        return Input(key, name_or_path, True, "a model folder")
+    if path.is_dir():
+        return Input(key, name_or_path, False, "a folder without config.json")
+    return Input(key, name_or_path, False, _explain_missing(name_or_path))
+
+
+def _explain_missing(path: str) -> str:
+    is_hub_id = _HUB_ID.fullmatch(path) is not None and not Path(path).suffix.startswith(".json")
+    return _HUB if is_hub_id else _LATER
