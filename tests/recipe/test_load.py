@@ -115,6 +115,7 @@ eval:
         ("seed: [1]", "seed", "got a list", None),
         ("train: {learning_rate: no}", "train.learning_rate", "got false", "bare `no` as false"),
         ("train: {learning_rate: .inf}", "train.learning_rate", "a finite number", None),
+        ("adapter: {alpha: 1" + "0" * 400 + "}", "adapter.alpha", "the number 1000", None),
         ("train: {compile: 1}", "train.compile", "expected true or false, got the number 1", None),
         ("train: {mixed_precision: no}", "train.mixed_precision", "got false", "none, bf16, fp16"),
         ("train:", "train", "expected a map, got nothing", "leave the key out"),
@@ -127,6 +128,8 @@ eval:
         ("output_dir: ???", "output_dir", "`???` stands for a value that is missing", None),
         ("output_dir: !!binary aGk=", "output_dir", "binary` is not read", None),
         ("output_dir: !run rm", "output_dir", "the YAML tag `!run` is not read", None),
+        ("train: !map {a: 1}", "train", "the YAML tag `!map` is not read", None),
+        ("eval: {tasks: !!set {a}}", "eval.tasks", "set` is not read", None),
         ("1: 2", None, "a key must be text, got 1", 'quote it: "1"'),
         ("[a, b]: 2", None, "a key must be text, got a list or map", None),
         ("zzz: 1", "zzz", "unknown key, with the number 1", "keys at the top: seed, output_dir"),
@@ -324,6 +327,12 @@ class TestOverrides:
         assert fault.file == f"override `{override}`"
         assert fault.key == key
         assert message in fault.message
+
+    def test_what_is_taken_from_another_key_cannot_be_set_in_part(self, write, faults_of):
+        path = write("adapter: {type: lora, peft: '${model}'}\n", sound=True)
+        (fault,) = faults_of(path, "adapter.peft.bias=all")
+        assert (fault.key, fault.file) == ("adapter.peft", "override `adapter.peft.bias=all`")
+        assert "nothing to set in it" in fault.message
 
     def test_entry_of_a_faulty_list_is_not_also_called_missing(self, write, faults_of):
         path = write("model: {name_or_path: a}\ndata: {train: x.json}\n")

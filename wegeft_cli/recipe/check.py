@@ -92,7 +92,8 @@ _NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.load_in_4bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
     "model.load_in_8bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
     "adapter.type": (
-        lambda value: value == "full",
+        # AdaLoRA needs a call of its own after every step.
+        lambda value: value in ("full", "adalora"),
         "use `wegeft`, or a PEFT method such as `lora`",
     ),
     "adapter.modules_to_save": (bool, "leave it empty; only generators are trained"),
@@ -272,9 +273,6 @@ def _check_train(recipe: Recipe) -> Iterator[_Fault]:
     if train.warmup_ratio > 0 and train.warmup_steps > 0:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
-    if train.lr_scheduler_type == "constant" and (train.warmup_ratio or train.warmup_steps):
-        message = "`constant` knows no warm-up, which the recipe asks for"
-        yield "train.lr_scheduler_type", message, "use `constant_with_warmup`"
     validates = bool(recipe.data.validation) or recipe.data.validation_fraction > 0
     hint = "set `data.validation` or `data.validation_fraction`"
     if train.eval_steps > 0 and not validates:

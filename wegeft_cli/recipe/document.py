@@ -193,8 +193,8 @@ def _clean_text(
         hint = "write ${section.key}, or \\${ for the two characters themselves"
         if re.match(r"\$\{\s*oc\.env\b", node.value[start:]):
             hint = (
-                "a run saves its recipe, and secrets must not land there; "
-                "give the value as an override"
+                "a run saves its recipe, where secrets must not land; "
+                "what needs a variable such as HF_TOKEN reads it by itself"
             )
         _void(
             document,
@@ -219,7 +219,11 @@ def _void(
         UserError(message, file=document.place(node), key=format_key(path) or None, hint=hint)
     )
     document.faulty.add(id(node))
-    node.tag, node.value = _TAG + "null", "null"
+    if isinstance(node, yaml.ScalarNode):
+        node.tag, node.value = _TAG + "null", "null"
+    else:
+        node.tag = _TAG + ("map" if isinstance(node, yaml.MappingNode) else "seq")
+        node.value = []
 
 
 def _place(label: str, mark: yaml.Mark) -> str:

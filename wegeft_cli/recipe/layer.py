@@ -236,11 +236,14 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        short = value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "..."
-        return f"the text {short!r}"
+        return f"the text {_shorten(value)!r}"
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "a map"
-    return f"the number {value}"
+    return f"the number {_shorten(str(value))}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def _read_scalar(kind: Any, value: Any, node: yaml.Node) -> Any:
