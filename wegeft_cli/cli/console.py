@@ -1,4 +1,4 @@
-"""The only writer to the terminal: results on standard output, everything else on standard error."""
+"""The only writer to the terminal: results on standard output, all else on standard error."""
 
 from __future__ import annotations
 
@@ -62,8 +62,14 @@ class RichReporter:
     @contextmanager
     def progress(self, title: str, total: float) -> Iterator[Any]:
         """Show a bar with the time left and the figures given at each advance."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -82,6 +88,7 @@ class RichReporter:
                     f"[dim]{escape(name.replace('_', ' '))}[/] {escape(value)}"
                     for name, value in figures.items()
                 )
-                bar.update(task, completed=done, **({"figures": text} if text else {}))
+                fields: dict[str, Any] = {"figures": text} if text else {}
+                bar.update(task, completed=done, **fields)
 
             yield advance

@@ -77,13 +77,16 @@ def evaluate(
 
 
 def _print_scores(result: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     base_rows = result.get("base_results")
-    table = Table("task", "protocol", "correct", "score", "95 % interval", "invalid")
+    table = Table("task", "protocol", "correct", "score", "95 % interval", "invalid", box=SIMPLE)
     if base_rows:
         table.add_column("base")
         table.add_column("gain")
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for i, row in enumerate(result["results"]):
@@ -93,7 +96,7 @@ def _print_scores(result: dict[str, Any]) -> None:
             row["protocol"],
             f"{row['num_correct']} / {row['n']}",
             f"{row['score']:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            f"{100 * low:.1f}-{100 * high:.1f}",
             str(row["n_invalid"]),
         ]
         if base_rows:
@@ -113,9 +116,10 @@ def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(listing)
         return
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    tasks = Table("task", "file under --data-dir", "answers", title_justify="left")
+    tasks = Table("task", "file under --data-dir", "answers", box=SIMPLE)
     for row in listing["tasks"]:
         tasks.add_row(row["name"], row["file"], row["kind"])
     console.print(tasks)

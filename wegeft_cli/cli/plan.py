@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from wegeft_cli.cli.console import RichReporter, console, print_json
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 
@@ -11,6 +10,7 @@ def plan(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
     """Count parameters, steps and memory; a folder that holds only config.json will do."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     from wegeft_cli.workflows.plan import plan as run
@@ -19,7 +19,9 @@ def plan(
     if as_json:
         print_json(result.to_json())
         return
-    groups = Table("group", "layers", "width", "parameters", title="trainable", title_justify="left")
+    groups = Table(
+        "group", "layers", "width", "parameters", title="trainable", title_justify="left"
+    )
     for column in groups.columns[1:]:
         column.justify = "right"
     for group in result.groups:
@@ -32,7 +34,7 @@ def plan(
     )
     if result.num_steps is not None:
         console.print(f"{result.num_steps:,} optimizer steps over {result.num_rows:,} rows")
-    memory = Table("memory on each device", "GiB", title_justify="left")
+    memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
     memory.columns[1].justify = "right"
     for name, gib in result.memory_gib.items():
         if name == "total":

@@ -58,6 +58,7 @@ def train(
     if result.status == "interrupted":
         if not as_json:
             console.print(
-                f"[yellow]interrupted[/] at step {result.num_steps}, saved; go on with --resume auto"
+                f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
+                "go on with --resume auto"
             )
         raise typer.Exit(EXIT_INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def inject_peft(
     import peft
 
     try:
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that is on its way out.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
 
@@ -128,7 +132,9 @@ def _build_config(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     method, preset = _VARIANTS.get(name, (name, {}))
-    configs = {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    configs = {
+        str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
     if method not in configs:
         raise UserError(f"PEFT has no method {name!r}", key="adapter.type")
     config_class = configs[method]

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from a folder, a GGUF file or a hub, with or without weights."""
+"""The base model and its tokenizer, from a folder, a GGUF file or a hub."""
 
 from __future__ import annotations
 

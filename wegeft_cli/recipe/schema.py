@@ -123,7 +123,7 @@ class TrainSection:
     learning_rate: float = 2e-4
     """Highest learning rate."""
     lr_scheduler_type: str = "linear"
-    """linear, cosine, constant (which warms up too where a warm-up is set), constant_with_warmup."""
+    """linear, cosine, constant (it warms up too where a warm-up is set), constant_with_warmup."""
     warmup_ratio: float = 0.0
     """Share of the steps spent warming up, 0 to 1."""
     warmup_steps: int = 0

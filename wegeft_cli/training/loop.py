@@ -26,8 +26,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Batch(TokenBatch, Protocol):
     """A batch that knows its size and can move."""
 
-    num_label_tokens: int
-    num_tokens: int
+    @property
+    def num_label_tokens(self) -> int:
+        """Labels that carry loss."""
+        ...
 
     def to(self, device: torch.device) -> Batch:
         """Give the batch on a device."""
@@ -189,14 +191,14 @@ def run_loop(
     while progress.step < source.num_steps:
         step = progress.step
         num_labels = source.num_label_tokens(step)
-        loss_sum = torch.zeros((), device=accelerator.device)
+        own_loss_sum = torch.zeros((), device=accelerator.device)
         for batch in source.micro_batches(step):
-            batch = batch.to(accelerator.device)
             with _autocast(accelerator.device, settings.mixed_precision):
-                summed = loss_function(model, batch)
+                summed = loss_function(model, batch.to(accelerator.device))
             scaler.scale(summed / num_labels).backward()
-            loss_sum += summed.detach()
-        loss_sum, stop = _reduce(parameters.values(), loss_sum, hooks.should_stop(), accelerator)
+            own_loss_sum += summed.detach()
+        wants_stop = hooks.should_stop()
+        loss_sum, stop = _reduce(parameters.values(), own_loss_sum, wants_stop, accelerator)
         learning_rate = float(schedule.get_last_lr()[0])
         scaler.unscale_(optimizer)
         grad_norm = _clip(list(parameters.values()), settings.max_grad_norm)
@@ -308,9 +310,8 @@ def _validation_loss(
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for batch in source.validation_batches():
-        batch = batch.to(accelerator.device)
         with _autocast(accelerator.device, settings.mixed_precision):
-            totals[0] += loss_function(model, batch).double()
+            totals[0] += loss_function(model, batch.to(accelerator.device)).double()
         totals[1] += batch.num_label_tokens
     model.train()
     if accelerator.num_processes > 1:

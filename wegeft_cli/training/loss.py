@@ -12,11 +12,30 @@ from torch import Tensor, nn
 class TokenBatch(Protocol):
     """What the loss reads of a batch; all tensors are [batch, tokens], padded on the left."""
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor
-    logits_to_keep: int
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids."""
+        ...
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for real tokens, 0 for padding."""
+        ...
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Places in the row, from 0 at its first real token."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """The ids that are learned, -100 elsewhere; not shifted."""
+        ...
+
+    @property
+    def logits_to_keep(self) -> int:
+        """So many last positions predict every label."""
+        ...
 
 
 class CausalLoss:
@@ -30,7 +49,8 @@ class CausalLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        get_base: Any = getattr(model, "get_base_model", None)
+        base = get_base() if get_base is not None else model
         accepted = inspect.signature(base.forward).parameters
         self._can_keep = "logits_to_keep" in accepted
         self._takes_positions = "position_ids" in accepted
@@ -45,21 +65,27 @@ class CausalLoss:
         Returns:
             The sum, not the mean, over labelled tokens.
         """
-        keep = batch.logits_to_keep
+        num_tokens = batch.labels.shape[1]
+        # The token at t is predicted from position t - 1, and the last position predicts nothing.
+        kept = torch.arange(
+            num_tokens - batch.logits_to_keep, num_tokens - 1, device=batch.labels.device
+        )
         extra: dict[str, Any] = {}
         if self._takes_positions:
             extra["position_ids"] = batch.position_ids
         if self._can_keep:
-            extra["logits_to_keep"] = keep
+            # As indices, not as a number: the model then hands its head a contiguous copy, which
+            # is one matrix product; the view that a number gives becomes one product per row.
+            extra["logits_to_keep"] = kept
         logits = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
             **extra,
         ).logits
-        # The token at t is predicted from position t - 1.
-        logits = logits[:, -keep:-1]
-        labels = batch.labels[:, batch.labels.shape[1] - keep + 1 :]
+        if not self._can_keep:
+            logits = logits[:, kept]
+        labels = batch.labels[:, kept + 1]
         labelled = labels != -100
         return torch.nn.functional.cross_entropy(
             logits[labelled].float(), labels[labelled], reduction="sum"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,11 +36,15 @@ def build_optimizer(
     Raises:
         ValueError: If the name is unknown.
     """
-    common = {"lr": learning_rate, "weight_decay": weight_decay}
+    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if name in ("adamw_torch", "adamw_torch_fused"):
         fused = name == "adamw_torch_fused"
         return torch.optim.AdamW(parameters, **common, betas=betas, eps=epsilon, fused=fused)
-    others = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+    others = {
+        "sgd": torch.optim.SGD,
+        "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop,
+    }
     if name not in others:
         raise ValueError(f"no optimizer {name!r}")
     return others[name](parameters, **common)

@@ -1,4 +1,4 @@
-"""Everything a run must remember to go on as if it had never stopped, as tensors and plain values."""
+"""What a run must remember to go on as if it had never stopped, as tensors and plain values."""
 
 from __future__ import annotations
 

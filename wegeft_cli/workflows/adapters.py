@@ -217,7 +217,11 @@ def _find_members(
     prefix = getattr(model, "base_model_prefix", "")
     groups: dict[str, list[Target]] = {}
     for stored_name, entries in files.manifest.modules.items():
-        candidates = (stored_name, f"{prefix}.{stored_name}", stored_name.removeprefix(f"{prefix}."))
+        candidates = (
+            stored_name,
+            f"{prefix}.{stored_name}",
+            stored_name.removeprefix(f"{prefix}."),
+        )
         name = next((candidate for candidate in candidates if candidate in linears), None)
         if name is None:
             raise UserError(

@@ -231,7 +231,7 @@ def _switched_off(model: Any) -> AbstractContextManager[Any]:
     if get_generators(model) is not None:
         return disable_generators(model)
     if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()  # type: ignore[no-any-return]
+        return model.disable_adapter()
     return nullcontext()
 
 
@@ -249,7 +249,7 @@ def _find_recipe(path: str | Path | None) -> Recipe | None:
         return None
     for folder in (Path(path), Path(path).parent):
         if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return load_recipe(folder / "recipe.yaml").recipe
+            return load_recipe(folder / "recipe.yaml", need_data=False).recipe
     return None
 
 
@@ -327,7 +327,7 @@ def _score_model(
 
 
 def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[Job]) -> Path:
-    """Choose where the per-sample log goes: beside --output, in the run's folder, or under runs/."""
+    """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
     if output is not None:
         return output.with_name(f"{output.stem}-samples.jsonl")
     name = "-".join([*(job.data.task.name for job in jobs), jobs[0].protocol.name])

@@ -180,9 +180,7 @@ def _rows_within(rows: Rows, start: int, stop: int) -> Rows:
     return tuple((a, b) for a, b in cut if a < b)
 
 
-def _build_edits(
-    files: AdapterFiles, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, FoldEdit]:
+def _build_edits(files: AdapterFiles, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FoldEdit]:
     """Give the edit of every stored tensor that the adapter changes."""
     manifest = files.manifest
     side: Side = manifest.side  # type: ignore[assignment]
@@ -252,4 +250,3 @@ def _write_model(
 def _default_output(adapter_dir: Path) -> Path:
     is_in_run = adapter_dir.name == "adapter"
     return adapter_dir.parent / ("merged" if is_in_run else f"{adapter_dir.name}-merged")
-

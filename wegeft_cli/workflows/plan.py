@@ -149,12 +149,15 @@ def _estimate_memory(
     a layer and one layer's activations.
     """
     text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", None) or getattr(text, "n_embd", 0)
-    layers = getattr(text, "num_hidden_layers", None) or getattr(text, "n_layer", 0)
-    heads = getattr(text, "num_attention_heads", None) or 1
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+
+    def read(name: str, default: int) -> int:
+        return int(getattr(text, name, None) or default)
+
+    hidden, layers = read("hidden_size", 0), read("num_hidden_layers", 0)
+    heads = read("num_attention_heads", 1)
+    head_dim = read("head_dim", hidden // heads)
+    kv_heads = read("num_key_value_heads", heads)
+    inner = read("intermediate_size", 4 * hidden)
     width = {"bf16": 2, "fp16": 2}.get(recipe.train.mixed_precision, dtype.itemsize)
     tokens = recipe.train.per_device_train_batch_size * longest
     per_layer = tokens * (
@@ -168,7 +171,7 @@ def _estimate_memory(
     else:
         activations = layers * per_layer
     # Logits of the last rows in the base's type, and their float32 copies in the loss.
-    logits = tokens * getattr(text, "vocab_size", 0) * (width + 8)
+    logits = tokens * read("vocab_size", 0) * (width + 8)
     memory = {
         "base_weights": base_bytes,
         "factors": 4 * trainable,

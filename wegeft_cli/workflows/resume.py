@@ -1,4 +1,4 @@
-"""Whether a run may go on: under the recipe that it was begun with, but for keys that may change."""
+"""Whether a run may go on under a recipe: its own, but for keys that may change."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from wegeft_cli.checkpoints.resume import (
     save_checkpoint,
 )
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
+from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import attach_generators, get_generators, select_targets
 from wegeft_cli.generators.module import GeneratorSettings
 from wegeft_cli.generators.targets import assign_groups
 from wegeft_cli.models.base import find_base_folder, load_model, load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe, recipe_to_yaml
-from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.schema import AdapterSection, DataSource, Recipe
 from wegeft_cli.training.loop import LoopHooks, LoopResult, LoopSettings, run_loop
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.meters import StepMetrics
@@ -120,7 +121,7 @@ def train(
     if resume is None:
         folder.check_unused()
     else:
-        check_same_recipe(folder.path / "recipe.yaml", recipe)
+        check_same_recipe(folder.path / "recipe.yaml", _with_found_paths(loaded))
     tokenizer, data, groups = _prepare(loaded, reporter)
     plan = build_step_plan(recipe, len(data.train), accelerator.num_processes)
     trainable = sum(group.num_parameters for group in groups)
@@ -137,7 +138,7 @@ def train(
                 hint="choose another output_dir for a new run",
             )
         if accelerator.is_main_process:
-            folder.write_recipe(recipe_to_yaml(recipe))
+            folder.write_recipe(recipe_to_yaml(_with_found_paths(loaded)))
             folder.start_metrics(checkpoint.step if checkpoint else 0)
             folder.update(_describe_start(recipe, data, accelerator, trainable))
         model = _load_base(recipe)
@@ -200,6 +201,23 @@ def _prepare(loaded: LoadedRecipe, reporter: Reporter) -> tuple[Any, PreparedDat
     for warning in report.warnings:
         reporter.warn(warning)
     return tokenizer, data, groups
+
+
+def _with_found_paths(loaded: LoadedRecipe) -> Recipe:
+    """Write out paths that were found beside the recipe, so that the run's copy finds them too."""
+
+    def found(sources: list[DataSource]) -> list[DataSource]:
+        paths = [(source, find_local(source.path, loaded.path.parent)) for source in sources]
+        return [
+            source
+            if path is None or path == Path(source.path)
+            else replace(source, path=str(path.resolve()))
+            for source, path in paths
+        ]
+
+    data = loaded.recipe.data
+    data = replace(data, train=found(data.train), validation=found(data.validation))
+    return replace(loaded.recipe, data=data)
 
 
 def _load_base(recipe: Recipe) -> nn.Module:
