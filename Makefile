@@ -73,6 +73,7 @@ bench: setup ## Step time of WeGeFT and LoRA, and the help page (some minutes; k
 	$(BIN)/python scripts/bench_step_time.py
 
 docs: setup ## Check that every link between the Markdown pages leads somewhere
+	$(BIN)/python scripts/recipe_reference.py --check
 	$(BIN)/python scripts/check_docs.py
 
 quickstart: setup ## Train, merge and score a small real model (under 10 minutes on two cores)

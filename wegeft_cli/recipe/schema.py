@@ -20,9 +20,9 @@ class ModelSection:
     """Attention kernel by its transformers name (eager, sdpa, flash_attention_2, ...); null lets
     transformers choose."""
     load_in_4bit: bool = False
-    """Load the base in 4 bits (bitsandbytes nf4)."""
+    """Load the base in 4 bits (bitsandbytes nf4). Not in this version."""
     load_in_8bit: bool = False
-    """Load the base in 8 bits (bitsandbytes)."""
+    """Load the base in 8 bits (bitsandbytes). Not in this version."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless the recipe says so."""
 
@@ -32,7 +32,8 @@ class AdapterSection:
     """What is learned."""
 
     type: str = "wegeft"
-    """wegeft, full, or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...)."""
+    """wegeft, or the name of a PEFT method (lora, dora, ia3, vera, ...). (full and adalora are not
+    in this version.)"""
     r: int = 64
     """Rank of the two shared maps; at least 1. Published setting: 64."""
     alpha: float | None = None
@@ -55,7 +56,7 @@ class AdapterSection:
     view: str = "auto"
     """How the edit is computed: auto (the cheaper exact one), activation, weight."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained and saved whole beside the adapter."""
+    """Modules trained and saved whole beside the adapter. Not in this version."""
     peft: dict[str, Any] = field(default_factory=dict)
     """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...)."""
 
@@ -77,7 +78,7 @@ class DataSource:
     columns: dict[str, str] | None = None
     """Renames: the format's field -> the file's column, e.g. {prompt: question}."""
     weight: float | None = None
-    """Share of this source in a mixture."""
+    """Share of this source in a mixture. Not in this version."""
     limit: int | None = None
     """Take only the first so many rows."""
 
@@ -101,7 +102,7 @@ class DataSection:
     max_length: int = 512
     """Longest row in tokens; the rest is cut from the right, counted and told."""
     packing: str = "none"
-    """none, or bfd (best-fit decreasing)."""
+    """none. (bfd, best-fit decreasing, is not in this version.)"""
     shuffle: bool = True
     """Draw the rows in a new order each epoch, a pure function of (seed, epoch)."""
 
@@ -158,9 +159,9 @@ class TrainSection:
     metric_for_best_model: str = "eval_loss"
     """Metric that early stopping watches."""
     strategy: str = "replicated"
-    """replicated, fsdp2, hsdp."""
+    """replicated: every process keeps the base. (fsdp2 and hsdp are not in this version.)"""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile. Not in this version."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Recipe:
     output_dir: str = ""
     """The run's folder; empty means runs/<recipe file's name>."""
     task: str = "causal_lm"
-    """causal_lm, sequence_classification, image_classification."""
+    """causal_lm. (sequence_classification and image_classification are not in this version.)"""
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
     data: DataSection = field(default_factory=DataSection)
