@@ -17,7 +17,6 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-
 TINY_LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,

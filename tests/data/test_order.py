@@ -139,3 +139,17 @@ def test_nonsense_is_refused(changes: dict[str, Any]) -> None:
 def test_steps_outside_the_run_are_refused(step: int) -> None:
     with pytest.raises(ValueError, match="not one of 9"):
         make_plan().step_indices(step)
+
+
+def test_rows_of_a_step_are_cut_by_length_without_changing_the_step():
+    lengths = np.random.default_rng(0).integers(1, 100, size=37)
+    plan = StepPlan(37, 2, 3, 2, seed=1, shuffle=True, num_epochs=1)
+    for step in range(plan.num_steps):
+        ranks = plan.step_indices(step, lengths)
+        assert sorted(i for rank in ranks for micro in rank for i in micro) == sorted(
+            plan.global_batch(step)
+        )
+        for number in range(len(ranks[0]) - 1):
+            here = [lengths[i] for rank in ranks for i in rank[number]]
+            after = [lengths[i] for rank in ranks for i in rank[number + 1]]
+            assert not after or min(here) >= max(after)

@@ -12,14 +12,15 @@ import typer
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli import merge, plan, recipes, train, validate
 from wegeft_cli.cli.console import errors, print_fault
+from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from wegeft_cli.version import VERSION
 
 app = typer.Typer(
     name="wegeft",
+    cls=HelpfulGroup,
     help="Fine-tune large pretrained models by WeGeFT: weight changes generated from the weights.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -85,11 +86,11 @@ def _flatten(group: BaseException) -> list[BaseException]:
     return [group]
 
 
-app.command("train")(guard(train.train))
-app.command("merge")(guard(merge.merge))
-app.command("eval")(guard(eval_command.evaluate))
-app.command("validate")(guard(validate.validate))
-app.command("plan")(guard(plan.plan))
+app.command("train", cls=HelpfulCommand)(guard(train.train))
+app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
+app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
+app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
+app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
 for registered in recipes.recipes_app.registered_commands:
     if registered.callback is not None:
         registered.callback = guard(registered.callback)

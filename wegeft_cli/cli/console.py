@@ -17,8 +17,21 @@ from wegeft_cli.errors import UserError
 # In a run of many processes only the first one prints.
 _IS_QUIET = os.environ.get("RANK", "0") != "0"
 
-console = Console(quiet=_IS_QUIET)
-errors = Console(stderr=True, quiet=_IS_QUIET)
+
+class _LastingConsole(Console):
+    """A console that goes silent when its reader goes away: a run must not end for that."""
+
+    def on_broken_pipe(self) -> None:
+        """Drop what is written from now on."""
+        self.quiet = True
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.file.fileno())
+        os.close(null)
+
+
+# emoji=False: a path with `:key:` in it stays as it is.
+console = _LastingConsole(quiet=_IS_QUIET, emoji=False)
+errors = _LastingConsole(stderr=True, quiet=_IS_QUIET, emoji=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -62,33 +75,7 @@ class RichReporter:
     @contextmanager
     def progress(self, title: str, total: float) -> Iterator[Any]:
         """Show a bar with the time left and the figures given at each advance."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from wegeft_cli.cli.progress import ProgressLine, show_progress
 
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left[/]"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=errors, disable=_IS_QUIET) as bar:
-            task = bar.add_task(title, total=total, figures="")
-
-            def advance(done: float, **figures: str) -> None:
-                text = "  ".join(
-                    f"[dim]{escape(name.replace('_', ' '))}[/] {escape(value)}"
-                    for name, value in figures.items()
-                )
-                fields: dict[str, Any] = {"figures": text} if text else {}
-                bar.update(task, completed=done, **fields)
-
+        with show_progress(errors, ProgressLine(title, total)) as advance:
             yield advance

@@ -20,29 +20,39 @@ from wegeft_cli.cli.options import (
 def evaluate(
     target: TargetArgument = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Task by name; may be given several times.")
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="Task by name; may be given several times."),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option("--protocol", help="Prompt, decoding and scoring rules.")
+        str | None,
+        typer.Option("--protocol", metavar="NAME", help="Prompt, decoding and scoring rules."),
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Prompts generated at a time.")
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Prompts generated at a time."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="Longest answer; left out: the protocol's."),
+        typer.Option(
+            "--max-new-tokens", metavar="N", min=1, help="Longest answer; left out: the protocol's."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the JSON object to this file too.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the JSON object to this file too."
+        ),
     ] = None,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Score the base model too, side by side.")
     ] = False,
     samples: Annotated[
         Path | None,
-        typer.Option("--samples", help="Score these outputs (JSONL) without any model."),
+        typer.Option(
+            "--samples", metavar="FILE", help="Score these outputs (JSONL) without any model."
+        ),
     ] = None,
     base: BaseOption = None,
     list_tasks: Annotated[

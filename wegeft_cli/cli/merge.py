@@ -16,11 +16,20 @@ def merge(
     base: BaseOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to write; left out: merged/ beside adapter/."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; left out: merged/ beside adapter/.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16; left out: as in the base."),
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="float32, bfloat16 or float16; left out: as in the base.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -12,19 +12,19 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.learning_rate=2e-4."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=2e-4."),
 ]
 AdapterArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[ADAPTER]",
+        metavar="ADAPTER",
         help="An adapter folder or a run folder; left out: the newest finished run under runs/.",
     ),
 ]
 TargetArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[TARGET]",
+        metavar="TARGET",
         help="An adapter, run or model folder, or a hub id; left out: the newest finished run.",
     ),
 ]
@@ -37,8 +37,11 @@ BaseOption = Annotated[
 ]
 DataDirOption = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Folder with <set>/test.json; left out: the hub."),
+    typer.Option(
+        "--data-dir", metavar="DIR", help="Folder with <set>/test.json; left out: the hub."
+    ),
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Only the first so many rows of each set.")
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Only the first so many rows of each set."),
 ]

@@ -9,14 +9,17 @@ import typer
 from rich.markup import escape
 
 from wegeft_cli.cli.console import console, print_json
+from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.cli.options import JsonOption
 
-recipes_app = typer.Typer(help="List, show and copy the recipes that ship.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    cls=HelpfulGroup, help="List, show and copy the recipes that ship.", no_args_is_help=True
+)
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]
 
 
-@recipes_app.command("list")
+@recipes_app.command("list", cls=HelpfulCommand)
 def list_all(as_json: JsonOption = False) -> None:
     """List the shipped recipes with what each reproduces."""
     from wegeft_cli.recipe.catalog import list_recipes
@@ -32,7 +35,7 @@ def list_all(as_json: JsonOption = False) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-@recipes_app.command("show")
+@recipes_app.command("show", cls=HelpfulCommand)
 def show(name: NameArgument) -> None:
     """Print a recipe as it is written, header and all."""
     from wegeft_cli.recipe.catalog import read_recipe_text
@@ -40,12 +43,12 @@ def show(name: NameArgument) -> None:
     console.print(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
 
 
-@recipes_app.command("copy")
+@recipes_app.command("copy", cls=HelpfulCommand)
 def copy(
     name: NameArgument,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="[DESTINATION]", help="A file or folder; left out: here."),
+        typer.Argument(metavar="DESTINATION", help="A file or folder; left out: here."),
     ] = None,
 ) -> None:
     """Copy a recipe to edit it; nothing is overwritten."""

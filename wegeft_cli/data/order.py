@@ -81,11 +81,14 @@ class StepPlan:
         rows: list[int] = order[start : start + self.global_batch_size].tolist()
         return rows
 
-    def step_indices(self, step: int) -> list[list[list[int]]]:
+    def step_indices(self, step: int, lengths: np.ndarray | None = None) -> list[list[list[int]]]:
         """Cut a step's rows into forward passes.
 
         Args:
             step: Which optimizer step, from 0.
+            lengths: Tokens of each row, int `[num_rows]`: the step's rows are then cut longest
+                first, so that rows of one forward pass are about equally long. The step's sum, and
+                so its gradient, is the same; there is only less padding.
 
         Returns:
             `[rank][micro-batch][row indices]`. Every rank has the same number of micro-batches, at
@@ -93,6 +96,8 @@ class StepPlan:
             be empty.
         """
         rows = self.global_batch(step)
+        if lengths is not None:
+            rows.sort(key=lambda row: -int(lengths[row]))
         slab = self.per_device_batch_size * self.world_size
         ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
         for start in range(0, len(rows), slab):

@@ -85,7 +85,8 @@ def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) ->
     """Write a PEFT model's adapter as PEFT does, into a folder that exists."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_model_name_or_path
-    model.save_pretrained(str(adapter_dir), safe_serialization=True)
+    # Embeddings are never trained here; "auto" would ask a hub whether they were resized.
+    model.save_pretrained(str(adapter_dir), safe_serialization=True, save_embedding_layers=False)
 
 
 def merge_peft(model: Any) -> tuple[nn.Module, int]:

@@ -109,7 +109,7 @@ class LoopResult:
     Args:
         status: finished or interrupted.
         num_steps: Optimizer steps done in all.
-        final_loss: Mean loss of the last line of metrics.
+        final_loss: Mean loss of the last line of metrics, or since then where steps followed it.
         validation: Step -> validation loss.
         stopped_early: Whether patience ran out.
     """
@@ -157,7 +157,7 @@ def run_loop(
         How it ended.
 
     Raises:
-        MachineError: If the loss or the gradient is not finite (without a loss scaler).
+        MachineError: If the loss, or without a loss scaler the gradient, is not finite.
     """
     hooks = hooks or LoopHooks()
     scaler = torch.amp.GradScaler(
@@ -202,8 +202,8 @@ def run_loop(
         learning_rate = float(schedule.get_last_lr()[0])
         scaler.unscale_(optimizer)
         grad_norm = _clip(list(parameters.values()), settings.max_grad_norm)
-        if not scaler.is_enabled():
-            _check_finite(step, loss_sum, grad_norm, num_labels)
+        # The loss scaler mends a gradient that overflows, but no loss: that is not scaled here.
+        _check_finite(step, loss_sum, 0.0 if scaler.is_enabled() else grad_norm, num_labels)
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
@@ -216,7 +216,9 @@ def run_loop(
         steps_since, tokens_since = steps_since + 1, tokens_since + source.num_tokens(step)
         hooks.on_step(progress.step, loss_sum / num_labels)
         is_last = progress.step == source.num_steps
-        if is_last or stop or progress.step % settings.logging_steps == 0:
+        # Not at a stop: the unfinished line's sums are saved, so that a resumed run writes the
+        # lines of a run that was never stopped.
+        if is_last or progress.step % settings.logging_steps == 0:
             seconds = time.perf_counter() - last_line
             progress.last_loss = progress.loss_sum / progress.label_tokens
             progress.loss_sum, progress.label_tokens = 0.0, 0
@@ -244,6 +246,8 @@ def run_loop(
             break
     result.num_steps = progress.step
     result.final_loss = progress.last_loss
+    if progress.label_tokens:
+        result.final_loss = progress.loss_sum / progress.label_tokens
     return result
 
 

@@ -152,7 +152,7 @@ def load_adapter(
         UserError: If the files are damaged, or the base is another one.
     """
     folder = resolve_adapter_dir(Path(adapter_dir))
-    files = load_adapter_files(folder)
+    files = read_adapter(folder)
     if base_dir is not None:
         check_base(files.manifest, Path(base_dir), folder)
     manifest = files.manifest
@@ -168,6 +168,28 @@ def load_adapter(
     owner = attach_generators(model, groups, settings, adapter_name=adapter_name)
     owner[adapter_name].load_factors(files.factors)
     return owner
+
+
+def read_adapter(adapter_dir: Path) -> AdapterFiles:
+    """Read an adapter's files, refusing what this version cannot apply.
+
+    Args:
+        adapter_dir: The adapter's folder.
+
+    Returns:
+        Manifest and factors.
+
+    Raises:
+        UserError: If the files are damaged, or hold modules that were trained whole.
+    """
+    files = load_adapter_files(adapter_dir)
+    if files.saved_modules:
+        raise UserError(
+            f"the adapter holds modules that were trained whole: {', '.join(files.saved_modules)}",
+            file=str(adapter_dir),
+            hint="this version applies generators alone",
+        )
+    return files
 
 
 def check_base(manifest: AdapterManifest, base_dir: Path, adapter_dir: Path) -> None:

@@ -45,7 +45,7 @@ class PlannedBatches:
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Give this process's batches of one optimizer step."""
-        for rows in self._plan.step_indices(step)[self._rank]:
+        for rows in self._plan.step_indices(step, self._lengths)[self._rank]:
             if rows:
                 yield self._collate(self._train, rows)
 

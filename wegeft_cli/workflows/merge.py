@@ -14,7 +14,6 @@ from torch import Tensor
 
 from wegeft_cli.checkpoints.adapter import (
     AdapterFiles,
-    load_adapter_files,
     read_adapter_type,
     resolve_adapter_dir,
 )
@@ -34,7 +33,7 @@ from wegeft_cli.generators.targets import Rows
 from wegeft_cli.models.base import fetch_base_folder, load_model, load_tokenizer
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
-from wegeft_cli.workflows.adapters import check_base, load_adapter
+from wegeft_cli.workflows.adapters import check_base, load_adapter, read_adapter
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_run
 
@@ -108,7 +107,7 @@ def merge(
         reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
         num_tensors, num_folded = _merge_by_peft(name_or_path, revision, adapter_dir, output, dtype)
     else:
-        files = load_adapter_files(adapter_dir)
+        files = read_adapter(adapter_dir)
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter_dir)
         stored = list_tensors(base_dir)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wegeft_cli.data.encode import EncodedDataset
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import load_tokenizer
@@ -20,7 +21,9 @@ from wegeft_cli.workflows.prepare import GroupPlan, build_skeleton, build_step_p
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 
 _GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Python with torch and transformers loaded, measured as resident memory on Linux; a CUDA context
+# takes about as much.
+_RUNTIME_BYTES = 0.45 * _GIB
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,16 @@ def plan(
     groups = plan_groups(skeleton, recipe.adapter)
     trainable = sum(group.num_parameters for group in groups)
     data, unknown = _read_data(loaded)
-    longest = recipe.data.max_length if data is None else data.report.lengths["max"]
+    longest = kept = recipe.data.max_length
+    if data is not None:
+        longest = data.report.lengths["max"]
+        kept = _count_kept_positions(data.train)
     num_steps = None
     if data is not None:
         num_steps = build_step_plan(recipe, len(data.train), 1).num_steps
     elif recipe.train.max_steps > 0:
         num_steps = recipe.train.max_steps
-    memory = _estimate_memory(recipe, config, dtype, base_bytes, trainable, longest)
+    memory = _estimate_memory(recipe, config, dtype, base_bytes, trainable, longest, kept)
     return Plan(
         trainable_parameters=trainable,
         base_parameters=base_parameters,
@@ -121,6 +127,14 @@ def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:
     return data, []
 
 
+def _count_kept_positions(dataset: EncodedDataset) -> int:
+    """Count the positions that the head must see for the row whose labels reach furthest back."""
+    spans = (
+        len(mask) - int(mask.argmax()) + 1 for _, mask in map(dataset.row, range(len(dataset)))
+    )
+    return max(spans)
+
+
 def _find_dtype(recipe: Recipe, skeleton: nn.Module) -> torch.dtype:
     if recipe.model.dtype != "auto":
         return {
@@ -139,6 +153,7 @@ def _estimate_memory(
     base_bytes: int,
     trainable: int,
     longest: int,
+    kept: int,
 ) -> dict[str, float]:
     """Estimate the memory of one device from shapes, for the longest batch that can come.
 
@@ -170,9 +185,11 @@ def _estimate_memory(
         activations = layers * tokens * hidden * width + per_layer
     else:
         activations = layers * per_layer
-    # Logits of the last rows in the base's type, and their float32 copies in the loss.
-    logits = tokens * read("vocab_size", 0) * (width + 8)
-    memory = {
+    # Logits of the labelled span in the base's type, and their float32 copies in the loss.
+    kept_tokens = recipe.train.per_device_train_batch_size * kept
+    logits = kept_tokens * read("vocab_size", 0) * (width + 8)
+    memory: dict[str, float] = {
+        "runtime": _RUNTIME_BYTES,
         "base_weights": base_bytes,
         "factors": 4 * trainable,
         "gradients": 4 * trainable,

@@ -59,6 +59,16 @@ class RunFolder:
             return None
         return values.get("status") if isinstance(values, dict) else None
 
+    def adopt(self) -> dict[str, Any]:
+        """Go on from the run.json that is there; what `update` writes is merged into it."""
+        path = self.path / "run.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            values = {}
+        self._values = values if isinstance(values, dict) else {}
+        return self._values
+
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, which repeats the run."""
         write_text_atomic(self.path / "recipe.yaml", text)

@@ -132,15 +132,13 @@ def train(
     with _alone_in(folder, accelerator), _told_in_run_json(folder, accelerator):
         checkpoint = _find_checkpoint(folder, resume, reporter) if resume else None
         if checkpoint is not None and folder.adapter_dir.exists():
-            raise UserError(
-                "this run is finished already",
-                file=str(folder.path),
-                hint="choose another output_dir for a new run",
-            )
+            return _tell_finished(folder, checkpoint, trainable, reporter)
+        fingerprint = _fingerprint_base(recipe, folder, resuming=checkpoint is not None)
         if accelerator.is_main_process:
             folder.write_recipe(recipe_to_yaml(_with_found_paths(loaded)))
             folder.start_metrics(checkpoint.step if checkpoint else 0)
             folder.update(_describe_start(recipe, data, accelerator, trainable))
+            folder.update({"base_fingerprint": fingerprint})
         model = _load_base(recipe)
         set_seed(recipe.seed)
         model = _inject(model, recipe)
@@ -159,7 +157,7 @@ def train(
         )
         result = _run(model, recipe, source, folder, accelerator, checkpoint, should_stop, reporter)
         if result.status == "finished" and accelerator.is_main_process:
-            _save(model, recipe, folder, result)
+            _save(model, recipe, folder, result, fingerprint)
         if accelerator.is_main_process:
             folder.update(_describe_end(result))
     finished = result.status == "finished"
@@ -356,11 +354,42 @@ def _run(
         )
 
 
-def _save(model: nn.Module, recipe: Recipe, folder: RunFolder, result: LoopResult) -> None:
-    """Write the adapter's folder, whole or not at all."""
+def _fingerprint_base(recipe: Recipe, folder: RunFolder, *, resuming: bool) -> str | None:
+    """Fingerprint the base before the first step; a run goes on upon its own base alone."""
     base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
     fingerprint = fingerprint_base(base_dir) if base_dir is not None else None
-    folder.update({"base_fingerprint": fingerprint})
+    before = folder.adopt().get("base_fingerprint") if resuming else None
+    if before is not None and before != fingerprint:
+        raise UserError(
+            f"the base {recipe.model.name_or_path!r} has changed since the run began",
+            file=str(folder.path / "run.json"),
+            key="base_fingerprint",
+            hint="give the same weights, or begin a new run with another output_dir",
+        )
+    return fingerprint
+
+
+def _tell_finished(
+    folder: RunFolder, checkpoint: Checkpoint, trainable: int, reporter: Reporter
+) -> TrainResult:
+    """Give the result of a run that has its adapter: there is nothing left to do."""
+    reporter.note(f"{folder.path} is finished already")
+    loss = checkpoint.state["progress"]["last_loss"]
+    folder.adopt()
+    folder.update({"status": "finished", "num_steps": checkpoint.step, "final_loss": loss})
+    return TrainResult(
+        folder.path, folder.adapter_dir, "finished", checkpoint.step, loss, trainable
+    )
+
+
+def _save(
+    model: nn.Module,
+    recipe: Recipe,
+    folder: RunFolder,
+    result: LoopResult,
+    fingerprint: str | None,
+) -> None:
+    """Write the adapter's folder, whole or not at all."""
     card = write_card(recipe, result.num_steps, result.final_loss)
     if get_generators(model) is not None:
         asked = recipe.adapter.target_modules
@@ -398,7 +427,7 @@ def _told_in_run_json(folder: RunFolder, accelerator: Accelerator) -> Iterator[N
         if accelerator.is_main_process and (folder.path / "run.json").exists():
             with contextlib.suppress(UserError, OSError):
                 folder.update({"status": status, "error": str(error), "finished_at": now()})
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if _is_out_of_memory(error):
             raise MachineError(
                 f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more left'}",
                 key="train.per_device_train_batch_size",
@@ -406,6 +435,13 @@ def _told_in_run_json(folder: RunFolder, accelerator: Accelerator) -> Iterator[N
                 "data.max_length, or set train.gradient_checkpointing: true",
             ) from error
         raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _find_checkpoint(folder: RunFolder, resume: str, reporter: Reporter) -> Checkpoint | None:
