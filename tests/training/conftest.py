@@ -126,19 +126,20 @@ def run(make_source) -> Callable[..., LoopResult]:
         *,
         optim: str = "sgd",
         learning_rate: float = 0.1,
+        schedule: str = "constant",
         hooks: LoopHooks | None = None,
         **settings: Any,
     ) -> LoopResult:
         source = source or make_source()
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(optim, parameters.values(), learning_rate=learning_rate)
-        schedule = build_schedule("constant", optimizer, num_steps=source.num_steps)
+        rates = build_schedule(schedule, optimizer, num_steps=source.num_steps)
         return run_loop(
             model,
             parameters,
             CausalLoss(model),
             optimizer,
-            schedule,
+            rates,
             source,
             LoopSettings(**{"max_grad_norm": 0.0, **settings}),
             accelerator=Accelerator(cpu=True),

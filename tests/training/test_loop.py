@@ -129,16 +129,32 @@ def test_fp16_skips_a_step_whose_gradient_overflows(make_model, make_source, run
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(300)
-    start = factors_of(model)
+    rate = 1e-6
+    moves, before = [], factors_of(model)
+
+    def on_step(step, loss):
+        nonlocal before
+        moves.append(not torch.equal(factors_of(model), before))
+        before = factors_of(model)
+
     lines = []
-    run(
-        model,
-        make_source(num_steps=1),
-        mixed_precision="fp16",
-        hooks=LoopHooks(on_metrics=lines.append),
-    )
-    assert not math.isfinite(lines[0].grad_norm)
-    assert torch.equal(factors_of(model), start)
+    hooks = LoopHooks(on_step=on_step, on_metrics=lines.append)
+    settings = {"mixed_precision": "fp16", "learning_rate": rate, "schedule": "linear"}
+    run(model, make_source(num_steps=12), hooks=hooks, **settings)
+    assert moves[0] is False
+    assert moves[-1] is True
+    assert [math.isfinite(line.grad_norm) for line in lines] == moves
+    # The schedule waits for a step that counts, as in transformers.
+    waited = moves.index(True)
+    assert [line.learning_rate for line in lines[: waited + 1]] == [rate] * (waited + 1)
+    assert lines[waited + 1].learning_rate < rate
+
+
+class Counter:
+    num_calls = 0
+
+    def __call__(self, *_):
+        self.num_calls += 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -148,11 +164,11 @@ def test_checkpointing_changes_no_gradient(make_model, make_source, run, factors
         model = make_model(dropout=dropout)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        calls = []
-        model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+        counter = Counter()
+        model.model.layers[0].mlp.register_forward_pre_hook(counter)
         torch.manual_seed(5)
         run(model, make_source(num_steps=2, micro_batch=2))
-        assert len(calls) == (8 if checkpointing else 4)
+        assert counter.num_calls == (8 if checkpointing else 4)
         moved.append(factors_of(model) - factors_of(make_model()))
     assert (moved[1] - moved[0]).abs().max() < FLOAT32 * moved[0].abs().max()
 
@@ -178,7 +194,7 @@ def test_an_infinite_gradient_under_a_finite_loss_stops_too(make_model, make_sou
     model = make_model()
     parameter = next(model.wegeft.parameters())
     parameter.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(MachineError, match="gradient norm (nan|inf)"):
+    with pytest.raises(MachineError, match=r"gradient norm (nan|inf)"):
         run(model, make_source())
 
 

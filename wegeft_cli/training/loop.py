@@ -203,10 +203,14 @@ def run_loop(
         scaler.unscale_(optimizer)
         grad_norm = _clip(list(parameters.values()), settings.max_grad_norm)
         # The loss scaler mends a gradient that overflows, but no loss: that is not scaled here.
-        _check_finite(step, loss_sum, 0.0 if scaler.is_enabled() else grad_norm, num_labels)
+        if not math.isfinite(loss_sum if scaler.is_enabled() else loss_sum + grad_norm):
+            raise _diverged(step, loss_sum / num_labels, grad_norm)
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        schedule.step()
+        if scaler.get_scale() >= scale:
+            # A step that overflowed in fp16 was skipped: the rate waits, as in transformers.
+            schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
         progress.step += 1
@@ -291,12 +295,9 @@ def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
 
-def _check_finite(step: int, loss_sum: float, grad_norm: float, num_labels: int) -> None:
-    if math.isfinite(loss_sum) and math.isfinite(grad_norm):
-        return
-    raise MachineError(
-        f"training diverged at step {step + 1}: loss {loss_sum / num_labels}, "
-        f"gradient norm {grad_norm}",
+def _diverged(step: int, loss: float, grad_norm: float) -> MachineError:
+    return MachineError(
+        f"training diverged at step {step + 1}: loss {loss}, gradient norm {grad_norm}",
         hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio; "
         "checkpoints written before this step are whole",
     )
