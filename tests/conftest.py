@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def build_llama_dir(tmp_path_factory, build_tokenizer) -> Callable[..., Path]:
             config.architectures = ["LlamaForCausalLM"]
             if weights:
                 torch.manual_seed(seed)
-                model = LlamaForCausalLM(config).to(dtype)
+                model = LlamaForCausalLM(config)
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias"):
+                        # Zero biases, as in a new Llama, would hide a fold that forgets them.
+                        torch.nn.init.normal_(parameter, std=0.3)
+                model.to(dtype)
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
             else:
                 config.save_pretrained(folder)
@@ -113,26 +119,32 @@ def llama_dir(build_llama_dir) -> Path:
 def unequal_rows() -> list[dict[str, str]]:
     """Ten prompt-completion rows whose learned tokens number 2 to 20."""
     return [
-        {"prompt": f"Q{n}: {'again ' * (n % 3)}", "completion": f"{'ab' * n} {n}"}
+        {"prompt": f"Q{n}:{' again' * (n % 3)}", "completion": f" {'ab' * n} {n}"}
         for n in range(1, 11)
     ]
 
 
-@pytest.fixture
-def write_recipe(tmp_path: Path, llama_dir: Path, unequal_rows) -> Callable[..., Path]:
-    """A function that writes a small recipe with its rows and gives its path.
+@pytest.fixture(scope="session")
+def write_recipe_in(llama_dir: Path, unequal_rows) -> Callable[..., Path]:
+    """A function that writes a small recipe with its rows into a folder and gives its path.
 
     Sections are merged over a base that trains 6 steps of 4 rows; `name` is file and run name, and
-    the run's folder is `tmp_path/runs/<name>`.
+    the run's folder is `<folder>/runs/<name>`.
     """
 
-    def write(name: str = "tiny", *, rows: list[dict[str, Any]] | None = None, **sections: Any):
-        data_path = tmp_path / f"{name}.jsonl"
+    def write(
+        folder: Path,
+        name: str = "tiny",
+        *,
+        rows: list[dict[str, Any]] | None = None,
+        **sections: Any,
+    ) -> Path:
+        data_path = folder / f"{name}.jsonl"
         lines = unequal_rows if rows is None else rows
         data_path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
         values: dict[str, Any] = {
             "seed": 7,
-            "output_dir": str(tmp_path / "runs" / name),
+            "output_dir": str(folder / "runs" / name),
             "model": {"name_or_path": str(llama_dir)},
             "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
             "data": {"train": [{"path": str(data_path)}], "max_length": 64},
@@ -147,7 +159,7 @@ def write_recipe(tmp_path: Path, llama_dir: Path, unequal_rows) -> Callable[...,
                 values[key] = {**values.get(key, {}), **value}
             else:
                 values[key] = value
-        path = tmp_path / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
 
@@ -155,6 +167,12 @@ def write_recipe(tmp_path: Path, llama_dir: Path, unequal_rows) -> Callable[...,
 
 
 @pytest.fixture
+def write_recipe(tmp_path: Path, write_recipe_in) -> Callable[..., Path]:
+    """`write_recipe_in` for the test's own folder."""
+    return partial(write_recipe_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
 def adapters_rows() -> list[dict[str, str]]:
     """Rows as LLM-Adapters lays them out (its boolq), written for these tests."""
     return [
@@ -169,10 +187,10 @@ def adapters_rows() -> list[dict[str, str]]:
     ]
 
 
-@pytest.fixture
-def data_dir(tmp_path: Path, adapters_rows) -> Path:
-    """A folder in the LLM-Adapters layout with the test set boolq."""
-    path = tmp_path / "data" / "boolq" / "test.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(adapters_rows), encoding="utf-8")
-    return tmp_path / "data"
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, adapters_rows) -> Path:
+    """A folder in the LLM-Adapters layout with the test set boolq. Only to be read."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "boolq").mkdir()
+    (folder / "boolq" / "test.json").write_text(json.dumps(adapters_rows), encoding="utf-8")
+    return folder

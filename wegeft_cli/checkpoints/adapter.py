@@ -125,7 +125,12 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
     tensors = load_tensors(weights_path)
     raise_all(
         [
-            UserError("holds NaN or infinite values", file=str(weights_path), key=name)
+            UserError(
+                "holds NaN or infinite values",
+                file=str(weights_path),
+                key=name,
+                hint="the training diverged or the file is damaged: take another adapter",
+            )
             for name, tensor in tensors.items()
             if not torch.isfinite(tensor).all()
         ]
@@ -193,6 +198,12 @@ def resolve_adapter_dir(path: Path) -> Path:
             hint=f"give the run's folder, {path.parent.parent}",
         )
     run = _read_run(path)
+    if (path / "adapter").is_dir():
+        raise UserError(
+            f"this adapter folder lacks its {CONFIG_NAME}",
+            file=str(path / "adapter"),
+            hint="an adapter has both files: copy it again",
+        )
     if run is not None:
         raise UserError(
             f"this run has no adapter yet (its status is {shorten(run.get('status'))})",
@@ -226,6 +237,9 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
         values = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
     if not isinstance(values, dict):
         raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(path))
+    if "peft_type" not in values:
+        message = "is missing: this is no adapter's config"
+        raise UserError(message, file=str(path), key="peft_type")
     for key in ("peft_type", "base_model_name_or_path"):
         if not isinstance(values.get(key), str):
             message = f"must be a text, got {shorten(values.get(key))}"

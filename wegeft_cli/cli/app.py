@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +16,7 @@ from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli import merge, plan, recipes, train, validate
 from wegeft_cli.cli.console import errors, print_fault
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
-from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
 
 app = typer.Typer(
@@ -60,8 +63,12 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
             errors.print("interrupted", style="yellow")
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except MemoryError:
-            errors.print("[red bold]error:[/] out of memory")
-            raise typer.Exit(EXIT_FAILED) from None
+            _fail("out of memory")
+        except OSError as error:
+            if os.environ.get("WEGEFT_DEBUG") == "1":
+                raise
+            # Not told where it happened: such as a full disk under `> file`.
+            _fail(error.strerror or str(error), file=error.filename and str(error.filename))
 
     return guarded
 
@@ -78,6 +85,12 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
     for fault in faults:
         print_fault(fault)
     raise typer.Exit(max(fault.exit_code for fault in faults)) from None
+
+
+def _fail(message: str, file: str | None = None) -> NoReturn:
+    """Tell that the machine failed, and leave."""
+    print_fault(MachineError(message, file=file, hint="WEGEFT_DEBUG=1 shows where"))
+    raise typer.Exit(EXIT_FAILED) from None
 
 
 def _flatten(group: BaseException) -> list[BaseException]:
@@ -99,4 +112,9 @@ app.add_typer(recipes.recipes_app, name="recipes")
 
 def main() -> None:
     """Run the command line."""
+    # What other packages will change one day is not the user's matter.
+    warnings.simplefilter("ignore", FutureWarning)
+    # A file name in another encoding must not hide the message about it.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,8 +35,8 @@ errors = _LastingConsole(stderr=True, quiet=_IS_QUIET, emoji=False)
 
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, and nothing else there."""
-    if not _IS_QUIET:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    # ASCII, so that a file name in no encoding goes through too.
+    console.out(json.dumps(value, allow_nan=False), highlight=False)
 
 
 def note(text: str) -> None:

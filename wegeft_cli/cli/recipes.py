@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,12 +46,12 @@ def show(name: NameArgument) -> None:
 def copy(
     name: NameArgument,
     destination: Annotated[
-        Path | None,
+        str | None,  # a Path would lose the slash that says folder
         typer.Argument(metavar="DESTINATION", help="A file or folder; left out: here."),
     ] = None,
 ) -> None:
     """Copy a recipe to edit it; nothing is overwritten."""
     from wegeft_cli.recipe.catalog import copy_recipe
 
-    written = copy_recipe(name, destination or Path())
+    written = copy_recipe(name, destination or ".")
     console.print(str(written), markup=False, highlight=False, soft_wrap=True)

@@ -173,7 +173,8 @@ def assign_groups(
             else:
                 name = target.label.replace(".", "-").replace(":", "-")
             assigned.setdefault(name, []).append(target)
-    faults = [fault for name in assigned for fault in _check_group(name, assigned[name], side)]
+    key = "adapter.share" if groups is None else "adapter.groups"
+    faults = [fault for name in assigned for fault in _check_group(name, assigned[name], side, key)]
     raise_all(faults)
     return assigned
 
@@ -372,13 +373,15 @@ def pattern_matches(pattern: str, target: Target) -> bool:
     return False
 
 
-def _check_group(name: str, members: Sequence[Target], side: Side) -> Iterator[UserError]:
+def _check_group(name: str, members: Sequence[Target], side: Side, key: str) -> Iterator[UserError]:
     widths = sorted({target.width(side) for target in members})
     if len(widths) > 1:
         first = [next(t.label for t in members if t.width(side) == width) for width in widths[:2]]
         yield UserError(
             f"group {name!r} has {side}s of two sizes: {first[0]!r} has {widths[0]}, "
             f"{first[1]!r} has {widths[1]}",
-            key="adapter.share",
-            hint="use `share: input_dim`, or name the groups under adapter.groups",
+            key=key if key == "adapter.share" else f"{key}.{name}",
+            hint="use `share: input_dim`, or name the groups under adapter.groups"
+            if key == "adapter.share"
+            else "make one group of each size",
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError
@@ -50,9 +53,7 @@ def inject_peft(
     import peft
 
     try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers by a name that is on its way out.
-            warnings.simplefilter("ignore", FutureWarning)
+        with _without_future_warnings():
             return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
@@ -75,10 +76,20 @@ def load_peft(model: nn.Module, adapter_dir: Path) -> nn.Module:
     if not (adapter_dir / "adapter_model.safetensors").is_file():
         raise UserError("the adapter has no adapter_model.safetensors", file=str(adapter_dir))
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter_dir)).eval()
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = peft.PeftModel.from_pretrained(model, str(adapter_dir)).eval()
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
+    # Of weights that are not there PEFT only warns, and would go on with fresh ones.
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        raise UserError(
+            "the weights are not those that adapter_config.json speaks of",
+            file=str(adapter_dir / "adapter_model.safetensors"),
+            hint="this file belongs to another adapter: copy both files again",
+        )
+    return loaded
 
 
 def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) -> None:
@@ -107,6 +118,14 @@ def merge_peft(model: Any) -> tuple[nn.Module, int]:
     except (ValueError, NotImplementedError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"PEFT cannot merge this method: {reason}") from error
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Keep quiet that PEFT asks transformers by names that are on their way out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _import_peft() -> Any:
@@ -142,10 +161,13 @@ def _build_config(
     fields = config_class.__dataclass_fields__
     unknown = [key for key in options if key not in fields]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
         raise UserError(
             f"{config_class.__name__} has no option {unknown[0]!r}",
             key=f"adapter.peft.{unknown[0]}",
-            hint="its options: " + ", ".join(sorted(fields)),
+            hint=f"did you mean `{near[0]}`?"
+            if near
+            else "its options: " + ", ".join(sorted(fields)),
         )
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     offered = {

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError
 
+_NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -59,7 +61,7 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Modu
     """
     from transformers import AutoModelForCausalLM
 
-    with _quiet(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
@@ -99,7 +101,7 @@ def load_model(
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
         source["use_safetensors"] = True
-    with _translated(name_or_path), _quiet():
+    with _translated(name_or_path), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=_DTYPES.get(dtype, "auto"),
@@ -127,7 +129,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with _translated(name_or_path, what="tokenizer"), _quiet():
+    with _translated(name_or_path, what="tokenizer"), quiet_transformers():
         return AutoTokenizer.from_pretrained(
             **_source(name_or_path, revision), trust_remote_code=trust_remote_code
         )
@@ -230,24 +232,26 @@ def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
     """Turn what transformers and the hub raise for a missing model into one message."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         if "trust_remote_code" in str(error):
             hint = "it wants to run its own code: set model.trust_remote_code if you trust it"
+        elif isinstance(error, SafetensorError):
+            hint = "a safetensors file of it is damaged: fetch or write it again"
         elif isinstance(error, OSError):
             hint = "check the name, the revision, the network and your hub login, or give a folder"
         else:
             hint = None
         raise UserError(
             f"cannot load the {what} of {name_or_path!r}: {reason}",
-            key="model.name_or_path",
+            key=_ATTENTION if _ATTENTION.rpartition(".")[2] in reason else _NAME,
             hint=hint,
         ) from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and notices out of the terminal while loading."""
     from transformers.utils import logging as transformers_logging
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,23 +64,29 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
         The new file.
 
     Raises:
-        UserError: If no recipe is called so, or the file is there already.
-        MachineError: If it cannot be written.
+        UserError: If no recipe is called so, the file is there already, or the path is wrong.
+        MachineError: If the disk fails.
     """
     text = read_recipe_text(name)
     target = Path(destination)
     if target.is_dir() or str(destination).endswith("/"):
         target = target / f"{name}{_SUFFIX}"
+    is_mine = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
+            is_mine = True
             file.write(text)
     except OSError as error:
-        if target.exists():
+        if is_mine:  # written in part
+            target.unlink(missing_ok=True)
+        elif target.exists():
             message = "there is a file already, and nothing is overwritten"
             raise UserError(message, file=str(target), hint="give another name") from None
         message = f"cannot be written: {error.strerror}"
-        raise MachineError(message, file=str(target), hint="give another folder") from error
+        is_machine = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+        kind = MachineError if is_machine else UserError
+        raise kind(message, file=str(target), hint="give another folder") from error
     return target
 
 

@@ -42,6 +42,14 @@ class LoadedRecipe:
     places: Mapping[str, str] = field(default_factory=dict)
     """Where each key was set, by dotted key: `file:line:column`, or an override."""
 
+    def find_place(self, key: str) -> str:
+        """Tell where a key was set, or the nearest key above it, or the file."""
+        while key:
+            if key in self.places:
+                return self.places[key]
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return str(self.path)
+
 
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, need_data: bool = True

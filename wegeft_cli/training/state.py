@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wegeft_cli.errors import UserError
+
 
 @dataclass
 class Progress:
@@ -117,11 +119,17 @@ def restore_snapshot(
         The counters.
 
     Raises:
-        ValueError: If the parameters are not those of the snapshot.
+        UserError: If the parameters are not those of the snapshot.
     """
     saved = snapshot.tensors["parameters"]
-    if saved.keys() != parameters.keys():
-        raise ValueError("the checkpoint holds other parameters than the recipe builds")
+    if {name: value.shape for name, value in saved.items()} != {
+        name: parameter.shape for name, parameter in parameters.items()
+    }:
+        raise UserError(
+            "the checkpoint holds other parameters than the recipe builds",
+            key="--resume",
+            hint="resume with the recipe.yaml of the checkpoint's own run",
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
 from wegeft_cli.checkpoints.adapter import (
+    CONFIG_NAME,
     AdapterFiles,
     load_adapter_files,
     resolve_adapter_dir,
@@ -213,6 +215,31 @@ def check_base(manifest: AdapterManifest, base_dir: Path, adapter_dir: Path) -> 
             key="base_fingerprint",
             hint=f"give the right one with --base (it was {manifest.base_model_name_or_path!r})",
         )
+
+
+@contextmanager
+def tell_base(base: str | None, adapter_dir: Path) -> Iterator[None]:
+    """Say of a base that cannot be loaded who named it: the option, or the adapter.
+
+    Args:
+        base: What `--base` gave.
+        adapter_dir: The adapter's folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: The fault, told in the user's words.
+    """
+    try:
+        yield
+    except UserError as fault:
+        if fault.key == "model.name_or_path" and base is not None:
+            fault.key = "--base"
+        elif fault.key == "model.name_or_path":
+            fault.file, fault.key = str(adapter_dir / CONFIG_NAME), "base_model_name_or_path"
+            fault.hint = "name the base's folder or hub id with --base"
+        raise
 
 
 def _checkpoint_names(

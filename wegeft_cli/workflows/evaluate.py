@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
-from wegeft_cli.checkpoints.files import write_text_atomic
+from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
@@ -22,6 +22,7 @@ from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_run
 
+_RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
 _DEFAULT_BATCH_SIZE = EvalSection().batch_size
 
 
@@ -66,9 +67,17 @@ def evaluate(
         ExceptionGroup: If there are several such faults.
     """
     reporter = reporter or SilentReporter()
+    if samples is not None and (target is not None or compare_base):
+        raise UserError(
+            "given outputs are scored without a model",
+            key="--samples",
+            hint="leave out TARGET and --compare-base, or leave out --samples",
+        )
     path = None if samples is not None else _find_target(target)
     recipe = _find_recipe(path)
     settings = recipe.eval if recipe is not None else EvalSection()
+    if output is not None:
+        _check_output(output)
     jobs = _read_tasks(
         list(tasks) or list(settings.tasks),
         protocol,
@@ -179,6 +188,8 @@ def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) ->
     if (folder / "config.json").is_file() or not folder.exists():
         model, tokenizer = _load(ModelSection(name_or_path=str(path)))
         return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder))
+    from wegeft_cli.workflows.adapters import tell_base
+
     adapter_dir = resolve_adapter_dir(folder)
     kind, recorded_base, revision = read_adapter_type(adapter_dir)
     section = recipe.model if recipe is not None else ModelSection()
@@ -189,7 +200,8 @@ def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) ->
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
     )
-    model, tokenizer = _load(section)
+    with tell_base(base, adapter_dir):
+        model, tokenizer = _load(section)
     if kind == PEFT_TYPE:
         from wegeft_cli.models.base import find_base_folder
         from wegeft_cli.workflows.adapters import load_adapter
@@ -239,7 +251,14 @@ def _find_target(target: str | Path | None) -> str | Path:
     if target is None:
         return find_run(None)
     if Path(target).suffix in (".yaml", ".yml"):
-        return load_recipe(target, need_data=False).recipe.output_dir
+        run_dir = load_recipe(target, need_data=False).recipe.output_dir
+        if not Path(run_dir).exists():
+            raise UserError(
+                f"this recipe has no run yet: there is no {run_dir!r}",
+                file=str(target),
+                hint=f"train first: wegeft train {target}",
+            )
+        return run_dir
     return target
 
 
@@ -251,6 +270,29 @@ def _find_recipe(path: str | Path | None) -> Recipe | None:
         if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
             return load_recipe(folder / "recipe.yaml", need_data=False).recipe
     return None
+
+
+def _check_output(output: Path) -> None:
+    """Find out before the work begins that --output cannot be written or would replace a file."""
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    if output.is_dir() or not place.is_dir():
+        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
+        raise UserError(
+            what, file=str(output), key="--output", hint="give a file such as scores.json"
+        )
+    if not output.exists():
+        return
+    with disk_errors(output, "read"):
+        text = output.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith(_RESULT_START):
+        raise UserError(
+            "this file is no earlier result, and nothing else is overwritten",
+            file=str(output),
+            key="--output",
+            hint="give another name",
+        )
 
 
 def _read_provenance(folder: Path) -> str | None:
@@ -351,5 +393,4 @@ def _write_samples(
         for score in group
         for sample in score.samples
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, "".join(line + "\n" for line in lines))

@@ -30,10 +30,15 @@ from wegeft_cli.generators.equations import Side
 from wegeft_cli.generators.fold import FOLD_ROWS, fold_generators, merge_stored
 from wegeft_cli.generators.inject import remove_generators
 from wegeft_cli.generators.targets import Rows
-from wegeft_cli.models.base import fetch_base_folder, load_model, load_tokenizer
+from wegeft_cli.models.base import (
+    fetch_base_folder,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
-from wegeft_cli.workflows.adapters import check_base, load_adapter, read_adapter
+from wegeft_cli.workflows.adapters import check_base, load_adapter, read_adapter, tell_base
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_run
 
@@ -105,12 +110,20 @@ def merge(
         revision = None
     if kind != PEFT_TYPE:
         reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
-        num_tensors, num_folded = _merge_by_peft(name_or_path, revision, adapter_dir, output, dtype)
+        with tell_base(base, adapter_dir):
+            num_tensors, num_folded = _merge_by_peft(
+                name_or_path, revision, adapter_dir, output, dtype
+            )
     else:
         files = read_adapter(adapter_dir)
-        base_dir = fetch_base_folder(name_or_path, revision)
+        with tell_base(base, adapter_dir):
+            base_dir = fetch_base_folder(name_or_path, revision)
+            stored = list_tensors(base_dir)
+            if not stored:
+                raise UserError(
+                    f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
+                )
         check_base(files.manifest, base_dir, adapter_dir)
-        stored = list_tensors(base_dir)
         if all(f"{name}.weight" in stored for name in files.manifest.modules):
             with reporter.progress("merging", 100) as advance:
                 report = merge_stream(
@@ -240,7 +253,7 @@ def _write_model(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(name_or_path, revision=revision)
-    with atomic_folder(output) as temporary:
+    with atomic_folder(output) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
         return len(list_tensors(temporary))

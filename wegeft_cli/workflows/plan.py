@@ -17,7 +17,13 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import load_tokenizer
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.workflows.prepare import GroupPlan, build_skeleton, build_step_plan, plan_groups
+from wegeft_cli.workflows.prepare import (
+    GroupPlan,
+    build_skeleton,
+    build_step_plan,
+    plan_groups,
+    tell_places,
+)
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 
 _GIB = 2**30
@@ -74,9 +80,14 @@ def plan(
     """
     reporter = reporter or SilentReporter()
     loaded = load_recipe(recipe_path, overrides)
-    recipe = loaded.recipe
     for note in loaded.notes:
         reporter.note(note)
+    with tell_places(loaded):
+        return _plan(loaded)
+
+
+def _plan(loaded: LoadedRecipe) -> Plan:
+    recipe = loaded.recipe
     config, skeleton = build_skeleton(recipe.model)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     dtype = _find_dtype(recipe, skeleton)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
 from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
+from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
 
 
@@ -33,6 +36,35 @@ class GroupPlan:
     num_layers: int
     width: int | None
     num_parameters: int
+
+
+@contextmanager
+def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
+    """Say of a fault that names a key alone where in the recipe that key was set.
+
+    Args:
+        loaded: The recipe, which knows the places.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: The fault, with its place.
+        ExceptionGroup: If there are several.
+    """
+
+    def place(error: Exception) -> None:
+        if isinstance(error, ExceptionGroup):
+            for each in error.exceptions:
+                place(each)
+        elif isinstance(error, UserError) and error.file is None and error.key is not None:
+            error.file = loaded.find_place(error.key)
+
+    try:
+        yield
+    except (UserError, ExceptionGroup) as error:
+        place(error)
+        raise
 
 
 def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:

@@ -17,6 +17,7 @@ from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
 from wegeft_cli.errors import UserError
 from wegeft_cli.version import VERSION
 
+_RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
 
@@ -34,14 +35,17 @@ class RunFolder:
         self._values: dict[str, Any] = {}
 
     def check_unused(self) -> None:
-        """Refuse a folder that already holds a run.
+        """Refuse a folder that already holds a run, or a recipe that the run's own would replace.
+
+        What a run left that failed before its first checkpoint holds nothing to lose.
 
         Raises:
             UserError: If it does; the message says how the run can go on.
         """
-        status = self.read_status()
-        if status is None and not self.adapter_dir.exists():
+        self._check_place()
+        if not self._holds_work():
             return
+        status = self.read_status()
         finished = status == "finished"
         raise UserError(
             f"this folder already holds a run (status: {status or 'unknown'})",
@@ -50,6 +54,40 @@ class RunFolder:
             hint="choose another one, such as output_dir=runs/second"
             + ("" if finished else ", or go on with --resume auto"),
         )
+
+    def _check_place(self) -> None:
+        """Refuse a path that leads through a file, and a folder with somebody's own recipe.yaml."""
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(
+                f"{str(place)!r} is a file, where the run's folder should go",
+                key="output_dir",
+                hint="choose another one",
+            )
+        path = self.path / "recipe.yaml"
+        if path.exists():
+            with disk_errors(path, "read"):
+                text = path.read_text(encoding="utf-8", errors="replace")
+            if not text.startswith(_RESOLVED):
+                raise UserError(
+                    "this recipe.yaml is not a run's own, and the run would replace it",
+                    file=str(path),
+                    key="output_dir",
+                    hint="choose another one, such as output_dir=runs/first",
+                )
+
+    def _holds_work(self) -> bool:
+        with disk_errors(self.path, "read"):
+            if self.adapter_dir.exists():
+                return True
+            metrics, run = self.path / "metrics.jsonl", self.path / "run.json"
+            if metrics.exists() and metrics.stat().st_size:
+                return True
+            if self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir()):
+                return True
+            return run.exists() and self.read_status() not in ("failed", "interrupted", "running")
 
     def read_status(self) -> str | None:
         """Give the status in run.json; None where there is no readable one."""

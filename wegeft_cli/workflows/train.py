@@ -46,6 +46,7 @@ from wegeft_cli.workflows.prepare import (
     count_steps,
     find_run_dir,
     plan_groups,
+    tell_places,
 )
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.resume import check_same_recipe
@@ -113,15 +114,32 @@ def train(
     """
     reporter = reporter or SilentReporter()
     loaded = load_recipe(recipe_path, overrides)
-    recipe = loaded.recipe
     for note in loaded.notes:
         reporter.note(note)
+    with tell_places(loaded):
+        return _train(loaded, resume, dry_run, should_stop, reporter)
+
+
+def _train(
+    loaded: LoadedRecipe,
+    resume: str | None,
+    dry_run: bool,
+    should_stop: Callable[[], bool],
+    reporter: Reporter,
+) -> TrainResult:
+    recipe = loaded.recipe
     accelerator = Accelerator()
     folder = RunFolder(find_run_dir(recipe))
     if resume is None:
         folder.check_unused()
     else:
         check_same_recipe(folder.path / "recipe.yaml", _with_found_paths(loaded))
+    given = None
+    if resume not in (None, "auto"):
+        given = load_checkpoint(Path(resume))
+        # <run>/checkpoints/step-00000100: the checkpoint of another run brings that run's recipe.
+        own_recipe = Path(resume).resolve().parent.parent / "recipe.yaml"
+        check_same_recipe(own_recipe, _with_found_paths(loaded))
     tokenizer, data, groups = _prepare(loaded, reporter)
     plan = build_step_plan(recipe, len(data.train), accelerator.num_processes)
     trainable = sum(group.num_parameters for group in groups)
@@ -129,11 +147,18 @@ def train(
         return TrainResult(folder.path, None, "checked", plan.num_steps, None, trainable)
     check_free_space(folder.path, 3 * _CHECKPOINT_BYTES * trainable, "the run's checkpoints")
 
-    with _alone_in(folder, accelerator), _told_in_run_json(folder, accelerator):
-        checkpoint = _find_checkpoint(folder, resume, reporter) if resume else None
+    # Until a run is under way, a fault must leave the run.json of an earlier one as it is.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone_in(folder, accelerator))
+        checkpoint = given
+        if resume == "auto":
+            checkpoint = _find_checkpoint(folder, reporter)
+        if checkpoint is None and folder.adapter_dir.exists():
+            folder.check_unused()  # its checkpoints are gone, its adapter stays
         if checkpoint is not None and folder.adapter_dir.exists():
             return _tell_finished(folder, checkpoint, trainable, reporter)
         fingerprint = _fingerprint_base(recipe, folder, resuming=checkpoint is not None)
+        stack.enter_context(_told_in_run_json(folder, accelerator))
         if accelerator.is_main_process:
             folder.write_recipe(recipe_to_yaml(_with_found_paths(loaded)))
             folder.start_metrics(checkpoint.step if checkpoint else 0)
@@ -444,9 +469,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _find_checkpoint(folder: RunFolder, resume: str, reporter: Reporter) -> Checkpoint | None:
-    if resume != "auto":
-        return load_checkpoint(Path(resume))
+def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:
     checkpoint, notes = find_newest_checkpoint(folder.checkpoints_dir)
     for note in notes:
         reporter.warn(note)

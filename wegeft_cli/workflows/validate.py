@@ -95,8 +95,7 @@ def _check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
 
 
 def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
-    place = loaded.places.get(key, str(loaded.path))
-    return UserError(fault.message, file=place, key=key, hint=fault.hint)
+    return UserError(fault.message, file=loaded.find_place(key), key=key, hint=fault.hint)
 
 
 def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:

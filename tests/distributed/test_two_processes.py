@@ -1,0 +1,103 @@
+"""Two processes over gloo are one process on the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+# Both sum the same float32 gradients, once by autograd in one process, once by a collective of two
+# sums; each of the few steps rounds at 6e-8, and AdamW's division by the root of the second moment
+# carries that into the factors.
+SAME_SUMS = 1e-5
+TIMEOUT_SECONDS = 240
+
+
+def launch(recipe, num_processes, *overrides):
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(num_processes)]
+    command += ["-m", "wegeft_cli", "train", str(recipe), "--json", *overrides]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def read_lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+SETTINGS = {
+    "rows over": {},
+    # Three rows by two processes: at the epoch's end one of them holds no row.
+    "an idle process": {"data": {"train": None}, "train": {"gradient_accumulation_steps": 2}},
+    "fp16": {"train": {"mixed_precision": "fp16"}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_equal_one(write_recipe, unequal_rows, name):
+    settings = {key: dict(value) for key, value in SETTINGS[name].items()}
+    settings.pop("data", None)
+    rows = unequal_rows[:9] if name == "an idle process" else unequal_rows
+    train = {"optim": "adamw_torch", "learning_rate": 0.003, **settings.pop("train", {})}
+    shared = {"rows": rows, "data": {"validation_fraction": 0.2}, **settings}
+    one = write_recipe("one", train={**train, "per_device_train_batch_size": 4}, **shared)
+    two = write_recipe("two", train={**train, "per_device_train_batch_size": 2}, **shared)
+    done = [launch(one, 1), launch(two, 2)]
+    for process in done:
+        assert process.returncode == 0, process.stderr
+    # Only the first process prints, and only it writes.
+    told = [json.loads(process.stdout) for process in done]
+    runs = [one.parent / "runs" / name for name in ("one", "two")]
+    assert told[0]["num_steps"] == told[1]["num_steps"]
+    lines = [read_lines(run) for run in runs]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for a, b in zip(*lines, strict=True):
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if key in a:
+                assert a[key] == pytest.approx(
+                    b[key], rel=100 * SAME_SUMS if name == "fp16" else SAME_SUMS
+                )
+        for key in ("epoch", "learning_rate", "num_tokens"):
+            assert a.get(key) == b.get(key)
+    factors = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
+    assert factors[0].keys() == factors[1].keys()
+    for key, tensor in factors[0].items():
+        limit = SAME_SUMS if name != "fp16" else 1e-2  # a product of 16 bits rounds by its shape
+        assert (factors[1][key] - tensor).abs().max() < limit * tensor.abs().max(), key
+    assert json.loads((runs[1] / "run.json").read_text())["num_processes"] == 2
+    names = [
+        sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
+        for run in runs
+    ]
+    assert names[0] == names[1]
+
+
+def test_a_fault_is_told_once(write_recipe):
+    recipe = write_recipe(adapter={"target_modules": ["q_prj"]})
+    done = launch(recipe, 2)
+    assert done.returncode != 0
+    assert done.stderr.count("matches no linear layer") == 1
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_finished_folder_is_refused_by_two(write_recipe):
+    recipe = write_recipe(train={"max_steps": 2, "per_device_train_batch_size": 2})
+    assert launch(recipe, 2).returncode == 0
+    run_dir = recipe.parent / "runs" / "tiny"
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    done = launch(recipe, 2)
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run") == 1
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before

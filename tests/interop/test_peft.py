@@ -1,0 +1,160 @@
+"""PEFT's methods as baselines, and stock PEFT reading what a WeGeFT adapter amounts to."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.generators.equations import lora_twin
+from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.interop.peft import inject_peft, load_peft, merge_peft, save_peft
+
+FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+# Two float32 layers by another road: 2.8e-7 was measured on a base of small weights.
+FLOAT32 = 1e-5
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(4, 300, (2, 11), generator=torch.Generator().manual_seed(2))
+
+
+def write_twin(model, folder, base_dir):
+    """The LoRA twin as stock PEFT wants it: a clone of A per layer, scaling 1, nothing else."""
+    adapter = model.wegeft["default"]
+    tensors = {}
+    for group, targets in adapter.groups.items():
+        for target in targets:
+            weight = model.get_submodule(target.name).weight.detach()
+            generator = adapter[group]
+            a, b = lora_twin(
+                weight,
+                generator.phi.detach(),
+                generator.psi.detach(),
+                generator.scale,
+                adapter.settings.side,
+            )
+            stem = f"base_model.model.{target.name}"
+            tensors[f"{stem}.lora_A.weight"] = a.contiguous()
+            tensors[f"{stem}.lora_B.weight"] = b.contiguous()
+    rank = adapter.settings.rank
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_dir),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": FIVE,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("share", ["module_type", "input_dim", "none"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_lora_twin_in_stock_peft_gives_the_same_logits(llama_dir, ids, tmp_path, side, share):
+    model = load(llama_dir)
+    generators = inject_generators(
+        model, rank=4, alpha=6.0, target_modules=FIVE, side=side, share=share
+    )
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in generators.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    write_twin(model, tmp_path / "twin", llama_dir)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by names that are on their way out.
+        warnings.simplefilter("ignore", FutureWarning)
+        twin = PeftModel.from_pretrained(load(llama_dir), str(tmp_path / "twin")).eval()
+    logits = model(ids).logits
+    assert (twin(ids).logits - logits).abs().max() < FLOAT32 * logits.abs().max()
+    assert (logits - load(llama_dir)(ids).logits).abs().max() > 1e-2 * logits.abs().max()
+
+
+METHODS = {
+    "lora": {},
+    "dora": {},
+    "rslora": {},
+    "pissa": {},
+    "ia3": {"feedforward_modules": ["down_proj"]},
+    "vera": {},
+    "lokr": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
+    targets = ["v_proj", "down_proj"] if method != "vera" else ["q_proj"]
+    torch.manual_seed(0)
+    model = inject_peft(
+        load(llama_dir),
+        method,
+        rank=2,
+        alpha=None,
+        target_modules=targets,
+        options=METHODS[method],
+    )
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert learning
+    with torch.no_grad():
+        for parameter in learning:
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.eval()
+    save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(llama_dir)
+    again = load_peft(load(llama_dir), tmp_path)
+    logits = model(ids).logits
+    assert torch.equal(again(ids).logits, logits)
+    merged, num_folded = merge_peft(again)
+    assert num_folded == len(targets) * 2
+    assert (merged(ids).logits - logits).abs().max() < FLOAT32 * logits.abs().max()
+    assert (logits - load(llama_dir)(ids).logits).abs().max() > 1e-3 * logits.abs().max()
+
+
+def test_rank_alpha_and_options_reach_the_method(llama_dir):
+    def config_of(name, **settings):
+        given = {"rank": 3, "alpha": None, "target_modules": ["q_proj"], "options": {}, **settings}
+        return inject_peft(load(llama_dir), name, **given).peft_config["default"]
+
+    assert (config_of("lora").r, config_of("lora").lora_alpha) == (3, 6)
+    assert config_of("lora", alpha=5).lora_alpha == 5
+    assert config_of("lora", options={"lora_dropout": 0.5}).lora_dropout == 0.5
+    assert config_of("dora").use_dora is True
+    assert config_of("rslora").use_rslora is True
+    everything = config_of("lora", target_modules="all-linear").target_modules
+    assert {name.rpartition(".")[2] for name in everything} >= {"q_proj", "up_proj"}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"name": "lorra"}, "adapter.type"),
+        ({"options": {"lora_drop": 0.5}}, "adapter.peft.lora_drop"),
+        ({"target_modules": ["q_prj"]}, "adapter.target_modules"),
+    ],
+)
+def test_what_peft_does_not_know_is_the_users_to_mend(llama_dir, change, key):
+    given = {"name": "lora", "rank": 2, "alpha": None, "target_modules": ["q_proj"], "options": {}}
+    with pytest.raises(UserError) as caught:
+        inject_peft(load(llama_dir), **{**given, **change})
+    assert caught.value.key == key
+
+
+def test_a_folder_that_peft_cannot_read_is_told(llama_dir, tmp_path):
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        load_peft(load(llama_dir), tmp_path)
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOPE"}')
+    with pytest.raises(UserError, match="PEFT cannot load"):
+        load_peft(load(llama_dir), tmp_path)

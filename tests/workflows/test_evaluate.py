@@ -1,0 +1,186 @@
+"""A model, or given outputs, become scores; what is left out comes from the run's recipe."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from wegeft_cli.cli.app import app
+from wegeft_cli.errors import UserError
+from wegeft_cli.workflows.evaluate import evaluate, list_tasks
+from wegeft_cli.workflows.merge import merge
+from wegeft_cli.workflows.train import train
+
+# recipes.md, section 2, and what a number must tell of itself to be trusted.
+RESULT = {
+    "task", "protocol", "score", "num_correct", "n", "n_invalid", "template_hash", "data_sha256",
+    "generation",
+}  # fmt: skip
+SAMPLE = {"index", "output", "prompt", "prediction", "answer", "correct", "valid"}
+SHORT = {"tasks": ["boolq"], "max_new_tokens": 6, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, write_recipe_in, adapters_rows, data_dir):
+    """A working folder whose runs/tiny has learned to answer `true` to everything."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = write_recipe_in(
+        folder,
+        rows=adapters_rows * 2,
+        adapter={"r": 8, "target_modules": "all-linear"},
+        data={"max_length": 200, "template": "commonsense"},
+        train={"max_steps": 40, "learning_rate": 0.05, "max_grad_norm": 0.0},
+        eval={"tasks": ["boolq"], "limit": 5, "data_dir": str(data_dir), "max_new_tokens": 6},
+    )
+    merge(train(recipe).run_dir)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize(
+    "target", ["runs/tiny", "runs/tiny/adapter", "runs/tiny/merged", "tiny.yaml", None]
+)
+def test_every_kind_of_target_gives_the_same_answers(target, llama_dir):
+    """Adapter and merged model differ in last bits; trained this far, no answer hangs on them."""
+    result = evaluate(target)
+    outputs = [line["output"] for line in read_lines(result["samples_path"])]
+    assert outputs == ["the correct answer is true"] * 5
+    (row,) = result["results"]
+    assert (row["score"], row["num_correct"], row["n"], row["n_invalid"]) == (0.6, 3, 5, 0)
+    if target is None:
+        assert result["target"] == "runs/tiny"
+
+
+def test_defaults_are_the_recipes_and_the_caller_wins(here, data_dir):
+    (row,) = evaluate("runs/tiny")["results"]
+    assert (row["task"], row["protocol"], row["n"]) == ("boolq", "wegeft", 5)
+    assert row["generation"]["max_new_tokens"] == 6
+    (row,) = evaluate("runs/tiny", protocol="gift", limit=2, max_new_tokens=3)["results"]
+    assert (row["protocol"], row["n"], row["generation"]["max_new_tokens"]) == ("gift", 2, 3)
+    (row,) = evaluate("runs/tiny", batch_size=1)["results"]
+    assert row["generation"]["batch_size"] == 1
+
+
+@pytest.mark.parametrize("target", ["runs/tiny", "runs/tiny/merged"])
+def test_compare_base_is_the_base_evaluated_alone(target, llama_dir, data_dir):
+    both = evaluate(target, compare_base=True)
+    alone = evaluate(llama_dir, data_dir=data_dir, limit=5, **{**SHORT, "batch_size": 16})
+    assert both["base_results"] == alone["results"]
+    assert both["results"][0]["score"] > both["base_results"][0]["score"]
+    lines = read_lines(both["samples_path"])
+    base = [line["output"] for line in lines if line["model"] == "base"]
+    assert base == [line["output"] for line in read_lines(alone["samples_path"])]
+    # The base was asked first, and the adapter works afterwards as it did before.
+    assert both["results"] == evaluate(target)["results"]
+
+
+def test_compare_base_needs_to_know_the_base(llama_dir, data_dir):
+    with pytest.raises(UserError, match="nothing tells which base") as caught:
+        evaluate(llama_dir, data_dir=data_dir, compare_base=True, limit=1, **SHORT)
+    assert caught.value.hint == "name it with --base"
+
+
+def test_another_base_is_refused(build_llama_dir):
+    with pytest.raises(UserError, match="not the one that this adapter was trained on"):
+        evaluate("runs/tiny", base=str(build_llama_dir(seed=1)))
+
+
+def test_a_lora_run_is_scored_beside_its_base(write_recipe, data_dir, llama_dir):
+    run_dir = train(write_recipe("lora", adapter={"type": "lora"})).run_dir
+    both = evaluate(run_dir, data_dir=data_dir, limit=2, compare_base=True, **SHORT)
+    alone = evaluate(llama_dir, data_dir=data_dir, limit=2, **SHORT)
+    assert both["base_results"] == alone["results"]
+
+
+def test_the_object_holds_the_names_of_the_contract(here, tmp_path):
+    output = tmp_path / "told.json"
+    result = evaluate("runs/tiny", output=output)
+    assert json.loads(output.read_text()) == result
+    assert result["results"][0].keys() >= RESULT
+    assert result["samples_path"] == str(tmp_path / "told-samples.jsonl")
+    assert "base_results" not in result
+    assert "torch" in result["versions"]
+    lines = read_lines(result["samples_path"])
+    assert len(lines) == 5
+    for index, line in enumerate(lines):
+        assert line.keys() >= SAMPLE
+        assert (line["index"], line["model"]) == (index, "target")
+        assert line["correct"] is (line["prediction"] == line["answer"])
+    assert sum(line["correct"] for line in lines) == result["results"][0]["num_correct"]
+
+
+def test_given_samples_are_scored_without_a_model(tmp_path, data_dir, monkeypatch):
+    """Those of a run give the run's score; the working folder needs no run then."""
+    run = evaluate("runs/tiny")
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(
+        "".join(
+            json.dumps({"index": line["index"], "output": line["output"]}) + "\n"
+            for line in reversed(read_lines(run["samples_path"]))
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    given = evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir, limit=5)
+    row, expected = given["results"][0], run["results"][0]
+    assert {k: v for k, v in row.items() if k != "generation"} == {
+        k: v for k, v in expected.items() if k != "generation"
+    }
+    assert row["generation"] is None
+    assert given["samples_path"] == str(samples)
+    with pytest.raises(UserError, match="no sample for 1 of 6 rows"):
+        evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir)
+    with pytest.raises(UserError, match="got 2 tasks"):
+        (data_dir / "piqa").mkdir(exist_ok=True)
+        rows = [{"instruction": "?", "answer": "solution1"}]
+        (data_dir / "piqa" / "test.json").write_text(json.dumps(rows))
+        evaluate(samples=samples, tasks=["boolq", "piqa"], data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ["bolq"]}, "no task is called"),
+        ({"protocol": "gft"}, "gft"),
+        ({"target": "runs/nothing/at/all"}, "no folder"),
+        ({"target": "runs"}, "neither adapter_config.json"),
+        ({"tasks": ["siqa"]}, "no test set"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(arguments, message, data_dir):
+    given = {"target": "runs/tiny", "data_dir": data_dir, "tasks": ["boolq"], **arguments}
+    with pytest.raises(UserError, match=message):
+        evaluate(**given)
+
+
+def test_no_task_and_no_run_are_told(tmp_path, monkeypatch, llama_dir):
+    with pytest.raises(UserError, match="no task is named"):
+        evaluate(llama_dir)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished run"):
+        evaluate(tasks=["boolq"])
+
+
+def test_the_listing_names_every_task():
+    listing = list_tasks()
+    assert {row["name"] for row in listing["tasks"]} >= {
+        "gsm8k", "svamp", "aqua", "mawps", "boolq", "piqa", "siqa", "hellaswag", "winogrande",
+        "arc_easy", "arc_challenge", "openbookqa",
+    }  # fmt: skip
+    assert {row["name"] for row in listing["protocols"]} >= {"wegeft", "gift"}
+
+
+def test_the_command_prints_one_object(here):
+    done = CliRunner().invoke(app, ["eval", "--json"])
+    assert done.exit_code == 0
+    told = json.loads(done.stdout)
+    assert told["results"] == evaluate("runs/tiny")["results"]

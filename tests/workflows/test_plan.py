@@ -1,0 +1,175 @@
+"""What a recipe will cost, from config.json alone; the published counts, exactly."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from wegeft_cli.cli.app import app
+from wegeft_cli.errors import UserError
+from wegeft_cli.workflows.plan import plan
+from wegeft_cli.workflows.train import train
+
+FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA2_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float16",
+}
+LLAMA3_8B = {
+    **LLAMA2_7B,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+ROBERTA_BASE = {
+    "model_type": "roberta",
+    "architectures": ["RobertaForCausalLM"],
+    "is_decoder": True,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 50265,
+    "max_position_embeddings": 514,
+}
+# The paper's tables; of all parameters, where it tells the share, in percent to three digits.
+PUBLISHED = [
+    (LLAMA2_7B, {"r": 64, "target_modules": FIVE}, 3_506_176, 0.052),
+    (LLAMA3_8B, {"r": 64, "target_modules": FIVE}, 3_932_160, 0.049),
+    (LLAMA2_7B, {"r": 64, "target_modules": SEVEN}, 4_554_752, 0.068),
+    (LLAMA2_7B, {"r": 64, "target_modules": ["q_proj", "v_proj"]}, 1_048_576, 0.016),
+    (LLAMA2_7B, {"r": 64, "target_modules": FIVE, "share": "none"}, 112_197_632, None),
+    (LLAMA2_7B, {"type": "lora", "r": 16, "target_modules": FIVE}, 28_049_408, 0.416),
+    (ROBERTA_BASE, {"r": 32, "target_modules": ["query", "value"]}, 98_304, None),
+]
+NUM_PARAMETERS = {4096: 6_738_415_616, 8192: 8_030_261_248}
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(config):
+        folder = tmp_path / "config-only"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return write
+
+
+@pytest.mark.parametrize(("config", "adapter", "count", "percent"), PUBLISHED)
+def test_published_counts(write_recipe, write_config, config, adapter, count, percent):
+    recipe = write_recipe(model={"name_or_path": write_config(config)}, adapter=adapter)
+    result = plan(recipe)
+    assert result.trainable_parameters == count
+    assert sum(group.num_parameters for group in result.groups) == count
+    if percent is not None:
+        assert result.base_parameters == NUM_PARAMETERS[config["max_position_embeddings"]]
+        assert round(100 * count / result.base_parameters, 3) == percent
+    # There is no tokenizer: what hangs on it is open, and the reason is told.
+    assert result.num_steps is None
+    assert result.num_rows is None
+    assert "tokenizer" in result.unknown[0]
+
+
+def test_groups_of_the_published_setting(write_recipe, write_config):
+    adapter = {"r": 64, "target_modules": FIVE}
+    recipe = write_recipe(model={"name_or_path": write_config(LLAMA2_7B)}, adapter=adapter)
+    result = plan(recipe)
+    told = result.to_json()
+    assert told["groups"] == {
+        **dict.fromkeys(["q_proj", "k_proj", "v_proj", "up_proj"], 2 * 64 * 4096),
+        "down_proj": 2 * 64 * 11008,
+    }
+    assert {group.num_layers for group in result.groups} == {32}
+    assert json.loads(json.dumps(told)) == told
+    assert told.keys() >= {"trainable_parameters", "base_parameters", "num_steps", "memory_gib"}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"target_modules": "all-linear", "share": "input_dim", "side": "output"},
+        {"groups": {"a": ["q_proj", "v_proj"]}, "target_modules": ["q_proj", "v_proj"]},
+        {"type": "lora"},
+        {"type": "dora"},
+        {"type": "ia3", "peft": {"feedforward_modules": ["down_proj"]}},
+    ],
+    ids=str,
+)
+def test_counts_are_those_that_train_reports(write_recipe, adapter, read_run):
+    recipe = write_recipe(adapter=adapter, train={"max_steps": 1})
+    planned, trained = plan(recipe), train(recipe)
+    assert planned.trainable_parameters == trained.trainable_parameters
+    assert planned.num_steps == trained.num_steps == 1
+    assert planned.num_rows == read_run(trained.run_dir)["data"]["num_rows"]
+    checkpoint = trained.run_dir / "checkpoints" / "step-00000001" / "parameters.safetensors"
+    from safetensors.torch import load_file
+
+    learned = sum(tensor.numel() for tensor in load_file(checkpoint).values())
+    assert learned == trained.trainable_parameters
+
+
+def test_steps_follow_the_recipe(write_recipe):
+    assert plan(write_recipe()).num_steps == 6  # ten rows by four, two epochs
+    assert plan(write_recipe(), ["train.gradient_accumulation_steps=2"]).num_steps == 4
+    assert plan(write_recipe(), ["train.max_steps=9"]).num_steps == 9
+
+
+def test_memory_adds_up_and_follows_its_causes(write_recipe, write_config):
+    recipe = write_recipe(
+        model={"name_or_path": write_config(LLAMA2_7B)},
+        adapter={"r": 64, "target_modules": FIVE},
+    )
+
+    def memory(*overrides):
+        return plan(recipe, overrides).memory_gib
+
+    usual = memory()
+    parts = [value for name, value in usual.items() if name != "total"]
+    assert usual["total"] == pytest.approx(sum(parts))
+    assert min(parts) > 0
+    gib = 2**30
+    assert usual["base_weights"] == 2 * 6_738_415_616 / gib  # float16, as the config says
+    assert usual["factors"] == 4 * 3_506_176 / gib
+    assert memory("model.dtype=float32")["base_weights"] == 2 * usual["base_weights"]
+    assert memory("train.optim=sgd")["optimizer"] < usual["optimizer"]
+    longer = memory("data.max_length=128")  # twice 64
+    assert longer["activations"] == pytest.approx(2 * usual["activations"])
+    assert longer["logits"] == pytest.approx(2 * usual["logits"])
+    wider = memory("train.per_device_train_batch_size=8")  # twice 4
+    assert wider["activations"] == pytest.approx(2 * usual["activations"])
+    spared = memory("train.gradient_checkpointing=true")
+    assert spared["activations"] < 0.2 * usual["activations"]
+
+
+def test_bad_data_leaves_the_figures_open_but_a_bad_target_does_not(write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "tiny.jsonl").write_text("not json\n")
+    result = plan(recipe)
+    assert result.num_steps is None
+    assert "tiny.jsonl" in result.unknown[0]
+    assert plan(recipe, ["train.max_steps=5"]).num_steps == 5
+    with pytest.raises(UserError, match="matches no linear"):
+        plan(recipe, ["adapter.target_modules=[q_prj]"])
+
+
+def test_the_command_prints_one_object(write_recipe):
+    recipe = write_recipe()
+    done = CliRunner().invoke(app, ["plan", str(recipe), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == plan(recipe).to_json()
+    shown = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert shown.exit_code == 0
+    assert "896" in shown.stdout

@@ -1,0 +1,223 @@
+"""No key is accepted that nothing reads: each one that train reads changes what can be seen."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from wegeft_cli.recipe.schema import DataSource, Recipe
+from wegeft_cli.workflows.train import train
+
+VALIDATED: dict[str, Any] = {"data": {"validation_fraction": 0.4}}
+LORA: dict[str, Any] = {"adapter": {"type": "lora"}}
+
+# Where a changed key must show: a field of `observe`.
+FACTORS, SHAPES, GROUPS, SIDE = "factors", "shapes", "groups", "side"
+DATA, METRICS, LINES, EVALS, SAVED = "data", "metrics", "lines", "evals", "saved"
+STEPS, CALLS, FOLDER = "num_steps", "layer calls", "folder"
+
+CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
+    ("seed=8", FACTORS),
+    ("output_dir={dir}/elsewhere", FOLDER),
+    ("model.name_or_path={other}", FACTORS),
+    ("model.dtype=bfloat16", FACTORS),
+    ("model.attn_implementation=eager", FACTORS),
+    ("adapter.type=lora", GROUPS),
+    ("adapter.r=2", SHAPES),
+    ("adapter.alpha=3", FACTORS),
+    ("adapter.target_modules=[q_proj]", GROUPS),
+    ("adapter.target_modules='.*layers[.]0[.].*(q|k)_proj'", GROUPS),
+    ("adapter.target_modules=all-linear", FACTORS, {"adapter": {"share": "input_dim"}}),
+    ("adapter.share=none", GROUPS),
+    ("adapter.share=input_dim", GROUPS),
+    ("adapter.groups={{both: [q_proj, v_proj], last: [down_proj]}}", GROUPS),
+    ("adapter.side=output", SIDE),
+    ("adapter.dropout=0.3", FACTORS),
+    ("adapter.init=psi_zero", FACTORS),
+    ("adapter.view=weight", FACTORS),
+    ("adapter.peft={{lora_dropout: 0.5}}", FACTORS, LORA),
+    ("adapter.peft={{use_rslora: true}}", FACTORS, LORA),
+    ("adapter.r=2", SHAPES, LORA),
+    ("adapter.alpha=3", FACTORS, LORA),
+    ("data.train[0].path={rows}", DATA),
+    ("data.train[0].split=test", DATA, {"data": {"train": [{"path": "{folder}"}]}}),
+    ("data.train[0].format=text", DATA),
+    ("data.train[0].columns={{completion: text}}", FACTORS),
+    ("data.train[0].limit=5", DATA),
+    ("data.validation=[{{path: {rows}}}]", EVALS),
+    ("data.validation_fraction=0.2", EVALS),
+    ("data.template=question_answer", DATA),
+    ("data.loss_on=all", DATA),
+    ("data.max_length=9", DATA),
+    ("data.shuffle=false", FACTORS),
+    ("train.per_device_train_batch_size=2", STEPS),
+    ("train.per_device_eval_batch_size=1", CALLS, VALIDATED),
+    ("train.gradient_accumulation_steps=2", STEPS),
+    ("train.num_train_epochs=2", STEPS),
+    ("train.max_steps=4", STEPS),
+    ("train.learning_rate=0.02", METRICS),
+    ("train.lr_scheduler_type=cosine", METRICS),
+    ("train.lr_scheduler_type=constant", METRICS),
+    ("train.lr_scheduler_type=constant_with_warmup", METRICS),
+    ("train.warmup_ratio=0.5", METRICS),
+    ("train.warmup_steps=2", METRICS),
+    ("train.weight_decay=0.5", FACTORS),
+    ("train.max_grad_norm=0.01", FACTORS, {"train": {"optim": "sgd"}}),
+    ("train.max_grad_norm=0", FACTORS, {"train": {"optim": "sgd"}}),
+    ("train.optim=sgd", FACTORS),
+    ("train.optim=adagrad", FACTORS),
+    ("train.optim=rmsprop", FACTORS),
+    ("train.adam_beta1=0.5", FACTORS),
+    ("train.adam_beta2=0.9", FACTORS),
+    ("train.adam_epsilon=0.1", FACTORS),
+    ("train.mixed_precision=bf16", FACTORS),
+    ("train.mixed_precision=fp16", FACTORS),
+    ("train.gradient_checkpointing=true", CALLS),
+    ("train.gradient_checkpointing=true", CALLS, LORA),
+    ("train.eval_steps=1", EVALS, VALIDATED),
+    ("train.save_steps=2", SAVED),
+    ("train.save_total_limit=1", SAVED, {"train": {"save_steps": 1}}),
+    ("train.logging_steps=2", LINES),
+    (
+        "train.early_stopping_patience=1",
+        STEPS,
+        {**VALIDATED, "train": {"eval_steps": 1, "learning_rate": 1e-30, "num_train_epochs": 2}},
+    ),
+]
+
+# Keys that train does not read, or of which one value alone is accepted, with the reason.
+NOT_HERE = {
+    "task": "one value in this version",
+    "model.revision": "a hub's; a folder has none",
+    "model.load_in_4bit": "refused in this version",
+    "model.load_in_8bit": "refused in this version",
+    "model.trust_remote_code": "tests/models holds that it is off",
+    "adapter.modules_to_save": "refused in this version",
+    "data.train[].name": "a hub data set's",
+    "data.train[].weight": "refused in this version",
+    "data.packing": "one value in this version",
+    "train.metric_for_best_model": "one value in this version",
+    "train.strategy": "one value in this version",
+    "train.compile": "refused in this version",
+    "logging.report_to": "one value in this version",
+    **dict.fromkeys(
+        (f"eval.{field.name}" for field in fields(Recipe().eval)), "read by eval: test_evaluate"
+    ),
+}
+
+
+def list_keys(section: Any, prefix: str = "") -> Iterator[str]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        key = f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from list_keys(value, f"{key}.")
+        elif key == "data.train":
+            yield from (f"data.train[].{part.name}" for part in fields(DataSource()))
+        else:
+            yield key
+
+
+def test_every_key_of_the_schema_is_tried_or_excused():
+    tried = {re.sub(r"\[\d+\]", "[]", case[0].partition("=")[0]) for case in CASES}
+    assert tried | NOT_HERE.keys() == set(list_keys(Recipe()))
+    assert not tried & NOT_HERE.keys()
+
+
+def observe(recipe, overrides=()) -> dict[str, Any]:
+    """Train, and gather all that can be seen of it from outside."""
+    calls = 0
+
+    def count(module, args):
+        nonlocal calls
+        calls += isinstance(module, LlamaMLP)
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        result = train(recipe, overrides)
+    finally:
+        handle.remove()
+    run_dir = result.run_dir
+    tensors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    config = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    data = json.loads((run_dir / "run.json").read_text())["data"]
+    seen = {
+        "factors": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        "shapes": sorted(tuple(tensor.shape) for tensor in tensors.values()),
+        "groups": sorted(tensors),
+        "side": config.get("side"),
+        "data": {k: v for k, v in data.items() if k != "warnings"},
+        "metrics": [(x["learning_rate"], x["loss"]) for x in lines if "loss" in x],
+        "lines": [x["step"] for x in lines if "loss" in x],
+        "evals": [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x],
+        "saved": sorted(path.name for path in (run_dir / "checkpoints").iterdir()),
+        "num_steps": result.num_steps,
+        "layer calls": calls,
+        "folder": str(run_dir),
+    }
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    return seen
+
+
+@pytest.fixture(scope="module")
+def seen_before() -> dict[str, dict[str, Any]]:
+    """What was observed without the change, by the settings that were used."""
+    return {}
+
+
+def merge(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    both = {**one, **two}
+    for key in one.keys() & two.keys():
+        both[key] = {**one[key], **two[key]}
+    return both
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+def test_each_key_changes_what_can_be_seen(
+    write_recipe, build_llama_dir, unequal_rows, tmp_path, seen_before, case
+):
+    override, where, settings = case if len(case) == 3 else (*case, {})
+    rows = [{**row, "text": "in other words " * 2} for row in unequal_rows]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split, part in (("train", rows[:6]), ("test", rows[6:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    places = {
+        "dir": tmp_path,
+        "folder": folder,
+        "rows": folder / "test.jsonl",
+        "other": build_llama_dir(seed=1) if "{other}" in override else "",
+    }
+    base = merge({"train": {"num_train_epochs": 1}}, settings)
+    base = json.loads(json.dumps(base).replace("{folder}", str(folder)))
+    before = seen_before.get(repr(settings))
+    if before is None or where == "folder":
+        before = seen_before[repr(settings)] = observe(write_recipe("base", rows=rows, **base))
+    recipe = write_recipe("changed" if where != "folder" else "base", rows=rows, **base)
+    after = observe(recipe, [override.format(**places)])
+    assert after[where] != before[where]
+
+
+def test_the_fused_optimizer_is_the_plain_one_in_other_kernels(write_recipe, read_metrics):
+    plain = train(write_recipe("plain")).run_dir
+    fused = train(write_recipe("fused"), ["train.optim=adamw_torch_fused"]).run_dir
+    for one, two in zip(read_metrics(plain), read_metrics(fused), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)  # float32, other roundings
+
+
+def test_views_train_alike(write_recipe, read_metrics):
+    lines = {
+        view: read_metrics(train(write_recipe(view, adapter={"view": view})).run_dir)
+        for view in ("auto", "activation", "weight")
+    }
+    for view in ("activation", "weight"):
+        for one, two in zip(lines["auto"], lines[view], strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)  # float32, other roundings

@@ -1,0 +1,197 @@
+"""A run that was stopped and goes on ends with the bits of one that was never stopped."""
+
+import json
+import shutil
+
+import pytest
+
+from wegeft_cli.checkpoints.files import lock_folder
+from wegeft_cli.errors import UserError
+from wegeft_cli.workflows.train import train
+
+# Ten rows by four are three steps an epoch; two epochs unless told otherwise.
+CASES = {
+    "plain, at an epoch's end": (3, {}),
+    "dropout, accumulation, checkpointing": (
+        2,
+        {
+            "adapter": {"dropout": 0.3},
+            "train": {
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": True,
+                "logging_steps": 4,
+            },
+        },
+    ),
+    "a line of metrics over the stop, warm-up, validation": (
+        4,
+        {
+            "data": {"validation_fraction": 0.2},
+            "train": {
+                "num_train_epochs": 4,
+                "logging_steps": 3,
+                "eval_steps": 3,
+                "save_steps": 3,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 5,
+                "early_stopping_patience": 2,
+            },
+        },
+    ),
+    "fp16 with its scaler, momentless optimizer": (
+        1,
+        {"train": {"mixed_precision": "fp16", "optim": "sgd", "logging_steps": 2}},
+    ),
+    "rmsprop in bf16, sharing nothing": (
+        5,
+        {
+            "adapter": {"share": "none", "side": "output", "init": "psi_zero"},
+            "train": {"mixed_precision": "bf16", "optim": "rmsprop", "max_grad_norm": 0},
+        },
+    ),
+}
+
+FAST = list(CASES)[1:3]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    write_recipe, stop_after, read_adapter, read_metrics, read_run, case
+):
+    stop_at, settings = CASES[case]
+    whole = train(write_recipe("whole", **settings))
+    recipe = write_recipe("parts", **settings)
+    stopped = train(recipe, should_stop=stop_after(stop_at))
+    assert (stopped.status, stopped.num_steps) == ("interrupted", stop_at)
+    assert stopped.adapter_dir is None
+    assert read_run(stopped.run_dir)["status"] == "interrupted"
+    assert whole.num_steps > stop_at
+    resumed = train(recipe, resume="auto")
+    assert (resumed.status, resumed.num_steps) == ("finished", whole.num_steps)
+    assert read_adapter(resumed.run_dir) == read_adapter(whole.run_dir)
+    assert read_metrics(resumed.run_dir) == read_metrics(whole.run_dir)
+    assert resumed.final_loss == whole.final_loss
+    assert resumed.validation_loss == whole.validation_loss
+
+
+@pytest.mark.slow
+def test_stopped_at_every_step(write_recipe, stop_after, read_adapter, read_metrics):
+    settings = {"train": {"logging_steps": 4}, "adapter": {"dropout": 0.1}}
+    whole = train(write_recipe("whole", **settings)).run_dir
+    recipe = write_recipe("parts", **settings)
+    resume = None
+    for step in range(1, 6):
+        result = train(recipe, should_stop=stop_after(1), resume=resume)
+        assert (result.status, result.num_steps) == ("interrupted", step)
+        resume = "auto"
+    last = train(recipe, resume="auto").run_dir
+    assert read_adapter(last) == read_adapter(whole)
+    assert read_metrics(last) == read_metrics(whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", *(pytest.param(x, marks=pytest.mark.slow) for x in ("missing", "all"))],
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    write_recipe, stop_after, read_adapter, read_metrics, steps_saved, listener, damage
+):
+    settings = {"train": {"save_steps": 2, "logging_steps": 3}, "adapter": {"dropout": 0.1}}
+    whole = train(write_recipe("whole", **settings)).run_dir
+    recipe = write_recipe("parts", **settings)
+    run_dir = train(recipe, should_stop=stop_after(5)).run_dir
+    assert steps_saved(run_dir) == [4, 5]
+    for step in (5,) if damage != "all" else (4, 5):
+        file = run_dir / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors"
+        if damage == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-1])
+    train(recipe, resume="auto", reporter=listener)
+    assert any("step-00000005 is damaged" in text for text in listener.warnings)
+    expected = "starts at its beginning" if damage == "all" else "going on from step 4"
+    assert any(expected in text for text in listener.notes)
+    assert read_adapter(run_dir) == read_adapter(whole)
+    assert read_metrics(run_dir) == read_metrics(whole)
+
+
+@pytest.mark.slow
+def test_an_earlier_checkpoint_can_be_named(write_recipe, read_adapter, read_metrics, stop_after):
+    settings = {"train": {"save_steps": 2, "save_total_limit": None}}
+    whole = train(write_recipe("whole", **settings)).run_dir
+    recipe = write_recipe("parts", **settings)
+    run_dir = train(recipe, should_stop=stop_after(5)).run_dir
+    train(recipe, resume=str(run_dir / "checkpoints" / "step-00000002"))
+    assert read_adapter(run_dir) == read_adapter(whole)
+    assert read_metrics(run_dir) == read_metrics(whole)
+
+
+def test_nothing_to_resume_from_is_a_fresh_start(write_recipe, read_adapter):
+    fresh = train(write_recipe("fresh")).run_dir
+    resumed = train(write_recipe("resumed"), resume="auto").run_dir
+    assert read_adapter(resumed) == read_adapter(fresh)
+
+
+@pytest.mark.slow
+def test_a_peft_baseline_resumes_to_the_same_bits(
+    write_recipe, stop_after, read_adapter, read_metrics
+):
+    settings = {"adapter": {"type": "lora", "peft": {"lora_dropout": 0.2}}}
+    whole = train(write_recipe("whole", **settings)).run_dir
+    recipe = write_recipe("parts", **settings)
+    train(recipe, should_stop=stop_after(2))
+    run_dir = train(recipe, resume="auto").run_dir
+    assert read_adapter(run_dir) == read_adapter(whole)
+    assert read_metrics(run_dir) == read_metrics(whole)
+
+
+def test_another_recipe_is_refused_with_the_keys(write_recipe, stop_after, files_in):
+    recipe = write_recipe()
+    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    before = files_in(run_dir)
+    changes = ["train.learning_rate=0.5", "adapter.r=2", "data.train[0].limit=5"]
+    with pytest.raises(UserError, match="another recipe") as caught:
+        train(recipe, changes, resume="auto")
+    for change in changes:
+        assert change.partition("=")[0] in caught.value.message
+    assert "train.max_steps" not in caught.value.message
+    assert files_in(run_dir) == before
+
+
+def test_what_only_prolongs_or_tells_may_change(write_recipe, stop_after):
+    recipe = write_recipe()
+    train(recipe, should_stop=stop_after(2))
+    changes = ["train.max_steps=8", "train.logging_steps=4", "train.save_steps=3"]
+    assert train(recipe, changes, resume="auto").num_steps == 8
+
+
+def test_a_changed_base_is_refused(write_recipe, stop_after, llama_dir, build_llama_dir, tmp_path):
+    base = shutil.copytree(llama_dir, tmp_path / "base")
+    recipe = write_recipe(model={"name_or_path": str(base)})
+    train(recipe, should_stop=stop_after(2))
+    shutil.copy(build_llama_dir(seed=1) / "model.safetensors", base)
+    with pytest.raises(UserError, match="has changed since the run began"):
+        train(recipe, resume="auto")
+
+
+def test_a_finished_run_is_told_and_left_alone(write_recipe, listener, read_adapter):
+    recipe = write_recipe()
+    first = train(recipe)
+    before = read_adapter(first.run_dir)
+    again = train(recipe, resume="auto", reporter=listener)
+    assert (again.status, again.num_steps) == ("finished", first.num_steps)
+    assert again.adapter_dir == first.adapter_dir
+    assert any("finished already" in note for note in listener.notes)
+    assert read_adapter(first.run_dir) == before
+
+
+def test_a_folder_in_use_is_refused(write_recipe, stop_after):
+    recipe = write_recipe()
+    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    with lock_folder(run_dir), pytest.raises(UserError, match="in use"):
+        train(recipe, resume="auto")
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
