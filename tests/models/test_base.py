@@ -73,6 +73,14 @@ def test_a_folder_is_its_own(llama_dir):
     assert fetch_base_folder(str(llama_dir)) == llama_dir
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma", "roberta"])
+def test_a_folder_without_tokenizer_is_told(tmp_path, family):
+    """For most of these transformers would make one that knows its special tokens alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 class Bomb:
     """Unpickling one makes a file."""
 

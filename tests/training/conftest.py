@@ -131,6 +131,7 @@ def run(make_source) -> Callable[..., LoopResult]:
         **settings: Any,
     ) -> LoopResult:
         source = source or make_source()
+        model.to(Accelerator(cpu=not torch.accelerator.is_available()).device)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(optim, parameters.values(), learning_rate=learning_rate)
         rates = build_schedule(schedule, optimizer, num_steps=source.num_steps)
@@ -142,7 +143,7 @@ def run(make_source) -> Callable[..., LoopResult]:
             rates,
             source,
             LoopSettings(**{"max_grad_norm": 0.0, **settings}),
-            accelerator=Accelerator(cpu=True),
+            accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
             hooks=hooks,
         )
 
@@ -154,7 +155,7 @@ def factors_of() -> Callable[[LlamaForCausalLM], torch.Tensor]:
     """A function: everything that learns, as one copied vector."""
 
     def get(model: LlamaForCausalLM) -> torch.Tensor:
-        return torch.cat([p.detach().reshape(-1).clone() for p in model.wegeft.parameters()])
+        return torch.cat([p.detach().reshape(-1).cpu().clone() for p in model.wegeft.parameters()])
 
     return get
 
@@ -166,7 +167,9 @@ def plain_mean_loss() -> Callable[..., torch.Tensor]:
     def mean(model: LlamaForCausalLM, rows: Sequence[Row]) -> torch.Tensor:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for ids, mask in rows:
-            logits = model(torch.from_numpy(ids).long()[None]).logits[0].double()
+            logits = (
+                model(torch.from_numpy(ids).long()[None].to(model.device)).logits[0].double().cpu()
+            )
             log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
             for t in range(1, len(ids)):
                 if mask[t]:

@@ -97,7 +97,7 @@ def test_a_line_of_metrics_sums_up_its_steps(make_model, make_source, run):
         assert line.grad_norm > 0
         assert line.tokens_per_second > 0
         assert line.step_seconds > 0
-        assert line.peak_memory_gib > 0.01
+        assert line.peak_memory_gib > 0
     assert result.final_loss == lines[-1].loss
     assert (result.status, result.num_steps) == ("finished", 5)
 

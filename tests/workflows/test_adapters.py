@@ -153,8 +153,7 @@ def test_damaged_files_are_refused_and_the_model_left_alone(llama_dir, make_adap
 
 def test_a_folder_with_other_files_is_not_written_over(llama_dir, make_adapter, tmp_path):
     _, model = make_adapter(llama_dir, target_modules=["q_proj"])
-    folder = tmp_path / "mine"
-    shutil.copytree(llama_dir, folder)
+    folder = shutil.copytree(llama_dir, tmp_path / "a-model")
     with pytest.raises(UserError, match="not empty"):
         save_adapter(model, folder, base_model_name_or_path=str(llama_dir))
     assert not (folder / "adapter_config.json").exists()

@@ -1,6 +1,8 @@
 """A model, or given outputs, become scores; what is left out comes from the run's recipe."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -43,8 +45,7 @@ def here(place, monkeypatch):
 
 
 def read_lines(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,12 @@ def test_given_samples_are_scored_without_a_model(tmp_path, data_dir, monkeypatc
     assert given["samples_path"] == str(samples)
     with pytest.raises(UserError, match="no sample for 1 of 6 rows"):
         evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir)
+    more = shutil.copytree(data_dir, tmp_path / "more")
+    (more / "piqa").mkdir()
+    rows = [{"instruction": "?", "answer": "solution1"}]
+    (more / "piqa" / "test.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match="got 2 tasks"):
-        (data_dir / "piqa").mkdir(exist_ok=True)
-        rows = [{"instruction": "?", "answer": "solution1"}]
-        (data_dir / "piqa" / "test.json").write_text(json.dumps(rows))
-        evaluate(samples=samples, tasks=["boolq", "piqa"], data_dir=data_dir)
+        evaluate(samples=samples, tasks=["boolq", "piqa"], data_dir=more)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -98,10 +99,16 @@ def test_a_signal_saves_and_leaves(write_recipe, start, read_run, number):
     assert (resumed.status, resumed.num_steps) == ("finished", told["num_steps"] + 1)
 
 
-def test_a_signal_before_the_first_step_leaves_no_ruin(write_recipe, start):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is loaded")
+def test_a_signal_while_torch_is_loading_leaves_no_ruin(write_recipe, start):
     recipe = write_recipe(train={"max_steps": 100_000})
     process = start(recipe)
-    time.sleep(0.7)  # python is up, torch is being loaded
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while "libtorch_cpu" not in maps.read_text():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130

@@ -92,6 +92,16 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ),
 ]
 
+# One run for each key takes half a minute: these run with the fast tests, the others with the slow.
+FAST = {
+    "seed", "model.dtype", "adapter.type", "adapter.alpha", "adapter.share", "adapter.side",
+    "adapter.dropout", "adapter.init", "data.train[0].limit", "data.loss_on", "data.max_length",
+    "data.shuffle", "train.gradient_accumulation_steps", "train.learning_rate",
+    "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm", "train.adam_beta2",
+    "train.mixed_precision", "train.gradient_checkpointing", "train.eval_steps",
+    "train.save_total_limit",
+}  # fmt: skip
+
 # Keys that train does not read, or of which one value alone is accepted, with the reason.
 NOT_HERE = {
     "task": "one value in this version",
@@ -126,6 +136,7 @@ def list_keys(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_key_of_the_schema_is_tried_or_excused():
+    assert {case[0].partition("=")[0] for case in CASES} >= FAST
     tried = {re.sub(r"\[\d+\]", "[]", case[0].partition("=")[0]) for case in CASES}
     assert tried | NOT_HERE.keys() == set(list_keys(Recipe()))
     assert not tried & NOT_HERE.keys()
@@ -180,7 +191,19 @@ def merge(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)])
+def marked() -> Iterator[Any]:
+    """The cases; but for the first of each key in FAST they are slow."""
+    seen: set[str] = set()
+    for number, case in enumerate(CASES):
+        key = case[0].partition("=")[0]
+        is_fast = key in FAST and key not in seen
+        seen.add(key)
+        yield pytest.param(
+            case, id=f"{number}-{case[0]}", marks=() if is_fast else (pytest.mark.slow,)
+        )
+
+
+@pytest.mark.parametrize("case", list(marked()))
 def test_each_key_changes_what_can_be_seen(
     write_recipe, build_llama_dir, unequal_rows, tmp_path, seen_before, case
 ):

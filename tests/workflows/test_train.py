@@ -70,7 +70,8 @@ def test_files_hold_the_names_of_the_contract(write_recipe, read_run, llama_dir)
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     run = read_run(result.run_dir)
     assert run.keys() >= RUN
-    assert (run["status"], run["seed"], run["device"]) == ("finished", 7, "cpu")
+    assert (run["status"], run["seed"]) == ("finished", 7)
+    assert run["device"].partition(":")[0] in ("cpu", "cuda", "mps")
     assert run["base_fingerprint"].startswith("sha256:")
     assert run["trainable_parameters"] == result.trainable_parameters
     assert result.adapter_dir == result.run_dir / "adapter"

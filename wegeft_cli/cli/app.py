@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,16 +15,19 @@ import typer
 
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli import merge, plan, recipes, train, validate
-from wegeft_cli.cli.console import errors, print_fault
+from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
-from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, MachineError, UserError
+from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
+
+_PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 app = typer.Typer(
     name="wegeft",
     cls=HelpfulGroup,
     help="Fine-tune large pretrained models by WeGeFT: weight changes generated from the weights.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # it would load rich for every help page
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,15 +64,14 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             _leave_with(error)
         except KeyboardInterrupt:
-            errors.print("interrupted", style="yellow")
+            _tell_interrupted()
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except MemoryError:
-            _fail("out of memory")
+            _leave_with(MachineError("out of memory"))
         except OSError as error:
             if os.environ.get("WEGEFT_DEBUG") == "1":
                 raise
-            # Not told where it happened: such as a full disk under `> file`.
-            _fail(error.strerror or str(error), file=error.filename and str(error.filename))
+            _leave_with(_tell_os_error(error))
 
     return guarded
 
@@ -87,10 +90,18 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
     raise typer.Exit(max(fault.exit_code for fault in faults)) from None
 
 
-def _fail(message: str, file: str | None = None) -> NoReturn:
-    """Tell that the machine failed, and leave."""
-    print_fault(MachineError(message, file=file, hint="WEGEFT_DEBUG=1 shows where"))
-    raise typer.Exit(EXIT_FAILED) from None
+def _tell_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third Ctrl-C must not spoil the way out
+    tell("interrupted", style="yellow")
+
+
+def _tell_os_error(error: OSError) -> UserError:
+    """Tell what no room below has told: a full disk under `> file`, a folder without rights."""
+    file = None if error.filename is None else str(error.filename)
+    message = error.strerror or str(error)
+    if isinstance(error, _PATH_ERRORS):
+        return UserError(message, file=file, hint="check the path and its permissions")
+    return MachineError(message, file=file, hint="WEGEFT_DEBUG=1 shows where")
 
 
 def _flatten(group: BaseException) -> list[BaseException]:
@@ -117,4 +128,8 @@ def main() -> None:
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command had begun
+        _tell_interrupted()
+        sys.exit(EXIT_INTERRUPTED)

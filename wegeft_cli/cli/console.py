@@ -6,58 +6,80 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from wegeft_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # In a run of many processes only the first one prints.
 _IS_QUIET = os.environ.get("RANK", "0") != "0"
 
 
-class _LastingConsole(Console):
-    """A console that goes silent when its reader goes away: a run must not end for that."""
+@cache
+def get_console(*, stderr: bool = False) -> Console:
+    """Give the writer to one of the two streams; help pages are written without it.
 
-    def on_broken_pipe(self) -> None:
-        """Drop what is written from now on."""
-        self.quiet = True
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.file.fileno())
-        os.close(null)
+    Args:
+        stderr: Standard error in place of standard output.
+
+    Returns:
+        A console that goes silent when its reader goes away: a run must not end for that.
+    """
+    from rich.console import Console
+
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.file.fileno())
+            os.close(null)
+
+    # emoji=False: a path with `:key:` in it stays as it is.
+    return LastingConsole(stderr=stderr, quiet=_IS_QUIET, emoji=False)
 
 
-# emoji=False: a path with `:key:` in it stays as it is.
-console = _LastingConsole(quiet=_IS_QUIET, emoji=False)
-errors = _LastingConsole(stderr=True, quiet=_IS_QUIET, emoji=False)
+def show(*parts: Any, **options: Any) -> None:
+    """Write a result on standard output."""
+    get_console().print(*parts, **options)
+
+
+def tell(text: str, **options: Any) -> None:
+    """Write a line on standard error, with rich's markup."""
+    get_console(stderr=True).print(text, highlight=False, soft_wrap=True, **options)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, and nothing else there."""
     # ASCII, so that a file name in no encoding goes through too.
-    console.out(json.dumps(value, allow_nan=False), highlight=False)
+    get_console().out(json.dumps(value, allow_nan=False), highlight=False)
 
 
 def note(text: str) -> None:
     """Tell something worth knowing, on standard error."""
-    errors.print(escape(text), style="dim", highlight=False, soft_wrap=True)
+    tell(_escape(text), style="dim")
 
 
 def warn(text: str) -> None:
     """Tell something that may be wrong, on standard error."""
-    errors.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    tell(f"[yellow]warning:[/] {_escape(text)}")
 
 
 def print_fault(fault: UserError) -> None:
     """Show one fault: where, which key, what is wrong, what to do next."""
     place = ": ".join(part for part in (fault.file, fault.key) if part)
-    head = f"[bold]{escape(place)}:[/] " if place else ""
-    errors.print(
-        f"[red bold]error:[/] {head}{escape(fault.message)}", highlight=False, soft_wrap=True
-    )
+    head = f"[bold]{_escape(place)}:[/] " if place else ""
+    tell(f"[red bold]error:[/] {head}{_escape(fault.message)}")
     if fault.hint:
-        errors.print(f"  [cyan]{escape(fault.hint)}[/]", highlight=False, soft_wrap=True)
+        tell(f"  [cyan]{_escape(fault.hint)}[/]")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 class RichReporter:
@@ -76,5 +98,5 @@ class RichReporter:
         """Show a bar with the time left and the figures given at each advance."""
         from wegeft_cli.cli.progress import ProgressLine, show_progress
 
-        with show_progress(errors, ProgressLine(title, total)) as advance:
+        with show_progress(get_console(stderr=True), ProgressLine(title, total)) as advance:
             yield advance

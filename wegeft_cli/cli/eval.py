@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
 from wegeft_cli.cli.options import (
     BaseOption,
     DataDirOption,
@@ -90,34 +90,35 @@ def _print_scores(result: dict[str, Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    base_rows = result.get("base_results")
-    table = Table("task", "protocol", "correct", "score", "95 % interval", "invalid", box=SIMPLE)
-    if base_rows:
-        table.add_column("base")
-        table.add_column("gain")
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for i, row in enumerate(result["results"]):
-        low, high = row["ci95"]
-        cells = [
-            row["task"],
-            row["protocol"],
-            f"{row['num_correct']} / {row['n']}",
-            f"{row['score']:.1%}",
-            f"{100 * low:.1f}-{100 * high:.1f}",
-            str(row["n_invalid"]),
+    rows = result["results"]
+    columns = {
+        "task": [row["task"] for row in rows],
+        "protocol": [row["protocol"] for row in rows],
+        "correct": [f"{row['num_correct']} / {row['n']}" for row in rows],
+        "score": [f"{row['score']:.1%}" for row in rows],
+        "95 % interval": [f"{100 * row['ci95'][0]:.1f}-{100 * row['ci95'][1]:.1f}" for row in rows],
+        "invalid": [str(row["n_invalid"]) for row in rows],
+    }
+    if base_rows := result.get("base_results"):
+        columns["base"] = [f"{base['score']:.1%}" for base in base_rows]
+        columns["gain"] = [
+            f"{100 * (row['score'] - base['score']):+.1f}"
+            for row, base in zip(rows, base_rows, strict=True)
         ]
-        if base_rows:
-            cells += [
-                f"{base_rows[i]['score']:.1%}",
-                f"{100 * (row['score'] - base_rows[i]['score']):+.1f}",
-            ]
+    # A narrow terminal shows less rather than cut figures; --json and --output hold all.
+    for name in ("95 % interval", "protocol", "invalid"):
+        widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
+        if sum(widths) + 3 * len(widths) > get_console().width:
+            del columns[name]
+    table = Table(box=SIMPLE)
+    for name in columns:
+        justify: Literal["left", "right"] = "left" if name in ("task", "protocol") else "right"
+        table.add_column(name, no_wrap=True, justify=justify)
+    for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
-    console.print(table)
+    show(table)
     if result.get("samples_path"):
-        console.print(
+        show(
             f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
         )
 
@@ -132,6 +133,6 @@ def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:
     tasks = Table("task", "file under --data-dir", "answers", box=SIMPLE)
     for row in listing["tasks"]:
         tasks.add_row(row["name"], row["file"], row["kind"])
-    console.print(tasks)
+    show(tasks)
     for row in listing["protocols"]:
-        console.print(f"[bold]{row['name']}[/]  {row['description']}", highlight=False)
+        show(f"[bold]{row['name']}[/]  {row['description']}", highlight=False)

@@ -1,19 +1,18 @@
-"""The help pages: what Typer would draw, without its types column and without loading Markdown."""
+"""The help pages, drawn by hand: Typer would load rich and Markdown, longer than all else takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.padding import Padding
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+import typer
 from typer.core import TyperCommand, TyperGroup
 
-from wegeft_cli.cli.console import console
-
-Row = tuple[str, str]
+_WIDEST = 100
+_LEAST = 40
 
 
 class HelpfulCommand(TyperCommand):
@@ -25,33 +24,40 @@ class HelpfulCommand(TyperCommand):
         return ["[OPTIONS]", *(_name_argument(argument) for argument in found)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Draw the help page on standard output."""
-        _draw(self, ctx)
+        """Write the help page."""
+        formatter.write("\n".join(_draw_page(self, ctx)))
 
 
 class HelpfulGroup(TyperGroup):
     """A group of commands that draws its own help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Draw the help page on standard output."""
-        _draw(self, ctx)
+        """Write the help page."""
+        formatter.write("\n".join(_draw_page(self, ctx)))
 
 
-def _draw(command: Any, ctx: Any) -> None:
+def _draw_page(command: Any, ctx: Any) -> Iterator[str]:
+    width = max(_LEAST, min(shutil.get_terminal_size().columns, _WIDEST))
     parameters = [param for param in command.get_params(ctx) if not getattr(param, "hidden", False)]
     arguments = [param for param in parameters if param.param_type_name == "argument"]
     options = [param for param in parameters if param.param_type_name == "option"]
-    usage = Text.assemble(
-        ("Usage: ", "bold"), f"{ctx.command_path} {' '.join(command.collect_usage_pieces(ctx))}"
-    )
-    console.print(Padding(usage, (1, 1, 0, 1)))
-    console.print(Padding(Text(command.help or ""), (1, 1)))
+    usage = f"Usage: {ctx.command_path} {' '.join(command.collect_usage_pieces(ctx))}"
+    yield ""
+    for line in textwrap.wrap(usage, width - 2, subsequent_indent=" " * 7):
+        yield " " + line.replace("Usage:", _style("Usage:", bold=True))
+    yield ""
+    for line in textwrap.wrap(command.help or "", width - 2):
+        yield f" {line}"
+    yield ""
     if isinstance(command, TyperGroup):
         names = command.list_commands(ctx)
         found = [(name, command.get_command(ctx, name)) for name in names]
-        _draw_panel("Commands", [(name, each.help or "") for name, each in found if each])
-    _draw_panel("Arguments", [(_name_argument(each), each.help or "") for each in arguments])
-    _draw_panel("Options", [(_name_option(each), each.help or "") for each in options])
+        rows = [(name, each.help or "") for name, each in found if each]
+        yield from _draw_panel("Commands", rows, width)
+    rows = [(_name_argument(each), each.help or "") for each in arguments]
+    yield from _draw_panel("Arguments", rows, width)
+    rows = [(_name_option(each), each.help or "") for each in options]
+    yield from _draw_panel("Options", rows, width)
 
 
 def _name_argument(argument: Any) -> str:
@@ -66,11 +72,23 @@ def _name_option(option: Any) -> str:
     return f"{names} {option.metavar}" if option.metavar else names
 
 
-def _draw_panel(title: str, rows: Iterable[Row]) -> None:
-    table = Table.grid(padding=(0, 2), expand=True)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(ratio=1)
+def _draw_panel(title: str, rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
+    """Draw names and texts in two columns, with a frame around them."""
+    if not rows:
+        return
+    first = max(len(name) for name, _ in rows)
+    bar = _style("│", dim=True)
+    yield (
+        _style("╭─", dim=True)
+        + f" {title} "
+        + _style("─" * (width - len(title) - 5) + "╮", dim=True)
+    )
     for name, text in rows:
-        table.add_row(Text(name), Text(text))
-    if table.row_count:
-        console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+        for number, line in enumerate(textwrap.wrap(text, max(10, width - first - 6)) or [""]):
+            head = _style(f"{'' if number else name:<{first}}", fg="cyan")
+            yield f"{bar} {head}  {line:<{width - first - 6}} {bar}"
+    yield _style("╰" + "─" * (width - 2) + "╯", dim=True)
+
+
+def _style(text: str, **styles: Any) -> str:
+    return text if os.environ.get("NO_COLOR") else typer.style(text, **styles)

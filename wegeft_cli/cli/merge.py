@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.console import RichReporter, print_json, show
 from wegeft_cli.cli.options import AdapterArgument, BaseOption, JsonOption
 
 
@@ -40,8 +40,8 @@ def merge(
     if as_json:
         print_json(result.to_json())
         return
-    console.print(
+    show(
         f"[green]merged[/]: {result.num_folded} of {result.num_tensors} tensors changed in "
         f"{result.seconds:.1f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
-    console.print(f"model: {result.output_dir}", highlight=False, soft_wrap=True)
+    show(f"model: {result.output_dir}", highlight=False, soft_wrap=True)

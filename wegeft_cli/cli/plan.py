@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.console import RichReporter, print_json, show
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 
 
@@ -19,27 +19,26 @@ def plan(
     if as_json:
         print_json(result.to_json())
         return
-    groups = Table(
-        "group", "layers", "width", "parameters", title="trainable", title_justify="left"
-    )
+    groups = Table("trainable group", "layers", "width", "parameters", box=SIMPLE)
     for column in groups.columns[1:]:
         column.justify = "right"
     for group in result.groups:
         width = "" if group.width is None else f"{group.width:,}"
         groups.add_row(group.name, f"{group.num_layers}", width, f"{group.num_parameters:,}")
-    console.print(groups)
-    console.print(
+    show(groups)
+    show(
         f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
         f"({result.trainable_parameters / result.base_parameters:.3%})"
     )
     if result.num_steps is not None:
-        console.print(f"{result.num_steps:,} optimizer steps over {result.num_rows:,} rows")
+        rows = "" if result.num_rows is None else f" over {result.num_rows:,} rows"
+        show(f"{result.num_steps:,} optimizer steps{rows}")
     memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
     memory.columns[1].justify = "right"
     for name, gib in result.memory_gib.items():
         if name == "total":
             memory.add_section()
         memory.add_row(name.replace("_", " "), f"{gib:.2f}")
-    console.print(memory)
+    show(memory)
     for reason in result.unknown:
-        console.print(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
+        show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from wegeft_cli.cli.console import console, print_json
+from wegeft_cli.cli.console import get_console, print_json, show
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.cli.options import JsonOption
 
@@ -21,6 +20,9 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped rec
 @recipes_app.command("list", cls=HelpfulCommand)
 def list_all(as_json: JsonOption = False) -> None:
     """List the shipped recipes with what each reproduces."""
+    from rich.table import Table
+    from rich.text import Text
+
     from wegeft_cli.recipe.catalog import list_recipes
 
     recipes = list_recipes()
@@ -29,17 +31,22 @@ def list_all(as_json: JsonOption = False) -> None:
         print_json({"recipes": found})
         return
     width = max((len(recipe.name) for recipe in recipes), default=0)
+    if not get_console().is_terminal:  # one line each, for grep
+        for recipe in recipes:
+            show(Text(f"{recipe.name:<{width}}  {recipe.title}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
     for recipe in recipes:
-        line = f"[bold]{recipe.name:<{width}}[/]  {escape(recipe.title)}"
-        console.print(line, highlight=False, soft_wrap=True)
+        table.add_row(Text(recipe.name, "bold", no_wrap=True), Text(recipe.title))
+    show(table)
 
 
 @recipes_app.command("show", cls=HelpfulCommand)
-def show(name: NameArgument) -> None:
+def show_recipe(name: NameArgument) -> None:
     """Print a recipe as it is written, header and all."""
     from wegeft_cli.recipe.catalog import read_recipe_text
 
-    console.print(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
+    show(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
 
 
 @recipes_app.command("copy", cls=HelpfulCommand)
@@ -54,4 +61,4 @@ def copy(
     from wegeft_cli.recipe.catalog import copy_recipe
 
     written = copy_recipe(name, destination or ".")
-    console.print(str(written), markup=False, highlight=False, soft_wrap=True)
+    show(str(written), markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, console, print_json
+from wegeft_cli.cli.console import RichReporter, note, print_json, show
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.errors import EXIT_INTERRUPTED
 
@@ -30,7 +30,10 @@ def train(
     """Train the recipe's adapter and write it to its output folder."""
     from wegeft_cli.workflows.stop import StopRequest
 
-    with StopRequest() as should_stop:
+    def tell_stop() -> None:
+        note("stopping: the step under way is finished and saved (Ctrl-C again leaves at once)")
+
+    with StopRequest(tell_stop) as should_stop:
         from wegeft_cli.workflows.train import train as run
 
         result = run(
@@ -44,20 +47,20 @@ def train(
     if as_json:
         print_json(result.to_json())
     elif result.status == "checked":
-        console.print(
+        show(
             f"[green]ready[/]: {result.num_steps} steps, "
             f"{result.trainable_parameters:,} trainable parameters"
         )
     elif result.status == "finished":
-        console.print(
+        show(
             f"[green]finished[/]: {result.num_steps} steps, final loss {result.final_loss:.4f}, "
             f"{result.trainable_parameters:,} trainable parameters"
         )
-        console.print(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
-        console.print("next: wegeft merge, wegeft eval --task NAME", style="dim", highlight=False)
+        show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
+        show("next: wegeft merge, wegeft eval --task NAME", style="dim", highlight=False)
     if result.status == "interrupted":
         if not as_json:
-            console.print(
+            show(
                 f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
                 "go on with --resume auto"
             )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
-from wegeft_cli.cli.console import console, note, print_json
+from wegeft_cli.cli.console import note, print_json, show
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 
 
@@ -12,6 +10,8 @@ def validate(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
     """Check a recipe: keys, types, rules and names; tell which of its inputs are here."""
+    from rich.markup import escape
+
     from wegeft_cli.workflows.validate import validate_recipe
 
     report = validate_recipe(recipe, overrides or [])
@@ -20,10 +20,10 @@ def validate(
     if as_json:
         print_json(report.to_json())
         return
-    console.print(f"[green]valid[/] {escape(report.recipe)}", highlight=False, soft_wrap=True)
+    show(f"[green]valid[/] {escape(report.recipe)}", highlight=False, soft_wrap=True)
     for text in report.checked:
-        console.print(f"  {escape(text)}", highlight=False, soft_wrap=True)
+        show(f"  {escape(text)}", highlight=False, soft_wrap=True)
     for item in report.inputs:
         mark = "[green]here[/]   " if item.found else "[yellow]missing[/]"
         line = f"  {mark} {escape(item.key)}: {escape(item.path)} [dim]({escape(item.note)})[/]"
-        console.print(line, highlight=False, soft_wrap=True)
+        show(line, highlight=False, soft_wrap=True)

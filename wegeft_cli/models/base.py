@@ -130,9 +130,17 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     with _translated(name_or_path, what="tokenizer"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             **_source(name_or_path, revision), trust_remote_code=trust_remote_code
         )
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        # For some families transformers makes one out of nothing that knows special tokens alone.
+        raise UserError(
+            f"{name_or_path!r} holds no tokenizer",
+            key="model.name_or_path",
+            hint="put the tokenizer's files (tokenizer.json and its config) beside config.json",
+        )
+    return tokenizer
 
 
 def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,10 +13,14 @@ class StopRequest:
 
     Used as a context manager around a run. It imports nothing heavy, so that it can be in place
     before torch is loaded: a signal in those seconds must not kill the run without a trace.
+
+    Args:
+        tell: Called at the first signal: the user must learn that it was heard.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
         self.requested = False
+        self._tell = tell
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -39,4 +44,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested = True
+            self._tell()

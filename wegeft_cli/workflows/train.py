@@ -128,10 +128,12 @@ def _train(
     reporter: Reporter,
 ) -> TrainResult:
     recipe = loaded.recipe
-    accelerator = Accelerator()
+    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     folder = RunFolder(find_run_dir(recipe))
     if resume is None:
-        folder.check_unused()
+        if accelerator.is_main_process:  # a later process may meet what the first has written
+            folder.check_unused()
     else:
         check_same_recipe(folder.path / "recipe.yaml", _with_found_paths(loaded))
     given = None

@@ -1,0 +1,103 @@
+"""Help pages: instant, whole, within the terminal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from wegeft_cli.cli.app import app
+from wegeft_cli.errors import EXIT_DONE, EXIT_USER
+
+PAGES = [
+    [], ["train"], ["merge"], ["eval"], ["validate"], ["plan"],
+    ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],
+]  # fmt: skip
+# What each page must leave unloaded; rich too, which would take longer than all the rest.
+HEAVY = ["torch", "transformers", "datasets", "accelerate", "omegaconf", "yaml", "rich"]
+
+LOADED_SCRIPT = """
+import json, sys
+from wegeft_cli.cli.app import app
+try:
+    app([*json.loads(sys.argv[1]), "--help"])
+except SystemExit as error:
+    assert error.code == 0, error.code
+heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2])))
+print("LOADED", json.dumps(heavy))
+"""
+
+
+def test_every_command_has_a_page_here():
+    pages = [[name] for name in get_command(app).commands]
+    pages += [["recipes", name] for name in get_command(app).commands["recipes"].commands]
+    assert sorted(pages) == sorted(page for page in PAGES if page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=" ".join)
+def test_help_loads_nothing_heavy(page):
+    command = [sys.executable, "-c", LOADED_SCRIPT, json.dumps(page), json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=" ".join)
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_pages_name_everything_within_the_terminal(wegeft, monkeypatch, page, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    result = wegeft(*page, "--help")
+    assert result.exit_code == EXIT_DONE
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert {len(line) for line in lines if line.startswith(("╭", "│", "╰"))} == {min(columns, 100)}
+    command = get_command(app)
+    for name in page:
+        command = command.commands[name]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    assert all(p.help for p in command.params)
+    assert options or arguments or command.commands
+    for name in [*getattr(command, "commands", {}), *(name for p in options for name in p.opts)]:
+        assert name in result.stdout
+    for argument in arguments:
+        assert argument.metavar in lines[1]
+
+
+def test_colours_are_for_terminals_alone(wegeft):
+    assert "\x1b" not in wegeft("--help").stdout
+
+
+def test_no_command_shows_the_page_and_fails(wegeft):
+    for words in ([], ["recipes"]):
+        result = wegeft(*words)
+        assert result.exit_code == EXIT_USER
+        assert "Commands" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tarin"], "tarin"),
+        (["train"], "RECIPE"),
+        (["train", "tiny.yaml", "--resum"], "--resum"),
+        (["eval", "--limit", "0"], "--limit"),
+        (["eval", "--limit", "many"], "--limit"),
+        (["merge", "a", "b"], "b"),
+    ],
+)
+def test_mistyped_words_name_the_word_and_the_usage(wegeft, words, told):
+    result = wegeft(*words)
+    assert result.exit_code == EXIT_USER
+    assert told in result.stderr
+    assert "Usage: wegeft" in result.stderr
+    assert result.stdout == ""
+
+
+def test_version(wegeft):
+    from wegeft_cli import __version__
+
+    assert wegeft("--version").stdout == f"wegeft {__version__}\n"
