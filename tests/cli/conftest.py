@@ -1,4 +1,4 @@
-"""The command line as a user types it: a folder to work in, a finished run, files before and after."""
+"""The command line as a user types it: a folder to work in, a finished run, what lies there."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def sharing(share: str, side: str) -> dict:
 def test_fresh_generators_change_no_bit(make_llama, ids, init, side, view, dtype):
     model = make_llama().to(dtype)
     before = model(ids).logits
-    inject_generators(
-        model, rank=4, target_modules=FIVE, init=init, side=side, view=view
-    )
+    inject_generators(model, rank=4, target_modules=FIVE, init=init, side=side, view=view)
     for mode in (model.train, model.eval):
         mode()
         assert torch.equal(model(ids).logits, before)
@@ -191,7 +189,9 @@ def test_unfold_restores_every_bit(make_llama, shake, dtype):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     shake(inject_generators(model, rank=4, target_modules=FIVE))
     assert fold_generators(model) == 10
-    changed = [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]
+    changed = [
+        n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])
+    ]
     assert len(changed) == 10
     unfold_generators(model)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
@@ -265,7 +265,9 @@ def test_autocast_computes_in_its_type(make_llama, shake, ids):
         half = model(ids).logits
         half.float().square().mean().backward()
     assert (half.float() - full).abs().max() < 0.05 * full.abs().max()  # bfloat16 keeps 8 bits
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in generators.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in generators.parameters()
+    )
 
 
 def test_contradictions_are_told(make_llama):

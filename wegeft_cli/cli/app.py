@@ -91,8 +91,13 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
 
 
 def _tell_interrupted() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third Ctrl-C must not spoil the way out
+    _ignore_interrupts()
     tell("interrupted", style="yellow")
+
+
+def _ignore_interrupts() -> None:
+    """Let no further Ctrl-C spoil the way out with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _tell_os_error(error: OSError) -> UserError:
@@ -133,3 +138,7 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command had begun
         _tell_interrupted()
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_INTERRUPTED:
+            _ignore_interrupts()
+        raise

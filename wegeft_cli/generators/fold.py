@@ -125,9 +125,10 @@ def _row_blocks(num_rows: int, rows: Rows | None, side: Side) -> list[slice | Te
         # The output side mixes all edited rows of a group: no block of them stands alone.
         return [torch.cat([torch.arange(start, stop) for start, stop in ranges])]
     return [
-        slice(begin, min(begin + FOLD_ROWS, stop))
+        slice(max(start, begin), min(begin + FOLD_ROWS, stop))
         for start, stop in ranges
-        for begin in range(start, stop, FOLD_ROWS)
+        # Cut where the streaming merge cuts: at multiples of FOLD_ROWS, whatever the range.
+        for begin in range(start - start % FOLD_ROWS, stop, FOLD_ROWS)
     ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from wegeft_cli.errors import UserError
@@ -24,6 +24,7 @@ from wegeft_cli.generators.targets import (
     Share,
     Target,
     assign_groups,
+    check_untied,
     find_targets,
     pattern_matches,
 )
@@ -79,7 +80,7 @@ def inject_generators(
     assigned = assign_groups(targets, share=share, groups=groups, side=side)
     settings = GeneratorSettings(
         rank=rank,
-        scale=2.0 if alpha is None else alpha / rank,
+        alpha=2.0 * rank if alpha is None else alpha,
         side=side,
         init=init,
         dropout=dropout,
@@ -96,8 +97,15 @@ def select_targets(
 ) -> list[Target]:
     """Find the targets; with explicit groups and `all-linear`, those that a pattern matches."""
     targets = find_targets(model, target_modules)
-    if groups is None or target_modules != "all-linear":
-        return targets
+    if groups is not None and target_modules == "all-linear":
+        targets = _matched_by(groups, targets, model)
+    check_untied(model, targets)
+    return targets
+
+
+def _matched_by(
+    groups: Mapping[str, Sequence[str]], targets: Sequence[Target], model: nn.Module
+) -> list[Target]:
     patterns = [pattern for members in groups.values() for pattern in members]
     # Rows of a fused projection exist only where a pattern names them.
     parts = [t for pattern in patterns if ":" in pattern for t in find_targets(model, [pattern])]
@@ -107,7 +115,7 @@ def select_targets(
         for target in targets
         if target.name not in fused and any(pattern_matches(p, target) for p in patterns)
     ]
-    return [*whole, *parts] or targets
+    return [*whole, *parts] or list(targets)
 
 
 def attach_generators(
@@ -134,6 +142,7 @@ def attach_generators(
         UserError: If the settings contradict, or the name is taken.
     """
     _check_settings(settings, adapter_name)
+    check_untied(model, [target for members in assigned.values() for target in members])
     if not assigned:
         raise UserError("no linear layer is adapted", key="adapter.target_modules")
     owner = get_generators(model)
@@ -220,7 +229,7 @@ def _check_settings(settings: GeneratorSettings, adapter_name: str) -> None:
             key="adapter.view",
             hint="use `view: auto` or `weight`, or `dropout: 0`",
         )
-    if not torch.isfinite(torch.tensor(settings.scale)):
-        raise UserError(f"the scale must be finite, got {settings.scale}", key="adapter.alpha")
+    if not math.isfinite(settings.alpha):
+        raise UserError(f"alpha must be finite, got {settings.alpha}", key="adapter.alpha")
     if not _ADAPTER_NAME.fullmatch(adapter_name):
         raise UserError(f"adapter name {adapter_name!r} may hold only letters, digits, _ and -")

@@ -30,7 +30,7 @@ class GeneratorSettings:
 
     Args:
         rank: r, at least 1.
-        scale: s, usually alpha / r.
+        alpha: Numerator of the scale: s = alpha / r.
         side: Which side of a linear is edited.
         init: Which factor starts at zero.
         dropout: Dropout on the entries of the frozen weight while training; weight view only.
@@ -39,7 +39,7 @@ class GeneratorSettings:
     """
 
     rank: int
-    scale: float
+    alpha: float
     side: Side = "input"
     init: Init = "phi_zero"
     dropout: float = 0.0
@@ -47,9 +47,9 @@ class GeneratorSettings:
     share: Share | Literal["groups"] = "module_type"
 
     @property
-    def alpha(self) -> float:
-        """The numerator of the scale: alpha = s r."""
-        return self.scale * self.rank
+    def scale(self) -> float:
+        """The scale s = alpha / r."""
+        return self.alpha / self.rank
 
 
 class Generator(nn.Module):
@@ -242,10 +242,6 @@ class LinearEdit:
         """Let `adapter` change this layer, or the target's rows of it, by `generator`."""
         edit = _Edit(generator, settings, target.rows)
         self._by_adapter.setdefault(adapter, []).append(edit)
-
-    def drop(self, adapter: str) -> None:
-        """Forget one adapter's changes."""
-        self._by_adapter.pop(adapter, None)
 
     def _edits(self) -> Sequence[_Edit]:
         working = self._owner.working

@@ -137,6 +137,32 @@ def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
     return _with_rows(whole, rows, "-".join(str(bound) for bound in rows[0]))
 
 
+def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse a target whose weight another module uses too: a fold would change both.
+
+    Args:
+        model: The base model.
+        targets: What is to be adapted.
+
+    Raises:
+        UserError: If a target's weight is tied, as an output head often is to the embedding.
+    """
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    for target in targets:
+        weight = model.get_submodule(target.name)._parameters.get("weight")
+        others = [name for name in users.get(id(weight), ()) if name != target.name]
+        if weight is not None and others:
+            raise UserError(
+                f"the weight of {target.name!r} is tied to {others[0]!r}: "
+                "a change of one would change the other",
+                key="adapter.target_modules",
+                hint="leave it out of the targets",
+            )
+
+
 def assign_groups(
     targets: Sequence[Target],
     *,
@@ -383,5 +409,5 @@ def _check_group(name: str, members: Sequence[Target], side: Side, key: str) -> 
             key=key if key == "adapter.share" else f"{key}.{name}",
             hint="use `share: input_dim`, or name the groups under adapter.groups"
             if key == "adapter.share"
-            else "make one group of each size",
+            else "make one group of each size, or use `share: input_dim` instead of groups",
         )

@@ -180,10 +180,10 @@ def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: If there is no such model, or it is a GGUF file.
     """
-    found = find_base_folder(name_or_path, revision)
-    if found is not None:
-        return found
-    if _is_path(name_or_path):
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or _is_path(name_or_path):
         _source(name_or_path, revision)  # tells what is missing
         raise UserError(
             f"{name_or_path!r} is a single file; a folder with safetensors is needed",
@@ -192,6 +192,7 @@ def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _translated(name_or_path):
+        # The cache may hold only a part of it; offline, the hub's client gives what is there.
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
 

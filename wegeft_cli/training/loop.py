@@ -18,7 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from wegeft_cli.errors import MachineError
 from wegeft_cli.training.loss import TokenBatch
 from wegeft_cli.training.meters import StepMetrics, measure_peak_memory_gib
-from wegeft_cli.training.state import Progress, Snapshot, capture_snapshot, restore_snapshot
+from wegeft_cli.training.state import (
+    Progress,
+    Snapshot,
+    capture_snapshot,
+    check_agreement,
+    restore_snapshot,
+)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -165,30 +171,36 @@ def run_loop(
     )
     progress = Progress()
     if resume_from is not None:
-        progress = restore_snapshot(resume_from, parameters, optimizer, schedule, scaler)
+        progress = restore_snapshot(
+            resume_from, parameters, optimizer, schedule, scaler, accelerator
+        )
+    patience = settings.early_stopping_patience
     result = LoopResult("finished", progress.step, progress.last_loss)
+    result.stopped_early = patience is not None and progress.num_bad_evals >= patience
+    check_agreement(progress.step, parameters, accelerator)
 
     def save() -> None:
-        snapshot = capture_snapshot(parameters, optimizer, schedule, scaler, progress)
+        check_agreement(progress.step, parameters, accelerator)
+        snapshot = capture_snapshot(parameters, optimizer, schedule, scaler, progress, accelerator)
         hooks.on_save(progress.step, snapshot)
 
-    def validate() -> None:
+    def validate() -> bool:
         loss = _validation_loss(model, loss_function, source, settings, accelerator)
         if loss is None:
-            return
+            return False
         result.validation[progress.step] = loss
         hooks.on_validation(progress.step, loss)
         if progress.best_metric is None or loss < progress.best_metric:
             progress.best_metric, progress.num_bad_evals = loss, 0
         else:
             progress.num_bad_evals += 1
-        patience = settings.early_stopping_patience
         result.stopped_early = patience is not None and progress.num_bad_evals >= patience
+        return True
 
     model.train()
     last_line = time.perf_counter()
     steps_since, tokens_since = 0, 0
-    while progress.step < source.num_steps:
+    while progress.step < source.num_steps and not result.stopped_early:
         step = progress.step
         num_labels = source.num_label_tokens(step)
         own_loss_sum = torch.zeros((), device=accelerator.device)
@@ -240,13 +252,15 @@ def run_loop(
                 )
             )
             last_line, steps_since, tokens_since = time.perf_counter(), 0, 0
-        if is_last or _is_due(progress.step, settings.eval_steps):
-            validate()
-        if is_last or stop or result.stopped_early or _is_due(progress.step, settings.save_steps):
+        if is_last:
+            save()  # a validation that fails must not cost the run
+        validated = (is_last or _is_due(progress.step, settings.eval_steps)) and validate()
+        due = stop or result.stopped_early or _is_due(progress.step, settings.save_steps)
+        if validated if is_last else due:
             save()
-        if stop and not is_last:
+        if stop and not is_last and not result.stopped_early:
             result.status = "interrupted"
-        if stop or result.stopped_early:
+        if stop:
             break
     result.num_steps = progress.step
     result.final_loss = progress.last_loss
@@ -313,12 +327,16 @@ def _validation_loss(
 ) -> float | None:
     """Give the mean loss per labelled token of the validation set; None where there is none."""
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    loss_sum, num_labels = 0.0, 0
     for batch in source.validation_batches():
         with _autocast(accelerator.device, settings.mixed_precision):
-            totals[0] += loss_function(model, batch.to(accelerator.device)).double()
-        totals[1] += batch.num_label_tokens
+            loss_sum += float(loss_function(model, batch.to(accelerator.device)))
+        num_labels += batch.num_label_tokens
     model.train()
     if accelerator.num_processes > 1:
+        totals = torch.tensor(
+            [loss_sum, num_labels], dtype=torch.float64, device=accelerator.device
+        )
         torch.distributed.all_reduce(totals)
-    return float(totals[0] / totals[1]) if totals[1] > 0 else None
+        loss_sum, num_labels = totals.tolist()
+    return loss_sum / num_labels if num_labels > 0 else None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import MachineError, UserError
 
 
 @dataclass
@@ -51,8 +53,9 @@ def capture_snapshot(
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
     progress: Progress,
+    accelerator: Accelerator,
 ) -> Snapshot:
-    """Take the state between two steps.
+    """Take the state between two steps; every process calls it.
 
     Args:
         parameters: What learns, by name.
@@ -60,6 +63,7 @@ def capture_snapshot(
         schedule: Its schedule.
         scaler: The loss scaler, enabled or not.
         progress: The counters.
+        accelerator: This process's state: each process draws its own dropout.
 
     Returns:
         The snapshot; its tensors are copies on the CPU.
@@ -71,9 +75,14 @@ def capture_snapshot(
         for key, value in entry.items()
         if isinstance(value, Tensor)
     }
-    rng = {"cpu": torch.get_rng_state()}
+    own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
+        own["cuda"] = torch.cuda.get_rng_state()
+    rng = {
+        f"{kind}.{rank}": state
+        for rank, states in enumerate(_gather(own, accelerator))
+        for kind, state in states.items()
+    }
     return Snapshot(
         tensors={
             "parameters": {
@@ -105,6 +114,7 @@ def restore_snapshot(
     optimizer: Optimizer,
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
+    accelerator: Accelerator,
 ) -> Progress:
     """Put a captured state back, in place.
 
@@ -114,6 +124,7 @@ def restore_snapshot(
         optimizer: A fresh optimizer over them.
         schedule: A fresh schedule.
         scaler: A fresh scaler.
+        accelerator: This process's state.
 
     Returns:
         The counters.
@@ -145,7 +156,47 @@ def restore_snapshot(
     schedule.load_state_dict(dict(snapshot.state["schedule"]))
     if snapshot.state["scaler"]:
         scaler.load_state_dict(snapshot.state["scaler"])
-    torch.set_rng_state(snapshot.tensors["rng"]["cpu"])
-    if "cuda" in snapshot.tensors["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(snapshot.tensors["rng"]["cuda"])
-    return Progress(**snapshot.state["progress"])
+    progress = Progress(**snapshot.state["progress"])
+    rng, rank = snapshot.tensors["rng"], accelerator.process_index
+    if f"cpu.{rank}" in rng and f"cpu.{accelerator.num_processes}" not in rng:
+        torch.set_rng_state(rng[f"cpu.{rank}"])
+        if f"cuda.{rank}" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng[f"cuda.{rank}"])
+    else:
+        # Another number of processes: their dropout can only begin anew, each with its own.
+        torch.manual_seed(progress.step * accelerator.num_processes + rank)
+    return progress
+
+
+def check_agreement(
+    step: int, parameters: Mapping[str, nn.Parameter], accelerator: Accelerator
+) -> None:
+    """Stop a run whose processes hold different factors, or stand at different steps.
+
+    Args:
+        step: Optimizer steps done.
+        parameters: What learns.
+        accelerator: This process's state; with one process there is nothing to compare.
+
+    Raises:
+        MachineError: If the processes disagree; nothing is saved then.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digest = hashlib.sha256(str(step).encode())
+    for name, parameter in parameters.items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    if len(set(_gather(digest.hexdigest(), accelerator))) > 1:
+        raise MachineError(
+            f"the processes hold different factors at step {step}",
+            hint="go on from the newest checkpoint with --resume auto, on a disk that all share",
+        )
+
+
+def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
+    """Give every process's value, by rank."""
+    gathered: list[Any] = [value] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(gathered, value)
+    return gathered

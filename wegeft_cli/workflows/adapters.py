@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,6 +137,7 @@ def load_adapter(
     *,
     adapter_name: str = "default",
     base_dir: str | Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Generators:
     """Put an adapter from its files onto a model, active at once.
 
@@ -146,6 +147,7 @@ def load_adapter(
         adapter_name: Name under which the model knows it.
         base_dir: The folder that the model was loaded from: its fingerprint is then compared with
             the one that the adapter was trained on. None trusts the caller.
+        warn: Told where no comparison can be made.
 
     Returns:
         The generators at the model's root.
@@ -156,11 +158,11 @@ def load_adapter(
     folder = resolve_adapter_dir(Path(adapter_dir))
     files = read_adapter(folder)
     if base_dir is not None:
-        check_base(files.manifest, Path(base_dir), folder)
+        check_base(files.manifest, Path(base_dir), folder, warn=warn)
     manifest = files.manifest
     settings = GeneratorSettings(
         rank=manifest.r,
-        scale=manifest.scale,
+        alpha=manifest.alpha,
         side=manifest.side,  # type: ignore[arg-type]
         init=manifest.init,  # type: ignore[arg-type]
         dropout=manifest.dropout,
@@ -194,20 +196,32 @@ def read_adapter(adapter_dir: Path) -> AdapterFiles:
     return files
 
 
-def check_base(manifest: AdapterManifest, base_dir: Path, adapter_dir: Path) -> None:
+def check_base(
+    manifest: AdapterManifest,
+    base_dir: Path,
+    adapter_dir: Path,
+    *,
+    warn: Callable[[str], None] = lambda text: None,
+) -> None:
     """Refuse a base that differs from the one an adapter was trained on.
 
     Args:
         manifest: The adapter's manifest.
         base_dir: The base's folder.
         adapter_dir: The adapter's folder, for the message.
+        warn: Told where no comparison can be made.
 
     Raises:
         UserError: If both fingerprints are known and differ.
     """
     expected = manifest.base_fingerprint
     found = fingerprint_base(base_dir) if expected is not None else None
-    if expected is not None and found is not None and expected != found:
+    if expected is None or found is None:
+        which = (
+            "the adapter records no fingerprint" if expected is None else "it has no safetensors"
+        )
+        warn(f"whether {str(base_dir)!r} is the adapter's base cannot be checked: {which}")
+    elif expected != found:
         raise UserError(
             f"the base in {str(base_dir)!r} is not the one that this adapter was trained on: "
             f"its fingerprint is {found[:19]}..., the adapter's {expected[:19]}...",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
-from wegeft_cli.evaluation.tasks import TASKS, TaskData, find_task, load_task_data
+from wegeft_cli.evaluation.tasks import TASKS, Task, TaskData, find_task, load_task_data
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import EvalSection, ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import describe_environment, find_run
+from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of, find_run
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
-_DEFAULT_BATCH_SIZE = EvalSection().batch_size
+_SAMPLES_START = '{"model": "'
 
 
 def evaluate(
@@ -74,26 +74,19 @@ def evaluate(
             hint="leave out TARGET and --compare-base, or leave out --samples",
         )
     path = None if samples is not None else _find_target(target)
-    recipe = _find_recipe(path)
+    recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
     if output is not None:
         _check_output(output)
-    jobs = _read_tasks(
-        list(tasks) or list(settings.tasks),
-        protocol,
-        settings.protocol,
-        data_dir or (Path(settings.data_dir) if settings.data_dir else None),
-        limit or settings.limit,
-    )
+        _check_output(_beside(output), is_ours=_SAMPLES_START)
+    names = list(tasks) or list(settings.tasks)
+    jobs = _read_tasks(names, settings, protocol, data_dir, limit)
     if samples is not None:
         scores, base_scores = [_score_samples(samples, jobs)], None
     else:
         assert path is not None
-        sizes = (
-            batch_size or settings.batch_size or _DEFAULT_BATCH_SIZE,
-            max_new_tokens or settings.max_new_tokens,
-        )
-        opened = open_target(path, recipe, base=base)
+        sizes = (batch_size or settings.batch_size, max_new_tokens)
+        opened = open_target(path, recipe, base=base, warn=reporter.warn)
         base_scores = None
         if compare_base:
             with opened.base_alone() as (model, tokenizer):
@@ -135,6 +128,8 @@ class Job:
 
     data: TaskData
     protocol: EvalProtocol
+    max_new_tokens: int | None = None
+    """From the recipe; None takes the protocol's."""
 
 
 @dataclass
@@ -146,12 +141,14 @@ class OpenedTarget:
         model: On its device.
         tokenizer: Its tokenizer.
         base: Where the base alone lies, for a model that is no adapter; None if unknown.
+        section: How such a model was loaded; its base is loaded likewise.
     """
 
     kind: str
     model: Any
     tokenizer: Any
     base: str | None = None
+    section: ModelSection = field(default_factory=ModelSection)
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
@@ -166,17 +163,24 @@ class OpenedTarget:
                 key="--compare-base",
                 hint="name it with --base",
             )
-        model, tokenizer = _load(ModelSection(name_or_path=self.base))
+        model, tokenizer = _load(replace(self.section, name_or_path=self.base))
         yield model, tokenizer
 
 
-def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) -> OpenedTarget:
+def open_target(
+    path: str | Path,
+    recipe: Recipe | None,
+    *,
+    base: str | None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> OpenedTarget:
     """Load what a command is to work on.
 
     Args:
         path: An adapter, run or model folder, or a hub id.
         recipe: The run's recipe, where the target belongs to a run.
         base: The base's folder or hub id, where it is not as recorded.
+        warn: Told where nothing can tell whether the base is the adapter's.
 
     Returns:
         The model on its device.
@@ -185,20 +189,17 @@ def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) ->
         UserError: If the target is none of these, is damaged, or its base is another one.
     """
     folder = Path(path)
+    section = recipe.model if recipe is not None else ModelSection()
     if (folder / "config.json").is_file() or not folder.exists():
-        model, tokenizer = _load(ModelSection(name_or_path=str(path)))
-        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder))
+        section = replace(section, name_or_path=str(path), revision=None)
+        model, tokenizer = _load(section)
+        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder), section)
     from wegeft_cli.workflows.adapters import tell_base
 
     adapter_dir = resolve_adapter_dir(folder)
     kind, recorded_base, revision = read_adapter_type(adapter_dir)
-    section = recipe.model if recipe is not None else ModelSection()
-    section = ModelSection(
-        name_or_path=base or recorded_base,
-        revision=None if base else revision,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
+    section = replace(
+        section, name_or_path=base or recorded_base, revision=None if base else revision
     )
     with tell_base(base, adapter_dir):
         model, tokenizer = _load(section)
@@ -206,9 +207,8 @@ def open_target(path: str | Path, recipe: Recipe | None, *, base: str | None) ->
         from wegeft_cli.models.base import find_base_folder
         from wegeft_cli.workflows.adapters import load_adapter
 
-        load_adapter(
-            model, adapter_dir, base_dir=find_base_folder(section.name_or_path, section.revision)
-        )
+        base_dir = find_base_folder(section.name_or_path, section.revision)
+        load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
         model.eval()
     else:
         from wegeft_cli.interop.peft import load_peft
@@ -262,17 +262,12 @@ def _find_target(target: str | Path | None) -> str | Path:
     return target
 
 
-def _find_recipe(path: str | Path | None) -> Recipe | None:
-    """Read the recipe of the run that a target belongs to, if it belongs to one."""
-    if path is None:
-        return None
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return load_recipe(folder / "recipe.yaml", need_data=False).recipe
-    return None
+def _beside(output: Path) -> Path:
+    """Give the samples file that goes with a result file."""
+    return output.with_name(f"{output.stem}-samples.jsonl")
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
     """Find out before the work begins that --output cannot be written or would replace a file."""
     place = output.parent
     while not place.exists():
@@ -286,7 +281,7 @@ def _check_output(output: Path) -> None:
         return
     with disk_errors(output, "read"):
         text = output.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith(_RESULT_START):
+    if text and not text.startswith(is_ours):
         raise UserError(
             "this file is no earlier result, and nothing else is overwritten",
             file=str(output),
@@ -305,12 +300,16 @@ def _read_provenance(folder: Path) -> str | None:
 
 def _read_tasks(
     names: Sequence[str],
+    settings: EvalSection,
     protocol: str | None,
-    default_protocol: str,
     data_dir: Path | None,
     limit: int | None,
 ) -> list[Job]:
-    """Read every test set before any model is loaded."""
+    """Read every test set before any model is loaded.
+
+    What was typed wins. The recipe's own settings hold for the tasks that it names; for others its
+    data folder holds where it has the set, and its protocol where that scores the task.
+    """
     if not names:
         raise UserError(
             "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
@@ -318,9 +317,31 @@ def _read_tasks(
     jobs = []
     for name in dict.fromkeys(names):
         task = find_task(name)
-        chosen = find_protocol(protocol or task.own_protocol or default_protocol, task)
-        jobs.append(Job(load_task_data(task, data_dir=data_dir, limit=limit), chosen))
+        is_named = task in [find_task(own) for own in settings.tasks]
+        chosen = find_protocol(protocol or _default_protocol(task, settings.protocol), task)
+        folder = data_dir
+        if folder is None and settings.data_dir is not None:
+            own_folder = Path(settings.data_dir)
+            folder = own_folder if is_named or _has_set(own_folder, task) else None
+        rows = limit or (settings.limit if is_named else None)
+        length = settings.max_new_tokens if is_named else None
+        jobs.append(Job(load_task_data(task, data_dir=folder, limit=rows), chosen, length))
     return jobs
+
+
+def _default_protocol(task: Task, from_recipe: str) -> str | None:
+    """Give the task's own protocol, else the recipe's where that scores it, else the default."""
+    if task.own_protocol is not None:
+        return task.own_protocol
+    protocol = PROTOCOLS.get(from_recipe)
+    is_own_to_another = any(other.own_protocol == from_recipe for other in TASKS.values())
+    if protocol is not None and (task.kind not in protocol.rules or is_own_to_another):
+        return None
+    return from_recipe
+
+
+def _has_set(data_dir: Path, task: Task) -> bool:
+    return any((data_dir / name).is_dir() for name in (task.folder, task.name))
 
 
 def _score_samples(samples: Path, jobs: Sequence[Job]) -> TaskScore:
@@ -357,7 +378,7 @@ def _score_model(
                     job.data,
                     job.protocol,
                     batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=max_new_tokens or job.max_new_tokens,
                     on_progress=lambda done, total, advance=advance: advance(done),  # type: ignore[misc]
                 )
             except torch.OutOfMemoryError as error:
@@ -371,7 +392,7 @@ def _score_model(
 def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[Job]) -> Path:
     """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
     if output is not None:
-        return output.with_name(f"{output.stem}-samples.jsonl")
+        return _beside(output)
     name = "-".join([*(job.data.task.name for job in jobs), jobs[0].protocol.name])
     folder = Path(path) if path is not None else Path("runs")
     for candidate in (folder, folder.parent):

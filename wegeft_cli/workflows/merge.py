@@ -40,7 +40,7 @@ from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import check_base, load_adapter, read_adapter, tell_base
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import find_run
+from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
 
 PROVENANCE_NAME = "wegeft_merge.json"
 
@@ -105,14 +105,16 @@ def merge(
     output = output or _default_output(adapter_dir)
     check_unused_folder(output)
     kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    recipe = find_recipe_of(adapter_dir)
     name_or_path = base or recorded_base
     if base is not None:
         revision = None
+    trusts = recipe is not None and recipe.model.trust_remote_code
     if kind != PEFT_TYPE:
         reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
         with tell_base(base, adapter_dir):
             num_tensors, num_folded = _merge_by_peft(
-                name_or_path, revision, adapter_dir, output, dtype
+                name_or_path, revision, adapter_dir, output, dtype, trusts
             )
     else:
         files = read_adapter(adapter_dir)
@@ -123,7 +125,7 @@ def merge(
                 raise UserError(
                     f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
                 )
-        check_base(files.manifest, base_dir, adapter_dir)
+        check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
         if all(f"{name}.weight" in stored for name in files.manifest.modules):
             with reporter.progress("merging", 100) as advance:
                 report = merge_stream(
@@ -136,7 +138,7 @@ def merge(
             num_tensors, num_folded = report.num_tensors, report.num_edited
         else:
             reporter.note("the base's files name its layers otherwise: merged in memory")
-            num_tensors, num_folded = _merge_in_memory(base_dir, adapter_dir, output, dtype)
+            num_tensors, num_folded = _merge_in_memory(base_dir, adapter_dir, output, dtype, trusts)
     provenance = {
         "base_model_name_or_path": name_or_path,
         "revision": revision,
@@ -226,33 +228,42 @@ def _check_shape(name: str, shape: tuple[int, ...], edit: FoldEdit) -> None:
 
 
 def _merge_in_memory(
-    base_dir: Path, adapter_dir: Path, output: Path, dtype: str | None
+    base_dir: Path, adapter_dir: Path, output: Path, dtype: str | None, trusts: bool
 ) -> tuple[int, int]:
-    model = load_model(str(base_dir))
+    model = load_model(str(base_dir), trust_remote_code=trusts)
     load_adapter(model, adapter_dir)
     num_folded = fold_generators(model, keep_base=False)
     remove_generators(model)
-    return _write_model(model, str(base_dir), None, output, dtype), num_folded
+    return _write_model(model, str(base_dir), None, output, dtype, trusts), num_folded
 
 
 def _merge_by_peft(
-    name_or_path: str, revision: str | None, adapter_dir: Path, output: Path, dtype: str | None
+    name_or_path: str,
+    revision: str | None,
+    adapter_dir: Path,
+    output: Path,
+    dtype: str | None,
+    trusts: bool,
 ) -> tuple[int, int]:
     from wegeft_cli.interop.peft import load_peft, merge_peft
 
-    model, num_folded = merge_peft(
-        load_peft(load_model(name_or_path, revision=revision), adapter_dir)
-    )
-    return _write_model(model, name_or_path, revision, output, dtype), num_folded
+    model = load_model(name_or_path, revision=revision, trust_remote_code=trusts)
+    merged, num_folded = merge_peft(load_peft(model, adapter_dir))
+    return _write_model(merged, name_or_path, revision, output, dtype, trusts), num_folded
 
 
 def _write_model(
-    model: Any, name_or_path: str, revision: str | None, output: Path, dtype: str | None
+    model: Any,
+    name_or_path: str,
+    revision: str | None,
+    output: Path,
+    dtype: str | None,
+    trusts: bool,
 ) -> int:
     """Write a whole model with its tokenizer; give the number of its tensors."""
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
-    tokenizer = load_tokenizer(name_or_path, revision=revision)
+    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=trusts)
     with atomic_folder(output) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))

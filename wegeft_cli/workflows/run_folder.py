@@ -15,6 +15,8 @@ from typing import Any
 from wegeft_cli.checkpoints.adapter import find_newest_run
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.version import VERSION
 
 _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
@@ -155,6 +157,26 @@ def find_run(path: str | Path | None) -> Path:
             hint="name an adapter or run folder, or train first: wegeft train quickstart",
         )
     return newest
+
+
+def find_recipe_of(path: str | Path | None) -> Recipe | None:
+    """Read the recipe of the run that a folder belongs to, if it belongs to one.
+
+    Args:
+        path: A run's folder, or a folder in it; None belongs to none.
+
+    Returns:
+        The run's resolved recipe, or None.
+
+    Raises:
+        UserError: If the run's recipe is damaged.
+    """
+    if path is None:
+        return None
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
+            return load_recipe(folder / "recipe.yaml", need_data=False).recipe
+    return None
 
 
 def describe_environment() -> dict[str, Any]:

@@ -158,8 +158,11 @@ def _train(
         if checkpoint is None and folder.adapter_dir.exists():
             folder.check_unused()  # its checkpoints are gone, its adapter stays
         if checkpoint is not None and folder.adapter_dir.exists():
+            _check_nothing_left(folder, checkpoint, plan.num_steps, given is not None)
             return _tell_finished(folder, checkpoint, trainable, reporter)
-        fingerprint = _fingerprint_base(recipe, folder, resuming=checkpoint is not None)
+        resuming = checkpoint is not None
+        fingerprint = _fingerprint_base(recipe, folder, resuming=resuming)
+        earlier = folder.adopt().get("validation", {}) if resuming else {}
         stack.enter_context(_told_in_run_json(folder, accelerator))
         if accelerator.is_main_process:
             folder.write_recipe(recipe_to_yaml(_with_found_paths(loaded)))
@@ -167,6 +170,10 @@ def _train(
             folder.update(_describe_start(recipe, data, accelerator, trainable))
             folder.update({"base_fingerprint": fingerprint})
         model = _load_base(recipe)
+        if fingerprint is None:  # a hub's model is on this machine only now
+            fingerprint = _fingerprint_base(recipe, folder, resuming=resuming)
+            if accelerator.is_main_process:
+                folder.update({"base_fingerprint": fingerprint})
         set_seed(recipe.seed)
         model = _inject(model, recipe)
         model.to(accelerator.device)
@@ -183,10 +190,14 @@ def _train(
             pad_token_id=pad_token_id(tokenizer),
         )
         result = _run(model, recipe, source, folder, accelerator, checkpoint, should_stop, reporter)
+        done = checkpoint.step if checkpoint is not None else 0
+        before = {int(step): loss for step, loss in earlier.items() if int(step) <= done}
+        result.validation = {**before, **result.validation}
         if result.status == "finished" and accelerator.is_main_process:
             _save(model, recipe, folder, result, fingerprint)
         if accelerator.is_main_process:
             folder.update(_describe_end(result))
+        _leave_group(accelerator)
     finished = result.status == "finished"
     return TrainResult(
         run_dir=folder.path,
@@ -241,6 +252,9 @@ def _with_found_paths(loaded: LoadedRecipe) -> Recipe:
         ]
 
     data = loaded.recipe.data
+    template = find_local(data.template, loaded.path.parent)
+    if template is not None and template != Path(data.template):
+        data = replace(data, template=str(template.resolve()))
     data = replace(data, train=found(data.train), validation=found(data.validation))
     return replace(loaded.recipe, data=data)
 
@@ -282,7 +296,7 @@ def _inject_generators(model: nn.Module, section: AdapterSection, seed: int) -> 
     )
     settings = GeneratorSettings(
         rank=section.r,
-        scale=2.0 if section.alpha is None else section.alpha / section.r,
+        alpha=2.0 * section.r if section.alpha is None else section.alpha,
         side=section.side,  # type: ignore[arg-type]
         init=section.init,  # type: ignore[arg-type]
         dropout=section.dropout,
@@ -396,6 +410,27 @@ def _fingerprint_base(recipe: Recipe, folder: RunFolder, *, resuming: bool) -> s
     return fingerprint
 
 
+def _check_nothing_left(
+    folder: RunFolder, checkpoint: Checkpoint, num_steps: int, is_given: bool
+) -> None:
+    """Refuse to train on in the folder of a run that has its adapter."""
+    stopped_early = bool(folder.adopt().get("stopped_early"))
+    if is_given or (checkpoint.step < num_steps and not stopped_early):
+        raise UserError(
+            "this run has its adapter already, and it is not replaced",
+            file=str(folder.adapter_dir),
+            key="--resume",
+            hint="choose another output_dir for the longer run",
+        )
+
+
+def _leave_group(accelerator: Accelerator) -> None:
+    """End a run of many processes together: one that leaves early takes the others down."""
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
+
 def _tell_finished(
     folder: RunFolder, checkpoint: Checkpoint, trainable: int, reporter: Reporter
 ) -> TrainResult:
@@ -459,7 +494,8 @@ def _told_in_run_json(folder: RunFolder, accelerator: Accelerator) -> Iterator[N
                 f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more left'}",
                 key="train.per_device_train_batch_size",
                 hint="lower it and raise train.gradient_accumulation_steps, lower "
-                "data.max_length, or set train.gradient_checkpointing: true",
+                "data.max_length, or set train.gradient_checkpointing: true; while validating, "
+                "lower train.per_device_eval_batch_size",
             ) from error
         raise
 
