@@ -309,3 +309,18 @@ def test_activation_view_needs_no_weight(make_stack, shake):
     assert (model(x) - expected_model(x)).abs().max() < EXACT
     with pytest.raises(UserError, match="quantised"):
         fold_generators(model)
+
+
+def test_a_tied_target_is_refused(make_llama):
+    tied = make_llama(tie_word_embeddings=True)
+    with pytest.raises(UserError, match="tied to 'model.embed_tokens'"):
+        inject_generators(tied, rank=2, target_modules=["lm_head"])
+    assert get_generators(tied) is None
+    assert inject_generators(make_llama(), rank=2, target_modules=["lm_head"])
+
+
+def test_alpha_stays_as_it_was_typed(make_llama):
+    model = make_llama()
+    generators = inject_generators(model, rank=49, alpha=1.0, target_modules=["q_proj"])
+    assert generators["default"].settings.alpha == 1.0
+    assert generators["default"].settings.scale == 1 / 49

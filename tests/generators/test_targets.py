@@ -160,7 +160,8 @@ class TestSharing:
 
 # Every line of method.md's table of exact counts, on models without weights.
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-              "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}  # fmt: skip
+              "num_attention_heads": 32, "num_key_value_heads": 32,
+              "vocab_size": 32000}  # fmt: skip
 LLAMA_3_8B = {**LLAMA_2_7B, "intermediate_size": 14336, "num_key_value_heads": 8,
               "vocab_size": 128256}  # fmt: skip
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
