@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -97,3 +99,22 @@ def test_a_finished_folder_is_refused_by_two(write_recipe):
     assert done.returncode != 0
     assert done.stderr.count("already holds a run") == 1
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_resume_with_their_own_dropout(write_recipe):
+    train = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_steps": 3}
+    shared = {"adapter": {"dropout": 0.3}, "train": {**train, "save_total_limit": None}}
+    whole = write_recipe("whole", **shared)
+    assert launch(whole, 2).returncode == 0
+    run_dir = whole.parent / "runs" / "whole"
+    expected = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    for path in run_dir.glob("checkpoints/step-*"):
+        if path.name != "step-00000003":
+            shutil.rmtree(path)
+    shutil.rmtree(run_dir / "adapter")
+    done = launch(whole, 2, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stderr
+    resumed = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[key], value) for key, value in expected.items())

@@ -313,7 +313,7 @@ def test_activation_view_needs_no_weight(make_stack, shake):
 
 def test_a_tied_target_is_refused(make_llama):
     tied = make_llama(tie_word_embeddings=True)
-    with pytest.raises(UserError, match="tied to 'model.embed_tokens'"):
+    with pytest.raises(UserError, match=r"tied to 'model\.embed_tokens'"):
         inject_generators(tied, rank=2, target_modules=["lm_head"])
     assert get_generators(tied) is None
     assert inject_generators(make_llama(), rank=2, target_modules=["lm_head"])

@@ -173,3 +173,20 @@ def test_loading_says_nothing(llama_dir, capfd):
     load_tokenizer(str(llama_dir))
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_a_partly_filled_hub_cache_is_not_taken_for_the_model(tmp_path, monkeypatch):
+    """The whole model is asked for, whatever `plan` left in the cache."""
+    import huggingface_hub
+
+    asked = []
+
+    def fake(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    assert fetch_base_folder("owner/name", "v1") == tmp_path
+    ((name, revision, patterns),) = asked
+    assert (name, revision) == ("owner/name", "v1")
+    assert "*.safetensors" in patterns

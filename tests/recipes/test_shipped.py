@@ -91,7 +91,7 @@ def test_published_adapter(name, r, alpha, dropout, targets):
         ("llama_codefeedback", 32, 1, 2e-5, "cosine", 0.03, 1024),
         ("llama_wizardlm", 32, 1, 2e-5, "cosine", 0.03, 1024),
         ("llama_alpaca", 128, 12, 2e-4, "linear", 0.0, 768),
-        ("quickstart", 16, 2, 3e-3, "linear", 0.1, 128),
+        ("quickstart", 16, 1.5, 3e-3, "linear", 0.1, 128),
     ],
 )
 def test_published_schedule(name, batch, epochs, rate, schedule, warmup, length):

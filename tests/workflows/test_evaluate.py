@@ -186,3 +186,46 @@ def test_the_command_prints_one_object(here):
     assert done.exit_code == 0
     told = json.loads(done.stdout)
     assert told["results"] == evaluate("runs/tiny")["results"]
+
+
+def test_a_runs_own_protocol_does_not_reach_other_tasks(place, tmp_path, write_recipe_in):
+    """`wegeft eval --task gsm8k` works right after a run whose recipe names its own protocol."""
+    rows = [{"instruction": "1 + 1?", "input": "", "output": "2", "answer": "2"}] * 4
+    own = tmp_path / "data" / "quickstart"
+    own.mkdir(parents=True)
+    (own / "test.json").write_text(json.dumps(rows))
+    other = tmp_path / "more" / "gsm8k"
+    other.mkdir(parents=True)
+    (other / "test.jsonl").write_text('{"question": "1 + 2?", "answer": "so #### 3"}\n')
+    recipe = write_recipe_in(
+        tmp_path,
+        rows=rows,
+        train={"max_steps": 1},
+        data={"template": "question_answer"},
+        eval={
+            "tasks": ["quickstart"],
+            "protocol": "quickstart",
+            "data_dir": str(tmp_path / "data"),
+            "max_new_tokens": 2,
+        },
+    )
+    run_dir = train(recipe).run_dir
+    (row,) = evaluate(run_dir)["results"]
+    assert (row["task"], row["protocol"]) == ("quickstart", "quickstart")
+    assert row["generation"]["max_new_tokens"] == 2
+    (row,) = evaluate(run_dir, tasks=["gsm8k"], data_dir=tmp_path / "more", max_new_tokens=3)[
+        "results"
+    ]
+    assert (row["task"], row["protocol"], row["n"]) == ("gsm8k", "wegeft", 1)
+
+
+def test_a_foreign_file_beside_the_output_stays(place, tmp_path):
+    precious = tmp_path / "scores-samples.jsonl"
+    precious.write_text("precious\n")
+    with pytest.raises(UserError, match="no earlier result"):
+        evaluate("runs/tiny", output=tmp_path / "scores.json")
+    assert precious.read_text() == "precious\n"
+    precious.unlink()
+    for _ in range(2):  # its own it replaces
+        evaluate("runs/tiny", output=tmp_path / "scores.json")
+    assert len(read_lines(precious)) == 5

@@ -196,3 +196,52 @@ def test_a_folder_in_use_is_refused(write_recipe, stop_after):
     with lock_folder(run_dir), pytest.raises(UserError, match="in use"):
         train(recipe, resume="auto")
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_an_early_stop_stays_a_stop(write_recipe, read_adapter, read_run):
+    """Killed between its last checkpoint and its adapter, the run does not train on."""
+    settings = {
+        "data": {"validation_fraction": 0.2},
+        "train": {"eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 1e-30},
+    }
+    recipe = write_recipe(**settings)
+    done = train(recipe)
+    assert (done.num_steps, done.stopped_early) == (3, True)
+    validation = read_run(done.run_dir)["validation"]
+    before = read_adapter(done.run_dir)
+    shutil.rmtree(done.run_dir / "adapter")
+    again = train(recipe, resume="auto")
+    assert (again.num_steps, again.stopped_early, again.status) == (3, True, "finished")
+    assert read_adapter(again.run_dir) == before
+    assert read_run(again.run_dir)["validation"] == validation
+    assert len(validation) == 3
+
+
+def test_a_finished_run_keeps_its_record(write_recipe, read_run):
+    recipe = write_recipe(train={"save_steps": 2})
+    done = train(recipe)
+    record = read_run(done.run_dir)
+    assert train(recipe, resume="auto").num_steps == done.num_steps
+    for resume, overrides in [
+        (str(done.run_dir / "checkpoints" / "step-00000004"), []),
+        ("auto", ["train.num_train_epochs=4"]),
+    ]:
+        with pytest.raises(UserError, match="has its adapter already"):
+            train(recipe, overrides, resume=resume)
+    after = read_run(done.run_dir)
+    assert (after["num_steps"], after["final_loss"]) == (record["num_steps"], record["final_loss"])
+
+
+def test_the_runs_own_recipe_finds_a_template_beside_the_first(
+    write_recipe, tmp_path, monkeypatch, stop_after
+):
+    (tmp_path / "my.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}"} for n in range(8)]
+    recipe = write_recipe(rows=rows, data={"template": "my.jinja"})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    stopped = train(recipe, should_stop=stop_after(1))
+    assert train(stopped.run_dir / "recipe.yaml", resume="auto").status == "finished"
