@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,16 @@ def quiet_transformers() -> Iterator[None]:
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    _switch_bars(transformers_logging.disable_progress_bar)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        _switch_bars(transformers_logging.enable_progress_bar)
+
+
+def _switch_bars(switch: Callable[[], None]) -> None:
+    """Call a switch of the bars; where the environment has decided already, the hub only warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        switch()
