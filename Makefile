@@ -81,7 +81,7 @@ quickstart: setup ## Train, merge and score a small real model (under 10 minutes
 	@$(BIN)/python scripts/quickstart_model.py
 	@echo "== quickstart 2/5: the data, 1,480 generated word problems"
 	@$(BIN)/python scripts/quickstart_data.py
-	@echo "== quickstart 3/5: wegeft train quickstart (about 3 minutes)"
+	@echo "== quickstart 3/5: wegeft train quickstart (about 5 minutes)"
 	@if [ -d $(RUN)/adapter ]; then echo "$(RUN) is trained already; remove it to train again"; \
 		elif [ -d $(RUN) ]; then $(WEGEFT) train quickstart --resume auto; \
 		else $(WEGEFT) train quickstart; fi

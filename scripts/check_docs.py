@@ -1,4 +1,4 @@
-"""Check that every relative link in the Markdown pages leads to a file and, if named, a heading."""
+"""Check the Markdown pages: every relative link leads somewhere, and no placeholder was left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PLACEHOLDER = re.compile(r"^(?:\|.*\| )?([A-Z]+(?:_[A-Z]+)+)(?: \|)?$", re.MULTILINE)
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
 
 
@@ -24,10 +25,12 @@ def check_page(page: Path) -> list[str]:
         page: A Markdown file.
 
     Returns:
-        One message per dead link, as `file: link: what is missing`.
+        One message per dead link, as `file: link: what is missing`, and per line or last table cell
+        that is nothing but a word such as FIGURE_HERE.
     """
-    faults = []
-    for link in LINK.findall(CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))):
+    text = page.read_text(encoding="utf-8")
+    faults = [f"{page}: {word}: is a placeholder" for word in PLACEHOLDER.findall(text)]
+    for link in LINK.findall(CODE_BLOCK.sub("", text)):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")

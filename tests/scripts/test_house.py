@@ -134,3 +134,12 @@ def test_a_dead_link_is_found(tmp_path: Path, load_script: Callable[[str], Modul
     assert len(faults) == 2
     assert "gone.md" in faults[0]
     assert "#no-heading" in faults[1]
+
+
+def test_a_placeholder_is_found(tmp_path: Path, load_script: Callable[[str], ModuleType]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\nTABLE_HERE\n\n| a | SCORE_HERE |\n\nWEGEFT_DEBUG=1 is no such word.\n"
+    )
+    faults = load_script("check_docs").check_page(page)
+    assert [fault.split(": ")[1] for fault in faults] == ["TABLE_HERE", "SCORE_HERE"]
