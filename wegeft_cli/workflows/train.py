@@ -25,12 +25,10 @@ from wegeft_cli.checkpoints.resume import (
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.generators.inject import attach_generators, get_generators, select_targets
-from wegeft_cli.generators.module import GeneratorSettings
-from wegeft_cli.generators.targets import assign_groups
+from wegeft_cli.generators.inject import get_generators, inject_generators
 from wegeft_cli.models.base import find_base_folder, load_model, load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe, recipe_to_yaml
-from wegeft_cli.recipe.schema import AdapterSection, DataSource, Recipe
+from wegeft_cli.recipe.schema import DataSource, Recipe
 from wegeft_cli.training.loop import LoopHooks, LoopResult, LoopSettings, run_loop
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.meters import StepMetrics
@@ -128,6 +126,7 @@ def _train(
     reporter: Reporter,
 ) -> TrainResult:
     recipe = loaded.recipe
+    kept_recipe = _with_found_paths(loaded)
     # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     folder = RunFolder(find_run_dir(recipe))
@@ -135,13 +134,13 @@ def _train(
         if accelerator.is_main_process:  # a later process may meet what the first has written
             folder.check_unused()
     else:
-        check_same_recipe(folder.path / "recipe.yaml", _with_found_paths(loaded))
+        check_same_recipe(folder.path / "recipe.yaml", kept_recipe)
     given = None
     if resume not in (None, "auto"):
         given = load_checkpoint(Path(resume))
         # <run>/checkpoints/step-00000100: the checkpoint of another run brings that run's recipe.
         own_recipe = Path(resume).resolve().parent.parent / "recipe.yaml"
-        check_same_recipe(own_recipe, _with_found_paths(loaded))
+        check_same_recipe(own_recipe, kept_recipe)
     tokenizer, data, groups = _prepare(loaded, reporter)
     plan = build_step_plan(recipe, len(data.train), accelerator.num_processes)
     trainable = sum(group.num_parameters for group in groups)
@@ -165,7 +164,7 @@ def _train(
         earlier = folder.adopt().get("validation", {}) if resuming else {}
         stack.enter_context(_told_in_run_json(folder, accelerator))
         if accelerator.is_main_process:
-            folder.write_recipe(recipe_to_yaml(_with_found_paths(loaded)))
+            folder.write_recipe(recipe_to_yaml(kept_recipe))
             folder.start_metrics(checkpoint.step if checkpoint else 0)
             folder.update(_describe_start(recipe, data, accelerator, trainable))
             folder.update({"base_fingerprint": fingerprint})
@@ -273,7 +272,19 @@ def _inject(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Put what learns into the base: generators, or a PEFT method as a baseline."""
     section = recipe.adapter
     if section.type == "wegeft":
-        _inject_generators(model, section, recipe.seed)
+        inject_generators(
+            model,
+            rank=section.r,
+            alpha=section.alpha,
+            target_modules=section.target_modules,
+            share=section.share,  # type: ignore[arg-type]
+            groups=section.groups,
+            side=section.side,  # type: ignore[arg-type]
+            init=section.init,  # type: ignore[arg-type]
+            dropout=section.dropout,
+            view=section.view,  # type: ignore[arg-type]
+            seed=recipe.seed,
+        )
         return model
     from wegeft_cli.interop.peft import inject_peft
 
@@ -285,25 +296,6 @@ def _inject(model: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=section.target_modules,
         options=section.peft,
     )
-
-
-def _inject_generators(model: nn.Module, section: AdapterSection, seed: int) -> None:
-    groups = assign_groups(
-        select_targets(model, section.target_modules, section.groups),
-        share=section.share,  # type: ignore[arg-type]
-        groups=section.groups,
-        side=section.side,  # type: ignore[arg-type]
-    )
-    settings = GeneratorSettings(
-        rank=section.r,
-        alpha=2.0 * section.r if section.alpha is None else section.alpha,
-        side=section.side,  # type: ignore[arg-type]
-        init=section.init,  # type: ignore[arg-type]
-        dropout=section.dropout,
-        view=section.view,  # type: ignore[arg-type]
-        share=section.share if section.groups is None else "groups",  # type: ignore[arg-type]
-    )
-    attach_generators(model, groups, settings, seed=seed)
 
 
 def _enable_checkpointing(model: Any) -> None:
