@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 WEGEFT := $(BIN)/wegeft
 STAMP := $(VENV)/.setup-done
 NUM_RECIPES := 13
+OLDEST_PEFT := 0.18.0
 # The quickstart recipe's output_dir.
 RUN := runs/quickstart
 
@@ -21,10 +22,11 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench docs quickstart clean
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-training test-peft docs \
+	quickstart clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with the pinned packages (once, 2 to 10 minutes by network)
 
@@ -59,6 +61,14 @@ test: setup ## The fast tests, offline (sets up .venv first where it is missing)
 test-slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+test-peft: setup ## WeGeFT as a method of PEFT, against the oldest PEFT supported
+	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
+		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT)
+	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
+		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
+	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
+		-m "not slow and not gpu"
+
 recipes: setup ## Validate every shipped recipe
 	@found=0; for recipe in recipes/*.yaml; do \
 		$(WEGEFT) validate "$$recipe" || exit; found=$$((found + 1)); done; \
@@ -71,6 +81,11 @@ check: lint types imports test recipes ## All that a change must pass
 bench: setup ## Step time of WeGeFT and LoRA, and the help page (some minutes; keep the machine idle)
 	$(BIN)/python scripts/bench_help.py
 	$(BIN)/python scripts/bench_step_time.py
+
+bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's train.jsonl; keep the machine idle)
+	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
+	@$(BIN)/python scripts/quickstart_model.py
+	$(BIN)/python scripts/bench_training.py $(ROWS)
 
 docs: setup ## Check that every link between the Markdown pages leads somewhere
 	$(BIN)/python scripts/recipe_reference.py --check

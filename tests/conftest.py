@@ -152,6 +152,8 @@ def write_recipe_in(llama_dir: Path, unequal_rows) -> Callable[..., Path]:
                 "per_device_train_batch_size": 4,
                 "num_train_epochs": 2,
                 "learning_rate": 0.01,
+                # The default saves at nearly every step of so short a run.
+                "save_steps": 0,
             },
         }
         for key, value in sections.items():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wegeft_cli.workflows.evaluate import evaluate
     from wegeft_cli.workflows.merge import merge
     from wegeft_cli.workflows.plan import plan
+    from wegeft_cli.workflows.sweep import sweep
     from wegeft_cli.workflows.train import train
 
 _HOMES = {
@@ -50,6 +51,7 @@ _HOMES = {
     "load_adapter": "wegeft_cli.workflows.adapters",
     "load_recipe": "wegeft_cli.recipe.load",
     "train": "wegeft_cli.workflows.train",
+    "sweep": "wegeft_cli.workflows.sweep",
     "merge": "wegeft_cli.workflows.merge",
     "evaluate": "wegeft_cli.workflows.evaluate",
     "plan": "wegeft_cli.workflows.plan",
@@ -70,6 +72,7 @@ __all__ = [
     "plan",
     "remove_generators",
     "save_adapter",
+    "sweep",
     "train",
     "unfold_generators",
     "use_generators",

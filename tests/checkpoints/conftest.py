@@ -1,6 +1,7 @@
 """Small real objects on disk: Llama bases, an adapter."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,16 @@ def factors():
 
 
 @pytest.fixture
-def adapter_dir(tmp_path, manifest, factors):
+def saving_manifest(manifest):
+    """The manifest of an adapter that trained a module whole too."""
+    return replace(manifest, modules_to_save=("score",), init_from="runs/earlier")
+
+
+@pytest.fixture
+def adapter_dir(tmp_path, saving_manifest, factors):
     folder = tmp_path / "adapter"
     saved = {"score.weight": torch.ones(3, WIDTH)}
-    save_adapter_files(folder, manifest, factors, saved_modules=saved, card="# A card\n")
+    save_adapter_files(folder, saving_manifest, factors, saved_modules=saved, card="# A card\n")
     return folder
 
 

@@ -28,9 +28,9 @@ def rewrite(adapter_dir, **changes):
     save_file(kept, adapter_dir / WEIGHTS, metadata={"format": "pt"})
 
 
-def test_it_reads_back_equal(adapter_dir, manifest, factors, names_in):
+def test_it_reads_back_equal(adapter_dir, saving_manifest, factors, names_in):
     loaded = load_adapter_files(adapter_dir)
-    assert loaded.manifest == manifest
+    assert loaded.manifest == saving_manifest
     assert loaded.factors.keys() == factors.keys()
     for group, (phi, psi) in factors.items():
         assert torch.equal(loaded.factors[group][0], phi)
@@ -59,6 +59,31 @@ def test_factors_of_any_type_and_layout_are_stored_as_float32(tmp_path, manifest
         assert torch.equal(loaded[group][0], phi.float())
         assert torch.equal(loaded[group][1], psi)
         assert loaded[group][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_module_keeps_its_type_and_its_bits(tmp_path, saving_manifest, factors, dtype):
+    saved = {"score.weight": torch.randn(3, 16).to(dtype), "score.bias": torch.randn(3).to(dtype)}
+    save_adapter_files(tmp_path / "a", saving_manifest, factors, saved_modules=saved, card="")
+    loaded = load_adapter_files(tmp_path / "a").saved_modules
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+@pytest.mark.parametrize("names", [(), ("score", "lm_head"), ("scor",)])
+def test_modules_and_tensors_that_do_not_match_are_refused(
+    tmp_path, saving_manifest, factors, adapter_dir, names
+):
+    wrong = replace(saving_manifest, modules_to_save=names)
+    saved = {"score.weight": torch.ones(3, 16)}
+    with pytest.raises(ValueError, match="modules_to_save"):
+        save_adapter_files(tmp_path / "a", wrong, factors, saved_modules=saved, card="")
+    (adapter_dir / CONFIG).write_text(wrong.to_json())
+    with pytest.raises(UserError, match="modules_to_save") as caught:
+        load_adapter_files(adapter_dir)
+    assert caught.value.file == str(adapter_dir / WEIGHTS)
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path, manifest, factors, hash_folder):

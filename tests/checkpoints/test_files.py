@@ -21,6 +21,7 @@ from wegeft_cli.checkpoints.files import (
     disk_errors,
     hash_bytes,
     lock_folder,
+    remove_leftover_files,
     remove_leftovers,
     save_tensors_atomic,
     write_bytes_atomic,
@@ -181,6 +182,20 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, names_i
         remove_leftovers(tmp_path, ".tmp-")
         (folder / "file").write_text("whole")
     assert names_in(tmp_path) == ["out"]
+
+
+def test_files_that_a_killed_process_left_go_by_their_name(tmp_path, names_in):
+    mine = [".tmp-0123abcd-run.json", ".tmp-ffffffff-run.json"]
+    others = [
+        "run.json",
+        ".tmp-0123abcd-other.json",
+        ".tmp-xyz-run.json",
+        ".tmp-0123abcd-my-run.json",
+    ]
+    for name in (*mine, *others):
+        (tmp_path / name).touch()
+    remove_leftover_files(tmp_path, ["run.json", "none.json"])
+    assert set(names_in(tmp_path)) == set(others)
 
 
 def test_free_space_is_checked_before_the_work(tmp_path):

@@ -25,6 +25,23 @@ def test_it_reads_back_equal(manifest):
     assert AdapterManifest.from_json(manifest.to_json(), file="x") == manifest
     other = replace(manifest, target_modules="all-linear", revision="main", base_fingerprint=None)
     assert AdapterManifest.from_json(other.to_json(), file="x") == other
+    third = replace(manifest, modules_to_save=("lm_head", "model.norm"), init_from="runs/a")
+    assert AdapterManifest.from_json(third.to_json(), file="x") == third
+
+
+def test_what_an_adapter_has_not_is_not_in_its_file(manifest, saving_manifest):
+    values = json.loads(manifest.to_json())
+    assert not {"modules_to_save", "init_from"} & values.keys()
+    values = json.loads(saving_manifest.to_json())
+    assert (values["modules_to_save"], values["init_from"]) == (["score"], "runs/earlier")
+    for key, wrong in (
+        ("modules_to_save", "score"),
+        ("modules_to_save", ["../x"]),
+        ("init_from", 3),
+    ):
+        with pytest.raises(UserError, match="must be") as caught:
+            read({**values, key: wrong})
+        assert caught.value.key == key
 
 
 def test_the_contract_on_disk(manifest):
@@ -74,7 +91,8 @@ def test_it_needs_no_torch():
         ("init", ["phi_zero"]),
         ("base_fingerprint", "sha256:12"),
         ("revision", 3),
-        ("task_type", None),
+        ("task_type", 1),
+        ("base_model_name_or_path", ["a"]),
         ("target_modules", [1]),
         ("modules", {}),
         ("modules", ["q_proj"]),
@@ -158,3 +176,11 @@ def test_broken_json_is_told_with_line_and_column():
 def test_alpha_over_r_is_enough_precision_for_thirds(manifest):
     third = replace(manifest, r=3, alpha=1.0, scale=1 / 3, modules={"a": (ModuleEntry("g"),)})
     assert AdapterManifest.from_json(third.to_json(), file="x").scale == 1 / 3
+
+
+def test_what_peft_writes_for_itself_is_read_past(manifest):
+    extra = {"peft_version": "0.21.2", "inference_mode": True, "auto_mapping": {"a": "b"}}
+    values = json.loads(manifest.to_json()) | extra
+    assert read(values) == manifest
+    untold = read(values | {"task_type": None, "base_model_name_or_path": None})
+    assert (untold.task_type, untold.base_model_name_or_path) == (None, None)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
-ROOMS = ["train", "plan", "validate"]
+ROOMS = ["train", "plan", "preview", "validate"]
 WEIGHTS = Path("adapter/adapter_model.safetensors")
 CONFIG = Path("adapter/adapter_config.json")
 

@@ -33,6 +33,7 @@ NAMES = {
         "trainable_parameters",
     },
     "plan": {"trainable_parameters", "base_parameters", "groups", "num_steps", "memory_gib"},
+    "preview": {"rows", "num_rows", "num_label_tokens", "histogram", "waste", "template_hash"},
     "eval": {"results", "samples_path"},
     "merge": {"output_dir", "num_tensors", "num_folded", "seconds", "peak_memory_gib"},
     "validate": {"valid", "recipe"},
@@ -66,7 +67,7 @@ def test_a_dry_run_prints_one_object_and_writes_nothing(wegeft, place):
     assert place.read_files() == before
 
 
-@pytest.mark.parametrize("command", ["plan", "validate"])
+@pytest.mark.parametrize("command", ["plan", "preview", "validate"])
 def test_looking_at_a_recipe_prints_one_object(wegeft, place, command):
     value = read_object(wegeft(command, place.recipe, "--json").stdout)
     assert NAMES[command] <= set(value)
@@ -189,6 +190,11 @@ def wait_for(process: subprocess.Popen[str], sign: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_figures_that_json_has_no_word_for_are_null(capsys):
+    console.print_json({"loss": float("nan"), "rows": [float("-inf"), {"std": float("inf")}, 1.5]})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, {"std": None}, 1.5]}
 
 
 @pytest.mark.slow

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from wegeft_cli.data.encode import (
     EncodedDataset,
     EncodeReport,
-    build_encoder,
     concatenate_datasets,
     encode_rows,
 )
-from wegeft_cli.data.templates import Rendered, Segment
+from wegeft_cli.data.tokens import build_encoder
+from wegeft_cli.data.turns import Rendered, Segment, render_chat
 from wegeft_cli.errors import UserError
 
 BOS, EOS = 0, 1
@@ -180,6 +182,83 @@ def test_long_rows_are_cut_from_the_right(tokenizer: PreTrainedTokenizerFast) ->
     assert exact.row(0)[0][-1] == EOS
 
 
+def test_of_a_text_that_is_far_too_long_only_the_beginning_is_tokenised(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rng = random.Random(1)
+    words = ["the", " correct", "answer", " ", "\n", ":", "é", "😀", " 42", "aaaaaaaaaaaa"]
+    encoder = build_encoder(tokenizer)
+    limit = encoder.count_characters(20)
+    for _ in range(50):
+        text = "x" + "".join(rng.choices(words, k=limit))
+        short = pair("q", text[: limit // 2])
+        whole, expected = encode([short], tokenizer, max_length=20)
+        dataset, report = encode([pair("q", text)], tokenizer, max_length=20)
+        assert expected.num_truncated == report.num_truncated == 1
+        assert dataset.ids.tolist() == whole.ids.tolist()
+        assert dataset.label_mask.tolist() == whole.label_mask.tolist()
+        assert report.longest < limit
+
+
+def test_a_row_of_ten_megabytes_is_cut_like_any_other(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        pair("q", "x" * 10_000_000),
+        pair("x" * 10_000_000, "a"),
+        pair("q", "a"),
+        Rendered((Segment("word " * 2_000_000, True),)),
+    ]
+    dataset, report = encode(rows, tokenizer, max_length=16)
+    assert dataset.lengths.tolist() == [16, *encode(rows[2:3], tokenizer)[0].lengths, 16]
+    assert (report.num_truncated, report.num_cut_away, report.num_empty) == (2, 1, 0)
+    assert report.num_overlong == 2
+    assert EOS not in dataset.row(0)[0]
+    filtered, report = encode(rows, tokenizer, length_below=100)
+    assert (len(filtered), report.num_too_long) == (1, 3)
+
+
+@pytest.fixture
+def joining_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """One whose normaliser makes many spaces one."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace(Regex(" +"), " ")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_text_of_which_the_tokenizer_takes_characters_away_is_not_cut_too_early(
+    joining_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [pair("a" + " " * spaces, "the sum") for spaces in (1, 3000)]
+    dataset, report = encode(rows, joining_tokenizer, max_length=16)
+    short, long = (dataset.row(i) for i in range(2))
+    assert long[0].tolist() == short[0].tolist()
+    assert long[1].tolist() == short[1].tolist()
+    assert (report.num_truncated, report.num_overlong) == (0, 0)
+    filtered, report = encode(rows, joining_tokenizer, length_below=16)
+    assert (len(filtered), report.num_too_long) == (2, 0)
+
+
+def test_turns_that_were_thought_to_be_cut_away_are_looked_for_when_they_are_not(
+    joining_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    def write(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        said = "".join(f"[{m['role'][0]}]{m['content']}." for m in messages)
+        return said + ("[a]" if add_generation_prompt else "")
+
+    limit = build_encoder(joining_tokenizer).count_characters(64)
+    rendered = []
+    for spaces in (1, 3000):
+        contents = ["q" + " " * spaces, "the", "q", "sum"]
+        talk = [
+            {"role": role, "content": content}
+            for role, content in zip(["user", "assistant"] * 2, contents, strict=True)
+        ]
+        rendered.append(render_chat(talk, [None] * 4, "assistant", write, limit))
+    assert [row.render_whole is None for row in rendered] == [True, False]
+    dataset, _ = encode(rendered, joining_tokenizer, max_length=64)
+    assert trained_text(dataset, 0, joining_tokenizer) == "the.sum."
+    assert trained_text(dataset, 1, joining_tokenizer) == "the.sum."
+
+
 def test_rows_without_anything_to_learn_are_dropped_and_counted(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -249,6 +328,9 @@ class PairMerging:
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text.replace("ab", "%")]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"ab": ord("%")}
 
 
 def test_slow_tokenizers_show_a_token_across_the_boundary() -> None:

@@ -64,7 +64,6 @@ def test_rows_keep_the_fields_of_their_format() -> None:
     assert read_row(row, FORMATS["instruction"], renames) == {
         "instruction": "q",
         "output": "a",
-        "input": "",
     }
 
 
@@ -76,7 +75,11 @@ def test_rows_keep_the_fields_of_their_format() -> None:
         ("instruction", {"instruction": "a", "output": 3}, r"must be text, got 3 \(int\)"),
         ("instruction", {"instruction": "a", "output": "b", "input": ["c"]}, r"got \['c'\] \(list"),
         ("text", {"text": "half \ud83d"}, "half of a surrogate pair at character 5"),
-        ("messages", {"messages": "hi"}, "must be a list of {role, content}, got 'hi'"),
+        (
+            "messages",
+            {"messages": "hi"},
+            "must be a list of {role, content} or {from, value}, got 'hi'",
+        ),
         ("messages", {"messages": []}, "must be a list"),
         ("messages", {"messages": ["hi"]}, "message 1 must be"),
         ("messages", {"messages": [{"role": "user"}]}, r"messages\[1\].content. must be text"),

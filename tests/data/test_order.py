@@ -154,3 +154,76 @@ def test_rows_of_a_step_are_cut_by_length_without_changing_the_step():
             here = [lengths[i] for rank in ranks for i in rank[number]]
             after = [lengths[i] for rank in ranks for i in rank[number + 1]]
             assert not after or min(here) >= max(after)
+
+
+def make_grouped(lengths: np.ndarray, **changes: Any) -> StepPlan:
+    return make_plan(num_rows=len(lengths), group_lengths=lengths, **changes)
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 500, size=437)  # 54 full steps of 8, and 5 rows
+
+
+def test_grouped_epochs_take_every_row_once_and_differ() -> None:
+    plan = make_grouped(LENGTHS)
+    epochs = [
+        [plan.global_batch(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
+        for epoch in range(3)
+    ]
+    for epoch in epochs:
+        assert sorted(row for step in epoch for row in step) == list(range(437))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_grouped_steps_are_of_one_length_in_no_order_of_length() -> None:
+    plan, plain = make_grouped(LENGTHS), make_plan(num_rows=437)
+
+    def spread(plan: StepPlan) -> float:
+        return float(np.mean([np.ptp(LENGTHS[plan.global_batch(step)]) for step in range(54)]))
+
+    assert spread(plan) < 0.1 * spread(plain)
+    means = np.array([LENGTHS[plan.global_batch(step)].mean() for step in range(54)])
+    assert abs(np.corrcoef(means, np.arange(54))[0, 1]) < 0.4
+    # The rows that fill no step are those of the order without grouping, not the shortest.
+    assert plan.global_batch(54) == plain.global_batch(54)
+
+
+def test_a_grouped_order_follows_from_seed_and_epoch_alone() -> None:
+    """A run that is resumed, or cut over more processes, meets the steps of the whole run."""
+    plan = make_grouped(LENGTHS)
+    whole = [plan.global_batch(step) for step in range(plan.num_steps)]
+    resumed = make_grouped(LENGTHS.copy())
+    assert [resumed.global_batch(step) for step in range(100, plan.num_steps)] == whole[100:]
+    cut = make_grouped(LENGTHS, per_device_batch_size=1, accumulation_steps=2, world_size=4)
+    assert [cut.global_batch(step) for step in range(plan.num_steps)] == whole
+    assert make_grouped(LENGTHS, seed=8).global_batch(0) != whole[0]
+    assert make_grouped(LENGTHS[::-1]).global_batch(0) != whole[0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9])
+def test_few_rows_can_be_grouped(num_rows: int) -> None:
+    plan = make_grouped(LENGTHS[:num_rows], num_epochs=1.0)
+    drawn = [row for step in range(plan.num_steps) for row in plan.global_batch(step)]
+    assert sorted(drawn) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("cut", [(1, 1, 1), (2, 2, 2), (4, 1, 2), (3, 2, 1), (16, 4, 2)])
+def test_positions_are_counted_without_building_the_passes(
+    cut: tuple[int, int, int], grouped: bool
+) -> None:
+    plan = make_plan(
+        num_rows=437,
+        per_device_batch_size=cut[0],
+        accumulation_steps=cut[1],
+        world_size=cut[2],
+        group_lengths=LENGTHS if grouped else None,
+    )
+    passes = [
+        LENGTHS[micro]
+        for step in range(plan.steps_per_epoch)
+        for rank in plan.step_indices(step, LENGTHS)
+        for micro in rank
+        if micro
+    ]
+    assert plan.count_positions(LENGTHS) == sum(len(rows) * rows.max() for rows in passes)
+    assert sum(map(len, passes)) == 437

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from wegeft_cli.data import formats
 from wegeft_cli.data.encode import EncodedDataset
+from wegeft_cli.data.mixture import Mixture
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
 from wegeft_cli.data.templates import template_hash
 from wegeft_cli.errors import UserError
@@ -217,6 +218,36 @@ def test_a_tokenizer_without_a_chat_template_is_a_fault(
     assert caught.value.key == "data.template"
 
 
+def test_of_named_chat_templates_each_row_takes_its_own(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    chat_tokenizer.chat_template = {"tool_use": chat_tokenizer.chat_template}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    data = build(chat_tokenizer, write_rows([{**TALK[0], "tools": tools}]))
+    assert len(data.train) == 1
+    message = r"\(tool_use\) none is for a conversation without tools"
+    with pytest.raises(UserError, match=message) as caught:
+        build(chat_tokenizer, write_rows(TALK * 3))
+    assert caught.value.key == "data.template"
+
+
+@pytest.mark.parametrize("where", ["name", "tools"])
+def test_half_a_surrogate_pair_is_told_wherever_the_template_takes_it_from(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, where: str
+) -> None:
+    chat_tokenizer.chat_template = (
+        "{{ tools | tojson }}{{ messages[0].name }}" + chat_tokenizer.chat_template
+    )
+    talk = TALK[0]["messages"]
+    half = {"messages": [{**talk[0], "name": "\ud800"}, *talk[1:]]}
+    if where == "tools":
+        half = {"messages": talk, "tools": [{"name": "\ud800"}]}
+    file = write_rows([TALK[0], half])
+    with pytest.raises(UserError, match="half of a surrogate pair") as caught:
+        build(chat_tokenizer, file)
+    assert caught.value.file == f"{file}:2"
+
+
 def test_a_template_file_of_ones_own(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
 ) -> None:
@@ -297,3 +328,107 @@ def test_a_corpus_takes_its_first_rows_for_training_and_the_next_for_validation(
     )
     with pytest.raises(UserError, match="the corpus's rule keeps none"):
         build(tokenizer, source(write_rows(rows[2:3], "math.jsonl"), format="metamath"))
+
+
+def test_weighted_sources_become_a_mixture(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    one, two = write_rows(QA), write_rows(QA[:4], "two.jsonl")
+    weighted = [source(one, weight=1), source(two, weight=3)]
+    data = build(tokenizer, *weighted)
+    assert data.mixture == Mixture((10, 4), (1, 3))
+    assert len(data.train) == 14
+    held_out = build(tokenizer, *weighted, validation_fraction=0.2)
+    assert held_out.mixture == Mixture((10, 2), (1, 3))
+    assert build(tokenizer, one, two).mixture is None
+    with pytest.raises(UserError, match=r"takes every row of data.train\[1\]") as caught:
+        build(tokenizer, *weighted, validation_fraction=0.3)
+    assert caught.value.key == "data.validation_fraction"
+    with pytest.raises(UserError, match="of 14 rows is no row") as caught:
+        build(tokenizer, source(one, weight=1000), source(two, weight=1))
+    assert caught.value.key == "data.train[1].weight"
+
+
+SHAREGPT = [
+    {
+        "conversations": [
+            {"from": "human", "value": "hi"},
+            {"from": "gpt", "value": "the sum"},
+            {"from": "human", "value": "?"},
+            {"from": "gpt", "value": "is 7"},
+        ]
+    }
+]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("completion", "is 7<|im_end|>"), ("assistant", "the sum<|im_end|>is 7<|im_end|>")],
+)
+def test_sharegpt_rows_take_the_chat_template(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, loss_on: str, expected: str
+) -> None:
+    data = build(chat_tokenizer, write_rows(SHAREGPT), loss_on=loss_on)
+    assert trained_texts(data.train, chat_tokenizer) == [expected]
+    assert data.report.template == "chat"
+
+
+def test_a_prompt_and_a_completion_of_messages_take_the_chat_template(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    talk = TALK[0]["messages"]
+    rows: list[dict[str, Any]] = [{"prompt": talk[:1], "completion": talk[1:]}]
+    data = build(chat_tokenizer, write_rows(rows))
+    whole = build(chat_tokenizer, write_rows(TALK, "talk.jsonl"))
+    assert texts(data.train, chat_tokenizer) == texts(whole.train, chat_tokenizer)
+    assert data.train.label_mask.tolist() == whole.train.label_mask.tolist()
+    with pytest.raises(UserError, match="`prompt` must be a list of messages, as in the first"):
+        build(chat_tokenizer, write_rows([*rows, *QA[:1]]))
+    with pytest.raises(UserError, match="`prompt` must be text, as in the first row; got"):
+        build(chat_tokenizer, write_rows([*QA[:1], *rows]))
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "is_learned"), [("completion", False), ("assistant", False), ("all", True)]
+)
+def test_answers_in_a_prompt_are_read(
+    chat_tokenizer: PreTrainedTokenizerFast,
+    write_rows: WriteRows,
+    loss_on: str,
+    is_learned: bool,
+) -> None:
+    before = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "old"},
+        {"role": "user", "content": "b"},
+    ]
+    rows = [{"prompt": before, "completion": [{"role": "assistant", "content": "new"}]}]
+    data = build(chat_tokenizer, write_rows(rows), loss_on=loss_on)
+    learned = trained_texts(data.train, chat_tokenizer)[0]
+    assert "old" in texts(data.train, chat_tokenizer)[0]
+    assert "new<|im_end|>" in learned
+    assert ("old" in learned) == is_learned
+    before[1]["train"] = True  # type: ignore[assignment]
+    data = build(chat_tokenizer, write_rows(rows), loss_on=loss_on)
+    assert "old" in trained_texts(data.train, chat_tokenizer)[0]
+
+
+def test_turns_that_no_row_learns_are_a_fault(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    silent = [{"messages": [*TALK[0]["messages"][:1], {**TALK[0]["messages"][1], "train": False}]}]
+    with pytest.raises(UserError, match="none of the 3 rows has anything to learn"):
+        build(chat_tokenizer, write_rows(silent * 3))
+
+
+def test_a_row_of_ten_megabytes_is_told_as_cut(
+    chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    turns = [{"from": "human", "value": "hi " * 30}, {"from": "gpt", "value": "the sum " * 30}]
+    rows = [*SHAREGPT, {"conversations": turns * 15_000}]
+    data = build(chat_tokenizer, write_rows(rows), loss_on="assistant", max_length=64)
+    assert data.report.num_truncated + data.report.num_dropped_empty == 1
+    plain = [*QA, {"prompt": "q", "completion": "word " * 2_000_000}]
+    report = build(chat_tokenizer, write_rows(plain), max_length=64).report
+    assert "1 of 11 rows were cut" in report.warnings[0]
+    assert "the longest has more than" in report.warnings[0]

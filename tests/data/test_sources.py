@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wegeft_cli.data.sources import Rows, load_rows
-from wegeft_cli.errors import UserError
+from wegeft_cli.data import files
+from wegeft_cli.data.sources import Rows, digest_source, load_rows, stream_rows
+from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.recipe.schema import DataSource
 
 ROWS = [{"prompt": f"p{i}\u2028", "completion": f"c,\n{i}"} for i in range(4)]
@@ -118,6 +121,9 @@ def test_a_relative_path_is_tried_from_the_recipe_too(
         ("a.csv", b"a,a\n1,2\n", "two columns of one name", ":1"),
         ("a.csv", b'a,b\n1,"2\n', "not CSV", ":2"),
         ("a.csv", b"", "there are no rows", ""),
+        ("a.csv", b"a,b\n1,2\n3,\xe9\n", "byte 0xe9 is not UTF-8", ":3"),
+        ("a.csv", b"a,\xe9\n1,2\n", "byte 0xe9 is not UTF-8", ":1"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "not readable JSON: Exceeds the limit", ":1"),
         ("a.parquet", b"PAR1 no", "not a whole Parquet file", ""),
         ("a.xlsx", b"x", "unknown kind of file", ""),
     ],
@@ -130,6 +136,51 @@ def test_damage_is_one_fault_with_its_place(
     with pytest.raises(UserError, match=message) as caught:
         load(file)
     assert caught.value.file == f"{file}{place}"
+
+
+def test_a_text_of_a_parquet_file_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    texts = [b"ab", b"c\xe9", b"d", b"\xff"]
+    offsets = pa.array([0, *np.cumsum([len(text) for text in texts])], pa.int32())
+    column = pa.StringArray.from_buffers(
+        len(texts), offsets.buffers()[1], pa.py_buffer(b"".join(texts))
+    )
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": column}), file)
+    with pytest.raises(ExceptionGroup) as caught:
+        load(file)
+    faults = [fault for fault in caught.value.exceptions if isinstance(fault, UserError)]
+    assert [fault.file for fault in faults] == [f"{file}: row 2", f"{file}: row 4"]
+    assert "byte 0xe9 is not UTF-8" in str(faults[0])
+    assert load(file, limit=1).rows == [{"text": "ab"}]
+    assert stream(file, 2, limit=3)[2] == (f"{file}: row 3", {"text": "d"})
+
+
+def test_a_list_in_a_jsonl_file_is_told_with_the_way_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n")
+    with pytest.raises(ExceptionGroup) as caught:
+        load(file)
+    assert "name the file .json" in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.parquet"])
+def test_a_row_of_ten_megabytes_is_a_row(tmp_path: Path, name: str) -> None:
+    long = [{"prompt": "p", "completion": "word " * 2_000_000}, *ROWS]
+    assert load(write(tmp_path, name, long)).rows == long
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.jsonl", "a line of more than 1 MiB"), ("a.csv", "field larger than")]
+)
+def test_a_line_without_end_is_refused_before_it_is_read(
+    tmp_path: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 2**20)
+    file = write(tmp_path, name, [*ROWS[:1], {"prompt": "p", "completion": "x" * 2**21}])
+    with pytest.raises(UserError, match=message) as caught:
+        load(file)
+    assert str(caught.value.file).startswith(f"{file}:")
+    csv.field_size_limit(2**17)
 
 
 def test_a_handful_of_bad_lines_is_told_together(tmp_path: Path) -> None:
@@ -169,8 +220,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hub"
     real = datasets.load_dataset
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> Any:
-        return real(str(folder / path), name, split=split, cache_dir=str(tmp_path / "cache"))
+    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
+        return real(str(folder / path), name, cache_dir=str(tmp_path / "cache"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return folder
@@ -195,3 +246,80 @@ def test_an_unreachable_hub_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         load("owner/name")
     assert caught.value.key == "path"
     assert "HF_HUB_OFFLINE" in (caught.value.hint or "")
+
+
+def stream(path: Path | str, skip: int = 0, **fields: Any) -> list[tuple[str, Any]]:
+    return list(stream_rows(DataSource(path=str(path), **fields), recipe_dir=None, skip=skip))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("skip", [0, 1, 3, 4])
+def test_streamed_rows_are_the_loaded_ones(tmp_path: Path, name: str, skip: int) -> None:
+    file = write(tmp_path, name, ROWS)
+    rows = load(file)
+    places = [rows.place(i) for i in range(4)]
+    expected = [None] * skip + ROWS[skip:]
+    assert stream(file, skip) == list(zip(places, expected, strict=True))
+    assert stream(file, skip, limit=2) == list(zip(places[:2], expected[:2], strict=True))
+
+
+def test_groups_of_a_parquet_file_that_are_skipped_are_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    rows = [{"text": f"{i}" * 1000} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=8, compression="none")
+    damaged = bytearray(file.read_bytes())
+    first = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    start = first.dictionary_page_offset or first.data_page_offset
+    damaged[start : start + 40] = b"\xff" * 40
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="not a whole Parquet file"):
+        stream(file)
+    assert [row for _, row in stream(file, 8)] == [None] * 8 + rows[8:]
+    assert [row for _, row in stream(file, 20)] == [None] * 20 + rows[20:]
+
+
+def test_lines_that_are_skipped_are_not_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{bad\n\n{"text": "a"}\n[1]\n')
+    assert stream(file, 1, limit=2) == [(f"{file}:1", None), (f"{file}:3", {"text": "a"})]
+    for skip, place in ((0, "1:2"), (2, "4")):
+        with pytest.raises(UserError) as caught:
+            stream(file, skip)
+        assert caught.value.file == f"{file}:{place}"
+
+
+def test_shards_are_streamed_one_behind_the_other(tmp_path: Path) -> None:
+    write(tmp_path, "train-00001-of-00002.jsonl", ROWS[2:])
+    write(tmp_path, "train-00000-of-00002.jsonl", ROWS[:2])
+    assert [row for _, row in stream(tmp_path, 3)] == [None] * 3 + ROWS[3:]
+
+
+def test_a_json_list_is_not_streamed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be streamed") as caught:
+        stream(write(tmp_path, "a.json", ROWS))
+    assert "JSONL" in (caught.value.hint or "")
+
+
+def test_the_digest_is_that_of_the_rows_that_would_be_loaded(tmp_path: Path) -> None:
+    write(tmp_path, "train-00000-of-00002.jsonl", ROWS[:2])
+    write(tmp_path, "train-00001-of-00002.jsonl", ROWS[2:])
+    for path in (tmp_path, tmp_path / "train-00000-of-00002.jsonl"):
+        source = DataSource(path=str(path))
+        assert digest_source(source, recipe_dir=None) == load(path).sha256
+
+
+def test_hub_rows_are_streamed_and_told_apart_by_version(hub: Path) -> None:
+    (hub / "owner/name").mkdir(parents=True)
+    file = write(hub / "owner/name", "train.jsonl", ROWS)
+    source = DataSource(path="owner/name")
+    first = digest_source(source, recipe_dir=None)
+    assert first == digest_source(source, recipe_dir=None)
+    assert stream("owner/name", 1) == [
+        ("owner/name:train: row 1", None),
+        *((f"owner/name:train: row {i + 1}", ROWS[i]) for i in range(1, 4)),
+    ]
+    write(hub / "owner/name", "train.jsonl", ROWS[:3])
+    assert digest_source(source, recipe_dir=None) != first
+    file.write_text('{"prompt": "p", "completion": "c"}\n{bad\n')
+    with pytest.raises(MachineError, match="broke off at row"):
+        stream("owner/name")

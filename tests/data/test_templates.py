@@ -9,12 +9,12 @@ import pytest
 
 from wegeft_cli.data.templates import (
     TEMPLATES,
-    Rendered,
     check_template,
     is_template_file,
     render_row,
     template_hash,
 )
+from wegeft_cli.data.turns import Rendered
 from wegeft_cli.errors import UserError
 
 I16 = "                "  # the sixteen spaces of LLM-Adapters' source

@@ -64,7 +64,7 @@ def test_closed_choices(pattern):
 
 
 def test_nearest_choice_is_the_hint():
-    (fault,) = check_recipe(change(train={"optim": "adamw"}), where=lambda key: None)
+    (fault,) = check_recipe(change(train={"optim": "adam_torch"}), where=lambda key: None)
     assert fault.hint == "did you mean `adamw_torch`?"
 
 
@@ -139,6 +139,26 @@ def test_seed_and_limits_of_sources():
             "data.validation_fraction",
             "data.validation",
         ),
+        (
+            {"train": {"lr_ratio": 2.0}, "adapter": {"type": "lora"}},
+            "train.lr_ratio",
+            "only `wegeft` has",
+        ),
+        (
+            {"data": {"packing": "bfd"}, "model": {"attn_implementation": "flex_attention"}},
+            "data.packing",
+            "flex_attention",
+        ),
+        (
+            {"data": {"packing": "bfd"}, "train": {"group_by_length": True}},
+            "train.group_by_length",
+            "data.packing",
+        ),
+        (
+            {"data": {"shuffle": False}, "train": {"group_by_length": True}},
+            "train.group_by_length",
+            "data.shuffle",
+        ),
         ({"train": {"eval_steps": 0.1}}, "train.eval_steps", "no validation data"),
         (
             {"train": {"early_stopping_patience": 2}},
@@ -150,6 +170,8 @@ def test_seed_and_limits_of_sources():
             "train.early_stopping_patience",
             "eval_steps",
         ),
+        ({"adapter": {"modules_to_save": ["lm_head", ""]}}, "adapter.modules_to_save", "empty"),
+        ({"adapter": {"init_from": " "}}, "adapter.init_from", "empty"),
     ],
 )
 def test_contradictions(sections, key, words):
@@ -166,10 +188,17 @@ def test_what_belongs_together_is_accepted():
         change(adapter={"groups": {"a-b_1": ["x"]}}),
         change(adapter={"type": "dora", "r": 8, "peft": {"lora_dropout": 0.1}}),
         change(adapter={"target_modules": "all-linear"}),
+        change(adapter={"modules_to_save": ["lm_head"], "init_from": "runs/first"}),
+        change(adapter={"type": "lora", "modules_to_save": ["lm_head"], "init_from": "runs/a"}),
         change(adapter={"target_modules": ["qkv_proj:q", "c_attn:0-768"]}),
         change(train={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}),
+        change(train={"lr_ratio": 2.0}),
+        change(train={"lr_ratio": 1.0}, adapter={"type": "lora"}),
         change(train={"lr_scheduler_type": "constant", "warmup_ratio": 0.1}),
         change(data=validated, train=stopping),
+        change(data={"packing": "bfd"}, model={"attn_implementation": "flash_attention_2"}),
+        change(data={"packing": "bfd", "shuffle": False}),
+        change(train={"group_by_length": True}),
         change(data={"validation": [DataSource(path="v")]}, train=stopping),
     ):
         assert find_faults(recipe) == []
@@ -181,13 +210,9 @@ def test_what_belongs_together_is_accepted():
         ({"model": {"load_in_4bit": True}}, "model.load_in_4bit", "true"),
         ({"model": {"load_in_8bit": True}}, "model.load_in_8bit", "true"),
         ({"adapter": {"type": "full"}}, "adapter.type", "full"),
-        ({"adapter": {"modules_to_save": ["lm_head"]}}, "adapter.modules_to_save", "lm_head"),
-        ({"data": {"packing": "bfd"}}, "data.packing", "bfd"),
-        ({"data": {"train": [DataSource(path="x", weight=0.5)]}}, "data.train[0].weight", "0.5"),
         ({"train": {"strategy": "fsdp2"}}, "train.strategy", "fsdp2"),
         ({"train": {"strategy": "hsdp"}}, "train.strategy", "hsdp"),
         ({"train": {"compile": True}}, "train.compile", "true"),
-        ({"logging": {"report_to": "wandb"}}, "logging.report_to", "wandb"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
@@ -208,3 +233,49 @@ def test_other_tasks_are_not_available(task):
 def test_both_quantised_loads_contradict():
     faults = find_faults(change(model={"load_in_4bit": True, "load_in_8bit": True}))
     assert ("model.load_in_8bit", "contradicts `model.load_in_4bit`") in faults
+
+
+WEIGHTED = [DataSource(path="x.jsonl", weight=2), DataSource(path="y.jsonl", weight=1)]
+LINES = [DataSource(path="x.jsonl")]
+STREAM: dict[str, Any] = {"data": {"streaming": True, "train": LINES}, "train": {"max_steps": 5}}
+
+
+def test_all_training_sources_have_a_weight_or_none():
+    assert find_faults(change(data={"train": WEIGHTED})) == []
+    half = [WEIGHTED[0], DataSource(path="y.jsonl")]
+    for train, key in ((half, "data.train[1].weight"), (half[::-1], "data.train[0].weight")):
+        (fault,) = find_faults(change(data={"train": train}))
+        assert fault == (key, "is missing: another training source has one")
+    packed = change(data={"train": WEIGHTED, "packing": "bfd"})
+    assert "data.train[0].weight" in [key for key, _ in find_faults(packed)]
+
+
+def test_validation_has_no_weights():
+    recipe = change(data={"train": WEIGHTED, "validation": WEIGHTED})
+    assert [key for key, _ in find_faults(recipe)] == [
+        "data.validation[0].weight",
+        "data.validation[1].weight",
+    ]
+
+
+def test_a_stream_is_sound():
+    assert find_faults(change(**STREAM)) == []
+    assert find_faults(change(**{**STREAM, "data": {**STREAM["data"], "train": WEIGHTED}})) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        ("train", {"max_steps": -1}, "train.max_steps"),
+        ("train", {"group_by_length": True}, "train.group_by_length"),
+        ("data", {"validation_fraction": 0.1}, "data.validation_fraction"),
+        ("data", {"packing": "bfd"}, "data.packing"),
+        ("data", {"train": [DataSource(path="x.json")]}, "data.train[0].path"),
+        ("data", {"train": [DataSource(path="a/b", format="metamath")]}, "data.train[0].format"),
+    ],
+)
+def test_what_needs_all_rows_does_not_stream(section, values, key):
+    recipe = change(**{**STREAM, section: {**STREAM[section], **values}})
+    assert key in [key for key, _ in find_faults(recipe)]
+    without = replace(recipe, data=replace(recipe.data, streaming=False))
+    assert key not in [key for key, _ in find_faults(without)]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wegeft_cli.data.collate import Batch, collate_rows
 from wegeft_cli.generators.inject import inject_generators
 from wegeft_cli.training.loop import LoopHooks, LoopResult, LoopSettings, run_loop
 from wegeft_cli.training.loss import CausalLoss
-from wegeft_cli.training.optim import build_optimizer, build_schedule
+from wegeft_cli.training.optim import build_optimizer
+from wegeft_cli.training.schedules import build_schedule
+from wegeft_cli.training.state import Snapshot
 
 Row = tuple[np.ndarray, np.ndarray]
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -81,6 +85,7 @@ class RowSource:
         self.num_steps = num_steps
         self._rows, self._per_step, self._micro = rows, rows_per_step, micro_batch
         self._validation = validation
+        self.sought: list[int] = []
 
     def _of_step(self, step: int) -> list[Row]:
         start = step * self._per_step
@@ -104,6 +109,13 @@ class RowSource:
         for start in range(0, len(self._validation), 3):
             yield collate_rows(self._validation[start : start + 3], pad_token_id=0)
 
+    def state_at(self, step: int) -> dict[str, Any]:
+        return {"place": step * self._per_step}
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        assert state == self.state_at(step)
+        self.sought.append(step)
+
 
 @pytest.fixture
 def make_source(rows) -> Callable[..., RowSource]:
@@ -125,16 +137,35 @@ def run(make_source) -> Callable[..., LoopResult]:
         source: RowSource | None = None,
         *,
         optim: str = "sgd",
+        optim_args: dict[str, Any] | None = None,
         learning_rate: float = 0.1,
+        lr_ratio: float = 1.0,
         schedule: str = "constant",
+        schedule_args: dict[str, Any] | None = None,
+        warmup_steps: int = 0,
         hooks: LoopHooks | None = None,
+        before_step: Callable[[Optimizer], None] = lambda optimizer: None,
+        resume_from: Snapshot | None = None,
         **settings: Any,
     ) -> LoopResult:
         source = source or make_source()
         model.to(Accelerator(cpu=not torch.accelerator.is_available()).device)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(optim, parameters.values(), learning_rate=learning_rate)
-        rates = build_schedule(schedule, optimizer, num_steps=source.num_steps)
+        optimizer = build_optimizer(
+            optim,
+            parameters,
+            learning_rate=learning_rate,
+            lr_ratio=lr_ratio,
+            options=optim_args,
+        )
+        optimizer.register_step_pre_hook(lambda *_: before_step(optimizer))
+        rates = build_schedule(
+            schedule,
+            optimizer,
+            num_steps=source.num_steps,
+            warmup_steps=warmup_steps,
+            options=schedule_args,
+        )
         return run_loop(
             model,
             parameters,
@@ -144,10 +175,30 @@ def run(make_source) -> Callable[..., LoopResult]:
             source,
             LoopSettings(**{"max_grad_norm": 0.0, **settings}),
             accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
+            resume_from=resume_from,
             hooks=hooks,
         )
 
     return run_
+
+
+@pytest.fixture
+def poison(rows) -> Callable[..., list[Row]]:
+    """A function: the model's last token becomes NaN, and the rows told hold it, no others."""
+
+    def poison_(model: LlamaForCausalLM, *bad: int) -> list[Row]:
+        token = model.config.vocab_size - 1
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = math.nan
+        made = []
+        for number, (ids, mask) in enumerate(rows):
+            ids = np.where(ids == token, token - 1, ids)
+            if number in bad:
+                ids[0] = token
+            made.append((ids, mask))
+        return made
+
+    return poison_
 
 
 @pytest.fixture

@@ -17,11 +17,21 @@ from wegeft_cli.workflows.train import train
 
 VALIDATED: dict[str, Any] = {"data": {"validation_fraction": 0.4}}
 LORA: dict[str, Any] = {"adapter": {"type": "lora"}}
+WEIGHTED: dict[str, Any] = {
+    "data": {"train": [{"path": f"{{folder}}/{n}.jsonl", "weight": 1} for n in ("train", "test")]}
+}
+STREAMED: dict[str, Any] = {"data": {"streaming": True}, "train": {"max_steps": 3}}
+SCORED: dict[str, Any] = {
+    "data": {"validation_fraction": 0.4},
+    "train": {"eval_steps": 1, "learning_rate": 1e-30},
+    "eval": {"data_dir": "{data}", "limit": 1, "max_new_tokens": 2},
+}
 
 # Where a changed key must show: a field of `observe`.
 FACTORS, SHAPES, GROUPS, SIDE = "factors", "shapes", "groups", "side"
 DATA, METRICS, LINES, EVALS, SAVED = "data", "metrics", "lines", "evals", "saved"
 STEPS, CALLS, FOLDER = "num_steps", "layer calls", "folder"
+SCORES, BEST, KEPT, FILES = "scores", "best_metric", "adapter_step", "files"
 
 CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("seed=8", FACTORS),
@@ -42,6 +52,10 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("adapter.dropout=0.3", FACTORS),
     ("adapter.init=psi_zero", FACTORS),
     ("adapter.view=weight", FACTORS),
+    ("adapter.modules_to_save=[lm_head]", GROUPS),
+    ("adapter.modules_to_save=[embed_tokens, norm]", GROUPS, LORA),
+    ("adapter.init_from={earlier}", FACTORS),
+    ("adapter.init_from={earlier}", FACTORS, LORA),
     ("adapter.peft={{lora_dropout: 0.5}}", FACTORS, LORA),
     ("adapter.peft={{use_rslora: true}}", FACTORS, LORA),
     ("adapter.r=2", SHAPES, LORA),
@@ -56,6 +70,10 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("data.template=question_answer", DATA),
     ("data.loss_on=all", DATA),
     ("data.max_length=9", DATA),
+    ("data.packing=bfd", STEPS),
+    ("data.train[0].weight=9", FACTORS, WEIGHTED),
+    ("data.streaming=true", DATA, {"train": {"max_steps": 3}}),
+    ("data.shuffle_buffer_size=2", FACTORS, STREAMED),
     ("data.shuffle=false", FACTORS),
     ("train.per_device_train_batch_size=2", STEPS),
     ("train.per_device_eval_batch_size=1", CALLS, VALIDATED),
@@ -63,24 +81,46 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("train.num_train_epochs=2", STEPS),
     ("train.max_steps=4", STEPS),
     ("train.learning_rate=0.02", METRICS),
+    ("train.lr_ratio=4", FACTORS),
     ("train.lr_scheduler_type=cosine", METRICS),
     ("train.lr_scheduler_type=constant", METRICS),
     ("train.lr_scheduler_type=constant_with_warmup", METRICS),
+    ("train.lr_scheduler_type=cosine_with_restarts", METRICS),
+    ("train.lr_scheduler_type=polynomial", METRICS),
+    ("train.lr_scheduler_type=inverse_sqrt", METRICS, {"train": {"warmup_steps": 1}}),
+    ("train.lr_scheduler_type=warmup_stable_decay", METRICS),
+    (
+        "train.lr_scheduler_kwargs={{min_lr_rate: 0.5}}",
+        METRICS,
+        {
+            "train": {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            }
+        },
+    ),
     ("train.warmup_ratio=0.5", METRICS),
     ("train.warmup_steps=2", METRICS),
     ("train.weight_decay=0.5", FACTORS),
     ("train.max_grad_norm=0.01", FACTORS, {"train": {"optim": "sgd"}}),
     ("train.max_grad_norm=0", FACTORS, {"train": {"optim": "sgd"}}),
     ("train.optim=sgd", FACTORS),
+    ("train.optim=adafactor", FACTORS),
+    ("train.optim=lion_8bit", FACTORS),
+    ("train.optim=ademamix", FACTORS),
+    ("train.optim_args={{momentum: 0.9}}", FACTORS, {"train": {"optim": "sgd"}}),
     ("train.optim=adagrad", FACTORS),
     ("train.optim=rmsprop", FACTORS),
     ("train.adam_beta1=0.5", FACTORS),
     ("train.adam_beta2=0.9", FACTORS),
     ("train.adam_epsilon=0.1", FACTORS),
+    ("train.neftune_noise_alpha=5", FACTORS),
+    ("train.ema_decay=0.5", FACTORS),
     ("train.mixed_precision=bf16", FACTORS),
     ("train.mixed_precision=fp16", FACTORS),
     ("train.gradient_checkpointing=true", CALLS),
     ("train.gradient_checkpointing=true", CALLS, LORA),
+    ("train.group_by_length=true", FACTORS),
     ("train.eval_steps=1", EVALS, VALIDATED),
     ("train.save_steps=2", SAVED),
     ("train.save_total_limit=1", SAVED, {"train": {"save_steps": 1}}),
@@ -90,16 +130,26 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
         STEPS,
         {**VALIDATED, "train": {"eval_steps": 1, "learning_rate": 1e-30, "num_train_epochs": 2}},
     ),
+    ("train.eval_tasks=[boolq]", SCORES, SCORED),
+    (
+        "train.metric_for_best_model=eval_boolq",
+        BEST,
+        {**SCORED, "train": {**SCORED["train"], "eval_tasks": ["boolq"]}},
+    ),
+    ("train.load_best_model_at_end=true", KEPT, SCORED),
+    ("logging.report_to=tensorboard", FILES),
+    ("logging.sample_prompts=[why]", FILES),
 ]
 
 # One run for each key takes half a minute: these run with the fast tests, the others with the slow.
 FAST = {
     "seed", "model.dtype", "adapter.type", "adapter.alpha", "adapter.share", "adapter.side",
-    "adapter.dropout", "adapter.init", "data.train[0].limit", "data.loss_on", "data.max_length",
+    "adapter.dropout", "adapter.init", "adapter.modules_to_save",
+    "data.train[0].limit", "data.loss_on", "data.max_length",
     "data.shuffle", "train.gradient_accumulation_steps", "train.learning_rate",
-    "train.warmup_ratio", "train.weight_decay", "train.max_grad_norm", "train.adam_beta2",
-    "train.mixed_precision", "train.gradient_checkpointing", "train.eval_steps",
-    "train.save_total_limit",
+    "train.warmup_ratio", "train.weight_decay", "train.ema_decay", "train.lr_ratio",
+    "train.max_grad_norm", "train.adam_beta2", "train.mixed_precision",
+    "train.gradient_checkpointing", "train.eval_steps", "train.save_total_limit",
 }  # fmt: skip
 
 # Keys that train does not read, or of which one value alone is accepted, with the reason.
@@ -109,14 +159,16 @@ NOT_HERE = {
     "model.load_in_4bit": "refused in this version",
     "model.load_in_8bit": "refused in this version",
     "model.trust_remote_code": "tests/models holds that it is off",
-    "adapter.modules_to_save": "refused in this version",
     "data.train[].name": "a hub data set's",
-    "data.train[].weight": "refused in this version",
-    "data.packing": "one value in this version",
-    "train.metric_for_best_model": "one value in this version",
+    "data.cache_dir": "changes no row: tests/data/test_cache",
+    "train.max_skipped_steps": "tests/training/test_skip.py holds it; no row here is bad",
     "train.strategy": "one value in this version",
+    "train.use_liger_kernel": "needs a GPU: tests/interop/test_liger.py",
     "train.compile": "refused in this version",
-    "logging.report_to": "one value in this version",
+    "sweep": "read by sweep: test_sweep",
+    **dict.fromkeys(
+        ("logging.project", "logging.run_name"), "names in the trackers: test_trackers.py"
+    ),
     **dict.fromkeys(
         (f"eval.{field.name}" for field in fields(Recipe().eval)), "read by eval: test_evaluate"
     ),
@@ -173,6 +225,10 @@ def observe(recipe, overrides=()) -> dict[str, Any]:
         "num_steps": result.num_steps,
         "layer calls": calls,
         "folder": str(run_dir),
+        "scores": [x["eval_boolq"] for x in lines if "eval_boolq" in x],
+        "best_metric": result.best_metric,
+        "adapter_step": result.adapter_step,
+        "files": sorted(path.name for path in run_dir.iterdir()),
     }
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     return seen
@@ -205,7 +261,7 @@ def marked() -> Iterator[Any]:
 
 @pytest.mark.parametrize("case", list(marked()))
 def test_each_key_changes_what_can_be_seen(
-    write_recipe, build_llama_dir, unequal_rows, tmp_path, seen_before, case
+    write_recipe, build_llama_dir, unequal_rows, tmp_path, data_dir, seen_before, case
 ):
     override, where, settings = case if len(case) == 3 else (*case, {})
     rows = [{**row, "text": "in other words " * 2} for row in unequal_rows]
@@ -220,7 +276,11 @@ def test_each_key_changes_what_can_be_seen(
         "other": build_llama_dir(seed=1) if "{other}" in override else "",
     }
     base = merge({"train": {"num_train_epochs": 1}}, settings)
-    base = json.loads(json.dumps(base).replace("{folder}", str(folder)))
+    base = json.loads(
+        json.dumps(base).replace("{folder}", str(folder)).replace("{data}", str(data_dir))
+    )
+    if "{earlier}" in override:
+        places["earlier"] = train(write_recipe("earlier", rows=rows, **base), ["seed=9"]).run_dir
     before = seen_before.get(repr(settings))
     if before is None or where == "folder":
         before = seen_before[repr(settings)] = observe(write_recipe("base", rows=rows, **base))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,8 @@ class AdapterFiles:
     Args:
         manifest: Everything but the tensors.
         factors: Group -> (phi [d, r], psi [r, d]), float32.
-        saved_modules: Parameter name in the base -> the tensor trained in its place.
+        saved_modules: Parameter name in the base -> the tensor trained in its place, in the type
+            that it was trained in.
     """
 
     manifest: AdapterManifest
@@ -60,16 +61,21 @@ def save_adapter_files(
         adapter_dir: The folder; an adapter that lies there is replaced, anything else refused.
         manifest: Everything but the tensors.
         factors: Group -> (phi [d, r], psi [r, d]); stored as float32.
-        saved_modules: Parameter name in the base -> the tensor trained in its place.
+        saved_modules: Parameter name in the base -> the tensor trained in its place, for every
+            module of the manifest's `modules_to_save`.
         card: Text of README.md.
 
     Raises:
         UserError: If the folder holds other files, or a name in the manifest cannot be stored.
         MachineError: If the disk fails; what lay there before is untouched.
-        ValueError: If the factors are not those of the manifest's groups.
+        ValueError: If the factors are not those of the manifest's groups, or the tensors not those
+            of its modules.
     """
     if set(factors) != set(manifest.groups):
         raise ValueError(f"factors of {sorted(factors)}, groups {sorted(manifest.groups)}")
+    saved_modules = saved_modules or {}
+    if fault := _find_stray(saved_modules, manifest.modules_to_save):
+        raise ValueError(fault)
     tensors: dict[str, Tensor] = {}
     for group, (phi, psi) in factors.items():
         width = phi.shape[0]
@@ -78,7 +84,7 @@ def save_adapter_files(
             raise ValueError(f"group {group}, r {manifest.r}: {shapes}")
         tensors[_PHI + group] = phi.float()
         tensors[_PSI + group] = psi.float()
-    tensors |= {_SAVED + name: tensor for name, tensor in (saved_modules or {}).items()}
+    tensors |= {_SAVED + name: tensor for name, tensor in saved_modules.items()}
     config = manifest.to_json()
     # What cannot be read again must not be written.
     AdapterManifest.from_json(config, file=str(adapter_dir / CONFIG_NAME))
@@ -151,6 +157,9 @@ def _check_tensors(
 ) -> list[UserError]:
     """Compare the tensors' names, types and shapes with the manifest."""
     faults: list[UserError] = []
+    saved = [name.removeprefix(_SAVED) for name in tensors if name.startswith(_SAVED)]
+    if stray := _find_stray(saved, manifest.modules_to_save):
+        faults.append(UserError(stray, file=str(path), hint="copy both files again"))
     expected = {prefix + group for group in manifest.groups for prefix in (_PHI, _PSI)}
     for name in sorted(expected - set(tensors)):
         faults.append(UserError("is missing", file=str(path), key=name))
@@ -170,6 +179,18 @@ def _check_tensors(
             message = f"must be phi [d, {r}] and psi [{r}, d], got {list(phi)} and {list(psi)}"
             faults.append(UserError(message, file=str(path), key=f"group {group}"))
     return faults
+
+
+def _find_stray(tensors: Iterable[str], modules: Sequence[str]) -> str | None:
+    """Say which trained tensor belongs to no module, or which module has none."""
+    names = list(tensors)
+    for name in names:
+        if not any(name.startswith(f"{module}.") for module in modules):
+            return f"the tensor {shorten(_SAVED + name)} belongs to no module of modules_to_save"
+    for module in modules:
+        if not any(name.startswith(f"{module}.") for name in names):
+            return f"there is no tensor of {shorten(module)}, which modules_to_save names"
+    return None
 
 
 def resolve_adapter_dir(path: Path) -> Path:

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from wegeft_cli.checkpoints.exchange import exchange_folders
 from wegeft_cli.errors import MachineError, UserError
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             with _held(temp):
                 yield temp
                 _settle_folder(temp)
-                _exchange(temp, path)
+                exchange_folders(temp, path)
+                _sync(path.parent)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
@@ -221,6 +223,18 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
             continue
         with suppress(OSError), _held(folder, must=True):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftover_files(parent: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files that a killed process left.
+
+    Args:
+        parent: The folder; no other process may be writing these files.
+        names: What the files would have been called.
+    """
+    for name in names:
+        for path in parent.glob(f".tmp-{'[0-9a-f]' * 8}-{name}"):
+            path.unlink(missing_ok=True)
 
 
 def check_free_space(path: Path, num_bytes: int, what: str) -> None:
@@ -396,21 +410,6 @@ def _settle_folder(folder: Path) -> None:
         for name in names:
             _settle(Path(root, name), mode)
         _sync(Path(root))
-
-
-def _exchange(temp: Path, path: Path) -> None:
-    """Put `temp` in the place of `path`; what was there goes to the trash, or back on failure."""
-    trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
-    is_full = path.is_dir() and any(path.iterdir())
-    if is_full:
-        path.rename(trash)
-    try:
-        temp.rename(path)
-    except BaseException:
-        if is_full:
-            trash.rename(path)
-        raise
-    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

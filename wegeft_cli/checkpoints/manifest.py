@@ -18,6 +18,8 @@ PEFT_TYPE = "WEGEFT"
 FORMAT_VERSION = 1
 
 _ENTRY_KEYS = frozenset({"group", "rows", "transposed"})
+# What PEFT writes for itself into the file of an adapter that was trained with it.
+_PEFT_KEYS = frozenset({"auto_mapping", "inference_mode", "peft_version"})
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _MODULE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
@@ -45,8 +47,8 @@ class AdapterManifest:
     """Everything about an adapter but its tensors.
 
     Args:
-        task_type: CAUSAL_LM, SEQ_CLS, ... in PEFT's words.
-        base_model_name_or_path: The base that it was trained on.
+        task_type: CAUSAL_LM, SEQ_CLS, ... in PEFT's words; None where PEFT was told of none.
+        base_model_name_or_path: The base that it was trained on; None where PEFT knew of none.
         revision: The base's hub revision.
         base_fingerprint: "sha256:<64 hex digits>" of the base's tensors, None if unknown.
         r: Rank of the pairs, at least 1.
@@ -59,10 +61,14 @@ class AdapterManifest:
         modules: Full dotted name of each adapted module in the base checkpoint -> its entries.
         target_modules: What the recipe asked for: names, or one expression.
         wegeft_version: Version that wrote it.
+        modules_to_save: Full dotted names, in the base checkpoint, of the modules that were trained
+            whole; left out of the file where there are none.
+        init_from: The adapter whose factors were the start, as the recipe named it; left out of the
+            file where it was a fresh draw.
     """
 
-    task_type: str
-    base_model_name_or_path: str
+    task_type: str | None
+    base_model_name_or_path: str | None
     revision: str | None
     base_fingerprint: str | None
     r: int
@@ -75,6 +81,8 @@ class AdapterManifest:
     modules: Mapping[str, tuple[ModuleEntry, ...]]
     target_modules: tuple[str, ...] | str
     wegeft_version: str
+    modules_to_save: tuple[str, ...] = ()
+    init_from: str | None = None
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -91,7 +99,8 @@ class AdapterManifest:
         """Write the manifest as the text of `adapter_config.json`."""
         values: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
         values |= {field.name: getattr(self, field.name) for field in fields(self)}
-        values["modules"] = {name: _entries_as_json(es) for name, es in self.modules.items()}
+        values["modules"] = {name: entries_as_json(es) for name, es in self.modules.items()}
+        values = {key: v for key, v in values.items() if key not in _OPTIONAL or v}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -111,15 +120,16 @@ class AdapterManifest:
         """
         values = parse_json(text, file=file)
         _check_kind(values, file)
-        known = {"peft_type", "format_version", *_CHECKS}
+        checks = _CHECKS | {key: check for key, check in _OPTIONAL.items() if key in values}
+        known = {"peft_type", "format_version", *_CHECKS, *_OPTIONAL}
         faults = [
             UserError(
                 "is not a key of a WeGeFT adapter", file=file, key=key, hint=_nearest(key, known)
             )
             for key in values
-            if key not in known
+            if key not in known | _PEFT_KEYS
         ]
-        for key, complaint in _CHECKS.items():
+        for key, complaint in checks.items():
             if key not in values:
                 faults.append(UserError("is missing", file=file, key=key))
             elif wrong := complaint(values[key]):
@@ -127,11 +137,11 @@ class AdapterManifest:
                 faults.append(UserError(message, file=file, key=key))
         modules: dict[str, tuple[ModuleEntry, ...]] = {}
         for name, value in _mapping(values.get("modules")).items():
-            wrong = _module_complaint(name, value)
+            wrong = module_complaint(name, value)
             if wrong:
                 faults.append(UserError(wrong, file=file, key=f"modules.{name}"))
             else:
-                modules[name] = _entries_from_json(value)
+                modules[name] = entries_from_json(value)
         raise_all(faults)
 
         scale = values["alpha"] / values["r"]
@@ -143,7 +153,8 @@ class AdapterManifest:
             target_modules = tuple(target_modules)
         read: dict[str, Any] = {key: float(values[key]) for key in ("alpha", "scale", "dropout")}
         read |= {"modules": modules, "target_modules": target_modules}
-        return cls(**{key: values[key] for key in _CHECKS} | read)
+        read["modules_to_save"] = tuple(values.get("modules_to_save", ()))
+        return cls(**{key: values[key] for key in checks} | read)
 
 
 def _check_kind(values: Any, file: str) -> None:
@@ -231,13 +242,20 @@ def _names(value: Any) -> str | None:
     return None if fits else "a text or a list of texts"
 
 
+def _module_names(value: Any) -> str | None:
+    fits = isinstance(value, list) and all(
+        isinstance(name, str) and _MODULE_NAME.fullmatch(name) for name in value
+    )
+    return None if fits else "a list of dotted module names"
+
+
 def _modules(value: Any) -> str | None:
     return None if isinstance(value, dict) and value else "a map of at least one module"
 
 
 _CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "task_type": _text,
-    "base_model_name_or_path": _text,
+    "task_type": _text_or_null,
+    "base_model_name_or_path": _text_or_null,
     "revision": _text_or_null,
     "base_fingerprint": _fingerprint,
     "r": _rank,
@@ -251,9 +269,14 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "target_modules": _names,
     "wegeft_version": _text,
 }
+_OPTIONAL: dict[str, Callable[[Any], str | None]] = {
+    "modules_to_save": _module_names,
+    "init_from": _text_or_null,
+}
 
 
-def _entries_as_json(entries: tuple[ModuleEntry, ...]) -> Any:
+def entries_as_json(entries: tuple[ModuleEntry, ...]) -> Any:
+    """Give one module's line as the file states it."""
     if len(entries) == 1 and entries[0] == ModuleEntry(entries[0].group):
         return entries[0].group
     return [
@@ -264,7 +287,8 @@ def _entries_as_json(entries: tuple[ModuleEntry, ...]) -> Any:
     ]
 
 
-def _entries_from_json(value: Any) -> tuple[ModuleEntry, ...]:
+def entries_from_json(value: Any) -> tuple[ModuleEntry, ...]:
+    """Read one module's line, of which `module_complaint` has nothing to say."""
     if isinstance(value, str):
         return (ModuleEntry(value),)
     return tuple(
@@ -277,7 +301,7 @@ def _entries_from_json(value: Any) -> tuple[ModuleEntry, ...]:
     )
 
 
-def _module_complaint(name: str, value: Any) -> str | None:
+def module_complaint(name: str, value: Any) -> str | None:
     """Say what is wrong with one module's line.
 
     It is "group", or a list of {"group", "rows": [[a, b], ...], "transposed": true}, of which rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -66,6 +66,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: dict[str, Any],
     keep: int | None,
+    protect: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint, then let go of the oldest ones.
 
@@ -76,6 +77,7 @@ def save_checkpoint(
         state: Dicts with text keys, lists, texts, numbers (NaN and infinity too: a loss may be),
             booleans and None.
         keep: Keep the last so many written, at least 1; None keeps all.
+        protect: Steps whose checkpoints stay beside them, such as that of the best validation.
 
     Returns:
         The checkpoint's folder.
@@ -113,7 +115,7 @@ def save_checkpoint(
             "files": files,
         }
         write_text_atomic(folder / _MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
-    _rotate(checkpoints_dir, keep)
+    _rotate(checkpoints_dir, keep, {f"step-{kept:08d}" for kept in protect})
     return final
 
 
@@ -233,13 +235,17 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _rotate(checkpoints_dir: Path, keep: int | None) -> None:
-    """Remove all but the last `keep` written; those without a manifest count as the oldest."""
+def _rotate(checkpoints_dir: Path, keep: int | None, protected: Collection[str]) -> None:
+    """Remove all but the last `keep` written and the protected ones.
+
+    Those without a manifest count as the oldest.
+    """
     manifests = _read_manifests(checkpoints_dir)[0]
     folders = [path for path in checkpoints_dir.iterdir() if _FOLDER.fullmatch(path.name)]
     folders.sort(key=lambda path: manifests[path].serial if path in manifests else 0)
     for path in folders[: 0 if keep is None else -keep]:
-        remove_folder(path)
+        if path.name not in protected:
+            remove_folder(path)
     with disk_errors(checkpoints_dir):
         remove_leftovers(checkpoints_dir, ".trash-")
 

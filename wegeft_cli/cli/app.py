@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from wegeft_cli.cli import eval as eval_command
-from wegeft_cli.cli import merge, plan, recipes, train, validate
+from wegeft_cli.cli import merge, plan, preview, recipes, sweep, train, validate
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
@@ -116,10 +117,12 @@ def _flatten(group: BaseException) -> list[BaseException]:
 
 
 app.command("train", cls=HelpfulCommand)(guard(train.train))
+app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
 app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
 app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
+app.command("preview", cls=HelpfulCommand)(guard(preview.preview))
 for registered in recipes.recipes_app.registered_commands:
     if registered.callback is not None:
         registered.callback = guard(registered.callback)
@@ -130,6 +133,8 @@ def main() -> None:
     """Run the command line."""
     # What other packages will change one day is not the user's matter.
     warnings.simplefilter("ignore", FutureWarning)
+    # On some CPUs bitsandbytes warns at its import of a hub kernel that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from wegeft_cli.checkpoints.json_values import to_finite
 from wegeft_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def tell(text: str, **options: Any) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, and nothing else there."""
     # ASCII, so that a file name in no encoding goes through too.
-    get_console().out(json.dumps(value, allow_nan=False), highlight=False)
+    get_console().out(json.dumps(to_finite(value), allow_nan=False), highlight=False)
 
 
 def note(text: str) -> None:

@@ -33,12 +33,39 @@ def plan(
     if result.num_steps is not None:
         rows = "" if result.num_rows is None else f" over {result.num_rows:,} rows"
         show(f"{result.num_steps:,} optimizer steps{rows}")
+    if result.lengths is not None:
+        p50, p95, longest = (result.lengths[name] for name in ("p50", "p95", "max"))
+        show(f"tokens per row: half at most {p50:,}, 95% at most {p95:,}, the longest {longest:,}")
+    largest = result.largest_batch
+    show(
+        f"largest batch: {largest['sequences']:,} x {largest['length']:,} positions, "
+        f"{largest['labels']:,} labels"
+    )
+    if result.flops_per_step is not None and result.train_flops is not None:
+        show(
+            f"{_tell_flops(result.flops_per_step)} a step, {_tell_flops(result.train_flops)} in all"
+        )
     memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
     memory.columns[1].justify = "right"
     for name, gib in result.memory_gib.items():
         if name == "total":
             memory.add_section()
-        memory.add_row(name.replace("_", " "), f"{gib:.2f}")
+        if gib != 0:
+            memory.add_row(name.replace("_", " "), "unknown" if gib is None else f"{gib:.2f}")
+    memory.add_row(f"free on this {result.device} now", f"{result.available_gib:.2f}", style="dim")
     show(memory)
+    disk = "" if result.disk_gib is None else f", {result.disk_gib:.2f} GiB at most"
+    show(
+        f"checkpoints: {result.checkpoint_gib:.2f} GiB each{disk}; {result.free_disk_gib:.0f} free"
+    )
     for reason in result.unknown:
         show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _tell_flops(value: float) -> str:
+    """Write a number of operations with the unit that keeps it short: `3.2 TFLOP`."""
+    units = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}FLOP"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.errors import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from wegeft_cli.workflows.train import TrainResult
 
 
 def train(
@@ -51,11 +55,14 @@ def train(
             f"[green]ready[/]: {result.num_steps} steps, "
             f"{result.trainable_parameters:,} trainable parameters"
         )
+        _show_summary(result)
     elif result.status == "finished":
+        loss = "" if result.final_loss is None else f"final loss {result.final_loss:.4f}, "
         show(
-            f"[green]finished[/]: {result.num_steps} steps, final loss {result.final_loss:.4f}, "
+            f"[green]finished[/]: {result.num_steps} steps, {loss}"
             f"{result.trainable_parameters:,} trainable parameters"
         )
+        _show_summary(result)
         show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
         show("next: wegeft merge, wegeft eval --task NAME", style="dim", highlight=False)
     if result.status == "interrupted":
@@ -65,3 +72,40 @@ def train(
                 "go on with --resume auto"
             )
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _show_summary(result: TrainResult) -> None:
+    for line in tell_summary(result):
+        show(line, highlight=False, soft_wrap=True)
+
+
+def tell_summary(result: TrainResult) -> Iterator[str]:
+    """Say what else is worth knowing at the end of a run, in plain lines.
+
+    Args:
+        result: How it ended.
+
+    Yields:
+        The lines.
+    """
+    if result.best_step is not None and result.best_metric is not None:
+        is_kept = result.adapter_step == result.best_step
+        kept = "the adapter is of that step" if is_kept else "the adapter is of the last step"
+        yield f"best validation: {result.best_metric:.4f} at step {result.best_step}; {kept}"
+    if result.num_skipped:
+        yield (
+            f"skipped: {result.num_skipped} steps whose loss or gradient was not finite; "
+            f"their rows are in {result.run_dir / 'skipped'}"
+        )
+    figures = [
+        (result.peak_memory_gib, "GiB at most"),
+        (result.estimated_memory_gib, "GiB estimated"),
+    ]
+    memory = [f"{value:.2f} {words}" for value, words in figures if value is not None]
+    if memory:
+        yield f"memory: {', '.join(memory)}"
+    if result.waste is not None:
+        yield (
+            f"padding: {result.waste['padding_share']:.0%} of the positions hold no token; "
+            f"logits are computed at {result.waste['head_share']:.0%} of them"
+        )

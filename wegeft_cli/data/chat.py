@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wegeft_cli.data.sources import find_local
-from wegeft_cli.data.templates import CHAT, ApplyChatTemplate, is_template_file, template_hash
+from wegeft_cli.data.templates import CHAT, is_template_file, template_hash
+from wegeft_cli.data.turns import ApplyChatTemplate
 from wegeft_cli.errors import UserError
 
 
 class Template(NamedTuple):
-    """A template ready to use: name, fingerprint, and the renderer if it is for conversations."""
+    """A template ready to use.
+
+    Args:
+        name: As the recipe has it.
+        digest: Its fingerprint.
+        apply: The renderer, if it is for conversations.
+        text: Its Jinja text, if it is for conversations; of several named ones all, as JSON.
+    """
 
     name: str
     digest: str
     apply: ApplyChatTemplate | None
+    text: str | None = None
+
+    @property
+    def tells_the_day(self) -> bool:
+        """Whether it can write today's date, so that the same row reads otherwise tomorrow."""
+        return self.text is not None and "strftime_now" in self.text
 
 
 def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Template:
@@ -44,8 +59,11 @@ def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Templa
             key="data.template",
             hint="use an instruction-tuned model's tokenizer, or data.template: my.jinja",
         )
-    digest = template_hash(text if text is not None else tokenizer.get_chat_template())
-    return Template(name, digest, _build_chat_renderer(tokenizer, text, name))
+    shown = tokenizer.chat_template if text is None else text
+    if not isinstance(shown, str):
+        # Of named templates each row takes its own: those with tools `tool_use`.
+        shown = json.dumps(shown, sort_keys=True)
+    return Template(name, template_hash(shown), _build_chat_renderer(tokenizer, text, name), shown)
 
 
 def _read_template(name: str, recipe_dir: Path | None) -> str:
@@ -63,11 +81,24 @@ def _read_template(name: str, recipe_dir: Path | None) -> str:
 def _build_chat_renderer(tokenizer: Any, text: str | None, name: str) -> ApplyChatTemplate:
     import jinja2
 
-    def apply(messages: Sequence[Any], add_generation_prompt: bool) -> str:
+    def apply(
+        messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
+    ) -> str:
+        try:
+            template = tokenizer.get_chat_template(text, tools)
+        except ValueError as error:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(
+                f"of the tokenizer's chat templates ({names}) none is for a conversation "
+                f"{'with' if tools else 'without'} tools: there is no `default`",
+                key="data.template",
+                hint="write one as data.template: my.jinja",
+            ) from error
         try:
             rendered: str = tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=text,
+                chat_template=template,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )

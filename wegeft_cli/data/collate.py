@@ -1,9 +1,10 @@
-"""Rows of unequal length become one batch, padded on the left."""
+"""Rows of unequal length become one batch: padded on the left, or packed end to end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 IGNORED = -100
 """Label of positions that carry no loss."""
 
+Row: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""A row's token ids, int `[length]`, and whether each is learned, bool `[length]`."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -19,38 +23,48 @@ class Batch:
 
     Args:
         input_ids: `[batch, seq]`, int64.
-        attention_mask: `[batch, seq]`, 1 for real tokens, 0 for padding.
-        position_ids: `[batch, seq]`, from 0 at each row's first real token; 0 on padding.
+        attention_mask: `[batch, seq]`, 1 for real tokens, 0 for padding; None where rows are
+            packed: transformers then finds the rows by their positions, which begin anew.
+        position_ids: `[batch, seq]`, from 0 at each row's first token; 0 on padding at the left,
+            and from 0 again on padding at the right.
         labels: `[batch, seq]`, not shifted: the id where it is learned, else -100.
+        label_positions: `[num_label_tokens]`, int64: where the learned ids stand, counted through
+            all sequences of the batch. Each is predicted from the position before its own.
         num_label_tokens: Labels that carry loss.
         num_tokens: Real tokens.
-        logits_to_keep: So many last positions yield the logits of every label: a label is predicted
-            one position before it stands.
+        num_padding: Positions without one.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     labels: Tensor
+    label_positions: Tensor
     num_label_tokens: int
     num_tokens: int
-    logits_to_keep: int
+    num_padding: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        names = ("input_ids", "attention_mask", "position_ids", "labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
+            label_positions=self.label_positions.to(device),
+        )
 
 
-def collate_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, pad_token_id: int) -> Batch:
+def collate_rows(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
     """Pad rows on the left into one batch.
 
     Masks come from lengths: the padding id may be any token, EOS too, without hiding a real one. A
     row's first token is never a label, since nothing before it predicts it.
 
     Args:
-        rows: (ids int `[length]`, label mask bool `[length]`) of each row; at least one row, and at
-            least one token in each.
+        rows: At least one row, and at least one token in each.
         pad_token_id: What fills the left.
 
     Returns:
@@ -59,28 +73,88 @@ def collate_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], *, pad_token_id:
     Raises:
         ValueError: If there is no row or an empty one.
     """
-    lengths = [len(ids) for ids, _ in rows]
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"cannot batch rows of the lengths {lengths}")
+    lengths = _check_lengths(rows)
     shape = (len(rows), max(lengths))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
-    for i, (ids, label_mask) in enumerate(rows):
-        start = shape[1] - len(ids)
-        input_ids[i, start:] = ids
+    for i, row in enumerate(rows):
+        start = shape[1] - lengths[i]
         attention_mask[i, start:] = 1
-        position_ids[i, start:] = np.arange(len(ids))
-        labels[i, start + 1 :] = np.where(label_mask, ids, IGNORED)[1:]
-    learned = labels != IGNORED
-    columns = np.flatnonzero(learned.any(axis=0))
+        _lay_row(row, input_ids[i], position_ids[i], labels[i], start)
+    return _build(input_ids, attention_mask, position_ids, labels, sum(lengths))
+
+
+def collate_packs(packs: Sequence[Sequence[Row]], *, pad_token_id: int, flat: bool) -> Batch:
+    """Lay the rows of each pack end to end, every row with positions from 0.
+
+    A row's first token is never a label: the token before it belongs to another row.
+
+    Args:
+        packs: At least one pack, at least one row in each, and at least one token in each row.
+        pad_token_id: What fills the right of the shorter packs: a segment of its own, with
+            positions from 0 and without labels, that no row sees.
+        flat: Lay all packs into one sequence without padding, as flash attention wants it, instead
+            of one sequence each.
+
+    Returns:
+        The batch, without an attention mask.
+
+    Raises:
+        ValueError: If there is no pack, or an empty one, or an empty row.
+    """
+    if flat:
+        packs = [[row for pack in packs for row in pack]]
+    totals = [sum(_check_lengths(pack)) for pack in packs]
+    shape = (len(packs), max(totals, default=0))
+    if not packs:
+        raise ValueError("cannot batch no packs")
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    for i, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            start = _lay_row(row, input_ids[i], position_ids[i], labels[i], start)
+        position_ids[i, start:] = np.arange(shape[1] - start)
+    return _build(input_ids, None, position_ids, labels, sum(totals))
+
+
+def _check_lengths(rows: Sequence[Row]) -> list[int]:
+    lengths = [len(ids) for ids, _ in rows]
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"cannot batch rows of the lengths {lengths}")
+    return lengths
+
+
+def _lay_row(
+    row: Row, input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, start: int
+) -> int:
+    """Write a row into a sequence from `start` on, and tell where it ends."""
+    ids, label_mask = row
+    stop = start + len(ids)
+    input_ids[start:stop] = ids
+    position_ids[start:stop] = np.arange(len(ids))
+    labels[start + 1 : stop] = np.where(label_mask, ids, IGNORED)[1:]
+    return stop
+
+
+def _build(
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None,
+    position_ids: np.ndarray,
+    labels: np.ndarray,
+    num_tokens: int,
+) -> Batch:
+    label_positions = np.flatnonzero(labels != IGNORED)
     return Batch(
         torch.from_numpy(input_ids),
-        torch.from_numpy(attention_mask),
+        None if attention_mask is None else torch.from_numpy(attention_mask),
         torch.from_numpy(position_ids),
         torch.from_numpy(labels),
-        num_label_tokens=int(learned.sum()),
-        num_tokens=sum(lengths),
-        logits_to_keep=shape[1] - int(columns[0]) + 1 if len(columns) else 1,
+        torch.from_numpy(label_positions),
+        num_label_tokens=len(label_positions),
+        num_tokens=num_tokens,
+        num_padding=input_ids.size - num_tokens,
     )

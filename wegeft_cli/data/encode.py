@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from wegeft_cli.data.templates import Rendered, Segment
+from wegeft_cli.data.tokens import SPARE_TOKENS, Encoder, Tokens
+from wegeft_cli.data.turns import Rendered, Segment
 from wegeft_cli.errors import UserError
 
 CHUNK_ROWS = 2000
@@ -50,8 +50,10 @@ class EncodedDataset:
     @property
     def label_counts(self) -> np.ndarray:
         """Learned tokens of each row, int64 `[n]`."""
-        running = np.concatenate([[0], np.cumsum(self.label_mask, dtype=np.int64)])
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        # No row is empty; and no array of one number per token is built, as a running sum would be.
+        return np.add.reduceat(self.label_mask, self.offsets[:-1], dtype=np.int64)
 
     def take(self, start: int, stop: int) -> EncodedDataset:
         """The rows from `start` up to but without `stop`."""
@@ -62,6 +64,8 @@ class EncodedDataset:
 
 def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
     """All rows of the data sets in their order; at least one data set."""
+    if len(datasets) == 1:
+        return datasets[0]  # which may be larger than memory: a cached one is read from its file
     lengths = np.concatenate([dataset.lengths for dataset in datasets])
     return EncodedDataset(
         np.concatenate([dataset.ids for dataset in datasets]),
@@ -82,6 +86,7 @@ class EncodeReport:
         num_boundary_merged: Rows kept in which a token holds characters of the prompt and of the
             completion.
         longest: Tokens of the longest row before the cut.
+        num_overlong: Rows so long that only their beginning was tokenised; `longest` counts that.
     """
 
     num_too_long: int = 0
@@ -90,34 +95,108 @@ class EncodeReport:
     num_truncated: int = 0
     num_boundary_merged: int = 0
     longest: int = 0
+    num_overlong: int = 0
 
     @property
     def num_dropped(self) -> int:
         """Rows dropped because they hold nothing to learn."""
         return self.num_empty + self.num_cut_away
 
-
-@dataclass
-class _Tokens:
-    """A text's ids, the learned [first, last) spans of them, and whether a token straddles one."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    is_merged: bool
-
-
-class Encoder(NamedTuple):
-    """A tokenizer made ready: its way from texts to tokens, and its BOS and EOS ids."""
-
-    encode: Callable[[Sequence[Rendered]], Iterator[_Tokens]]
-    bos: int | None
-    eos: int | None
+    def add(self, row: EncodedRow) -> EncodeReport:
+        """The report with one row more."""
+        return EncodeReport(
+            self.num_too_long + (row.fate == "too_long"),
+            self.num_empty + (row.fate == "empty"),
+            self.num_cut_away + (row.fate == "cut_away"),
+            self.num_truncated + (row.is_kept and row.is_truncated),
+            self.num_boundary_merged + (row.is_kept and row.is_merged),
+            max(self.longest, row.num_tokens),
+            self.num_overlong + row.is_overlong,
+        )
 
 
-def build_encoder(tokenizer: Any) -> Encoder:
-    """Make a transformers tokenizer ready for `encode_rows`; a fast one is quick and exact."""
-    build = _build_fast if tokenizer.is_fast else _build_slow
-    return Encoder(build(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+class EncodedRow(NamedTuple):
+    """A row as tokens, or why there are none.
+
+    Args:
+        fate: kept, too_long (by `length_below`), empty (a blank completion), cut_away (nothing to
+            learn is left of it).
+        ids: Token ids, at most `max_length`; none unless kept.
+        label_mask: For each whether it is learned, one byte each.
+        num_tokens: Tokens before the cut; 0 if it is not counted.
+        is_overlong: Whether only its beginning was tokenised.
+        is_truncated: Whether it was cut.
+        is_merged: Whether a token holds characters of the prompt and of the completion.
+    """
+
+    fate: str
+    ids: Sequence[int] = ()
+    label_mask: bytes | bytearray = b""
+    num_tokens: int = 0
+    is_overlong: bool = False
+    is_truncated: bool = False
+    is_merged: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is something to learn."""
+        return self.fate == "kept"
+
+
+def encode_each(
+    rendered: Iterable[Rendered],
+    *,
+    encoder: Encoder,
+    max_length: int,
+    length_below: int | None = None,
+) -> Iterator[EncodedRow]:
+    """Tokenise rows one after the other and mark the learned tokens.
+
+    A row's whole text is tokenised once, and the learned tokens are found by the characters they
+    hold. A token that holds characters on both sides of the boundary is learned (masking it would
+    leave the first piece of the answer unlearned). Of a text that is far too long only the part is
+    tokenised from which the first `max_length` tokens come, so a row of many megabytes takes
+    neither the time nor the memory of its tokens.
+
+    Args:
+        rendered: The rows' texts.
+        encoder: What `build_encoder` made of the tokenizer.
+        max_length: Tokens kept of a row, from the left, EOS counted.
+        length_below: Leave rows out that have so many tokens or more (EOS not counted).
+
+    Yields:
+        Every row, kept or not.
+
+    Raises:
+        UserError: If EOS is to be appended and the tokenizer has none.
+    """
+    num_needed = max(max_length, length_below or 0)
+    for row, is_cut, tokens in _encode_chunks(rendered, encoder, num_needed):
+        if row.add_special_tokens and tokens.ids[:2] == [encoder.bos, encoder.bos]:
+            # The text already began with BOS as text.
+            tokens = _drop_first(tokens)
+        if length_below is not None and (is_cut or len(tokens.ids) >= length_below):
+            yield EncodedRow("too_long")
+        elif row.is_blank:
+            yield EncodedRow("cut_away" if is_cut else "empty")
+        else:
+            if row.append_eos and not is_cut:
+                _append_eos(tokens, encoder.eos)
+            yield _cut_row(tokens, is_cut, max_length)
+
+
+def _cut_row(tokens: Tokens, is_cut: bool, max_length: int) -> EncodedRow:
+    num_tokens = len(tokens.ids)
+    ids = tokens.ids[:max_length]
+    mask = bytearray(len(ids))
+    for first, last in tokens.spans:
+        last = min(last, len(ids))
+        mask[first:last] = b"\1" * (last - first)
+    mask[:1] = b"\0"
+    if not any(mask):
+        return EncodedRow("cut_away", num_tokens=num_tokens, is_overlong=is_cut)
+    is_truncated = is_cut or num_tokens > max_length
+    return EncodedRow("kept", ids, mask, num_tokens, is_cut, is_truncated, tokens.is_merged)
 
 
 def encode_rows(
@@ -128,11 +207,7 @@ def encode_rows(
     length_below: int | None = None,
     window: tuple[int, int] | None = None,
 ) -> tuple[EncodedDataset, EncodeReport]:
-    """Tokenise rows and mark the learned tokens.
-
-    A row's whole text is tokenised once, and the learned tokens are found by the characters they
-    hold. A token that holds characters on both sides of the boundary is learned (masking it would
-    leave the first piece of the answer unlearned) and its row is counted.
+    """Tokenise rows into one data set.
 
     Args:
         rendered: The rows' texts.
@@ -151,64 +226,68 @@ def encode_rows(
     ids = array("i")
     label_mask = bytearray()
     lengths: list[int] = []
-    too_long = empty = cut_away = truncated = merged = longest = num_passed = 0
-    for row, tokens in _encode_chunks(rendered, encoder):
-        if row.add_special_tokens and tokens.ids[:2] == [encoder.bos, encoder.bos]:
-            # The text already began with BOS as text.
-            tokens = _drop_first(tokens)
-        if length_below is not None and len(tokens.ids) >= length_below:
-            too_long += 1
-            continue
-        num_passed += 1
-        if window is not None:
+    report = EncodeReport()
+    num_passed = 0
+    for row in encode_each(
+        rendered, encoder=encoder, max_length=max_length, length_below=length_below
+    ):
+        if window is not None and row.fate != "too_long":
+            num_passed += 1
             if num_passed > window[1]:
                 break
             if num_passed <= window[0]:
                 continue
-        if row.is_blank:
-            empty += 1
-            continue
-        if row.append_eos:
-            _append_eos(tokens, encoder.eos)
-        longest = max(longest, len(tokens.ids))
-        row_ids = tokens.ids[:max_length]
-        row_mask = bytearray(len(row_ids))
-        for first, last in tokens.spans:
-            last = min(last, max_length)
-            row_mask[first:last] = b"\1" * (last - first)
-        row_mask[:1] = b"\0"
-        if not any(row_mask):
-            cut_away += 1
-            continue
-        truncated += len(tokens.ids) > max_length
-        merged += tokens.is_merged
-        ids.fromlist(row_ids)
-        label_mask += row_mask
-        lengths.append(len(row_ids))
+        report = report.add(row)
+        if row.is_kept:
+            ids.extend(row.ids)
+            label_mask += row.label_mask
+            lengths.append(len(row.ids))
     dataset = EncodedDataset(
         np.array(ids, dtype=np.int32),
         np.frombuffer(label_mask, dtype=np.bool_),
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
     )
-    return dataset, EncodeReport(too_long, empty, cut_away, truncated, merged, longest)
+    return dataset, report
 
 
 def _encode_chunks(
-    rendered: Iterable[Rendered], encoder: Encoder
-) -> Iterator[tuple[Rendered, _Tokens]]:
-    rows = iter(rendered)
+    rendered: Iterable[Rendered], encoder: Encoder, num_tokens: int
+) -> Iterator[tuple[Rendered, bool, Tokens]]:
+    """Each row, whether characters behind its first `num_tokens` tokens were cut, its tokens."""
+    limit = encoder.count_characters(num_tokens)
+    rows = ((_shorten(row, limit), row) for row in rendered)
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-        for _, group in itertools.groupby(chunk, key=lambda row: row.add_special_tokens):
+        for _, group in itertools.groupby(chunk, key=lambda pair: pair[0].add_special_tokens):
             alike = list(group)
-            yield from zip(alike, encoder.encode(alike), strict=True)
+            encoded = encoder.encode([short for short, _ in alike])
+            for (short, row), tokens in zip(alike, encoded, strict=True):
+                if short is row or len(tokens.ids) >= num_tokens + SPARE_TOKENS:
+                    yield short, short is not row, tokens
+                else:
+                    # The tokenizer takes characters away, as one that joins spaces does.
+                    whole = row if row.render_whole is None else row.render_whole()
+                    yield whole, False, next(encoder.encode([whole]))
 
 
-def _drop_first(tokens: _Tokens) -> _Tokens:
+def _shorten(row: Rendered, limit: int) -> Rendered:
+    """The row without what lies behind `limit` characters; itself if nothing does."""
+    if sum(len(segment.text) for segment in row.segments) <= limit:
+        return row
+    segments = []
+    for segment in row.segments:
+        segments.append(Segment(segment.text[:limit], segment.trained))
+        limit -= len(segment.text)
+        if limit <= 0:
+            break
+    return replace(row, segments=tuple(segments))
+
+
+def _drop_first(tokens: Tokens) -> Tokens:
     spans = [(max(first - 1, 0), last - 1) for first, last in tokens.spans]
-    return _Tokens(tokens.ids[1:], spans, tokens.is_merged)
+    return Tokens(tokens.ids[1:], spans, tokens.is_merged)
 
 
-def _append_eos(tokens: _Tokens, eos: int | None) -> None:
+def _append_eos(tokens: Tokens, eos: int | None) -> None:
     if eos is None:
         raise UserError(
             "the tokenizer has no end-of-text token, so the model would never learn to stop",
@@ -218,101 +297,3 @@ def _append_eos(tokens: _Tokens, eos: int | None) -> None:
     if tokens.ids[-1:] != [eos]:
         tokens.ids.append(eos)
     tokens.spans.append((len(tokens.ids) - 1, len(tokens.ids)))
-
-
-def _boundaries(segments: Sequence[Segment]) -> list[int]:
-    """Character positions [begin, end, begin, end, ...] of the learned stretches."""
-    flips: list[int] = []
-    position = 0
-    trained = False
-    for segment in segments:
-        if segment.text and segment.trained != trained:
-            flips.append(position)
-            trained = segment.trained
-        position += len(segment.text)
-    return [*flips, position] if trained else flips
-
-
-def _build_fast(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[_Tokens]]:
-    """An encoder that finds the boundaries by the tokenizer's own character offsets."""
-    backend = _copy_backend(tokenizer)
-
-    def encode(rows: Sequence[Rendered]) -> Iterator[_Tokens]:
-        texts = [row.text for row in rows]
-        encodings = backend.encode_batch(texts, add_special_tokens=rows[0].add_special_tokens)
-        for row, text, encoding in zip(rows, texts, encodings, strict=True):
-            is_merged = False
-            cuts: list[int] = []
-            for number, position in enumerate(_boundaries(row.segments)):
-                token, straddles = _find_token(encoding, text, position)
-                is_merged |= straddles
-                # A token on the edge belongs to the learned side, whichever side that is.
-                cuts.append(token + (straddles and number % 2 == 1))
-            yield _Tokens(encoding.ids, _pairs(cuts), is_merged)
-
-    return encode
-
-
-def _find_token(encoding: Any, text: str, position: int) -> tuple[int, bool]:
-    """The first token with a character at or behind the position, and whether it began before."""
-    for place in range(position, len(text)):
-        # None: the tokenizer's normaliser took the character away.
-        token = encoding.char_to_token(place)
-        if token is not None:
-            return token, encoding.token_to_chars(token)[0] < position
-    return len(encoding.ids), False
-
-
-def _pairs(cuts: Sequence[int]) -> list[tuple[int, int]]:
-    return [(first, last) for first, last in zip(cuts[::2], cuts[1::2], strict=True)]
-
-
-def _copy_backend(tokenizer: Any) -> Any:
-    """The tokenizer's Rust part, without truncation and padding and with whole offsets.
-
-    Byte-level post-processors may trim white space off the offsets they report (`trim_offsets`),
-    which hides tokens such as `" 42"` that straddle a boundary; the ids are the same without.
-    """
-    from tokenizers import Tokenizer
-
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    settings["truncation"] = settings["padding"] = None
-    processor = settings["post_processor"] or {}
-    for part in (processor, *processor.get("processors", ())):
-        if "trim_offsets" in part:
-            part["trim_offsets"] = False
-    backend = Tokenizer.from_str(json.dumps(settings))
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
-
-
-def _build_slow(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[_Tokens]]:
-    """An encoder without offsets: boundaries lie where the ids of a prefix and the whole part."""
-
-    def ids_of(text: str, row: Rendered) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=row.add_special_tokens)["input_ids"]
-        return ids
-
-    def encode(rows: Sequence[Rendered]) -> Iterator[_Tokens]:
-        for row in rows:
-            text = row.text
-            whole = ids_of(text, row)
-            is_merged = False
-            cuts: list[int] = []
-            for number, position in enumerate(_boundaries(row.segments)):
-                if position == len(text):
-                    cuts.append(len(whole))
-                    continue
-                before = ids_of(text[:position], row)
-                if before[-1:] == [tokenizer.eos_token_id]:
-                    before.pop()  # some add EOS to every text
-                alike = itertools.takewhile(
-                    lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)
-                )
-                token = sum(1 for _ in alike)
-                straddles = token < len(before)
-                is_merged |= straddles
-                cuts.append(token + (straddles and number % 2 == 1))
-            yield _Tokens(whole, _pairs(cuts), is_merged)
-
-    return encode

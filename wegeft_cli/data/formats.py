@@ -7,6 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wegeft_cli.data.messages import (
+    check_text,
+    join_conversations,
+    read_conversation,
+    read_tools,
+)
 from wegeft_cli.errors import UserError
 
 
@@ -33,17 +39,35 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The fields of a row, and the template that `auto` gives it."""
+    """The fields of a row, and the template that `auto` gives it.
+
+    Args:
+        required: Fields that every row has.
+        template: What `auto` is for it; for conversations always the chat template.
+        optional: Fields that a row may have.
+        corpus: The published selection, of a named corpus.
+        others: (field, another name under which files have it).
+    """
 
     required: tuple[str, ...]
     template: str
     optional: tuple[str, ...] = ()
     corpus: Corpus | None = None
+    others: tuple[tuple[str, str], ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
         """All fields, the required ones first."""
         return self.required + self.optional
+
+    def find_columns(self, columns: Collection[str], renames: Mapping[str, str]) -> dict[str, str]:
+        """Complete the renames by the other names of fields that are not there."""
+        found = {
+            field: other
+            for field, other in self.others
+            if field not in columns and other in columns
+        }
+        return {**found, **renames}
 
 
 def _first_code_block(row: Mapping[str, str]) -> str:
@@ -58,7 +82,10 @@ def _is_helpful(row: Mapping[str, str]) -> bool:
 
 FORMATS: dict[str, RowFormat] = {
     # In the order of detection.
-    "messages": RowFormat(("messages",), "chat"),
+    "messages": RowFormat(("messages",), "chat", ("tools",)),
+    "conversations": RowFormat(
+        ("conversations",), "chat", ("system", "tools"), others=(("conversations", "conversation"),)
+    ),
     "instruction": RowFormat(("instruction", "output"), "alpaca", ("input",)),
     "prompt_completion": RowFormat(("prompt", "completion"), "plain"),
     "text": RowFormat(("text",), "plain"),
@@ -115,11 +142,11 @@ def find_format(name: str, columns: Collection[str], renames: Mapping[str, str])
                 f"no column {column!r} to read as `{field}`; {found}", key="columns", hint=hint
             )
     if name == "auto":
-        present = set(columns) | set(renames)
         fitting = [
             key
             for key, form in FORMATS.items()
-            if form.corpus is None and present.issuperset(form.required)
+            if form.corpus is None
+            and {*columns, *form.find_columns(columns, renames)}.issuperset(form.required)
         ]
         # A format whose fields the renames name is the one that is meant.
         fitting.sort(key=lambda key: not set(renames).issubset(FORMATS[key].fields))
@@ -159,26 +186,26 @@ def read_row(
         renames: The format's field -> the file's column.
 
     Returns:
-        The fields under the format's names (a corpus row as instruction and output), or none if
-        the corpus leaves the row out.
+        The fields under the format's names (a corpus row as instruction and output; every
+        conversation as `messages`, and `learned` and `tools` where it has them), or none if the
+        corpus leaves the row out.
 
     Raises:
         UserError: If a field is missing, null or of a wrong type.
     """
-    fields: dict[str, Any] = {}
-    for field in row_format.fields:
-        column = renames.get(field, field)
+    given: dict[str, tuple[str, Any]] = {}
+    for name in row_format.fields:
+        column = renames.get(name, name)
         value = row.get(column)
-        if value is None:
-            if field in row_format.optional:
-                value = ""
-            elif column in row:
+        if value is not None:
+            given[name] = column, value
+        elif name in row_format.required:
+            if column in row:
                 raise UserError(f"`{column}` is null")
-            else:
-                raise UserError(f"no `{column}`; the row has {', '.join(row) or 'no fields'}")
-        fields[field] = (
-            _check_messages(value) if field == "messages" else _check_text(column, value)
-        )
+            raise UserError(f"no `{column}`; the row has {', '.join(row) or 'no fields'}")
+    if row_format.template == "chat" or isinstance(given.get("prompt", ("", ""))[1], list):
+        return _read_talk(given)
+    fields = {name: check_text(column, value) for name, (column, value) in given.items()}
     corpus = row_format.corpus
     if corpus is None:
         return fields
@@ -187,31 +214,16 @@ def read_row(
     return {"instruction": fields[corpus.instruction], "output": corpus.shorten(fields)}
 
 
-def _check_text(column: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"`{column}` must be text, got {value!r:.60} ({type(value).__name__})")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"`{column}` holds half of a surrogate pair at character {error.start}"
-            ) from error
-    return value
-
-
-def _check_messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"`messages` must be a list of {{role, content}}, got {value!r:.60} "
-            f"({type(value).__name__})"
-        )
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f"message {number} must be {{role, content}}, got {message!r:.60}")
-        for field in ("role", "content"):
-            _check_text(f"messages[{number}].{field}", message.get(field))
-        # Tables fill absent keys with null, which templates take for present.
-        messages.append({key: part for key, part in message.items() if part is not None})
-    return messages
+def _read_talk(given: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    if "prompt" in given:
+        return join_conversations(given["prompt"][1], given["completion"][1])
+    name = "messages" if "messages" in given else "conversations"
+    talk = read_conversation(*given[name])
+    if "system" in given:
+        system = check_text(*given["system"])
+        if system.strip() and talk["messages"][0]["role"] != "system":
+            talk["messages"].insert(0, {"role": "system", "content": system})
+            if "learned" in talk:
+                talk["learned"].insert(0, None)
+    tools = read_tools(*given["tools"]) if "tools" in given else []
+    return {**talk, "tools": tools} if tools else talk

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 
+from wegeft_cli.data.mixture import Mixture
+from wegeft_cli.data.shuffle import shuffled
 
-@dataclass(frozen=True)
+GROUP_STEPS = 50
+"""Full steps whose rows are sorted by length together, where each step takes rows of one length."""
+
+# Streams of orders of steps, apart from those of rows (from 0) and of weighted sources (from 2^63).
+_STEP_STREAM = 1 << 62
+
+
+@dataclass(frozen=True, eq=False)  # by identity: an epoch's order is cached for its plan
 class StepPlan:
     """The rows of every optimizer step of a run.
 
@@ -27,6 +36,9 @@ class StepPlan:
         shuffle: Whether each epoch has its own order; otherwise the rows come as they stand.
         num_epochs: Passes over the rows, above 0; a fraction ends within an epoch.
         max_steps: Steps in all, through as many epochs as they need; -1 counts by epochs.
+        mixture: Which rows an epoch takes of weighted sources; None takes every row once.
+        group_lengths: Tokens of each row, int `[num_rows]`: each full step then takes rows of about
+            one length. None leaves the rows as they are drawn.
     """
 
     num_rows: int
@@ -37,6 +49,8 @@ class StepPlan:
     shuffle: bool
     num_epochs: float
     max_steps: int = -1
+    mixture: Mixture | None = None
+    group_lengths: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         counts = (
@@ -47,6 +61,8 @@ class StepPlan:
         )
         if min(counts) < 1 or self.seed < 0 or (self.max_steps < 1 and self.num_epochs <= 0):
             raise ValueError(f"not a plan: {self}")
+        if self.mixture is not None and self.mixture.num_rows != self.num_rows:
+            raise ValueError(f"a mixture of other rows: {self}")
 
     @property
     def global_batch_size(self) -> int:
@@ -76,10 +92,13 @@ class StepPlan:
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step {step} is not one of {self.num_steps}")
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
         start = position * self.global_batch_size
-        rows: list[int] = order[start : start + self.global_batch_size].tolist()
+        rows: list[int] = self.epoch_order(epoch)[start : start + self.global_batch_size].tolist()
         return rows
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Give the rows of an epoch in the order in which its steps take them, int64."""
+        return _epoch_order(self, epoch)
 
     def step_indices(self, step: int, lengths: np.ndarray | None = None) -> list[list[list[int]]]:
         """Cut a step's rows into forward passes.
@@ -92,10 +111,38 @@ class StepPlan:
 
         Returns:
             `[rank][micro-batch][row indices]`. Every rank has the same number of micro-batches, at
-            most `accumulation_steps`; in an epoch's last step they are filled evenly, and one may
-            be empty.
+            most `accumulation_steps`; in an epoch's last step they are filled evenly, and
+            some may be empty. An empty one is no forward pass, so a rank may make fewer than
+            another, even none: no collective may stand between them.
         """
-        rows = self.global_batch(step)
+        return self._cut(self.global_batch(step), lengths)
+
+    def count_positions(self, lengths: np.ndarray) -> int:
+        """Count the positions of the first epoch's forward passes, padding included.
+
+        Each pass is as wide as its longest row; the rows are cut as in `step_indices`, but no list
+        of them is built.
+
+        Args:
+            lengths: Tokens of each row, int `[num_rows]`.
+
+        Returns:
+            Positions over all processes.
+        """
+        order = self.epoch_order(0)
+        num_full = self.num_rows // self.global_batch_size
+        full = lengths[order[: num_full * self.global_batch_size]]
+        by_length = np.sort(full.reshape(num_full, self.global_batch_size))[:, ::-1]
+        # The first of every `per_device_batch_size` rows is the longest of its forward pass.
+        positions = by_length[:, :: self.per_device_batch_size].sum() * self.per_device_batch_size
+        if num_full < self.steps_per_epoch:
+            rest = self._cut(order[num_full * self.global_batch_size :].tolist(), lengths)
+            passes = (micro for rank in rest for micro in rank if micro)
+            positions += sum(len(micro) * int(lengths[micro].max()) for micro in passes)
+        return int(positions)
+
+    def _cut(self, rows: list[int], lengths: np.ndarray | None) -> list[list[list[int]]]:
+        """Cut a step's rows into `[rank][micro-batch][row indices]`."""
         if lengths is not None:
             rows.sort(key=lambda row: -int(lengths[row]))
         slab = self.per_device_batch_size * self.world_size
@@ -108,11 +155,32 @@ class StepPlan:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+def _epoch_order(plan: StepPlan, epoch: int) -> np.ndarray:
     """The rows of an epoch in order, int64 [num_rows]."""
-    if not shuffle:
-        return np.arange(num_rows)
-    # Sorted by raw Philox words: numpy keeps these streams fixed across versions, which it does not
-    # promise of Generator.permutation. The key is (seed, epoch), so no state is carried along.
-    words = np.random.Philox(key=(epoch << 64) | (seed % 2**64)).random_raw(num_rows)
-    return np.argsort(words, kind="stable")
+    order = np.arange(plan.num_rows)
+    if plan.shuffle:
+        order = shuffled(plan.num_rows, seed=plan.seed, stream=epoch)
+    if plan.mixture is not None:
+        order = plan.mixture.epoch_rows(epoch, plan.seed, shuffle=plan.shuffle)[order]
+    if plan.group_lengths is not None:
+        order = _group_by_length(
+            order, plan.group_lengths, plan.global_batch_size, plan.seed, epoch
+        )
+    return order
+
+
+def _group_by_length(
+    order: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Let steps of `size` rows take rows of about one length, int64 [num_rows].
+
+    Stretches of `GROUP_STEPS` steps are sorted by length, and the steps change places. What the
+    last, unfilled step takes stays as it was drawn: cut from a sorted stretch, it would be the
+    shortest rows in every epoch.
+    """
+    num_full = len(order) // size
+    full, rest = np.split(order, [num_full * size])
+    stretches = np.arange(len(full)) // (GROUP_STEPS * size)
+    steps = full[np.lexsort((-lengths[full], stretches))].reshape(num_full, size)
+    places = shuffled(num_full, seed=seed, stream=_STEP_STREAM | epoch)
+    return np.concatenate([steps[places].ravel(), rest])

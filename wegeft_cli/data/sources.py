@@ -1,37 +1,27 @@
-"""Rows come from a file, a folder or the hub, each with the place where it stands."""
+"""Rows come from a file, a folder or the hub: all at once, or one after the other."""
 
 from __future__ import annotations
 
 import bisect
-import csv
-import gzip
 import hashlib
 import io
-import json
+import itertools
 import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.data.files import KINDS, find_kind, find_suffix
+from wegeft_cli.data.hub import open_hub
+from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
 
 MAX_FAULTS = 5
 """So many bad rows of one source are told at a time."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"-\d+-of-\d+")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one file: its name, and the lines they stand in where there are lines."""
-
-    file: str
-    rows: list[dict[str, Any]]
-    lines: Sequence[int] | None = None
+_HASH_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,6 +49,15 @@ class Rows:
         return f"{file}:{lines[index - start]}"
 
 
+@dataclass
+class _Part:
+    """Rows of one file, and where there are lines those in which they stand."""
+
+    file: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[int] | None = None
+
+
 def load_rows(source: DataSource, *, recipe_dir: Path | None) -> Rows:
     """Read the rows of a source.
 
@@ -73,16 +72,62 @@ def load_rows(source: DataSource, *, recipe_dir: Path | None) -> Rows:
         UserError: If nothing is there, or what is there cannot be read; with file and line.
         ExceptionGroup: If several rows are bad.
     """
-    local = find_local(source.path, recipe_dir)
-    if local is None:
-        rows = _load_hub(source, recipe_dir)
-    elif local.is_dir():
-        rows = _load_files(_split_files(local, source.split), local, source.limit)
-    else:
-        rows = _load_files([local], local, source.limit)
+    files = find_files(source, recipe_dir)
+    rows = _load_hub(source, recipe_dir) if files is None else _load_files(files, source)
     if not rows.rows:
         raise UserError("there are no rows", file=rows.origin)
     return rows
+
+
+def stream_rows(
+    source: DataSource, *, recipe_dir: Path | None, skip: int = 0
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Read the rows of a source one after the other; what lies behind is forgotten.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+        skip: So many first rows are only counted.
+
+    Yields:
+        Where the row stands, and the row; None in its place for one that was only counted.
+
+    Raises:
+        UserError: If nothing is there, it cannot be read row by row, or a row is bad.
+        MachineError: If the hub breaks off.
+    """
+    files = find_files(source, recipe_dir)
+    rows = _stream_hub(source, recipe_dir, skip) if files is None else _stream_files(files, skip)
+    yield from itertools.islice(rows, source.limit)
+
+
+def digest_source(source: DataSource, *, recipe_dir: Path | None) -> str | None:
+    """Tell what a source holds without turning it into rows.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+
+    Returns:
+        The digest that `load_rows` gives local files; of a hub data set the fingerprint of the
+        version on this machine, or None if it has none.
+
+    Raises:
+        UserError: If nothing is there, or it cannot be read.
+    """
+    files = find_files(source, recipe_dir)
+    if files is None:
+        table, _ = open_hub(source, recipe_dir)
+        fingerprint = getattr(table, "_fingerprint", None)
+        return f"{fingerprint} {len(table)}" if fingerprint else None
+    digests = []
+    for file in files:
+        digest = hashlib.sha256()
+        with _opened(file) as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        digests.append(digest.hexdigest())
+    return _join_digests(digests)
 
 
 def find_local(path: str, recipe_dir: Path | None) -> Path | None:
@@ -94,45 +139,101 @@ def find_local(path: str, recipe_dir: Path | None) -> Path | None:
     return None
 
 
-def _load_files(files: Sequence[Path], origin: Path, limit: int | None) -> Rows:
-    parts: list[_Part] = []
-    digests: list[str] = []
-    remaining = limit
-    for file in files:
-        data = _read_bytes(file)
-        digests.append(hashlib.sha256(data).hexdigest())
-        part = _reader(file)(data, str(file), remaining)
-        parts.append(part)
-        if remaining is not None:
-            remaining -= len(part.rows)
-    starts = [sum(len(part.rows) for part in parts[:i]) for i in range(len(parts))]
-    # One file's digest is its own; several are told by the digest of their digests, in order.
-    digest = digests[0] if len(digests) == 1 else _digest("\n".join(digests))
-    return Rows(
-        [row for part in parts for row in part.rows],
-        str(origin),
-        digest,
-        tuple((start, part.file, part.lines) for start, part in zip(starts, parts, strict=True)),
-    )
+def find_files(source: DataSource, recipe_dir: Path | None) -> list[Path] | None:
+    """The local files of a source in their order; none if it is not on this machine.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+
+    Returns:
+        The file, or those of the folder's split.
+
+    Raises:
+        UserError: If the folder does not hold the split, or holds it twice.
+    """
+    local = find_local(source.path, recipe_dir)
+    if local is None:
+        return None
+    return _split_files(local, source.split) if local.is_dir() else [local]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_bytes(file: Path) -> bytes:
+def _opened(file: Path) -> io.BufferedReader:
     try:
-        return file.read_bytes()
+        return file.open("rb")
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", file=str(file)) from error
 
 
+def _load_files(files: Sequence[Path], source: DataSource) -> Rows:
+    parts: list[_Part] = []
+    digests: list[str] = []
+    remaining = source.limit
+    for file in files:
+        with _opened(file) as stream:
+            data = stream.read()
+        digests.append(hashlib.sha256(data).hexdigest())
+        parts.append(_load_part(file, data, remaining))
+        if remaining is not None:
+            remaining -= len(parts[-1].rows)
+    starts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
+    return Rows(
+        [row for part in parts for row in part.rows],
+        str(files[0] if len(files) == 1 else files[0].parent),
+        _join_digests(digests),
+        tuple((start, part.file, part.lines) for start, part in zip(starts, parts, strict=False)),
+    )
+
+
+def _load_part(file: Path, data: bytes, limit: int | None) -> _Part:
+    kind = find_kind(file)
+    part = _Part(str(file), lines=[] if kind.has_lines else None)
+    faults: list[UserError] = []
+    rows = kind.read(io.BytesIO(data), str(file), 0)
+    while len(part.rows) != limit and len(faults) < MAX_FAULTS:
+        row = next(rows, None)
+        if row is None:
+            break
+        if isinstance(row.value, UserError):
+            faults.append(row.value)
+        elif row.value is not None:
+            part.rows.append(row.value)
+            if part.lines is not None:
+                part.lines.append(row.number)
+    raise_all(faults)
+    return part
+
+
+def _stream_files(files: Sequence[Path], skip: int) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    for file in files:
+        kind = find_kind(file)
+        if not kind.can_stream:
+            raise UserError(
+                "a JSON list is read as a whole and cannot be streamed",
+                file=str(file),
+                hint="write it as JSONL, one object per line",
+            )
+        with _opened(file) as stream:
+            for row in kind.read(stream, str(file), skip):
+                if isinstance(row.value, UserError):
+                    raise row.value
+                skip -= row.value is None
+                yield kind.place(str(file), row.number), row.value
+
+
+def _join_digests(digests: Sequence[str]) -> str:
+    """One file's digest is its own; several are told by the digest of their digests, in order."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def _split_files(folder: Path, split: str) -> list[Path]:
     """The files of one split: `train.json`, or shards as `train-00000-of-00002.parquet`."""
-    readable = sorted(file for file in folder.iterdir() if _suffix(file) in _READERS)
+    readable = sorted(file for file in folder.iterdir() if find_suffix(file) in KINDS)
     chosen = []
     for file in readable:
-        stem = file.name.removesuffix(_suffix(file))
+        stem = file.name.removesuffix(find_suffix(file))
         if stem == split or (stem.startswith(split) and _SHARD.fullmatch(stem.removeprefix(split))):
             chosen.append(file)
     if not chosen:
@@ -142,7 +243,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
             file=str(folder),
             hint="set `split`, or name the file itself in `path`",
         )
-    kinds = {_suffix(file) for file in chosen}
+    kinds = {find_suffix(file) for file in chosen}
     if len(kinds) > 1:
         raise UserError(
             f"the split {split!r} is there more than once: "
@@ -153,194 +254,27 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def _suffix(file: Path) -> str:
-    return next((ending for ending in _READERS if file.name.endswith(ending)), "")
-
-
-def _reader(file: Path) -> Callable[[bytes, str, int | None], _Part]:
-    suffix = _suffix(file)
-    if not suffix:
-        raise UserError(
-            f"an unknown kind of file; readable are {', '.join(_READERS)}", file=str(file)
-        )
-    return _READERS[suffix]
-
-
-def _decode(data: bytes, file: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"byte {data[error.start]:#04x} is not UTF-8",
-            file=f"{file}:{line}",
-            hint="save the file as UTF-8",
-        ) from error
-
-
-def _parse(text: str, file: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{file}:{error.lineno + first_line - 1}:{error.colno}"
-        message, hint = f"not JSON: {error.msg}", None
-        before = text[: error.pos].rstrip()
-        if before.endswith(",") and text[error.pos : error.pos + 1] in ("]", "}"):
-            message = f"not JSON: a comma before the closing {text[error.pos]!r}"
-            hint = "take the comma away"
-        elif error.msg == "Extra data" and text.lstrip().startswith("{"):
-            hint = "one object per line is JSONL: name the file .jsonl"
-        raise UserError(message, file=place, hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not readable JSON: {error}", file=f"{file}:{first_line}") from error
-
-
-def _read_json(data: bytes, file: str, limit: int | None) -> _Part:
-    value = _parse(_decode(data, file), file)
-    if isinstance(value, dict):
-        lists = [key for key, part in value.items() if isinstance(part, list)]
-        inside = f" (with rows under {', '.join(map(repr, lists[:3]))})" if lists else ""
-        raise UserError(
-            f"one object{inside} where a list of rows is needed",
-            file=file,
-            hint="write the list itself into the file: [{...}, {...}]",
-        )
-    if not isinstance(value, list):
-        raise UserError(f"{value!r:.40} where a list of rows is needed", file=file)
-    rows = value[:limit]
-    faults = [
-        UserError(f"{row!r:.40} is not an object", file=f"{file}: row {number}")
-        for number, row in enumerate(rows, start=1)
-        if not isinstance(row, dict)
-    ]
-    raise_all(faults[:MAX_FAULTS])
-    return _Part(file, rows)
-
-
-def _read_jsonl(data: bytes, file: str, limit: int | None) -> _Part:
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    faults: list[UserError] = []
-    # Not splitlines(): it also breaks at U+2028, which may stand in a JSON string.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if len(rows) == limit or len(faults) == MAX_FAULTS:
-            break
-        if not line.strip():
-            continue
-        try:
-            # Errors count lines from 1 within the line given.
-            row = _parse(_decode_line(line, file, number), file, number)
-            if not isinstance(row, dict):
-                raise UserError(f"{row!r:.40} is not an object", file=f"{file}:{number}")
-        except UserError as fault:
-            faults.append(fault)
-        else:
-            rows.append(row)
-            lines.append(number)
-    raise_all(faults)
-    return _Part(file, rows, lines)
-
-
-def _decode_line(line: bytes, file: str, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {line[error.start]:#04x} is not UTF-8",
-            file=f"{file}:{number}",
-            hint="save the file as UTF-8",
-        ) from error
-
-
-def _read_jsonl_gz(data: bytes, file: str, limit: int | None) -> _Part:
-    try:
-        return _read_jsonl(gzip.decompress(data), file, limit)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"not a whole gzip file: {error}", file=file) from error
-
-
-def _read_csv(data: bytes, file: str, limit: int | None) -> _Part:
-    reader = csv.reader(io.StringIO(_decode(data, file), newline=""), strict=True)
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    faults: list[UserError] = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"two columns of one name: {', '.join(header)}", file=f"{file}:1")
-        line = reader.line_num + 1
-        for cells in reader:
-            if len(rows) == limit or len(faults) == MAX_FAULTS:
-                break
-            if len(cells) == len(header):
-                rows.append(dict(zip(header, cells, strict=True)))
-                lines.append(line)
-            elif cells:
-                faults.append(
-                    UserError(
-                        f"{len(cells)} cells where the header has {len(header)}",
-                        file=f"{file}:{line}",
-                    )
-                )
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"not CSV: {error}", file=f"{file}:{reader.line_num}") from error
-    raise_all(faults)
-    return _Part(file, rows, lines)
-
-
-def _read_parquet(data: bytes, file: str, limit: int | None) -> _Part:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"not a whole Parquet file: {error}", file=file) from error
-    return _Part(file, table.slice(0, limit).to_pylist())
-
-
-_READERS: dict[str, Callable[[bytes, str, int | None], _Part]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
 def _load_hub(source: DataSource, recipe_dir: Path | None) -> Rows:
-    path = source.path
-    # A bare name would be one of the loader's own builders, which then read the working folder.
-    if not _HUB_ID.fullmatch(path) or _suffix(Path(path)):
-        tried = [Path.cwd() / path, *([recipe_dir / path] if recipe_dir else [])]
-        raise UserError(
-            f"no such file or folder: {path!r}",
-            key="path",
-            hint=f"looked for {' and '.join(str(place) for place in tried)}; a hub data set is "
-            "named owner/name",
-        )
-    import datasets
-
-    origin = ":".join(part for part in (path, source.name, source.split) if part)
-    try:
-        table = datasets.load_dataset(path, source.name, split=source.split)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(
-            f"not a file here, nor a hub data set that can be read: {error}",
-            file=origin,
-            key="path",
-            hint="check the name; a gated data set needs its terms accepted and `hf auth login`",
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"not a file here, and the hub cannot be reached: {error}",
-            file=origin,
-            key="path",
-            hint="name a local file, or check the network and HF_HUB_OFFLINE",
-        ) from error
-    except Exception as error:  # whatever else the loader meets: config, split, damaged files
-        raise UserError(f"the hub data set cannot be loaded: {error}", file=origin) from error
+    table, origin = open_hub(source, recipe_dir)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
     return Rows(table.to_list(), origin, None, ((0, origin, None),))
+
+
+def _stream_hub(
+    source: DataSource, recipe_dir: Path | None, skip: int
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    table, origin = open_hub(source, recipe_dir, streaming=True)
+    rows = iter(table)
+    for number in itertools.count(1):
+        try:
+            row = next(rows, None)
+        except Exception as error:  # whatever the network and the loader meet on the way
+            raise MachineError(
+                f"the hub data set broke off at row {number}: {error}",
+                file=origin,
+                hint="go on with --resume auto when the hub can be reached",
+            ) from error
+        if row is None:
+            return
+        yield f"{origin}: row {number}", None if number <= skip else dict(row)

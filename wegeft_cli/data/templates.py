@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from wegeft_cli.data.turns import ApplyChatTemplate, Message, Rendered, Segment, render_chat
 from wegeft_cli.errors import UserError
 
 AUTO = "auto"
 CHAT = "chat"
-
-Message = Mapping[str, Any]
-ApplyChatTemplate = Callable[[Sequence[Message], bool], str]
-"""(messages, add_generation_prompt) -> the text of a conversation."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a row's text, learned or only read."""
-
-    text: str
-    trained: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as text.
-
-    Args:
-        segments: Pieces that make up the whole text in order.
-        append_eos: Whether the end-of-text token follows the text and is learned.
-        add_special_tokens: Whether the tokenizer adds its own (BOS). Off for conversations: a chat
-            template writes them itself, and what serves the model adds none either.
-    """
-
-    segments: tuple[Segment, ...]
-    append_eos: bool = True
-    add_special_tokens: bool = True
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return "".join(segment.text for segment in self.segments)
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether no learned piece holds anything but white space."""
-        return not any(segment.trained and segment.text.strip() for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -149,17 +113,21 @@ def render_row(
     template: str,
     loss_on: str,
     apply_chat_template: ApplyChatTemplate | None = None,
+    max_characters: int | None = None,
 ) -> Rendered:
     """Write a row as text and say which part of it is learned.
 
     Args:
         row: `instruction`, `input` (may be left out), `output`; or `prompt`, `completion`; or
-            `messages`; or `text`. Texts are learned as a whole.
+            `messages` with `learned` (for each message whether it is, or None), `num_prompt` (of
+            so many first messages only `all` learns what does not say so itself) and `tools` where
+            there are any; or `text`. Texts are learned as a whole.
         template: A name out of `TEMPLATES`, `auto`, or the path of a Jinja file (whose text
             `apply_chat_template` applies).
         loss_on: completion (of a conversation: its last assistant turn), assistant (every
             assistant turn), all.
         apply_chat_template: Renders a conversation; needed for `chat` and Jinja files.
+        max_characters: What lies behind so many will be cut away: turns there are not looked for.
 
     Returns:
         The pieces of text.
@@ -177,8 +145,14 @@ def render_row(
             raise _misfit("text", template, "auto")
         if apply_chat_template is None:
             raise ValueError("a chat template needs apply_chat_template")
+        if row.get("tools"):
+            apply_chat_template = functools.partial(apply_chat_template, tools=row["tools"])
         messages = row["messages"] if "messages" in row else _as_messages(row)
-        return _render_chat(messages, loss_on, apply_chat_template)
+        flags = list(row.get("learned") or [None] * len(messages))
+        if loss_on != "all":
+            num_prompt = row.get("num_prompt", 0)
+            flags[:num_prompt] = [bool(flag) for flag in flags[:num_prompt]]
+        return render_chat(messages, flags, loss_on, apply_chat_template, max_characters)
     if "messages" in row:
         raise _misfit("messages", template, CHAT)
     if "text" in row:
@@ -236,71 +210,3 @@ def _as_messages(row: Mapping[str, Any]) -> list[Message]:
         {"role": "user", "content": question},
         {"role": "assistant", "content": output},
     ]
-
-
-def _render_chat(
-    messages: Sequence[Message], loss_on: str, apply_chat_template: ApplyChatTemplate
-) -> Rendered:
-    """Render a conversation and find its learned turns as character spans of the one text.
-
-    A turn runs from where the generation prompt ends to where the rendering of the conversation up
-    to it ends. Both are found by rendering prefixes, so it works for every template whose prefixes
-    are prefixes of the whole, whether or not it marks its turns with `{% generation %}`.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("the conversation has no turn of the role `assistant`")
-    # What follows the last answer teaches nothing.
-    messages = messages[: turns[-1] + 1]
-    whole = apply_chat_template(messages, False)
-    segments: list[Segment] = []
-    position = 0
-    last_tail = ""
-    for turn in turns if loss_on == "assistant" else turns[-1:]:
-        begin, end = _turn_span(messages, turn, whole, apply_chat_template)
-        answer, last_tail = _split_tail(whole[begin:end], messages[turn]["content"])
-        segments.append(Segment(whole[position:begin], loss_on == "all"))
-        is_said = bool(messages[turn]["content"].strip())
-        segments.append(Segment(answer, is_said or loss_on == "all"))
-        position = begin + len(answer)
-    segments.append(Segment(whole[position:], loss_on == "all"))
-    return Rendered(
-        tuple(segment for segment in segments if segment.text),
-        # A template that writes nothing after the answer never says when to stop.
-        append_eos=not last_tail.strip(),
-        add_special_tokens=False,
-    )
-
-
-def _turn_span(
-    messages: Sequence[Message], turn: int, whole: str, apply_chat_template: ApplyChatTemplate
-) -> tuple[int, int]:
-    if turn == 0:
-        raise UserError("the conversation begins with the turn of the assistant: nothing asks it")
-    before = apply_chat_template(messages[:turn], True)
-    upto = whole
-    if turn + 1 < len(messages):
-        upto = apply_chat_template(messages[: turn + 1], False)
-    if not (whole.startswith(upto) and upto.startswith(before)):
-        raise UserError(
-            f"the chat template writes turn {turn + 1} otherwise once later turns follow or its "
-            "answer is there, so the answer cannot be told from the prompt",
-            hint="use data.loss_on: completion, or a Jinja file of your own as data.template",
-        )
-    return len(before), len(upto)
-
-
-def _split_tail(span: str, content: str) -> tuple[str, str]:
-    """Split a turn into (what is learned, what follows the content).
-
-    The end-of-turn mark is learned, the white space behind it is not: nobody samples past the mark.
-    """
-    content = content.strip()
-    found = span.find(content)
-    if found < 0:
-        raise UserError(
-            f"the chat template does not show the answer {content[:40]!r} as it stands",
-            hint="use another data.template",
-        )
-    tail = span[found + len(content) :]
-    return (span.rstrip() if tail.strip() else span), tail

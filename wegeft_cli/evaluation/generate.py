@@ -39,6 +39,7 @@ def generate_texts(
     *,
     max_new_tokens: int,
     batch_size: int,
+    add_special_tokens: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Generations:
     """Continue the prompts greedily; each text is what its prompt alone would give.
@@ -53,9 +54,11 @@ def generate_texts(
     Args:
         model: A transformers causal language model, on any device.
         tokenizer: Its tokenizer; a missing padding token is no hindrance.
-        prompts: Texts, encoded with the special tokens that the tokenizer adds by itself.
+        prompts: Texts.
         max_new_tokens: Longest answer, at least 1.
         batch_size: Prompts at a time, at least 1.
+        add_special_tokens: Encode them with the special tokens that the tokenizer adds by itself;
+            off for what a chat template wrote, which holds them already.
         on_progress: Called with (prompts done, prompts in all) after every batch.
 
     Returns:
@@ -68,7 +71,10 @@ def generate_texts(
     for key, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{value} is too small", key=key, hint="give 1 or more")
-    encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+    encoded = []
+    if prompts:
+        told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
+        encoded = [list(ids) for ids in told["input_ids"]]
     prompt_ids, num_truncated = _fit_context(model, tokenizer, encoded, max_new_tokens)
     config = _build_config(model, tokenizer, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))

@@ -19,7 +19,8 @@ FOLD_ROWS = 1024
 def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
     """Add the active adapter's change to the base weights: W <- W + delta_W, at no cost afterwards.
 
-    The sum is taken in float32 (float64 for a float64 base) and cast back to the base's type.
+    The sum is taken in float32 (float64 for a float64 base) and cast back to the base's type. A
+    module that was trained whole takes the place of the base's own.
 
     Args:
         model: A model with an active adapter.
@@ -51,6 +52,11 @@ def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
         for group, members in adapter.groups.items():
             for target in members:
                 _fold_target(model, target, adapter[group], adapter.settings.side, changed)
+        saved = owner.saved_of(owner.active)
+        for name, trained in (saved.named_tensors() if saved is not None else {}).items():
+            parameter = model.get_parameter(name)
+            changed[name] = parameter.detach().clone()
+            parameter.copy_(trained)
     owner.kept = changed if keep_base else {}
     owner.folded = owner.active
     return len(changed)

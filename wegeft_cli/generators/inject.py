@@ -10,17 +10,22 @@ from contextlib import contextmanager
 from torch import nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.generators.edit import LinearEdit
 from wegeft_cli.generators.equations import Side
 from wegeft_cli.generators.module import (
-    ROOT_NAME,
     AdapterGenerators,
     Generators,
     GeneratorSettings,
     Init,
-    LinearEdit,
     View,
 )
+from wegeft_cli.generators.saved import (
+    check_saved_modules,
+    find_saved_modules,
+    wrap_saved_modules,
+)
 from wegeft_cli.generators.targets import (
+    ROOT_NAME,
     Share,
     Target,
     assign_groups,
@@ -44,6 +49,7 @@ def inject_generators(
     init: Init = "phi_zero",
     dropout: float = 0.0,
     view: View = "auto",
+    modules_to_save: Sequence[str] = (),
     seed: int = 0,
     adapter_name: str = "default",
 ) -> Generators:
@@ -65,6 +71,9 @@ def inject_generators(
         init: phi_zero or psi_zero.
         dropout: Dropout on the entries of W while training, 0 <= p < 1.
         view: auto, activation or weight; all compute the same function.
+        modules_to_save: Modules to train whole beside the generators, by the end of their names: a
+            float32 copy of each learns and computes in its place while this adapter is active, in
+            the base's type; the base's own stays as it is.
         seed: The factors are a pure function of (seed, group name).
         adapter_name: Letters, digits, _ and -.
 
@@ -72,7 +81,9 @@ def inject_generators(
         The generators at the model's root.
 
     Raises:
-        UserError: If a target matches nothing, a group has two widths, or settings contradict.
+        UserError: If a target or a module to save matches nothing, a group has two widths, a module
+            to save is tied to another or overlaps a target, or settings contradict.
+        ExceptionGroup: If there are several such faults.
     """
     if rank < 1:
         raise UserError(f"the rank must be at least 1, got {rank}", key="adapter.r")
@@ -87,7 +98,14 @@ def inject_generators(
         view=view,
         share="groups" if groups is not None else share,
     )
-    return attach_generators(model, assigned, settings, seed=seed, adapter_name=adapter_name)
+    return attach_generators(
+        model,
+        assigned,
+        settings,
+        saved_modules=find_saved_modules(model, modules_to_save, targets),
+        seed=seed,
+        adapter_name=adapter_name,
+    )
 
 
 def select_targets(
@@ -123,6 +141,7 @@ def attach_generators(
     assigned: Mapping[str, Sequence[Target]],
     settings: GeneratorSettings,
     *,
+    saved_modules: Sequence[str] = (),
     seed: int = 0,
     adapter_name: str = "default",
 ) -> Generators:
@@ -132,6 +151,7 @@ def attach_generators(
         model: The base model.
         assigned: Group name -> targets, each group of one width.
         settings: Rank, scale, side and the rest.
+        saved_modules: Full names of the modules that are trained whole.
         seed: The factors are a pure function of (seed, group name).
         adapter_name: Letters, digits, _ and -; new to this model.
 
@@ -139,10 +159,13 @@ def attach_generators(
         The generators at the model's root, with the new adapter active.
 
     Raises:
-        UserError: If the settings contradict, or the name is taken.
+        UserError: If the settings contradict, the name is taken, or a layer cannot be adapted or
+            trained whole.
     """
     _check_settings(settings, adapter_name)
-    check_untied(model, [target for members in assigned.values() for target in members])
+    targets = [target for members in assigned.values() for target in members]
+    check_untied(model, targets)
+    check_saved_modules(model, saved_modules, targets)
     if not assigned:
         raise UserError("no linear layer is adapted", key="adapter.target_modules")
     owner = get_generators(model)
@@ -166,6 +189,7 @@ def attach_generators(
                 edit.attach(model.get_submodule(target.name))
                 owner.edits[target.name] = edit
             edit.add(adapter_name, adapter[group], target, settings)
+    wrap_saved_modules(model, owner, adapter_name, saved_modules)
     use_generators(model, adapter_name)
     return owner
 
@@ -177,7 +201,7 @@ def get_generators(model: nn.Module) -> Generators | None:
 
 
 def use_generators(model: nn.Module, adapter_name: str) -> None:
-    """Make one adapter the active one: only it changes the layers, only its factors learn.
+    """Make one adapter the active one: only it changes the layers, only what is its own learns.
 
     Args:
         model: A model with generators.
@@ -187,11 +211,12 @@ def use_generators(model: nn.Module, adapter_name: str) -> None:
         KeyError: If there is no such adapter.
     """
     owner = _need_generators(model)
-    chosen = owner[adapter_name]
+    owner[adapter_name]  # there must be one
     if owner.folded not in (None, adapter_name):
         raise ValueError(f"adapter {owner.folded!r} is folded: unfold_generators first")
-    for adapter in owner.adapters.values():
-        adapter.requires_grad_(adapter is chosen)
+    for parts in (owner.adapters, owner.saved):
+        for name, part in parts.items():
+            part.requires_grad_(name == adapter_name)
     owner.active = adapter_name
 
 
@@ -207,6 +232,8 @@ def remove_generators(model: nn.Module) -> None:
     owner = _need_generators(model)
     for edit in owner.edits.values():
         edit.detach()
+    for switch in owner.switches.values():
+        switch.detach()
     delattr(model, ROOT_NAME)
 
 

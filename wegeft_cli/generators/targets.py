@@ -18,6 +18,9 @@ from wegeft_cli.generators.equations import Side
 Rows = tuple[tuple[int, int], ...]
 Share = Literal["module_type", "input_dim", "none"]
 
+# The name under which a model owns its generators; what lies there is not the base's.
+ROOT_NAME = "wegeft"
+
 # Heads that classify instead of predicting tokens; `all-linear` leaves them alone, as it does the
 # output embedding: they are trained whole or not at all.
 _HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "cls", "fc_norm"})
@@ -65,6 +68,8 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
     linears = {}
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
+        if name.startswith(f"{ROOT_NAME}."):
+            continue  # a linear that is trained whole
         if isinstance(module, nn.Linear):
             linears[name] = Target(name, kind, module.in_features, module.out_features)
         elif isinstance(module, Conv1D):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest, parse_key
+from wegeft_cli.recipe.measuring import check_measuring
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 
 PEFT_TYPES = (
     "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
-    "hra", "fourierft", "vblora", "randlora", "shira", "c3a", "miss", "road", "delora", "waveft",
+    "hra", "fourierft", "vblora", "randlora", "c3a", "miss", "road", "delora", "waveft",
 )  # fmt: skip
 """PEFT's methods that adapt linears by name: what `adapter.type` can be beside wegeft."""
 
@@ -25,19 +27,31 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "adapter.init": ("phi_zero", "psi_zero"),
     "adapter.view": ("auto", "activation", "weight"),
     "data.train[].format": (
-        "auto", "instruction", "prompt_completion", "messages", "text",
+        "auto", "instruction", "prompt_completion", "messages", "conversations", "text",
         "metamath", "codefeedback", "wizardlm",
     ),
     "data.loss_on": ("completion", "assistant", "all"),
     "data.packing": ("none", "bfd"),
-    "train.lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
-    "train.optim": ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"),
+    "train.lr_scheduler_type": (
+        "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+        "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "warmup_stable_decay",
+    ),
+    "train.optim": (
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop",
+        "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+        "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+        "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
+        "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    ),
     "train.mixed_precision": ("none", "bf16", "fp16"),
-    "train.metric_for_best_model": ("eval_loss",),
     "train.strategy": ("replicated", "fsdp2", "hsdp"),
 }  # fmt: skip
 """Closed choices by key; `[]` stands for every position of a list."""
 CHOICES["data.validation[].format"] = CHOICES["data.train[].format"]
+
+PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+"""Attention kernels (transformers' names) that tell packed rows apart by their positions."""
 
 _Fault: TypeAlias = tuple[str, str, str | None]  # key, message, hint
 _Range: TypeAlias = tuple[str, Callable[[float], bool]]
@@ -60,12 +74,18 @@ _RANGES: dict[str, _Range] = {
     "data.validation[].limit": _COUNT,
     "data.validation_fraction": _BELOW_ONE,
     "data.max_length": _COUNT,
+    "data.train[].weight": _ABOVE_ZERO,
+    "data.shuffle_buffer_size": _COUNT,
     "train.per_device_train_batch_size": _COUNT,
     "train.per_device_eval_batch_size": _COUNT,
     "train.gradient_accumulation_steps": _COUNT,
     "train.num_train_epochs": _ABOVE_ZERO,
     "train.max_steps": ("-1 or at least 1", lambda value: value == -1 or value >= 1),
     "train.learning_rate": _ABOVE_ZERO,
+    "train.lr_ratio": _ABOVE_ZERO,
+    "train.neftune_noise_alpha": _ABOVE_ZERO,
+    "train.ema_decay": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "train.max_skipped_steps": _NOT_NEGATIVE,
     "train.warmup_ratio": _SHARE,
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.weight_decay": _NOT_NEGATIVE,
@@ -96,21 +116,11 @@ _NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value in ("full", "adalora"),
         "use `wegeft`, or a PEFT method such as `lora`",
     ),
-    "adapter.modules_to_save": (bool, "leave it empty; only generators are trained"),
-    "data.train[].weight": (
-        lambda value: value is not None,
-        "use `limit` to take fewer rows of a source",
-    ),
-    "data.packing": (lambda value: value == "bfd", "use `none`"),
     "train.strategy": (lambda value: value in ("fsdp2", "hsdp"), "use `replicated`"),
     "train.compile": (bool, "leave it out"),
-    "logging.report_to": (
-        lambda value: value != "none",
-        "use `none`; metrics.jsonl in the run's folder holds every figure",
-    ),
 }
-_NOT_AVAILABLE["data.validation[].weight"] = _NOT_AVAILABLE["data.train[].weight"]
 
+_CORPORA = ("metamath", "codefeedback", "wizardlm")
 _ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
 _SET_ELSEWHERE = {
     "r": "adapter.r",
@@ -137,7 +147,8 @@ def check_recipe(
         Every rule that is broken, in the order of the schema's sections; empty if all hold.
     """
     rules = (_check_values, _check_model, _check_adapter, _check_data, _check_train)
-    found = [fault for rule in rules for fault in rule(recipe)]
+    found = [fault for rule in (*rules, check_measuring) for fault in rule(recipe)]
+    found.extend(check_grid(recipe.sweep))
     if need_data and not recipe.data.train:
         hint = "name a file or a hub data set: `data: {train: [{path: ...}]}`"
         found.append(("data.train", "is required and empty", hint))
@@ -191,6 +202,10 @@ def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
     adapter = recipe.adapter
     yield from _check_targets(adapter)
     yield from _check_groups(adapter)
+    if any(not name.strip() for name in adapter.modules_to_save):
+        yield "adapter.modules_to_save", "holds an empty name", "name modules such as `lm_head`"
+    if adapter.init_from is not None and not adapter.init_from.strip():
+        yield "adapter.init_from", "is empty", "name an adapter or run folder, or leave it out"
     if adapter.dropout > 0 and adapter.view == "activation":
         yield (
             "adapter.view",
@@ -266,22 +281,83 @@ def _check_data(recipe: Recipe) -> Iterator[_Fault]:
     if data.validation and data.validation_fraction > 0:
         message = f"{data.validation_fraction} contradicts `data.validation`"
         yield "data.validation_fraction", message, "keep one of the two"
+    yield from _check_weights(recipe)
+    yield from _check_padding(recipe)
+    if data.streaming:
+        yield from _check_streaming(recipe)
+
+
+def _check_weights(recipe: Recipe) -> Iterator[_Fault]:
+    data = recipe.data
+    weighted = [source.weight is not None for source in data.train]
+    if any(weighted) and not all(weighted):
+        key = f"data.train[{weighted.index(False)}].weight"
+        yield key, "is missing: another training source has one", "give every source one, or none"
+    for position, source in enumerate(data.validation):
+        if source.weight is not None:
+            key = f"data.validation[{position}].weight"
+            yield key, "weights mix what is learned from, not validation", "remove it"
+    if any(weighted) and data.packing != "none":
+        message = (
+            f"contradicts `data.packing` {data.packing!r}: a pack has the same rows in every "
+            "epoch, a mixture has not"
+        )
+        yield "data.train[0].weight", message, "remove the weights, or set `data.packing: none`"
+
+
+def _check_padding(recipe: Recipe) -> Iterator[_Fault]:
+    """What is done against padding: packing, or steps of rows of one length."""
+    data, attention = recipe.data, recipe.model.attn_implementation
+    if data.packing != "none" and attention not in (None, *PACKING_ATTENTION):
+        message = f"{data.packing!r} with {attention!r}: it is not known to keep packed rows apart"
+        hint = f"set `model.attn_implementation` to one of {', '.join(PACKING_ATTENTION)}"
+        yield "data.packing", message, hint
+    if recipe.train.group_by_length:
+        key = "train.group_by_length"
+        if data.packing != "none":
+            message = f"contradicts `data.packing` {data.packing!r}: packs are of one length"
+            yield key, message, "keep one of the two"
+        if not data.shuffle:
+            message = "contradicts `data.shuffle: false`: grouping changes the order of the rows"
+            yield key, message, "keep one of the two"
+
+
+def _check_streaming(recipe: Recipe) -> Iterator[_Fault]:
+    """What needs all rows before the first step does not go with reading them while training."""
+    data = recipe.data
+    if recipe.train.max_steps < 1:
+        message = "is needed with `data.streaming`: how many rows there are is not known beforehand"
+        yield "train.max_steps", message, "set the number of optimizer steps"
+    if data.validation_fraction > 0:
+        message = (
+            f"{data.validation_fraction} contradicts `data.streaming`: which rows are the last is "
+            "not known beforehand"
+        )
+        yield "data.validation_fraction", message, "name validation rows in `data.validation`"
+    if data.packing != "none":
+        message = f"{data.packing!r} contradicts `data.streaming`: packing chooses among all rows"
+        yield "data.packing", message, "set it to `none`"
+    if recipe.train.group_by_length:
+        message = "contradicts `data.streaming`: grouping chooses among all rows"
+        yield "train.group_by_length", message, "set it to false"
+    for position, source in enumerate(data.train):
+        key = f"data.train[{position}]"
+        if source.format in _CORPORA:
+            message = f"{source.format!r} takes a published part of the whole set"
+            yield f"{key}.format", message, "set `data.streaming: false`"
+        if source.path.endswith(".json"):
+            message = f"{source.path!r} is read as a whole: a JSON array cannot be streamed"
+            yield f"{key}.path", message, "write it as JSONL, one object per line"
 
 
 def _check_train(recipe: Recipe) -> Iterator[_Fault]:
     train = recipe.train
+    if train.lr_ratio != 1 and recipe.adapter.type != "wegeft":
+        message = (
+            f"{train.lr_ratio} is the rate of phi over that of psi, which only `wegeft` has; "
+            f"`adapter.type` is {recipe.adapter.type!r}"
+        )
+        yield "train.lr_ratio", message, "remove it"
     if train.warmup_ratio > 0 and train.warmup_steps > 0:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
-    validates = bool(recipe.data.validation) or recipe.data.validation_fraction > 0
-    hint = "set `data.validation` or `data.validation_fraction`"
-    if train.eval_steps > 0 and not validates:
-        message = f"{train.eval_steps} asks for a validation loss, and there are no validation data"
-        yield "train.eval_steps", message, hint
-    if train.early_stopping_patience is not None:
-        key = "train.early_stopping_patience"
-        if not validates:
-            yield key, "needs validation, and there are no validation data", hint
-        elif train.eval_steps == 0:
-            message = "needs validation while training, and `train.eval_steps` is 0"
-            yield key, message, "set `train.eval_steps`, e.g. 0.1 for ten times"

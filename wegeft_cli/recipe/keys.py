@@ -77,7 +77,13 @@ POINTERS = {
 }
 """Other tools' spellings whose values differ: never read, but the fault names the key to use."""
 
+SWEEP = "sweep"
+"""The section whose own keys are whole dotted keys: `sweep.train.learning_rate[1]` is
+`("sweep", "train.learning_rate", 1)`."""
+
 _SEGMENT = re.compile(r"([^.\[\]\s]+)((?:\[\d+\])*)")
+_SWEPT = re.compile(rf"{SWEEP}\.(.+?)(?:\[(\d+)\])?")
+_NEVER_SWEPT = ("output_dir", "extends", SWEEP)
 _LEAST_LIKENESS = 0.6  # difflib's own cutoff for a close match
 _SAME_SECTION_BONUS = 0.1  # of two equally near keys, the one in the same section
 
@@ -107,6 +113,10 @@ def parse_key(text: str) -> KeyPath:
     Raises:
         ValueError: If the text is no dotted key.
     """
+    swept = _SWEPT.fullmatch(text)
+    if swept is not None:
+        name = format_key(parse_key(swept[1]))
+        return (SWEEP, name) if swept[2] is None else (SWEEP, name, int(swept[2]))
     path: list[str | int] = []
     for segment in text.split("."):
         match = _SEGMENT.fullmatch(segment)
@@ -142,7 +152,7 @@ def kind_at(path: KeyPath) -> Any | None:
         if isinstance(part, int):
             kind = get_args(kind)[0] if get_origin(kind) is list else None
         elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
+            kind = _swept_kind(part) if path[0] == SWEEP else get_args(kind)[1]
         else:
             is_section = is_dataclass(kind) and isinstance(kind, type)
             kind = section_kinds(kind).get(part) if is_section else None
@@ -160,12 +170,56 @@ def find_alias(path: KeyPath) -> KeyPath | None:
     Returns:
         The path of the right key, or None.
     """
+    if path[0] == SWEEP and len(path) == 2:
+        right = _find_swept_alias(str(path[1]))
+        return None if right is None else (SWEEP, format_key(right))
     target = ALIASES.get(str(path[-1]))
     if target is None or len(path) > 2 or kind_at(path) is not None:
         return None
     right = parse_key(target)
     homes = {right[:-1], (), *((section,) for section in _ALSO_READ_IN.get(target, ()))}
     return right if path[:-1] in homes else None
+
+
+def explain_swept(name: str) -> tuple[str, str | None]:
+    """Say why a name under `sweep` is none of the keys that can be tried.
+
+    Args:
+        name: What was written in the place of a dotted key.
+
+    Returns:
+        What is wrong, and what to write.
+    """
+    try:
+        path = parse_key(name)
+    except ValueError:
+        return f"{name!r} is no dotted key", "write one such as `train.learning_rate`"
+    if path[0] in _NEVER_SWEPT:
+        return f"`{path[0]}` cannot be swept", "each run gets a folder of its own in `output_dir`"
+    kind, _ = strip_optional(kind_at(path))
+    if is_dataclass(kind) and isinstance(kind, type):
+        first = next(iter(section_kinds(kind)))
+        return f"`{name}` is a section", f"name one of its keys, such as `{name}.{first}`"
+    near = find_nearest_key(path)
+    return f"the recipe has no key `{name}`", f"did you mean `{near}`?" if near else None
+
+
+def _swept_kind(name: str | int) -> Any | None:
+    """Give the type of what `sweep` says of a key: a list of the key's own type."""
+    try:
+        path = parse_key(str(name))
+    except ValueError:
+        return None
+    kind = None if path[0] in _NEVER_SWEPT else kind_at(path)
+    inner, _ = strip_optional(kind)
+    return None if kind is None or is_dataclass(inner) else list[kind]  # type: ignore[valid-type]
+
+
+def _find_swept_alias(name: str) -> KeyPath | None:
+    try:
+        return find_alias(parse_key(name))
+    except ValueError:
+        return None
 
 
 def find_nearest_key(path: KeyPath) -> str | None:

@@ -14,7 +14,9 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.check import CHOICES
 from wegeft_cli.recipe.document import Document, has_interpolation, iterate_entries
 from wegeft_cli.recipe.keys import (
+    SWEEP,
     KeyPath,
+    explain_swept,
     find_alias,
     find_nearest_key,
     format_key,
@@ -161,6 +163,10 @@ class LayerReader:
         if id(node) in self.document.faulty or (kind is Any and self.document.holds_faulty(node)):
             self.findings.faulty.add(path)
             return DROPPED
+        if path[0] == SWEEP and has_interpolation(value):
+            message = f"what a sweep tries is written out, got {value!r}"
+            self.findings.add(path, message, place, "write the values themselves")
+            return DROPPED
         if (value is None and optional) or has_interpolation(value) or kind is Any:
             return value
         if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
@@ -168,7 +174,7 @@ class LayerReader:
         if get_origin(kind) is list and isinstance(value, list):
             return self._read_list(get_args(kind)[0], value, node, path)
         if get_origin(kind) is dict and isinstance(value, dict):
-            return self._read_map(get_args(kind)[1], value, node, path)
+            return self._read_map(value, node, path)
         read = _read_scalar(kind, value, node)
         if read is DROPPED:
             message = f"expected {_name_kind(kind)}, got {describe(value)}"
@@ -215,17 +221,23 @@ class LayerReader:
                 sound.append(read)
         return sound
 
-    def _read_map(
-        self, kind: Any, values: dict[Any, Any], node: yaml.Node, path: KeyPath
-    ) -> dict[str, Any]:
+    def _read_map(self, values: dict[Any, Any], node: yaml.Node, path: KeyPath) -> dict[str, Any]:
         sound = {}
         for key_node, value_node in iterate_entries(node):
             name = key_node.value
             here = (*path, name)
-            place = self.places[here] = self.document.place(key_node)
-            read = self.read_value(kind, values.get(name), value_node, here, place)
-            if read is not DROPPED:
-                sound[name] = read
+            place = self.document.place(key_node)
+            alias, kind = find_alias(here), kind_at(here)
+            if kind is not None:
+                self.places[here] = place
+                read = self.read_value(kind, values.get(name), value_node, here, place)
+                if read is not DROPPED:
+                    sound[name] = read
+            elif alias is not None:
+                self._read_alias(here, alias, values.get(name), value_node, place)
+            else:  # only what `sweep` holds can be unknown here
+                message, hint = explain_swept(name)
+                self.findings.add(here, message, place, hint)
         return sound
 
 

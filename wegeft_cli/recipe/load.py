@@ -20,6 +20,7 @@ from wegeft_cli.recipe.document import (
     iterate_entries,
     read_document,
 )
+from wegeft_cli.recipe.grid import count_runs
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
 from wegeft_cli.recipe.layer import Findings, Layer, LayerReader, describe
 from wegeft_cli.recipe.merged import Merged
@@ -51,6 +52,19 @@ class LoadedRecipe:
         return str(self.path)
 
 
+@dataclass
+class Settings:
+    """All layers of a recipe, and what reading them brought to light."""
+
+    file: Path
+    merged: Merged
+    findings: Findings
+
+    def tell_places(self) -> dict[str, str]:
+        """Give the place of each key that was set."""
+        return {format_key(path): place for path, place in self.merged.places.items()}
+
+
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, need_data: bool = True
 ) -> LoadedRecipe:
@@ -69,6 +83,29 @@ def load_recipe(
         UserError: If one thing is wrong, with file, line, column, key and a hint.
         ExceptionGroup: Of several `UserError`.
     """
+    settings = read_settings(path, overrides)
+    recipe = settle(settings, need_data=need_data)
+    notes = settings.findings.notes
+    if recipe.sweep:
+        num_runs = count_runs(recipe.sweep)
+        notes.append(f"`sweep` holds {num_runs} runs for `wegeft sweep`; this is the recipe alone")
+    return LoadedRecipe(recipe, settings.file, tuple(notes), settings.tell_places())
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Lay a file, what it extends and the overrides over one another.
+
+    Args:
+        path: A YAML file, or the name of a shipped recipe.
+        overrides: `key=value`.
+
+    Returns:
+        The settings with the faults found so far, to be settled.
+
+    Raises:
+        UserError: If a file cannot be read; nothing can be said of the rest then.
+        ExceptionGroup: If there are other faults beside it.
+    """
     findings = Findings()
     file = _find_file(path)
     layers = _read_chain(file, (), findings)
@@ -82,15 +119,34 @@ def load_recipe(
         raise_all(findings.faults)
     if not merged.values.get("output_dir"):
         merged.values["output_dir"] = f"runs/{file.stem}"
+    return Settings(file, merged, findings)
+
+
+def settle(settings: Settings, *, need_data: bool = True, raises: bool = True) -> Recipe:
+    """Make the typed recipe of settings, and check its rules.
+
+    Args:
+        settings: What was read; takes the faults.
+        need_data: Whether `data.train` is required.
+        raises: Whether faults are raised; otherwise they stay in the settings' findings.
+
+    Returns:
+        The recipe; not to be used if there are faults.
+
+    Raises:
+        UserError: If one thing is wrong.
+        ExceptionGroup: Of several `UserError`.
+    """
+    merged, findings = settings.merged, settings.findings
     recipe = _build_recipe(merged, findings)
     for fault in check_recipe(recipe, where=merged.find_place, need_data=need_data):
         key = parse_key(fault.key or "")
         is_misspelt = key not in merged.places and findings.is_misspelt(key)
         if not findings.is_told(key) and not is_misspelt:
             findings.faults.append(fault)
-    raise_all(findings.faults)
-    places = {format_key(path): place for path, place in merged.places.items()}
-    return LoadedRecipe(recipe, file, tuple(findings.notes), places)
+    if raises:
+        raise_all(findings.faults)
+    return recipe
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -102,7 +158,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     Returns:
         YAML with every key, defaults too, under one line that says what it is.
     """
-    values = _escape(asdict(recipe))
+    values = escape_interpolation(asdict(recipe))
     header = f"# Resolved by wegeft-cli {VERSION}, every key with its value; it repeats the run.\n"
     return header + OmegaConf.to_yaml(OmegaConf.create(values))
 
@@ -227,10 +283,10 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _escape(value: Any) -> Any:
+def escape_interpolation(value: Any) -> Any:
     """Protect `${` in texts that are meant literally, as OmegaConf reads them back."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
-    return [_escape(item) for item in value] if isinstance(value, list) else value
+        return {key: escape_interpolation(item) for key, item in value.items()}
+    return [escape_interpolation(item) for item in value] if isinstance(value, list) else value

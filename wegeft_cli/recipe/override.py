@@ -8,7 +8,9 @@ from typing import Any, get_origin
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.document import read_document
 from wegeft_cli.recipe.keys import (
+    SWEEP,
     KeyPath,
+    explain_swept,
     find_alias,
     format_key,
     kind_at,
@@ -70,6 +72,10 @@ def apply_override(text: str, merged: Merged, findings: Findings) -> None:
 
 def _tell_stray(path: KeyPath, value: Any, label: str, reader: LayerReader) -> None:
     """Tell that an override's key leads nowhere."""
+    if path[0] == SWEEP and len(path) == 2:
+        message, hint = explain_swept(str(path[1]))
+        reader.findings.add(path, message, label, hint)
+        return
     kind, _ = strip_optional(kind_at(path[:-1]) if path[:-1] else Recipe)
     around = format_key(path[:-1])
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(path[-1], str):

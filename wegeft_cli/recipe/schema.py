@@ -56,7 +56,11 @@ class AdapterSection:
     view: str = "auto"
     """How the edit is computed: auto (the cheaper exact one), activation, weight."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained and saved whole beside the adapter. Not in this version."""
+    """Modules trained and saved whole beside the adapter, by the end of their names (`lm_head`,
+    `embed_tokens`, `classifier`); never one that is tied to another."""
+    init_from: str | None = None
+    """An adapter or run folder whose factors are the start instead of a fresh draw; rank, sharing,
+    side and layers must be the same."""
     peft: dict[str, Any] = field(default_factory=dict)
     """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...)."""
 
@@ -73,12 +77,16 @@ class DataSource:
     split: str = "train"
     """Split of a hub data set or of a folder."""
     format: str = "auto"
-    """How a row reads: auto (from its columns), instruction, prompt_completion, messages, text, or
-    a named corpus (metamath, codefeedback, wizardlm) with its published filter and order."""
+    """How a row reads: auto (from its columns), instruction (alpaca), prompt_completion, messages,
+    conversations (sharegpt), text, or a named corpus (metamath, codefeedback, wizardlm) with its
+    published filter and order."""
     columns: dict[str, str] | None = None
     """Renames: the format's field -> the file's column, e.g. {prompt: question}."""
     weight: float | None = None
-    """Share of this source in a mixture. Not in this version."""
+    """Share of this source in a mixture, relative to the other weights, above 0; all training
+    sources have one or none has. An epoch holds as many rows as all sources together: a source
+    with more rows than its share gives other ones each epoch, one with fewer repeats. When
+    streaming, each row is drawn from the source that lags most behind its share."""
     limit: int | None = None
     """Take only the first so many rows."""
 
@@ -102,9 +110,18 @@ class DataSection:
     max_length: int = 512
     """Longest row in tokens; the rest is cut from the right, counted and told."""
     packing: str = "none"
-    """none. (bfd, best-fit decreasing, is not in this version.)"""
+    """none, or bfd: rows are laid end to end (best-fit decreasing) into sequences of at most
+    max_length tokens, and no row sees another. A batch then counts packed sequences."""
     shuffle: bool = True
     """Draw the rows in a new order each epoch, a pure function of (seed, epoch)."""
+    streaming: bool = False
+    """Read and tokenise the training rows while training instead of before it, for sets that do not
+    fit into memory; needs train.max_steps."""
+    shuffle_buffer_size: int = 10000
+    """Rows that are drawn from at a time when streaming with shuffle."""
+    cache_dir: str | None = None
+    """Folder that keeps tokenised rows for later runs, keyed by everything that they depend on;
+    null keeps none."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +140,14 @@ class TrainSection:
     """Optimizer steps in all; -1 counts by epochs."""
     learning_rate: float = 2e-4
     """Highest learning rate."""
+    lr_ratio: float = 1.0
+    """Learning rate of phi over that of psi; psi learns at learning_rate (WeGeFT alone)."""
     lr_scheduler_type: str = "linear"
-    """linear, cosine, constant (it warms up too where a warm-up is set), constant_with_warmup."""
+    """linear, cosine, cosine_with_min_lr, cosine_warmup_with_min_lr, cosine_with_restarts,
+    polynomial, constant (it warms up too where a warm-up is set), constant_with_warmup,
+    inverse_sqrt, warmup_stable_decay: transformers' names."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The schedule's own settings (`min_lr_rate`, `num_decay_steps`, `power`, ...)."""
     warmup_ratio: float = 0.0
     """Share of the steps spent warming up, 0 to 1."""
     warmup_steps: int = 0
@@ -134,22 +157,43 @@ class TrainSection:
     max_grad_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     optim: str = "adamw_torch"
-    """adamw_torch, adamw_torch_fused, sgd, adagrad, rmsprop: transformers' names."""
+    """Any of transformers' names that takes plain parameters: adamw_torch, adamw_torch_fused,
+    adafactor, sgd, adagrad, rmsprop; adamw_8bit, paged_adamw_8bit, lion_8bit, ...
+    (bitsandbytes)."""
+    optim_args: dict[str, Any] = field(default_factory=dict)
+    """The optimizer's own settings beside those below."""
     adam_beta1: float = 0.9
     """AdamW's first moment decay."""
     adam_beta2: float = 0.999
     """AdamW's second moment decay."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    neftune_noise_alpha: float | None = None
+    """NEFTune: uniform noise on the input embeddings while training, alpha / sqrt(tokens x width)
+    at most; null is none."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of what learns, 0 < decay < 1; validation and the adapter
+    then take the average. Null is none."""
+    max_skipped_steps: int = 10
+    """Optimizer steps whose loss or gradient is NaN or infinite are skipped and counted; more than
+    so many in a run, or than half of its steps, end it. 0 ends it at the first."""
     mixed_precision: str = "none"
     """none, bf16, fp16 (with a loss scaler): autocast over the base; factors stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant): less memory, more time."""
+    group_by_length: bool = False
+    """Let each step take rows of about one length: less padding, a less random order. (The rows of
+    a step are always cut into forward passes by length, which changes no step's sum.)"""
+    use_liger_kernel: bool = False
+    """Fused GPU kernels of liger-kernel for norms, rotary embedding and MLP; needs a GPU."""
     eval_steps: float = 0.0
-    """Validation loss every so many steps; below 1 a share of all steps; 0: only at the end."""
-    save_steps: float = 0.0
+    """Validate every so many steps; below 1 a share of all steps; 0: only at the end."""
+    eval_tasks: list[str] = field(default_factory=list)
+    """Tasks that each validation scores too (`wegeft eval --list`), by the settings of `eval`;
+    their scores are logged as `eval_<task>`."""
+    save_steps: float = 0.1
     """Checkpoint every so many steps; below 1 a share of all steps; 0: only when interrupted and at
-    the end."""
+    the end, so that a crash costs the whole run."""
     save_total_limit: int | None = 2
     """Keep the newest so many checkpoints; null keeps all."""
     logging_steps: int = 1
@@ -157,7 +201,11 @@ class TrainSection:
     early_stopping_patience: int | None = None
     """Stop after so many validations without a better value of metric_for_best_model."""
     metric_for_best_model: str = "eval_loss"
-    """Metric that early stopping watches."""
+    """Metric that early stopping and load_best_model_at_end watch: eval_loss, or `eval_<task>` of
+    one of eval_tasks (higher is better)."""
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint of the best validation beside the newest ones, and write the adapter from
+    it."""
     strategy: str = "replicated"
     """replicated: every process keeps the base. (fsdp2 and hsdp are not in this version.)"""
     compile: bool = False
@@ -186,8 +234,16 @@ class EvalSection:
 class LoggingSection:
     """Where figures go besides metrics.jsonl."""
 
-    report_to: str = "none"
-    """Experiment tracker: none."""
+    report_to: Any = "none"
+    """Experiment trackers: none, or a name or a list of names out of tensorboard, wandb, mlflow,
+    trackio."""
+    project: str = "wegeft"
+    """Project or experiment name for the trackers."""
+    run_name: str | None = None
+    """The run's name for the trackers; null is the name of output_dir."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts that the model answers at each validation; the answers go to samples.jsonl and to the
+    trackers."""
 
 
 @dataclass(frozen=True)
@@ -206,3 +262,5 @@ class Recipe:
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    """What `wegeft sweep` tries: dotted key -> list of values, every combination one run."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.training.loss import TokenBatch
+from wegeft_cli.training.ema import ParameterAverage
+from wegeft_cli.training.gradients import clip_gradients, is_sound, sum_gradients
 from wegeft_cli.training.meters import StepMetrics, measure_peak_memory_gib
+from wegeft_cli.training.precision import autocast
+from wegeft_cli.training.source import Batch, StepSource
 from wegeft_cli.training.state import (
     Progress,
     Snapshot,
@@ -25,47 +26,16 @@ from wegeft_cli.training.state import (
     check_agreement,
     restore_snapshot,
 )
+from wegeft_cli.training.validation import ValidationStopped, mean_loss, measure, note_best
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Batch(TokenBatch, Protocol):
-    """A batch that knows its size and can move."""
-
-    @property
-    def num_label_tokens(self) -> int:
-        """Labels that carry loss."""
-        ...
-
-    def to(self, device: torch.device) -> Batch:
-        """Give the batch on a device."""
-        ...
-
-
-class StepSource(Protocol):
-    """Where the batches come from: a pure function of the step."""
-
-    num_steps: int
-
-    def micro_batches(self, step: int) -> Iterable[Batch]:
-        """Give this process's batches of one optimizer step; each process gets as many."""
-        ...
-
-    def num_label_tokens(self, step: int) -> int:
-        """Count the labelled tokens of one optimizer step over all processes."""
-        ...
-
-    def num_tokens(self, step: int) -> int:
-        """Count the tokens of one optimizer step over all processes, padding excluded."""
-        ...
-
-    def epoch_at(self, step: int) -> float:
-        """Tell how many passes over the data `step` steps make."""
-        ...
-
-    def validation_batches(self) -> Iterable[Batch]:
-        """Give this process's share of the validation rows; none where there is no such set."""
-        ...
+__all__ = [
+    "Batch",
+    "LoopHooks",
+    "LoopResult",
+    "LoopSettings",
+    "StepSource",
+    "run_loop",
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +49,15 @@ class LoopSettings:
         eval_steps: Validation every so many steps; 0: only after the last.
         save_steps: Checkpoint every so many steps; 0: only when stopped and after the last.
         early_stopping_patience: Stop after so many validations without improvement; None: never.
+        max_skipped_steps: More steps than these, or than half of all steps, with a loss or
+            gradient that is not finite end the run; up to so many are skipped.
+        ema_decay: Keep a moving average of what learns, with this decay; None: none.
+        metric_for_best_model: The watched metric of a validation; one that does not measure it
+            neither betters nor worsens anything.
+        greater_is_better: Whether that metric is to rise.
+        save_best: Save at each validation that is the best so far, due or not.
+        save_before_validation: Save ahead of each validation too: one that takes long is then all
+            that a kill in it costs.
     """
 
     max_grad_norm: float = 1.0
@@ -87,6 +66,12 @@ class LoopSettings:
     eval_steps: int = 0
     save_steps: int = 0
     early_stopping_patience: int | None = None
+    max_skipped_steps: int = 10
+    ema_decay: float | None = None
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool = False
+    save_best: bool = False
+    save_before_validation: bool = False
 
 
 @dataclass
@@ -94,17 +79,28 @@ class LoopHooks:
     """What the outside does at the loop's events.
 
     Args:
-        on_step: Called after every step with the step and its loss per labelled token.
+        on_step: Called after every step that was done, with the step and its loss per labelled
+            token.
+        on_skip: Called after every step that was skipped, with the step, its loss per labelled
+            token and its gradient norm.
         on_metrics: Called with each line of metrics.
-        on_validation: Called with the step and the validation loss.
-        on_save: Called with a snapshot to keep.
-        should_stop: Asked after every step; true saves and leaves.
+        evaluate: Called at a validation on every process, with the step; gives metrics beside
+            the validation loss. The model is in eval mode and holds the average where one is
+            kept; what is drawn at random here does not change the training. It may raise
+            `ValidationStopped` on all processes.
+        on_validation: Called with the step and all metrics of the validation.
+        on_save: Called with the step, a snapshot to keep, and whether the best validation so far
+            is this step's.
+        should_stop: Asked after every step, and between the batches of a validation, which is then
+            done when the run goes on; true saves and leaves.
     """
 
     on_step: Callable[[int, float], None] = lambda step, loss: None
+    on_skip: Callable[[int, float, float], None] = lambda step, loss, grad_norm: None
     on_metrics: Callable[[StepMetrics], None] = lambda metrics: None
-    on_validation: Callable[[int, float], None] = lambda step, loss: None
-    on_save: Callable[[int, Snapshot], None] = lambda step, snapshot: None
+    evaluate: Callable[[int], dict[str, float]] = lambda step: {}
+    on_validation: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    on_save: Callable[[int, Snapshot, bool], None] = lambda step, snapshot, is_best: None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -114,17 +110,23 @@ class LoopResult:
 
     Args:
         status: finished or interrupted.
-        num_steps: Optimizer steps done in all.
+        num_steps: Optimizer steps done in all, the skipped ones included.
         final_loss: Mean loss of the last line of metrics, or since then where steps followed it.
-        validation: Step -> validation loss.
+        validation: Step -> metrics of its validation, of those done now.
         stopped_early: Whether patience ran out.
+        best_step: Step of the best validation of the whole run, None without one.
+        best_metric: Its value of the watched metric.
+        num_skipped: Steps skipped in the whole run.
     """
 
     status: str
     num_steps: int
     final_loss: float | None
-    validation: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, dict[str, float]] = field(default_factory=dict)
     stopped_early: bool = False
+    best_step: int | None = None
+    best_metric: float | None = None
+    num_skipped: int = 0
 
 
 def run_loop(
@@ -147,11 +149,14 @@ def run_loop(
     The model is not wrapped; each process keeps the base, and the gradients of `parameters` are
     summed in one collective per step, which is right for parameters shared by many layers.
 
+    A step whose loss or gradient is not finite is skipped: it counts as a step, moves neither the
+    parameters nor the optimizer, the schedule or the average, and its loss is in no mean.
+
     Args:
-        model: The model on its device.
+        model: The model on its device. Where an average is kept, it holds it in the end.
         parameters: What learns, by name; the same on every process.
         loss_function: (model, batch) -> summed loss of the batch.
-        optimizer: Over `parameters`.
+        optimizer: Over `parameters`; its first group's rate is the one that is told.
         schedule: Of the optimizer.
         source: The batches.
         settings: The numbers.
@@ -163,17 +168,22 @@ def run_loop(
         How it ended.
 
     Raises:
-        MachineError: If the loss, or without a loss scaler the gradient, is not finite.
+        MachineError: If more steps had to be skipped than may be.
     """
     hooks = hooks or LoopHooks()
     scaler = torch.amp.GradScaler(
         accelerator.device.type, enabled=settings.mixed_precision == "fp16"
     )
+    decay = settings.ema_decay
+    average = None if decay is None else ParameterAverage(parameters, decay)
     progress = Progress()
     if resume_from is not None:
         progress = restore_snapshot(
-            resume_from, parameters, optimizer, schedule, scaler, accelerator
+            resume_from, parameters, optimizer, schedule, scaler, accelerator, average=average
         )
+        source.seek(progress.step, resume_from.state.get("source", {}))
+    # Where most steps move nothing, what is left at the end is not what was asked for.
+    max_skipped_steps = min(settings.max_skipped_steps, source.num_steps // 2)
     patience = settings.early_stopping_patience
     result = LoopResult("finished", progress.step, progress.last_loss)
     result.stopped_early = patience is not None and progress.num_bad_evals >= patience
@@ -181,60 +191,83 @@ def run_loop(
 
     def save() -> None:
         check_agreement(progress.step, parameters, accelerator)
-        snapshot = capture_snapshot(parameters, optimizer, schedule, scaler, progress, accelerator)
-        hooks.on_save(progress.step, snapshot)
+        snapshot = capture_snapshot(
+            parameters, optimizer, schedule, scaler, progress, accelerator,
+            average=average, source=source.state_at(progress.step),
+        )  # fmt: skip
+        hooks.on_save(progress.step, snapshot, progress.best_step == progress.step)
+
+    def validation_loss() -> float | None:
+        with autocast(accelerator.device.type, settings.mixed_precision):
+            batches = source.validation_batches()
+            return mean_loss(model, loss_function, batches, accelerator, hooks.should_stop)
 
     def validate() -> bool:
-        loss = _validation_loss(model, loss_function, source, settings, accelerator)
-        if loss is None:
+        try:
+            metrics = measure(
+                model, validation_loss, lambda: hooks.evaluate(progress.step), average, accelerator
+            )
+        except ValidationStopped:
             return False
-        result.validation[progress.step] = loss
-        hooks.on_validation(progress.step, loss)
-        if progress.best_metric is None or loss < progress.best_metric:
-            progress.best_metric, progress.num_bad_evals = loss, 0
-        else:
-            progress.num_bad_evals += 1
+        progress.validation_due = False
+        if not metrics:
+            return False
+        result.validation[progress.step] = metrics
+        watched = metrics.get(settings.metric_for_best_model)
+        note_best(progress, watched, settings.greater_is_better)
+        hooks.on_validation(progress.step, metrics)
         result.stopped_early = patience is not None and progress.num_bad_evals >= patience
         return True
 
+    if progress.validation_due:  # the run was stopped or killed in it
+        validate()
+        save()
     model.train()
     last_line = time.perf_counter()
     steps_since, tokens_since = 0, 0
-    while progress.step < source.num_steps and not result.stopped_early:
+    stop = progress.validation_due
+    while progress.step < source.num_steps and not result.stopped_early and not stop:
         step = progress.step
         num_labels = source.num_label_tokens(step)
         own_loss_sum = torch.zeros((), device=accelerator.device)
         for batch in source.micro_batches(step):
-            with _autocast(accelerator.device, settings.mixed_precision):
+            with autocast(accelerator.device.type, settings.mixed_precision):
                 summed = loss_function(model, batch.to(accelerator.device))
             scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
         wants_stop = hooks.should_stop()
-        loss_sum, stop = _reduce(parameters.values(), own_loss_sum, wants_stop, accelerator)
+        loss_sum, stop = sum_gradients(parameters.values(), own_loss_sum, wants_stop, accelerator)
         learning_rate = float(schedule.get_last_lr()[0])
         scaler.unscale_(optimizer)
-        grad_norm = _clip(list(parameters.values()), settings.max_grad_norm)
-        # The loss scaler mends a gradient that overflows, but no loss: that is not scaled here.
-        if not math.isfinite(loss_sum if scaler.is_enabled() else loss_sum + grad_norm):
-            raise _diverged(step, loss_sum / num_labels, grad_norm)
+        grad_norm = clip_gradients(parameters.values(), settings.max_grad_norm)
         scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:
-            # A step that overflowed in fp16 was skipped: the rate waits, as in transformers.
-            schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-
         progress.step += 1
-        progress.loss_sum += loss_sum
-        progress.label_tokens += num_labels
+        if is_sound(loss_sum, grad_norm, scaler):
+            scaler.step(optimizer)
+            scaler.update()
+            if scaler.get_scale() >= scale:
+                # A step that overflowed in fp16 moved nothing: the rate waits, as in transformers.
+                schedule.step()
+                if average is not None:
+                    average.update()
+            progress.loss_sum += loss_sum
+            progress.label_tokens += num_labels
+            progress.grad_norm = grad_norm
+            hooks.on_step(progress.step, loss_sum / num_labels)
+        else:
+            scaler.update(scale)  # forgets this step's gradients, and leaves the scale as it was
+            progress.num_skipped += 1
+            hooks.on_skip(progress.step, loss_sum / num_labels, grad_norm)
+            if progress.num_skipped > max_skipped_steps:
+                raise _diverged(progress, loss_sum / num_labels, grad_norm)
+        optimizer.zero_grad(set_to_none=True)
         progress.num_tokens += source.num_tokens(step)
         steps_since, tokens_since = steps_since + 1, tokens_since + source.num_tokens(step)
-        hooks.on_step(progress.step, loss_sum / num_labels)
         is_last = progress.step == source.num_steps
+
         # Not at a stop: the unfinished line's sums are saved, so that a resumed run writes the
-        # lines of a run that was never stopped.
-        if is_last or progress.step % settings.logging_steps == 0:
+        # lines of a run that was never stopped. And not where all steps since were skipped.
+        if progress.label_tokens and (is_last or _is_due(progress.step, settings.logging_steps)):
             seconds = time.perf_counter() - last_line
             progress.last_loss = progress.loss_sum / progress.label_tokens
             progress.loss_sum, progress.label_tokens = 0.0, 0
@@ -244,7 +277,7 @@ def run_loop(
                     epoch=source.epoch_at(progress.step),
                     loss=progress.last_loss,
                     learning_rate=learning_rate,
-                    grad_norm=grad_norm,
+                    grad_norm=progress.grad_norm,
                     num_tokens=progress.num_tokens,
                     tokens_per_second=tokens_since / seconds,
                     step_seconds=seconds / steps_since,
@@ -252,20 +285,33 @@ def run_loop(
                 )
             )
             last_line, steps_since, tokens_since = time.perf_counter(), 0, 0
-        if is_last:
-            save()  # a validation that fails must not cost the run
-        validated = (is_last or _is_due(progress.step, settings.eval_steps)) and validate()
-        due = stop or result.stopped_early or _is_due(progress.step, settings.save_steps)
-        if validated if is_last else due:
+
+        pause = time.perf_counter()
+        saved = validated = False
+        if is_last or _is_due(progress.step, settings.eval_steps):
+            progress.validation_due = True
+            if is_last or stop or settings.save_before_validation:
+                save()  # what a validation takes or breaks must not cost the run
+                saved = True
+            validated = validate()
+            stop = stop or progress.validation_due
+        is_new_best = validated and progress.best_step == progress.step
+        due = stop or is_last or result.stopped_early or _is_due(progress.step, settings.save_steps)
+        if (due and (validated or not saved)) or (is_new_best and settings.save_best):
             save()
-        if stop and not is_last and not result.stopped_early:
-            result.status = "interrupted"
-        if stop:
-            break
+        # What validations and checkpoints take is no step's time.
+        last_line += time.perf_counter() - pause
+    is_done = result.stopped_early or progress.step >= source.num_steps
+    if progress.validation_due or not is_done:
+        result.status = "interrupted"
+    if average is not None:
+        average.write()
     result.num_steps = progress.step
     result.final_loss = progress.last_loss
     if progress.label_tokens:
         result.final_loss = progress.loss_sum / progress.label_tokens
+    result.best_step, result.best_metric = progress.best_step, progress.best_metric
+    result.num_skipped = progress.num_skipped
     return result
 
 
@@ -273,70 +319,12 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _autocast(device: torch.device, mixed_precision: str) -> AbstractContextManager[Any]:
-    dtype = _AUTOCAST.get(mixed_precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def _reduce(
-    parameters: Iterable[nn.Parameter], loss_sum: Tensor, stop: bool, accelerator: Accelerator
-) -> tuple[float, bool]:
-    """Sum the gradients over the processes, and with them the loss and the wish to stop.
-
-    One flat float32 tensor, one collective: every process leaves with the same bits, so all stop
-    at the same step. A process whose micro-batches held no rows adds zeros.
-    """
-    if accelerator.num_processes == 1:
-        return float(loss_sum), stop
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flag = torch.tensor(float(stop), device=loss_sum.device)
-    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], flag[None]])
-    torch.distributed.all_reduce(flat)
-    start = 0
-    for grad in grads:
-        grad.copy_(flat[start : start + grad.numel()].view_as(grad))
-        start += grad.numel()
-    return float(flat[-2]), bool(flat[-1] > 0)
-
-
-def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float) -> float:
-    """Clip the global gradient norm in place and give it as it was before."""
-    limit = max_grad_norm if max_grad_norm > 0 else math.inf
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-
-
-def _diverged(step: int, loss: float, grad_norm: float) -> MachineError:
+def _diverged(progress: Progress, loss: float, grad_norm: float) -> MachineError:
+    earlier = progress.num_skipped - 1
+    skipped = f" ({earlier} earlier steps were skipped)" if earlier else ""
     return MachineError(
-        f"training diverged at step {step + 1}: loss {loss}, gradient norm {grad_norm}",
+        f"training diverged at step {progress.step}: loss {loss}, gradient norm {grad_norm}"
+        + skipped,
         hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio; "
         "checkpoints written before this step are whole",
     )
-
-
-@torch.no_grad()
-def _validation_loss(
-    model: nn.Module,
-    loss_function: Callable[[nn.Module, Any], Tensor],
-    source: StepSource,
-    settings: LoopSettings,
-    accelerator: Accelerator,
-) -> float | None:
-    """Give the mean loss per labelled token of the validation set; None where there is none."""
-    model.eval()
-    loss_sum, num_labels = 0.0, 0
-    for batch in source.validation_batches():
-        with _autocast(accelerator.device, settings.mixed_precision):
-            loss_sum += float(loss_function(model, batch.to(accelerator.device)))
-        num_labels += batch.num_label_tokens
-    model.train()
-    if accelerator.num_processes > 1:
-        totals = torch.tensor(
-            [loss_sum, num_labels], dtype=torch.float64, device=accelerator.device
-        )
-        torch.distributed.all_reduce(totals)
-        loss_sum, num_labels = totals.tolist()
-    return loss_sum / num_labels if num_labels > 0 else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.training.ema import ParameterAverage
 
 
 @dataclass
@@ -26,8 +27,12 @@ class Progress:
         loss_sum: Summed loss since the last line of metrics.
         label_tokens: Labelled tokens since the last line of metrics.
         last_loss: Mean loss of the last line of metrics.
+        grad_norm: Gradient norm of the last step that was not skipped.
         best_metric: Best value of the watched metric so far.
+        best_step: Step of that validation.
         num_bad_evals: Validations since then.
+        num_skipped: Steps skipped since the run began.
+        validation_due: Whether this step's validation was begun, or put off, and is not done.
     """
 
     step: int = 0
@@ -35,8 +40,12 @@ class Progress:
     loss_sum: float = 0.0
     label_tokens: int = 0
     last_loss: float | None = None
+    grad_norm: float = 0.0
     best_metric: float | None = None
+    best_step: int | None = None
     num_bad_evals: int = 0
+    num_skipped: int = 0
+    validation_due: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,9 @@ def capture_snapshot(
     scaler: torch.amp.GradScaler,
     progress: Progress,
     accelerator: Accelerator,
+    *,
+    average: ParameterAverage | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Take the state between two steps; every process calls it.
 
@@ -64,17 +76,20 @@ def capture_snapshot(
         scaler: The loss scaler, enabled or not.
         progress: The counters.
         accelerator: This process's state: each process draws its own dropout.
+        average: The moving average of the parameters, where one is kept.
+        source: The batches' own state, a JSON object.
 
     Returns:
         The snapshot; its tensors are copies on the CPU.
     """
     packed = optimizer.state_dict()
-    moments = {
-        f"{index}.{key}": value.detach().to("cpu", copy=True).contiguous()
-        for index, entry in packed["state"].items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
+    moments: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in _flatten(packed["state"]):
+        if isinstance(value, Tensor):
+            moments[name] = _copy(value)
+        else:
+            values[name] = value
     own = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
@@ -83,17 +98,18 @@ def capture_snapshot(
         for rank, states in enumerate(_gather(own, accelerator))
         for kind, state in states.items()
     }
+    tensors = {
+        "parameters": {name: _copy(parameter) for name, parameter in parameters.items()},
+        "optimizer": moments,
+        "rng": rng,
+    }
+    if average is not None:
+        tensors["ema"] = {name: _copy(tensor) for name, tensor in average.tensors.items()}
     return Snapshot(
-        tensors={
-            "parameters": {
-                name: parameter.detach().to("cpu", copy=True).contiguous()
-                for name, parameter in parameters.items()
-            },
-            "optimizer": moments,
-            "rng": rng,
-        },
+        tensors=tensors,
         state={
             "progress": asdict(progress),
+            "optimizer": values,
             "param_groups": [
                 {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
                 for group in packed["param_groups"]
@@ -104,6 +120,8 @@ def capture_snapshot(
                 if isinstance(value, int | float | list)
             },
             "scaler": scaler.state_dict(),
+            "ema": None if average is None else {"num_updates": average.num_updates},
+            "source": dict(source or {}),
         },
     )
 
@@ -115,6 +133,8 @@ def restore_snapshot(
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
     accelerator: Accelerator,
+    *,
+    average: ParameterAverage | None = None,
 ) -> Progress:
     """Put a captured state back, in place.
 
@@ -122,9 +142,10 @@ def restore_snapshot(
         snapshot: What `capture_snapshot` gave.
         parameters: The same parameters, freshly built.
         optimizer: A fresh optimizer over them.
-        schedule: A fresh schedule.
+        schedule: A fresh schedule; of a run that is prolonged, the longer one, which then rules.
         scaler: A fresh scaler.
         accelerator: This process's state.
+        average: A fresh average, if the snapshot's run kept one.
 
     Returns:
         The counters.
@@ -144,18 +165,19 @@ def restore_snapshot(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in snapshot.tensors["optimizer"].items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = value
+    packed = _unflatten({**snapshot.state.get("optimizer", {}), **snapshot.tensors["optimizer"]})
     groups = [
-        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
         for group in snapshot.state["param_groups"]
     ]
+    moments = {int(index): entry for index, entry in packed.items()}
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     schedule.load_state_dict(dict(snapshot.state["schedule"]))
+    _set_rates(optimizer, schedule)
     if snapshot.state["scaler"]:
         scaler.load_state_dict(snapshot.state["scaler"])
+    if average is not None:
+        average.load(snapshot.tensors["ema"], snapshot.state["ema"]["num_updates"])
     progress = Progress(**snapshot.state["progress"])
     rng, rank = snapshot.tensors["rng"], accelerator.process_index
     if f"cpu.{rank}" in rng and f"cpu.{accelerator.num_processes}" not in rng:
@@ -192,6 +214,45 @@ def check_agreement(
             f"the processes hold different factors at step {step}",
             hint="go on from the newest checkpoint with --resume auto, on a disk that all share",
         )
+
+
+def _set_rates(optimizer: Optimizer, schedule: Any) -> None:
+    """Set the rates of the next step by the schedule: the snapshot's may be a shorter run's."""
+    schedule._last_lr = [
+        rate * factor(schedule.last_epoch)
+        for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Go through an optimizer's state, nested as 8-bit optimizers do it, as dotted names."""
+    for key, value in state.items():
+        if "." in str(key):
+            raise TypeError(f"the optimizer's state has the key {key!r}")
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, Tensor | bool | int | float | str):
+            yield f"{prefix}{key}", value
+        else:
+            raise TypeError(f"the optimizer's state holds a {type(value).__name__} as {key!r}")
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest dotted names again."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, key = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[key] = value
+    return nested
 
 
 def _gather(value: Any, accelerator: Accelerator) -> list[Any]:

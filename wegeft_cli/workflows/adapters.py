@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,20 +10,18 @@ from torch import nn
 
 from wegeft_cli.checkpoints.adapter import (
     CONFIG_NAME,
-    AdapterFiles,
     load_adapter_files,
     resolve_adapter_dir,
     save_adapter_files,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
 from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
-from wegeft_cli.checkpoints.shards import list_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.inject import attach_generators, get_generators
 from wegeft_cli.generators.module import AdapterGenerators, Generators, GeneratorSettings
-from wegeft_cli.generators.targets import Target, find_linears, make_target
 from wegeft_cli.models.base import find_base_folder
 from wegeft_cli.version import VERSION
+from wegeft_cli.workflows.naming import find_members, find_saved, find_stored_names
 
 
 def save_adapter(
@@ -35,10 +33,13 @@ def save_adapter(
     base_fingerprint: str | None = None,
     target_modules: str | Iterable[str] = (),
     task_type: str = "CAUSAL_LM",
+    init_from: str | None = None,
     adapter_name: str = "default",
     card: str | None = None,
 ) -> AdapterManifest:
     """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
+
+    Modules that it trained whole are written too, in the type that they were trained in.
 
     Args:
         model: A model with generators.
@@ -49,6 +50,7 @@ def save_adapter(
             files if they are on this machine.
         target_modules: What was asked for, for the record; empty lists the kinds of layers.
         task_type: PEFT's name of the task.
+        init_from: The adapter whose factors were the start, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
 
@@ -65,10 +67,18 @@ def save_adapter(
     base_dir = find_base_folder(base_model_name_or_path, revision)
     if base_fingerprint is None and base_dir is not None:
         base_fingerprint = fingerprint_base(base_dir)
-    names = _checkpoint_names(model, owner.edits, base_dir)
+    saved = owner.saved_of(adapter_name)
+    tensors = {} if saved is None else saved.get_tensors()
+    names = find_stored_names(model, dict.fromkeys(owner.edits, "weight"), base_dir)
+    saved_names = {}
+    if saved is not None:
+        parts = {name: next(iter(m.named_parameters()))[0] for name, m in saved.by_name().items()}
+        saved_names = find_stored_names(model, parts, base_dir)
     manifest = build_manifest(
         owner[adapter_name],
         names,
+        modules_to_save=tuple(saved_names.values()),
+        init_from=init_from,
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         base_fingerprint=base_fingerprint,
@@ -77,7 +87,18 @@ def save_adapter(
     )
     if card is None:
         card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
-    save_adapter_files(Path(adapter_dir), manifest, owner[adapter_name].get_factors(), card=card)
+    save_adapter_files(
+        Path(adapter_dir),
+        manifest,
+        owner[adapter_name].get_factors(),
+        saved_modules={
+            f"{stored}{full_name.removeprefix(name)}": tensor
+            for name, stored in saved_names.items()
+            for full_name, tensor in tensors.items()
+            if full_name.startswith(f"{name}.")
+        },
+        card=card,
+    )
     return manifest
 
 
@@ -90,6 +111,8 @@ def build_manifest(
     base_fingerprint: str | None,
     target_modules: str | Iterable[str],
     task_type: str,
+    modules_to_save: Sequence[str] = (),
+    init_from: str | None = None,
 ) -> AdapterManifest:
     """Describe an adapter in memory as its file states it.
 
@@ -101,6 +124,8 @@ def build_manifest(
         base_fingerprint: Its fingerprint.
         target_modules: What was asked for.
         task_type: PEFT's name of the task.
+        modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
+        init_from: The adapter whose factors were the start.
 
     Returns:
         The manifest.
@@ -128,6 +153,8 @@ def build_manifest(
         modules={name: tuple(entries) for name, entries in modules.items()},
         target_modules=asked or kinds,
         wegeft_version=VERSION,
+        modules_to_save=tuple(modules_to_save),
+        init_from=init_from,
     )
 
 
@@ -156,7 +183,7 @@ def load_adapter(
         UserError: If the files are damaged, or the base is another one.
     """
     folder = resolve_adapter_dir(Path(adapter_dir))
-    files = read_adapter(folder)
+    files = load_adapter_files(folder)
     if base_dir is not None:
         check_base(files.manifest, Path(base_dir), folder, warn=warn)
     manifest = files.manifest
@@ -168,32 +195,16 @@ def load_adapter(
         dropout=manifest.dropout,
         share=manifest.share,  # type: ignore[arg-type]
     )
-    groups = _find_members(model, files, folder)
-    owner = attach_generators(model, groups, settings, adapter_name=adapter_name)
+    groups = find_members(model, files, folder)
+    saved_modules, tensors = find_saved(model, files, folder)
+    owner = attach_generators(
+        model, groups, settings, saved_modules=saved_modules, adapter_name=adapter_name
+    )
     owner[adapter_name].load_factors(files.factors)
+    saved = owner.saved_of(adapter_name)
+    if saved is not None:
+        saved.load_tensors(tensors)
     return owner
-
-
-def read_adapter(adapter_dir: Path) -> AdapterFiles:
-    """Read an adapter's files, refusing what this version cannot apply.
-
-    Args:
-        adapter_dir: The adapter's folder.
-
-    Returns:
-        Manifest and factors.
-
-    Raises:
-        UserError: If the files are damaged, or hold modules that were trained whole.
-    """
-    files = load_adapter_files(adapter_dir)
-    if files.saved_modules:
-        raise UserError(
-            f"the adapter holds modules that were trained whole: {', '.join(files.saved_modules)}",
-            file=str(adapter_dir),
-            hint="this version applies generators alone",
-        )
-    return files
 
 
 def check_base(
@@ -214,20 +225,47 @@ def check_base(
     Raises:
         UserError: If both fingerprints are known and differ.
     """
+    found = fingerprint_base(base_dir) if manifest.base_fingerprint is not None else None
+    hint = f"give the right one with --base (it was {manifest.base_model_name_or_path!r})"
+    base = f"the base in {str(base_dir)!r}"
+    check_fingerprint(manifest, found, base, adapter_dir, hint=hint, warn=warn)
+
+
+def check_fingerprint(
+    manifest: AdapterManifest,
+    found: str | None,
+    base: str,
+    adapter_dir: Path,
+    *,
+    hint: str,
+    warn: Callable[[str], None],
+) -> None:
+    """Compare a base's fingerprint with the one that an adapter was trained on.
+
+    Args:
+        manifest: The adapter's manifest.
+        found: The base's fingerprint; None if unknown.
+        base: Words for the base, for the messages.
+        adapter_dir: The adapter's folder, for the message.
+        hint: What to do where they differ.
+        warn: Told where no comparison can be made.
+
+    Raises:
+        UserError: If both fingerprints are known and differ.
+    """
     expected = manifest.base_fingerprint
-    found = fingerprint_base(base_dir) if expected is not None else None
     if expected is None or found is None:
         which = (
             "the adapter records no fingerprint" if expected is None else "it has no safetensors"
         )
-        warn(f"whether {str(base_dir)!r} is the adapter's base cannot be checked: {which}")
+        warn(f"whether {base} is the adapter's cannot be checked: {which}")
     elif expected != found:
         raise UserError(
-            f"the base in {str(base_dir)!r} is not the one that this adapter was trained on: "
+            f"{base} is not the one that this adapter was trained on: "
             f"its fingerprint is {found[:19]}..., the adapter's {expected[:19]}...",
             file=str(adapter_dir),
             key="base_fingerprint",
-            hint=f"give the right one with --base (it was {manifest.base_model_name_or_path!r})",
+            hint=hint,
         )
 
 
@@ -254,55 +292,3 @@ def tell_base(base: str | None, adapter_dir: Path) -> Iterator[None]:
             fault.file, fault.key = str(adapter_dir / CONFIG_NAME), "base_model_name_or_path"
             fault.hint = "name the base's folder or hub id with --base"
         raise
-
-
-def _checkpoint_names(
-    model: nn.Module, module_names: Iterable[str], base_dir: Path | None
-) -> dict[str, str]:
-    """Map module names to those in the base's checkpoint, which may lack or have a prefix.
-
-    GPT-2's files, for one, say `h.0.attn.c_attn` where the model says `transformer.h.0....`.
-    """
-    stored = list_tensors(base_dir) if base_dir is not None else {}
-    prefix = getattr(model, "base_model_prefix", "")
-    names = {}
-    for name in module_names:
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        names[name] = next((c for c in candidates if f"{c}.weight" in stored), name)
-    return names
-
-
-def _find_members(
-    model: nn.Module, files: AdapterFiles, adapter_dir: Path
-) -> dict[str, list[Target]]:
-    """Find the model's linears that an adapter's manifest names, group by group."""
-    linears = find_linears(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    groups: dict[str, list[Target]] = {}
-    for stored_name, entries in files.manifest.modules.items():
-        candidates = (
-            stored_name,
-            f"{prefix}.{stored_name}",
-            stored_name.removeprefix(f"{prefix}."),
-        )
-        name = next((candidate for candidate in candidates if candidate in linears), None)
-        if name is None:
-            raise UserError(
-                f"the model has no linear layer {stored_name!r}",
-                file=str(adapter_dir),
-                key="modules",
-                hint="this adapter belongs to another architecture",
-            )
-        for entry in entries:
-            target = make_target(model, name, entry.rows)
-            width = target.width(files.manifest.side)  # type: ignore[arg-type]
-            d = files.factors[entry.group][0].shape[0]
-            if width != d:
-                raise UserError(
-                    f"{name!r} is {width} wide in this model, the adapter's pair is {d}",
-                    file=str(adapter_dir),
-                    key=f"modules.{stored_name}",
-                    hint="this adapter belongs to another model",
-                )
-            groups.setdefault(entry.group, []).append(target)
-    return groups

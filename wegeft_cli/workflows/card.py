@@ -15,9 +15,9 @@ tags: [wegeft, peft]
 # {title}
 
 A {method} adapter for `{base}`, trained by wegeft-cli {version}: {num_steps} optimizer steps, final
-training loss {loss}.
+training loss {loss}.{kept}
 
-{usage}
+{saved}{usage}
 ## Recipe
 
 ```yaml
@@ -44,19 +44,28 @@ WeGeFT (Savadikar, Song, Wu; ICML 2025; arXiv 2312.00700): W' = W (I + s phi psi
 """
 
 
-def write_card(recipe: Recipe, num_steps: int, final_loss: float | None) -> str:
+_SAVED = """Trained whole beside it, and kept in the same file: {names}.
+
+"""
+
+
+def write_card(
+    recipe: Recipe, num_steps: int, final_loss: float | None, *, adapter_step: int
+) -> str:
     """Write the card's text from what the run knows.
 
     Args:
         recipe: The resolved recipe.
         num_steps: Optimizer steps done.
         final_loss: Mean loss of the last line of metrics.
+        adapter_step: The step whose factors these are.
 
     Returns:
         Markdown with the hub's metadata on top.
     """
     base = recipe.model.name_or_path
     is_wegeft = recipe.adapter.type == "wegeft"
+    names = ", ".join(f"`{name}`" for name in recipe.adapter.modules_to_save)
     return _TEXT.format(
         base=base,
         library="wegeft-cli" if is_wegeft else "peft",
@@ -65,6 +74,11 @@ def write_card(recipe: Recipe, num_steps: int, final_loss: float | None) -> str:
         version=VERSION,
         num_steps=num_steps,
         loss="unknown" if final_loss is None else f"{final_loss:.4f}",
+        saved=_SAVED.format(names=names) if names else "",
+        kept=""
+        if adapter_step == num_steps
+        else f" The adapter is that of step {adapter_step}, the best by "
+        f"`{recipe.train.metric_for_best_model}`.",
         usage=_WEGEFT_USAGE.format(base=base) if is_wegeft else "",
         recipe=recipe_to_yaml(recipe),
     )

@@ -13,14 +13,15 @@ from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_di
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
+from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
-from wegeft_cli.evaluation.tasks import TASKS, Task, TaskData, find_task, load_task_data
+from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import EvalSection, ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of, find_run
+from wegeft_cli.workflows.tasks import Job, choose_protocol
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
 _SAMPLES_START = '{"model": "'
@@ -122,16 +123,6 @@ def list_tasks() -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """One test set under one protocol."""
-
-    data: TaskData
-    protocol: EvalProtocol
-    max_new_tokens: int | None = None
-    """From the recipe; None takes the protocol's."""
-
-
 @dataclass
 class OpenedTarget:
     """A model to ask, with the way back to its base.
@@ -211,7 +202,7 @@ def open_target(
         load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
         model.eval()
     else:
-        from wegeft_cli.interop.peft import load_peft
+        from wegeft_cli.interop.baselines import load_peft
 
         model = load_peft(model, adapter_dir)
     return OpenedTarget("adapter", model, tokenizer)
@@ -318,7 +309,7 @@ def _read_tasks(
     for name in dict.fromkeys(names):
         task = find_task(name)
         is_named = task in [find_task(own) for own in settings.tasks]
-        chosen = find_protocol(protocol or _default_protocol(task, settings.protocol), task)
+        chosen = find_protocol(protocol or choose_protocol(task, settings.protocol), task)
         folder = data_dir
         if folder is None and settings.data_dir is not None:
             own_folder = Path(settings.data_dir)
@@ -327,17 +318,6 @@ def _read_tasks(
         length = settings.max_new_tokens if is_named else None
         jobs.append(Job(load_task_data(task, data_dir=folder, limit=rows), chosen, length))
     return jobs
-
-
-def _default_protocol(task: Task, from_recipe: str) -> str | None:
-    """Give the task's own protocol, else the recipe's where that scores it, else the default."""
-    if task.own_protocol is not None:
-        return task.own_protocol
-    protocol = PROTOCOLS.get(from_recipe)
-    is_own_to_another = any(other.own_protocol == from_recipe for other in TASKS.values())
-    if protocol is not None and (task.kind not in protocol.rules or is_own_to_another):
-        return None
-    return from_recipe
 
 
 def _has_set(data_dir: Path, task: Task) -> bool:

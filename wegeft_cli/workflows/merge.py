@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wegeft_cli.checkpoints.adapter import (
-    AdapterFiles,
+    load_adapter_files,
     read_adapter_type,
     resolve_adapter_dir,
 )
@@ -22,14 +20,12 @@ from wegeft_cli.checkpoints.files import (
     check_unused_folder,
     write_text_atomic,
 )
-from wegeft_cli.checkpoints.manifest import PEFT_TYPE, ModuleEntry
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.checkpoints.shards import list_tensors
 from wegeft_cli.checkpoints.stream import merge_stream
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import Side
-from wegeft_cli.generators.fold import FOLD_ROWS, fold_generators, merge_stored
+from wegeft_cli.generators.fold import fold_generators
 from wegeft_cli.generators.inject import remove_generators
-from wegeft_cli.generators.targets import Rows
 from wegeft_cli.models.base import (
     fetch_base_folder,
     load_model,
@@ -38,7 +34,8 @@ from wegeft_cli.models.base import (
 )
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
-from wegeft_cli.workflows.adapters import check_base, load_adapter, read_adapter, tell_base
+from wegeft_cli.workflows.adapters import check_base, load_adapter, tell_base
+from wegeft_cli.workflows.edits import build_edits, has_all_tensors
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
 
@@ -80,8 +77,9 @@ def merge(
 ) -> MergeResult:
     """Fold an adapter into its base: W' = W (I + s phi psi), in float32 or better.
 
-    A WeGeFT adapter is streamed: the base's shards are copied in blocks of rows and the model is
-    never held. An adapter of another PEFT method is merged by PEFT, in memory.
+    Modules that were trained whole take the place of the base's. A WeGeFT adapter is streamed: the
+    base's shards are copied in blocks of rows and the model is never held. An adapter of another
+    PEFT method is merged by PEFT, in memory.
 
     Args:
         adapter: An adapter or run folder; None takes the newest finished run under runs/.
@@ -117,7 +115,7 @@ def merge(
                 name_or_path, revision, adapter_dir, output, dtype, trusts
             )
     else:
-        files = read_adapter(adapter_dir)
+        files = load_adapter_files(adapter_dir)
         with tell_base(base, adapter_dir):
             base_dir = fetch_base_folder(name_or_path, revision)
             stored = list_tensors(base_dir)
@@ -126,12 +124,12 @@ def merge(
                     f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
                 )
         check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
-        if all(f"{name}.weight" in stored for name in files.manifest.modules):
+        if has_all_tensors(files, stored):
             with reporter.progress("merging", 100) as advance:
                 report = merge_stream(
                     base_dir,
                     output,
-                    _build_edits(files, {name: info.shape for name, info in stored.items()}),
+                    build_edits(files, {name: info.shape for name, info in stored.items()}),
                     dtype=dtype,
                     on_progress=lambda done, total: advance(round(100 * done / max(total, 1))),
                 )
@@ -156,77 +154,6 @@ def merge(
     )
 
 
-@dataclass(frozen=True)
-class FoldEdit:
-    """How one stored tensor changes: every adapted row range by its group's pair.
-
-    Args:
-        parts: (phi, psi, rows, transposed) of each entry.
-        scale: s.
-        side: Which side is edited.
-    """
-
-    parts: Sequence[tuple[Tensor, Tensor, Rows | None, bool]]
-    scale: float
-    side: Side
-
-    def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """Rows in one block; all where the change mixes the stored rows."""
-        mixes = self.side == "output" or any(transposed for *_, transposed in self.parts)
-        return shape[0] if mixes else min(FOLD_ROWS, shape[0])
-
-    def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Give the folded block."""
-        for phi, psi, rows, transposed in self.parts:
-            inside = rows
-            if rows is not None and not transposed:
-                inside = _rows_within(rows, start_row, start_row + block.shape[0])
-                if not inside:
-                    continue
-            block = merge_stored(
-                block, phi, psi, self.scale, self.side, rows=inside, transposed=transposed
-            )
-        return block
-
-
-def _rows_within(rows: Rows, start: int, stop: int) -> Rows:
-    cut = ((max(a, start) - start, min(b, stop) - start) for a, b in rows)
-    return tuple((a, b) for a, b in cut if a < b)
-
-
-def _build_edits(files: AdapterFiles, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FoldEdit]:
-    """Give the edit of every stored tensor that the adapter changes."""
-    manifest = files.manifest
-    side: Side = manifest.side  # type: ignore[assignment]
-
-    def part(entry: ModuleEntry) -> tuple[Tensor, Tensor, Rows | None, bool]:
-        return (*files.factors[entry.group], entry.rows, entry.transposed)
-
-    edits = {}
-    for name, entries in manifest.modules.items():
-        edit = FoldEdit([part(entry) for entry in entries], manifest.scale, side)
-        _check_shape(name, shapes[f"{name}.weight"], edit)
-        edits[f"{name}.weight"] = edit
-        # The output side edits the whole output W x + b, so it maps the bias too.
-        if side == "output" and f"{name}.bias" in shapes:
-            edits[f"{name}.bias"] = edit
-    return edits
-
-
-def _check_shape(name: str, shape: tuple[int, ...], edit: FoldEdit) -> None:
-    for phi, _, rows, transposed in edit.parts:
-        d_out, d_in = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        num_rows = d_out if rows is None else sum(stop - start for start, stop in rows)
-        width = d_in if edit.side == "input" else num_rows
-        if len(shape) != 2 or width != phi.shape[0]:
-            raise UserError(
-                f"{name}.weight is {list(shape)} in the base, the adapter's pair is "
-                f"{phi.shape[0]} wide",
-                key=f"modules.{name}",
-                hint="this adapter belongs to another base",
-            )
-
-
 def _merge_in_memory(
     base_dir: Path, adapter_dir: Path, output: Path, dtype: str | None, trusts: bool
 ) -> tuple[int, int]:
@@ -245,7 +172,7 @@ def _merge_by_peft(
     dtype: str | None,
     trusts: bool,
 ) -> tuple[int, int]:
-    from wegeft_cli.interop.peft import load_peft, merge_peft
+    from wegeft_cli.interop.baselines import load_peft, merge_peft
 
     model = load_model(name_or_path, revision=revision, trust_remote_code=trusts)
     merged, num_folded = merge_peft(load_peft(model, adapter_dir))

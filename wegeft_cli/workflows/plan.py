@@ -1,35 +1,44 @@
-"""What a recipe will cost: parameters, steps and memory, before any weight is read."""
+"""What a recipe will cost: parameters, operations, steps, memory and disk, before any weight."""
 
 from __future__ import annotations
 
-import math
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from wegeft_cli.data.encode import EncodedDataset
+from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
+from wegeft_cli.data.templates import check_template
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import load_tokenizer
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
+from wegeft_cli.workflows.memory import (
+    GIB,
+    count_checkpoint_bytes,
+    estimate_memory,
+    list_learned,
+    measure_available,
+    tell_fit,
+)
 from wegeft_cli.workflows.prepare import (
     GroupPlan,
     build_skeleton,
     build_step_plan,
+    check_context,
+    count_checkpoints,
+    find_run_dir,
     plan_groups,
     tell_places,
 )
+from wegeft_cli.workflows.rehearsal import prepare_skeleton
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-
-_GIB = 2**30
-# Python with torch and transformers loaded, measured as resident memory on Linux; a CUDA context
-# takes about as much.
-_RUNTIME_BYTES = 0.45 * _GIB
+from wegeft_cli.workflows.survey import PassSurvey, assume_longest, survey_passes
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,20 @@ class Plan:
         trainable_parameters: What learns.
         base_parameters: The frozen base, tied weights once.
         groups: What learns, group by group.
-        num_rows: Training rows; None where the data cannot be reached.
+        num_rows: Training rows; None where the data cannot be reached, or is a stream.
         num_steps: Optimizer steps of one process; None where they hang on the data.
-        memory_gib: Estimated GiB by purpose, and their total.
+        lengths: Tokens per row: p50, p95, max; None where the data cannot be reached.
+        largest_batch: The forward pass that takes the most memory: `sequences`, `length`, `labels`.
+        flops_per_step: Operations of a mean optimizer step; None where lengths are not known.
+        train_flops: Operations of the whole run.
+        memory_gib: Estimated GiB by purpose, and their total; None where the model cannot be run
+            without numbers.
+        device: cuda or cpu: what the estimate is for.
+        available_gib: Memory that is free there now.
+        checkpoint_gib: One checkpoint on disk.
+        disk_gib: All checkpoints that lie there at one time; None if their number is not known.
+        free_disk_gib: What is free where the run's folder will be.
+        warnings: What may stop the run: memory, disk, rows.
         unknown: Why figures are missing.
     """
 
@@ -51,7 +71,17 @@ class Plan:
     groups: list[GroupPlan]
     num_rows: int | None
     num_steps: int | None
-    memory_gib: dict[str, float]
+    lengths: dict[str, int] | None
+    largest_batch: dict[str, int]
+    flops_per_step: float | None
+    train_flops: float | None
+    memory_gib: dict[str, float | None]
+    device: str
+    available_gib: float
+    checkpoint_gib: float
+    disk_gib: float | None
+    free_disk_gib: float
+    warnings: list[str]
     unknown: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +94,7 @@ class Plan:
 def plan(
     recipe_path: str | Path, overrides: Sequence[str] = (), *, reporter: Reporter | None = None
 ) -> Plan:
-    """Count parameters, steps and memory of a recipe; a folder with only config.json will do.
+    """Count what a recipe will cost; a folder with only config.json will do.
 
     Args:
         recipe_path: A recipe file, or the name of a shipped one.
@@ -83,35 +113,66 @@ def plan(
     for note in loaded.notes:
         reporter.note(note)
     with tell_places(loaded):
-        return _plan(loaded)
+        result = _plan(loaded)
+    for warning in result.warnings:
+        reporter.warn(warning)
+    return result
 
 
 def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
+    check_template(recipe.data.template)
     config, skeleton = build_skeleton(recipe.model)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    dtype = _find_dtype(recipe, skeleton)
-    base_bytes = base_parameters * dtype.itemsize
+    check_context(config, recipe)
     groups = plan_groups(skeleton, recipe.adapter)
-    trainable = sum(group.num_parameters for group in groups)
+    model = prepare_skeleton(skeleton, recipe)
+    checkpoint = count_checkpoint_bytes(recipe, list_learned(model)) / GIB
+    free_disk = _measure_free_disk(find_run_dir(recipe))
     data, unknown = _read_data(loaded)
-    longest = kept = recipe.data.max_length
+    survey, num_steps = None, max(recipe.train.max_steps, 0) or None
     if data is not None:
-        longest = data.report.lengths["max"]
-        kept = _count_kept_positions(data.train)
-    num_steps = None
-    if data is not None:
-        num_steps = build_step_plan(recipe, len(data.train), 1).num_steps
-    elif recipe.train.max_steps > 0:
-        num_steps = recipe.train.max_steps
-    memory = _estimate_memory(recipe, config, dtype, base_bytes, trainable, longest, kept)
+        steps = build_step_plan(recipe, data, 1)
+        num_steps = steps.num_steps
+        survey = survey_passes(recipe, data, steps)
+    num_checkpoints = count_checkpoints(recipe.train, num_steps)
+    disk = None if num_checkpoints is None else checkpoint * num_checkpoints
+    shapes = survey.find_largest() if survey is not None else [assume_longest(recipe)]
+    num_tokens = 0 if data is None else len(data.train.ids)
+    memory, reason = estimate_memory(recipe, config, model, shapes, num_tokens=num_tokens)
+    if reason is not None:
+        unknown.append(f"memory: {reason}")
+    per_step, in_all, reason = _count_flops(model, recipe, survey)
+    if reason is not None:
+        unknown.append(f"operations: {reason}")
+    device, available = measure_available()
+    largest = max(shapes, key=lambda shape: (shape.num_positions, shape.num_labels))
+    is_known = data is not None and not data.report.streaming
     return Plan(
-        trainable_parameters=trainable,
+        trainable_parameters=sum(group.num_parameters for group in groups),
         base_parameters=base_parameters,
         groups=groups,
-        num_rows=None if data is None else data.report.num_rows,
+        num_rows=data.report.num_rows if data is not None and is_known else None,
         num_steps=num_steps,
+        lengths=None if data is None else data.report.lengths,
+        largest_batch={
+            "sequences": largest.num_sequences,
+            "length": largest.length,
+            "labels": largest.num_labels,
+        },
+        flops_per_step=per_step,
+        train_flops=in_all,
         memory_gib=memory,
+        device=device,
+        available_gib=available,
+        checkpoint_gib=checkpoint,
+        disk_gib=disk,
+        free_disk_gib=free_disk,
+        warnings=[
+            *(data.report.warnings if data is not None else ()),
+            *tell_fit(recipe, memory["total"], device, available),
+            *_tell_disk(recipe, disk, free_disk),
+        ],
         unknown=unknown,
     )
 
@@ -126,7 +187,8 @@ def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:
             trust_remote_code=recipe.model.trust_remote_code,
         )
         data = build_datasets(
-            recipe.data,
+            # A plan leaves nothing behind.
+            replace(recipe.data, cache_dir=None),
             tokenizer=tokenizer,
             recipe_dir=loaded.path.parent,
             need_validation=False,
@@ -138,76 +200,33 @@ def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:
     return data, []
 
 
-def _count_kept_positions(dataset: EncodedDataset) -> int:
-    """Count the positions that the head must see for the row whose labels reach furthest back."""
-    spans = (
-        len(mask) - int(mask.argmax()) + 1 for _, mask in map(dataset.row, range(len(dataset)))
-    )
-    return max(spans)
+def _count_flops(
+    model: nn.Module, recipe: Recipe, survey: PassSurvey | None
+) -> tuple[float | None, float | None, str | None]:
+    """Give the operations of a step and of the run, or the reason why they are not known."""
+    if survey is None:
+        return None, None, "they hang on the rows' lengths"
+    positions = float((survey.sequences * survey.lengths).mean())
+    try:
+        rates = find_flop_rates(model, recipe, positions)
+    except LookupError as error:
+        return None, None, str(error)
+    return (*count_run_flops(rates, survey), None)
 
 
-def _find_dtype(recipe: Recipe, skeleton: nn.Module) -> torch.dtype:
-    if recipe.model.dtype != "auto":
-        return {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }[recipe.model.dtype]
-    declared = getattr(skeleton.config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else torch.float32
+def _measure_free_disk(path: Path) -> float:
+    """Give the free GiB of the file system where the run's folder is or will be."""
+    place = path.resolve()
+    while not place.exists():
+        place = place.parent
+    with disk_errors(path, "read"):
+        return shutil.disk_usage(place).free / GIB
 
 
-def _estimate_memory(
-    recipe: Recipe,
-    config: Any,
-    dtype: torch.dtype,
-    base_bytes: int,
-    trainable: int,
-    longest: int,
-    kept: int,
-) -> dict[str, float]:
-    """Estimate the memory of one device from shapes, for the longest batch that can come.
-
-    Activations are what autograd keeps of a decoder layer whose weights are frozen (no linear
-    keeps its input for its own weight): the two norms' inputs and outputs in float32, queries, keys
-    and values before and after the rotary embedding, the attention's output, and the gated MLP's
-    three products; an adapted linear adds its input. Gradient checkpointing keeps one hidden state
-    a layer and one layer's activations.
-    """
-    text = config.get_text_config()
-
-    def read(name: str, default: int) -> int:
-        return int(getattr(text, name, None) or default)
-
-    hidden, layers = read("hidden_size", 0), read("num_hidden_layers", 0)
-    heads = read("num_attention_heads", 1)
-    head_dim = read("head_dim", hidden // heads)
-    kv_heads = read("num_key_value_heads", heads)
-    inner = read("intermediate_size", 4 * hidden)
-    width = {"bf16": 2, "fp16": 2}.get(recipe.train.mixed_precision, dtype.itemsize)
-    tokens = recipe.train.per_device_train_batch_size * longest
-    per_layer = tokens * (
-        (4 * 4 + 2 * width) * hidden
-        + 2 * width * (heads + 2 * kv_heads) * head_dim
-        + width * heads * head_dim
-        + 4 * width * inner
-    )
-    if recipe.train.gradient_checkpointing:
-        activations = layers * tokens * hidden * width + per_layer
-    else:
-        activations = layers * per_layer
-    # Logits of the labelled span in the base's type, and their float32 copies in the loss.
-    kept_tokens = recipe.train.per_device_train_batch_size * kept
-    logits = kept_tokens * read("vocab_size", 0) * (width + 8)
-    memory: dict[str, float] = {
-        "runtime": _RUNTIME_BYTES,
-        "base_weights": base_bytes,
-        "factors": 4 * trainable,
-        "gradients": 4 * trainable,
-        "optimizer": 8 * trainable if recipe.train.optim.startswith("adamw") else 4 * trainable,
-        "activations": activations,
-        "logits": logits,
-    }
-    gib = {name: value / _GIB for name, value in memory.items()}
-    gib["total"] = math.fsum(gib.values())
-    return gib
+def _tell_disk(recipe: Recipe, disk_gib: float | None, free_gib: float) -> list[str]:
+    if disk_gib is None or disk_gib <= free_gib:
+        return []
+    return [
+        f"checkpoints will take {disk_gib:.2f} GiB and {free_gib:.2f} GiB are free at "
+        f"{find_run_dir(recipe)}: lower train.save_total_limit or choose another output_dir"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from wegeft_cli.data.order import StepPlan
+from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
+from wegeft_cli.generators.saved import find_saved_modules
 from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
 from wegeft_cli.recipe.load import LoadedRecipe
-from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
+from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
+from wegeft_cli.training.optim import check_optimizer
+from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
+
+_SAVED = "modules_to_save"
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,8 @@ class GroupPlan:
     """One group's share of what learns.
 
     Args:
-        name: The group.
-        num_layers: Layers, or row parts of layers, that use it.
+        name: The group; `modules_to_save` are the modules that are trained whole.
+        num_layers: Layers, or row parts of layers, that use it; of modules, how many.
         width: d of its pair; None for a method without groups.
         num_parameters: Learned parameters.
     """
@@ -91,35 +99,53 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
     """Count what learns, group by group, on a model without weights.
 
     Args:
-        skeleton: The base on the meta device; a PEFT method is put into it.
+        skeleton: The base on the meta device; it is not changed.
         section: The recipe's `adapter`.
 
     Returns:
         The groups; a PEFT method's counts are summed by kind of layer.
 
     Raises:
-        UserError: If a target matches nothing, or a group has two widths.
+        UserError: If a target matches nothing, a group has two widths, or a module cannot be
+            trained whole.
+        ExceptionGroup: If there are several such faults.
     """
     if section.type != "wegeft":
         return _plan_peft(skeleton, section)
+    targets = select_targets(skeleton, section.target_modules, section.groups)
     assigned = assign_groups(
-        select_targets(skeleton, section.target_modules, section.groups),
+        targets,
         share=section.share,  # type: ignore[arg-type]
         groups=section.groups,
         side=section.side,  # type: ignore[arg-type]
     )
     widths = group_widths(assigned, section.side)  # type: ignore[arg-type]
-    return [
+    groups = [
         GroupPlan(name, len(members), widths[name], count_parameters(widths[name], section.r))
         for name, members in assigned.items()
     ]
+    saved = find_saved_modules(skeleton, section.modules_to_save, targets)
+    if saved:
+        modules = [skeleton.get_submodule(name) for name in saved]
+        total = sum(p.numel() for module in modules for p in module.parameters())
+        groups.append(GroupPlan(_SAVED, len(saved), None, total))
+    return groups
 
 
-def build_step_plan(recipe: Recipe, num_rows: int, world_size: int) -> StepPlan:
-    """Cut the rows into optimizer steps as the recipe says."""
+def build_step_plan(recipe: Recipe, data: PreparedData, world_size: int) -> StepPlan:
+    """Cut the rows, or with packing the packs of rows, into optimizer steps as the recipe says.
+
+    Args:
+        recipe: The recipe.
+        data: Its tokenised rows.
+        world_size: Processes.
+
+    Returns:
+        The plan; what it calls a row is a pack where rows are packed.
+    """
     train = recipe.train
     return StepPlan(
-        num_rows=num_rows,
+        num_rows=len(data.train if data.packs is None else data.packs),
         per_device_batch_size=train.per_device_train_batch_size,
         accumulation_steps=train.gradient_accumulation_steps,
         world_size=world_size,
@@ -127,6 +153,49 @@ def build_step_plan(recipe: Recipe, num_rows: int, world_size: int) -> StepPlan:
         shuffle=recipe.data.shuffle,
         num_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
+        mixture=data.mixture,
+        group_lengths=data.train.lengths if train.group_by_length else None,
+    )
+
+
+def check_context(config: Any, recipe: Recipe) -> None:
+    """Check that the model can see as far as the recipe's longest row.
+
+    Args:
+        config: The base's configuration.
+        recipe: The recipe.
+
+    Raises:
+        UserError: If rows may be longer than the model's context.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and recipe.data.max_length > context:
+        raise UserError(
+            f"rows of {recipe.data.max_length} tokens exceed the model's context of {context}",
+            key="data.max_length",
+            hint=f"use {context} or less",
+        )
+
+
+def check_learning(recipe: Recipe, num_steps: int, device: torch.device) -> None:
+    """Check that the optimizer and the schedule take what the recipe gives them.
+
+    Args:
+        recipe: The recipe.
+        num_steps: Optimizer steps of the run.
+        device: Where the run will train.
+
+    Raises:
+        UserError: If one of them does not.
+    """
+    train = recipe.train
+    check_optimizer(train.optim, train.optim_args, device)
+    check_schedule(
+        train.lr_scheduler_type,
+        train.lr_scheduler_kwargs,
+        learning_rate=train.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=count_warmup_steps(num_steps, train.warmup_ratio, train.warmup_steps),
     )
 
 
@@ -138,24 +207,31 @@ def count_steps(value: float, num_steps: int) -> int:
 
 
 def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
-    from wegeft_cli.interop.peft import inject_peft
+    from wegeft_cli.interop.baselines import inject_peft
 
     model = inject_peft(
-        skeleton,
+        copy.deepcopy(skeleton),
         section.type,
         rank=section.r,
         alpha=section.alpha,
         target_modules=section.target_modules,
         options=section.peft,
+        modules_to_save=section.modules_to_save,
     )
     counts: dict[str, tuple[int, int]] = {}
+    saved: set[str] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
             parts = name.split(".")
             kind = next((p for i, p in enumerate(parts) if _is_method_part(parts, i)), parts[-1])
+            if _SAVED in parts:  # ...lm_head.modules_to_save.default.weight
+                kind = _SAVED
+                saved.add(name.partition(f".{_SAVED}.")[0])
             layers, total = counts.get(kind, (0, 0))
             counts[kind] = (layers + 1, total + parameter.numel())
+    if saved:
+        counts[_SAVED] = (len(saved), counts[_SAVED][1])
     if not counts:
         raise UserError(f"{section.type!r} leaves nothing to learn", key="adapter.type")
     return [GroupPlan(kind, n, None, total) for kind, (n, total) in counts.items()]
@@ -165,6 +241,25 @@ def _is_method_part(parts: list[str], i: int) -> bool:
     """Tell whether the part after `i` is the PEFT method's own (lora_A, ia3_l, vera_lambda_b)."""
     method = ("lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_")
     return i + 1 < len(parts) and parts[i + 1].startswith(method)
+
+
+def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:
+    """Count the checkpoints that lie side by side at most, the one being written included.
+
+    Args:
+        train: The recipe's `train`.
+        num_steps: Optimizer steps of the run.
+
+    Returns:
+        Their number; None where all are kept and the steps are not known.
+    """
+    kept = train.save_total_limit
+    if kept is None:
+        if num_steps is None:
+            return None
+        every = count_steps(train.save_steps, num_steps)
+        kept = num_steps // every if every else 0
+    return kept + 1 + train.load_best_model_at_end
 
 
 def find_run_dir(recipe: Recipe) -> Path:

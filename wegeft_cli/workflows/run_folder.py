@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.adapter import find_newest_run
-from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
+from wegeft_cli.checkpoints.files import disk_errors, remove_leftover_files, write_text_atomic
+from wegeft_cli.checkpoints.json_values import to_finite
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.version import VERSION
 
 _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
+METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.jsonl"
+_FILES = ("recipe.yaml", "run.json", METRICS_NAME, SAMPLES_NAME)
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
 
@@ -35,6 +38,10 @@ class RunFolder:
         self.adapter_dir = path / "adapter"
         self.checkpoints_dir = path / "checkpoints"
         self._values: dict[str, Any] = {}
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process left that was killed while writing; for who holds the folder."""
+        remove_leftover_files(self.path, _FILES)
 
     def check_unused(self) -> None:
         """Refuse a folder that already holds a run, or a recipe that the run's own would replace.
@@ -84,7 +91,7 @@ class RunFolder:
         with disk_errors(self.path, "read"):
             if self.adapter_dir.exists():
                 return True
-            metrics, run = self.path / "metrics.jsonl", self.path / "run.json"
+            metrics, run = self.path / METRICS_NAME, self.path / "run.json"
             if metrics.exists() and metrics.stat().st_size:
                 return True
             if self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir()):
@@ -116,24 +123,53 @@ class RunFolder:
     def update(self, values: Mapping[str, Any]) -> None:
         """Merge values into run.json and write it whole."""
         self._values.update(values)
-        text = json.dumps(_finite(self._values), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_finite(self._values), indent=2, allow_nan=False) + "\n"
         write_text_atomic(self.path / "run.json", text)
 
-    def start_metrics(self, step: int) -> None:
-        """Keep the lines of metrics up to a step (that of the checkpoint), drop later ones."""
-        path = self.path / "metrics.jsonl"
-        kept: list[str] = []
-        if step and path.is_file():
-            with disk_errors(path, "read"):
-                lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-        write_text_atomic(path, "".join(line + "\n" for line in kept))
+    def start_lines(self, step: int, *, redo_validation: bool) -> None:
+        """Keep the lines of metrics and samples up to a checkpoint, drop later ones.
+
+        Args:
+            step: The checkpoint's step; 0 drops all.
+            redo_validation: The validation of that step is still to be done: its lines are dropped.
+        """
+        for name in (METRICS_NAME, SAMPLES_NAME):
+            path = self.path / name
+            kept: list[str] = []
+            if step and path.is_file():
+                with disk_errors(path, "read"):
+                    lines = path.read_text(encoding="utf-8").split("\n")
+                kept = [line for line in lines if _is_kept(line, step, redo_validation)]
+            if name == METRICS_NAME or path.is_file():
+                write_text_atomic(path, "".join(line + "\n" for line in kept))
+
+    def read_validation(self) -> dict[int, dict[str, float]]:
+        """Give the validations in metrics.jsonl: step -> metrics."""
+        path = self.path / METRICS_NAME
+        with disk_errors(path, "read"):
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            line["step"]: {key: value for key, value in line.items() if key != "step"}
+            for line in lines
+            if "loss" not in line
+        }
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        path = self.path / "metrics.jsonl"
+        self._append(METRICS_NAME, [line])
+
+    def append_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Append what the model answered at a step, (prompt, output) each, to samples.jsonl."""
+        self._append(
+            SAMPLES_NAME,
+            [{"step": step, "prompt": prompt, "output": output} for prompt, output in samples],
+        )
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        path = self.path / name
+        text = "".join(json.dumps(to_finite(dict(line)), allow_nan=False) + "\n" for line in lines)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(dict(line)), allow_nan=False) + "\n")
+            file.write(text)
 
 
 def find_run(path: str | Path | None) -> Path:
@@ -209,16 +245,11 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _step_of(line: str) -> float:
+def _is_kept(line: str, step: int, redo_validation: bool) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        values = json.loads(line)
+        its_step = float(values["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut off by a kill
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinity, which JSON has no word for, by null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+        return False  # a line cut off by a kill
+    is_of_validation = "loss" not in values
+    return its_step < step or (its_step == step and not (redo_validation and is_of_validation))

@@ -15,6 +15,8 @@ from wegeft_cli.evaluation.protocols import find_protocol
 from wegeft_cli.evaluation.tasks import find_task
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.sweep import load_sweep
+from wegeft_cli.workflows.tasks import choose_protocol
 
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _HUB = "not found here; it would be taken from the hub, which is not asked"
@@ -66,19 +68,28 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
         ExceptionGroup: If several are.
     """
     loaded = load_recipe(path, overrides)
-    raise_all(list(_check_names(loaded)))
+    raise_all(list(check_names(loaded)))
     num_keys = sum(not key.endswith("]") for key in loaded.places)
-    checked = (
+    checked: tuple[str, ...] = (
         f"{num_keys} keys are known and of the right type",
         "choices, ranges and the rules between keys hold",
         "template, tasks and protocol exist",
     )
+    if loaded.recipe.sweep:
+        checked = (*checked, _check_sweep(path, overrides))
     inputs = tuple(_find_inputs(loaded.recipe, loaded.path.parent))
     return ValidateReport(str(loaded.path), checked, inputs, loaded.notes)
 
 
-def _check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
-    """Check names that other rooms give a meaning to."""
+def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Check names that other rooms give a meaning to: the template, the tasks, the protocol.
+
+    Args:
+        loaded: The recipe, which knows the places.
+
+    Yields:
+        Each fault.
+    """
     section = loaded.recipe.eval
     try:
         check_template(loaded.recipe.data.template)
@@ -92,6 +103,21 @@ def _check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
             find_protocol(section.protocol, task)
         except UserError as fault:
             yield _place(fault, key, loaded)
+    for position, name in enumerate(loaded.recipe.train.eval_tasks):
+        key = f"train.eval_tasks[{position}]"
+        try:
+            task = find_task(name)
+            find_protocol(choose_protocol(task, section.protocol), task)
+        except UserError as fault:
+            yield _place(fault, key, loaded)
+
+
+def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
+    """Check every combination of the sweep, and say how many there are."""
+    runs = load_sweep(path, overrides).runs
+    found = [fault for run in runs for fault in check_names(run.loaded)]
+    raise_all(list({str(fault): fault for fault in found}.values()))
+    return f"all of that holds for each of the {len(runs)} runs of `sweep`"
 
 
 def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
@@ -100,6 +126,11 @@ def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
 
 def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
     yield _find_model(recipe.model.name_or_path)
+    start = recipe.adapter.init_from
+    if start is not None:
+        place = find_local(start, recipe_dir)
+        note = _LATER if place is None else f"at {place}"
+        yield Input("adapter.init_from", start, place is not None, note)
     for part in ("train", "validation"):
         for position, source in enumerate(getattr(recipe.data, part)):
             key = f"data.{part}[{position}].path"

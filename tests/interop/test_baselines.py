@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import lora_twin
 from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop.peft import inject_peft, load_peft, merge_peft, save_peft
+from wegeft_cli.interop.baselines import (
+    inject_peft,
+    load_peft,
+    merge_peft,
+    save_peft,
+    start_from_peft,
+)
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 # Two float32 layers by another road: 2.8e-7 was measured on a base of small weights.
@@ -92,6 +98,24 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("method", [*METHODS, "oft"])
+def test_a_method_is_counted_without_weights(llama_dir, method):
+    """PiSSA takes its start from the weights, and OFT its blocks from the rank or from a key."""
+
+    def count(model):
+        options = METHODS.get(method, {"oft_block_size": 4})
+        targets = ["q_proj", "down_proj"] if options.get("feedforward_modules") else ["q_proj"]
+        model = inject_peft(
+            model, method, rank=2, alpha=None, target_modules=targets, options=options
+        )
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    model = load(llama_dir)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model.config)
+    assert count(skeleton) == count(model) > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     targets = ["v_proj", "down_proj"] if method != "vera" else ["q_proj"]
@@ -120,6 +144,68 @@ def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     assert num_folded == len(targets) * 2
     assert (merged(ids).logits - logits).abs().max() < FLOAT32 * logits.abs().max()
     assert (logits - load(llama_dir)(ids).logits).abs().max() > 1e-3 * logits.abs().max()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_modules_trained_whole_are_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
+    model = inject_peft(
+        load(llama_dir),
+        method,
+        rank=2,
+        alpha=None,
+        target_modules=["v_proj", "down_proj"],
+        options={**METHODS[method]},
+        modules_to_save=["lm_head", "norm"],
+    )
+    learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # Full names: PEFT alone would take `input_layernorm` for `norm`, which ends alike.
+    assert sorted(n for n in learning if "modules_to_save" in n) == [
+        "base_model.model.lm_head.modules_to_save.default.weight",
+        "base_model.model.model.norm.modules_to_save.default.weight",
+    ]
+    with torch.no_grad():
+        for parameter in learning.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.eval()
+    save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
+    again = load_peft(load(llama_dir), tmp_path)
+    logits = model(ids).logits
+    assert torch.equal(again(ids).logits, logits)
+    trained = learning["base_model.model.lm_head.modules_to_save.default.weight"]
+    merged, num_folded = merge_peft(again)
+    assert num_folded == 4 + 2
+    assert torch.equal(merged.lm_head.weight, trained)
+    assert (merged(ids).logits - logits).abs().max() < FLOAT32 * logits.abs().max()
+
+
+def test_a_start_takes_every_tensor(llama_dir, ids, tmp_path):
+    settings = {
+        "rank": 2, "alpha": None, "target_modules": ["q_proj"], "options": {},
+        "modules_to_save": ["lm_head"],
+    }  # fmt: skip
+    model = inject_peft(load(llama_dir), "lora", **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
+    fresh = inject_peft(load(llama_dir), "lora", **settings).eval()
+    assert not torch.equal(fresh(ids).logits, model(ids).logits)
+    start_from_peft(fresh, tmp_path)
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
+    assert all(p.requires_grad for n, p in fresh.named_parameters() if "lora_" in n)
+    other = inject_peft(load(llama_dir), "lora", **{**settings, "rank": 3})
+    with pytest.raises(UserError, match="4 of 5 tensors differ"):
+        start_from_peft(other, tmp_path)
+
+
+def test_a_module_that_is_not_there_is_told(llama_dir):
+    with pytest.raises(UserError, match="matches no module") as caught:
+        inject_peft(
+            load(llama_dir), "lora", rank=2, alpha=None, target_modules=["q_proj"], options={},
+            modules_to_save=["lm_hed"],
+        )  # fmt: skip
+    assert caught.value.key == "adapter.modules_to_save"
 
 
 def test_rank_alpha_and_options_reach_the_method(llama_dir):

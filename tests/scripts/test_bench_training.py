@@ -1,0 +1,144 @@
+"""The training benchmark trains what it says it trains, and says so where variants disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from wegeft_cli.data.collate import collate_rows
+from wegeft_cli.training.loss import CausalLoss
+
+NUM_ROWS = 10
+# The same sum in float32, by other kernels and in another order.
+FLOAT32_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("bench_training")
+
+
+@pytest.fixture
+def words(tmp_path: Path, llama_dir: Path) -> list[str]:
+    rows = [{"question": f"How much is {n}?", "answer": f"{'so ' * n}{n}"} for n in range(12)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = f"--rows {NUM_ROWS} --batch-size 4 --max-length 96 --threads 1 --rounds 2"
+    return [str(path), *options.split(), "--model", str(llama_dir)]
+
+
+def test_variants_train_the_same_rows(script: ModuleType, words: list[str]) -> None:
+    arguments = script.parse_arguments(words)
+    here = [label for label in script.VARIANTS if label != script.TRL]
+    threads = torch.get_num_threads()
+    try:
+        found = {label: [script.run_variant(arguments, label)] for label in here}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 5
+    assert script.find_disagreements(found) == []
+    plain = found[script.PLAIN][0]
+    assert (plain.num_rows, plain.num_steps) == (NUM_ROWS, 3)
+    assert found[script.PACKED][0].num_steps < 10
+    assert found[script.LORA][0].trainable_parameters != plain.trainable_parameters
+    full = found[script.ALL_POSITIONS][0]
+    assert full.last_loss == pytest.approx(plain.last_loss, rel=FLOAT32_TOLERANCE)
+    result = script.describe(arguments, found)
+    assert json.loads(json.dumps(result))["variants"][0]["label"] == script.PLAIN
+    table = script.to_markdown(result).splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == 2 + len(here)
+
+
+@pytest.mark.slow
+def test_trl_trains_the_same_thing(script: ModuleType, words: list[str]) -> None:
+    pytest.importorskip("trl")
+    arguments = script.parse_arguments(words)
+    both = {label: [script.start_variant(arguments, label)] for label in (script.LORA, script.TRL)}
+    assert script.find_disagreements(both) == []
+    lora, trl = (runs[0] for runs in both.values())
+    assert trl.trainable_parameters == lora.trainable_parameters
+    assert trl.num_steps == lora.num_steps
+
+
+def test_all_positions_give_the_loss_of_the_labelled_ones(
+    script: ModuleType, llama_dir: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    random = np.random.default_rng(0)
+    rows = [(random.integers(4, 300, n), np.arange(n) >= n // 2) for n in (9, 5, 7)]
+    batch = collate_rows(rows, pad_token_id=2)
+    with torch.no_grad():
+        full = float(script.full_head_loss(model, batch))
+        kept = float(CausalLoss(model)(model, batch))
+    assert full == pytest.approx(kept, rel=FLOAT32_TOLERANCE)
+    assert full > 1
+
+
+def make_measurement(script: ModuleType, label: str, **changes: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(script.Measurement)]
+    return script.Measurement(**{**dict.fromkeys(names, 2), "label": label, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"seconds": 9.0, "last_loss": 9.0, "num_steps": 1}, None),
+        ({"num_tokens": 3}, "num_tokens differ"),
+        ({"num_label_tokens": 3}, "num_label_tokens differ"),
+        ({"num_rows": 3}, "num_rows differ"),
+        ({"num_threads": 3}, "num_threads differ"),
+        ({"first_loss": 2.001}, "first step's losses differ"),
+        ({"first_loss": float("nan")}, "first step's losses differ"),
+    ],
+)
+def test_what_is_not_the_same_is_told(
+    script: ModuleType, changes: dict[str, Any], told: str | None
+) -> None:
+    found = {
+        script.PLAIN: [make_measurement(script, script.PLAIN)],
+        script.TRL: [make_measurement(script, script.TRL, **changes)],
+    }
+    texts = script.find_disagreements(found)
+    assert len(texts) == (told is not None)
+    assert told is None or told in texts[0]
+
+
+def test_variants_take_turns(
+    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def start(arguments: Any, label: str) -> Any:
+        order.append(label)
+        return make_measurement(script, label, seconds=float(len(order)))
+
+    monkeypatch.setattr(script, "start_variant", start)
+    found = script.measure(script.parse_arguments([*words, "--variants", "0,2,5"]))
+    labels = [script.VARIANTS[number] for number in (0, 2, 5)]
+    assert order == [*labels, *labels[1:], labels[0]]
+    assert [run.seconds for run in found[labels[0]]] == [1.0, 6.0]
+
+
+@pytest.mark.parametrize("rows", [[], ["no_such.jsonl"]])
+def test_it_says_which_rows_it_needs(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], rows: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script.parse_arguments(rows)
+    assert "grade_school_math/data/train.jsonl" in capsys.readouterr().err
+
+
+def test_a_batch_of_packs_holds_about_as_many_tokens(script: ModuleType) -> None:
+    assert script.scale_pack_batch(np.full(16, 100), 8, 400) == 2
+    assert script.scale_pack_batch(np.full(16, 100), 8, 100) == 8
+    assert script.scale_pack_batch(np.full(4, 100), 2, 1000) == 1

@@ -1,0 +1,119 @@
+"""Operations counted from shapes against those that torch counts while a real model trains."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from wegeft_cli.data.pipeline import build_datasets
+from wegeft_cli.models.base import build_meta_model, load_config, load_model, load_tokenizer
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.workflows.batches import build_source
+from wegeft_cli.workflows.build import enable_checkpointing, inject_adapter
+from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
+from wegeft_cli.workflows.prepare import build_skeleton, build_step_plan
+from wegeft_cli.workflows.rehearsal import prepare_skeleton
+from wegeft_cli.workflows.survey import survey_passes
+
+# The first layer needs no gradient for its input, and the last product of a recomputed layer is
+# not computed again: both are counted as if they were, a share that shrinks with the layers.
+TOLERANCE = 0.06
+
+# The counter knows the GPU's fused attention, not the CPU's, which does as much.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *args, out_val=None, **kwargs: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *args, out_val=None, **kwargs: sdpa_backward_flop_count(
+            grad, query, key, value
+        )
+    ),
+}
+
+
+@pytest.fixture
+def prepare(write_recipe, build_llama_dir):
+    """A function: recipe, tokenised rows, plan of steps, on a Llama of eight layers."""
+    folder = build_llama_dir(num_hidden_layers=8)
+
+    def build(*overrides):
+        path = write_recipe(model={"name_or_path": str(folder)})
+        recipe = load_recipe(path, overrides).recipe
+        data = build_datasets(recipe.data, tokenizer=load_tokenizer(folder), recipe_dir=None)
+        return recipe, data, build_step_plan(recipe, data, 1)
+
+    return build
+
+
+def estimate(recipe, data, plan):
+    _, skeleton = build_skeleton(recipe.model)
+    survey = survey_passes(recipe, data, plan)
+    positions = float((survey.sequences * survey.lengths).mean())
+    rates = find_flop_rates(prepare_skeleton(skeleton, recipe), recipe, positions)
+    return count_run_flops(rates, survey)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["adapter.target_modules=all-linear", "adapter.r=16"],
+        ["adapter.view=weight"],
+        ["adapter.dropout=0.1"],
+        ["adapter.side=output", "adapter.view=activation"],
+        ["adapter.type=lora"],
+        ["adapter.modules_to_save=[lm_head]"],
+        ["model.attn_implementation=eager"],
+        ["train.gradient_checkpointing=true"],
+        ["train.gradient_accumulation_steps=2", "train.per_device_train_batch_size=2"],
+        ["data.loss_on=all"],
+        ["data.packing=bfd", "data.max_length=24"],
+    ],
+    ids=str,
+)
+def test_a_run_counts_what_torch_counts(prepare, overrides):
+    recipe, data, plan = prepare("train.num_train_epochs=1", *overrides)
+    model = load_model(
+        recipe.model.name_or_path, attn_implementation=recipe.model.attn_implementation
+    )
+    model = inject_adapter(model, recipe).train()
+    if recipe.train.gradient_checkpointing:
+        enable_checkpointing(model)
+    source = build_source(recipe, data, plan, rank=0, pad_token_id=2)
+    loss = CausalLoss(model)
+    loss(model, next(iter(source.micro_batches(0))))  # it tries the head once
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        for step in range(source.num_steps):
+            for batch in source.micro_batches(step):
+                loss(model, batch).backward()
+    per_step, in_all = estimate(recipe, data, plan)
+    assert source.num_steps == plan.num_steps > 1
+    assert counter.get_total_flops() > 1e7
+    assert in_all == pytest.approx(counter.get_total_flops(), rel=TOLERANCE)
+    assert per_step == pytest.approx(in_all / source.num_steps)
+
+
+def test_a_long_run_is_told_from_its_first_steps(prepare):
+    recipe, data, plan = prepare("train.max_steps=5000")
+    survey = survey_passes(recipe, data, plan)
+    assert survey.num_steps == 4096
+    assert survey.num_steps_in_all == 5000
+    per_step, in_all = estimate(recipe, data, plan)
+    assert in_all == pytest.approx(5000 * per_step)
+    two = estimate(*prepare("train.num_train_epochs=1"))
+    # Each epoch puts other rows together, and so pads otherwise.
+    assert per_step == pytest.approx(two[0], rel=TOLERANCE)
+
+
+def test_what_does_not_follow_from_shapes_is_refused(prepare):
+    recipe, _, _ = prepare()
+    config = load_config(recipe.model.name_or_path)
+    model = prepare_skeleton(build_meta_model(config), recipe)
+    model.config.num_local_experts = 4
+    with pytest.raises(LookupError, match="mixture of experts"):
+        find_flop_rates(model, recipe, 10.0)

@@ -1,0 +1,261 @@
+"""The estimate of memory against what real models keep, real optimizers hold and real runs take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from wegeft_cli.data.collate import collate_rows
+from wegeft_cli.models.base import load_config, load_model
+from wegeft_cli.recipe.check import CHOICES
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.schema import TrainSection
+from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.training.optim import build_optimizer
+from wegeft_cli.workflows.build import inject_adapter
+from wegeft_cli.workflows.memory import (
+    count_optimizer_bytes,
+    estimate_memory,
+    measure_available,
+    tell_fit,
+)
+from wegeft_cli.workflows.prepare import build_skeleton
+from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton, rehearse_step
+
+# The hooks see what autograd saves; the estimate also counts what Python still holds when the head
+# is reached: the batch, the last hidden state, weights that autocast has cast.
+TOLERANCE = 0.05
+ROWS, LENGTH, LABELS = 3, 40, 11
+
+
+@pytest.fixture
+def read_recipe(write_recipe, build_llama_dir):
+    """A function: a loaded recipe on a Llama of four layers."""
+    folder = build_llama_dir(num_hidden_layers=4)
+
+    def read(*overrides):
+        return load_recipe(write_recipe(model={"name_or_path": str(folder)}), overrides).recipe
+
+    return read
+
+
+def count_saved_bytes(model, batch, mixed_precision):
+    """Sum the storages that autograd saves in a real forward pass up to the head, each once."""
+    saved = {}
+    tensors = (*model.parameters(), *model.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    is_open = True
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if is_open and storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    def close(*_):
+        nonlocal is_open
+        is_open = False
+
+    model.get_output_embeddings().register_forward_pre_hook(close)
+    dtype = {"bf16": torch.bfloat16}.get(mixed_precision)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
+        loss = CausalLoss(model)
+        loss._gives_plain_logits = True  # without the trial of one token, which is saved too
+        loss(model, batch)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def build_batch(lengths):
+    import numpy as np
+
+    rows = []
+    for length in lengths:
+        mask = np.zeros(length, dtype=bool)
+        mask[-LABELS:] = True
+        rows.append((np.arange(4, 4 + length, dtype=np.int32), mask))
+    return collate_rows(rows, pad_token_id=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_padded"),
+    [
+        ([], True),
+        ([], False),
+        (["adapter.target_modules=all-linear", "adapter.r=16"], True),
+        (["adapter.side=output"], True),
+        (["adapter.type=lora"], True),
+        (["model.attn_implementation=eager"], True),
+        (["model.dtype=bfloat16"], True),
+        (["train.mixed_precision=bf16"], True),
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_saves(read_recipe, overrides, is_padded):
+    recipe = read_recipe(*overrides)
+    lengths = [LENGTH, LENGTH - 5 * is_padded, LENGTH - 9 * is_padded]
+    batch = build_batch(lengths)
+    model = load_model(
+        recipe.model.name_or_path,
+        dtype=recipe.model.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+    )
+    model = inject_adapter(model, recipe).train()
+    saved = count_saved_bytes(
+        getattr(model, "base_model", model) if recipe.adapter.type == "lora" else model,
+        batch,
+        recipe.train.mixed_precision,
+    )
+    _, skeleton = build_skeleton(recipe.model)
+    shape = BatchShape(ROWS, LENGTH, ROWS * LABELS, is_padded)
+    step = rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape)
+    assert saved > 100_000
+    assert step.activations == pytest.approx(saved, rel=TOLERANCE)
+    assert step.blocks == step.activations  # no tensor here is too large for a heap
+
+
+def test_checkpointing_keeps_one_hidden_state_a_layer(read_recipe):
+    recipe = read_recipe("train.gradient_checkpointing=true")
+    _, skeleton = build_skeleton(recipe.model)
+    shape = BatchShape(ROWS, LENGTH, LABELS, True)
+    spared = rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape)
+    plain = replace(recipe, train=replace(recipe.train, gradient_checkpointing=False))
+    whole = rehearse_step(prepare_skeleton(skeleton, plain), plain, shape)
+    hidden = ROWS * LENGTH * 32 * 4
+    assert 4 * hidden < spared.activations < 8 * hidden  # beside four layers' inputs the mask
+    # The backward pass holds one layer whole; the heap's holes are as of a run that keeps all.
+    assert 0 < spared.backward + spared.logits < whole.activations
+    assert spared.blocks == pytest.approx(whole.blocks, rel=TOLERANCE)
+
+
+def test_layers_that_differ_are_all_run(read_recipe):
+    shape = BatchShape(ROWS, LENGTH, LABELS, True)
+
+    def activations(*overrides):
+        recipe = read_recipe(*overrides)
+        _, skeleton = build_skeleton(recipe.model)
+        return rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape).activations
+
+    none_above = "adapter.target_modules='.*layers.3.*down_proj'"
+    all_above = "adapter.target_modules='.*layers.0.*down_proj'"
+    every = "adapter.target_modules='.*layers.*down_proj'"
+    # Where only the last layer is adapted, nothing below it is kept.
+    assert activations(none_above) < 0.4 * activations(all_above)
+    assert activations(all_above) < activations(every)
+
+
+def test_a_model_that_needs_numbers_leaves_its_figures_open(read_recipe):
+    recipe = read_recipe()
+    config, skeleton = build_skeleton(recipe.model)
+    model = prepare_skeleton(skeleton, recipe)
+
+    def look(module, args):
+        if bool((args[0] > 0).all()):  # as a router that looks for idle experts
+            raise AssertionError
+
+    model.model.layers[1].mlp.register_forward_pre_hook(look)
+    shape = BatchShape(ROWS, LENGTH, LABELS, True)
+    with pytest.raises(RuntimeError, match="without numbers"):
+        rehearse_step(model, recipe, shape)
+    memory, reason = estimate_memory(recipe, config, model, [shape])
+    assert "without numbers" in reason
+    assert memory["activations"] is None
+    assert memory["total"] is None
+    assert memory["base_weights"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in CHOICES["train.optim"] if not name.startswith("paged")),
+        ("sgd", {"momentum": 0.9}),
+        ("rmsprop", {"momentum": 0.9, "centered": True}),
+        ("adamw_torch", {"amsgrad": True}),
+    ],
+    ids=str,
+)
+def test_optimizer_state_is_what_the_optimizer_holds(name, options):
+    weights = {"a": nn.Parameter(torch.ones(128, 64)), "b": nn.Parameter(torch.ones(64, 160))}
+    optimizer = build_optimizer(name, weights, learning_rate=1e-3, options=options)
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = sum(
+        value.numel() * value.itemsize
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        # Tables that map 8-bit codes to numbers are the same for all parameters.
+        if isinstance(value, torch.Tensor) and value.ndim and "qmap" not in key
+    )
+    train = TrainSection(optim=name, optim_args=options)
+    assert count_optimizer_bytes(train, list(weights.values())) == pytest.approx(held, rel=1e-3)
+
+
+def test_every_optimizer_has_its_figure():
+    weights = [torch.empty(64, 64)]
+    names = CHOICES["train.optim"]
+    assert len(names) > 10
+    sizes = {n: count_optimizer_bytes(TrainSection(optim=n), weights) for n in names}
+    assert sizes["paged_adamw_8bit"] == sizes["adamw_8bit"] < sizes["adamw_torch"]
+    assert sizes["sgd"] == 0
+
+
+def test_a_gpu_counts_neither_the_runtime_nor_the_heap(read_recipe):
+    recipe = read_recipe("model.dtype=bfloat16", "train.ema_decay=0.9")
+    config, skeleton = build_skeleton(recipe.model)
+    model = prepare_skeleton(skeleton, recipe)
+    shape = [BatchShape(ROWS, LENGTH, LABELS, True)]
+    on_gpu, _ = estimate_memory(recipe, config, model, shape, on_gpu=True)
+    on_cpu, _ = estimate_memory(recipe, config, model, shape, on_gpu=False)
+    assert on_gpu["runtime"] == on_gpu["allocator"] == on_gpu["loading"] == 0
+    assert on_gpu["ema"] == on_gpu["factors"] > 0
+    same = ("base_weights", "factors", "gradients", "optimizer", "ema", "activations", "logits")
+    assert {name: on_gpu[name] for name in same} == {name: on_cpu[name] for name in same}
+    assert on_cpu["total"] > on_gpu["total"]
+
+
+def test_loading_counts_where_the_file_has_another_type(read_recipe, build_llama_dir):
+    # A model far larger than its batch: both copies of its weights are the peak.
+    recipe = read_recipe("model.dtype=bfloat16")
+    config = load_config(recipe.model.name_or_path)
+    config.vocab_size = 2**20
+    from wegeft_cli.models.base import build_meta_model
+
+    model = prepare_skeleton(build_meta_model(config), recipe)
+    shape = [BatchShape(1, 4, 2, False)]
+    memory, _ = estimate_memory(recipe, config, model, shape, on_gpu=False)
+    copies = 3 * memory["base_weights"]  # float32 and bfloat16
+    assert memory["total"] == pytest.approx(copies + memory["runtime"])
+    same = replace(recipe, model=replace(recipe.model, dtype="float32"))
+    memory, _ = estimate_memory(same, config, model, shape, on_gpu=False)
+    assert memory["loading"] == 0
+
+
+def test_what_does_not_fit_is_told_with_the_keys(read_recipe):
+    recipe = read_recipe()
+    device, available = measure_available()
+    assert device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert available > 0.1
+    assert tell_fit(recipe, 1.0, "cpu", 2.0) == []
+    assert tell_fit(recipe, None, "cpu", 2.0) == []
+    (told,) = tell_fit(recipe, 3.0, "cpu", 2.0)
+    for part in [
+        "3.00 GiB", "2.00 GiB", "cpu", "train.per_device_train_batch_size (4)",
+        "data.max_length (64)", "train.gradient_checkpointing: true", "model.dtype: bfloat16",
+    ]:  # fmt: skip
+        assert part in told
+
+
+def test_checkpointing_is_left_as_it_was(read_recipe):
+    recipe = read_recipe("train.gradient_checkpointing=true")
+    _, skeleton = build_skeleton(recipe.model)
+    model = prepare_skeleton(skeleton, recipe)
+    rehearse_step(model, recipe, BatchShape(1, 8, 4, False))
+    assert model.is_activation_checkpointing
+    assert len(model.model.layers) == 4
+    assert all(parameter.is_meta for parameter in model.parameters())
+    names = {name for name, _ in skeleton.named_parameters()}
+    assert not any("wegeft" in name for name in names)

@@ -1,0 +1,248 @@
+"""A file becomes rows one at a time, each with the number by which it is found again."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from wegeft_cli.errors import UserError
+
+MAX_ROW_BYTES = 64 * 2**20
+"""No line or cell is longer: else a whole data set in one line would be read into memory."""
+PARQUET_ROWS = 256
+"""Rows of a Parquet file that are turned into Python's objects at a time."""
+
+
+class RawRow(NamedTuple):
+    """A row as the file has it.
+
+    Args:
+        number: Its line, or where there are no lines its position, counted from 1.
+        value: The row; what is wrong with it; or None for one that was only counted.
+    """
+
+    number: int
+    value: dict[str, Any] | UserError | None
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """How a kind of file is read.
+
+    Args:
+        read: (bytes, name, skip) -> the rows, of which the first `skip` are only counted.
+        has_lines: Whether rows are found by their lines.
+        can_stream: Whether one row is read without the others.
+    """
+
+    read: Callable[[BinaryIO, str, int], Iterator[RawRow]]
+    has_lines: bool = True
+    can_stream: bool = True
+
+    def place(self, file: str, number: int) -> str:
+        """Where a row stands: `file:line`, or `file: row N`."""
+        return f"{file}:{number}" if self.has_lines else f"{file}: row {number}"
+
+
+def find_suffix(file: Path) -> str:
+    """The ending that tells how the file is read; empty if none does."""
+    return next((ending for ending in KINDS if file.name.endswith(ending)), "")
+
+
+def find_kind(file: Path) -> FileKind:
+    """The way a file is read, by its name.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        The kind.
+
+    Raises:
+        UserError: If the name's ending is none that can be read.
+    """
+    suffix = find_suffix(file)
+    if not suffix:
+        raise UserError(f"an unknown kind of file; readable are {', '.join(KINDS)}", file=str(file))
+    return KINDS[suffix]
+
+
+def _not_utf8(byte: int, place: str) -> UserError:
+    return UserError(f"byte {byte:#04x} is not UTF-8", file=place, hint="save the file as UTF-8")
+
+
+def _parse(text: str, file: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # The error counts lines from 1 within the text given.
+        place = f"{file}:{error.lineno + first_line - 1}:{error.colno}"
+        message, hint = f"not JSON: {error.msg}", None
+        before = text[: error.pos].rstrip()
+        if before.endswith(",") and text[error.pos : error.pos + 1] in ("]", "}"):
+            message = f"not JSON: a comma before the closing {text[error.pos]!r}"
+            hint = "take the comma away"
+        elif error.msg == "Extra data" and text.lstrip().startswith("{"):
+            hint = "one object per line is JSONL: name the file .jsonl"
+        elif before == "[" and not file.endswith(".json"):
+            hint = "a list over several lines is JSON: name the file .json"
+        raise UserError(message, file=place, hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not readable JSON: {error}", file=f"{file}:{first_line}") from error
+
+
+def _read_json(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+    data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise _not_utf8(data[error.start], f"{file}:{line}") from error
+    del data
+    value = _parse(text, file)
+    if isinstance(value, dict):
+        lists = [key for key, part in value.items() if isinstance(part, list)]
+        inside = f" (with rows under {', '.join(map(repr, lists[:3]))})" if lists else ""
+        raise UserError(
+            f"one object{inside} where a list of rows is needed",
+            file=file,
+            hint="write the list itself into the file: [{...}, {...}]",
+        )
+    if not isinstance(value, list):
+        raise UserError(f"{value!r:.40} where a list of rows is needed", file=file)
+    for number, row in enumerate(value, start=1):
+        yield RawRow(number, None if number <= skip else _as_row(row, f"{file}: row {number}"))
+
+
+def _as_row(value: Any, place: str) -> dict[str, Any] | UserError:
+    if isinstance(value, dict):
+        return value
+    return UserError(f"{value!r:.40} is not an object", file=place)
+
+
+def _read_jsonl(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+    # Lines end at \n alone: a JSON string may hold U+2028 and the like.
+    for number in itertools.count(1):
+        line = stream.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_ROW_BYTES:
+            raise UserError(
+                f"a line of more than {MAX_ROW_BYTES // 2**20} MiB",
+                file=f"{file}:{number}",
+                hint="JSONL has one object per line; a list is JSON: name the file .json",
+            )
+        if line.isspace():
+            continue
+        if skip:
+            skip -= 1
+            yield RawRow(number, None)
+            continue
+        yield RawRow(number, _parse_line(line, file, number))
+
+
+def _parse_line(line: bytes, file: str, number: int) -> dict[str, Any] | UserError:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return _as_row(_parse(text, file, number), f"{file}:{number}")
+    except UnicodeDecodeError as error:
+        return _not_utf8(line[error.start], f"{file}:{number}")
+    except UserError as fault:
+        return fault
+
+
+def _read_jsonl_gz(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+    try:
+        with gzip.GzipFile(fileobj=stream) as unpacked:
+            yield from _read_jsonl(unpacked, file, skip)  # type: ignore[arg-type]
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"not a whole gzip file: {error}", file=file) from error
+
+
+def _read_csv(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+    csv.field_size_limit(MAX_ROW_BYTES)  # of the process; 128 KiB is less than a long text
+    # Bytes that are not UTF-8 come through as half surrogates, and so are found in their row.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next(reader, [])
+        fault = _check_cells(header, header, f"{file}:1")
+        if isinstance(fault, UserError):
+            raise fault
+        if len(set(header)) < len(header):
+            raise UserError(f"two columns of one name: {', '.join(header)}", file=f"{file}:1")
+        line = reader.line_num + 1
+        for cells in reader:
+            if skip and cells:
+                skip -= 1
+                yield RawRow(line, None)
+            elif cells:
+                yield RawRow(line, _check_cells(header, cells, f"{file}:{line}"))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"not CSV: {error}", file=f"{file}:{reader.line_num}") from error
+    finally:
+        text.detach()  # whoever opened the stream closes it
+
+
+def _check_cells(header: list[str], cells: list[str], place: str) -> dict[str, Any] | UserError:
+    if len(cells) != len(header):
+        message = f"{len(cells)} cells where the header has {len(header)}"
+        return UserError(message, file=place)
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError as error:
+        return _not_utf8(ord(error.object[error.start]) & 0xFF, place)
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        table = pq.ParquetFile(stream)
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if number + size <= skip:
+                # Nothing of it is read.
+                yield from (RawRow(number + i + 1, None) for i in range(size))
+                number += size
+                continue
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group]):
+                for row in _to_rows(batch, file, number + 1):
+                    number += 1
+                    yield RawRow(number, None if number <= skip else row)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"not a whole Parquet file: {error}", file=file) from error
+
+
+def _to_rows(batch: Any, file: str, first: int) -> list[dict[str, Any] | UserError]:
+    try:
+        rows: list[dict[str, Any] | UserError] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        # Some writers do not check their texts: which row is it?
+        if batch.num_rows == 1:
+            return [_not_utf8(error.object[error.start], f"{file}: row {first}")]
+        parts = (batch.slice(i, 1) for i in range(batch.num_rows))
+        rows = [row for i, part in enumerate(parts) for row in _to_rows(part, file, first + i)]
+    return rows
+
+
+KINDS = {
+    ".json": FileKind(_read_json, has_lines=False, can_stream=False),
+    ".jsonl": FileKind(_read_jsonl),
+    ".jsonl.gz": FileKind(_read_jsonl_gz),
+    ".csv": FileKind(_read_csv),
+    ".parquet": FileKind(_read_parquet, has_lines=False),
+}
+"""Every kind of file that can be read, by its ending."""

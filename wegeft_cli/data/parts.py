@@ -1,0 +1,248 @@
+"""One source becomes tokenised rows, anew or from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.cache import (
+    DamagedEntryError,
+    build_key,
+    discard_entry,
+    read_entry,
+    write_entry,
+)
+from wegeft_cli.data.chat import Template, build_template
+from wegeft_cli.data.encode import EncodedDataset, EncodeReport, encode_rows
+from wegeft_cli.data.files import find_suffix
+from wegeft_cli.data.forms import SourceForm, build_form
+from wegeft_cli.data.report import SourceReport
+from wegeft_cli.data.sources import MAX_FAULTS, Rows, digest_source, find_files, load_rows
+from wegeft_cli.data.templates import AUTO, CHAT, is_template_file
+from wegeft_cli.data.tokens import Encoder
+from wegeft_cli.data.turns import Rendered
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.recipe.schema import DataSection, DataSource
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, tokenised, and what became of its rows."""
+
+    dataset: EncodedDataset
+    report: SourceReport
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What all sources share.
+
+    Args:
+        section: The recipe's `data`.
+        tokenizer: The model's tokenizer.
+        encoder: What `build_encoder` made of it.
+        recipe_dir: Folder of the recipe, for relative paths.
+    """
+
+    section: DataSection
+    tokenizer: Any
+    encoder: Encoder
+    recipe_dir: Path | None
+
+
+def build_part(builder: Builder, source: DataSource, group: str) -> Part:
+    """Read, render and tokenise one source, or take it from the cache.
+
+    Args:
+        builder: What all sources share.
+        source: The recipe's entry.
+        group: train or validation.
+
+    Returns:
+        The tokenised source.
+
+    Raises:
+        UserError: If it cannot be read or has nothing to learn, or a row is bad; with the file, and
+            the row or line.
+        ExceptionGroup: If several rows are bad.
+    """
+    folder = builder.section.cache_dir
+    if folder is None:
+        return _encode_source(builder, source, group)
+    cache = Path(folder).expanduser()
+    notes: list[str] = []
+    digest = digest_source(source, recipe_dir=builder.recipe_dir)
+    if digest is None or not builder.tokenizer.is_fast:
+        reason = (
+            "the hub names no version of it"
+            if digest is None
+            else "the tokenizer is no fast one, so there is nothing to know it by"
+        )
+        notes.append(f"not kept in data.cache_dir: {reason}")
+        return _add_notes(_encode_source(builder, source, group), notes)
+    key = _find_key(builder, source, group, digest)
+    try:
+        entry = read_entry(cache, key)
+    except DamagedEntryError as error:
+        entry = None
+        discard_entry(cache, key)
+        notes.append(f"the rows kept in {cache / key} are damaged and are built anew: {error}")
+    if entry is not None:
+        facts = entry.facts
+        report = SourceReport(
+            source,
+            tuple(facts["template"]),
+            EncodeReport(**facts["encoded"]),
+            num_rows=facts["num_rows"],
+            sha256=facts["sha256"],
+            num_filtered=facts["num_filtered"],
+            from_cache=True,
+            notes=tuple(facts["notes"]),
+        )
+        return Part(entry.dataset, report)
+    part = _encode_source(builder, source, group)
+    if part.report.sha256 is not None:
+        # Of the bytes that became these rows: the file may have changed since it was looked at.
+        key = _find_key(builder, source, group, part.report.sha256)
+    try:
+        write_entry(cache, key, part.dataset, _tell_facts(part.report))
+    except OSError as error:
+        notes.append(f"not kept in data.cache_dir: {error}")
+    return _add_notes(part, notes)
+
+
+def _add_notes(part: Part, notes: Sequence[str]) -> Part:
+    return Part(part.dataset, replace(part.report, notes=(*part.report.notes, *notes)))
+
+
+def _tell_facts(report: SourceReport) -> dict[str, Any]:
+    return {
+        "template": list(report.template),
+        "encoded": asdict(report.encoded),
+        "num_rows": report.num_rows,
+        "sha256": report.sha256,
+        "num_filtered": report.num_filtered,
+        "notes": list(report.notes),
+    }
+
+
+def _find_key(builder: Builder, source: DataSource, group: str, digest: str) -> str:
+    files = find_files(source, builder.recipe_dir)
+    return build_key(
+        source,
+        builder.section,
+        digest=digest,
+        kinds=[] if files is None else [find_suffix(file) for file in files],
+        group=group,
+        tokenizer=builder.tokenizer,
+        chat=_find_chat_template(builder),
+    )
+
+
+def _find_chat_template(builder: Builder) -> Template | None:
+    """The template that the source's conversations would be written by, if it held any."""
+    name = builder.section.template
+    if name in (AUTO, CHAT) and builder.tokenizer.chat_template:
+        return build_template(CHAT, builder.tokenizer, builder.recipe_dir)
+    if is_template_file(name):
+        return build_template(name, builder.tokenizer, builder.recipe_dir)
+    return None
+
+
+def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
+    section = builder.section
+    rows = load_rows(source, recipe_dir=builder.recipe_dir)
+    form = build_form(
+        source,
+        section,
+        rows.rows[0],
+        tokenizer=builder.tokenizer,
+        recipe_dir=builder.recipe_dir,
+    )
+    fields = _read_rows(rows, form)
+    corpus = form.row_format.corpus
+    window = None
+    if corpus is not None:
+        total = corpus.num_train + corpus.num_validation
+        window = (0, corpus.num_train) if group == "train" else (corpus.num_train, total)
+    length_below = corpus.length_below if corpus else None
+    longest = builder.encoder.count_characters(max(section.max_length, length_below or 0))
+    dataset, encoded = encode_rows(
+        _render_rows(rows, fields, form, longest),
+        encoder=builder.encoder,
+        max_length=section.max_length,
+        length_below=length_below,
+        window=window,
+    )
+    if not len(dataset):
+        raise UserError(_tell_nothing_left(rows, encoded, section), file=rows.origin)
+    num_used = len(dataset) + encoded.num_dropped
+    report = SourceReport(
+        source,
+        (form.template.name, form.template.digest),
+        encoded,
+        num_rows=len(rows.rows),
+        sha256=rows.sha256,
+        num_filtered=len(rows.rows) - num_used if corpus else 0,
+        notes=tell_day(form),
+    )
+    return Part(dataset, report)
+
+
+def tell_day(form: SourceForm) -> tuple[str, ...]:
+    """Warn of a template that writes today's date."""
+    if not (form.is_talk and form.template.tells_the_day):
+        return ()
+    return (
+        "the chat template writes today's date into every row, so a run on another day, a resumed "
+        "one too, learns from other rows",
+    )
+
+
+def _tell_nothing_left(rows: Rows, report: EncodeReport, section: DataSection) -> str:
+    reasons = [
+        f"{report.num_empty} with an empty completion" if report.num_empty else "",
+        f"{report.num_cut_away} whose completion lies behind data.max_length {section.max_length}"
+        if report.num_cut_away
+        else "",
+    ]
+    told = ", ".join(reason for reason in reasons if reason) or "the corpus's rule keeps none"
+    return f"none of the {len(rows.rows)} rows has anything to learn: {told}"
+
+
+def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]:
+    """Check every row before any is tokenised: (index, fields) of those that are used."""
+    used: list[tuple[int, dict[str, Any]]] = []
+    faults: list[UserError] = []
+    for index, row in enumerate(rows.rows):
+        try:
+            fields = form.read(row)
+        except UserError as fault:
+            fault.file = rows.place(index)
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+            continue
+        if fields is not None:
+            used.append((index, fields))
+    raise_all(faults)
+    return used
+
+
+def _render_rows(
+    rows: Rows, used: Sequence[tuple[int, dict[str, Any]]], form: SourceForm, max_characters: int
+) -> Iterator[Rendered]:
+    faults: list[UserError] = []
+    for index, fields in used:
+        try:
+            yield form.render(fields, max_characters=max_characters)
+        except UserError as fault:
+            if fault.key is not None:
+                raise  # the recipe is at fault, not this row
+            fault.file = rows.place(index)
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+    raise_all(faults)

@@ -1,0 +1,176 @@
+"""A recipe becomes what the loop takes: the model with its adapter, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.interop.liger import apply_liger
+from wegeft_cli.models.base import load_model
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.loop import LoopSettings
+from wegeft_cli.training.neftune import add_neftune
+from wegeft_cli.training.optim import build_optimizer
+from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
+from wegeft_cli.workflows.init_from import init_from_adapter
+from wegeft_cli.workflows.packing import check_packing
+from wegeft_cli.workflows.prepare import count_steps
+
+
+def load_base(recipe: Recipe) -> nn.Module:
+    """Load the frozen base as the recipe names it, on the CPU."""
+    section = recipe.model
+    return load_model(
+        section.name_or_path,
+        revision=section.revision,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def build_model(
+    base: nn.Module,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    base_fingerprint: str | None,
+    resuming: bool,
+    warn: Callable[[str], None],
+) -> nn.Module:
+    """Make a base ready to train: kernels, adapter, device, checkpointing, noise.
+
+    Args:
+        base: The loaded base; it is changed.
+        recipe: The recipe.
+        accelerator: This process's device and rank.
+        base_fingerprint: The base's, where it is known.
+        resuming: A checkpoint will give the factors: `adapter.init_from` is not read.
+        warn: Told what cannot be checked.
+
+    Returns:
+        The model on its device. Its factors are the same on every process; what is drawn from now
+        on, such as dropout, is each process's own.
+
+    Raises:
+        UserError: If the adapter, a kernel or packing does not fit the model.
+    """
+    train = recipe.train
+    if train.use_liger_kernel:
+        apply_liger(base)
+    set_seed(recipe.seed)
+    model = inject_adapter(base, recipe)
+    if recipe.adapter.init_from is not None and not resuming:
+        init_from_adapter(
+            model,
+            recipe.adapter.init_from,
+            recipe.adapter,
+            base_fingerprint=base_fingerprint,
+            warn=warn,
+        )
+    model.to(accelerator.device)
+    if train.gradient_checkpointing:
+        enable_checkpointing(model)
+    check_packing(model, recipe)
+    if train.neftune_noise_alpha is not None:
+        add_neftune(model, train.neftune_noise_alpha)
+    set_seed(recipe.seed + accelerator.process_index)
+    return model
+
+
+def build_learning(
+    recipe: Recipe, parameters: Mapping[str, nn.Parameter], num_steps: int
+) -> tuple[Optimizer, LRScheduler, LoopSettings]:
+    """Build the optimizer, its schedule, and the loop's numbers.
+
+    Args:
+        recipe: The recipe.
+        parameters: What learns, by name.
+        num_steps: Optimizer steps of the run.
+
+    Returns:
+        All three.
+
+    Raises:
+        UserError: If the optimizer or the schedule does not take its settings.
+    """
+    train = recipe.train
+    optimizer = build_optimizer(
+        train.optim,
+        parameters,
+        learning_rate=train.learning_rate,
+        lr_ratio=train.lr_ratio,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        options=train.optim_args,
+    )
+    schedule = build_schedule(
+        train.lr_scheduler_type,
+        optimizer,
+        num_steps=num_steps,
+        warmup_steps=count_warmup_steps(num_steps, train.warmup_ratio, train.warmup_steps),
+        options=train.lr_scheduler_kwargs,
+    )
+    settings = LoopSettings(
+        max_grad_norm=train.max_grad_norm,
+        mixed_precision=train.mixed_precision,
+        logging_steps=train.logging_steps,
+        eval_steps=count_steps(train.eval_steps, num_steps),
+        save_steps=count_steps(train.save_steps, num_steps),
+        early_stopping_patience=train.early_stopping_patience,
+        max_skipped_steps=train.max_skipped_steps,
+        ema_decay=train.ema_decay,
+        metric_for_best_model=train.metric_for_best_model,
+        greater_is_better=train.metric_for_best_model != "eval_loss",
+        save_best=train.load_best_model_at_end,
+        # To write answers takes much longer than to save.
+        save_before_validation=bool(train.eval_tasks or recipe.logging.sample_prompts),
+    )
+    return optimizer, schedule, settings
+
+
+def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Put what learns into the base: generators, or a PEFT method as a baseline."""
+    section = recipe.adapter
+    if section.type == "wegeft":
+        inject_generators(
+            model,
+            rank=section.r,
+            alpha=section.alpha,
+            target_modules=section.target_modules,
+            share=section.share,  # type: ignore[arg-type]
+            groups=section.groups,
+            side=section.side,  # type: ignore[arg-type]
+            init=section.init,  # type: ignore[arg-type]
+            dropout=section.dropout,
+            view=section.view,  # type: ignore[arg-type]
+            modules_to_save=section.modules_to_save,
+            seed=recipe.seed,
+        )
+        return model
+    from wegeft_cli.interop.baselines import inject_peft
+
+    return inject_peft(
+        model,
+        section.type,
+        rank=section.r,
+        alpha=section.alpha,
+        target_modules=section.target_modules,
+        options=section.peft,
+        modules_to_save=section.modules_to_save,
+    )
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let the model recompute its layers' activations in the backward pass."""
+    # Reentrant checkpointing gives wrong gradients for parameters shared by layers, in silence,
+    # as soon as something hooks into the backward pass; it is never used.
+    model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,144 @@
+"""How a run ends: its adapter, of the last step or of the best one, written whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from wegeft_cli.checkpoints.files import atomic_folder
+from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.generators.inject import get_generators
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.loop import LoopResult
+from wegeft_cli.training.state import Progress
+from wegeft_cli.workflows.adapters import save_adapter
+from wegeft_cli.workflows.begin import has_stopped_early
+from wegeft_cli.workflows.card import write_card
+from wegeft_cli.workflows.reporter import Reporter
+from wegeft_cli.workflows.run_folder import RunFolder
+
+
+def write_adapter(
+    model: nn.Module,
+    recipe: Recipe,
+    folder: RunFolder,
+    result: LoopResult,
+    fingerprint: str | None,
+    reporter: Reporter,
+) -> int:
+    """Write the adapter's folder, whole or not at all.
+
+    Args:
+        model: The trained model; with `train.load_best_model_at_end` it gets the best step's
+            factors, or their average where one is kept.
+        recipe: The recipe.
+        folder: The run's folder.
+        result: How the loop ended.
+        fingerprint: The base's.
+        reporter: Told where the best checkpoint cannot be read.
+
+    Returns:
+        The step that the adapter is of.
+
+    Raises:
+        UserError: If the folder holds something already.
+        MachineError: If the disk fails.
+    """
+    best = _find_best(recipe, folder, result, reporter)
+    step = result.num_steps if best is None else best.step
+    if best is not None:
+        tensors = best.tensors.get("ema") or best.tensors["parameters"]
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                parameters[name].copy_(tensor)
+    card = write_card(recipe, result.num_steps, result.final_loss, adapter_step=step)
+    if get_generators(model) is not None:
+        asked = recipe.adapter.target_modules
+        save_adapter(
+            model,
+            folder.adapter_dir,
+            base_model_name_or_path=recipe.model.name_or_path,
+            revision=recipe.model.revision,
+            base_fingerprint=fingerprint,
+            target_modules=asked if isinstance(asked, str) else tuple(asked),
+            init_from=recipe.adapter.init_from,
+            card=card,
+        )
+        return step
+    from wegeft_cli.interop.baselines import save_peft
+
+    with atomic_folder(folder.adapter_dir) as temporary:
+        save_peft(model, temporary, base_model_name_or_path=recipe.model.name_or_path)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return step
+
+
+def recall_result(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> LoopResult:
+    """Give how the loop of a finished run ended, from what it left.
+
+    Args:
+        recipe: The recipe.
+        folder: The run's folder.
+        checkpoint: The run's last one.
+
+    Returns:
+        The result; all validations of the run are in it.
+    """
+    progress = Progress(**checkpoint.state["progress"])
+    loss = progress.last_loss
+    if progress.label_tokens:
+        loss = progress.loss_sum / progress.label_tokens
+    return LoopResult(
+        "finished",
+        checkpoint.step,
+        loss,
+        validation=folder.read_validation(),
+        stopped_early=has_stopped_early(checkpoint, recipe),
+        best_step=progress.best_step,
+        best_metric=progress.best_metric,
+        num_skipped=progress.num_skipped,
+    )
+
+
+def recall_adapter_step(
+    recipe: Recipe, folder: RunFolder, result: LoopResult, reporter: Reporter
+) -> int:
+    """Give the step that `write_adapter` took, where a kill came before it was written down.
+
+    Args:
+        recipe: The recipe.
+        folder: The run's folder.
+        result: How the loop ended.
+        reporter: Told where the best checkpoint cannot be read.
+
+    Returns:
+        The step.
+
+    Raises:
+        MachineError: If the disk fails.
+    """
+    best = _find_best(recipe, folder, result, reporter)
+    return result.num_steps if best is None else best.step
+
+
+def _find_best(
+    recipe: Recipe, folder: RunFolder, result: LoopResult, reporter: Reporter
+) -> Checkpoint | None:
+    """Read the checkpoint of the best step, where the adapter is to be of an earlier one.
+
+    A checkpoint that is gone must not cost the run.
+    """
+    step = result.best_step
+    if not recipe.train.load_best_model_at_end or step is None or step == result.num_steps:
+        return None
+    try:
+        return load_checkpoint(folder.checkpoints_dir / f"step-{step:08d}")
+    except MachineError:
+        raise
+    except UserError as fault:
+        reporter.warn(
+            f"the adapter is of the last step, as the best one's checkpoint cannot be read: {fault}"
+        )
+        return None

@@ -1,0 +1,226 @@
+"""`wegeft preview`: what a recipe makes of its rows, token by token, before anything is trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wegeft_cli.data.pack import pack_rows
+from wegeft_cli.data.pipeline import PreparedData, build_datasets
+from wegeft_cli.data.report import SourceReport
+from wegeft_cli.errors import UserError
+from wegeft_cli.models.base import load_tokenizer, pad_token_id
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.batches import build_source
+from wegeft_cli.workflows.prepare import build_step_plan, tell_places
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
+from wegeft_cli.workflows.walk import PreviewRow, RowWalker
+
+_NUM_BARS = 12
+# Widths that a bar of the histogram may have: 1, 2, 5, 10, 20, 50, ...
+_STEPS = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Rows to look at, and what became of all of them.
+
+    Args:
+        rows: The rows asked for.
+        sources: Of every training source: `path`, `num_rows` (as read), `num_truncated`,
+            `num_empty`, `num_cut_away`, `num_filtered`, `num_boundary_merged`, `template`,
+            `template_hash`.
+        num_rows: Training rows; of a stream, those looked at.
+        num_tokens: Their tokens.
+        num_label_tokens: Their learned tokens.
+        loss_on: The recipe's `data.loss_on`.
+        max_length: The recipe's `data.max_length`.
+        lengths: Tokens per row: p50, p95, max.
+        histogram: Rows by length: `start`, `stop` (the first length that is too long), `rows`.
+        template: Name of the prompt form; several are joined by commas.
+        template_hash: Fingerprint of its text.
+        setting: What the recipe does about padding: none, group_by_length or packing.
+        waste: `padding_share`, `packed_sequences` and `head_share` of the planned batches, by
+            setting; settings that the recipe's data cannot have are left out.
+        warnings: Sentences for the user.
+    """
+
+    rows: list[PreviewRow]
+    sources: list[dict[str, Any]]
+    num_rows: int
+    num_tokens: int
+    num_label_tokens: int
+    loss_on: str
+    max_length: int
+    lengths: dict[str, int]
+    histogram: list[dict[str, int]]
+    template: str
+    template_hash: str
+    setting: str
+    waste: dict[str, dict[str, Any]]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the preview as a JSON object."""
+        return asdict(self)
+
+
+def preview(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    num_rows: int = 2,
+    row: int | None = None,
+    reporter: Reporter | None = None,
+) -> Preview:
+    """Read, render and tokenise a recipe's training rows as `train` does; no weights are needed.
+
+    Args:
+        recipe_path: A recipe file, or the name of a shipped one.
+        overrides: `key=value` texts that win over the file.
+        num_rows: So many first rows of each source are shown, those left out too.
+        row: Show the row of this number in the training set alone, from 0.
+        reporter: Where words go.
+
+    Returns:
+        The rows and the figures.
+
+    Raises:
+        UserError: If the recipe, the tokenizer or the data is at fault, or there is no such row.
+        ExceptionGroup: If there are several such faults.
+    """
+    reporter = reporter or SilentReporter()
+    loaded = load_recipe(recipe_path, overrides)
+    for note in loaded.notes:
+        reporter.note(note)
+    with tell_places(loaded):
+        result = _preview(loaded, num_rows, row)
+    for warning in result.warnings:
+        reporter.warn(warning)
+    return result
+
+
+def _preview(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
+    recipe, recipe_dir = loaded.recipe, loaded.path.parent
+    tokenizer = load_tokenizer(
+        recipe.model.name_or_path,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    # A look leaves nothing behind.
+    section = replace(recipe.data, cache_dir=None)
+    data = build_datasets(
+        section, tokenizer=tokenizer, recipe_dir=recipe_dir, need_validation=False
+    )
+    report = data.report
+    return Preview(
+        rows=_choose_rows(recipe, data.sources, tokenizer, recipe_dir, num_rows, row),
+        sources=[_describe_source(source) for source in data.sources],
+        num_rows=report.num_rows,
+        num_tokens=report.num_tokens,
+        num_label_tokens=report.num_label_tokens,
+        loss_on=section.loss_on,
+        max_length=section.max_length,
+        lengths=report.lengths,
+        histogram=count_lengths(data.train.lengths),
+        template=report.template,
+        template_hash=report.template_hash,
+        setting=_find_setting(recipe),
+        waste=_count_waste(recipe, data, pad_token_id(tokenizer)),
+        warnings=report.warnings,
+    )
+
+
+def _choose_rows(
+    recipe: Recipe,
+    sources: Sequence[SourceReport],
+    tokenizer: Any,
+    recipe_dir: Path,
+    num_rows: int,
+    row: int | None,
+) -> list[PreviewRow]:
+    walker = RowWalker(recipe, tokenizer, recipe_dir)
+    shown: list[PreviewRow] = []
+    first = 0
+    for position, report in enumerate(sources):
+        num_kept = report.num_rows - report.num_filtered - report.encoded.num_dropped
+        if row is None:
+            shown += walker.take(position, first, num_rows)
+        elif report.streaming or row < first + num_kept:
+            found = walker.find(position, first, row)
+            if found is not None:
+                return [found]
+        first += num_kept
+    if row is not None:
+        raise UserError(
+            f"there is no row {row}: the training set has {first} rows, counted from 0",
+            key="--row",
+            hint=f"give 0 to {first - 1}",
+        )
+    return shown
+
+
+def _describe_source(source: SourceReport) -> dict[str, Any]:
+    name, digest = source.template
+    encoded = source.encoded
+    return {
+        "path": source.source.path,
+        "num_rows": source.num_rows,
+        "num_truncated": encoded.num_truncated,
+        "num_empty": encoded.num_empty,
+        "num_cut_away": encoded.num_cut_away,
+        "num_filtered": source.num_filtered,
+        "num_boundary_merged": encoded.num_boundary_merged,
+        "template": name,
+        "template_hash": digest,
+    }
+
+
+def count_lengths(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Count rows by their length, in at most so many bars of one round width.
+
+    Args:
+        lengths: Tokens of each row, int `[rows]`, at least one.
+
+    Returns:
+        The bars in order, from the shortest row's to the longest row's; empty ones between too.
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    widths = (step * 10**power for power in itertools.count() for step in _STEPS)
+    width = next(w for w in widths if high // w - low // w < _NUM_BARS)
+    edges = range(low // width * width, high + width + 1, width)
+    counts, _ = np.histogram(lengths, bins=np.array([*edges]))
+    bars = zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+    found = [{"start": start, "stop": stop, "rows": rows} for (start, stop), rows in bars]
+    return [bar for bar in found if bar["start"] <= high]
+
+
+def _find_setting(recipe: Recipe) -> str:
+    if recipe.data.packing != "none":
+        return "packing"
+    return "group_by_length" if recipe.train.group_by_length else "none"
+
+
+def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict[str, Any]]:
+    """Count what each way to make batches computes for nothing."""
+    waste = {}
+    for setting in ("none", "group_by_length", "packing"):
+        if setting != _find_setting(recipe) and (
+            (recipe.data.streaming and setting != "none")
+            or (data.mixture is not None and setting == "packing")
+        ):
+            continue
+        grouped = replace(recipe.train, group_by_length=setting == "group_by_length")
+        changed = replace(recipe, train=grouped)
+        is_packed = setting == "packing"
+        packs = pack_rows(data.train.lengths, recipe.data.max_length) if is_packed else None
+        cut = replace(data, packs=packs)
+        plan = build_step_plan(changed, cut, 1)
+        waste[setting] = build_source(changed, cut, plan, rank=0, pad_token_id=pad).waste()
+    return waste

@@ -1,0 +1,165 @@
+"""The training loop's batches out of a stream: rows are read and tokenised as they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wegeft_cli.data.collate import Batch, collate_rows
+from wegeft_cli.data.order import StepPlan
+from wegeft_cli.data.pipeline import PreparedData
+from wegeft_cli.data.stream import Row, RowStream, open_stream
+from wegeft_cli.recipe.load import LoadedRecipe
+from wegeft_cli.workflows.batches import PlannedBatches, build_source
+
+
+class StreamedBatches:
+    """Batches of a stream, one step after the other; the steps behind are forgotten.
+
+    Every process reads the whole stream and takes its rows of each global batch, cut by length as
+    those of planned batches are. Where a pass over unweighted sources ends, a step takes what is
+    left of it.
+
+    Args:
+        stream: The training rows.
+        plan: Sizes of a step, and how many steps there are.
+        first: The batches of the stream's first rows as if they were all: they hold the validation
+            rows, and stand for the others where padding is estimated.
+        rank: This process.
+        pad_token_id: What fills up short rows.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        plan: StepPlan,
+        *,
+        first: PlannedBatches,
+        rank: int,
+        pad_token_id: int,
+    ) -> None:
+        self.num_steps = plan.num_steps
+        self._stream = stream
+        self._plan = plan
+        self._first = first
+        self._rank = rank
+        self._pad_token_id = pad_token_id
+        self._step = -1
+        self._rows: list[Row] = []
+        # Where the stream stands before each step that can still be asked about, and passes done.
+        self._places = {0: (stream.state(), stream.num_passes)}
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Give this process's batches of one optimizer step."""
+        for rows in self._shares(step):
+            if rows:
+                yield collate_rows(rows, pad_token_id=self._pad_token_id)
+
+    def rows_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+        """Give this process's rows of the step under way: no number, ids and label mask of each."""
+        for rows in self._shares(step):
+            yield from ((None, ids, mask) for ids, mask in rows)
+
+    def num_label_tokens(self, step: int) -> int:
+        """Count the labelled tokens of one optimizer step over all processes."""
+        return sum(int(mask.sum()) for _, mask in self._rows_of(step))
+
+    def num_tokens(self, step: int) -> int:
+        """Count the tokens of one optimizer step over all processes, padding excluded."""
+        return sum(len(ids) for ids, _ in self._rows_of(step))
+
+    def epoch_at(self, step: int) -> float:
+        """Tell how many whole passes over the data were done when the last row was read.
+
+        What part of a pass `step` steps make is not known: a stream's length is not.
+        """
+        return float(self._place(step)[1])
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Give this process's share of the validation rows, longest first."""
+        return self._first.validation_batches()
+
+    def waste(self) -> dict[str, Any]:
+        """Estimate what is computed for nothing, as `PlannedBatches.waste`, by the first rows."""
+        return self._first.waste()
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Give where the stream stands before a step: the next one, or the one under way."""
+        return self._place(step)[0]
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go to where another run's stream stood before a step.
+
+        Args:
+            step: The step that comes next.
+            state: What `state_at` gave for it.
+        """
+        if state:
+            self._stream.seek(state)
+        self._step, self._rows = step - 1, []
+        self._places = {step: (self._stream.state(), self._stream.num_passes)}
+
+    def _place(self, step: int) -> tuple[dict[str, Any], int]:
+        if step not in self._places:
+            raise ValueError(f"a stream at step {self._step} does not know step {step}")
+        return self._places[step]
+
+    def _shares(self, step: int) -> list[list[Row]]:
+        """This process's rows of a step, by micro-batch."""
+        rows = self._rows_of(step)
+        lengths = np.array([len(ids) for ids, _ in rows])
+        alone = replace(
+            self._plan, num_rows=len(rows), shuffle=False, max_steps=1, group_lengths=None
+        )
+        shares = alone.step_indices(0, lengths)[self._rank]
+        return [[rows[i] for i in numbers] for numbers in shares]
+
+    def _rows_of(self, step: int) -> list[Row]:
+        """The rows of the step under way, or of the next one, which then is."""
+        if step == self._step + 1:
+            self._rows = self._stream.take(self._plan.global_batch_size)
+            self._step = step
+            here = self._places[step]
+            self._places = {step: here, step + 1: (self._stream.state(), self._stream.num_passes)}
+        if step != self._step or not self._rows:
+            raise ValueError(f"a stream at step {self._step} has no rows of step {step}")
+        return self._rows
+
+
+def build_streamed_source(
+    loaded: LoadedRecipe,
+    tokenizer: Any,
+    data: PreparedData,
+    plan: StepPlan,
+    *,
+    rank: int,
+    pad_token_id: int,
+) -> StreamedBatches:
+    """Build the batches of a recipe with `data.streaming`.
+
+    Args:
+        loaded: The recipe.
+        tokenizer: The model's tokenizer.
+        data: What `build_datasets` made of the first rows.
+        plan: What `build_step_plan` made of both.
+        rank: This process.
+        pad_token_id: What fills up short rows.
+
+    Returns:
+        The batches of this process.
+
+    Raises:
+        UserError: If a source cannot be streamed.
+        ExceptionGroup: If there are several such faults.
+    """
+    recipe = loaded.recipe
+    return StreamedBatches(
+        open_stream(recipe.data, tokenizer, loaded.path.parent, recipe.seed),
+        plan,
+        first=build_source(recipe, data, plan, rank=rank, pad_token_id=pad_token_id),
+        rank=rank,
+        pad_token_id=pad_token_id,
+    )
