@@ -20,6 +20,8 @@ from wegeft_cli.workflows.train import train
 TIMEOUT_SECONDS = 120
 # One thread: these models are too small to share, and the tests' machine may be busy.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# How the tests' own terminal looks is no matter of what they ask.
+TERMINAL = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "TERM")
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def start_wegeft() -> Callable[..., subprocess.Popen[str]]:
         stderr: int = subprocess.PIPE,
     ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "wegeft_cli", *(str(word) for word in words)]
-        environment = {**os.environ, **ENVIRONMENT, **(env or {})}
+        inherited = {name: value for name, value in os.environ.items() if name not in TERMINAL}
+        environment = {**inherited, **ENVIRONMENT, **(env or {})}
         return subprocess.Popen(
             command, stdout=stdout, stderr=stderr, text=True, env=environment, encoding="utf-8"
         )
