@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
-from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
 from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
-from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import EvalSection, ModelSection, Recipe
-from wegeft_cli.workflows.merge import PROVENANCE_NAME
+from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of, find_run
+from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
+from wegeft_cli.workflows.target import find_target, open_target
 from wegeft_cli.workflows.tasks import Job, choose_protocol
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
@@ -74,7 +69,7 @@ def evaluate(
             key="--samples",
             hint="leave out TARGET and --compare-base, or leave out --samples",
         )
-    path = None if samples is not None else _find_target(target)
+    path = None if samples is not None else find_target(target)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
     if output is not None:
@@ -123,136 +118,6 @@ def list_tasks() -> dict[str, Any]:
     }
 
 
-@dataclass
-class OpenedTarget:
-    """A model to ask, with the way back to its base.
-
-    Args:
-        kind: adapter or model.
-        model: On its device.
-        tokenizer: Its tokenizer.
-        base: Where the base alone lies, for a model that is no adapter; None if unknown.
-        section: How such a model was loaded; its base is loaded likewise.
-    """
-
-    kind: str
-    model: Any
-    tokenizer: Any
-    base: str | None = None
-    section: ModelSection = field(default_factory=ModelSection)
-
-    @contextmanager
-    def base_alone(self) -> Iterator[tuple[Any, Any]]:
-        """Give the base model inside the block: the adapter switched off, or the base loaded."""
-        if self.kind == "adapter":
-            with _switched_off(self.model):
-                yield self.model, self.tokenizer
-            return
-        if self.base is None:
-            raise UserError(
-                "nothing tells which base this model came from",
-                key="--compare-base",
-                hint="name it with --base",
-            )
-        model, tokenizer = _load(replace(self.section, name_or_path=self.base))
-        yield model, tokenizer
-
-
-def open_target(
-    path: str | Path,
-    recipe: Recipe | None,
-    *,
-    base: str | None,
-    warn: Callable[[str], None] = lambda text: None,
-) -> OpenedTarget:
-    """Load what a command is to work on.
-
-    Args:
-        path: An adapter, run or model folder, or a hub id.
-        recipe: The run's recipe, where the target belongs to a run.
-        base: The base's folder or hub id, where it is not as recorded.
-        warn: Told where nothing can tell whether the base is the adapter's.
-
-    Returns:
-        The model on its device.
-
-    Raises:
-        UserError: If the target is none of these, is damaged, or its base is another one.
-    """
-    folder = Path(path)
-    section = recipe.model if recipe is not None else ModelSection()
-    if (folder / "config.json").is_file() or not folder.exists():
-        section = replace(section, name_or_path=str(path), revision=None)
-        model, tokenizer = _load(section)
-        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder), section)
-    from wegeft_cli.workflows.adapters import tell_base
-
-    adapter_dir = resolve_adapter_dir(folder)
-    kind, recorded_base, revision = read_adapter_type(adapter_dir)
-    section = replace(
-        section, name_or_path=base or recorded_base, revision=None if base else revision
-    )
-    with tell_base(base, adapter_dir):
-        model, tokenizer = _load(section)
-    if kind == PEFT_TYPE:
-        from wegeft_cli.models.base import find_base_folder
-        from wegeft_cli.workflows.adapters import load_adapter
-
-        base_dir = find_base_folder(section.name_or_path, section.revision)
-        load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
-        model.eval()
-    else:
-        from wegeft_cli.interop.baselines import load_peft
-
-        model = load_peft(model, adapter_dir)
-    return OpenedTarget("adapter", model, tokenizer)
-
-
-def _load(section: ModelSection) -> tuple[Any, Any]:
-    from accelerate import PartialState
-
-    from wegeft_cli.models.base import load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    model = load_model(
-        section.name_or_path,
-        revision=section.revision,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-    )
-    return model.to(PartialState().device), tokenizer
-
-
-def _switched_off(model: Any) -> AbstractContextManager[Any]:
-    from wegeft_cli.generators.inject import disable_generators, get_generators
-
-    if get_generators(model) is not None:
-        return disable_generators(model)
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return nullcontext()
-
-
-def _find_target(target: str | Path | None) -> str | Path:
-    if target is None:
-        return find_run(None)
-    if Path(target).suffix in (".yaml", ".yml"):
-        run_dir = load_recipe(target, need_data=False).recipe.output_dir
-        if not Path(run_dir).exists():
-            raise UserError(
-                f"this recipe has no run yet: there is no {run_dir!r}",
-                file=str(target),
-                hint=f"train first: wegeft train {target}",
-            )
-        return run_dir
-    return target
-
-
 def _beside(output: Path) -> Path:
     """Give the samples file that goes with a result file."""
     return output.with_name(f"{output.stem}-samples.jsonl")
@@ -279,14 +144,6 @@ def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
             key="--output",
             hint="give another name",
         )
-
-
-def _read_provenance(folder: Path) -> str | None:
-    try:
-        values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
-        return str(values["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _read_tasks(
