@@ -1,0 +1,167 @@
+"""What a command is asked to work on: an adapter, a run, a model folder or a hub id, loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.schema import ModelSection, Recipe
+from wegeft_cli.workflows.merge import PROVENANCE_NAME
+from wegeft_cli.workflows.run_folder import find_run
+
+
+@dataclass
+class OpenedTarget:
+    """A model to ask, with the way back to its base.
+
+    Args:
+        kind: adapter or model.
+        model: On its device.
+        tokenizer: Its tokenizer.
+        base: Where the base alone lies, for a model that is no adapter; None if unknown.
+        section: How such a model was loaded; its base is loaded likewise.
+    """
+
+    kind: str
+    model: Any
+    tokenizer: Any
+    base: str | None = None
+    section: ModelSection = field(default_factory=ModelSection)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[tuple[Any, Any]]:
+        """Give the base model inside the block: the adapter switched off, or the base loaded."""
+        if self.kind == "adapter":
+            with _switched_off(self.model):
+                yield self.model, self.tokenizer
+            return
+        if self.base is None:
+            raise UserError(
+                "nothing tells which base this model came from",
+                key="--base",
+                hint="name the base's folder or hub id",
+            )
+        model, tokenizer = _load(replace(self.section, name_or_path=self.base))
+        yield model, tokenizer
+
+
+def open_target(
+    path: str | Path,
+    recipe: Recipe | None,
+    *,
+    base: str | None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> OpenedTarget:
+    """Load what a command is to work on.
+
+    Args:
+        path: An adapter, run or model folder, or a hub id.
+        recipe: The run's recipe, where the target belongs to a run.
+        base: The base's folder or hub id, where it is not as recorded.
+        warn: Told where nothing can tell whether the base is the adapter's.
+
+    Returns:
+        The model on its device.
+
+    Raises:
+        UserError: If the target is none of these, is damaged, or its base is another one.
+    """
+    folder = Path(path)
+    section = recipe.model if recipe is not None else ModelSection()
+    if (folder / "config.json").is_file() or not folder.exists():
+        section = replace(section, name_or_path=str(path), revision=None)
+        model, tokenizer = _load(section)
+        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder), section)
+    from wegeft_cli.workflows.adapters import tell_base
+
+    adapter_dir = resolve_adapter_dir(folder)
+    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    section = replace(
+        section, name_or_path=base or recorded_base, revision=None if base else revision
+    )
+    with tell_base(base, adapter_dir):
+        model, tokenizer = _load(section)
+    if kind == PEFT_TYPE:
+        from wegeft_cli.models.base import find_base_folder
+        from wegeft_cli.workflows.adapters import load_adapter
+
+        base_dir = find_base_folder(section.name_or_path, section.revision)
+        load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
+        model.eval()
+    else:
+        from wegeft_cli.interop.baselines import load_peft
+
+        model = load_peft(model, adapter_dir)
+    return OpenedTarget("adapter", model, tokenizer)
+
+
+def find_target(target: str | Path | None) -> str | Path:
+    """Resolve what a user names: a path or hub id, a recipe (its run), or the newest finished run.
+
+    Args:
+        target: As typed; None is the newest finished run under runs/.
+
+    Returns:
+        A folder, or the hub id as it was given.
+
+    Raises:
+        UserError: If there is no finished run, or the recipe has none yet.
+    """
+    if target is None:
+        return find_run(None)
+    if Path(target).suffix in (".yaml", ".yml"):
+        run_dir = load_recipe(target, need_data=False).recipe.output_dir
+        if not Path(run_dir).exists():
+            raise UserError(
+                f"this recipe has no run yet: there is no {run_dir!r}",
+                file=str(target),
+                hint=f"train first: wegeft train {target}",
+            )
+        return run_dir
+    return target
+
+
+def _load(section: ModelSection) -> tuple[Any, Any]:
+    from accelerate import PartialState
+
+    from wegeft_cli.models.base import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    model = load_model(
+        section.name_or_path,
+        revision=section.revision,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    return model.to(PartialState().device), tokenizer
+
+
+def _switched_off(model: Any) -> AbstractContextManager[Any]:
+    from wegeft_cli.generators.inject import disable_generators, get_generators
+
+    if get_generators(model) is not None:
+        return disable_generators(model)
+    if hasattr(model, "disable_adapter"):
+        return model.disable_adapter()
+    return nullcontext()
+
+
+def _read_provenance(folder: Path) -> str | None:
+    try:
+        values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
+        return str(values["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
