@@ -12,9 +12,12 @@ from typing import Any
 
 # Before anything imports huggingface_hub, which reads it once: no test asks a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A shell starts what it puts in the background with Ctrl-C ignored, and every child inherits that.
+# A shell ignores Ctrl-C for what it puts in the background, nohup a closed terminal; children
+# inherit both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

@@ -17,6 +17,7 @@ import typer
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli import merge, plan, preview, recipes, sweep, train, validate
 from wegeft_cli.cli.console import print_fault, tell
+from wegeft_cli.cli.group import tell_launcher
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
@@ -73,6 +74,9 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("WEGEFT_DEBUG") == "1":
                 raise
             _leave_with(_tell_os_error(error))
+        except Exception as error:
+            tell_launcher(f"{type(error).__name__}: {error}")
+            raise
 
     return guarded
 
@@ -88,6 +92,7 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
         faults = [fault for fault in _flatten(mine) if isinstance(fault, UserError)]
     for fault in faults:
         print_fault(fault)
+    tell_launcher("; ".join(str(fault) for fault in faults))
     raise typer.Exit(max(fault.exit_code for fault in faults)) from None
 
 

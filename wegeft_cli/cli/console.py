@@ -15,9 +15,6 @@ from wegeft_cli.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-# In a run of many processes only the first one prints.
-_IS_QUIET = os.environ.get("RANK", "0") != "0"
-
 
 @cache
 def get_console(*, stderr: bool = False) -> Console:
@@ -38,8 +35,10 @@ def get_console(*, stderr: bool = False) -> Console:
             os.dup2(null, self.file.fileno())
             os.close(null)
 
+    # In a run of many processes only the first one prints; its rank may be settled at start only.
+    is_quiet = os.environ.get("RANK", "0") != "0"
     # emoji=False: a path with `:key:` in it stays as it is.
-    return LastingConsole(stderr=stderr, quiet=_IS_QUIET, emoji=False)
+    return LastingConsole(stderr=stderr, quiet=is_quiet, emoji=False)
 
 
 def show(*parts: Any, **options: Any) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.cli.group import may_be_restarted, num_restarts
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
-from wegeft_cli.errors import EXIT_INTERRUPTED
+from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
     from wegeft_cli.workflows.train import TrainResult
@@ -29,10 +31,69 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and stop before the weights.")
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Processes, one a GPU, on all machines together; left out: this one alone.",
+        ),
+    ] = None,
+    num_machines: Annotated[
+        int,
+        typer.Option(
+            "--num-machines",
+            metavar="N",
+            min=1,
+            help="Machines that share the processes; the command is started on each.",
+        ),
+    ] = 1,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST:PORT",
+            help="Where several machines meet: one of them, the same on all.",
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            metavar="N",
+            min=0,
+            help="Start all processes again from the newest checkpoint when one died.",
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train the recipe's adapter and write it to its output folder."""
+    from wegeft_cli.workflows.launch import Group, is_in_group, join_slurm, launch
     from wegeft_cli.workflows.stop import StopRequest
+
+    if num_processes is not None and is_in_group():
+        raise UserError(
+            f"this process is one of {os.environ['WORLD_SIZE']} already",
+            key="--num-processes",
+            hint="leave it out under torchrun and accelerate launch",
+        )
+    if num_processes is None and (num_machines, rdzv_endpoint, max_restarts) != (1, None, 0):
+        raise UserError(
+            "--num-machines, --rdzv-endpoint and --max-restarts belong to a run of many processes",
+            key="--num-processes",
+            hint="give the number of processes too",
+        )
+    if num_processes is not None:
+        options = ["--resume", resume] if resume is not None else []
+        options += ["--dry-run"] if dry_run else []
+        options += ["--json"] if as_json else []
+        words = ["train", *options, "--", recipe, *(overrides or [])]
+        code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
+        raise typer.Exit(code)
+    join_slurm()
+    if num_restarts() > 0:
+        resume = resume or "auto"
 
     def tell_stop() -> None:
         note("stopping: the step under way is finished and saved (Ctrl-C again leaves at once)")
@@ -71,7 +132,8 @@ def train(
                 f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
                 "go on with --resume auto"
             )
-        raise typer.Exit(EXIT_INTERRUPTED)
+        # One that leaves with a fault would be started again.
+        raise typer.Exit(EXIT_DONE if may_be_restarted() else EXIT_INTERRUPTED)
 
 
 def _show_summary(result: TrainResult) -> None:

@@ -96,6 +96,7 @@ _RANGES: dict[str, _Range] = {
     "train.eval_steps": _EVERY,
     "train.save_steps": _EVERY,
     "train.save_total_limit": _COUNT,
+    "train.ddp_timeout": _COUNT,
     "train.logging_steps": _COUNT,
     "train.early_stopping_patience": _COUNT,
     "eval.batch_size": _COUNT,

@@ -196,6 +196,8 @@ class TrainSection:
     the end, so that a crash costs the whole run."""
     save_total_limit: int | None = 2
     """Keep the newest so many checkpoints; null keeps all."""
+    ddp_timeout: int = 1800
+    """Seconds that a process of many waits for the others before the run ends."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
     early_stopping_patience: int | None = None

@@ -22,6 +22,7 @@ from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.describe import describe_data
 from wegeft_cli.workflows.inputs import RunInputs
+from wegeft_cli.workflows.lost_process import is_lost_process, tell_lost_process
 from wegeft_cli.workflows.out_of_memory import is_out_of_memory, tell_out_of_memory
 from wegeft_cli.workflows.prepare import count_checkpoints
 from wegeft_cli.workflows.reporter import Reporter
@@ -249,13 +250,15 @@ def _check_nothing_left(
 def _told_in_run_json(
     folder: RunFolder, recipe: Recipe, estimated_gib: float | None, accelerator: Accelerator
 ) -> Iterator[None]:
-    """Write down how the run failed, if it does, and translate running out of memory."""
+    """Write down how the run failed, if it does, and translate what torch says."""
     try:
         yield
     except BaseException as error:
         told: BaseException = error
         if is_out_of_memory(error):
             told = tell_out_of_memory(error, recipe, accelerator.device, estimated_gib)
+        elif accelerator.num_processes > 1 and is_lost_process(error):
+            told = tell_lost_process(recipe.train.ddp_timeout)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if accelerator.is_main_process and (folder.path / "run.json").exists():
             with contextlib.suppress(UserError, OSError):

@@ -16,6 +16,7 @@ from wegeft_cli.workflows.paths import keep_recipe
 _PROLONGING = ("train.num_train_epochs", "train.max_steps")
 _TELLING = (
     "data.cache_dir",
+    "train.ddp_timeout",
     "train.logging_steps",
     "train.max_skipped_steps",
     "train.eval_steps",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from wegeft_cli.interop.trackers import Trackers
@@ -128,7 +129,9 @@ def _train(
 ) -> TrainResult:
     recipe = keep_recipe(loaded)
     # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout))
+    is_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
     folder = RunFolder(find_run_dir(recipe))
     given = check_start(folder, recipe, resume, accelerator)
     inputs = read_inputs(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
