@@ -163,6 +163,7 @@ NOT_HERE = {
     "data.cache_dir": "changes no row: tests/data/test_cache",
     "train.max_skipped_steps": "tests/training/test_skip.py holds it; no row here is bad",
     "train.strategy": "one value in this version",
+    "train.ddp_timeout": "how long a process waits: tests/distributed/test_launch.py",
     "train.use_liger_kernel": "needs a GPU: tests/interop/test_liger.py",
     "train.compile": "refused in this version",
     "sweep": "read by sweep: test_sweep",

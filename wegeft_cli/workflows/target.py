@@ -47,7 +47,7 @@ class OpenedTarget:
             raise UserError(
                 "nothing tells which base this model came from",
                 key="--base",
-                hint="name the base's folder or hub id",
+                hint="name it with --base",
             )
         model, tokenizer = _load(replace(self.section, name_or_path=self.base))
         yield model, tokenizer
