@@ -32,10 +32,11 @@ def save_adapter(
     revision: str | None = None,
     base_fingerprint: str | None = None,
     target_modules: str | Iterable[str] = (),
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     init_from: str | None = None,
     adapter_name: str = "default",
     card: str | None = None,
+    more_files: Mapping[str, str] | None = None,
 ) -> AdapterManifest:
     """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
 
@@ -53,6 +54,7 @@ def save_adapter(
         init_from: The adapter whose factors were the start, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
+        more_files: Further files of the folder, name -> text.
 
     Returns:
         The manifest as written.
@@ -98,6 +100,7 @@ def save_adapter(
             if full_name.startswith(f"{name}.")
         },
         card=card,
+        more=more_files,
     )
     return manifest
 
@@ -110,7 +113,7 @@ def build_manifest(
     revision: str | None,
     base_fingerprint: str | None,
     target_modules: str | Iterable[str],
-    task_type: str,
+    task_type: str | None,
     modules_to_save: Sequence[str] = (),
     init_from: str | None = None,
 ) -> AdapterManifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,28 +12,78 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.generators.inplace import select_parameters, unfreeze
 from wegeft_cli.interop.liger import apply_liger
 from wegeft_cli.models.base import load_model
+from wegeft_cli.models.drop_path import add_drop_path, check_drop_path
+from wegeft_cli.models.heads import HeadSpec, check_loaded, find_head_modules, make_fresh
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.classes import ClassLoss
 from wegeft_cli.training.loop import LoopSettings
+from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
 from wegeft_cli.workflows.init_from import init_from_adapter
 from wegeft_cli.workflows.packing import check_packing
-from wegeft_cli.workflows.prepare import count_steps
+from wegeft_cli.workflows.prepare import count_steps, with_head
+
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "image_classification": None,
+}
+"""PEFT's names of the tasks; it has none for images."""
 
 
-def load_base(recipe: Recipe) -> nn.Module:
-    """Load the frozen base as the recipe names it, on the CPU."""
+def load_base(recipe: Recipe, head: HeadSpec | None = None) -> nn.Module:
+    """Load the frozen base as the recipe names it, on the CPU.
+
+    Args:
+        recipe: The recipe.
+        head: What a classifier's head is to be; None loads a causal language model.
+
+    Returns:
+        The model; its head is the base's own where that tells the same classes apart, else drawn
+        anew from the recipe's seed.
+
+    Raises:
+        UserError: If there is no such model, or a part of its backbone has no weights.
+    """
     section = recipe.model
-    return load_model(
+    model = load_model(
         section.name_or_path,
         revision=section.revision,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
+        head=head,
     )
+    if head is not None:
+        finish_head(model, head, recipe.adapter.modules_to_save, recipe.seed)
+    return model
+
+
+def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
+    """Draw the head anew where the base has none for these classes, and check the backbone.
+
+    Args:
+        model: As `load_model` gave it.
+        head: What its head is to be.
+        saved: `adapter.modules_to_save`.
+        seed: The head is a pure function of it.
+
+    Raises:
+        UserError: If a part of the backbone has no weights and is not trained.
+    """
+    names = find_head_modules(model)
+    missing = model.missing_weights
+    check_loaded(missing, names, saved)
+    if not head.keeps_base_head or any(name.split(".")[0] in names for name in missing):
+        make_fresh(model, names, seed)
+    if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
+        check_drop_path(model)
 
 
 def build_model(
@@ -67,6 +117,8 @@ def build_model(
         apply_liger(base)
     set_seed(recipe.seed)
     model = inject_adapter(base, recipe)
+    if recipe.model.drop_path_rate and not hasattr(base.config, "drop_path_rate"):
+        add_drop_path(base, recipe.model.drop_path_rate)
     if recipe.adapter.init_from is not None and not resuming:
         init_from_adapter(
             model,
@@ -78,7 +130,8 @@ def build_model(
     model.to(accelerator.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    check_packing(model, recipe)
+    if recipe.task == "causal_lm":
+        check_packing(model, recipe)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     set_seed(recipe.seed + accelerator.process_index)
@@ -137,9 +190,27 @@ def build_learning(
     return optimizer, schedule, settings
 
 
+def build_loss(model: nn.Module, recipe: Recipe) -> CausalLoss | ClassLoss:
+    """Build the loss of the recipe's task."""
+    if recipe.task == "causal_lm":
+        return CausalLoss(model)
+    return ClassLoss(is_regression=recipe.data.problem_type == "regression")
+
+
+def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Tell a text classifier how its rows are padded: decoders find a row's last token by it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if getattr(model.config, "pad_token_id", None) is None and pad is not None:
+        model.config.pad_token_id = pad
+
+
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Put what learns into the base: generators, or a PEFT method as a baseline."""
-    section = recipe.adapter
+    """Put what learns into the base: generators, or a baseline's; a classifier's head with it."""
+    section = with_head(recipe.adapter, model, recipe.task)
+    if section.type in INPLACE_TYPES:
+        chosen = select_parameters(model, section.type, section.modules_to_save)
+        unfreeze(model, [name for names in chosen.values() for name in names])
+        return model
     if section.type == "wegeft":
         inject_generators(
             model,
@@ -166,6 +237,7 @@ def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=section.target_modules,
         options=section.peft,
         modules_to_save=section.modules_to_save,
+        task_type=TASK_TYPES[recipe.task],
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
+from wegeft_cli.generators.inplace import select_parameters
 from wegeft_cli.generators.saved import find_saved_modules
 from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
+from wegeft_cli.models.heads import HeadSpec, find_head_modules
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
 from wegeft_cli.training.optim import check_optimizer
@@ -75,11 +78,23 @@ def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:
+def load_base_config(section: ModelSection) -> Any:
+    """Load the configuration that the recipe's `model` names."""
+    return load_config(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def build_skeleton(
+    section: ModelSection, head: HeadSpec | None = None
+) -> tuple[Any, nn.Module]:
     """Build the base without weights.
 
     Args:
         section: The recipe's `model`.
+        head: A classifier's head; None builds a causal language model.
 
     Returns:
         Its configuration, and the model on torch's meta device.
@@ -87,12 +102,29 @@ def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:
     Raises:
         UserError: If there is no such model.
     """
-    config = load_config(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    return config, build_meta_model(config, trust_remote_code=section.trust_remote_code)
+    config = load_base_config(section)
+    if head is not None:
+        head.apply(config)
+    task = "causal_lm" if head is None else head.task
+    trusts = section.trust_remote_code
+    return config, build_meta_model(config, trust_remote_code=trusts, task=task)
+
+
+def with_head(section: AdapterSection, model: nn.Module, task: str) -> AdapterSection:
+    """Add a classifier's head to the modules that learn whole: it is new, so it learns always.
+
+    Args:
+        section: The recipe's `adapter`.
+        model: The base before anything is put into it; the meta device will do.
+        task: The recipe's task.
+
+    Returns:
+        The section; of a language model as it is.
+    """
+    if task == "causal_lm":
+        return section
+    names = dict.fromkeys([*find_head_modules(model), *section.modules_to_save])
+    return replace(section, modules_to_save=list(names))
 
 
 def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
@@ -110,6 +142,8 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
             trained whole.
         ExceptionGroup: If there are several such faults.
     """
+    if section.type in INPLACE_TYPES:
+        return _plan_inplace(skeleton, section)
     if section.type != "wegeft":
         return _plan_peft(skeleton, section)
     targets = select_targets(skeleton, section.target_modules, section.groups)
@@ -204,6 +238,20 @@ def count_steps(value: float, num_steps: int) -> int:
     if 0 < value < 1:
         return max(1, math.ceil(value * num_steps))
     return int(value)
+
+
+def _plan_inplace(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+    named = dict(skeleton.named_parameters())
+    chosen = select_parameters(skeleton, section.type, section.modules_to_save)
+    return [
+        GroupPlan(
+            kind,
+            len({name.rpartition(".")[0] for name in names}),
+            None,
+            sum(named[name].numel() for name in names),
+        )
+        for kind, names in chosen.items()
+    ]
 
 
 def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
