@@ -17,11 +17,18 @@ from wegeft_cli.cli.options import (
 )
 
 
+_NUM_CLASSES_SHOWN = 5
+
+
 def evaluate(
     target: TargetArgument = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="NAME", help="Task by name; may be given several times."),
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Task by name, or of a classifier test or validation; may be given several times.",
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -94,9 +101,9 @@ def _print_scores(result: dict[str, Any]) -> None:
     columns = {
         "task": [row["task"] for row in rows],
         "protocol": [row["protocol"] for row in rows],
-        "correct": [f"{row['num_correct']} / {row['n']}" for row in rows],
+        "correct": [_tell_count(row) for row in rows],
         "score": [f"{row['score']:.1%}" for row in rows],
-        "95 % interval": [f"{100 * row['ci95'][0]:.1f}-{100 * row['ci95'][1]:.1f}" for row in rows],
+        "95 % interval": [_tell_interval(row["ci95"]) for row in rows],
         "invalid": [str(row["n_invalid"]) for row in rows],
     }
     if base_rows := result.get("base_results"):
@@ -117,10 +124,39 @@ def _print_scores(result: dict[str, Any]) -> None:
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     show(table)
+    for row in rows:
+        _print_classes(row)
     if result.get("samples_path"):
         show(
             f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
         )
+
+
+def _print_classes(row: dict[str, Any]) -> None:
+    """Show a classifier's other figures, and the classes that it takes for others most often."""
+    if "metrics" not in row:
+        return
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+    show(f"{row['task']}: {figures}", highlight=False)
+    wrong = [each for each in row["per_class"] if each["mistaken_for"]]
+    wrong.sort(key=lambda each: each["accuracy"])
+    for each in wrong[:_NUM_CLASSES_SHOWN]:
+        other, count = next(iter(each["mistaken_for"].items()))
+        show(
+            f"  {each['label']}: {each['accuracy']:.1%} of {each['n']}, most often taken for "
+            f"{other} ({count})",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _tell_count(row: dict[str, Any]) -> str:
+    correct = row["num_correct"]
+    return f"{row['n']} rows" if correct is None else f"{correct} / {row['n']}"
+
+
+def _tell_interval(bounds: list[float] | None) -> str:
+    return "" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
 
 
 def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:

@@ -15,6 +15,7 @@ from wegeft_cli.checkpoints.adapter import (
     save_adapter_files,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.inplace import InplaceManifest
 from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.inject import attach_generators, get_generators
@@ -211,7 +212,7 @@ def load_adapter(
 
 
 def check_base(
-    manifest: AdapterManifest,
+    manifest: AdapterManifest | InplaceManifest,
     base_dir: Path,
     adapter_dir: Path,
     *,
@@ -235,7 +236,7 @@ def check_base(
 
 
 def check_fingerprint(
-    manifest: AdapterManifest,
+    manifest: AdapterManifest | InplaceManifest,
     found: str | None,
     base: str,
     adapter_dir: Path,

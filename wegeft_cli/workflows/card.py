@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.version import VERSION
@@ -49,6 +50,29 @@ _SAVED = """Trained whole beside it, and kept in the same file: {names}.
 """
 
 
+_CLASS_USAGE = """Use it:
+
+```bash
+wegeft merge THIS_FOLDER            # a model folder that transformers' {auto} loads, head and all
+wegeft eval THIS_FOLDER --data-dir FOLDER
+```
+
+"""
+
+_AUTO = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+
+
+def _tell_usage(recipe: Recipe) -> str:
+    if recipe.task in _AUTO:
+        return _CLASS_USAGE.format(auto=_AUTO[recipe.task])
+    if recipe.adapter.type == "wegeft":
+        return _WEGEFT_USAGE.format(base=recipe.model.name_or_path)
+    return ""
+
+
 def write_card(
     recipe: Recipe, num_steps: int, final_loss: float | None, *, adapter_step: int
 ) -> str:
@@ -68,7 +92,7 @@ def write_card(
     names = ", ".join(f"`{name}`" for name in recipe.adapter.modules_to_save)
     return _TEXT.format(
         base=base,
-        library="wegeft-cli" if is_wegeft else "peft",
+        library="wegeft-cli" if is_wegeft or recipe.adapter.type in INPLACE_TYPES else "peft",
         title=recipe.output_dir.rstrip("/").rpartition("/")[2],
         method="WeGeFT" if is_wegeft else recipe.adapter.type,
         version=VERSION,
@@ -79,6 +103,6 @@ def write_card(
         if adapter_step == num_steps
         else f" The adapter is that of step {adapter_step}, the best by "
         f"`{recipe.train.metric_for_best_model}`.",
-        usage=_WEGEFT_USAGE.format(base=base) if is_wegeft else "",
+        usage=_tell_usage(recipe),
         recipe=recipe_to_yaml(recipe),
     )

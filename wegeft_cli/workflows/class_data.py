@@ -162,7 +162,7 @@ def read_class_data(
     splits: dict[str, ClassRows | None] = {}
     for part, group in found.items():
         encoded = [encode_rows(recipe, rows, labels, config, tokenizer) for rows in group]
-        splits[part] = _join([rows for rows, _ in encoded])
+        splits[part] = join_rows([rows for rows, _ in encoded])
         if part == "train":
             num_truncated = sum(cut for _, cut in encoded)
     train, validation = splits["train"], splits["validation"]
@@ -266,7 +266,8 @@ def _tokenise(
     return rows, sum(bool(each.overflowing) for each in cut)
 
 
-def _join(parts: Sequence[ClassRows]) -> ClassRows | None:
+def join_rows(parts: Sequence[ClassRows]) -> ClassRows | None:
+    """Lay the rows of several sources one after the other; none of none."""
     if len(parts) < 2:
         return parts[0] if parts else None
     return ClassRows(

@@ -13,6 +13,8 @@ from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
 from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
 from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.class_evaluate import PROTOCOL, evaluate_classes
+from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.target import find_target, open_target
@@ -76,6 +78,22 @@ def evaluate(
         _check_output(output)
         _check_output(_beside(output), is_ours=_SAMPLES_START)
     names = list(tasks) or list(settings.tasks)
+    if path is not None and is_classifier(path, recipe):
+        refuse_for_classes(protocol, max_new_tokens)
+        found, base_found, lines = evaluate_classes(
+            path,
+            recipe,
+            splits=names,
+            data_dir=data_dir,
+            limit=limit,
+            batch_size=batch_size,
+            compare_base=compare_base,
+            base=base,
+            reporter=reporter,
+        )
+        written = _samples_path(path, output, [row["task"] for row in found], PROTOCOL)
+        _write_lines(written, lines)
+        return _finish(path, found, base_found, written, output)
     jobs = _read_tasks(names, settings, protocol, data_dir, limit)
     if samples is not None:
         scores, base_scores = [_score_samples(samples, jobs)], None
@@ -88,14 +106,29 @@ def evaluate(
             with opened.base_alone() as (model, tokenizer):
                 base_scores = _score_model(model, tokenizer, jobs, sizes, "base", reporter)
         scores = _score_model(opened.model, opened.tokenizer, jobs, sizes, opened.kind, reporter)
-    result: dict[str, Any] = {"results": [result_dict(score) for score in scores]}
-    if base_scores is not None:
-        result["base_results"] = [result_dict(score) for score in base_scores]
-    samples_path = _samples_path(path, output, jobs)
+    samples_path = samples
     if samples is None:
+        names = [job.data.task.name for job in jobs]
+        samples_path = _samples_path(path, output, names, jobs[0].protocol.name)
         _write_samples(samples_path, scores, base_scores)
+    assert samples_path is not None
+    base_rows = None if base_scores is None else [result_dict(score) for score in base_scores]
+    return _finish(path, [result_dict(score) for score in scores], base_rows, samples_path, output)
+
+
+def _finish(
+    path: str | Path | None,
+    results: list[dict[str, Any]],
+    base_results: list[dict[str, Any]] | None,
+    samples_path: Path,
+    output: Path | None,
+) -> dict[str, Any]:
+    """Give the command's JSON object, and write it where --output says."""
+    result: dict[str, Any] = {"results": results}
+    if base_results is not None:
+        result["base_results"] = base_results
     result |= {
-        "samples_path": str(samples_path if samples is None else samples),
+        "samples_path": str(samples_path),
         "target": None if path is None else str(path),
         **describe_environment(),
     }
@@ -226,11 +259,13 @@ def _score_model(
     return scores
 
 
-def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[Job]) -> Path:
+def _samples_path(
+    path: str | Path | None, output: Path | None, names: Sequence[str], protocol: str
+) -> Path:
     """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
     if output is not None:
         return _beside(output)
-    name = "-".join([*(job.data.task.name for job in jobs), jobs[0].protocol.name])
+    name = "-".join([*names, protocol])
     folder = Path(path) if path is not None else Path("runs")
     for candidate in (folder, folder.parent):
         if (candidate / "run.json").is_file():
@@ -243,12 +278,31 @@ def _write_samples(
 ) -> None:
     """Write one line per answer: which model, task and protocol, and all that was read of it."""
     lines = [
-        json.dumps(
-            {"model": model, "task": score.task, "protocol": score.protocol, **sample},
-            ensure_ascii=False,
-        )
+        {"model": model, "task": score.task, "protocol": score.protocol, **sample}
         for model, group in (("base", base_scores or ()), ("target", scores))
         for score in group
         for sample in score.samples
     ]
-    write_text_atomic(path, "".join(line + "\n" for line in lines))
+    _write_lines(path, lines)
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    texts = (json.dumps(line, ensure_ascii=False) for line in lines)
+    write_text_atomic(path, "".join(text + "\n" for text in texts))
+
+
+def refuse_for_classes(protocol: str | None, max_new_tokens: int | None) -> None:
+    """Refuse options that have no meaning for a classifier.
+
+    Args:
+        protocol: `--protocol`.
+        max_new_tokens: `--max-new-tokens`.
+
+    Raises:
+        UserError: If one is given.
+    """
+    for key, value in (("--protocol", protocol), ("--max-new-tokens", max_new_tokens)):
+        if value is not None:
+            raise UserError(
+                f"{value!r} is for language models; this is a classifier", key=key, hint="remove it"
+            )

@@ -20,6 +20,8 @@ from wegeft_cli.checkpoints.files import (
     check_unused_folder,
     write_text_atomic,
 )
+from wegeft_cli.checkpoints.head import read_head
+from wegeft_cli.checkpoints.inplace import INPLACE_TYPE, load_inplace_files
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.checkpoints.shards import list_tensors
 from wegeft_cli.checkpoints.stream import merge_stream
@@ -32,10 +34,14 @@ from wegeft_cli.models.base import (
     load_tokenizer,
     quiet_transformers,
 )
+from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import check_base, load_adapter, tell_base
+from wegeft_cli.workflows.build import pad_as_tokenizer
+from wegeft_cli.workflows.classifier import load_processor
 from wegeft_cli.workflows.edits import build_edits, has_all_tensors
+from wegeft_cli.workflows.open_classifier import put_adapter, read_head_spec
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
 
@@ -108,7 +114,16 @@ def merge(
     if base is not None:
         revision = None
     trusts = recipe is not None and recipe.model.trust_remote_code
-    if kind != PEFT_TYPE:
+    if kind == INPLACE_TYPE or read_head(adapter_dir) is not None:
+        reporter.note("merged in memory: the head, or the base's own weights, take their places")
+        section = ModelSection(
+            name_or_path=name_or_path, revision=revision, trust_remote_code=trusts
+        )
+        with tell_base(base, adapter_dir):
+            num_tensors, num_folded = _merge_whole(
+                section, adapter_dir, kind, output, dtype, reporter
+            )
+    elif kind != PEFT_TYPE:
         reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
         with tell_base(base, adapter_dir):
             num_tensors, num_folded = _merge_by_peft(
@@ -164,6 +179,40 @@ def _merge_in_memory(
     return _write_model(model, str(base_dir), None, output, dtype, trusts), num_folded
 
 
+def _merge_whole(
+    section: ModelSection,
+    adapter_dir: Path,
+    kind: str,
+    output: Path,
+    dtype: str | None,
+    reporter: Reporter,
+) -> tuple[int, int]:
+    """Merge a classifier's adapter, or one that is the base's own weights, trained."""
+    has_head = read_head(adapter_dir) is not None
+    head = read_head_spec(adapter_dir)[0] if has_head else None
+    model: Any = load_model(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        head=head,
+    )
+    processor = load_processor(section, "causal_lm" if head is None else head.task)
+    pad_as_tokenizer(model, processor)
+    if kind == INPLACE_TYPE:
+        # As it was trained: 16-bit weights would lose what was learned.
+        model = model.float() if dtype is None else model
+        num_folded = len(load_inplace_files(adapter_dir)[1])
+    model = put_adapter(model, adapter_dir, section, warn=reporter.warn)
+    if kind == PEFT_TYPE:
+        num_folded = fold_generators(model, keep_base=False)
+        remove_generators(model)
+    elif kind != INPLACE_TYPE:
+        from wegeft_cli.interop.baselines import merge_peft
+
+        model, num_folded = merge_peft(model)
+    return _write_folder(model, processor, output, dtype), num_folded
+
+
 def _merge_by_peft(
     name_or_path: str,
     revision: str | None,
@@ -188,12 +237,16 @@ def _write_model(
     trusts: bool,
 ) -> int:
     """Write a whole model with its tokenizer; give the number of its tensors."""
+    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=trusts)
+    return _write_folder(model, tokenizer, output, dtype)
+
+
+def _write_folder(model: Any, processor: Any, output: Path, dtype: str | None) -> int:
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
-    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=trusts)
     with atomic_folder(output) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
+        processor.save_pretrained(str(temporary))
         return len(list_tensors(temporary))
 
 

@@ -19,7 +19,6 @@ from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.class_data import ClassData, read_class_data, without_data
-from wegeft_cli.workflows.class_rehearsal import count_class_flops
 from wegeft_cli.workflows.classifier import load_processor
 from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
 from wegeft_cli.workflows.memory import (
@@ -42,7 +41,7 @@ from wegeft_cli.workflows.prepare import (
     tell_places,
     with_head,
 )
-from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton
+from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton, rehearse_flops
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.survey import PassSurvey, assume_longest, survey_passes
 
@@ -237,7 +236,7 @@ def _count_flops(
     if survey is None:
         return None, None, "they hang on the rows' lengths"
     if recipe.task != "causal_lm":
-        return _count_class_flops(model, recipe, survey)
+        return _rehearse_flops(model, recipe, survey)
     positions = float((survey.sequences * survey.lengths).mean())
     try:
         rates = find_flop_rates(model, recipe, positions)
@@ -253,7 +252,7 @@ def _count_class_flops(
     rows = survey.sequences.astype(float)
     mean = max(1, round(float((rows * survey.lengths).sum() / rows.sum())))
     try:
-        per_row = count_class_flops(model, recipe, BatchShape(1, mean, 1, False))
+        per_row = rehearse_flops(model, recipe, BatchShape(1, mean, 1, False))
     except LookupError as error:
         return None, None, str(error)
     per_step = per_row * float(rows.sum()) / survey.num_steps

@@ -22,7 +22,11 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.head import is_plain_head, select_head_input, sum_head_losses
 from wegeft_cli.training.precision import autocast
 from wegeft_cli.workflows.build import enable_checkpointing, inject_adapter
-from wegeft_cli.workflows.class_rehearsal import compute_class_loss, find_head
+from wegeft_cli.workflows.class_rehearsal import (
+    compute_class_loss,
+    count_class_flops,
+    find_head,
+)
 
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc serves blocks up to this size from its heap, larger ones by pages of their own."""
@@ -138,6 +142,24 @@ def _rehearse(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
         activations=two.activations + further * (two.activations - one.activations),
         blocks=two.blocks + further * (two.blocks - one.blocks),
     )
+
+
+def rehearse_flops(model: Any, recipe: Recipe, shape: BatchShape) -> float:
+    """Count the operations of a classifier's forward and backward pass.
+
+    Args:
+        model: The model without weights, as `prepare_skeleton` gives it; it is left as it was.
+        recipe: The recipe.
+        shape: The batch.
+
+    Returns:
+        Operations, a multiply-add being two.
+
+    Raises:
+        LookupError: If the model does not run without numbers.
+    """
+    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
+        return count_class_flops(model, recipe, shape)
 
 
 def prepare_skeleton(skeleton: nn.Module, recipe: Recipe) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.inplace import INPLACE_TYPE
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
@@ -26,7 +27,8 @@ class OpenedTarget:
         kind: adapter or model.
         model: On its device.
         tokenizer: Its tokenizer.
-        base: Where the base alone lies, for a model that is no adapter; None if unknown.
+        base: Where the base alone lies, for a model that is no adapter, or whose adapter took the
+            place of its own weights; None if unknown, or not needed.
         section: How such a model was loaded; its base is loaded likewise.
     """
 
@@ -39,7 +41,7 @@ class OpenedTarget:
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
         """Give the base model inside the block: the adapter switched off, or the base loaded."""
-        if self.kind == "adapter":
+        if self.kind == "adapter" and self.base is None:
             with _switched_off(self.model):
                 yield self.model, self.tokenizer
             return
@@ -96,6 +98,11 @@ def open_target(
         base_dir = find_base_folder(section.name_or_path, section.revision)
         load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
         model.eval()
+    elif kind == INPLACE_TYPE:
+        from wegeft_cli.workflows.open_classifier import put_adapter
+
+        model = put_adapter(model, adapter_dir, section, warn=warn).eval()
+        return OpenedTarget("adapter", model, tokenizer, section.name_or_path, section)
     else:
         from wegeft_cli.interop.baselines import load_peft
 
