@@ -105,7 +105,9 @@ def main() -> None:
     print(f"pre-trained on {len(pixels)} images in {seconds:.0f} s, last loss {loss:.4f}")
     model.save_pretrained(folder / "model")
     size = {"height": EDGE, "width": EDGE}
-    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder / "model")
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        folder / "model"
+    )
     print(f"model: {folder / 'model'}")
 
 

@@ -1,4 +1,4 @@
-"""Trained parameters of a base on disk: the adapter's two files for full, bitfit and linear_probe."""
+"""Trained parameters of a base on disk: the two files of full, bitfit and linear_probe."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from wegeft_cli.cli.options import (
     TargetArgument,
 )
 
-
 _NUM_CLASSES_SHOWN = 5
 
 

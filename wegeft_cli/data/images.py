@@ -168,7 +168,9 @@ def _read_table(source: DataSource, recipe_dir: Path | None) -> LabelledRows:
             if len(faults) == MAX_FAULTS:
                 break
     raise_all(faults)
-    missing = [i for i, value in enumerate(inputs) if isinstance(value, Path) and not value.exists()]
+    missing = [
+        i for i, value in enumerate(inputs) if isinstance(value, Path) and not value.exists()
+    ]
     raise_all(
         [
             UserError(f"names no image: {str(inputs[i])!r}", file=rows.place(i))

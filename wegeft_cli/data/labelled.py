@@ -40,9 +40,7 @@ class LabelledRows:
     declared: tuple[str, ...] = ()
 
 
-def read_texts(
-    source: DataSource, *, recipe_dir: Path | None, is_regression: bool
-) -> LabelledRows:
+def read_texts(source: DataSource, *, recipe_dir: Path | None, is_regression: bool) -> LabelledRows:
     """Read rows of one or two texts with a class or a number.
 
     Args:

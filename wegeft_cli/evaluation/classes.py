@@ -90,15 +90,15 @@ def describe_per_class(counts: np.ndarray, names: Sequence[str]) -> list[dict[st
         names: Of the classes.
 
     Returns:
-        For each class `label`, `n`, `num_correct`, `accuracy` (None without rows), `precision` (None
-        without answers), and `mistaken_for`: other classes by how often, the most frequent first.
+        For each class `label`, `n`, `num_correct`, `accuracy` (None without rows), `precision`
+        (None without answers), and `mistaken_for`: other classes by how often, the most frequent first.
     """
     answers = counts.sum(0)
     told = []
     for number, name in enumerate(names):
         row, right = counts[number], int(counts[number, number])
         n = int(row.sum())
-        others = [(int(row[i]), names[i]) for i in np.flatnonzero(row) if i != number]
+        others = [(int(count), names[i]) for i, count in enumerate(row) if count and i != number]
         told.append(
             {
                 "label": name,

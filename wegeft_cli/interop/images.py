@@ -93,7 +93,9 @@ def decode_image(source: Path | bytes, *, num_channels: int) -> Any:
     from PIL import ImageOps
 
     try:
-        with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with image_module.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as image:
             upright = ImageOps.exif_transpose(image)
             return upright.convert("L" if num_channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:

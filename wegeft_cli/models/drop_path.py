@@ -62,9 +62,9 @@ class _DropRows:
 
 def _find_blocks(model: Any) -> list[Any]:
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if all(all(hasattr(block, name) for name in _BRANCHES) for block in module):
-                return list(module)
+        blocks = list(module) if isinstance(module, nn.ModuleList) else []
+        if blocks and all(hasattr(block, name) for block in blocks for name in _BRANCHES):
+            return blocks
     raise UserError(
         f"{type(model).__name__} has no blocks of `attention` and `mlp` to leave out",
         key="model.drop_path_rate",

@@ -1,4 +1,4 @@
-"""The head of a classifier: how many outputs, what they are called, and which modules make it up."""
+"""The head of a classifier: its outputs, what they are called, and which modules make it up."""
 
 from __future__ import annotations
 

@@ -54,15 +54,19 @@ def check_classifying(recipe: Recipe) -> Iterator[Fault]:
     elif recipe.task == _IMAGE:
         yield from _refuse(recipe, (*_LANGUAGE_ONLY, *_NOT_FOR_IMAGES))
         if recipe.data.problem_type == "regression":
-            message = "'regression' is for sequence_classification; `task` is 'image_classification'"
+            message = (
+                "'regression' is for sequence_classification; `task` is 'image_classification'"
+            )
             yield "data.problem_type", message, "use `single_label_classification`"
     else:
         yield from _refuse(recipe, (*_LANGUAGE_ONLY, *_IMAGES_ONLY))
     if recipe.task != _IMAGE:
         for key, source in _list_sources(recipe):
             if source.image_dir is not None:
-                yield f"{key}.image_dir", f"{source.image_dir!r} is of no use to {recipe.task}", (
-                    "remove it"
+                yield (
+                    f"{key}.image_dir",
+                    f"{source.image_dir!r} is of no use to {recipe.task}",
+                    ("remove it"),
                 )
     if recipe.task != _CAUSAL:
         for key, source in _list_sources(recipe):

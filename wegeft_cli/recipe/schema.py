@@ -36,8 +36,8 @@ class AdapterSection:
     """What is learned."""
 
     type: str = "wegeft"
-    """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's head
-    alone); or the name of a PEFT method (lora, dora, ia3, vera, ...). (adalora is not in this
+    """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's
+    head alone); or the name of a PEFT method (lora, dora, ia3, vera, ...). (adalora is not in this
     version.) A classifier's head learns with every one of them."""
     r: int = 64
     """Rank of the two shared maps; at least 1. Published setting: 64."""

@@ -27,14 +27,7 @@ from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
 from wegeft_cli.workflows.init_from import init_from_adapter
 from wegeft_cli.workflows.packing import check_packing
-from wegeft_cli.workflows.prepare import count_steps, with_head
-
-TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "sequence_classification": "SEQ_CLS",
-    "image_classification": None,
-}
-"""PEFT's names of the tasks; it has none for images."""
+from wegeft_cli.workflows.prepare import TASK_TYPES, count_steps, with_head
 
 
 def load_base(recipe: Recipe, head: HeadSpec | None = None) -> nn.Module:

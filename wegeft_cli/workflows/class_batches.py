@@ -199,7 +199,9 @@ class ClassBatches:
         # is cut into other batches, sees the same pictures.
         seeds = (self._plan.seed, step)
         return [
-            submit_batch(self._train, self._collator, numbers, seeds) for numbers in micro if numbers
+            submit_batch(self._train, self._collator, numbers, seeds)
+            for numbers in micro
+            if numbers
         ]
 
 

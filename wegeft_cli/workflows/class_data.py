@@ -279,9 +279,7 @@ def join_rows(parts: Sequence[ClassRows]) -> ClassRows | None:
     )
 
 
-def _split_off(
-    rows: ClassRows, fraction: float, is_by_class: bool
-) -> tuple[ClassRows, ClassRows]:
+def _split_off(rows: ClassRows, fraction: float, is_by_class: bool) -> tuple[ClassRows, ClassRows]:
     """Hold out the last floor(fraction x rows), of each class where there are any.
 
     A folder lists its classes one after the other: the last rows of all would be the last classes.
@@ -314,7 +312,7 @@ def _build_report(
     num_truncated: int,
 ) -> ClassReport:
     median, high = np.percentile(train.lengths, [50, 95], method="inverted_cdf")
-    counts = np.bincount(train.labels, minlength=len(labels.names)) if labels.names else []
+    counts = np.bincount(train.labels, minlength=len(labels.names)).tolist() if labels.names else []
     warnings = []
     absent = [name for name, count in zip(labels.names, counts, strict=True) if not count]
     if absent:
@@ -336,7 +334,7 @@ def _build_report(
         num_test_rows=0 if test is None else len(test),
         labels=list(labels.names),
         labels_sha256=labels.sha256,
-        rows_per_class=[int(count) for count in counts],
+        rows_per_class=counts,
         lengths={"p50": int(median), "p95": int(high), "max": int(train.lengths.max())},
         num_truncated=num_truncated,
         sources=[

@@ -55,8 +55,8 @@ def evaluate_classes(
         path: An adapter, run or model folder.
         recipe: The run's recipe, where it belongs to a run.
         splits: test or validation, or both; none takes the first that there is.
-        data_dir: Folder that holds them: `<split>/<class>/...`, `<split>.json` and so on; None takes
-            the recipe's.
+        data_dir: Folder that holds them: `<split>/<class>/...`, `<split>.json` and so on; None
+            takes the recipe's.
         limit: Only the first so many rows of each.
         batch_size: Rows at a time.
         compare_base: Score the base too, whose head must know the same classes.

@@ -74,7 +74,7 @@ def read_class_inputs(
     section = with_head(recipe.adapter, skeleton, recipe.task)
     if not resuming:
         check_init_from(section, skeleton, recipe_dir)
-    groups = plan_groups(skeleton, section)
+    groups = plan_groups(skeleton, section, recipe.task)
     plan = build_step_plan(recipe, data, accelerator.num_processes)
     collator = build_collator(recipe, processor, config, skeleton)
     source = ClassBatches(

@@ -84,9 +84,7 @@ def count_class_flops(model: Any, recipe: Recipe, shape: Shape) -> float:
     return float(counter.get_total_flops())
 
 
-def _make_inputs(
-    model: Any, recipe: Recipe, shape: Shape, device: torch.device
-) -> dict[str, Any]:
+def _make_inputs(model: Any, recipe: Recipe, shape: Shape, device: torch.device) -> dict[str, Any]:
     if recipe.task != "image_classification":
         size = (shape.num_sequences, shape.length)
         ids = torch.zeros(size, dtype=torch.int64, device=device)

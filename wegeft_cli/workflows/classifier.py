@@ -68,9 +68,10 @@ def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransfo
             key="model.name_or_path",
             hint="mend preprocessor_config.json",
         )
-    size = recipe.data.image_size or _read_size(processor) or getattr(config, "image_size", 224)
-    size = size[0] if isinstance(size, list | tuple) else size
-    return ImageTransform(int(size), recipe.data.image_transform, mean, std)
+    own: Any = getattr(config, "image_size", 224)
+    own = own[0] if isinstance(own, list | tuple) else own
+    size = int(recipe.data.image_size or _read_size(processor) or own)
+    return ImageTransform(size, recipe.data.image_transform, mean, std)
 
 
 def build_collator(

@@ -16,11 +16,11 @@ from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.loop import LoopResult
 from wegeft_cli.training.state import Progress
-from wegeft_cli.workflows.adapters import save_adapter
 from wegeft_cli.version import VERSION
+from wegeft_cli.workflows.adapters import save_adapter
 from wegeft_cli.workflows.begin import has_stopped_early
-from wegeft_cli.workflows.build import TASK_TYPES
 from wegeft_cli.workflows.card import write_card
+from wegeft_cli.workflows.prepare import TASK_TYPES
 from wegeft_cli.workflows.reporter import Reporter
 from wegeft_cli.workflows.run_folder import RunFolder
 

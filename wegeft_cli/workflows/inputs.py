@@ -51,9 +51,7 @@ class RunSource(StepSource, Protocol):
     def rows_at(
         self, step: int
     ) -> Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]]:
-        """Give this process's rows of a step just done: number, ids and label mask of each, or
-        what is to be told of it.
-        """
+        """Give this process's rows of a step just done: number, ids, label mask; or words."""
         ...
 
     def waste(self) -> dict[str, Any]:

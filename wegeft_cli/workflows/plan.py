@@ -132,7 +132,7 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if recipe.task != "image_classification":
         check_context(config, recipe)
-    groups = plan_groups(skeleton, with_head(recipe.adapter, skeleton, recipe.task))
+    groups = plan_groups(skeleton, with_head(recipe.adapter, skeleton, recipe.task), recipe.task)
     model = prepare_skeleton(skeleton, recipe)
     checkpoint = count_checkpoint_bytes(recipe, list_learned(model)) / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))
@@ -236,7 +236,7 @@ def _count_flops(
     if survey is None:
         return None, None, "they hang on the rows' lengths"
     if recipe.task != "causal_lm":
-        return _rehearse_flops(model, recipe, survey)
+        return _count_class_flops(model, recipe, survey)
     positions = float((survey.sequences * survey.lengths).mean())
     try:
         rates = find_flop_rates(model, recipe, positions)

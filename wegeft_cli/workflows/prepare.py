@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from wegeft_cli.data.mixture import Mixture
 from wegeft_cli.data.order import StepPlan
-from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
@@ -30,6 +30,13 @@ from wegeft_cli.training.optim import check_optimizer
 from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
 
 _SAVED = "modules_to_save"
+
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "image_classification": None,
+}
+"""PEFT's names of the tasks; it has none for images."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,7 @@ def load_base_config(section: ModelSection) -> Any:
     )
 
 
-def build_skeleton(
-    section: ModelSection, head: HeadSpec | None = None
-) -> tuple[Any, nn.Module]:
+def build_skeleton(section: ModelSection, head: HeadSpec | None = None) -> tuple[Any, nn.Module]:
     """Build the base without weights.
 
     Args:
@@ -127,12 +132,15 @@ def with_head(section: AdapterSection, model: nn.Module, task: str) -> AdapterSe
     return replace(section, modules_to_save=list(names))
 
 
-def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+def plan_groups(
+    skeleton: nn.Module, section: AdapterSection, task: str = "causal_lm"
+) -> list[GroupPlan]:
     """Count what learns, group by group, on a model without weights.
 
     Args:
         skeleton: The base on the meta device; it is not changed.
-        section: The recipe's `adapter`.
+        section: The recipe's `adapter`, see `with_head`.
+        task: The recipe's task.
 
     Returns:
         The groups; a PEFT method's counts are summed by kind of layer.
@@ -145,7 +153,7 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
     if section.type in INPLACE_TYPES:
         return _plan_inplace(skeleton, section)
     if section.type != "wegeft":
-        return _plan_peft(skeleton, section)
+        return _plan_peft(skeleton, section, task)
     targets = select_targets(skeleton, section.target_modules, section.groups)
     assigned = assign_groups(
         targets,
@@ -166,7 +174,26 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
     return groups
 
 
-def build_step_plan(recipe: Recipe, data: PreparedData, world_size: int) -> StepPlan:
+class PlannedData(Protocol):
+    """What steps are cut from: rows that know their lengths."""
+
+    @property
+    def train(self) -> Any:
+        """Training rows, with `lengths` and `label_counts`."""
+        ...
+
+    @property
+    def packs(self) -> list[list[int]] | None:
+        """The numbers of each pack's rows."""
+        ...
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Which rows an epoch takes."""
+        ...
+
+
+def build_step_plan(recipe: Recipe, data: PlannedData, world_size: int) -> StepPlan:
     """Cut the rows, or with packing the packs of rows, into optimizer steps as the recipe says.
 
     Args:
@@ -254,7 +281,7 @@ def _plan_inplace(skeleton: nn.Module, section: AdapterSection) -> list[GroupPla
     ]
 
 
-def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+def _plan_peft(skeleton: nn.Module, section: AdapterSection, task: str) -> list[GroupPlan]:
     from wegeft_cli.interop.baselines import inject_peft
 
     model = inject_peft(
@@ -265,6 +292,7 @@ def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
         target_modules=section.target_modules,
         options=section.peft,
         modules_to_save=section.modules_to_save,
+        task_type=TASK_TYPES[task],
     )
     counts: dict[str, tuple[int, int]] = {}
     saved: set[str] = set()
