@@ -33,7 +33,7 @@ def test_resize_loses_the_aspect_and_does_not_antialias():
     image = make_image(40, 20)
     found = ImageTransform(8, "resize", *HALF)(image, np.random.default_rng(0))
     rows = np.asarray(image, dtype=np.float64) / 255 * 2 - 1
-    # Pixel (i, j) of 8 x 8 lies between those around ((i + .5) * 20 / 8 - .5, (j + .5) * 40 / 8 - .5).
+    # Pixel (1, 3) of 8 x 8 lies at ((1 + .5) * 20 / 8 - .5, (3 + .5) * 40 / 8 - .5).
     y, x = (1 + 0.5) * 20 / 8 - 0.5, (3 + 0.5) * 40 / 8 - 0.5
     top, left = int(y), int(x)
     wy, wx = y - top, x - left

@@ -60,7 +60,10 @@ def recipe(tmp_path, vit_dir, images_dir):
     return write
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [METHODS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:])],
+)
 def test_train_evaluate_and_merge_agree(recipe, method, images_dir, vit_dir):
     result = train(recipe(), [f"adapter.type={method}"])
     planned = plan(recipe("planned"), [f"adapter.type={method}"])
@@ -232,6 +235,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_trains_and_merges(recipe, tmp_path, name):
     model_class, config_class, targets, share = FAMILIES[name]
@@ -286,6 +290,7 @@ def test_python_sees_what_the_command_scores(recipe, images_dir):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     ["model.drop_path_rate=0.9", "data.image_transform=crop_flip", "data.image_size=16"],
