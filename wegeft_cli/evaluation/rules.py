@@ -133,6 +133,9 @@ class EvalProtocol:
     def check_data(self, data: TaskData) -> None:
         """Refuse rows in which this protocol's gold cannot be read as published.
 
+        Args:
+            data: The rows.
+
         Raises:
             UserError: If a row is not in the set's original form; each is named.
             ExceptionGroup: If there are several such rows.
