@@ -20,7 +20,7 @@ from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
-from wegeft_cli.workflows.share import Share, this_share
+from wegeft_cli.workflows.share import Share, leave_group, this_share
 from wegeft_cli.workflows.target import (
     NO_PRINTS,
     OpenedTarget,
@@ -151,6 +151,7 @@ def evaluate(
         if output is not None:
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         drop_logs(_logs_of(samples_path))
+    leave_group(share)
     return result
 
 
