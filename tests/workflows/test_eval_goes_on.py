@@ -167,7 +167,8 @@ def test_two_processes_give_what_one_gives_also_after_a_kill(llama_dir, rows_dir
     words += ["--batch-size", "1", "--output", output]
     killed = run_eval(*words)
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not list(tmp_path.glob("two-samples.partial/*/0.jsonl")):
+    logs = "two-samples.partial/*/0.jsonl"
+    while not any(b"\n" in path.read_bytes() for path in tmp_path.glob(logs)):
         assert killed.poll() is None, killed.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
