@@ -92,6 +92,9 @@ def evaluate(
         return
     if num_processes is not None and samples is None:
         raise typer.Exit(_launch(context, num_processes))
+    from wegeft_cli.workflows.launch import join_slurm
+
+    join_slurm()
     options = {"allow_leaky": allow_leaky, "seed": seed}
     result = workflow.evaluate(
         target,
