@@ -14,11 +14,12 @@ from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, 
 from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
+from wegeft_cli.workflows.run_folder import SCORES_END, describe_environment, find_recipe_of
 from wegeft_cli.workflows.target import find_target, open_target
 from wegeft_cli.workflows.tasks import Job, choose_protocol
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
+SAMPLES_END = "-samples.jsonl"
 _SAMPLES_START = '{"model": "'
 
 
@@ -99,6 +100,9 @@ def evaluate(
         "target": None if path is None else str(path),
         **describe_environment(),
     }
+    if output is None and samples is None:
+        # Where the card of a merge or an export finds it.
+        output = samples_path.with_name(samples_path.name.replace(SAMPLES_END, SCORES_END))
     if output is not None:
         write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
@@ -234,8 +238,8 @@ def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[J
     folder = Path(path) if path is not None else Path("runs")
     for candidate in (folder, folder.parent):
         if (candidate / "run.json").is_file():
-            return candidate / "eval" / f"{folder.name}-{name}-samples.jsonl"
-    return Path("runs") / "eval" / f"{folder.name}-{name}-samples.jsonl"
+            return candidate / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
+    return Path("runs") / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
 
 
 def _write_samples(
