@@ -32,7 +32,7 @@ from wegeft_cli.checkpoints.layout import (
 from wegeft_cli.checkpoints.shards import INDEX_NAME, SINGLE_NAME, TensorInfo, read_shards
 from wegeft_cli.errors import UserError, raise_all
 
-__all__ = ["BLOCK_BYTES", "StreamReport", "TensorEdit", "block_rows", "merge_stream"]
+__all__ = ["BLOCK_BYTES", "StreamReport", "TensorEdit", "block_rows", "merge_stream", "read_tensor"]
 
 BLOCK_BYTES = 32 * 2**20
 """Largest block of rows that an edit should ask for, in bytes of float32."""
@@ -139,6 +139,32 @@ def merge_stream(
                         if on_progress is not None:
                             on_progress(num_done, num_bytes)
     return StreamReport(len(tensors), len(edits), num_bytes)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one stored tensor.
+
+    Args:
+        info: Where it lies.
+
+    Returns:
+        The tensor in its stored type.
+
+    Raises:
+        UserError: If its type is none that can be computed with, or the file cannot be read.
+    """
+    if info.dtype not in TORCH_DTYPES:
+        raise UserError(
+            f"a tensor is stored as {info.dtype}: a quantised base cannot be read as numbers",
+            file=str(info.shard),
+            hint="give the unquantised base with --base",
+        )
+    if info.num_bytes == 0:
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    with disk_errors(info.shard, "read"), info.shard.open("rb") as file:
+        file.seek(info.start)
+        data = _read(file, info.num_bytes, info.shard)
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def _check_dtype(dtype: str | None) -> str | None:
