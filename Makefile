@@ -61,13 +61,13 @@ test: setup ## The fast tests, offline (sets up .venv first where it is missing)
 test-slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-peft: setup ## WeGeFT as a method of PEFT, against the oldest PEFT supported
+test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
 		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT)
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
-		-m "not slow and not gpu"
+		tests/workflows/test_export.py -m "not slow and not gpu"
 
 recipes: setup ## Validate every shipped recipe
 	@found=0; for recipe in recipes/*.yaml; do \
