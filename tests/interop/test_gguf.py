@@ -56,7 +56,7 @@ def adapt(base_dir, folder, **settings):
 
 
 def to_bytes(tokenizer, ids):
-    """Give the bytes of some tokens, which need be no text; llama.cpp tells none of special ones."""
+    """Give the bytes of tokens, which need be no text; llama.cpp tells none of special ones."""
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = [tokenizer.backend_tokenizer.id_to_token(n) for n in ids if n not in special]
     if any(piece == "\u2581" or piece.startswith("<0x") for piece in tokenizer.get_vocab()):

@@ -222,7 +222,7 @@ def test_several_adapters_add_up_with_their_weights(
         targets = ["q_proj", "down_proj"]
     folders, changes, weights = [], [], [0.75, -0.5]
     for number, side in enumerate(sides):
-        folder, model = make_adapter(
+        _, model = make_adapter(
             base_dir, f"a{number}", told=told, target_modules=targets, side=side
         )
         draw_again(model, tmp_path / f"b{number}", told or base_dir, seed=10 + number)

@@ -241,7 +241,9 @@ def _convert(item: Item, block: Tensor, start_row: int) -> memoryview:
     else:
         edited = block
     written = edited.to(TORCH_DTYPES[item.dtype])
-    if bool((torch.isfinite(block) & ~torch.isfinite(written)).any()):
+    # A sum is finite only if all of its terms are, and is ten times as fast as asking each.
+    total = written.sum(dtype=torch.promote_types(written.dtype, torch.float32))
+    if not math.isfinite(total) and bool((torch.isfinite(block) & ~torch.isfinite(written)).any()):
         raise UserError(
             f"{item.name} gets values that are not finite in {item.dtype}",
             file=str(item.source.shard),

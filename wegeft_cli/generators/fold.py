@@ -120,9 +120,14 @@ def merge_stored(
     turned = transposed and merged.ndim == 2
     source, view = (stored.t(), merged.t()) if turned else (stored, merged)
     for index in _row_blocks(view.shape[0], rows, side):
-        # One row of numbers is a bias, which the output side maps as it maps each column of W.
-        delta = delta_weight(source[index].to(dtype), phi, psi, scale, side)
-        view[index] = (view[index].to(dtype) + delta).to(stored.dtype)
+        W, target = source[index].to(dtype), view[index].to(dtype)
+        if W.ndim == 1:  # a bias, which only the output side maps: as it maps each column of W
+            target = target + delta_weight(W, phi, psi, scale, side)
+        else:
+            # delta_weight and the sum in one pass over the memory, which is what a merge waits for.
+            one, two = (W @ phi, psi) if side == "input" else (phi, psi @ W)
+            target = torch.addmm(target, one, two, alpha=scale)
+        view[index] = target.to(stored.dtype)
     return merged
 
 

