@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
-from wegeft_cli.cli.group import may_be_restarted, num_restarts
+from wegeft_cli.cli.group import LAUNCHED, may_be_restarted, num_restarts
 from wegeft_cli.cli.options import (
     JsonOption,
     OverridesArgument,
@@ -99,6 +99,7 @@ def train(
         options += ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
         options += ["--public"] if is_public else []
         options += ["--json"] if as_json else []
+        os.environ[LAUNCHED] = "1"
         words = ["train", *options, "--", recipe, *(overrides or [])]
         code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
         raise typer.Exit(code)
