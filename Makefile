@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-training test-peft docs \
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training test-peft docs \
 	quickstart clean
 
 help: ## List the targets
@@ -61,13 +61,13 @@ test: setup ## The fast tests, offline (sets up .venv first where it is missing)
 test-slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-peft: setup ## WeGeFT as a method of PEFT, against the oldest PEFT supported
+test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
 		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT)
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
-		-m "not slow and not gpu"
+		tests/workflows/test_export.py -m "not slow and not gpu"
 
 recipes: setup ## Validate every shipped recipe
 	@found=0; for recipe in recipes/*.yaml; do \
@@ -86,6 +86,9 @@ bench-eval: setup ## Rows per second of evaluation, beside one prompt at a time 
 	@$(BIN)/python scripts/quickstart_model.py
 	@$(BIN)/python scripts/quickstart_data.py
 	$(BIN)/python scripts/bench_eval.py
+
+bench-merge: setup ## Memory and time of merging beside PEFT, on a random model of 2 GiB (12 GiB of disk; keep the machine idle)
+	$(BIN)/python scripts/bench_merge.py
 
 bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's train.jsonl; keep the machine idle)
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from wegeft_cli.checkpoints.files import (
     atomic_folder,
-    disk_errors,
     save_tensors_atomic,
     write_text_atomic,
 )
+from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
-from wegeft_cli.checkpoints.strict_json import parse_json, shorten
+from wegeft_cli.checkpoints.strict_json import read_json, read_text_bytes, shorten
 from wegeft_cli.errors import UserError, raise_all
 
 CONFIG_NAME = "adapter_config.json"
@@ -122,11 +122,12 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
     ]
     if not config_path.is_file():
         raise_all(missing)
-    with disk_errors(config_path, "read"):
-        text = config_path.read_bytes()
+    text = read_text_bytes(config_path)
     # The config first: an adapter of another kind may well keep its weights elsewhere.
     manifest = AdapterManifest.from_json(text, file=str(config_path))
     raise_all(missing)
+    for path in (config_path, weights_path):
+        check_inside(path, adapter_dir)
     raise_all(_check_tensors(manifest, read_shard(weights_path).tensors, weights_path))
     tensors = load_tensors(weights_path)
     raise_all(
@@ -254,8 +255,7 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
         UserError: If the file is missing or damaged, or does not tell the kind or the base.
     """
     path = adapter_dir / CONFIG_NAME
-    with disk_errors(path, "read"):
-        values = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+    values = read_json(path, allow_nan=True)
     if not isinstance(values, dict):
         raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(path))
     if "peft_type" not in values:
@@ -294,8 +294,7 @@ def find_newest_run(runs_dir: Path) -> Path | None:
 def _read_run(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "run.json"
     try:
-        with disk_errors(path, "read"):
-            run = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+        run = read_json(path, allow_nan=True)
     except UserError:
         return None
     return run if isinstance(run, dict) else None

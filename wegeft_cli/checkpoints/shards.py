@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wegeft_cli.checkpoints.files import disk_errors
-from wegeft_cli.checkpoints.strict_json import parse_json, shorten
+from wegeft_cli.checkpoints.links import check_inside
+from wegeft_cli.checkpoints.strict_json import parse_json, read_json, shorten
 from wegeft_cli.errors import UserError
 
 SINGLE_NAME = "model.safetensors"
@@ -113,18 +114,24 @@ def read_shards(model_dir: Path) -> list[Shard]:
         The shards by name; none if there are neither.
 
     Raises:
-        UserError: If a file is missing or damaged, or the index names what is not there.
+        UserError: If a file is missing or damaged, is a link out of the folder, or the index names
+            what is not there.
     """
     with disk_errors(model_dir, "read"):
         if not model_dir.is_dir():
             raise UserError("there is no such folder", file=str(model_dir))
         # transformers looks for the single file first, too.
         if (model_dir / SINGLE_NAME).is_file():
+            check_inside(model_dir / SINGLE_NAME, model_dir)
             return [read_shard(model_dir / SINGLE_NAME)]
         if not (model_dir / INDEX_NAME).is_file():
             return []
+        check_inside(model_dir / INDEX_NAME, model_dir)
         weight_map = read_index(model_dir / INDEX_NAME)["weight_map"]
-        shards = [read_shard(model_dir / name) for name in sorted(set(weight_map.values()))]
+        paths = [model_dir / name for name in sorted(set(weight_map.values()))]
+        for path in paths:
+            check_inside(path, model_dir)
+        shards = [read_shard(path) for path in paths]
     _check_index(weight_map, shards, model_dir / INDEX_NAME)
     return shards
 
@@ -141,8 +148,7 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is damaged, or a shard's name leads out of the folder.
     """
-    with disk_errors(path, "read"):
-        index = parse_json(path.read_bytes(), file=str(path))
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("must map tensors to files", file=str(path), key="weight_map")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wegeft_cli.cli import compare, merge, plan, preview, recipes, sweep, train, validate
+from wegeft_cli.cli import compare, export, merge, plan, preview, recipes, sweep, train, validate
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.group import tell_launcher
@@ -124,6 +124,7 @@ def _flatten(group: BaseException) -> list[BaseException]:
 app.command("train", cls=HelpfulCommand)(guard(train.train))
 app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
 app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
+app.command("export", cls=HelpfulCommand)(guard(export.export))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
 app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))

@@ -19,7 +19,7 @@ from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
+from wegeft_cli.workflows.run_folder import SCORES_END, describe_environment, find_recipe_of
 from wegeft_cli.workflows.share import Share, leave_group, this_share
 from wegeft_cli.workflows.target import (
     NO_PRINTS,
@@ -32,6 +32,7 @@ from wegeft_cli.workflows.target import (
 __all__ = ["evaluate", "list_tasks"]
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
+SAMPLES_END = "-samples.jsonl"
 _SAMPLES_START = '{"model": "'
 _LOGGED_VERSIONS = ("wegeft-cli", "torch", "transformers")
 
@@ -156,6 +157,9 @@ def evaluate(
     if share.index == 0:
         if is_written:
             _write_samples(samples_path, scores, base_scores)
+        if output is None and samples is None:
+            # Where the card of a merge or an export finds it.
+            output = samples_path.with_name(samples_path.name.replace(SAMPLES_END, SCORES_END))
         if output is not None:
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         if samples is None:
@@ -333,8 +337,8 @@ def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[E
     folder = Path(path) if path is not None else Path("runs")
     for candidate in (folder, folder.parent):
         if (candidate / "run.json").is_file():
-            return candidate / "eval" / f"{folder.name}-{name}-samples.jsonl"
-    return Path("runs") / "eval" / f"{folder.name}-{name}-samples.jsonl"
+            return candidate / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
+    return Path("runs") / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
 
 
 def _write_samples(

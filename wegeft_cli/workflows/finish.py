@@ -53,7 +53,19 @@ def write_adapter(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-    card = write_card(recipe, result.num_steps, result.final_loss, adapter_step=step)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    num_learned = sum(sizes[name] for name in learned)
+    # What replaces a module of the base stands beside it in the model, as the generators do.
+    num_base = sum(sizes.values()) - num_learned
+    card = write_card(
+        recipe,
+        result.num_steps,
+        result.final_loss,
+        adapter_step=step,
+        parameters=(num_learned, num_base),
+        validation=result.validation,
+    )
     if get_generators(model) is not None:
         asked = recipe.adapter.target_modules
         save_adapter(

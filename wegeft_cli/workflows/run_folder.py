@@ -22,6 +22,8 @@ from wegeft_cli.version import VERSION
 _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
+SCORES_END = "-scores.json"
+"""How the results of `wegeft eval` are called that lie in a run's folder, under eval/."""
 _FILES = ("recipe.yaml", "run.json", METRICS_NAME, SAMPLES_NAME)
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
