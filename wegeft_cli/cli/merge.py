@@ -31,12 +31,27 @@ def merge(
             help="float32, bfloat16 or float16; left out: as in the base.",
         ),
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Of a base quantised while training: fold into its dequantised weights, as they "
+            "were trained on; left out: into the 16-bit base.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fold an adapter into its base, tensor by tensor: the model is never held in memory."""
     from wegeft_cli.workflows.merge import merge as run
 
-    result = run(adapter, base=base, output=output, dtype=dtype, reporter=RichReporter())
+    result = run(
+        adapter,
+        base=base,
+        output=output,
+        dtype=dtype,
+        dequantize=dequantize,
+        reporter=RichReporter(),
+    )
     if as_json:
         print_json(result.to_json())
         return
@@ -44,4 +59,12 @@ def merge(
         f"[green]merged[/]: {result.num_folded} of {result.num_tensors} tensors changed in "
         f"{result.seconds:.1f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
+    if result.logits_difference is not None:
+        told = result.logits_difference
+        into = "the 16-bit base" if result.merged_weights == "base" else "the dequantised weights"
+        show(
+            f"merged into {into}: logits differ from the trained model's by {told['mean']:.2g} on "
+            f"average, {told['max']:.2g} at most; the likeliest token is the same at "
+            f"{told['same_token']:.0%} of {told['num_tokens']:.0f} positions"
+        )
     show(f"model: {result.output_dir}", highlight=False, soft_wrap=True)

@@ -16,7 +16,6 @@ from wegeft_cli.checkpoints.adapter import (
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.files import (
-    atomic_folder,
     check_unused_folder,
     write_text_atomic,
 )
@@ -29,13 +28,18 @@ from wegeft_cli.generators.inject import remove_generators
 from wegeft_cli.models.base import (
     fetch_base_folder,
     load_model,
-    load_tokenizer,
-    quiet_transformers,
 )
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import check_base, load_adapter, tell_base
 from wegeft_cli.workflows.edits import build_edits, has_all_tensors
+from wegeft_cli.workflows.quantised_merge import (
+    choose_weights,
+    compare_logits,
+    describe_base,
+    merge_dequantised,
+    write_model,
+)
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
 
@@ -54,6 +58,10 @@ class MergeResult:
         num_folded: How many of them the adapter changed.
         seconds: How long it took.
         peak_memory_gib: Highest resident memory of the process, in GiB.
+        merged_weights: What the change was folded into: the base's own weights (`base`), or what a
+            quantised base's stand for (`dequantized`).
+        logits_difference: Of an adapter that was trained on a quantised base: how far the merged
+            model is from what was trained, see `compare_logits`.
     """
 
     output_dir: Path
@@ -61,6 +69,8 @@ class MergeResult:
     num_folded: int
     seconds: float
     peak_memory_gib: float
+    merged_weights: str = "base"
+    logits_difference: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the result as a JSON object, paths as text."""
@@ -73,6 +83,7 @@ def merge(
     base: str | None = None,
     output: Path | None = None,
     dtype: str | None = None,
+    dequantize: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeResult:
     """Fold an adapter into its base: W' = W (I + s phi psi), in float32 or better.
@@ -86,6 +97,8 @@ def merge(
         base: The base's folder or hub id, where it is not as recorded.
         output: Folder to write, new or empty; None is `merged` in the run's folder.
         dtype: float32, bfloat16 or float16; None keeps the base's.
+        dequantize: Fold into the dequantised weights of the base as it was quantised while
+            training, not into its 16-bit weights.
         reporter: Where words and progress go.
 
     Returns:
@@ -108,7 +121,10 @@ def merge(
     if base is not None:
         revision = None
     trusts = recipe is not None and recipe.model.trust_remote_code
+    quantization: str | None = None
     if kind != PEFT_TYPE:
+        if dequantize:
+            raise UserError(f"a {kind} adapter is merged by PEFT alone", key="--dequantize")
         reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
         with tell_base(base, adapter_dir):
             num_tensors, num_folded = _merge_by_peft(
@@ -124,7 +140,12 @@ def merge(
                     f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
                 )
         check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
-        if has_all_tensors(files, stored):
+        quantization, dequantize = choose_weights(files.manifest, base_dir, dequantize)
+        if dequantize:
+            reporter.note(f"merged into the dequantised weights ({quantization}), in memory")
+            trained_base = describe_base(files.manifest, recipe, base_dir)
+            num_tensors, num_folded = merge_dequantised(trained_base, adapter_dir, output, dtype)
+        elif has_all_tensors(files, stored):
             with reporter.progress("merging", 100) as advance:
                 report = merge_stream(
                     base_dir,
@@ -137,12 +158,20 @@ def merge(
         else:
             reporter.note("the base's files name its layers otherwise: merged in memory")
             num_tensors, num_folded = _merge_in_memory(base_dir, adapter_dir, output, dtype, trusts)
+    merged_weights = "dequantized" if dequantize else "base"
+    difference = None
+    if quantization is not None:
+        trained_base = describe_base(files.manifest, recipe, base_dir)
+        difference = compare_logits(trained_base, adapter_dir, output, reporter)
     provenance = {
         "base_model_name_or_path": name_or_path,
         "revision": revision,
         "adapter": str(adapter_dir),
         "peft_type": kind,
         "wegeft_version": VERSION,
+        "base_quantization": quantization,
+        "merged_weights": merged_weights,
+        "logits_difference": difference,
     }
     write_text_atomic(output / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
     return MergeResult(
@@ -151,6 +180,8 @@ def merge(
         num_folded=num_folded,
         seconds=time.perf_counter() - start,
         peak_memory_gib=measure_peak_memory_gib(torch.device("cpu")),
+        merged_weights=merged_weights,
+        logits_difference=difference,
     )
 
 
@@ -161,7 +192,7 @@ def _merge_in_memory(
     load_adapter(model, adapter_dir)
     num_folded = fold_generators(model, keep_base=False)
     remove_generators(model)
-    return _write_model(model, str(base_dir), None, output, dtype, trusts), num_folded
+    return write_model(model, str(base_dir), None, output, dtype, trusts), num_folded
 
 
 def _merge_by_peft(
@@ -176,25 +207,7 @@ def _merge_by_peft(
 
     model = load_model(name_or_path, revision=revision, trust_remote_code=trusts)
     merged, num_folded = merge_peft(load_peft(model, adapter_dir))
-    return _write_model(merged, name_or_path, revision, output, dtype, trusts), num_folded
-
-
-def _write_model(
-    model: Any,
-    name_or_path: str,
-    revision: str | None,
-    output: Path,
-    dtype: str | None,
-    trusts: bool,
-) -> int:
-    """Write a whole model with its tokenizer; give the number of its tensors."""
-    if dtype is not None:
-        model = model.to(getattr(torch, dtype))
-    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=trusts)
-    with atomic_folder(output) as temporary, quiet_transformers():
-        model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(str(temporary))
-        return len(list_tensors(temporary))
+    return write_model(merged, name_or_path, revision, output, dtype, trusts), num_folded
 
 
 def _default_output(adapter_dir: Path) -> Path:

@@ -16,7 +16,10 @@ from wegeft_cli.workflows.paths import keep_recipe
 _PROLONGING = ("train.num_train_epochs", "train.max_steps")
 _TELLING = (
     "data.cache_dir",
+    "train.check_steps",
     "train.ddp_timeout",
+    "train.fsdp_size",
+    "train.strategy",
     "train.logging_steps",
     "train.max_skipped_steps",
     "train.eval_steps",
