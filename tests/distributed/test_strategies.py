@@ -55,9 +55,9 @@ GROUPS = {
 }
 
 
-def launch(num_processes, paths):
+def launch(num_processes, paths, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_processes), str(WORKER), json.dumps(paths)]
+    command += ["--nproc-per-node", str(num_processes), str(WORKER), json.dumps(paths), *words]
     return subprocess.run(
         command,
         capture_output=True,
@@ -150,3 +150,15 @@ def test_settings_differ(trained):
         if name != "recomputed"
     }
     assert len(norms) == len(SETTINGS) - 1
+
+
+def test_processes_that_diverge_are_stopped(write_recipe):
+    """At the next comparison, before anything wrong is saved."""
+    steps = {"per_device_train_batch_size": 1, "max_steps": 12, "save_steps": 2, "check_steps": 1}
+    recipe = write_recipe(train=steps)
+    done = launch(2, [str(recipe)], "diverge")
+    assert done.returncode != 0
+    assert "the processes hold different factors at step 3" in done.stderr
+    run_dir = recipe.parent / "runs" / recipe.stem
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+    assert [path.name for path in run_dir.glob("checkpoints/step-*")] == ["step-00000002"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +56,15 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Processes that share the rows, one a GPU, each with a whole model.",
+        ),
+    ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -66,6 +76,12 @@ def evaluate(
     if list_tasks:
         _print_tasks(workflow.list_tasks(), as_json)
         return
+    if num_processes is not None:
+        from wegeft_cli.workflows.launch import Group, launch, words_without
+
+        raise typer.Exit(
+            launch(words_without("--num-processes", sys.argv[1:]), Group(num_processes))
+        )
     result = workflow.evaluate(
         target,
         tasks=task or [],

@@ -13,8 +13,10 @@ from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
 from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
 from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.launch import is_first, join_group, leave_group
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
+from wegeft_cli.workflows.shared_eval import evaluate_shared
 from wegeft_cli.workflows.target import find_target, open_target
 from wegeft_cli.workflows.tasks import Job, choose_protocol
 
@@ -81,6 +83,7 @@ def evaluate(
         scores, base_scores = [_score_samples(samples, jobs)], None
     else:
         assert path is not None
+        join_group()
         sizes = (batch_size or settings.batch_size, max_new_tokens)
         opened = open_target(path, recipe, base=base, warn=reporter.warn)
         base_scores = None
@@ -92,15 +95,17 @@ def evaluate(
     if base_scores is not None:
         result["base_results"] = [result_dict(score) for score in base_scores]
     samples_path = _samples_path(path, output, jobs)
-    if samples is None:
+    if samples is None and is_first():
         _write_samples(samples_path, scores, base_scores)
     result |= {
         "samples_path": str(samples_path if samples is None else samples),
         "target": None if path is None else str(path),
         **describe_environment(),
     }
-    if output is not None:
+    if output is not None and is_first():
         write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if samples is None:
+        leave_group()
     return result
 
 
@@ -202,14 +207,12 @@ def _score_model(
 ) -> list[TaskScore]:
     import torch
 
-    from wegeft_cli.evaluation.run import evaluate_task
-
     batch_size, max_new_tokens = sizes
     scores = []
     for job in jobs:
         with reporter.progress(f"{title}: {job.data.task.name}", len(job.data.rows)) as advance:
             try:
-                score = evaluate_task(
+                score = evaluate_shared(
                     model,
                     tokenizer,
                     job.data,

@@ -82,6 +82,59 @@ def is_in_group(environment: Mapping[str, str] | None = None) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def is_first(environment: Mapping[str, str] | None = None) -> bool:
+    """Tell whether this process writes for its group; one alone does.
+
+    Args:
+        environment: Variables; None takes the process's own.
+
+    Returns:
+        Whether its rank is 0, or it has none.
+    """
+    environment = os.environ if environment is None else environment
+    return environment.get("RANK", "0") == "0"
+
+
+def join_group() -> None:
+    """Join the group of processes that a launcher started, if one did, on GPU or CPU."""
+    if not is_in_group():
+        return
+    import torch
+    from accelerate import Accelerator
+
+    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
+    Accelerator(cpu=not torch.accelerator.is_available())
+
+
+def leave_group() -> None:
+    """Leave it again, all together: what one still writes, the others wait for."""
+    if is_in_group():
+        from accelerate import PartialState
+
+        state = PartialState()
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
+def words_without(option: str, words: Sequence[str]) -> list[str]:
+    """Give a command line without one option that takes a value.
+
+    Args:
+        option: Such as `--num-processes`.
+        words: The command line.
+
+    Returns:
+        The rest of it, in order.
+    """
+    kept: list[str] = []
+    skips = False
+    for word in words:
+        if not skips and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skips = word == option and not skips
+    return kept
+
+
 def join_slurm(environment: MutableMapping[str, str] | None = None) -> bool:
     """Take rank and meeting place from SLURM where `srun` started several tasks of this command.
 

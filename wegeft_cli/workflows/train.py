@@ -138,6 +138,8 @@ def _train(
     sharding = build_sharding(recipe.train, accelerator)
     folder = RunFolder(find_run_dir(recipe))
     given = check_start(folder, recipe, resume, accelerator)
+    if resume is not None:  # before the first process writes what the others compare
+        accelerator.wait_for_everyone()
     inputs = read_inputs(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
     if dry_run:
