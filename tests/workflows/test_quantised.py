@@ -13,10 +13,12 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.generators.inject import inject_generators
 from wegeft_cli.interop.quantise import dequantise, find_kind, keep_trainable
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import ModelSection
+from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.adapters import load_adapter
 from wegeft_cli.workflows.load import load_base, quantise_as
+from wegeft_cli.workflows.memory import count_base_bytes
 from wegeft_cli.workflows.merge import merge
+from wegeft_cli.workflows.prepare import build_skeleton
 from wegeft_cli.workflows.target import open_target
 from wegeft_cli.workflows.train import train
 
@@ -169,3 +171,28 @@ def test_an_adapter_is_opened_as_it_was_trained(base_dir, write_recipe):
     merged = merge(result.run_dir).output_dir
     recipe_of_run = load_recipe(recipe).recipe
     assert find_kind(open_target(merged, recipe_of_run, base=None).model) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_its_bytes(base_dir, kind):
+    recipe = Recipe(model=ModelSection(name_or_path=str(base_dir), **KINDS[kind]))
+    _, skeleton = build_skeleton(recipe.model)
+    skeleton.requires_grad_(False)
+    planned = count_base_bytes(recipe, skeleton, torch.float32)
+    model = load(base_dir, kind)
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.nbytes if kind != "torchao_8bit" or _is_dense(parameter) else 0
+        if kind == "torchao_8bit" and not _is_dense(parameter):
+            held += parameter.qdata.nbytes + parameter.scale.nbytes
+        if hasattr(parameter, "quant_state"):
+            state = parameter.quant_state
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    # The scales of rows as short as these weigh more than the plan allows them.
+    assert planned == pytest.approx(held, rel=0.05)
+    dense = count_base_bytes(Recipe(model=recipe.model.__class__()), skeleton, torch.float32)
+    assert planned < 0.6 * dense
+
+
+def _is_dense(parameter):
+    return type(parameter) is torch.nn.Parameter
