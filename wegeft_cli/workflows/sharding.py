@@ -39,7 +39,7 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
     environment = os.environ if environment is None else environment
     for name, reason in _REFUSED.items():
         if environment.get(name, "false").lower() in ("1", "true", "yes", "on"):
-            raise UserError(f"is set, and {reason}", key=name, hint=_WAY_OUT)
+            raise UserError(f"is set, and {reason}", file="environment", key=name, hint=_WAY_OUT)
 
 
 def build_sharding(train: TrainSection, accelerator: Accelerator) -> dict[str, Any]:
