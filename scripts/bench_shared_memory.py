@@ -29,8 +29,8 @@ LIMIT = 0.65
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=18)
-    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

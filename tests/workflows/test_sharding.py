@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import TrainSection
@@ -10,7 +11,7 @@ from wegeft_cli.workflows.sharding import build_sharding, check_launcher
 
 
 def sharding(num_processes, **keys):
-    accelerator = SimpleNamespace(num_processes=num_processes)
+    accelerator = SimpleNamespace(num_processes=num_processes, device=torch.device("cuda"))
     return build_sharding(TrainSection(**keys), accelerator).get("distributed_config")
 
 

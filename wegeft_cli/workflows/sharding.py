@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +14,8 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import TrainSection
 
 _KEY = "train.strategy"
+# mallopt's number of the size from which on a block is mapped by itself.
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 _WAY_OUT = "start it with `wegeft train RECIPE --num-processes N`, and `train.strategy: fsdp2` for "
 _WAY_OUT += "a base that does not fit"
 # What `accelerate launch` asks of the program by variables -> why it is not done.
@@ -71,5 +75,17 @@ def build_sharding(train: TrainSection, accelerator: Accelerator) -> dict[str, A
         )
     if size == 1:
         return {}
+    if accelerator.device.type == "cpu":
+        _give_back_freed_memory()
     config = DistributedConfig(fsdp_size=size, dp_replicate_size=num_processes // size)
     return {"distributed_config": config}
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return a gathered layer's memory when it is freed.
+
+    By itself it learns from the first large block freed to keep such blocks in its heap, between
+    smaller ones that live on: in the end the heap is as large as the whole base.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc has its own ways
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
