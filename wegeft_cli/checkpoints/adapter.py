@@ -272,6 +272,22 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
     return values["peft_type"], values["base_model_name_or_path"], revision
 
 
+def read_quantization(adapter_dir: Path) -> str | None:
+    """Tell how the base of a WeGeFT adapter was quantised while it was trained.
+
+    Args:
+        adapter_dir: The folder that holds `adapter_config.json`.
+
+    Returns:
+        What the file records, such as `bitsandbytes_4bit`; None for a base that was not.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    path = adapter_dir / CONFIG_NAME
+    return AdapterManifest.from_json(read_text_bytes(path), file=str(path)).base_quantization
+
+
 def find_newest_run(runs_dir: Path) -> Path | None:
     """Find the run that finished last.
 

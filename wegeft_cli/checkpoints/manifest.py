@@ -65,6 +65,8 @@ class AdapterManifest:
             whole; left out of the file where there are none.
         init_from: The adapter whose factors were the start, as the recipe named it; left out of the
             file where it was a fresh draw.
+        base_quantization: How the base was quantised while training (`bitsandbytes_4bit`); left out
+            of the file where it was not.
     """
 
     task_type: str | None
@@ -83,6 +85,7 @@ class AdapterManifest:
     wegeft_version: str
     modules_to_save: tuple[str, ...] = ()
     init_from: str | None = None
+    base_quantization: str | None = None
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -272,6 +275,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
 _OPTIONAL: dict[str, Callable[[Any], str | None]] = {
     "modules_to_save": _module_names,
     "init_from": _text_or_null,
+    "base_quantization": _text_or_null,
 }
 
 

@@ -140,8 +140,9 @@ def main() -> None:
     """Run the command line."""
     # What other packages will change one day is not the user's matter.
     warnings.simplefilter("ignore", FutureWarning)
-    # On some CPUs bitsandbytes warns at its import of a hub kernel that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # At their import these warn of kernels that this machine cannot run and nobody asked for.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -61,6 +61,14 @@ def merge(
             help="Largest size of a weights file, such as 5GB; left out: the base's files.",
         ),
     ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Of a base quantised while training: fold into its dequantised weights, as they "
+            "were trained on; left out: into the 16-bit base.",
+        ),
+    ] = False,
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,
     as_json: JsonOption = False,
@@ -76,6 +84,7 @@ def merge(
         output=output,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        dequantize=dequantize,
         push=hub_target(push_to_hub, is_public),
         reporter=RichReporter(),
     )
@@ -86,6 +95,14 @@ def merge(
         f"[green]merged[/]: {result.num_folded} of {result.num_tensors} tensors changed in "
         f"{result.seconds:.1f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
+    if result.logits_difference is not None:
+        told = result.logits_difference
+        into = "the 16-bit base" if result.merged_weights == "base" else "the dequantised weights"
+        show(
+            f"merged into {into}: logits differ from the trained model's by {told['mean']:.2g} on "
+            f"average, {told['max']:.2g} at most; the likeliest token is the same at "
+            f"{told['same_token']:.0%} of {told['num_tokens']:.0f} positions"
+        )
     show(f"model: {result.output_dir}", highlight=False, soft_wrap=True)
     if result.url is not None:
         show(f"hub: {result.url}", highlight=False, soft_wrap=True)

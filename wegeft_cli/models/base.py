@@ -80,6 +80,7 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Load a causal language model with its weights (safetensors or GGUF; pickles are refused).
 
@@ -90,9 +91,10 @@ def load_model(
         attn_implementation: Attention kernel by its transformers name; None lets transformers
             choose.
         trust_remote_code: Run code that comes with the model.
+        **options: More of `from_pretrained`'s arguments: how it is quantised or sharded.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU unless the options say otherwise.
 
     Raises:
         UserError: If there is no such model, or its weights are unreadable.
@@ -108,6 +110,7 @@ def load_model(
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     return model.eval()
 

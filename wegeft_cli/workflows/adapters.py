@@ -34,6 +34,7 @@ def save_adapter(
     target_modules: str | Iterable[str] = (),
     task_type: str = "CAUSAL_LM",
     init_from: str | None = None,
+    base_quantization: str | None = None,
     adapter_name: str = "default",
     card: str | None = None,
 ) -> AdapterManifest:
@@ -51,6 +52,7 @@ def save_adapter(
         target_modules: What was asked for, for the record; empty lists the kinds of layers.
         task_type: PEFT's name of the task.
         init_from: The adapter whose factors were the start, for the record.
+        base_quantization: How the base is quantised, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
 
@@ -79,6 +81,7 @@ def save_adapter(
         names,
         modules_to_save=tuple(saved_names.values()),
         init_from=init_from,
+        base_quantization=base_quantization,
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         base_fingerprint=base_fingerprint,
@@ -113,6 +116,7 @@ def build_manifest(
     task_type: str,
     modules_to_save: Sequence[str] = (),
     init_from: str | None = None,
+    base_quantization: str | None = None,
 ) -> AdapterManifest:
     """Describe an adapter in memory as its file states it.
 
@@ -126,6 +130,7 @@ def build_manifest(
         task_type: PEFT's name of the task.
         modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
         init_from: The adapter whose factors were the start.
+        base_quantization: How the base is quantised.
 
     Returns:
         The manifest.
@@ -155,6 +160,7 @@ def build_manifest(
         wegeft_version=VERSION,
         modules_to_save=tuple(modules_to_save),
         init_from=init_from,
+        base_quantization=base_quantization,
     )
 
 

@@ -9,6 +9,7 @@ from wegeft_cli.checkpoints.files import atomic_folder
 from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import get_generators
+from wegeft_cli.interop.quantise import find_kind
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.loop import LoopResult
 from wegeft_cli.training.state import Progress
@@ -76,6 +77,7 @@ def write_adapter(
             base_fingerprint=fingerprint,
             target_modules=asked if isinstance(asked, str) else tuple(asked),
             init_from=recipe.adapter.init_from,
+            base_quantization=find_kind(model),
             card=card,
         )
         return step

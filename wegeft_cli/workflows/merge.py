@@ -19,7 +19,12 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
-from wegeft_cli.checkpoints.files import atomic_folder, check_free_space, check_unused_folder
+from wegeft_cli.checkpoints.files import (
+    atomic_folder,
+    check_free_space,
+    check_unused_folder,
+    write_text_atomic,
+)
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
 from wegeft_cli.checkpoints.layout import parse_size
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
@@ -40,6 +45,12 @@ from wegeft_cli.workflows.card import write_merged_card
 from wegeft_cli.workflows.edits import build_edits, has_all_tensors
 from wegeft_cli.workflows.naming import name_as_in_model
 from wegeft_cli.workflows.publish import HubTarget, publish
+from wegeft_cli.workflows.quantised_merge import (
+    choose_weights,
+    compare_logits,
+    describe_base,
+    fold_dequantised,
+)
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
 
@@ -60,6 +71,10 @@ class MergeResult:
         seconds: How long it took.
         peak_memory_gib: Highest resident memory of the process, in GiB.
         url: Where it was pushed to; None for nowhere.
+        merged_weights: What the change was folded into: the base's own weights (`base`), or what a
+            quantised base's stand for (`dequantized`).
+        logits_difference: Of an adapter that was trained on a quantised base: how far the merged
+            model is from what was trained, see `compare_logits`.
     """
 
     output_dir: Path
@@ -68,6 +83,8 @@ class MergeResult:
     seconds: float
     peak_memory_gib: float
     url: str | None = None
+    merged_weights: str = "base"
+    logits_difference: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the result as a JSON object, paths as text."""
@@ -102,6 +119,7 @@ def merge(
     output: Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    dequantize: bool = False,
     push: HubTarget | None = None,
     reporter: Reporter | None = None,
 ) -> MergeResult:
@@ -120,6 +138,8 @@ def merge(
         output: Folder to write, new or empty; None is `merged` in the run's folder.
         dtype: float32, bfloat16 or float16; None keeps the base's.
         max_shard_size: Largest size of a file's tensors (5GB); None keeps the base's files.
+        dequantize: Fold into the dequantised weights of the base as it was quantised while
+            training, not into its 16-bit weights; one adapter alone, with weight 1.
         push: Where the folder goes on a hub.
         reporter: Where words and progress go.
 
@@ -148,7 +168,7 @@ def merge(
     kind, recorded_base, recorded_revision = kinds[0]
     name_or_path = base or recorded_base
     revision = revision or (None if base else recorded_revision)
-    provenance = {
+    provenance: dict[str, Any] = {
         "base_model_name_or_path": name_or_path,
         "revision": revision,
         "adapter": str(dirs[0]),
@@ -166,9 +186,17 @@ def merge(
             file=str(foreign[0][0]),
             hint="several adapters, or a weight, need WeGeFT adapters",
         )
+    if dequantize and (foreign or len(dirs) > 1 or shares != [1.0]):
+        raise UserError(
+            "only one WeGeFT adapter, with weight 1, is folded into dequantised weights",
+            key="--dequantize",
+            hint="leave it out to merge into the 16-bit base",
+        )
     texts = {PROVENANCE_NAME: json.dumps(provenance, indent=2) + "\n"}
     texts[CARD_NAME] = write_merged_card(dirs, shares, name_or_path, revision, output.name)
     form = _Form(output, dtype, max_shard_size, texts, _trusts(recipe))
+    quantization: str | None = None
+    difference: dict[str, float] | None = None
     with tell_base(base, dirs[0]):
         if foreign:
             reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
@@ -176,7 +204,26 @@ def merge(
         else:
             read = [(load_adapter_files(folder), w) for folder, w in zip(dirs, shares, strict=True)]
             base_dir = fetch_base_folder(name_or_path, revision)
-            num_tensors, num_folded = _merge_own(base_dir, dirs, read, form, reporter)
+            _check_bases(base_dir, dirs, read, reporter)
+            manifest = read[0][0].manifest
+            quantization, dequantize = choose_weights(manifest, base_dir, dequantize)
+            trained_base = describe_base(manifest, recipe, base_dir)
+            if dequantize:
+                reporter.note(f"merged into the dequantised weights ({quantization}), in memory")
+                model, num_folded = fold_dequantised(trained_base, dirs[0])
+                num_tensors = _write_model(model, str(base_dir), None, form)
+            else:
+                num_tensors, num_folded = _merge_own(base_dir, dirs, read, form, reporter)
+            if quantization is not None:
+                difference = compare_logits(trained_base, dirs[0], output, reporter)
+    merged_weights = "dequantized" if dequantize else "base"
+    if quantization is not None:
+        provenance |= {
+            "base_quantization": quantization,
+            "merged_weights": merged_weights,
+            "logits_difference": difference,
+        }
+        write_text_atomic(output / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
     url = publish(output, push, reporter) if push is not None else None
     return MergeResult(
         output_dir=output,
@@ -185,6 +232,8 @@ def merge(
         seconds=time.perf_counter() - start,
         peak_memory_gib=measure_peak_memory_gib(torch.device("cpu")),
         url=url,
+        merged_weights=merged_weights,
+        logits_difference=difference,
     )
 
 
@@ -205,16 +254,14 @@ def _trusts(recipe: Recipe | None) -> bool:
     return recipe is not None and recipe.model.trust_remote_code
 
 
-def _merge_own(
+def _check_bases(
     base_dir: Path,
     dirs: Sequence[Path],
     adapters: Sequence[tuple[AdapterFiles, float]],
-    form: _Form,
     reporter: Reporter,
-) -> tuple[int, int]:
-    """Merge WeGeFT adapters; give the numbers of tensors in all and of those changed."""
-    stored = list_tensors(base_dir)
-    if not stored:
+) -> None:
+    """Refuse a base without safetensors, or other than the one that an adapter was trained on."""
+    if not list_tensors(base_dir):
         message = f"the folder {str(base_dir)!r} holds no safetensors"
         raise UserError(message, key="model.name_or_path")
     found = None
@@ -224,6 +271,17 @@ def _merge_own(
         hint = f"give the right one with --base (it was {files.manifest.base_model_name_or_path!r})"
         place = f"the base in {str(base_dir)!r}"
         check_fingerprint(files.manifest, found, place, folder, hint=hint, warn=reporter.warn)
+
+
+def _merge_own(
+    base_dir: Path,
+    dirs: Sequence[Path],
+    adapters: Sequence[tuple[AdapterFiles, float]],
+    form: _Form,
+    reporter: Reporter,
+) -> tuple[int, int]:
+    """Merge WeGeFT adapters; give the numbers of tensors in all and of those changed."""
+    stored = list_tensors(base_dir)
     if not all(has_all_tensors(files, stored) for files, _ in adapters):
         reporter.note("the base's files name its layers otherwise: merged in memory")
         return _merge_in_memory(base_dir, dirs, adapters, form)

@@ -10,7 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.adapter import (
+    read_adapter_type,
+    read_quantization,
+    resolve_adapter_dir,
+)
 from wegeft_cli.checkpoints.files import hash_bytes
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import UserError
@@ -123,15 +127,21 @@ def resolve_target(
     Raises:
         UserError: If the target is none of these, or is damaged.
     """
+    from wegeft_cli.workflows.load import quantise_as
+
     folder = Path(path)
     section = recipe.model if recipe is not None else ModelSection()
     if (folder / "config.json").is_file() or not folder.exists():
-        return replace(section, name_or_path=str(path), revision=None), None, None
+        # A merged model is dense, whatever its run's base was while it learned.
+        dense = quantise_as(section, None)
+        return replace(dense, name_or_path=str(path), revision=None), None, None
     adapter_dir = resolve_adapter_dir(folder)
     kind, recorded_base, revision = read_adapter_type(adapter_dir)
     section = replace(
         section, name_or_path=base or recorded_base, revision=None if base else revision
     )
+    if kind == PEFT_TYPE:
+        section = quantise_as(section, read_quantization(adapter_dir))
     return section, adapter_dir, kind
 
 
@@ -199,21 +209,15 @@ def find_target(target: str | Path | None) -> str | Path:
 def _load(section: ModelSection) -> tuple[Any, Any]:
     from accelerate import PartialState
 
-    from wegeft_cli.models.base import load_model, load_tokenizer
+    from wegeft_cli.models.base import load_tokenizer
+    from wegeft_cli.workflows.load import load_base
 
     tokenizer = load_tokenizer(
         section.name_or_path,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
-    model = load_model(
-        section.name_or_path,
-        revision=section.revision,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-    )
-    return model.to(PartialState().device), tokenizer
+    return load_base(section).to(PartialState().device), tokenizer
 
 
 def _switched_off(model: Any) -> AbstractContextManager[Any]:

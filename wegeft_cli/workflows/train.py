@@ -27,15 +27,17 @@ from wegeft_cli.workflows.begin import (
     may_go_on,
     note_base,
 )
-from wegeft_cli.workflows.build import build_learning, build_model, load_base
+from wegeft_cli.workflows.build import build_learning, build_model
 from wegeft_cli.workflows.describe import describe_end, describe_settings, describe_start
 from wegeft_cli.workflows.finish import recall_adapter_step, recall_result, write_adapter
 from wegeft_cli.workflows.inputs import RunInputs, read_inputs
 from wegeft_cli.workflows.listen import RunListener
+from wegeft_cli.workflows.load import load_base
 from wegeft_cli.workflows.paths import keep_recipe
 from wegeft_cli.workflows.prepare import find_run_dir, tell_places
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import RunFolder
+from wegeft_cli.workflows.sharding import build_sharding, check_launcher
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,16 @@ def _train(
     reporter: Reporter,
 ) -> TrainResult:
     recipe = keep_recipe(loaded)
+    check_launcher()
     # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout))
     is_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
+    sharding = build_sharding(recipe.train, accelerator)
     folder = RunFolder(find_run_dir(recipe))
     given = check_start(folder, recipe, resume, accelerator)
+    if resume is not None:  # before the first process writes what the others compare
+        accelerator.wait_for_everyone()
     inputs = read_inputs(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
     if dry_run:
@@ -146,7 +152,7 @@ def _train(
             known = start.fingerprint or start.earlier.get("base_fingerprint")
             folder.update({"base_fingerprint": known})
         with _tracked(recipe, inputs, folder, start, accelerator, reporter) as trackers:
-            base = load_base(recipe)
+            base = load_base(recipe.model, **sharding)
             if start.fingerprint is None:  # a hub's model is on this machine only now
                 note_base(start, recipe, folder, is_loaded=True)
                 if accelerator.is_main_process:
