@@ -25,7 +25,8 @@ _COMMANDS = {
     "": ("", "repetition_penalty, max_new_tokens, seed"),
     "/save": ("FILE", "write the conversation as a row that `wegeft train` reads"),
     "/help": ("", "this list"),
-    "/exit": ("", "leave; so does Ctrl-D. Three quotes begin and end a text of several lines"),
+    "/exit": ("", "leave; so does Ctrl-D"),
+    '"""': ("", "begins and ends a text of several lines"),
 }
 _OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/clear": "/reset", "/?": "/help"}
 _FENCE = '"""'
@@ -160,7 +161,9 @@ class Talk:
         elif word == "/save":
             self._save(rest)
         else:
-            near = difflib.get_close_matches(word, [*filter(None, _COMMANDS), *_OTHER_NAMES], n=1)
+            near = difflib.get_close_matches(
+                word, [*(name for name in _COMMANDS if name[:1] == "/"), *_OTHER_NAMES], n=1
+            )
             hint = f"did you mean {near[0]}?" if near else "/help lists them"
             raise UserError(f"no command {word!r}", hint=f"{hint} To say it, double the slash")
         return False

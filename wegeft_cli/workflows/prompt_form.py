@@ -88,7 +88,8 @@ class PromptForm:
         except UserError:
             return []
         tail = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
-        return [token for token in tail[:1] if token in tokenizer.all_special_ids]
+        added = tokenizer.added_tokens_decoder
+        return [token for token in tail[:1] if token in added and added[token].special]
 
     def _fill(self, question: Mapping[str, Any], system: str | None) -> str:
         what = "a conversation" if "messages" in question else "a system prompt"

@@ -76,6 +76,9 @@ def open_target(
     """
     folder = Path(path)
     section = recipe.model if recipe is not None else ModelSection()
+    if section.trust_remote_code:
+        # The run may have come from somebody else, and its recipe with it.
+        warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
     if (folder / "config.json").is_file() or not folder.exists():
         section = replace(section, name_or_path=str(path), revision=None)
         model, tokenizer = _load(section)
