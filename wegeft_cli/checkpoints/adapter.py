@@ -167,7 +167,7 @@ def _check_tensors(
         if name in expected and info.dtype != "F32":
             message = f"must be float32 (F32), got {info.dtype}"
             faults.append(UserError(message, file=str(path), key=name))
-        elif name not in expected and not name.startswith(_SAVED):
+        elif name not in expected and not name.startswith(_SAVED) and not _is_beside(name):
             message = f"the tensor {shorten(name)} belongs to no group of the adapter"
             faults.append(UserError(message, file=str(path)))
     for group in manifest.groups:
@@ -179,6 +179,11 @@ def _check_tensors(
             message = f"must be phi [d, {r}] and psi [{r}, d], got {list(phi)} and {list(psi)}"
             faults.append(UserError(message, file=str(path), key=f"group {group}"))
     return faults
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a factor is another adapter's: PEFT before 0.19 saves all of a model's with each."""
+    return any(name.startswith(prefix) and "." in name[len(prefix) :] for prefix in (_PHI, _PSI))
 
 
 def _find_stray(tensors: Iterable[str], modules: Sequence[str]) -> str | None:
