@@ -21,6 +21,7 @@ from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
 from wegeft_cli.checkpoints.strict_json import parse_json, shorten
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.folders import check_links
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -114,6 +115,7 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
         UserError: If something is missing, damaged, foreign, or of another kind.
         ExceptionGroup: If there are several faults.
     """
+    check_links(adapter_dir)
     config_path, weights_path = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
     missing = [
         UserError("this file is missing", file=str(path), hint="an adapter has both files")
@@ -258,6 +260,7 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
     Raises:
         UserError: If the file is missing or damaged, or does not tell the kind or the base.
     """
+    check_links(adapter_dir)
     path = adapter_dir / CONFIG_NAME
     with disk_errors(path, "read"):
         values = parse_json(path.read_bytes(), file=str(path), allow_nan=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.checkpoints.strict_json import parse_json, shorten
 from wegeft_cli.errors import UserError
+from wegeft_cli.folders import check_links
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -118,6 +119,7 @@ def read_shards(model_dir: Path) -> list[Shard]:
     with disk_errors(model_dir, "read"):
         if not model_dir.is_dir():
             raise UserError("there is no such folder", file=str(model_dir))
+        check_links(model_dir)
         # transformers looks for the single file first, too.
         if (model_dir / SINGLE_NAME).is_file():
             return [read_shard(model_dir / SINGLE_NAME)]

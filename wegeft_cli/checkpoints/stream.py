@@ -34,6 +34,7 @@ from wegeft_cli.checkpoints.shards import (
     tensor_bytes,
 )
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.folders import check_links
 
 BLOCK_BYTES = 32 * 2**20
 """Largest block of rows that an edit should ask for, in bytes of float32."""
@@ -285,6 +286,7 @@ def _list_other_files(base_dir: Path) -> list[Path]:
     found: list[Path] = []
     for root, folders, names in os.walk(base_dir):
         folders[:] = [n for n in folders if not n.startswith(".") and n not in _OTHER_FOLDERS]
+        check_links(Path(root))
         paths = [Path(root, name) for name in names if not name.startswith(".")]
         found += [
             path

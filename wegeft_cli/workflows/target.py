@@ -166,5 +166,5 @@ def _read_provenance(folder: Path) -> str | None:
     try:
         values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
         return str(values["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
