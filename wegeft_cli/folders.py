@@ -1,8 +1,10 @@
-"""What a folder seems to hold must lie in it: links that lead out of it are refused."""
+"""What a folder seems to hold must lie in it: links and names that lead out of it are refused."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 from wegeft_cli.errors import UserError
@@ -30,6 +32,43 @@ def check_links(folder: Path) -> None:
         return  # whoever reads the files tells
     for name in links:
         _check_link(folder, name)
+
+
+_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+
+
+def is_shard_name(value: object) -> bool:
+    """Whether an index's value is the plain name of a safetensors file, which leads nowhere."""
+    return isinstance(value, str) and _SHARD_NAME.fullmatch(value) is not None
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model folder that leads out of itself, before another library reads it.
+
+    transformers joins the names in an index with the folder as they stand.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: If a link, or a name in an index of shards, leads out of it.
+    """
+    check_links(folder)
+    check_links(folder / "additional_chat_templates")
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            weight_map = json.loads(path.read_bytes())["weight_map"]
+            names = list(weight_map.values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError("must map tensors to files", file=str(path), key="weight_map") from None
+        wrong = next((name for name in names if not is_shard_name(name)), None)
+        if wrong is not None:
+            raise UserError(
+                f"{str(wrong)[:60]!r} is no name of a safetensors file in this folder",
+                file=str(path),
+                key="weight_map",
+                hint="fetch the model again, from whom you trust",
+            )
 
 
 def _check_link(folder: Path, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.checkpoints.strict_json import parse_json, shorten
 from wegeft_cli.errors import UserError
-from wegeft_cli.folders import check_links
+from wegeft_cli.folders import check_links, is_shard_name
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,7 +49,6 @@ DTYPE_BITS = {
 # What adapters and checkpoints hold; the format knows more than torch can make everywhere.
 _PLAIN_DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("must map tensors to files", file=str(path), key="weight_map")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not _SHARD_NAME.fullmatch(file_name):
+        if not is_shard_name(file_name):
             raise UserError(
                 f"{shorten(file_name)} is no name of a safetensors file in this folder",
                 file=str(path),

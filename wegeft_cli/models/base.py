@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.folders import check_links
+from wegeft_cli.folders import check_model_folder
 
 _NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
 _DTYPES = {
@@ -229,7 +229,7 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        check_links(path)
+        check_model_folder(path)
         if not (path / "config.json").is_file():
             raise UserError(
                 f"the folder {name_or_path!r} holds no config.json",
