@@ -170,7 +170,9 @@ def give_code(base: Path, canary: Path) -> None:
     """Give a model folder code of its own, which leaves a mark."""
     (base / "own.py").write_text(
         f"open({str(canary)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as OwnModel\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     config = json.loads((base / "config.json").read_text())
     config |= {

@@ -118,7 +118,7 @@ def derive_seed(*parts: object) -> int:
     """Make a generator's seed out of several values, the same on every machine.
 
     Args:
-        parts: The user's seed, a row's number, ...
+        *parts: The user's seed, a row's number, ...
 
     Returns:
         A number from 0 to 2**63 - 1; neighbours have nothing to do with each other.
