@@ -30,7 +30,7 @@ ODD_BYTES = [
     b"{",
     b"]",
     b"\xc3",
-    b"[" * 900,
+    b"[" * 3000,
 ]
 
 Damage = Callable[[random.Random, bytes], bytes]

@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,7 @@ def read_run(folder: Path) -> None:
 
 def read_metrics(folder: Path) -> None:
     read_last_line(folder)
-    with suppress(UserError):
-        RunFolder(folder).read_validation()
+    RunFolder(folder).read_validation()
     RunFolder(folder).start_lines(1, redo_validation=False)
 
 

@@ -304,7 +304,7 @@ def _copy_file(source: Path, destination: Path) -> None:
 def _write_config(source: Path, destination: Path, dtype: str) -> None:
     try:
         config = json.loads(source.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is no valid JSON: {error}", file=str(source)) from error
     if not isinstance(config, dict):
         raise UserError("must be a JSON object", file=str(source))

@@ -28,6 +28,8 @@ _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 _FILES = ("recipe.yaml", "run.json", METRICS_NAME, SAMPLES_NAME)
+# What a damaged line of JSON, or one of another kind, raises where it is read.
+_DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
 
@@ -154,19 +156,13 @@ class RunFolder:
         found: dict[int, dict[str, float]] = {}
         with disk_errors(path, "read"):
             lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            if not line:
-                continue
+        for line in lines:
             try:
                 values = json.loads(line)
                 if "loss" not in values:
                     found[int(values.pop("step"))] = values
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(
-                    "this line is no step of a run",
-                    file=f"{path}:{number}",
-                    hint="remove the line to go on without it",
-                ) from error
+            except _DAMAGES:
+                continue  # what cannot be read must not cost the run its end
         return found
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -264,7 +260,7 @@ def _is_kept(line: bytes, step: int, redo_validation: bool) -> bool:
     try:
         values = json.loads(line)
         its_step = float(values["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except _DAMAGES:
         return False  # a line cut off by a kill
     is_of_validation = "loss" not in values
     return its_step < step or (its_step == step and not (redo_validation and is_of_validation))
