@@ -70,7 +70,7 @@ test-peft: setup ## WeGeFT as a method of PEFT, against the oldest PEFT supporte
 		-m "not slow and not gpu"
 
 # Damages of each kind of file.
-DAMAGES := 300
+DAMAGES := 100
 
 fuzz: setup ## Damage every kind of file that is read, DAMAGES times each (some minutes)
 	WEGEFT_FUZZ_DAMAGES=$(DAMAGES) $(BIN)/python -m pytest tests/fuzz --timeout=1800

@@ -346,7 +346,7 @@ def test_damage_is_told_or_does_no_harm(kind, world, tmp_path, no_pickle, monkey
         for path, data in others.items():
             path.write_bytes(data)  # what a reader rightly rewrites: lines of a later step
     if kind.always_told:
-        assert num_told > num_damages / 3
+        assert num_told > num_damages / 6  # of a few damages, most may be harmless ones
     paths[0].write_bytes(sound)
     kind.read(folder)
     assert not list(tmp_path.glob("canary*"))
