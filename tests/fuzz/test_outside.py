@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -186,7 +187,9 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so(
     base, trained, tmp_path, monkeypatch, listener
 ):
     """The canary shows that the code would run, and that it does where the run's recipe allows."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    modules = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(modules, str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     canary = tmp_path / "ran"
     give_code(base, canary)
     for read in (load_config, load_model):
