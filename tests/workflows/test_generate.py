@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.generate import generate_texts
+from wegeft_cli.evaluation.answering import generate_texts
+from wegeft_cli.evaluation.sampling import Decoding
 from wegeft_cli.evaluation.scoring import read_samples
 from wegeft_cli.evaluation.tasks import find_task, load_task_data
 from wegeft_cli.workflows.conversation import Reply, open_conversation

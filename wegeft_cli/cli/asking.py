@@ -11,7 +11,7 @@ from wegeft_cli.cli.console import get_console
 from wegeft_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from wegeft_cli.evaluation.decoding import Decoding
+    from wegeft_cli.evaluation.sampling import Decoding
 
 SystemOption = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
@@ -87,7 +87,7 @@ def read_decoding(
     Raises:
         UserError: If a draw is asked for and refused at the same time.
     """
-    from wegeft_cli.evaluation.decoding import Decoding
+    from wegeft_cli.evaluation.sampling import Decoding
 
     draws = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     given = {name: value for name, value in draws.items() if value is not None}

@@ -14,8 +14,8 @@ from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.data.messages import check_text
 from wegeft_cli.data.turns import Message
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import GREEDY, Decoding, derive_seed
-from wegeft_cli.evaluation.generate import find_context, generate_texts
+from wegeft_cli.evaluation.answering import find_context, generate_texts
+from wegeft_cli.evaluation.sampling import GREEDY, Decoding, derive_seed
 from wegeft_cli.workflows.generate import default_new_tokens, describe_target, telling_memory
 from wegeft_cli.workflows.prompt_form import PromptForm, choose_form
 from wegeft_cli.workflows.run_folder import find_recipe_of

@@ -16,8 +16,8 @@ from wegeft_cli.data.files import find_suffix
 from wegeft_cli.data.messages import check_text
 from wegeft_cli.data.sources import load_rows
 from wegeft_cli.errors import MachineError, UserError, raise_all
-from wegeft_cli.evaluation.decoding import GREEDY, Decoding, derive_seed
-from wegeft_cli.evaluation.generate import Generations, find_context, generate_texts
+from wegeft_cli.evaluation.answering import Generations, find_context, generate_texts
+from wegeft_cli.evaluation.sampling import GREEDY, Decoding, derive_seed
 from wegeft_cli.recipe.schema import DataSource, EvalSection
 from wegeft_cli.workflows.prompt_form import (
     PromptForm,

@@ -10,8 +10,8 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding, cut_at_stop, derive_seed
-from wegeft_cli.evaluation.generate import Generations, generate_texts
+from wegeft_cli.evaluation.answering import Generations, generate_texts
+from wegeft_cli.evaluation.sampling import Decoding, cut_at_stop, derive_seed
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "B" * 17]
 NUM_NEW = 16
