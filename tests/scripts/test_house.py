@@ -21,6 +21,7 @@ TARGETS = {
     *(
         "check",
         "bench",
+        "bench-eval",
         "bench-training",
         "test-peft",
         "fuzz",

@@ -14,7 +14,18 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wegeft_cli.cli import chat, generate, merge, plan, preview, recipes, sweep, train, validate
+from wegeft_cli.cli import (
+    chat,
+    compare,
+    generate,
+    merge,
+    plan,
+    preview,
+    recipes,
+    sweep,
+    train,
+    validate,
+)
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.group import tell_launcher
@@ -125,6 +136,7 @@ app.command("train", cls=HelpfulCommand)(guard(train.train))
 app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
 app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
+app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
 app.command("generate", cls=HelpfulCommand)(guard(generate.generate))
 app.command("chat", cls=HelpfulCommand)(guard(chat.chat))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
