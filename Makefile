@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training test-peft docs \
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training test-peft fuzz docs \
 	quickstart clean
 
 help: ## List the targets
@@ -68,6 +68,12 @@ test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the olde
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
 		tests/workflows/test_export.py -m "not slow and not gpu"
+
+# Damages of each kind of file.
+DAMAGES := 100
+
+fuzz: setup ## Damage every kind of file that is read, DAMAGES times each (some minutes)
+	WEGEFT_FUZZ_DAMAGES=$(DAMAGES) $(BIN)/python -m pytest tests/fuzz --timeout=1800
 
 recipes: setup ## Validate every shipped recipe
 	@found=0; for recipe in recipes/*.yaml; do \

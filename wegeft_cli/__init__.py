@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from wegeft_cli.recipe.load import load_recipe
     from wegeft_cli.workflows.adapters import load_adapter, save_adapter
     from wegeft_cli.workflows.evaluate import evaluate
+    from wegeft_cli.workflows.generate import generate
     from wegeft_cli.workflows.merge import merge
     from wegeft_cli.workflows.plan import plan
     from wegeft_cli.workflows.sweep import sweep
@@ -55,6 +56,7 @@ _HOMES = {
     "merge": "wegeft_cli.workflows.merge",
     "evaluate": "wegeft_cli.workflows.evaluate",
     "plan": "wegeft_cli.workflows.plan",
+    "generate": "wegeft_cli.workflows.generate",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "disable_generators",
     "evaluate",
     "fold_generators",
+    "generate",
     "get_generators",
     "inject_generators",
     "load_adapter",

@@ -237,7 +237,7 @@ def test_only_what_belongs_to_the_model_is_copied(base_dir, tmp_path, names_in):
     (secret / "file").write_text("secret")
     (base / "loop").symlink_to(base)
     (base / "linked_folder").symlink_to(secret)
-    (base / "LICENSE").symlink_to(secret / "file")
+    (base / "LICENSE").write_text("mine")
     (base / "dangling").symlink_to(tmp_path / "none")
     os.mkfifo(base / "pipe")
     with pytest.raises(UserError, match="leads out of its folder") as caught:
@@ -261,7 +261,12 @@ def test_only_what_belongs_to_the_model_is_copied(base_dir, tmp_path, names_in):
             "tokenizer.json",
         ]
     )
-    assert not (tmp_path / "out" / "LICENSE").is_symlink()
+    for place in (base, base / "1_Pooling"):
+        (place / "stolen").symlink_to(secret / "file")
+        with pytest.raises(UserError, match="leads out of its folder"):
+            merge_stream(base, tmp_path / "second", {})
+        assert not (tmp_path / "second").exists()
+        (place / "stolen").unlink()
 
 
 @pytest.mark.parametrize("kind", ["file", "index", "shard", "other repository"])

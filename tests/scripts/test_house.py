@@ -25,6 +25,7 @@ TARGETS = {
         "bench-merge",
         "bench-training",
         "test-peft",
+        "fuzz",
         "docs",
         "quickstart",
         "clean",

@@ -21,6 +21,7 @@ from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
 from wegeft_cli.checkpoints.strict_json import read_json, read_text_bytes, shorten
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.folders import check_links
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -114,6 +115,7 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
         UserError: If something is missing, damaged, foreign, or of another kind.
         ExceptionGroup: If there are several faults.
     """
+    check_links(adapter_dir)
     config_path, weights_path = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
     missing = [
         UserError("this file is missing", file=str(path), hint="an adapter has both files")
@@ -168,7 +170,7 @@ def _check_tensors(
         if name in expected and info.dtype != "F32":
             message = f"must be float32 (F32), got {info.dtype}"
             faults.append(UserError(message, file=str(path), key=name))
-        elif name not in expected and not name.startswith(_SAVED):
+        elif name not in expected and not name.startswith(_SAVED) and not _is_beside(name):
             message = f"the tensor {shorten(name)} belongs to no group of the adapter"
             faults.append(UserError(message, file=str(path)))
     for group in manifest.groups:
@@ -180,6 +182,11 @@ def _check_tensors(
             message = f"must be phi [d, {r}] and psi [{r}, d], got {list(phi)} and {list(psi)}"
             faults.append(UserError(message, file=str(path), key=f"group {group}"))
     return faults
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a factor is another adapter's: PEFT before 0.19 saves all of a model's with each."""
+    return any(name.startswith(prefix) and "." in name[len(prefix) :] for prefix in (_PHI, _PSI))
 
 
 def _find_stray(tensors: Iterable[str], modules: Sequence[str]) -> str | None:
@@ -254,6 +261,7 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
     Raises:
         UserError: If the file is missing or damaged, or does not tell the kind or the base.
     """
+    check_links(adapter_dir)
     path = adapter_dir / CONFIG_NAME
     values = read_json(path, allow_nan=True)
     if not isinstance(values, dict):

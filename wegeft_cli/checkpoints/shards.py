@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.strict_json import parse_json, read_json, shorten
 from wegeft_cli.errors import UserError
+from wegeft_cli.folders import check_links, is_shard_name
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,7 +50,6 @@ DTYPE_BITS = {
 # What adapters and checkpoints hold; the format knows more than torch can make everywhere.
 _PLAIN_DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,7 @@ def read_shards(model_dir: Path) -> list[Shard]:
     with disk_errors(model_dir, "read"):
         if not model_dir.is_dir():
             raise UserError("there is no such folder", file=str(model_dir))
+        check_links(model_dir)
         # transformers looks for the single file first, too.
         if (model_dir / SINGLE_NAME).is_file():
             check_inside(model_dir / SINGLE_NAME, model_dir)
@@ -153,7 +153,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("must map tensors to files", file=str(path), key="weight_map")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not _SHARD_NAME.fullmatch(file_name):
+        if not is_shard_name(file_name):
             raise UserError(
                 f"{shorten(file_name)} is no name of a safetensors file in this folder",
                 file=str(path),

@@ -14,7 +14,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wegeft_cli.cli import compare, export, merge, plan, preview, recipes, sweep, train, validate
+from wegeft_cli.cli import (
+    chat,
+    compare,
+    export,
+    generate,
+    merge,
+    plan,
+    preview,
+    recipes,
+    sweep,
+    train,
+    validate,
+)
 from wegeft_cli.cli import eval as eval_command
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.group import tell_launcher
@@ -127,6 +139,8 @@ app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
 app.command("export", cls=HelpfulCommand)(guard(export.export))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
 app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
+app.command("generate", cls=HelpfulCommand)(guard(generate.generate))
+app.command("chat", cls=HelpfulCommand)(guard(chat.chat))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
 app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
 app.command("preview", cls=HelpfulCommand)(guard(preview.preview))

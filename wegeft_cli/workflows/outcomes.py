@@ -208,6 +208,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

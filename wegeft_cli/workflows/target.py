@@ -88,6 +88,9 @@ def open_target(
         UserError: If the target is none of these, is damaged, or its base is another one.
     """
     section, adapter_dir, kind = resolve_target(path, recipe, base=base)
+    if section.trust_remote_code:
+        # The run may have come from somebody else, and its recipe with it.
+        warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
     if adapter_dir is None:
         model, tokenizer = _load(section)
         before = base or _read_provenance(Path(path))
@@ -234,5 +237,5 @@ def _read_provenance(folder: Path) -> str | None:
     try:
         values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
         return str(values["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
