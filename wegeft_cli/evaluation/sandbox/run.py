@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -26,6 +27,7 @@ from the moment that both sandboxes stand, whatever happens is the program's own
 
 _SETUP_SECONDS = 60.0
 _EXIT_SECONDS = 2.0
+_WALL_PER_CPU = 3.0
 _MAX_STATUS_BYTES = 1 << 16
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[3])
 _START = (
@@ -61,10 +63,9 @@ class Sandbox:
     """A folder to mount over and the limits; programs may run in it side by side."""
 
     def __init__(self, mount_point: Path, *, timeout: float, limits: Limits | None) -> None:
-        self.timeout = timeout
+        self._wall_seconds = _WALL_PER_CPU * timeout
         self.mount_point = mount_point
-        # One second more than the clock on the wall, which so speaks first.
-        self._limits = replace(limits or Limits(), cpu_seconds=int(timeout) + 1)
+        self._limits = replace(limits or Limits(), cpu_seconds=math.ceil(timeout))
 
     def run(self, program: Program) -> Outcome:
         """Run a program against its tests.
@@ -119,14 +120,14 @@ class Sandbox:
         raise _refusal(wall, reason or outcome.kind)
 
     def _follow(self, candidate: _Fresh, tester: _Fresh) -> Outcome:
-        """Wait for the verdict, at most the timeout from the moment that both stand."""
+        """Wait for the verdict, for so long from the moment that both stand."""
         setup_end = time.monotonic() + _SETUP_SECONDS
         for process in (candidate, tester):
             event = process.next_event(setup_end)
             if event is None or "ready" not in event:
                 event = event or {"wall": "process", "reason": process.why_silent()}
                 return Outcome("sandbox_error", f"{event['wall']}: {event['reason']}")
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + self._wall_seconds
         verdict = tester.next_event(end) or {}
         kind = verdict.get("verdict")
         if kind == "passed":
@@ -135,7 +136,7 @@ class Sandbox:
             told = f"{verdict['type']}: {verdict['message']}".removesuffix(": ")
             return Outcome("memory" if verdict["type"] == "MemoryError" else "failed", told)
         if kind is None and time.monotonic() >= end:
-            return Outcome("timeout", f"longer than {self.timeout:g} s")
+            return Outcome("timeout", f"not done after {self._wall_seconds:g} s")
         return self._explain_loss(candidate.next_event(time.monotonic() + _EXIT_SECONDS))
 
     def _explain_loss(self, event: dict[str, Any] | None) -> Outcome:
@@ -159,7 +160,9 @@ def open_sandbox(*, timeout: float, limits: Limits | None = None) -> Iterator[Sa
     """A sandbox whose walls were tried.
 
     Args:
-        timeout: Seconds that a program may take from the moment that its sandbox stands.
+        timeout: Seconds of computing that a program may take, rounded up to whole ones. It is ended
+            too when three times as much has passed on the clock, by which one that sleeps is
+            caught: a machine that is busy with other things fails nobody.
         limits: What it may use up; `cpu_seconds` follows from the timeout.
 
     Yields:
