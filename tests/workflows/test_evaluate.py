@@ -133,10 +133,11 @@ def test_given_samples_are_scored_without_a_model(tmp_path, data_dir, monkeypatc
     monkeypatch.chdir(tmp_path)
     given = evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir, limit=5)
     row, expected = given["results"][0], run["results"][0]
-    assert {k: v for k, v in row.items() if k != "generation"} == {
-        k: v for k, v in expected.items() if k != "generation"
+    of_the_model = {"generation", "base_fingerprint", "adapter_fingerprint"}
+    assert {k: v for k, v in row.items() if k not in of_the_model} == {
+        k: v for k, v in expected.items() if k not in of_the_model
     }
-    assert row["generation"] is None
+    assert [row[name] for name in of_the_model] == [None] * 3
     assert given["samples_path"] == str(samples)
     with pytest.raises(UserError, match="no sample for 1 of 6 rows"):
         evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir)

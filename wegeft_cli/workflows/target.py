@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.files import hash_bytes
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.run_folder import find_run
+
+
+NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
+"""The fingerprints where no model was asked."""
 
 
 @dataclass
@@ -27,7 +33,9 @@ class OpenedTarget:
         model: On its device.
         tokenizer: Its tokenizer.
         base: Where the base alone lies, for a model that is no adapter; None if unknown.
-        section: How such a model was loaded; its base is loaded likewise.
+        section: How the model (of an adapter its base) was loaded.
+        adapter_dir: The adapter's folder, if it is one.
+        write: Writes texts in another engine, as `generate_texts`; None asks the model.
     """
 
     kind: str
@@ -35,6 +43,8 @@ class OpenedTarget:
     tokenizer: Any
     base: str | None = None
     section: ModelSection = field(default_factory=ModelSection)
+    adapter_dir: Path | None = None
+    write: Callable[..., Any] | None = None
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
@@ -100,7 +110,42 @@ def open_target(
         from wegeft_cli.interop.baselines import load_peft
 
         model = load_peft(model, adapter_dir)
-    return OpenedTarget("adapter", model, tokenizer)
+    return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)
+
+
+def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[str, str | None]:
+    """Hash what was scored.
+
+    Args:
+        section: The model, or the adapter's base.
+        adapter_dir: The adapter's folder; None for a model.
+
+    Returns:
+        base_fingerprint (as adapters record it; null where there are no safetensors) and
+        adapter_fingerprint (over the adapter's config and tensors; null for a model).
+    """
+    from wegeft_cli.checkpoints.adapter import CONFIG_NAME
+    from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+    from wegeft_cli.models.base import find_base_folder
+
+    prints = dict(NO_PRINTS)
+    if adapter_dir is not None:
+        config = (adapter_dir / CONFIG_NAME).read_bytes()
+        weights = fingerprint_base(adapter_dir) or _hash_files(adapter_dir.glob("*.bin"))
+        digest = hashlib.sha256(config + str(weights).encode())
+        prints["adapter_fingerprint"] = f"sha256:{digest.hexdigest()}"
+    folder = find_base_folder(section.name_or_path, section.revision)
+    file = Path(section.name_or_path).expanduser()
+    if folder is not None:
+        prints["base_fingerprint"] = fingerprint_base(folder)
+    elif file.is_file():
+        prints["base_fingerprint"] = _hash_files([file])
+    return prints
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digests = "".join(hash_bytes(path) for path in sorted(paths))
+    return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
 
 
 def find_target(target: str | Path | None) -> str | Path:
