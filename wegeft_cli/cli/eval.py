@@ -55,6 +55,20 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run the code that the model writes, in a sandbox."
+        ),
+    ] = False,
+    num_samples: Annotated[
+        int | None,
+        typer.Option("--num-samples", metavar="N", min=1, help="Answers to each code problem."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", metavar="T", min=0.0, help="Of code's draws; 0 is greedy."),
+    ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -78,6 +92,11 @@ def evaluate(
         compare_base=compare_base,
         samples=samples,
         base=base,
+        options={
+            "allow_code_execution": allow_code_execution,
+            "num_samples": num_samples,
+            "temperature": temperature,
+        },
         reporter=RichReporter(),
     )
     if as_json:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.judging import JudgeRequest
@@ -412,7 +412,7 @@ def _first_choice(line: PlacedRow) -> tuple[str, str] | None:
     return (turns[0], turns[1]) if _is_two_texts(turns) else None
 
 
-def _is_two_texts(value: Any) -> bool:
+def _is_two_texts(value: Any) -> TypeGuard[list[str]]:
     return (
         isinstance(value, list)
         and len(value) == NUM_TURNS

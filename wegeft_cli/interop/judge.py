@@ -76,7 +76,7 @@ class OpenAIJudge:
             "max_tokens": request.max_tokens,
             "n": 1,
         }
-        told = ""
+        told, wait_seconds = "", 0.0
         for attempt in range(_TRIES):
             if attempt:
                 self._sleep(wait_seconds)

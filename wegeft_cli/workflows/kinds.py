@@ -7,10 +7,11 @@ from typing import Any
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.groups import GROUPS
+from wegeft_cli.workflows.code_tasks import CODE
 from wegeft_cli.workflows.jobs import EvalJob, TaskKind, TaskRequest
 from wegeft_cli.workflows.tasks import TEXT
 
-KINDS: tuple[TaskKind, ...] = (TEXT,)
+KINDS: tuple[TaskKind, ...] = (TEXT, CODE)
 
 
 def read_task(request: TaskRequest) -> EvalJob:
