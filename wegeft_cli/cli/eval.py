@@ -69,6 +69,24 @@ def evaluate(
         float | None,
         typer.Option("--temperature", metavar="T", min=0.0, help="Of code's draws; 0 is greedy."),
     ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help="An OpenAI-compatible address that judges answers; nothing is sent without it.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None,
+        typer.Option("--judge-model", metavar="NAME", help="The judge's name at that address."),
+    ] = None,
+    judgments: Annotated[
+        Path | None,
+        typer.Option(
+            "--judgments", metavar="FILE", help="Score this judgment file, without any model."
+        ),
+    ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -90,12 +108,15 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         output=output,
         compare_base=compare_base,
-        samples=samples,
+        samples=samples if judgments is None else judgments,
         base=base,
         options={
             "allow_code_execution": allow_code_execution,
             "num_samples": num_samples,
             "temperature": temperature,
+            "judge_url": judge_url,
+            "judge_model": judge_model,
+            "is_judged": judgments is not None,
         },
         reporter=RichReporter(),
     )
@@ -113,16 +134,15 @@ def _print_scores(result: dict[str, Any]) -> None:
     columns = {
         "task": [row["task"] for row in rows],
         "protocol": [row["protocol"] for row in rows],
-        "correct": [f"{row['num_correct']} / {row['n']}" for row in rows],
-        "score": [f"{row['score']:.1%}" for row in rows],
-        "95 % interval": [f"{100 * row['ci95'][0]:.1f}-{100 * row['ci95'][1]:.1f}" for row in rows],
+        "correct": [_count(row) for row in rows],
+        "score": [_share(row["score"]) for row in rows],
+        "95 % interval": [_interval(row["ci95"]) for row in rows],
         "invalid": [str(row["n_invalid"]) for row in rows],
     }
     if base_rows := result.get("base_results"):
-        columns["base"] = [f"{base['score']:.1%}" for base in base_rows]
+        columns["base"] = [_share(base["score"]) for base in base_rows]
         columns["gain"] = [
-            f"{100 * (row['score'] - base['score']):+.1f}"
-            for row, base in zip(rows, base_rows, strict=True)
+            _gain(row["score"], base["score"]) for row, base in zip(rows, base_rows, strict=True)
         ]
     # A narrow terminal shows less rather than cut figures; --json and --output hold all.
     for name in ("95 % interval", "protocol", "invalid"):
@@ -140,6 +160,25 @@ def _print_scores(result: dict[str, Any]) -> None:
         show(
             f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
         )
+
+
+def _count(row: dict[str, Any]) -> str:
+    """Rows answered rightly, or just rows where answers are neither right nor wrong."""
+    return (
+        f"{row['n']} rows" if row["num_correct"] is None else f"{row['num_correct']} / {row['n']}"
+    )
+
+
+def _share(score: float | None) -> str:
+    return "not judged" if score is None else f"{score:.1%}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return "" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
+
+
+def _gain(score: float | None, base: float | None) -> str:
+    return "" if score is None or base is None else f"{100 * (score - base):+.1f}"
 
 
 def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:

@@ -8,6 +8,7 @@ annotator's prompt, and annotations.
 from __future__ import annotations
 
 import ast
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -80,9 +81,7 @@ def load_instructions(data_dir: Path | None, limit: int | None) -> Instructions:
     for index, row in enumerate(rows):
         values = [row.value.get(name) for name in ("instruction", "output")]
         if not all(isinstance(value, str) for value in values):
-            faults.append(
-                UserError("`instruction` and `output` are to be texts", file=row.place)
-            )
+            faults.append(UserError("`instruction` and `output` are to be texts", file=row.place))
             continue
         found.append(
             Instruction(
@@ -223,7 +222,15 @@ def read_ranking(judgment: str) -> float | None:
     try:
         ranks = ast.literal_eval(judgment.strip())
         rank = next(entry["rank"] for entry in ranks if entry["model"] == "model_1")
-    except (ValueError, SyntaxError, TypeError, KeyError, StopIteration, RecursionError, MemoryError):
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+        StopIteration,
+        RecursionError,
+        MemoryError,
+    ):
         return None
     return float(rank) if rank in (1, 2) else None
 
@@ -293,16 +300,24 @@ def read_annotations(path: Path, instructions: Instructions) -> list[dict[str, A
     for index, row in _match(rows, instructions):
         preference = row.value.get("preference")
         is_number = isinstance(preference, int | float) and not isinstance(preference, bool)
-        # `x != x` is NaN, which alpaca_eval writes where the judge's words are no ranking.
-        if preference is not None and not (is_number and preference != preference):
-            if not is_number or not (preference == 0 or 1 <= preference <= 2):
-                message = f"`preference` is {preference!r}, not within 1 to 2"
-                faults.append(UserError(message, file=row.place))
-        found[index] = row.value
+        is_none = preference is None or (is_number and math.isnan(preference))
+        if not is_none and not (is_number and (preference == 0 or 1 <= preference <= 2)):
+            message = f"`preference` is {preference!r}, not within 1 to 2"
+            faults.append(UserError(message, file=row.place))
+        found[index] = {**row.value, "preference": preference}
     if not faults:
         faults += _missing(path, instructions, found)
     raise_faults(faults)
     return [found[row.index] for row in instructions.rows]
+
+
+def read_preference(annotation: Mapping[str, Any]) -> float | None:
+    """A row's preference, 1 to 2; None where the judge had none. Older files write 0 for a draw."""
+    preference = annotation["preference"]
+    # NaN is what alpaca_eval writes where the judge's words are no ranking.
+    if preference is None or math.isnan(preference):
+        return None
+    return _DRAW if preference == 0 else float(preference)
 
 
 def summarise_preferences(annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -315,12 +330,8 @@ def summarise_preferences(annotations: Sequence[Mapping[str, Any]]) -> dict[str,
         win_rate (0 to 1; None where nothing is preferred), n_wins, n_wins_base, n_draws, n,
         n_invalid.
     """
-    values = []
-    for row in annotations:
-        preference = row["preference"]
-        if preference is not None and preference == preference:
-            # 0 is how older files write a draw.
-            values.append((_DRAW if preference == 0 else preference) - 1)
+    preferences = [read_preference(row) for row in annotations]
+    values = [preference - 1 for preference in preferences if preference is not None]
     return {
         "win_rate": sum(values) / len(values) if values else None,
         "n_wins": sum(value > 0.5 for value in values),
@@ -350,7 +361,9 @@ def _missing(path: Path, instructions: Instructions, found: Mapping[int, Any]) -
         return []
     told = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
     message = f"{len(missing)} of {len(instructions.rows)} instructions are missing: row {told}"
-    return [UserError(message, file=str(path), hint=f"every row of {instructions.origin} is needed")]
+    return [
+        UserError(message, file=str(path), hint=f"every row of {instructions.origin} is needed")
+    ]
 
 
 def _find(data_dir: Path | None, name: str, source: str) -> Path:

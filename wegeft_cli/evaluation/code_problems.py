@@ -144,7 +144,9 @@ def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bo
     return samples
 
 
-def _read_sample(value: dict[str, Any], by_id: dict[str, int], num_rows: int) -> tuple[int, str, bool]:
+def _read_sample(
+    value: dict[str, Any], by_id: dict[str, int], num_rows: int
+) -> tuple[int, str, bool]:
     if "task_id" in value and "completion" in value:
         task_id, text = value["task_id"], value["completion"]
         if not isinstance(text, str):

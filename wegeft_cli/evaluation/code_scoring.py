@@ -14,14 +14,13 @@ from typing import Any, get_args
 from wegeft_cli.errors import MachineError
 from wegeft_cli.evaluation.code_problems import Problem
 from wegeft_cli.evaluation.sandbox.run import Outcome, OutcomeKind, Program, Sandbox
-from wegeft_cli.evaluation.scoring import wilson_interval
+from wegeft_cli.evaluation.scoring import normal_interval, wilson_interval
 
 CODE_TIMEOUT = 3.0
 """Seconds of computing, as HumanEval's own scorer allows."""
 
 _KS = (1, 10, 100)
 _ATTEMPTS = 3
-_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -167,10 +166,7 @@ def _interval(shares: Sequence[float], *, is_single: bool) -> tuple[float, float
     """95 % interval of the mean; answers to one problem are no independent trials."""
     if is_single:
         return wilson_interval(round(sum(shares)), len(shares))
-    mean = sum(shares) / len(shares)
-    variance = sum((share - mean) ** 2 for share in shares) / max(1, len(shares) - 1)
-    half = _Z95 * math.sqrt(variance / len(shares))
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return normal_interval(shares)
 
 
 def sample_record(sample: CodeSample, outcome: Outcome) -> dict[str, Any]:
@@ -188,4 +184,3 @@ def sample_record(sample: CodeSample, outcome: Outcome) -> dict[str, Any]:
         "valid": bool(sample.completion.strip()) and outcome.kind != "sandbox_error",
         "detail": outcome.detail,
     }
-

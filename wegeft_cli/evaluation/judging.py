@@ -67,7 +67,9 @@ def ask_judge(
         UserError: If the judge refuses; the answers so far were handed to `on_answer`.
         MachineError: If it cannot be reached.
     """
-    answers = {request.number: known[request.number] for request in requests if request.number in known}
+    answers = {
+        request.number: known[request.number] for request in requests if request.number in known
+    }
     waiting = [request for request in requests if request.number not in answers]
     on_progress(len(answers), len(requests))
     with ThreadPoolExecutor(NUM_AT_A_TIME) as pool:

@@ -231,6 +231,28 @@ def read_answers(path: Path, questions: Questions) -> dict[int, tuple[str, str]]
     return answers
 
 
+def alpaca_conversation(messages: Sequence[Mapping[str, str]], eos: str) -> str:
+    """A conversation as FastChat's template `alpaca` writes it, up to where the model answers.
+
+    Args:
+        messages: Role and content, the user's last.
+        eos: What ends an answer; `</s>` in FastChat.
+
+    Returns:
+        The prompt.
+    """
+    text = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+    )
+    for message in messages:
+        if message["role"] == "user":
+            text += f"### Instruction: {message['content']}\n\n"
+        else:
+            text += f"### Response: {message['content']}{eos}"
+    return text + "### Response:"
+
+
 def judge_requests(
     questions: Questions, answers: Mapping[int, tuple[str, str]], files: JudgeFiles
 ) -> list[JudgeRequest]:
@@ -358,7 +380,9 @@ def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise_ratings(questions: Questions, judgments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_ratings(
+    questions: Questions, judgments: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Ratings become means, on the scale of 1 to 10.
 
     A judgment without a rating is left out of the means, as in FastChat, and counted.

@@ -126,9 +126,7 @@ class CodeJob:
         samples: dict[int, CodeSample] = {}
         for index, text, is_completion in read_code_samples(path, self.problems):
             completion = text if is_completion else self.protocol.extract(text)
-            samples[len(samples)] = CodeSample(
-                problems[index], counts[index], "", text, completion
-            )
+            samples[len(samples)] = CodeSample(problems[index], counts[index], "", text, completion)
             counts[index] += 1
         with open_sandbox(timeout=CODE_TIMEOUT) as sandbox:
             return self._score(sandbox, samples, Asked(1))
@@ -210,7 +208,9 @@ def read_code_task(request: TaskRequest) -> CodeJob:
     folder = request.data_dir
     if folder is None and settings.data_dir is not None:
         own_folder = Path(settings.data_dir).expanduser()
-        is_there = (own_folder / FILE).is_file() or (own_folder / FILE.removesuffix(".gz")).is_file()
+        is_there = (own_folder / FILE).is_file() or (
+            own_folder / FILE.removesuffix(".gz")
+        ).is_file()
         folder = own_folder if is_there else None
     problems = load_problems(
         data_dir=folder, limit=request.limit or (settings.limit if is_named else None)

@@ -18,6 +18,7 @@ from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
 from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
+from wegeft_cli.workflows.public_files import write_public_files
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.share import Share, this_share
@@ -96,9 +97,8 @@ def evaluate(
         _check_output(output)
         _check_output(_beside(output), is_ours=_SAMPLES_START)
     names = list(tasks) or list(settings.tasks)
-    request = TaskRequest(
-        "", protocol, data_dir, limit, max_new_tokens, settings, dict(options or {})
-    )
+    given = {**(options or {}), "target": None if path is None else str(path)}
+    request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
     jobs = _read_tasks(names, request)
     share = Share()
     base_scores: list[TaskScore] | None = None
@@ -133,6 +133,7 @@ def evaluate(
         result["comparison"] = [
             compare_scores(before.task, before.protocol, before.samples, after.samples)
             for before, after in zip(base_scores, scores, strict=True)
+            if before.num_correct is not None
         ]
     if groups := group_means(names, {score.task: score.score for score in scores}):
         result["groups"] = groups
@@ -148,6 +149,7 @@ def evaluate(
     if share.index == 0:
         if samples is None:
             _write_samples(samples_path, scores, base_scores)
+        write_public_files(result, samples_path, scores, base_scores)
         if output is not None:
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         drop_logs(_logs_of(samples_path))
@@ -300,6 +302,7 @@ class _Asking:
                 log=log,
                 share=self.share,
                 write=write,
+                title=title,
             )
             try:
                 return job.run(model, tokenizer, asked)

@@ -19,7 +19,6 @@ from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.run_folder import find_run
 
-
 NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
 """The fingerprints where no model was asked."""
 
