@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
+from wegeft_cli.cli.console import RichReporter, print_json
+from wegeft_cli.cli.eval_options import (
+    AllowCodeOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    JudgmentsOption,
+    NumSamplesOption,
+    TemperatureOption,
+    TrustTaskCodeOption,
+)
 from wegeft_cli.cli.options import (
     BaseOption,
     DataDirOption,
@@ -15,13 +25,16 @@ from wegeft_cli.cli.options import (
     LimitOption,
     TargetArgument,
 )
+from wegeft_cli.cli.scores import print_scores, print_tasks
+from wegeft_cli.errors import UserError
 
 
 def evaluate(
+    context: typer.Context,
     target: TargetArgument = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="NAME", help="Task by name; may be given several times."),
+        typer.Option("--task", metavar="NAME", help="Task or group by name; may be repeated."),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -55,38 +68,33 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
-    allow_code_execution: Annotated[
+    allow_leaky: Annotated[
         bool,
         typer.Option(
-            "--allow-code-execution", help="Run the code that the model writes, in a sandbox."
+            "--allow-leaky", help="Score sets, too, whose questions are known to leak; told."
         ),
     ] = False,
-    num_samples: Annotated[
+    seed: Annotated[
         int | None,
-        typer.Option("--num-samples", metavar="N", min=1, help="Answers to each code problem."),
+        typer.Option("--seed", metavar="N", min=0, help="Of the draws, in protocols that draw."),
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option("--temperature", metavar="T", min=0.0, help="Of code's draws; 0 is greedy."),
-    ] = None,
-    judge_url: Annotated[
-        str | None,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", metavar="NAME", help="What generates: transformers or vllm."),
+    ] = "transformers",
+    num_processes: Annotated[
+        int | None,
         typer.Option(
-            "--judge-url",
-            metavar="URL",
-            help="An OpenAI-compatible address that judges answers; nothing is sent without it.",
+            "--num-processes", metavar="N", min=1, help="Share the rows over so many processes."
         ),
     ] = None,
-    judge_model: Annotated[
-        str | None,
-        typer.Option("--judge-model", metavar="NAME", help="The judge's name at that address."),
-    ] = None,
-    judgments: Annotated[
-        Path | None,
-        typer.Option(
-            "--judgments", metavar="FILE", help="Score this judgment file, without any model."
-        ),
-    ] = None,
+    allow_code_execution: AllowCodeOption = False,
+    num_samples: NumSamplesOption = None,
+    temperature: TemperatureOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judgments: JudgmentsOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -96,8 +104,28 @@ def evaluate(
     from wegeft_cli.workflows import evaluate as workflow
 
     if list_tasks:
-        _print_tasks(workflow.list_tasks(), as_json)
+        print_tasks(workflow.list_tasks(), as_json)
         return
+    if judgments is not None and samples is not None:
+        raise UserError(
+            "judgments are scored as they are, samples are outputs: one at a time",
+            key="--judgments",
+            hint="leave out one of the two",
+        )
+    given = samples if judgments is None else judgments
+    if num_processes is not None and given is None:
+        raise typer.Exit(_launch(context, num_processes))
+    options = {
+        "allow_leaky": allow_leaky,
+        "seed": seed,
+        "allow_code_execution": allow_code_execution,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "judge_url": judge_url,
+        "judge_model": judge_model,
+        "is_judged": judgments is not None,
+        "trust_task_code": trust_task_code,
+    }
     result = workflow.evaluate(
         target,
         tasks=task or [],
@@ -108,89 +136,52 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         output=output,
         compare_base=compare_base,
-        samples=samples if judgments is None else judgments,
+        samples=given,
         base=base,
-        options={
-            "allow_code_execution": allow_code_execution,
-            "num_samples": num_samples,
-            "temperature": temperature,
-            "judge_url": judge_url,
-            "judge_model": judge_model,
-            "is_judged": judgments is not None,
-        },
+        backend=backend,
+        options=options,
         reporter=RichReporter(),
     )
     if as_json:
         print_json(result)
         return
-    _print_scores(result)
+    print_scores(result)
 
 
-def _print_scores(result: dict[str, Any]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
+def _launch(context: typer.Context, num_processes: int) -> int:
+    """Run this same command in many processes."""
+    from wegeft_cli.workflows.launch import Group, is_in_group, launch
 
-    rows = result["results"]
-    columns = {
-        "task": [row["task"] for row in rows],
-        "protocol": [row["protocol"] for row in rows],
-        "correct": [_count(row) for row in rows],
-        "score": [_share(row["score"]) for row in rows],
-        "95 % interval": [_interval(row["ci95"]) for row in rows],
-        "invalid": [str(row["n_invalid"]) for row in rows],
-    }
-    if base_rows := result.get("base_results"):
-        columns["base"] = [_share(base["score"]) for base in base_rows]
-        columns["gain"] = [
-            _gain(row["score"], base["score"]) for row, base in zip(rows, base_rows, strict=True)
-        ]
-    # A narrow terminal shows less rather than cut figures; --json and --output hold all.
-    for name in ("95 % interval", "protocol", "invalid"):
-        widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
-        if sum(widths) + 3 * len(widths) > get_console().width:
-            del columns[name]
-    table = Table(box=SIMPLE)
-    for name in columns:
-        justify: Literal["left", "right"] = "left" if name in ("task", "protocol") else "right"
-        table.add_column(name, no_wrap=True, justify=justify)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    show(table)
-    if result.get("samples_path"):
-        show(
-            f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
+    if is_in_group():
+        raise UserError(
+            f"this process is one of {os.environ['WORLD_SIZE']} already",
+            key="--num-processes",
+            hint="leave it out under torchrun and accelerate launch",
         )
+    return launch(["eval", *repeat_words(context, without="num_processes")], Group(num_processes))
 
 
-def _count(row: dict[str, Any]) -> str:
-    """Rows answered rightly, or just rows where answers are neither right nor wrong."""
-    return (
-        f"{row['n']} rows" if row["num_correct"] is None else f"{row['num_correct']} / {row['n']}"
-    )
+def repeat_words(context: typer.Context, *, without: str) -> list[str]:
+    """Write a command's arguments out again.
 
+    Args:
+        context: Holds what was typed.
+        without: The parameter to leave out.
 
-def _share(score: float | None) -> str:
-    return "not judged" if score is None else f"{score:.1%}"
-
-
-def _interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
-
-
-def _gain(score: float | None, base: float | None) -> str:
-    return "" if score is None or base is None else f"{100 * (score - base):+.1f}"
-
-
-def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(listing)
-        return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    tasks = Table("task", "file under --data-dir", "answers", box=SIMPLE)
-    for row in listing["tasks"]:
-        tasks.add_row(row["name"], row["file"], row["kind"])
-    show(tasks)
-    for row in listing["protocols"]:
-        show(f"[bold]{row['name']}[/]  {row['description']}", highlight=False)
+    Returns:
+        The words behind the command's name.
+    """
+    words: list[str] = []
+    named: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name == without or value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            named += map(str, values)
+        elif value is True:
+            words.append(parameter.opts[0])
+        else:
+            words += [word for one in values for word in (parameter.opts[0], str(one))]
+    return [*words, "--", *named]

@@ -50,7 +50,7 @@ def last_number(text: str) -> float | None:
 def last_whole_number(text: str) -> float | None:
     """The last number that is one: `2-1` reads as 1, `3 - 5` as 5, `-5` as -5, `1.2.3` as none.
 
-    A hyphen is a sign only where no word or number stands before it. Commas are dropped.
+    A hyphen is a sign where it neither joins nor follows a number or a word. Commas are dropped.
     """
     for match in reversed(list(_SIGNED.finditer(text))):
         before, after = text[: match.start("digits")], text[match.end() :]
@@ -58,10 +58,17 @@ def last_whole_number(text: str) -> float | None:
             continue  # v2, or a part of 1.2.3
         number = _finite(match["digits"].replace(",", ""))
         if number is not None:
-            left = text[: match.start()].rstrip(" ")[-1:]
-            is_negative = match["minus"] and not (left.isalnum() or left == ")")
+            is_negative = match["minus"] and _is_sign(text[: match.start()], match["minus"])
             return -number if is_negative else number
     return None
+
+
+def _is_sign(before: str, minus: str) -> bool:
+    """Whether a hyphen after `before` is a sign, and not a dash or a subtraction."""
+    last = before.rstrip(" ")[-1:]
+    if before[-1:].isalnum() or last.isdigit() or last == ")":
+        return False
+    return not (minus.endswith(" ") and last.isalnum())
 
 
 def first_letter(text: str) -> str | None:
@@ -100,13 +107,13 @@ def first_whole_word_of(text: str, words: Sequence[str]) -> str | None:
     return match.group().lower() if match else None
 
 
-def first_hash_digits(text: str) -> float:
-    """LoRA-GA's reading: the digits after the first `####` that digits follow; 0 without any.
+def first_hash_digits(text: str) -> float | None:
+    """LoRA-GA's reading: the digits after the first `####` that digits follow.
 
-    `#### 2,125` reads as 2, `#### -10` and `#### $18` as 0.
+    `#### 2,125` reads as 2; `#### -10` and `#### $18` are none, which its code takes for 0.
     """
     match = _HASH_DIGITS.search(text)
-    return float(int(match.group(1))) if match else 0.0
+    return _finite(match.group(1)) if match else None
 
 
 def first_hash_number(text: str) -> float | None:

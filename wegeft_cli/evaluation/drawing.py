@@ -18,6 +18,12 @@ from transformers import (
 from wegeft_cli.evaluation.decoding import Decoding
 
 
+def stream_seed(seed: int, number: int) -> int:
+    """The seed of one answer's draws, below 2^56, of the run's seed and the answer's number."""
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 class RowWise(LogitsProcessor):
     """Penalties and draws for every row by itself.
 
@@ -77,8 +83,8 @@ class RowWise(LogitsProcessor):
         if not self._warpers:
             return one[0]
         if number not in self._streams:
-            digest = hashlib.sha256(f"{self.decoding.seed}:{number}".encode()).digest()
-            self._streams[number] = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            seed = stream_seed(self.decoding.seed, number)
+            self._streams[number] = torch.Generator().manual_seed(seed)
         draw = torch.rand(1, dtype=torch.float64, generator=self._streams[number])
         # By falling probability: a rounding of the scores moves few tokens' places in the sum.
         shares, tokens = torch.softmax(one[0].double(), -1).sort(descending=True, stable=True)

@@ -112,7 +112,7 @@ def generate_texts(
     if prompts:
         told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
         encoded = [list(ids) for ids in told["input_ids"]]
-    prompt_ids, truncated = _fit_context(model, tokenizer, encoded, decoding)
+    prompt_ids, truncated = fit_context(model, tokenizer, encoded, decoding)
     config = _build_config(model, tokenizer, decoding)
     written: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
@@ -120,7 +120,9 @@ def generate_texts(
     with _generating(model, config):
         for ended in writer.run(order, batch_size):
             answers = {
-                index: _decode(tokenizer, prompt_ids[index], ids, decoding.stop, truncated[index])
+                index: decode_answer(
+                    tokenizer, prompt_ids[index], ids, decoding.stop, truncated[index]
+                )
                 for index, ids in ended.items()
             }
             written |= answers
@@ -142,10 +144,21 @@ def generate_texts(
     )
 
 
-def _decode(
+def decode_answer(
     tokenizer: Any, prompt: list[int], ids: list[int], stop: Sequence[str], is_truncated: bool
 ) -> Written:
-    """An answer as text, cut before the first stop text."""
+    """An answer as text, cut before the first stop text.
+
+    Args:
+        tokenizer: Decodes.
+        prompt: The prompt's tokens.
+        ids: The new tokens.
+        stop: Stop texts.
+        is_truncated: Whether the prompt lost tokens.
+
+    Returns:
+        The answer; its tokens are those up to which the stop text first stood there.
+    """
     text = tokenizer.decode(prompt + ids, skip_special_tokens=True)
     new_text = tokenizer.decode(ids, skip_special_tokens=True)
     start = find_stop(new_text, stop)
@@ -158,10 +171,23 @@ def _decode(
     return Written(text, new_text, ids, is_truncated)
 
 
-def _fit_context(
+def fit_context(
     model: Any, tokenizer: Any, encoded: list[list[int]], decoding: Decoding
 ) -> tuple[list[list[int]], list[bool]]:
-    """The prompts, cut where protocol, context or answer demand it, and whether each was cut."""
+    """The prompts, cut where protocol, context or answer demand it, and whether each was cut.
+
+    Args:
+        model: Its config tells the context.
+        tokenizer: Its begin-of-text token stays where the left is cut.
+        encoded: The prompts' tokens.
+        decoding: Tells the longest prompt and answer.
+
+    Returns:
+        The prompts, and for each whether it lost tokens.
+
+    Raises:
+        UserError: If a prompt has no tokens, or the answer alone fills the context.
+    """
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")

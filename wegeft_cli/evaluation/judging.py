@@ -36,6 +36,12 @@ class Judge(Protocol):
     def ask(self, request: JudgeRequest) -> str:
         """The judge's words.
 
+        Args:
+            request: The question.
+
+        Returns:
+            Its answer.
+
         Raises:
             UserError: If the address, the key or the model is refused.
             MachineError: If no answer came after several tries.

@@ -179,7 +179,8 @@ _ALL_PROTOCOLS = (
                 _new,
                 _plain(answers.first_hash_digits),
                 answers.first_hash_digits,
-                0.0,
+                tolerance=0.0,
+                missing=0.0,
                 reads_original=True,
             )
         },
@@ -206,7 +207,8 @@ _ALL_PROTOCOLS = (
                 _new,
                 _plain(answers.first_hash_digits),
                 answers.first_hash_digits,
-                0.0,
+                tolerance=0.0,
+                missing=0.0,
                 reads_original=True,
             )
         },

@@ -95,7 +95,6 @@ class Running:
             input_ids=self._ids,
             attention_mask=self._mask,
             generation_config=config,
-            return_dict_in_generate=True,
             **kept,
             **more,
         )

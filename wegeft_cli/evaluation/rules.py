@@ -40,6 +40,8 @@ class Rule:
     """The gold answer's number, against which a number is held."""
     tolerance: float = NUMBER_TOLERANCE
     """Largest difference at which two numbers are equal."""
+    missing: float | None = None
+    """What stands in the place of an answer and of a gold that cannot be read, and may be right."""
     as_trained: bool = False
     """Ask in the prompt of training, also where the authors' scorer asks in another one."""
     reads_original: bool = False
@@ -122,16 +124,21 @@ class EvalProtocol:
 
     def is_correct(self, task: Task, prediction: Prediction | None, answer: str) -> bool:
         """Whether a prediction is the gold answer: to the letter, or as a number."""
-        if prediction is None:
-            return False
+        rule = self.rule(task)
         if isinstance(prediction, str):
             return prediction == answer.strip()
-        rule = self.rule(task)
+        prediction = rule.missing if prediction is None else prediction
+        if prediction is None:
+            return False
         gold = rule.gold(answer)
+        gold = rule.missing if gold is None else gold
         return gold is not None and abs(prediction - gold) <= rule.tolerance
 
     def check_data(self, data: TaskData) -> None:
         """Refuse rows in which this protocol's gold cannot be read as published.
+
+        Args:
+            data: The rows.
 
         Raises:
             UserError: If a row is not in the set's original form; each is named.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.rows import raise_faults, read_bytes, read_json_lines
+from wegeft_cli.evaluation.rows import PlacedRow, raise_faults, read_bytes, read_json_lines
 from wegeft_cli.evaluation.rules import EvalProtocol
 from wegeft_cli.evaluation.tasks import TaskData
 
@@ -212,6 +212,7 @@ def read_samples(
         prompts = {row.index: protocol.prompt(data.task, row) for row in data.rows}
     outputs: dict[int, str] = {}
     first_places: dict[int, str] = {}
+    asked_otherwise: list[PlacedRow] = []
     for row in rows:
         index, output = row.value.get("index"), row.value.get("output")
         if isinstance(index, bool) or not isinstance(index, int):
@@ -230,17 +231,17 @@ def read_samples(
             else:
                 told = "is not text" if "output" in row.value else "is missing"
                 faults.append(UserError(f"`output` {told}", file=row.place))
-            if "task" in row.value and row.value.get("prompt") != prompts.get(
-                index, row.value.get("prompt")
-            ):
-                faults.append(
-                    UserError(
-                        f"row {index} was asked otherwise: another prompt, or the test set has "
-                        "changed since",
-                        file=row.place,
-                        hint=f"the log is of protocol `{row.value.get('protocol')}`",
-                    )
-                )
+            told = row.value.get("prompt")
+            if "task" in row.value and told != prompts.get(index, told):
+                asked_otherwise.append(row)
+    if asked_otherwise:
+        first = asked_otherwise[0]
+        message = (
+            f"{len(asked_otherwise)} of {len(rows)} rows were asked otherwise, row "
+            f"{first.value['index']} first: in another prompt, or the test set has changed since"
+        )
+        hint = f"the log is of protocol `{first.value.get('protocol')}`"
+        faults.append(UserError(message, file=first.place, hint=hint))
     missing = [row.index for row in data.rows if row.index not in first_places]
     if missing:
         listed = ", ".join(str(index) for index in missing[:_INDICES_TOLD])

@@ -25,11 +25,11 @@ _GIFT_LENGTH = 2048
 _CHAT_TOKENS = 2048
 _MARK = "### Response:"
 _PROTOCOLS = {
-    "gift": "GIFT's, which is pyreft's: the Alpaca prompt, greedy, no n-gram of 5 twice, repetition "
-    "penalty 1.1 (both see the prompt, too), prompt and answer together at most 2,048 tokens; the "
-    "text after the first `### Response:`.",
-    "chat": "For instruction-tuned models: the instruction in the model's own chat template, greedy, "
-    "at most 2,048 tokens.",
+    "gift": "GIFT's, which is pyreft's: the Alpaca prompt, greedy, no n-gram of 5 twice, "
+    "repetition penalty 1.1 (both see the prompt, too), prompt and answer together at most 2,048 "
+    "tokens; the text after the first `### Response:`.",
+    "chat": "For instruction-tuned models: the instruction in the model's own chat template, "
+    "greedy, at most 2,048 tokens.",
 }
 
 
@@ -70,10 +70,12 @@ class AlpacaEvalJob:
 
     def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
         """Let the model answer, and the judge compare."""
+        from wegeft_cli.evaluation.generate import Written
         from wegeft_cli.workflows.write_answers import write_answers
 
         prompts, template_hash = self._write_prompts(tokenizer)
-        written, settings = {}, {}
+        written: dict[int, Written] = {}
+        settings: dict[str, Any] = {}
         for length, numbers in self._lengths(model, tokenizer, prompts).items():
             decoding = Decoding(length)
             if self.protocol == "gift":
@@ -171,7 +173,7 @@ class AlpacaEvalJob:
         preferences: list[float | None] = [None] * len(rows)
         if annotations is not None:
             preferences = [alpaca_eval.read_preference(row) for row in annotations]
-        shares = [value - 1 for value in preferences if value is not None]
+        shares = [float(value) - 1 for value in preferences if value is not None]
         is_judged = told is not None
         samples = [
             {

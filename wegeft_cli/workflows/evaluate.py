@@ -131,9 +131,10 @@ def evaluate(
     if base_scores is not None:
         result["base_results"] = base_results
         result["comparison"] = [
-            compare_scores(before.task, before.protocol, before.samples, after.samples)
+            None
+            if None in (before.num_correct, after.num_correct)
+            else compare_scores(before.task, before.protocol, before.samples, after.samples)
             for before, after in zip(base_scores, scores, strict=True)
-            if before.num_correct is not None
         ]
     if groups := group_means(names, {score.task: score.score for score in scores}):
         result["groups"] = groups

@@ -98,6 +98,12 @@ class EvalJob(Protocol):
     def score_samples(self, path: Path) -> TaskScore:
         """Score outputs that somebody else produced (`--samples`).
 
+        Args:
+            path: JSON Lines.
+
+        Returns:
+            The score.
+
         Raises:
             UserError: If the file does not answer every row once, or this kind takes none.
         """

@@ -20,9 +20,9 @@ from wegeft_cli.workflows.judges import choose_judge, collect_verdicts, name_ans
 TASK = "mt_bench"
 _ALPACA = "fastchat_alpaca"
 _PROTOCOLS = {
-    "fastchat": "FastChat's single-answer grading: two turns, temperature by category, 1,024 tokens "
-    "a turn, in the model's own chat template; a model without one is asked as by fastchat_alpaca. "
-    "Drawn tokens are FastChat's in distribution, not one by one; its top-p is the model's, here 1.",
+    "fastchat": "FastChat's single-answer grading: two turns, temperature by category, 1,024 "
+    "tokens a turn, in the model's own chat template; a model without one is asked as by "
+    "fastchat_alpaca. Draws are not FastChat's one by one; its top-p is the model's, here 1.",
     _ALPACA: "fastchat, in FastChat's conversation template `alpaca` whatever the model brings.",
 }
 _HIGHEST = 10
@@ -68,7 +68,8 @@ class MtBenchJob:
     def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
         """Let the model answer both turns, and the judge rate them."""
         histories: dict[int, list[dict[str, str]]] = {q.index: [] for q in self.questions.rows}
-        digest, settings, num_tokens = "", {}, 0
+        settings: dict[str, Any] = {}
+        digest, num_tokens = "", 0
         for turn in range(mt_bench.NUM_TURNS):
             for question in self.questions.rows:
                 text = question.turns[turn]

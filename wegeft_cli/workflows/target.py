@@ -35,6 +35,7 @@ class OpenedTarget:
         section: How the model (of an adapter its base) was loaded.
         adapter_dir: The adapter's folder, if it is one.
         write: Writes texts in another engine, as `generate_texts`; None asks the model.
+        scratch: What must live as long as the model does (a temporary folder).
     """
 
     kind: str
@@ -44,6 +45,7 @@ class OpenedTarget:
     section: ModelSection = field(default_factory=ModelSection)
     adapter_dir: Path | None = None
     write: Callable[..., Any] | None = None
+    scratch: Any = None
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
@@ -83,19 +85,13 @@ def open_target(
     Raises:
         UserError: If the target is none of these, is damaged, or its base is another one.
     """
-    folder = Path(path)
-    section = recipe.model if recipe is not None else ModelSection()
-    if (folder / "config.json").is_file() or not folder.exists():
-        section = replace(section, name_or_path=str(path), revision=None)
+    section, adapter_dir, kind = resolve_target(path, recipe, base=base)
+    if adapter_dir is None:
         model, tokenizer = _load(section)
-        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder), section)
+        before = base or _read_provenance(Path(path))
+        return OpenedTarget("model", model, tokenizer, before, section)
     from wegeft_cli.workflows.adapters import tell_base
 
-    adapter_dir = resolve_adapter_dir(folder)
-    kind, recorded_base, revision = read_adapter_type(adapter_dir)
-    section = replace(
-        section, name_or_path=base or recorded_base, revision=None if base else revision
-    )
     with tell_base(base, adapter_dir):
         model, tokenizer = _load(section)
     if kind == PEFT_TYPE:
@@ -110,6 +106,35 @@ def open_target(
 
         model = load_peft(model, adapter_dir)
     return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)
+
+
+def resolve_target(
+    path: str | Path, recipe: Recipe | None, *, base: str | None
+) -> tuple[ModelSection, Path | None, str | None]:
+    """Find out what a target is, without loading it.
+
+    Args:
+        path: An adapter, run or model folder, or a hub id.
+        recipe: The run's recipe, where the target belongs to a run.
+        base: The base's folder or hub id, where it is not as recorded.
+
+    Returns:
+        How the model, or the adapter's base, is to be loaded; the adapter's folder and its
+        `peft_type`, both None for a model.
+
+    Raises:
+        UserError: If the target is none of these, or is damaged.
+    """
+    folder = Path(path)
+    section = recipe.model if recipe is not None else ModelSection()
+    if (folder / "config.json").is_file() or not folder.exists():
+        return replace(section, name_or_path=str(path), revision=None), None, None
+    adapter_dir = resolve_adapter_dir(folder)
+    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    section = replace(
+        section, name_or_path=base or recorded_base, revision=None if base else revision
+    )
+    return section, adapter_dir, kind
 
 
 def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[str, str | None]:

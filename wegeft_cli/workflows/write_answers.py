@@ -1,4 +1,4 @@
-"""Prompts are answered by the processes together, and what was answered before is not asked again."""
+"""Prompts are answered by the processes together; what was answered before is not asked again."""
 
 from __future__ import annotations
 
