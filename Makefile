@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-training test-peft docs \
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-training test-peft docs \
 	quickstart clean
 
 help: ## List the targets
@@ -81,6 +81,11 @@ check: lint types imports test recipes ## All that a change must pass
 bench: setup ## Step time of WeGeFT and LoRA, and the help page (some minutes; keep the machine idle)
 	$(BIN)/python scripts/bench_help.py
 	$(BIN)/python scripts/bench_step_time.py
+
+bench-eval: setup ## Rows per second of evaluation, beside one prompt at a time (some minutes; keep the machine idle)
+	@$(BIN)/python scripts/quickstart_model.py
+	@$(BIN)/python scripts/quickstart_data.py
+	$(BIN)/python scripts/bench_eval.py
 
 bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's train.jsonl; keep the machine idle)
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt

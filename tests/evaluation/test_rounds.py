@@ -1,4 +1,4 @@
-"""Rows leave and join a batch, draw by themselves, stop at texts: each writes as if it were alone."""
+"""Rows leave and join a batch, draw by themselves, stop at texts: each writes as if alone."""
 
 from __future__ import annotations
 

@@ -162,6 +162,11 @@ def gold_number(answer: str) -> float | None:
     return last_number(answer.rsplit("####", maxsplit=1)[-1])
 
 
+def plain_float(answer: str) -> float | None:
+    """The gold answer as Python's `float` reads it; None where it does not."""
+    return _finite(answer) if is_float(answer) else None
+
+
 def is_float(text: str) -> bool:
     """Whether Python reads the text as a float."""
     try:

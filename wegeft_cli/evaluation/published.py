@@ -98,8 +98,10 @@ def _fixed(
     }
 
 
-_GIFT_MATHS = Rule("alpaca", _LONG, _after_first(_RESPONSE), _number_or_letter, float)
-_ADAPTERS_NUMBER = Rule("llm_adapters", _BEAMS_LONG, _between_responses, _number, float)
+_GIFT_MATHS = Rule("alpaca", _LONG, _after_first(_RESPONSE), _number_or_letter, answers.plain_float)
+_ADAPTERS_NUMBER = Rule(
+    "llm_adapters", _BEAMS_LONG, _between_responses, _number, answers.plain_float
+)
 
 _ALL_PROTOCOLS = (
     EvalProtocol(

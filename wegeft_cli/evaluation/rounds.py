@@ -116,6 +116,8 @@ class Running:
 
     def join(self, other: Running) -> None:
         """Take in the rows of another one, which has written at least a token of each."""
+        if not other.rows:  # all ended at their first token
+            return
         if not self.rows:
             self.rows, self._ids, self._mask = other.rows, other._ids, other._mask
             self._cache = other._cache

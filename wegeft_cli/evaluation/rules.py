@@ -144,7 +144,19 @@ class EvalProtocol:
             UserError: If a row is not in the set's original form; each is named.
             ExceptionGroup: If there are several such rows.
         """
-        if not self.rule(data.task).reads_original:
+        rule = self.rule(data.task)
+        if not rule.reads_original:
+            raise_faults(
+                [
+                    UserError(
+                        f"row {row.index}: `{self.name}` reads no number in the gold answer "
+                        f"{row.answer!r}",
+                        file=data.origin,
+                    )
+                    for row in data.rows
+                    if data.task.kind == "number" and rule.gold(row.answer) is None
+                ]
+            )
             return
         raise_faults(
             [

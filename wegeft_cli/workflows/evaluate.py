@@ -21,7 +21,7 @@ from wegeft_cli.workflows.kinds import list_tasks, read_task
 from wegeft_cli.workflows.public_files import write_public_files
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
-from wegeft_cli.workflows.share import Share, this_share
+from wegeft_cli.workflows.share import Share, leave_group, this_share
 from wegeft_cli.workflows.target import (
     NO_PRINTS,
     OpenedTarget,
@@ -96,6 +96,12 @@ def evaluate(
     if output is not None:
         _check_output(output)
         _check_output(_beside(output), is_ours=_SAMPLES_START)
+        if samples is not None and samples.resolve() == _beside(output).resolve():
+            raise UserError(
+                f"the scored samples would replace {str(samples)!r}, out of which they come",
+                key="--output",
+                hint="give another name",
+            )
     names = list(tasks) or list(settings.tasks)
     given = {**(options or {}), "target": None if path is None else str(path)}
     request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
@@ -142,18 +148,22 @@ def evaluate(
         means = group_means(names, {score.task: score.score for score in base_scores})
         result["base_groups"] = means
     samples_path = _samples_path(path, output, jobs)
+    is_written = samples is None or output is not None
     result |= {
-        "samples_path": str(samples_path if samples is None else samples),
+        "samples_path": str(samples_path if is_written else samples),
+        **({} if samples is None else {"scored_from": str(samples)}),
         "target": None if path is None else str(path),
         **describe_environment(),
     }
     if share.index == 0:
-        if samples is None:
+        if is_written:
             _write_samples(samples_path, scores, base_scores)
         write_public_files(result, samples_path, scores, base_scores)
         if output is not None:
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
-        drop_logs(_logs_of(samples_path))
+        if samples is None:
+            drop_logs(_logs_of(samples_path))
+    leave_group(share)
     return result
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
+from wegeft_cli.workflows.launch import is_in_group
+
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=2)
+"""One process may have far longer answers to write than another."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,15 @@ class Share:
 
 def this_share() -> Share:
     """Give this process's share, by the process group that a launcher started."""
+    import torch
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState()
+    if not is_in_group():
+        return Share()
+    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
+    is_cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=is_cpu, timeout=_PATIENCE)
     if state.num_processes == 1:
         return Share()
     return Share(
@@ -69,3 +80,12 @@ def this_share() -> Share:
         # gather_object lays lists end to end: one more list keeps those of the processes apart.
         lambda mine: list(gather_object([mine])),
     )
+
+
+def leave_group(share: Share) -> None:
+    """End the process group, once all have come here: one that leaves early takes others down."""
+    if share.count > 1:
+        from accelerate import PartialState
+
+        share.agree(0)
+        PartialState().destroy_process_group()

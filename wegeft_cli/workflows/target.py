@@ -35,7 +35,6 @@ class OpenedTarget:
         section: How the model (of an adapter its base) was loaded.
         adapter_dir: The adapter's folder, if it is one.
         write: Writes texts in another engine, as `generate_texts`; None asks the model.
-        scratch: What must live as long as the model does (a temporary folder).
     """
 
     kind: str
@@ -45,7 +44,6 @@ class OpenedTarget:
     section: ModelSection = field(default_factory=ModelSection)
     adapter_dir: Path | None = None
     write: Callable[..., Any] | None = None
-    scratch: Any = None
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
@@ -64,12 +67,14 @@ def open_in_vllm(
     if adapter_dir is None:
         model = vllm.open_model(str(folder), **told)
         return VllmTarget("model", model, tokenizer, None, section, None, vllm.write_texts)
-    # The engine reads the adapter when the first request names it.
-    scratch = TemporaryDirectory(prefix="wegeft-twin-")
+    scratch = None
     if kind == PEFT_TYPE:
         files = load_adapter_files(adapter_dir)
         check_base(files.manifest, folder, adapter_dir, warn=warn)
-        lora_dir, rank = Path(scratch.name), files.manifest.r
+        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-twin-")), files.manifest.r
+        # The engine reads it when the first request names it, so it lives as long as the model.
+        scratch = lora_dir
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         write_twin(adapter_dir, folder, lora_dir)
     elif kind == "LORA":
         lora_dir = adapter_dir
@@ -81,9 +86,9 @@ def open_in_vllm(
             hint="leave --backend out, or merge the adapter first",
         )
     model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
-    target = VllmTarget("adapter", model, tokenizer, None, section, adapter_dir, vllm.write_texts)
-    target.scratch = scratch
-    return target
+    if scratch is not None:
+        weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    return VllmTarget("adapter", model, tokenizer, None, section, adapter_dir, vllm.write_texts)
 
 
 def write_twin(adapter_dir: Path, base_dir: Path, output_dir: Path) -> None:
