@@ -26,7 +26,7 @@ OutcomeKind = Literal["passed", "failed", "timeout", "memory", "sandbox_error"]
 from the moment that both sandboxes stand, whatever happens is the program's own doing."""
 
 _SETUP_SECONDS = 60.0
-_EXIT_SECONDS = 2.0
+_EXIT_SECONDS = 5.0
 _WALL_PER_CPU = 3.0
 _MAX_STATUS_BYTES = 1 << 16
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[3])
