@@ -18,7 +18,17 @@ from packaging.utils import canonicalize_name
 
 TARGETS = {
     *("setup", "format", "lint", "types", "imports", "test", "test-slow", "recipes"),
-    *("check", "bench", "bench-training", "test-peft", "docs", "quickstart", "clean", "help"),
+    *(
+        "check",
+        "bench",
+        "bench-eval",
+        "bench-training",
+        "test-peft",
+        "docs",
+        "quickstart",
+        "clean",
+        "help",
+    ),
 }
 
 

@@ -70,8 +70,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(llama_dir, rows_dir, tmp_path,
     whole = evaluate(llama_dir, **{**settings, "output": tmp_path / "whole.json"})
     assert len(asked) == NUM_ROWS
     asked.clear()
+    interrupter = Interrupter(after=5)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(llama_dir, **settings, reporter=Interrupter(after=5))
+        evaluate(llama_dir, **settings, reporter=interrupter)
+    assert "the same command goes on" in interrupter.notes[0]
     logs = tmp_path / "a-samples.partial"
     (log,) = logs.glob("*/0.jsonl")
     num_kept = log.read_text().count("\n")

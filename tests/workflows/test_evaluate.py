@@ -230,3 +230,27 @@ def test_a_foreign_file_beside_the_output_stays(place, tmp_path):
     for _ in range(2):  # its own it replaces
         evaluate("runs/tiny", output=tmp_path / "scores.json")
     assert len(read_lines(precious)) == 5
+
+
+def test_a_run_asked_in_another_template_than_its_own_is_warned_of(place, data_dir, listener):
+    evaluate("runs/tiny", reporter=listener)
+    assert not any("template" in text for text in listener.warnings)
+    evaluate("runs/tiny", protocol="llm_adapters_fixed", limit=1, reporter=listener)
+    (told,) = [text for text in listener.warnings if "template" in text]
+    assert "asks in the template `llm_adapters`, but the run was trained in `commonsense`" in told
+
+
+def test_compare_base_comes_with_the_paired_test(place):
+    told = evaluate("runs/tiny", compare_base=True)
+    (test,) = told["comparison"]
+    assert (test["task"], test["protocol"], test["n"]) == ("boolq", "wegeft", 5)
+    gain = told["results"][0]["score"] - told["base_results"][0]["score"]
+    assert test["difference"] == pytest.approx(gain)
+    assert test["only_b"] - test["only_a"] == 3
+    assert told["results"][0]["adapter_fingerprint"] is not None
+    assert told["base_results"][0]["adapter_fingerprint"] is None
+    assert told["results"][0]["base_fingerprint"] == told["base_results"][0]["base_fingerprint"]
+
+
+def test_the_recipes_limit_holds_for_a_set_under_its_other_name(place, data_dir):
+    assert evaluate("runs/tiny", tasks=["BoolQ"])["results"][0]["n"] == 5

@@ -115,6 +115,9 @@ def evaluate(
     given = samples if judgments is None else judgments
     if num_processes is not None and given is None:
         raise typer.Exit(_launch(context, num_processes))
+    from wegeft_cli.workflows.launch import join_slurm
+
+    join_slurm()
     options = {
         "allow_leaky": allow_leaky,
         "seed": seed,

@@ -221,8 +221,8 @@ class EvalSection:
     tasks: list[str] = field(default_factory=list)
     """Tasks and groups by name (`wegeft eval --list`)."""
     protocol: str = "wegeft"
-    """Prompt, decoding and scoring rules: wegeft, gift, llm_adapters, lora_ga, lora_pro, metamath, a
-    `_fixed` form, chat, ...; a task that it does not score takes its own."""
+    """Prompt, decoding and scoring rules: wegeft, gift, llm_adapters, lora_ga, lora_pro, metamath,
+    a `_fixed` form, chat, ...; a task that it does not score takes its own."""
     batch_size: int = 16
     """Prompts generated at a time."""
     max_new_tokens: int | None = None

@@ -317,6 +317,12 @@ class _Asking:
             )
             try:
                 return job.run(model, tokenizer, asked)
+            except KeyboardInterrupt:
+                self.reporter.note(
+                    f"{job.name}: the answers so far are kept ({log.folder}): the same command "
+                    "goes on with them"
+                )
+                raise
             except torch.OutOfMemoryError as error:
                 raise MachineError(
                     "out of memory while generating", key="--batch-size", hint="lower it"

@@ -148,7 +148,8 @@ def read_text_task(request: TaskRequest) -> Job:
             key="task",
             hint="--allow-leaky scores it all the same, and the result tells of the leak",
         )
-    is_named = request.name in settings.tasks or task.name in expand_groups(settings.tasks)
+    names = {name.lower() for name in expand_groups(settings.tasks)}
+    is_named = task.name in names or (task.part is None and task.folder.lower() in names)
     chosen = find_protocol(request.protocol or choose_protocol(task, settings.protocol), task)
     folder = request.data_dir
     if folder is None and settings.data_dir is not None:
