@@ -149,7 +149,8 @@ class Sandbox:
         number = os.WTERMSIG(event["exit"])
         # Nobody inside can send SIGKILL to the first process: it came from the kernel.
         if number == signal.SIGKILL:
-            if event["cpu_seconds"] >= self._limits.cpu_seconds:
+            # The kernel counts in ticks: what it ends at the limit may be told as a little less.
+            if event["cpu_seconds"] >= 0.9 * self._limits.cpu_seconds:
                 return Outcome("timeout", f"more than {self._limits.cpu_seconds} s of CPU time")
             return Outcome("memory", "the kernel ended the program")
         return Outcome("failed", f"the program ended by signal {number}")
