@@ -9,6 +9,15 @@ from typing import Annotated
 import typer
 
 from wegeft_cli.cli.console import RichReporter, print_json
+from wegeft_cli.cli.eval_options import (
+    AllowCodeOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    JudgmentsOption,
+    NumSamplesOption,
+    TemperatureOption,
+    TrustTaskCodeOption,
+)
 from wegeft_cli.cli.options import (
     BaseOption,
     DataDirOption,
@@ -79,6 +88,13 @@ def evaluate(
             "--num-processes", metavar="N", min=1, help="Share the rows over so many processes."
         ),
     ] = None,
+    allow_code_execution: AllowCodeOption = False,
+    num_samples: NumSamplesOption = None,
+    temperature: TemperatureOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judgments: JudgmentsOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -90,12 +106,29 @@ def evaluate(
     if list_tasks:
         print_tasks(workflow.list_tasks(), as_json)
         return
-    if num_processes is not None and samples is None:
+    if judgments is not None and samples is not None:
+        raise UserError(
+            "judgments are scored as they are, samples are outputs: one at a time",
+            key="--judgments",
+            hint="leave out one of the two",
+        )
+    given = samples if judgments is None else judgments
+    if num_processes is not None and given is None:
         raise typer.Exit(_launch(context, num_processes))
     from wegeft_cli.workflows.launch import join_slurm
 
     join_slurm()
-    options = {"allow_leaky": allow_leaky, "seed": seed}
+    options = {
+        "allow_leaky": allow_leaky,
+        "seed": seed,
+        "allow_code_execution": allow_code_execution,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "judge_url": judge_url,
+        "judge_model": judge_model,
+        "is_judged": judgments is not None,
+        "trust_task_code": trust_task_code,
+    }
     result = workflow.evaluate(
         target,
         tasks=task or [],
@@ -106,7 +139,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         output=output,
         compare_base=compare_base,
-        samples=samples,
+        samples=given,
         base=base,
         backend=backend,
         options=options,

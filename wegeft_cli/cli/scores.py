@@ -49,7 +49,7 @@ def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]
     columns = {
         "task": [row["task"] + (" (leaks)" if row.get("leak") else "") for row in rows],
         "protocol": [row["protocol"] for row in rows],
-        "correct": [f"{row['num_correct']} / {row['n']}" for row in rows],
+        "correct": [_count(row) for row in rows],
         "score": [_percent(row["score"]) for row in rows],
         "95 % interval": [_interval(row["ci95"]) for row in rows],
         "invalid": [str(row["n_invalid"]) for row in rows],
@@ -57,9 +57,15 @@ def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]
     if told[0][1] is not None:
         columns["base"] = [_percent(base["score"]) for _, base, _ in told]
         columns["gain"] = [_gain(base["score"], row["score"]) for row, base, _ in told]
-    if told[0][2] is not None:
-        columns["p"] = [f"{test['p_value']:.2g}" for _, _, test in told]
+    if any(test is not None for _, _, test in told):
+        columns["p"] = ["" if test is None else f"{test['p_value']:.2g}" for _, _, test in told]
     return columns
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    """Rows answered rightly; just the rows where answers are neither right nor wrong."""
+    correct = row["num_correct"]
+    return f"{row['n']} rows" if correct is None else f"{correct} / {row['n']}"
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:

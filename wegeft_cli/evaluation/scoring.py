@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ class TaskScore:
     protocol: str
     score: float | None
     """num_correct / n, 0 to 1; None where nothing has judged the answers yet."""
-    num_correct: int
+    num_correct: int | None
+    """None where answers are neither right nor wrong."""
     n: int
     """All rows that were asked: one without a readable answer counts as wrong."""
     n_invalid: int
     """Rows in which no answer could be read."""
-    ci95: tuple[float, float]
-    """95 % Wilson interval of the score."""
+    ci95: tuple[float, float] | None
+    """95 % interval of the score, Wilson's where it is a share of rows; None without a score."""
     template_hash: str
     data_sha256: str
     origin: str
@@ -43,6 +44,8 @@ class TaskScore:
     """The template's name, as `data.template` takes it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the result tells, as JSON values: a kind of task's own metrics, for instance."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Files in public formats that go beside the samples file: end of their name -> content."""
 
 
 def score_outputs(
@@ -113,6 +116,21 @@ def score_outputs(
     )
 
 
+def normal_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean, by its standard error.
+
+    Args:
+        values: Each 0 to 1, at least one.
+
+    Returns:
+        Lower and upper bound, both within 0 to 1.
+    """
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = _Z95 * math.sqrt(variance / len(values))
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share.
 
@@ -148,7 +166,7 @@ def result_dict(score: TaskScore) -> dict[str, Any]:
         "num_correct": score.num_correct,
         "n": score.n,
         "n_invalid": score.n_invalid,
-        "ci95": list(score.ci95),
+        "ci95": None if score.ci95 is None else list(score.ci95),
         "template": score.template,
         "template_hash": score.template_hash,
         "data_sha256": score.data_sha256,

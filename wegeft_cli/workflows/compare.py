@@ -50,7 +50,8 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
 
     Returns:
         The JSON object of `wegeft compare`: a, b, tasks (each with n, both, only_a, only_b,
-        neither, score_a, score_b, difference, ci95, p_value), only_in_a, only_in_b.
+        neither, score_a, score_b, difference, ci95, p_value), not_compared (answers that are
+        neither right nor wrong), only_in_a, only_in_b.
 
     Raises:
         UserError: If a file is no result, lost its samples, or nothing is in both; and where a
@@ -74,10 +75,13 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
         ]
     )
     samples = [_read_samples(path) for path in (path_a, path_b)]
-    tasks = []
+    tasks, not_compared = [], []
     for name in shared:
         rows_a = _rows_of(samples[0], name, path_a)
         rows_b = _rows_of(samples[1], name, path_b)
+        if any(row.get("correct") is None for row in (*rows_a, *rows_b)):
+            not_compared.append(list(name))
+            continue
         if {row["index"] for row in rows_a} != {row["index"] for row in rows_b}:
             raise UserError(f"the samples of `{name[0]}` are of other rows", file=str(path_b))
         told = compare_scores(*name, rows_a, rows_b)
@@ -88,6 +92,7 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
         "a": str(path_a),
         "b": str(path_b),
         "tasks": tasks,
+        "not_compared": not_compared,
         "only_in_a": [list(name) for name in results[0] if name not in results[1]],
         "only_in_b": [list(name) for name in results[1] if name not in results[0]],
     }

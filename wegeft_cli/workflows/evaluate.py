@@ -18,6 +18,7 @@ from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
 from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
+from wegeft_cli.workflows.public_files import write_public_files
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import SCORES_END, describe_environment, find_recipe_of
 from wegeft_cli.workflows.share import Share, leave_group, this_share
@@ -103,9 +104,8 @@ def evaluate(
                 hint="give another name",
             )
     names = list(tasks) or list(settings.tasks)
-    request = TaskRequest(
-        "", protocol, data_dir, limit, max_new_tokens, settings, dict(options or {})
-    )
+    given = {**(options or {}), "target": None if path is None else str(path)}
+    request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
     jobs = _read_tasks(names, request)
     share = Share()
     base_scores: list[TaskScore] | None = None
@@ -138,7 +138,9 @@ def evaluate(
     if base_scores is not None:
         result["base_results"] = base_results
         result["comparison"] = [
-            compare_scores(before.task, before.protocol, before.samples, after.samples)
+            None
+            if None in (before.num_correct, after.num_correct)
+            else compare_scores(before.task, before.protocol, before.samples, after.samples)
             for before, after in zip(base_scores, scores, strict=True)
         ]
     if groups := group_means(names, {score.task: score.score for score in scores}):
@@ -157,6 +159,7 @@ def evaluate(
     if share.index == 0:
         if is_written:
             _write_samples(samples_path, scores, base_scores)
+        write_public_files(result, samples_path, scores, base_scores)
         if output is None and samples is None:
             # Where the card of a merge or an export finds it.
             output = samples_path.with_name(samples_path.name.replace(SAMPLES_END, SCORES_END))
@@ -314,6 +317,7 @@ class _Asking:
                 log=log,
                 share=self.share,
                 write=write,
+                title=title,
             )
             try:
                 return job.run(model, tokenizer, asked)

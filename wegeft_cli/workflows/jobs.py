@@ -54,6 +54,7 @@ class Asked:
         log: Keeps the answers, so that a killed evaluation goes on; None keeps none.
         share: This process's part of the rows.
         write: Writes texts in the model's place (another engine); None asks the model.
+        title: What is asked: `base`, or the kind of target.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class Asked:
     log: AnswerLog | None = None
     share: Share = field(default_factory=Share)
     write: Callable[..., Any] | None = None
+    title: str = "model"
 
 
 class EvalJob(Protocol):

@@ -7,10 +7,14 @@ from typing import Any
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.groups import GROUPS
+from wegeft_cli.workflows.alpaca_eval_task import ALPACA_EVAL
+from wegeft_cli.workflows.code_tasks import CODE
+from wegeft_cli.workflows.harness_tasks import HARNESS
 from wegeft_cli.workflows.jobs import EvalJob, TaskKind, TaskRequest
+from wegeft_cli.workflows.mt_bench_task import MT_BENCH
 from wegeft_cli.workflows.tasks import TEXT
 
-KINDS: tuple[TaskKind, ...] = (TEXT,)
+KINDS: tuple[TaskKind, ...] = (TEXT, CODE, MT_BENCH, ALPACA_EVAL, HARNESS)
 
 
 def read_task(request: TaskRequest) -> EvalJob:

@@ -63,7 +63,7 @@ def score_tasks(
                     batch_size=batch_size,
                     max_new_tokens=job.max_new_tokens,
                 )
-                num_correct += score.num_correct if mine else 0
+                num_correct += (score.num_correct or 0) if mine else 0
             on_progress(name, min(start + in_round, len(rows)), len(rows))
         if accelerator.num_processes > 1:
             total = torch.tensor(num_correct, device=accelerator.device)
