@@ -14,8 +14,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from wegeft_cli.cli import (
+    edit,
+    inspect,
+    merge,
+    plan,
+    preview,
+    recipes,
+    report,
+    sweep,
+    train,
+    validate,
+)
 from wegeft_cli.cli import eval as eval_command
-from wegeft_cli.cli import merge, plan, preview, recipes, sweep, train, validate
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.group import tell_launcher
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
@@ -125,6 +136,9 @@ app.command("train", cls=HelpfulCommand)(guard(train.train))
 app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
 app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
+app.command("inspect", cls=HelpfulCommand)(guard(inspect.inspect))
+app.command("report", cls=HelpfulCommand)(guard(report.report))
+app.command("edit", cls=HelpfulCommand)(guard(edit.edit))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
 app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
 app.command("preview", cls=HelpfulCommand)(guard(preview.preview))

@@ -76,7 +76,7 @@ def evaluate(
         _check_output(output)
         _check_output(_beside(output), is_ours=_SAMPLES_START)
     names = list(tasks) or list(settings.tasks)
-    jobs = _read_tasks(names, settings, protocol, data_dir, limit)
+    jobs = read_jobs(names, settings, protocol, data_dir, limit)
     if samples is not None:
         scores, base_scores = [_score_samples(samples, jobs)], None
     else:
@@ -86,8 +86,8 @@ def evaluate(
         base_scores = None
         if compare_base:
             with opened.base_alone() as (model, tokenizer):
-                base_scores = _score_model(model, tokenizer, jobs, sizes, "base", reporter)
-        scores = _score_model(opened.model, opened.tokenizer, jobs, sizes, opened.kind, reporter)
+                base_scores = score_model(model, tokenizer, jobs, sizes, "base", reporter)
+        scores = score_model(opened.model, opened.tokenizer, jobs, sizes, opened.kind, reporter)
     result: dict[str, Any] = {"results": [result_dict(score) for score in scores]}
     if base_scores is not None:
         result["base_results"] = [result_dict(score) for score in base_scores]
@@ -146,7 +146,7 @@ def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
         )
 
 
-def _read_tasks(
+def read_jobs(
     names: Sequence[str],
     settings: EvalSection,
     protocol: str | None,
@@ -192,7 +192,7 @@ def _score_samples(samples: Path, jobs: Sequence[Job]) -> TaskScore:
     return score_outputs(job.protocol, job.data, read_samples(samples, job.data))
 
 
-def _score_model(
+def score_model(
     model: Any,
     tokenizer: Any,
     jobs: Sequence[Job],
@@ -200,6 +200,22 @@ def _score_model(
     title: str,
     reporter: Reporter,
 ) -> list[TaskScore]:
+    """Let a loaded model answer every set.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        jobs: What to ask.
+        sizes: Prompts at a time, and the longest answer (None: the job's, else the protocol's).
+        title: Who is asked, for the progress.
+        reporter: Where progress goes.
+
+    Returns:
+        A score of each job.
+
+    Raises:
+        MachineError: If the device runs out of memory.
+    """
     import torch
 
     from wegeft_cli.evaluation.run import evaluate_task
