@@ -38,7 +38,10 @@ def expect(base, files, factor_of):
 
 
 EDITS = {
-    "a group off": ({"drop": ["group:q_proj"]}, lambda n, g, phi: (phi, 0.0 if g == "q_proj" else 1.0)),
+    "a group off": (
+        {"drop": ["group:q_proj"]},
+        lambda n, g, phi: (phi, 0.0 if g == "q_proj" else 1.0),
+    ),
     "a layer off": ({"drop": ["layer:1"]}, lambda n, g, phi: (phi, 0.0 if ".1." in n else 1.0)),
     "a layer halved": (
         {"scale": {"layer:0": 0.5}},

@@ -57,7 +57,7 @@ def vit(tmp_path_factory):
     return folder
 
 
-def test_maps_are_the_projections_on_C(vit):
+def test_maps_are_the_projections_on_the_directions(vit):
     result = inspect(vit / "adapter", images=[vit / "one.png", vit / "two.png"])
     assert result["tokens"]["reason"] == "the base is no causal language model"
     assert [each["image"] for each in result["maps"]] == [
@@ -107,5 +107,5 @@ def test_bad_images_and_bases_are_told(vit, tmp_path, llama_dir, make_adapter):
     with pytest.raises(UserError, match="cannot read this image"):
         inspect(vit / "adapter", images=[tmp_path / "no.png"])
     folder, _ = make_adapter(llama_dir, target_modules=["q_proj"])
-    with pytest.raises(UserError, match="as a model of images"):
+    with pytest.raises(UserError, match="no model of images"):
         inspect(folder, images=[vit / "one.png"])

@@ -1,9 +1,9 @@
-"""What an adapter changes in its base, module by module, from files alone: no model is built."""
+"""What an adapter changes in its base, module by module, from the files where they will do."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,11 @@ from wegeft_cli.checkpoints.shards import TensorInfo, list_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import lora_twin
 from wegeft_cli.generators.spectrum import EXACT_WIDTH
+from wegeft_cli.generators.targets import find_linears
+from wegeft_cli.models.backbone import load_backbone
 from wegeft_cli.models.base import fetch_base_folder
 from wegeft_cli.workflows.adapters import check_base, tell_base
+from wegeft_cli.workflows.naming import find_module_name
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -75,6 +78,7 @@ class Changes:
         parts: What is changed, in the adapter's order.
         files: A WeGeFT adapter's content; None of LoRA.
         pairs: A LoRA adapter's scaled (B, A) by module; empty of WeGeFT.
+        loaded: Module -> weight, of a base whose files name its layers otherwise; else empty.
     """
 
     adapter_dir: Path
@@ -84,10 +88,20 @@ class Changes:
     parts: list[Part]
     files: AdapterFiles | None
     pairs: dict[str, tuple[Tensor, Tensor]]
+    loaded: dict[str, Tensor]
+
+    def stored_shape(self, part: Part) -> tuple[int, ...] | None:
+        """Give the shape of the part's module as it is stored; None where the base has none."""
+        if part.module in self.loaded:
+            return tuple(self.loaded[part.module].shape)
+        info = self.stored.get(f"{part.module}.weight")
+        return None if info is None else info.shape
 
     def load_weight(self, part: Part) -> Tensor:
         """Read the part's weight, [d_out, d_in]: in float64, or in float32 where it is large."""
-        weight = read_rows(self.stored[f"{part.module}.weight"])
+        weight = self.loaded.get(part.module)
+        if weight is None:
+            weight = read_rows(self.stored[f"{part.module}.weight"])
         is_small = weight.dtype == torch.float64 or min(weight.shape) <= EXACT_WIDTH
         weight = weight.double() if is_small else weight.float()
         weight = weight.T if part.transposed else weight
@@ -150,7 +164,11 @@ def open_changes(
             )
     if files is not None:
         check_base(files.manifest, base_dir, adapter_dir, warn=warn)
-    changes = Changes(adapter_dir, kind, base_dir, stored, parts, files, pairs)
+    loaded: dict[str, Tensor] = {}
+    if not all(f"{part.module}.weight" in stored for part in parts):
+        # transformers renames the layers of some families while it loads them.
+        loaded = _load_renamed(base_dir, [part.module for part in parts])
+    changes = Changes(adapter_dir, kind, base_dir, stored, parts, files, pairs, loaded)
     for part in parts:
         _check_part(changes, part)
     return changes
@@ -170,15 +188,27 @@ def _list_parts(files: AdapterFiles) -> Iterator[Part]:
         yield from (make(name, entry) for entry in entries)
 
 
+def _load_renamed(base_dir: Path, modules: Sequence[str]) -> dict[str, Tensor]:
+    """Load the base whole and give the weights of those of the modules that it has."""
+    model = load_backbone(base_dir)
+    linears = find_linears(model)
+    names = {stored: find_module_name(model, stored, linears) for stored in modules}
+    return {
+        stored: model.get_submodule(name).weight.detach()
+        for stored, name in names.items()
+        if name is not None
+    }
+
+
 def _check_part(changes: Changes, part: Part) -> None:
-    info = changes.stored.get(f"{part.module}.weight")
-    if info is None:
+    stored_shape = changes.stored_shape(part)
+    if stored_shape is None:
         raise UserError(
             f"has no tensor {part.module}.weight",
             file=str(changes.base_dir),
             hint="is this the adapter's base, and does it name its layers as the adapter does?",
         )
-    shape = info.shape[::-1] if part.transposed else info.shape
+    shape = stored_shape[::-1] if part.transposed else stored_shape
     rows = shape[0] if part.rows is None else sum(stop - start for start, stop in part.rows)
     if changes.files is None:
         B, A = changes.pairs[part.module]
@@ -191,7 +221,7 @@ def _check_part(changes: Changes, part: Part) -> None:
         fits = fits and max(stop for _, stop in part.rows) <= shape[0]
     if not fits:
         raise UserError(
-            f"{part.module}.weight is {list(info.shape)} in the base, which the adapter's pair "
+            f"{part.module}.weight is {list(stored_shape)} in the base, which the adapter's pair "
             "does not fit",
             file=str(changes.base_dir),
             hint="this adapter belongs to another base",

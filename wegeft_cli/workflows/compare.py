@@ -49,11 +49,10 @@ def compare_changes(
     products, ours, others = [], [], []
     with reporter.progress("comparing", len(common)) as advance, torch.no_grad():
         for number, ((part, factors, spectrum), their_part) in enumerate(common, start=1):
-            info, their_info = (each.stored[f"{part.module}.weight"] for each in (changes, other))
-            if info.shape != their_info.shape:
+            shape, their_shape = changes.stored_shape(part), other.stored_shape(their_part)
+            if shape != their_shape:
                 raise UserError(
-                    f"{part.module} is {list(their_info.shape)} in its base, {list(info.shape)} "
-                    "in the first one's",
+                    f"{part.module} is {their_shape} in its base, {shape} in the first one's",
                     file=str(other.adapter_dir),
                     key="--against",
                     hint="compare adapters of one base",

@@ -12,14 +12,17 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.checkpoints.adapter import AdapterFiles
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.targets import find_linears
+from wegeft_cli.models.backbone import load_backbone
 from wegeft_cli.models.base import quiet_transformers
 from wegeft_cli.workflows.adapters import attach_files
 from wegeft_cli.workflows.changes import Changes
@@ -53,7 +56,10 @@ def draw_maps(
         raise UserError("maps are drawn of WeGeFT adapters", key="--image")
     pictures = [(Path(path), _read_image(Path(path))) for path in images]
     model, processor = _load(changes)
-    attach_files(model, changes.files, changes.adapter_dir)
+    # The maps are the encoder's: a head that was trained whole has no say.
+    manifest = replace(changes.files.manifest, modules_to_save=())
+    factors_alone = AdapterFiles(manifest, changes.files.factors, {})
+    attach_files(model, factors_alone, changes.adapter_dir)
     model.eval()
     directions = _find_directions(changes)
     found = []
@@ -155,24 +161,21 @@ def _recorded(model: nn.Module, changes: Changes) -> Iterator[dict[str, Tensor |
             handle.remove()
 
 
-def _load(changes: Changes) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+def _load(changes: Changes) -> tuple[nn.Module, Any]:
+    from transformers import AutoImageProcessor
 
     folder = str(changes.base_dir)
     try:
         with quiet_transformers():
             processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForImageClassification.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False
-            )
     except (OSError, ValueError, ImportError) as error:
         lines = str(error).strip().splitlines()
         raise UserError(
-            f"the base cannot be loaded as a model of images: {lines[0] if lines else error}",
+            f"the base is no model of images: {lines[0] if lines else error}",
             file=folder,
             key="--image",
         ) from None
-    return model.eval(), processor
+    return load_backbone(changes.base_dir), processor
 
 
 def _read_image(path: Path) -> Any:
