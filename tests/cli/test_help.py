@@ -14,6 +14,7 @@ from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 PAGES = [
     [], ["train"], ["sweep"], ["merge"], ["eval"], ["validate"], ["plan"], ["preview"],
+    ["inspect"], ["edit"], ["report"],
     ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],
 ]  # fmt: skip
 # What each page must leave unloaded; rich too, which would take longer than all the rest.

@@ -97,7 +97,9 @@ def test_every_section_and_chart_shows(opened):
         assert box["height"] > 30
     marks = page.locator("#chart-curve-loss svg [aria-roledescription='line mark']")
     assert marks.count() == 2
-    assert page.locator("svg[role='graphics-document']").count() >= 10
+    told = page.locator("[role='graphics-document']")
+    assert told.count() == num_drawn
+    assert all(each.get_attribute("aria-label") for each in told.all())
 
 
 def count_samples(page: Any) -> int:
@@ -147,6 +149,7 @@ def test_figures_of_a_chart_become_a_table(opened):
     details = page.locator("details[data-table='chart-curve-loss']")
     details.locator("summary").focus()
     page.keyboard.press("Enter")
+    details.locator("tbody tr").first.wait_for()
     assert details.locator("tbody tr").count() == 12
     assert details.locator("th").all_inner_texts() == ["run", "step", "value"]
 

@@ -194,7 +194,7 @@ def _load_renamed(base_dir: Path, modules: Sequence[str]) -> dict[str, Tensor]:
     linears = find_linears(model)
     names = {stored: find_module_name(model, stored, linears) for stored in modules}
     return {
-        stored: model.get_submodule(name).weight.detach()
+        stored: model.get_parameter(f"{name}.weight").detach()
         for stored, name in names.items()
         if name is not None
     }

@@ -63,10 +63,11 @@ def edit(
 ) -> EditResult:
     """Write an adapter without the named parts, or with their s multiplied.
 
-    `delta_W = s (W phi) psi` is linear in phi, so a factor on a group's, layer's or direction's s is
-    a factor on (columns of) its phi: the result is an ordinary adapter that every reader takes. A
-    layer scaled alone leaves its group for one of its own. The original's two files are kept, byte
-    for byte, in `original/`, and `adapter_config.json` lists the edits.
+    `delta_W = s (W phi) psi` is linear in phi, so a factor on the s of a group, layer or direction
+    is a factor on its phi, or columns of it: the result is an ordinary adapter that every reader
+    takes. A layer scaled alone leaves its group for one of its own. The source stays as it is, the
+    original's two files are kept, byte for byte, in `original/`, and `adapter_config.json` lists
+    the edits.
 
     Args:
         adapter: An adapter or run folder; None takes the newest finished run under runs/.
@@ -118,7 +119,8 @@ def edit(
         f"{each.part} x {each.factor:g}" if each.factor else f"{each.part} dropped"
         for each in made.manifest.edits
     )
-    card = f"{card.rstrip()}\n\nEdited with `wegeft edit`: {told}. The original is in `{ORIGINAL_NAME}/`.\n"
+    note = f"Edited with `wegeft edit`: {told}. The original is in `{ORIGINAL_NAME}/`."
+    card = f"{card.rstrip()}\n\n{note}\n"
     return _write(output, made, card, original)
 
 

@@ -22,6 +22,7 @@ from wegeft_cli.generators.spectrum import (
     principal_angles,
     share_inside,
 )
+from wegeft_cli.interop.image_files import read_image
 from wegeft_cli.workflows.changes import Changes, Part, open_changes
 from wegeft_cli.workflows.compare import compare_changes
 from wegeft_cli.workflows.pictures import check_output, check_plots, save_inspection, write_json
@@ -98,6 +99,7 @@ def inspect(
     if directions not in DIRECTIONS:
         message = f"got {directions!r}"
         raise UserError(message, key="--directions", hint=f"one of {', '.join(DIRECTIONS)}")
+    pictures = [(Path(path), read_image(Path(path))) for path in images]
     changes = open_changes(find_run(adapter), base=base, warn=reporter.warn)
     other = None
     if against is not None:
@@ -114,8 +116,8 @@ def inspect(
     if other is not None:
         spectra = [(each.part, each.factors, each.spectrum) for each in looked]
         result["against"] = compare_changes(spectra, changes, other, reporter)
-    if images:
-        result["maps"] = draw_maps(changes, images, reporter)
+    if pictures:
+        result["maps"] = draw_maps(changes, pictures, reporter)
     if plots is not None:
         result["plots"] = [str(path) for path in save_inspection(result, plots)]
     if output is not None:

@@ -7,8 +7,6 @@ what lies below one half is cut.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from wegeft_cli.checkpoints.adapter import AdapterFiles
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.targets import find_linears
+from wegeft_cli.interop.image_files import make_thumbnail
 from wegeft_cli.models.backbone import load_backbone
 from wegeft_cli.models.base import quiet_transformers
 from wegeft_cli.workflows.adapters import attach_files
@@ -31,17 +30,16 @@ from wegeft_cli.workflows.reporter import Reporter
 
 _CUT = 0.5
 _DIGITS = 4
-_THUMBNAIL = 160  # pixels of the longer edge
 
 
 def draw_maps(
-    changes: Changes, images: Sequence[str | Path], reporter: Reporter
+    changes: Changes, pictures: Sequence[tuple[Path, Any]], reporter: Reporter
 ) -> list[dict[str, Any]]:
     """Project each image's tokens on the directions of every adapted layer.
 
     Args:
         changes: A WeGeFT adapter of a vision transformer.
-        images: Image files.
+        pictures: Image files, each with the image that was read.
         reporter: Where progress goes.
 
     Returns:
@@ -50,11 +48,10 @@ def draw_maps(
         no maps, and the reason.
 
     Raises:
-        UserError: If the adapter or its base is none for images, or an image cannot be read.
+        UserError: If the adapter or its base is none for images.
     """
     if changes.files is None:
         raise UserError("maps are drawn of WeGeFT adapters", key="--image")
-    pictures = [(Path(path), _read_image(Path(path))) for path in images]
     model, processor = _load(changes)
     # The maps are the encoder's: a head that was trained whole has no say.
     manifest = replace(changes.files.manifest, modules_to_save=())
@@ -74,7 +71,7 @@ def draw_maps(
                 for label, module, rows, C in directions
             ]
             found.append(
-                {"image": str(path), "thumbnail": _make_thumbnail(picture), "modules": modules}
+                {"image": str(path), "thumbnail": make_thumbnail(picture), "modules": modules}
             )
             advance(number)
     return found
@@ -176,21 +173,3 @@ def _load(changes: Changes) -> tuple[nn.Module, Any]:
             key="--image",
         ) from None
     return load_backbone(changes.base_dir), processor
-
-
-def _read_image(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError(f"cannot read this image: {error}", file=str(path), key="--image") from None
-
-
-def _make_thumbnail(picture: Any) -> str:
-    small = picture.copy()
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

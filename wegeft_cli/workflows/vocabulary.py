@@ -3,8 +3,8 @@
 A module that writes to the residual stream (`o_proj`, `down_proj`) adds `c` to what the final norm
 and the unembedding read, so with the norm's weight `g` the direct effect of `c` on the logits is
 `E (g * c)`, up to the norm's scale (nostalgebraist 2020, Elhage et al. 2021); a LayerNorm also
-takes the mean of `c` away. A module that reads the stream (`q_proj`, `up_proj`, ...) writes into a space
-without tokens of its own: of it, the input embeddings are shown that lie along what it reads.
+takes the mean of `c` away. A module that reads the stream (`q_proj`, `up_proj`, ...) writes into a
+space without tokens of its own: of it, the input embeddings are shown that lie along what it reads.
 """
 
 from __future__ import annotations
