@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_original_is_kept_and_restored_to_the_byte(llama_dir, make_adapter, tmp_
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert files_in(restored)[name] == before[name]
     assert "Edited with" not in (restored / "README.md").read_text()
+
+
+def test_without_its_original_it_can_be_edited_but_not_restored(llama_dir, make_adapter, tmp_path):
+    folder, _ = make_adapter(llama_dir, target_modules=TARGETS)
+    edited = edit(folder, drop=["layer:0"]).output_dir
+    shutil.rmtree(edited / "original")
+    with pytest.raises(UserError, match="is gone"):
+        edit(edited, restore=True, output=tmp_path / "restored")
+    again = edit(edited, drop=["group:q_proj"], output=tmp_path / "again").output_dir
+    assert not (again / "original").exists()
+    assert len(load_adapter_files(again).manifest.edits) == 2
 
 
 def test_a_scaled_layer_leaves_its_group(llama_dir, make_adapter, tmp_path):

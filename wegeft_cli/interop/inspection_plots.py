@@ -112,16 +112,18 @@ def _draw_cosines(cosines: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _draw_against(modules: Sequence[Mapping[str, Any]]) -> bytes:
     figure = _make_figure(9, 3.6)
-    for place, (key, title) in enumerate(
-        (("cosine", "cosine of the two changes"), ("overlap", "overlap of their output spaces")),
-        start=1,
-    ):
+    panels = (
+        ("cosine", "cosine of the two changes", (-1.05, 1.05)),
+        ("overlap", "overlap of their output spaces", (-0.05, 1.05)),
+    )
+    for place, (key, title, limits) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, place)
         for kind, rows in _by_kind(modules).items():
             along = [_place(row, number) for number, row in enumerate(rows)]
             axes.plot(along, [row[key] for row in rows], marker=".", label=kind)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("layer")
+        axes.set_ylim(*limits)
         if place == 1:
             axes.legend(fontsize="small")
     return _to_png(figure)

@@ -92,12 +92,17 @@ def edit(
     check_unused_folder(output)
     files = load_adapter_files(adapter_dir)
     card = _read_card(adapter_dir)
-    original = adapter_dir / ORIGINAL_NAME if files.manifest.edits else adapter_dir
+    original: Path | None = adapter_dir
+    if files.manifest.edits:
+        kept = adapter_dir / ORIGINAL_NAME
+        original = kept if kept.is_dir() else None  # whoever passed it on may have left it out
     if restore:
         if drop or scale:
             raise UserError("restores the whole original", key="--restore", hint="give it alone")
         if not files.manifest.edits:
             raise UserError("this adapter is no edited one", file=str(adapter_dir), key="--restore")
+        if original is None:
+            raise UserError(f"its {ORIGINAL_NAME}/ is gone", file=str(adapter_dir), key="--restore")
         files = load_adapter_files(original)
         return _write(output, files, card, None)
     factors = [(name, 0.0) for name in drop] + list((scale or {}).items())
@@ -114,12 +119,14 @@ def edit(
             key="--drop",
             hint="without all of them it is the base model itself",
         )
-    load_adapter_files(original)  # what is kept for a restoration must be readable
+    if original is not None:
+        load_adapter_files(original)  # what is kept for a restoration must be readable
     told = ", ".join(
         f"{each.part} x {each.factor:g}" if each.factor else f"{each.part} dropped"
         for each in made.manifest.edits
     )
-    note = f"Edited with `wegeft edit`: {told}. The original is in `{ORIGINAL_NAME}/`."
+    note = f"Edited with `wegeft edit`: {told}."
+    note += "" if original is None else f" The original is in `{ORIGINAL_NAME}/`."
     card = f"{card.rstrip()}\n\n{note}\n"
     return _write(output, made, card, original)
 
