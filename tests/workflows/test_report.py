@@ -102,6 +102,25 @@ def test_runs_of_one_name_are_told_apart_and_few_samples_kept(pair, tmp_path):
     assert "4 / 6" in result.output.read_text(encoding="utf-8")
 
 
+def test_an_evaluation_written_elsewhere_is_given_to_its_run(run_dir, tmp_path, data_dir):
+    from wegeft_cli.workflows.evaluate import evaluate
+
+    plain = tmp_path / "plain"
+    shutil.copytree(run_dir, plain, ignore=shutil.ignore_patterns("eval"))
+    scores = tmp_path / "scores.json"
+    asked = {"tasks": ["boolq"], "data_dir": data_dir, "max_new_tokens": 2}
+    (row,) = evaluate(plain / "adapter", output=scores, **asked)["results"]
+    assert report([plain], look_inside=False).num_scores == 0
+    result = report([plain], evaluations=[scores], look_inside=False)
+    assert (result.num_scores, result.num_answers) == (1, 6)
+    shown = read_data(result.output.read_text())["charts"][-1]["spec"]["data"]["values"]
+    assert [(each["who"], each["value"]) for each in shown] == [("plain: tuned", row["score"])]
+    with pytest.raises(UserError, match="none of these runs"):
+        report([run_dir], evaluations=[scores])
+    with pytest.raises(UserError, match="holds no results"):
+        report([plain], evaluations=[plain / "run.json"])
+
+
 def test_a_run_that_failed_early_still_gives_a_page(tmp_path):
     run = tmp_path / "failed"
     run.mkdir()

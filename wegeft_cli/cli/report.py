@@ -27,6 +27,14 @@ def report(
     title: Annotated[
         str | None, typer.Option("--title", metavar="TEXT", help="Title of the page.")
     ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="What `wegeft eval --output` wrote outside the runs; may be given several times.",
+        ),
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(
@@ -45,6 +53,7 @@ def report(
         runs or [],
         output=output,
         title=title,
+        evaluations=evaluations or [],
         look_inside=not no_inspect,
         max_samples=samples,
         reporter=RichReporter(),

@@ -17,7 +17,7 @@ from wegeft_cli.workflows.outcomes import read_json
 from wegeft_cli.workflows.pictures import write_json
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_run, now
-from wegeft_cli.workflows.run_records import RunRecord, name_apart, read_run
+from wegeft_cli.workflows.run_records import RunRecord, add_evaluation, name_apart, read_run
 
 INSPECTION_NAME = "inspection.json"
 _MARK = "<!doctype html>\n<!-- wegeft report -->"
@@ -53,6 +53,7 @@ def report(
     *,
     output: Path | None = None,
     title: str | None = None,
+    evaluations: Sequence[str | Path] = (),
     look_inside: bool = True,
     max_samples: int = 500,
     reporter: Reporter | None = None,
@@ -67,6 +68,7 @@ def report(
         runs: Folders of training runs; none takes the newest finished run under runs/.
         output: The file; None is report.html in the run's folder, or beside the first of several.
         title: The page's title; None names the runs.
+        evaluations: Files of `wegeft eval --output` that lie outside the runs' folders.
         look_inside: Put what `inspect` finds into the page; it is kept in the run's folder as
             inspection.json and made anew where the adapter is newer.
         max_samples: Answers kept of each model, task and protocol, at least 0.
@@ -92,6 +94,8 @@ def report(
     records = [read_run(path, max_samples=max_samples) for path in paths]
     if len({record.run_dir.resolve() for record in records}) < len(records):
         raise UserError("names a run twice", key="RUN")
+    for file in evaluations:
+        add_evaluation(records, Path(file), max_samples=max_samples)
     name_apart(records)
     first = records[0].run_dir
     output = output or (first if len(records) == 1 else first.parent) / "report.html"

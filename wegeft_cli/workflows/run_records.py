@@ -94,6 +94,39 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
     return record
 
 
+def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int) -> None:
+    """Give an evaluation that was written elsewhere to the run that it is of.
+
+    Args:
+        records: The runs.
+        file: What `wegeft eval --output` wrote.
+        max_samples: Answers kept of each model, task and protocol.
+
+    Raises:
+        UserError: If the file holds no results, its samples are gone, or it is of another run.
+    """
+    values = read_json(file)
+    if not isinstance(values.get("results"), list):
+        message = "holds no results of `wegeft eval --output`"
+        raise UserError(message, file=str(file), key="--eval")
+    target = Path(str(values.get("target"))).resolve()
+    for record in records:
+        run_dir = record.run_dir.resolve()
+        if target != run_dir and run_dir not in target.parents:
+            continue
+        told = Path(str(values.get("samples_path")))
+        samples = next((each for each in (told, file.parent / told.name) if each.is_file()), None)
+        if samples is None:
+            raise UserError(f"its samples {str(told)!r} are gone", file=str(file), key="--eval")
+        _add_answers(record, samples, max_samples)
+        return
+    raise UserError(
+        f"is of {str(values.get('target'))!r}, which is none of these runs",
+        file=str(file),
+        key="--eval",
+    )
+
+
 def name_apart(records: Sequence[RunRecord]) -> None:
     """Give runs of one name longer ones, by as many folders as tell them apart."""
     for record in records:
