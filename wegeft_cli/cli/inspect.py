@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
 from wegeft_cli.cli.options import (
     AdapterArgument,
     BaseOption,
@@ -20,6 +20,7 @@ from wegeft_cli.cli.options import (
 from wegeft_cli.errors import UserError
 
 _NUM_SHOWN = 20  # modules in a table
+_LEAST_COLUMNS = 4
 _NUM_TOLD = 4  # modules whose tokens are shown
 
 
@@ -186,14 +187,14 @@ def _print_modules(result: dict[str, Any]) -> None:
     more = f", {len(shown)} of {len(rows)}; --json has all" if len(rows) > len(shown) else ""
     _show_table(
         f"largest changes{more}",
-        ["module", "||dW||/||W||", "familiar", "by chance", "eff. rank", "least angle"],
+        ["module", "||dW||/||W||", "familiar", "eff. rank", "by chance", "least angle"],
         [
             [
                 row["label"],
                 _percent(row["relative_change"]),
                 _percent(row["familiar"]),
-                _percent(row["familiar_by_chance"]),
                 f"{row['effective_rank']:.1f}",
+                _percent(row["familiar_by_chance"]),
                 f"{row['principal_angles'][0]:.1f}°" if row["principal_angles"] else "-",
             ]
             for row in shown
@@ -288,6 +289,15 @@ def _show_table(
     from rich.table import Table
     from rich.text import Text
 
+    names = max((len(row[0]) for row in rows), default=0)
+    num_shown = len(columns)
+    # A narrow terminal shows fewer figures, and then cut names, rather than cut figures.
+    while not wrap and num_shown > _LEAST_COLUMNS:
+        figures = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        if names + sum(figures[1:num_shown]) + 3 * num_shown <= get_console().width:
+            break
+        num_shown -= 1
+    columns, rows = columns[:num_shown], [row[:num_shown] for row in rows]
     table = Table(box=SIMPLE, title=Text(title), title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
         # Names are cut rather than figures where the terminal is narrow.
@@ -309,4 +319,6 @@ def _percent(value: float) -> str:
 
 
 def _join(tokens: Sequence[dict[str, Any]]) -> str:
-    return " ".join(json.dumps(each["token"], ensure_ascii=False)[1:-1] for each in tokens)
+    """Lay tokens side by side, their own blanks and line ends made visible."""
+    texts = (json.dumps(each["token"], ensure_ascii=False)[1:-1] for each in tokens)
+    return "  ".join(text.replace(" ", "␣") for text in texts)
