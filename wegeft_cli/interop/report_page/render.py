@@ -92,7 +92,7 @@ def _make_policy(scripts: Sequence[str]) -> str:
 
 def _tell_number(value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
@@ -150,7 +150,7 @@ def _compare_recipes(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
         return []
     tables = [_flatten(run["recipe"]) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
+    rows = [(key, [table.get(key, "-") for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
