@@ -252,3 +252,18 @@ def test_out_of_memory_is_told_with_keys_and_values(write_recipe, monkeypatch, r
     run = read_run(recipe.parent / "runs" / "tiny")
     assert run["status"] == "failed"
     assert "out of memory" in run["error"]
+
+
+def test_another_number_of_threads_is_told(write_recipe, listener):
+    recipe = write_recipe(train={"max_steps": 4})
+    threads = torch.get_num_threads()
+    stops = iter([False, True])
+    train(recipe, should_stop=lambda: next(stops, True))
+    try:
+        torch.set_num_threads(threads + 1)
+        result = train(recipe, resume="auto", reporter=listener)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.status == "finished"
+    (told,) = [text for text in listener.warnings if "threads" in text]
+    assert f"began with {threads} CPU threads and goes on with {threads + 1}" in told

@@ -1,7 +1,6 @@
 """Real processes: killed, interrupted, or two in one folder."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from wegeft_cli.checkpoints.resume import find_newest_checkpoint
 from wegeft_cli.errors import UserError
 from wegeft_cli.workflows.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 # Long enough for a process to load torch and reach its first steps on a busy machine.
 PATIENCE_SECONDS = 120
@@ -32,7 +31,6 @@ def start():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         started.append(process)
         return process

@@ -19,6 +19,8 @@ from wegeft_cli.workflows.child import POLL_SECONDS, run_training
 from wegeft_cli.workflows.sweep import sweep
 from wegeft_cli.workflows.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Long enough for a process to load torch and reach its first steps on a busy machine.
 PATIENCE_SECONDS = 120
 # Rows, one at a time, of a step that takes longer than a sweep takes to pass a signal on.
@@ -29,11 +31,6 @@ SETTINGS = {
     "adapter": {"dropout": 0.2},
     "train": {"max_steps": 60, "eval_steps": 20, "max_skipped_steps": 0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def wait_for_lines(process, run_dir, num_lines):

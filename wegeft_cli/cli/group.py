@@ -11,15 +11,21 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+LAUNCHED = "WEGEFT_LAUNCHED"
+"""Stands in the environment of processes that the command itself has started."""
+
 
 def tell_launcher(message: str) -> None:
-    """Leave word of a fault where the launcher looks; without one, do nothing.
+    """Leave word of a fault where the command that started this process looks for it.
+
+    Without one, and under torchrun, do nothing.
 
     Args:
         message: The fault, in a line.
     """
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if place:
+    # torchrun would print the same fault a second time, in a report of its own.
+    if place and LAUNCHED in os.environ:
         told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         part = Path(f"{place}.part")
         with suppress(OSError):  # the fault itself goes on

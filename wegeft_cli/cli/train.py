@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
-from wegeft_cli.cli.group import may_be_restarted, num_restarts
+from wegeft_cli.cli.group import LAUNCHED, may_be_restarted, num_restarts
 from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
@@ -88,6 +88,7 @@ def train(
         options = ["--resume", resume] if resume is not None else []
         options += ["--dry-run"] if dry_run else []
         options += ["--json"] if as_json else []
+        os.environ[LAUNCHED] = "1"
         words = ["train", *options, "--", recipe, *(overrides or [])]
         code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
         raise typer.Exit(code)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from wegeft_cli.checkpoints.adapter import CONFIG_NAME, WEIGHTS_NAME
@@ -150,6 +151,7 @@ def begin_run(
                 yield start
                 return
             _check_data(folder, resume, inputs)
+            _tell_threads(start, accelerator, reporter)
         note_base(start, recipe, folder, is_loaded=False)
         with _told_in_run_json(folder, recipe, inputs.estimated_gib, accelerator):
             if is_main:
@@ -192,6 +194,17 @@ def _check_data(folder: RunFolder, resume: str | None, inputs: RunInputs) -> Non
     if resume is not None and resume != AUTO:
         folder = RunFolder(Path(resume).expanduser().resolve().parent.parent)
     check_same_data(folder.adopt(), describe_data(inputs), folder.path / "run.json")
+
+
+def _tell_threads(start: Start, accelerator: Accelerator, reporter: Reporter) -> None:
+    """Say so where a CPU will sum in another order than before: the last bits then differ."""
+    before, here = start.earlier.get("num_threads"), torch.get_num_threads()
+    if accelerator.device.type == "cpu" and before is not None and before != here:
+        reporter.warn(
+            f"the run began with {before} CPU threads and goes on with {here}: its figures will "
+            f"differ in the last digits from a run that was not stopped (OMP_NUM_THREADS={before} "
+            "keeps them)"
+        )
 
 
 def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from wegeft_cli.interop.secrets import mask_secrets
@@ -36,6 +37,7 @@ def describe_start(recipe: Recipe, inputs: RunInputs, accelerator: Accelerator) 
         **describe_environment(),
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
         "seed": recipe.seed,
         "base_model_name_or_path": recipe.model.name_or_path,
         "init_from": recipe.adapter.init_from,
