@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from wegeft_cli.folders import check_links
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 
 _PHI = "base_model.wegeft_phi_"
 _PSI = "base_model.wegeft_psi_"
@@ -55,6 +57,7 @@ def save_adapter_files(
     *,
     saved_modules: Mapping[str, Tensor] | None = None,
     card: str,
+    original: Path | None = None,
 ) -> None:
     """Write an adapter's folder, whole or not at all.
 
@@ -65,6 +68,7 @@ def save_adapter_files(
         saved_modules: Parameter name in the base -> the tensor trained in its place, for every
             module of the manifest's `modules_to_save`.
         card: Text of README.md.
+        original: An adapter folder whose two files are kept, byte for byte, in `original/`.
 
     Raises:
         UserError: If the folder holds other files, or a name in the manifest cannot be stored.
@@ -94,6 +98,10 @@ def save_adapter_files(
         save_tensors_atomic(folder / WEIGHTS_NAME, tensors)
         write_text_atomic(folder / CARD_NAME, card)
         write_text_atomic(folder / CONFIG_NAME, config)
+        if original is not None:
+            (folder / ORIGINAL_NAME).mkdir()
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                shutil.copyfile(original / name, folder / ORIGINAL_NAME / name)
 
 
 def _holds_only_adapter(folder: Path) -> bool:

@@ -17,12 +17,15 @@ import typer
 from wegeft_cli.cli import (
     chat,
     compare,
+    edit,
     export,
     generate,
+    inspect,
     merge,
     plan,
     preview,
     recipes,
+    report,
     sweep,
     train,
     validate,
@@ -141,6 +144,9 @@ app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
 app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
 app.command("generate", cls=HelpfulCommand)(guard(generate.generate))
 app.command("chat", cls=HelpfulCommand)(guard(chat.chat))
+app.command("inspect", cls=HelpfulCommand)(guard(inspect.inspect))
+app.command("report", cls=HelpfulCommand)(guard(report.report))
+app.command("edit", cls=HelpfulCommand)(guard(edit.edit))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
 app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
 app.command("preview", cls=HelpfulCommand)(guard(preview.preview))

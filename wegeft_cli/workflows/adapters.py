@@ -10,6 +10,7 @@ from torch import nn
 
 from wegeft_cli.checkpoints.adapter import (
     CONFIG_NAME,
+    AdapterFiles,
     load_adapter_files,
     resolve_adapter_dir,
     save_adapter_files,
@@ -192,6 +193,26 @@ def load_adapter(
     files = load_adapter_files(folder)
     if base_dir is not None:
         check_base(files.manifest, Path(base_dir), folder, warn=warn)
+    return attach_files(model, files, folder, adapter_name=adapter_name)
+
+
+def attach_files(
+    model: nn.Module, files: AdapterFiles, folder: Path, *, adapter_name: str = "default"
+) -> Generators:
+    """Put an adapter that was read already onto a model, active at once.
+
+    Args:
+        model: The base model.
+        files: The adapter.
+        folder: Where it came from, for the messages.
+        adapter_name: Name under which the model knows it.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If the model lacks one of its modules, or has one of another shape.
+    """
     manifest = files.manifest
     settings = GeneratorSettings(
         rank=manifest.r,

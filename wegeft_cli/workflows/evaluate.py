@@ -30,7 +30,7 @@ from wegeft_cli.workflows.target import (
     open_target,
 )
 
-__all__ = ["evaluate", "list_tasks"]
+__all__ = ["evaluate", "list_tasks", "read_jobs"]
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
 SAMPLES_END = "-samples.jsonl"
@@ -106,7 +106,7 @@ def evaluate(
     names = list(tasks) or list(settings.tasks)
     given = {**(options or {}), "target": None if path is None else str(path)}
     request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
-    jobs = _read_tasks(names, request)
+    jobs = read_jobs(names, request)
     share = Share()
     base_scores: list[TaskScore] | None = None
     base_results: list[dict[str, Any]] | None = None
@@ -215,8 +215,20 @@ def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
         )
 
 
-def _read_tasks(names: Sequence[str], request: TaskRequest) -> list[EvalJob]:
-    """Read every test set before any model is loaded."""
+def read_jobs(names: Sequence[str], request: TaskRequest) -> list[EvalJob]:
+    """Read every test set before any model is loaded.
+
+    Args:
+        names: Tasks and groups, as typed.
+        request: How they are asked for; its name is replaced by each of them.
+
+    Returns:
+        A job of each, once.
+
+    Raises:
+        UserError: If none is named, or one is unknown, missing or damaged.
+        ExceptionGroup: If there are several such faults.
+    """
     if not names:
         raise UserError(
             "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
