@@ -22,8 +22,8 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-training test-peft docs \
-	quickstart digits bench-classification clean
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training \
+	bench-classification test-peft fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,13 +61,19 @@ test: setup ## The fast tests, offline (sets up .venv first where it is missing)
 test-slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-peft: setup ## WeGeFT as a method of PEFT, against the oldest PEFT supported
+test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
 		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT)
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
-		-m "not slow and not gpu"
+		tests/workflows/test_export.py -m "not slow and not gpu"
+
+# Damages of each kind of file.
+DAMAGES := 100
+
+fuzz: setup ## Damage every kind of file that is read, DAMAGES times each (some minutes)
+	WEGEFT_FUZZ_DAMAGES=$(DAMAGES) $(BIN)/python -m pytest tests/fuzz --timeout=1800
 
 recipes: setup ## Validate every shipped recipe
 	@found=0; for recipe in recipes/*.yaml; do \
@@ -81,6 +87,14 @@ check: lint types imports test recipes ## All that a change must pass
 bench: setup ## Step time of WeGeFT and LoRA, and the help page (some minutes; keep the machine idle)
 	$(BIN)/python scripts/bench_help.py
 	$(BIN)/python scripts/bench_step_time.py
+
+bench-eval: setup ## Rows per second of evaluation, beside one prompt at a time (some minutes; keep the machine idle)
+	@$(BIN)/python scripts/quickstart_model.py
+	@$(BIN)/python scripts/quickstart_data.py
+	$(BIN)/python scripts/bench_eval.py
+
+bench-merge: setup ## Memory and time of merging beside PEFT, on a random model of 2 GiB (12 GiB of disk; keep the machine idle)
+	$(BIN)/python scripts/bench_merge.py
 
 bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's train.jsonl; keep the machine idle)
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt

@@ -21,11 +21,13 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_every_name_is_there():
-    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 18
+    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 23
     for name in wegeft_cli.__all__:
         assert getattr(wegeft_cli, name) is not None
         assert name in dir(wegeft_cli)
-    for name in ("train", "sweep", "merge", "evaluate", "plan", "load_adapter"):
+    for name in ("train", "sweep", "merge", "evaluate", "generate", "plan", "load_adapter"):
+        assert callable(getattr(wegeft_cli, name))
+    for name in ("inspect", "ablate", "edit", "report"):
         assert callable(getattr(wegeft_cli, name))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = wegeft_cli.no_such_name

@@ -32,10 +32,15 @@ if TYPE_CHECKING:
         use_generators,
     )
     from wegeft_cli.recipe.load import load_recipe
+    from wegeft_cli.workflows.ablate import ablate
     from wegeft_cli.workflows.adapters import load_adapter, save_adapter
+    from wegeft_cli.workflows.edit import edit
     from wegeft_cli.workflows.evaluate import evaluate
+    from wegeft_cli.workflows.generate import generate
+    from wegeft_cli.workflows.inspect import inspect
     from wegeft_cli.workflows.merge import merge
     from wegeft_cli.workflows.plan import plan
+    from wegeft_cli.workflows.report import report
     from wegeft_cli.workflows.sweep import sweep
     from wegeft_cli.workflows.train import train
 
@@ -55,22 +60,32 @@ _HOMES = {
     "merge": "wegeft_cli.workflows.merge",
     "evaluate": "wegeft_cli.workflows.evaluate",
     "plan": "wegeft_cli.workflows.plan",
+    "generate": "wegeft_cli.workflows.generate",
+    "inspect": "wegeft_cli.workflows.inspect",
+    "ablate": "wegeft_cli.workflows.ablate",
+    "edit": "wegeft_cli.workflows.edit",
+    "report": "wegeft_cli.workflows.report",
 }
 
 __all__ = [
     "MachineError",
     "UserError",
     "__version__",
+    "ablate",
     "disable_generators",
+    "edit",
     "evaluate",
     "fold_generators",
+    "generate",
     "get_generators",
     "inject_generators",
+    "inspect",
     "load_adapter",
     "load_recipe",
     "merge",
     "plan",
     "remove_generators",
+    "report",
     "save_adapter",
     "sweep",
     "train",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
+from wegeft_cli.checkpoints.manifest import AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.errors import UserError
 
 
@@ -27,17 +27,22 @@ def test_it_reads_back_equal(manifest):
     assert AdapterManifest.from_json(other.to_json(), file="x") == other
     third = replace(manifest, modules_to_save=("lm_head", "model.norm"), init_from="runs/a")
     assert AdapterManifest.from_json(third.to_json(), file="x") == third
+    fourth = replace(manifest, edits=(Edit("layer:3", 0.0), Edit("group:q_proj", 0.5)))
+    assert AdapterManifest.from_json(fourth.to_json(), file="x") == fourth
 
 
 def test_what_an_adapter_has_not_is_not_in_its_file(manifest, saving_manifest):
     values = json.loads(manifest.to_json())
-    assert not {"modules_to_save", "init_from"} & values.keys()
+    assert not {"modules_to_save", "init_from", "edits"} & values.keys()
     values = json.loads(saving_manifest.to_json())
     assert (values["modules_to_save"], values["init_from"]) == (["score"], "runs/earlier")
     for key, wrong in (
         ("modules_to_save", "score"),
         ("modules_to_save", ["../x"]),
         ("init_from", 3),
+        ("edits", ["layer:3"]),
+        ("edits", [{"part": "layer:3", "factor": "0"}]),
+        ("edits", [{"part": "layer:3"}]),
     ):
         with pytest.raises(UserError, match="must be") as caught:
             read({**values, key: wrong})

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.checkpoints import stream
+from wegeft_cli.checkpoints.layout import parse_size
 from wegeft_cli.checkpoints.stream import BLOCK_BYTES, block_rows, merge_stream
 from wegeft_cli.errors import MachineError, UserError
 
@@ -236,14 +237,82 @@ def test_only_what_belongs_to_the_model_is_copied(base_dir, tmp_path, names_in):
     (secret / "file").write_text("secret")
     (base / "loop").symlink_to(base)
     (base / "linked_folder").symlink_to(secret)
-    (base / "LICENSE").symlink_to(secret / "file")
+    (base / "LICENSE").write_text("mine")
     (base / "dangling").symlink_to(tmp_path / "none")
     os.mkfifo(base / "pipe")
-    merge_stream(base, tmp_path / "out", {})
+    with pytest.raises(UserError, match="leads out of its folder") as caught:
+        merge_stream(base, tmp_path / "out", {})
+    assert caught.value.file == str(base / "LICENSE")
+    assert names_in(tmp_path) == ["base", "elsewhere"]
+    (base / "LICENSE").unlink()
+    (base / "terms").write_text("terms")
+    (base / "LICENSE").symlink_to("terms")
+    merge_stream(base, tmp_path / "out", {}, texts={"terms": "ours"})
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+    assert (tmp_path / "out" / "terms").read_text() == "ours"
     assert names_in(tmp_path / "out") == sorted(
-        ["1_Pooling", "LICENSE", "config.json", "generation_config.json", SINGLE, "tokenizer.json"]
+        [
+            "1_Pooling",
+            "LICENSE",
+            "config.json",
+            "generation_config.json",
+            SINGLE,
+            "terms",
+            "tokenizer.json",
+        ]
     )
-    assert not (tmp_path / "out" / "LICENSE").is_symlink()
+    for place in (base, base / "1_Pooling"):
+        (place / "stolen").symlink_to(secret / "file")
+        with pytest.raises(UserError, match="leads out of its folder"):
+            merge_stream(base, tmp_path / "second", {})
+        assert not (tmp_path / "second").exists()
+        (place / "stolen").unlink()
+
+
+@pytest.mark.parametrize("kind", ["file", "index", "shard", "other repository"])
+def test_no_weights_are_read_from_outside_the_folder(base_dir, sharded_dir, tmp_path, kind):
+    is_sharded = kind in ("index", "shard")
+    folder = tmp_path / "hub" / "models--a--b" / "snapshots" / "abc"
+    base = shutil.copytree(sharded_dir if is_sharded else base_dir, folder)
+    names = {"index": INDEX, "shard": next(base.glob("model-00002*")).name} if is_sharded else {}
+    path = base / names.get(kind, SINGLE)
+    elsewhere = tmp_path / "hub" / "models--c--d" / "blobs" / "x"
+    elsewhere.parent.mkdir(parents=True)
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="leads out of its folder") as caught:
+        merge_stream(base, tmp_path / "out", {})
+    assert caught.value.file == str(path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x.bin", "", None, 3,
+     "a\\b.safetensors", "a\0.safetensors"],
+)  # fmt: skip
+def test_a_shards_name_cannot_lead_elsewhere(sharded_dir, tmp_path, name):
+    base = shutil.copytree(sharded_dir, tmp_path / "base")
+    save_file({QUERY: torch.zeros(16, 16)}, tmp_path / "secret.safetensors")
+    index = json.loads((base / INDEX).read_text())
+    index["weight_map"][QUERY] = name
+    (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is no name of a safetensors file in this folder"):
+        merge_stream(base, tmp_path / "out", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2 * 2**30), ("300", 300), ("7KB", 7000)],
+)
+def test_sizes_are_read(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "big", "-5GB", "0GB", "5XB", "1e9"])
+def test_what_is_no_size_is_told(text):
+    with pytest.raises(UserError, match="is no size"):
+        parse_size(text)
 
 
 def test_a_hub_cache_is_read_through_its_links(sharded_dir, tmp_path, edits, hash_folder):

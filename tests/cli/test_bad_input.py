@@ -106,7 +106,7 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
         (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
         (["task=image_classification"], ["task", "not available"]),
-        (["train.strategy=fsdp2"], ["train.strategy", "not available"]),
+        (["train.strategy=fsdp"], ["train.strategy", "did you mean `fsdp2`?"]),
     ],
 )
 @pytest.mark.parametrize("command", ROOMS)

@@ -13,7 +13,8 @@ from wegeft_cli.cli.app import app
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 PAGES = [
-    [], ["train"], ["sweep"], ["merge"], ["eval"], ["validate"], ["plan"], ["preview"],
+    [], ["train"], ["sweep"], ["merge"], ["export"], ["eval"], ["compare"], ["generate"], ["chat"],
+    ["inspect"], ["edit"], ["report"], ["validate"], ["plan"], ["preview"],
     ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],
 ]  # fmt: skip
 # What each page must leave unloaded; rich too, which would take longer than all the rest.

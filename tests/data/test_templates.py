@@ -42,6 +42,10 @@ PUBLISHED = {
     "gsm8k_gift": (GSM8K, "The final answer is:  3"),
     "metamath": ("Q: Add {a} and b.\nA: ", " #### 3"),
     "lora_ga": (ALPACA, " #### 3"),
+    "metamath_alpaca": (
+        ALPACA.removesuffix("\n") + " Let's think step by step.",
+        " #### 3",
+    ),
 }
 
 

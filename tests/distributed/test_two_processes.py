@@ -137,3 +137,25 @@ def test_two_processes_resume_with_their_own_dropout(write_recipe):
     resumed = load_file(run_dir / "adapter" / "adapter_model.safetensors")
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[key], value) for key, value in expected.items())
+
+
+def test_one_process_goes_on_where_two_stood(write_recipe):
+    """With dropout too: what a pass draws depends on its place in the step alone."""
+    # Passes of one row: an epoch's last step is then cut into the same passes everywhere.
+    train = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
+    train |= {"num_train_epochs": 2, "optim": "sgd", "save_total_limit": None}
+    recipe = write_recipe(adapter={"dropout": 0.3}, train=train)
+    assert launch(recipe, 2).returncode == 0
+    run_dir = recipe.parent / "runs" / recipe.stem
+    expected = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    for path in run_dir.glob("checkpoints/step-*"):
+        if path.name != "step-00000003":
+            shutil.rmtree(path)
+    shutil.rmtree(run_dir / "adapter")
+    refused = launch(recipe, 1, "--resume", "auto")
+    assert "go on with train.gradient_accumulation_steps=4" in refused.stderr
+    done = launch(recipe, 1, "--resume", "auto", "train.gradient_accumulation_steps=4")
+    assert done.returncode == 0, done.stderr
+    resumed = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    for key, tensor in expected.items():
+        assert (resumed[key] - tensor).abs().max() < SAME_SUMS * tensor.abs().max()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -172,8 +173,9 @@ def test_an_original_row_becomes_the_published_instruction(
 
 def test_every_set_with_an_original_form_is_covered_above() -> None:
     with_builder = {task.name for task in TASKS.values() if task.build is not None}
-    assert with_builder == {name for name, *_ in ORIGINAL_ROWS}
-    assert len(TASKS) == 13
+    with_part = {task.name for task in TASKS.values() if task.part is not None}
+    assert with_builder - with_part == {name for name, *_ in ORIGINAL_ROWS}
+    assert len(TASKS) == 19
 
 
 @pytest.mark.parametrize(
@@ -327,3 +329,54 @@ def test_an_unreachable_hub_is_told_with_the_layout(monkeypatch: pytest.MonkeyPa
 def test_a_set_without_a_hub_asks_for_a_folder() -> None:
     with pytest.raises(UserError, match="on no hub"):
         load_task_data(TASKS["mawps"], data_dir=None, limit=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "expected"),
+    [("gsm8k_tune", 25, 2), ("gsm8k_tune", 7473, 747), ("gsm8k_tune_gift", 7473, 300)],
+)
+def test_a_tuning_split_is_the_end_of_train_in_its_order(
+    write_set: Callable[..., Path], name: str, num_rows: int, expected: int
+) -> None:
+    rows = [{"question": f"Q{n}", "answer": f"#### {n}"} for n in range(num_rows)]
+    data_dir = write_set("gsm8k", rows, "train.jsonl")
+    data = load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+    assert [row.answer for row in data.rows] == [str(n) for n in range(num_rows)][-expected:]
+    assert [row.index for row in data.rows] == list(range(expected))
+    assert data.num_rows == expected
+    first = load_task_data(TASKS[name], data_dir=data_dir, limit=1)
+    assert first.rows == data.rows[:1]
+
+
+@pytest.mark.parametrize(("name", "num_rows"), [("gsm8k_tune", 9), ("gsm8k_tune_gift", 299)])
+def test_a_training_file_too_short_for_the_split_is_told(
+    write_set: Callable[..., Path], name: str, num_rows: int
+) -> None:
+    rows = [{"question": "Q", "answer": "#### 1"}] * num_rows
+    data_dir = write_set("gsm8k", rows, "train.jsonl")
+    with pytest.raises(UserError, match="too few"):
+        load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+
+
+def test_a_set_that_is_not_the_published_one_is_noticed(
+    write_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": "Q", "answer": "1"}] * 3
+    data_dir = write_set("mawps", rows)
+    data = load_task_data(TASKS["mawps"], data_dir=data_dir, limit=1)
+    assert data.is_published is False
+    assert "3 rows, where the published set has 238" in str(data.complaint)
+    of_three = dataclasses.replace(TASKS["mawps"], num_published=3)
+    data = load_task_data(of_three, data_dir=data_dir, limit=1)
+    assert data.is_published is False
+    assert "the published file's c1a708979cbf" in str(data.complaint)
+    known = dataclasses.replace(of_three, published_sha256={"test.json": data.sha256[:12]})
+    assert load_task_data(known, data_dir=data_dir, limit=1).is_published is True
+    unknown = dataclasses.replace(of_three, published_sha256={})
+    assert load_task_data(unknown, data_dir=data_dir, limit=1).is_published is None
+
+
+def test_the_published_sets_are_told_apart_by_leaks() -> None:
+    assert {name for name, task in TASKS.items() if task.leak} == {
+        "multiarith", "addsub", "singleeq",
+    }  # fmt: skip

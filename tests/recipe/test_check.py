@@ -207,12 +207,7 @@ def test_what_belongs_together_is_accepted():
 @pytest.mark.parametrize(
     ("sections", "key", "value"),
     [
-        ({"model": {"load_in_4bit": True}}, "model.load_in_4bit", "true"),
-        ({"model": {"load_in_8bit": True}}, "model.load_in_8bit", "true"),
         ({"adapter": {"type": "adalora"}}, "adapter.type", "adalora"),
-        ({"train": {"strategy": "fsdp2"}}, "train.strategy", "fsdp2"),
-        ({"train": {"strategy": "hsdp"}}, "train.strategy", "hsdp"),
-        ({"train": {"compile": True}}, "train.compile", "true"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
@@ -220,6 +215,43 @@ def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
     assert fault.key == key
     assert value in fault.message
     assert "is not available in this version" in fault.message
+    assert fault.hint
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"load_in_4bit": True, "quant_method": "torchao"}}, "model.quant_method"),
+        ({"model": {"quant_method": "torchao"}}, "model.quant_method"),
+        ({"model": {"load_in_4bit": True, "name_or_path": "x.gguf"}}, "model.load_in_4bit"),
+        ({"model": {"load_in_8bit": True}, "adapter": {"dropout": 0.1}}, "adapter.dropout"),
+        ({"model": {"load_in_8bit": True}, "adapter": {"view": "weight"}}, "adapter.view"),
+        ({"train": {"fsdp_size": 2}}, "train.fsdp_size"),
+        ({"train": {"strategy": "fsdp2"}, "model": {"load_in_4bit": True}}, "train.strategy"),
+        ({"train": {"strategy": "hsdp"}, "adapter": {"type": "lora"}}, "train.strategy"),
+        (
+            {"train": {"strategy": "fsdp2"}, "adapter": {"modules_to_save": ["lm_head"]}},
+            "adapter.modules_to_save",
+        ),
+        (
+            {"train": {"strategy": "fsdp2"}, "model": {"name_or_path": "x.gguf"}},
+            "model.name_or_path",
+        ),
+        ({"train": {"strategy": "fsdp2", "compile": True}}, "train.compile"),
+        ({"train": {"compile": True, "gradient_checkpointing": True}}, "train.compile"),
+        (
+            {"train": {"strategy": "fsdp2", "activation_offload": True}},
+            "train.activation_offload",
+        ),
+        (
+            {"train": {"activation_offload": True, "gradient_checkpointing": True}},
+            "train.activation_offload",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_a_way_out(sections, key):
+    (fault,) = check_recipe(change(**sections), where=lambda key: None)
+    assert fault.key == key
     assert fault.hint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from wegeft_cli.generators.inject import inject_generators
 from wegeft_cli.workflows.adapters import save_adapter
+from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.train import train
 
 # These tell of the clock and of the process, not of the training.
 TIMINGS = ("tokens_per_second", "step_seconds", "peak_memory_gib")
@@ -167,3 +170,45 @@ def make_adapter(tmp_path) -> Callable[..., tuple[Path, torch.nn.Module]]:
         return folder, model.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """A sample's text that would do something if a page took it for markup."""
+    return "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+
+
+@pytest.fixture(scope="session")
+def run_dir(write_recipe_in, hostile, data_dir, tmp_path_factory) -> Path:
+    """A run with validation, an evaluation beside its base, and hostile samples."""
+    folder = tmp_path_factory.mktemp("report")
+    recipe = write_recipe_in(
+        folder,
+        data={"validation": [{"path": str(folder / "tiny.jsonl")}]},
+        train={"eval_steps": 3},
+    )
+    run = Path(train(recipe).run_dir)
+    evaluate(run, tasks=["boolq"], data_dir=data_dir, max_new_tokens=4, compare_base=True)
+    (samples,) = (run / "eval").glob("*-samples.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(lines) == 12
+    # Known verdicts: the base answers row 0, the tuned model rows 0 to 3, and one cannot be read.
+    for line in lines:
+        is_base = line["model"] == "base"
+        line["correct"] = line["index"] < (1 if is_base else 4)
+        line["valid"] = line["index"] != 5
+        line["output"] = f"{hostile} {line['model']} row {line['index']}"
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.fixture(scope="session")
+def pair(run_dir, hostile, tmp_path_factory) -> tuple[Path, Path]:
+    """The run and a second one whose recipe, curves and name differ."""
+    other = tmp_path_factory.mktemp("other") / "b<i>&"
+    shutil.copytree(run_dir, other)
+    text = (other / "recipe.yaml").read_text().replace("seed: 7", "seed: 8")
+    (other / "recipe.yaml").write_text(text + f"# {hostile}\n")
+    values = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**values, "device": hostile, "num_steps": 9}))
+    return run_dir, other

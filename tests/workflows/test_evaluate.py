@@ -133,10 +133,11 @@ def test_given_samples_are_scored_without_a_model(tmp_path, data_dir, monkeypatc
     monkeypatch.chdir(tmp_path)
     given = evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir, limit=5)
     row, expected = given["results"][0], run["results"][0]
-    assert {k: v for k, v in row.items() if k != "generation"} == {
-        k: v for k, v in expected.items() if k != "generation"
+    of_the_model = {"generation", "base_fingerprint", "adapter_fingerprint"}
+    assert {k: v for k, v in row.items() if k not in of_the_model} == {
+        k: v for k, v in expected.items() if k not in of_the_model
     }
-    assert row["generation"] is None
+    assert [row[name] for name in of_the_model] == [None] * 3
     assert given["samples_path"] == str(samples)
     with pytest.raises(UserError, match="no sample for 1 of 6 rows"):
         evaluate(samples=samples, tasks=["boolq"], data_dir=data_dir)
@@ -229,3 +230,27 @@ def test_a_foreign_file_beside_the_output_stays(place, tmp_path):
     for _ in range(2):  # its own it replaces
         evaluate("runs/tiny", output=tmp_path / "scores.json")
     assert len(read_lines(precious)) == 5
+
+
+def test_a_run_asked_in_another_template_than_its_own_is_warned_of(place, data_dir, listener):
+    evaluate("runs/tiny", reporter=listener)
+    assert not any("template" in text for text in listener.warnings)
+    evaluate("runs/tiny", protocol="llm_adapters_fixed", limit=1, reporter=listener)
+    (told,) = [text for text in listener.warnings if "template" in text]
+    assert "asks in the template `llm_adapters`, but the run was trained in `commonsense`" in told
+
+
+def test_compare_base_comes_with_the_paired_test(place):
+    told = evaluate("runs/tiny", compare_base=True)
+    (test,) = told["comparison"]
+    assert (test["task"], test["protocol"], test["n"]) == ("boolq", "wegeft", 5)
+    gain = told["results"][0]["score"] - told["base_results"][0]["score"]
+    assert test["difference"] == pytest.approx(gain)
+    assert test["only_b"] - test["only_a"] == 3
+    assert told["results"][0]["adapter_fingerprint"] is not None
+    assert told["base_results"][0]["adapter_fingerprint"] is None
+    assert told["results"][0]["base_fingerprint"] == told["base_results"][0]["base_fingerprint"]
+
+
+def test_the_recipes_limit_holds_for_a_set_under_its_other_name(place, data_dir):
+    assert evaluate("runs/tiny", tasks=["BoolQ"])["results"][0]["n"] == 5

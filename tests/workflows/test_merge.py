@@ -6,10 +6,16 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wegeft_cli.checkpoints.adapter import load_adapter_files
 from wegeft_cli.errors import UserError
+from wegeft_cli.generators.equations import delta_weight
 from wegeft_cli.generators.fold import fold_generators
+from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.workflows.adapters import save_adapter
+from wegeft_cli.workflows.export import ExportOptions, export
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.train import train
 
@@ -185,3 +191,185 @@ def test_what_is_damaged_or_not_there_is_told_and_nothing_written(
         merge(output=output)
     assert not output.exists()
     assert merge(folder, output=output).num_folded == 2
+
+
+def read_weights(folder):
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def draw_again(model, folder, base_dir, seed):
+    """Save another adapter of the same layers, with other factors."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.wegeft.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=random))
+    save_adapter(model, folder, base_model_name_or_path=str(base_dir))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("sides", [("input", "input"), ("input", "output"), ("output", "output")])
+def test_several_adapters_add_up_with_their_weights(
+    build_gpt2_dir, build_llama_dir, make_adapter, tmp_path, sides, in_memory
+):
+    """Each change is that of the base's own weight, computed here in float64 from the equation."""
+    if in_memory:  # the adapters know the model's names alone
+        base_dir, targets, told = build_gpt2_dir(""), ["c_attn", "c_fc"], "some-org/some-model"
+    else:
+        base_dir, told = build_llama_dir(attention_bias=True, mlp_bias=True), None
+        targets = ["q_proj", "down_proj"]
+    folders, changes, weights = [], [], [0.75, -0.5]
+    for number, side in enumerate(sides):
+        _, model = make_adapter(
+            base_dir, f"a{number}", told=told, target_modules=targets, side=side
+        )
+        draw_again(model, tmp_path / f"b{number}", told or base_dir, seed=10 + number)
+        folders.append(tmp_path / f"b{number}")
+        changes.append(
+            {
+                (name, kind): (generator.phi.double(), generator.psi.double(), generator.scale)
+                for group, members in model.wegeft["default"].groups.items()
+                for name in (target.name for target in members)
+                for generator in [model.wegeft["default"][group]]
+                for kind in (("weight", "bias") if side == "output" else ("weight",))
+            }
+        )
+    result = merge(folders, weights=weights, base=str(base_dir), output=tmp_path / "out")
+    base, merged = load(base_dir).state_dict(), load(tmp_path / "out").state_dict()
+    touched = {key for each in changes for key in each}
+    assert result.num_folded == len(touched)
+    for name, tensor in base.items():
+        module, _, kind = name.rpartition(".")
+        expected = tensor.double()
+        turned = in_memory and kind == "weight"
+        for side, weight, change in zip(sides, weights, changes, strict=True):
+            if (module, kind) in change:
+                phi, psi, scale = change[module, kind]
+                W = tensor.double().t() if turned else tensor.double()
+                delta = delta_weight(W, phi, psi, scale, side)
+                expected = expected + weight * (delta.t() if turned else delta)
+        difference = (merged[name].double() - expected).abs().max()
+        assert difference <= 1e-6 * expected.abs().max(), name
+        if (module, kind) in touched:
+            assert (merged[name] - tensor).abs().max() > 1e-2 * tensor.abs().max(), name
+
+
+def test_weights_act_and_one_of_a_half_is_half_the_change(llama_dir, make_adapter, tmp_path):
+    folder, _ = make_adapter(llama_dir, target_modules=["q_proj"])
+    whole = read_weights(merge(folder, output=tmp_path / "whole").output_dir)
+    half = read_weights(merge(folder, weights=[0.5], output=tmp_path / "half").output_dir)
+    none = read_weights(merge([folder], weights=[0], output=tmp_path / "none").output_dir)
+    twice = read_weights(merge([folder, folder], output=tmp_path / "twice").output_dir)
+    base = read_weights(llama_dir)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change = whole[name] - base[name]
+    assert (half[name] - base[name] - change / 2).abs().max() < 1e-6
+    assert (twice[name] - base[name] - 2 * change).abs().max() < 1e-6
+    assert torch.equal(none[name], base[name])
+    assert change.abs().max() > 0.1
+
+
+def test_modules_trained_whole_are_weighted_too(llama_dir, tmp_path):
+    folders = []
+    for seed in (1, 2):
+        model = load(llama_dir)
+        inject_generators(model, rank=2, target_modules=["q_proj"], modules_to_save=["model.norm"])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.wegeft.trainable():
+                parameter.add_(torch.randn(parameter.shape))
+        folders.append(tmp_path / str(seed))
+        save_adapter(model, folders[-1], base_model_name_or_path=str(llama_dir))
+    name = "model.norm.weight"
+    base = read_weights(llama_dir)[name]
+    one, two = (load_adapter_files(folder).saved_modules[name] for folder in folders)
+    merged = read_weights(merge(folders[0], output=tmp_path / "one").output_dir)
+    assert torch.equal(merged[name], one)
+    merged = read_weights(merge(folders, weights=[0.25, 2], output=tmp_path / "both").output_dir)
+    expected = base + 0.25 * (one - base) + 2 * (two - base)
+    assert (merged[name] - expected).abs().max() < 1e-6
+
+
+def test_what_cannot_be_added_up_is_told(llama_dir, build_llama_dir, make_adapter, tmp_path):
+    folder, _ = make_adapter(llama_dir, target_modules=["q_proj"])
+    other, _ = make_adapter(build_llama_dir(seed=1), "other", target_modules=["q_proj"])
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="2 weights for 1 adapters"):
+        merge(folder, weights=[1, 2], output=out)
+    with pytest.raises(UserError, match="finite"):
+        merge(folder, weights=[float("nan")], output=out)
+    with pytest.raises(UserError, match="not the one that this adapter was trained on") as caught:
+        merge([folder, other], output=out)
+    assert caught.value.file == str(other)
+    lora = export(folder, format="lora", options=ExportOptions(parity=False)).output_dir
+    with pytest.raises(UserError, match="a LORA adapter can only be merged alone"):
+        merge([folder, lora], output=out)
+    with pytest.raises(UserError, match="is no size"):
+        merge(folder, max_shard_size="big", output=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_shards_of_another_size(build_gpt2_dir, llama_dir, make_adapter, tmp_path, ids, in_memory):
+    base_dir = build_gpt2_dir("") if in_memory else llama_dir
+    told = "some-org/some-model" if in_memory else None
+    targets = ["c_attn"] if in_memory else FIVE
+    folder, _ = make_adapter(base_dir, told=told, target_modules=targets)
+    one = merge(folder, base=str(base_dir), output=tmp_path / "one").output_dir
+    many = merge(
+        folder, base=str(base_dir), output=tmp_path / "many", max_shard_size="40KB"
+    ).output_dir
+    files = list(many.glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((many / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    found, expected = read_weights(many), read_weights(one)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(load(many)(ids).logits, load(one)(ids).logits)
+
+
+def test_the_source_is_never_touched_and_everything_of_it_comes_along(
+    build_llama_dir, make_adapter, tmp_path, files_in
+):
+    base_dir = shutil.copytree(build_llama_dir(max_shard_size="30KB"), tmp_path / "base")
+    (base_dir / "chat_template.jinja").write_text("{{ messages }}")
+    (base_dir / "LICENSE").write_text("terms")
+    (base_dir / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The base\n")
+    folder, _ = make_adapter(base_dir, target_modules=["q_proj"])
+    before = files_in(base_dir) | {"adapter": files_in(folder)}
+    for path in base_dir.iterdir():
+        path.chmod(0o444)
+    result = merge(folder)
+    assert files_in(base_dir) | {"adapter": files_in(folder)} == before
+    after = files_in(result.output_dir)
+    assert after.keys() == {*before, "wegeft_merge.json"} - {"adapter"}
+    kept = {name for name in after if after[name] == before.get(name)}
+    assert kept >= {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "LICENSE", "model.safetensors.index.json",
+    }  # fmt: skip
+    card = (result.output_dir / "README.md").read_text()
+    assert 'license: "apache-2.0"' in card
+    assert "# The base" not in card
+    provenance = json.loads((result.output_dir / "wegeft_merge.json").read_text())
+    assert provenance["adapters"] == [{"path": str(folder), "weight": 1.0}]
+
+
+def test_a_failing_merge_leaves_no_half_folder(llama_dir, make_adapter, tmp_path, monkeypatch):
+    folder, _ = make_adapter(llama_dir, target_modules=["down_proj"])
+    from wegeft_cli.workflows import edits
+
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(edits, "merge_stored", fail)
+    with pytest.raises(KeyboardInterrupt):
+        merge(folder, output=tmp_path / "out")
+    assert calls
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]

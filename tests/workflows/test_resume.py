@@ -4,10 +4,14 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from wegeft_cli.checkpoints.files import lock_folder
 from wegeft_cli.errors import UserError
 from wegeft_cli.workflows.train import train
+
+# The same gradients, summed in another order; AdamW divides what is near zero by what is.
+SAME_SUMS = 1e-3
 
 # Ten rows by four are three steps an epoch; two epochs unless told otherwise.
 CASES = {
@@ -245,3 +249,27 @@ def test_the_runs_own_recipe_finds_a_template_beside_the_first(
     monkeypatch.chdir(elsewhere)
     stopped = train(recipe, should_stop=stop_after(1))
     assert train(stopped.run_dir / "recipe.yaml", resume="auto").status == "finished"
+
+
+def test_a_steps_rows_are_kept_on_another_number_of_processes(
+    write_recipe, stop_after, read_adapter
+):
+    recipe = write_recipe()
+    whole = train(recipe, ["output_dir=" + str(recipe.parent / "whole")])
+    stopped = train(recipe, should_stop=stop_after(3))
+    path = stopped.run_dir / "run.json"
+    told = json.loads(path.read_text())
+    # As if two processes had made them, of four rows each.
+    path.write_text(json.dumps({**told, "num_processes": 2}))
+    with pytest.raises(UserError, match="have 8 rows, on 2 processes; on 1") as caught:
+        train(recipe, resume="auto")
+    assert "gradient_accumulation_steps=2" in caught.value.hint
+    path.write_text(json.dumps(told))
+    overrides = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+    resumed = train(recipe, overrides, resume="auto")
+    assert resumed.num_steps == whole.num_steps
+    one, other = (
+        load_file(result.adapter_dir / "adapter_model.safetensors") for result in (whole, resumed)
+    )
+    for key, tensor in one.items():
+        assert (other[key] - tensor).abs().max() < SAME_SUMS * tensor.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from wegeft_cli.checkpoints.files import (
     atomic_folder,
-    disk_errors,
     save_tensors_atomic,
     write_text_atomic,
 )
 from wegeft_cli.checkpoints.head import HEAD_NAME
+from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
-from wegeft_cli.checkpoints.strict_json import parse_json, shorten
+from wegeft_cli.checkpoints.strict_json import read_json, read_text_bytes, shorten
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.folders import check_links
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 
 _PHI = "base_model.wegeft_phi_"
 _PSI = "base_model.wegeft_psi_"
@@ -56,6 +59,7 @@ def save_adapter_files(
     saved_modules: Mapping[str, Tensor] | None = None,
     card: str,
     more: Mapping[str, str] | None = None,
+    original: Path | None = None,
 ) -> None:
     """Write an adapter's folder, whole or not at all.
 
@@ -67,6 +71,7 @@ def save_adapter_files(
             module of the manifest's `modules_to_save`.
         card: Text of README.md.
         more: Further files, name -> text.
+        original: An adapter folder whose two files are kept, byte for byte, in `original/`.
 
     Raises:
         UserError: If the folder holds other files, or a name in the manifest cannot be stored.
@@ -98,6 +103,10 @@ def save_adapter_files(
         for name, text in (more or {}).items():
             write_text_atomic(folder / name, text)
         write_text_atomic(folder / CONFIG_NAME, config)
+        if original is not None:
+            (folder / ORIGINAL_NAME).mkdir()
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                shutil.copyfile(original / name, folder / ORIGINAL_NAME / name)
 
 
 def _holds_only_adapter(folder: Path) -> bool:
@@ -124,6 +133,7 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
         UserError: If something is missing, damaged, foreign, or of another kind.
         ExceptionGroup: If there are several faults.
     """
+    check_links(adapter_dir)
     config_path, weights_path = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
     missing = [
         UserError("this file is missing", file=str(path), hint="an adapter has both files")
@@ -132,11 +142,12 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
     ]
     if not config_path.is_file():
         raise_all(missing)
-    with disk_errors(config_path, "read"):
-        text = config_path.read_bytes()
+    text = read_text_bytes(config_path)
     # The config first: an adapter of another kind may well keep its weights elsewhere.
     manifest = AdapterManifest.from_json(text, file=str(config_path))
     raise_all(missing)
+    for path in (config_path, weights_path):
+        check_inside(path, adapter_dir)
     raise_all(_check_tensors(manifest, read_shard(weights_path).tensors, weights_path))
     tensors = load_tensors(weights_path)
     raise_all(
@@ -177,7 +188,7 @@ def _check_tensors(
         if name in expected and info.dtype != "F32":
             message = f"must be float32 (F32), got {info.dtype}"
             faults.append(UserError(message, file=str(path), key=name))
-        elif name not in expected and not name.startswith(_SAVED):
+        elif name not in expected and not name.startswith(_SAVED) and not _is_beside(name):
             message = f"the tensor {shorten(name)} belongs to no group of the adapter"
             faults.append(UserError(message, file=str(path)))
     for group in manifest.groups:
@@ -189,6 +200,11 @@ def _check_tensors(
             message = f"must be phi [d, {r}] and psi [{r}, d], got {list(phi)} and {list(psi)}"
             faults.append(UserError(message, file=str(path), key=f"group {group}"))
     return faults
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a factor is another adapter's: PEFT before 0.19 saves all of a model's with each."""
+    return any(name.startswith(prefix) and "." in name[len(prefix) :] for prefix in (_PHI, _PSI))
 
 
 def _find_stray(tensors: Iterable[str], modules: Sequence[str]) -> str | None:
@@ -263,9 +279,9 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
     Raises:
         UserError: If the file is missing or damaged, or does not tell the kind or the base.
     """
+    check_links(adapter_dir)
     path = adapter_dir / CONFIG_NAME
-    with disk_errors(path, "read"):
-        values = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+    values = read_json(path, allow_nan=True)
     if not isinstance(values, dict):
         raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(path))
     if "peft_type" not in values:
@@ -280,6 +296,22 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
         message = f"must be a text or null, got {shorten(revision)}"
         raise UserError(message, file=str(path), key="revision")
     return values["peft_type"], values["base_model_name_or_path"], revision
+
+
+def read_quantization(adapter_dir: Path) -> str | None:
+    """Tell how the base of a WeGeFT adapter was quantised while it was trained.
+
+    Args:
+        adapter_dir: The folder that holds `adapter_config.json`.
+
+    Returns:
+        What the file records, such as `bitsandbytes_4bit`; None for a base that was not.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    path = adapter_dir / CONFIG_NAME
+    return AdapterManifest.from_json(read_text_bytes(path), file=str(path)).base_quantization
 
 
 def find_newest_run(runs_dir: Path) -> Path | None:
@@ -304,8 +336,7 @@ def find_newest_run(runs_dir: Path) -> Path | None:
 def _read_run(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "run.json"
     try:
-        with disk_errors(path, "read"):
-            run = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+        run = read_json(path, allow_nan=True)
     except UserError:
         return None
     return run if isinstance(run, dict) else None

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +43,19 @@ class ModuleEntry:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What `wegeft edit` did to a part of an adapter.
+
+    Args:
+        part: The part as it was typed: group:q_proj, layer:3, direction:q_proj:7, ...
+        factor: What its s was multiplied by; 0 dropped it.
+    """
+
+    part: str
+    factor: float
+
+
+@dataclass(frozen=True)
 class AdapterManifest:
     """Everything about an adapter but its tensors.
 
@@ -65,6 +78,11 @@ class AdapterManifest:
             whole; left out of the file where there are none.
         init_from: The adapter whose factors were the start, as the recipe named it; left out of the
             file where it was a fresh draw.
+        base_quantization: How the base was quantised while training (`bitsandbytes_4bit`); left out
+            of the file where it was not.
+        edits: What was done to the trained adapter since. It is a record: the factors and modules
+            here are the edited ones, so nothing that reads them has to know of it. Left out of the
+            file where there are none.
     """
 
     task_type: str | None
@@ -83,6 +101,8 @@ class AdapterManifest:
     wegeft_version: str
     modules_to_save: tuple[str, ...] = ()
     init_from: str | None = None
+    base_quantization: str | None = None
+    edits: tuple[Edit, ...] = ()
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -100,6 +120,7 @@ class AdapterManifest:
         values: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
         values |= {field.name: getattr(self, field.name) for field in fields(self)}
         values["modules"] = {name: entries_as_json(es) for name, es in self.modules.items()}
+        values["edits"] = [asdict(edit) for edit in self.edits]
         values = {key: v for key, v in values.items() if key not in _OPTIONAL or v}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
@@ -154,6 +175,7 @@ class AdapterManifest:
         read: dict[str, Any] = {key: float(values[key]) for key in ("alpha", "scale", "dropout")}
         read |= {"modules": modules, "target_modules": target_modules}
         read["modules_to_save"] = tuple(values.get("modules_to_save", ()))
+        read["edits"] = tuple(Edit(e["part"], float(e["factor"])) for e in values.get("edits", ()))
         return cls(**{key: values[key] for key in checks} | read)
 
 
@@ -249,6 +271,17 @@ def _module_names(value: Any) -> str | None:
     return None if fits else "a list of dotted module names"
 
 
+def _edits(value: Any) -> str | None:
+    fits = isinstance(value, list) and all(
+        isinstance(edit, dict)
+        and set(edit) == {"part", "factor"}
+        and isinstance(edit["part"], str)
+        and _is_number(edit["factor"])
+        for edit in value
+    )
+    return None if fits else "a list of {part, factor}"
+
+
 def _modules(value: Any) -> str | None:
     return None if isinstance(value, dict) and value else "a map of at least one module"
 
@@ -272,6 +305,8 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
 _OPTIONAL: dict[str, Callable[[Any], str | None]] = {
     "modules_to_save": _module_names,
     "init_from": _text_or_null,
+    "base_quantization": _text_or_null,
+    "edits": _edits,
 }
 
 

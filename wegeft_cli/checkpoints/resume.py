@@ -23,6 +23,7 @@ from wegeft_cli.checkpoints.files import (
 from wegeft_cli.checkpoints.shards import load_tensors
 from wegeft_cli.checkpoints.strict_json import parse_json, shorten
 from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.folders import check_links
 
 FORMAT_VERSION = 1
 
@@ -133,6 +134,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise UserError("there is no such checkpoint folder", file=str(path))
+    check_links(path)
     manifest = _read_manifest(path)
     for name, (size, digest) in manifest.files.items():
         file = path / name

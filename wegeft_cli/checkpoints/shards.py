@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wegeft_cli.checkpoints.files import disk_errors
-from wegeft_cli.checkpoints.strict_json import parse_json, shorten
+from wegeft_cli.checkpoints.links import check_inside
+from wegeft_cli.checkpoints.strict_json import parse_json, read_json, shorten
 from wegeft_cli.errors import UserError
+from wegeft_cli.folders import check_links, is_shard_name
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -49,7 +50,6 @@ DTYPE_BITS = {
 # What adapters and checkpoints hold; the format knows more than torch can make everywhere.
 _PLAIN_DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -113,18 +113,25 @@ def read_shards(model_dir: Path) -> list[Shard]:
         The shards by name; none if there are neither.
 
     Raises:
-        UserError: If a file is missing or damaged, or the index names what is not there.
+        UserError: If a file is missing or damaged, is a link out of the folder, or the index names
+            what is not there.
     """
     with disk_errors(model_dir, "read"):
         if not model_dir.is_dir():
             raise UserError("there is no such folder", file=str(model_dir))
+        check_links(model_dir)
         # transformers looks for the single file first, too.
         if (model_dir / SINGLE_NAME).is_file():
+            check_inside(model_dir / SINGLE_NAME, model_dir)
             return [read_shard(model_dir / SINGLE_NAME)]
         if not (model_dir / INDEX_NAME).is_file():
             return []
+        check_inside(model_dir / INDEX_NAME, model_dir)
         weight_map = read_index(model_dir / INDEX_NAME)["weight_map"]
-        shards = [read_shard(model_dir / name) for name in sorted(set(weight_map.values()))]
+        paths = [model_dir / name for name in sorted(set(weight_map.values()))]
+        for path in paths:
+            check_inside(path, model_dir)
+        shards = [read_shard(path) for path in paths]
     _check_index(weight_map, shards, model_dir / INDEX_NAME)
     return shards
 
@@ -141,13 +148,12 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is damaged, or a shard's name leads out of the folder.
     """
-    with disk_errors(path, "read"):
-        index = parse_json(path.read_bytes(), file=str(path))
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError("must map tensors to files", file=str(path), key="weight_map")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not _SHARD_NAME.fullmatch(file_name):
+        if not is_shard_name(file_name):
             raise UserError(
                 f"{shorten(file_name)} is no name of a safetensors file in this folder",
                 file=str(path),

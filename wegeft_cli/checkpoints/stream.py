@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,49 +18,26 @@ from wegeft_cli.checkpoints.files import (
     check_unused_folder,
     disk_errors,
 )
-from wegeft_cli.checkpoints.shards import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Shard,
-    TensorInfo,
-    encode_header,
-    file_order,
-    read_index,
-    read_shards,
-    tensor_bytes,
+from wegeft_cli.checkpoints.layout import (
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    Item,
+    TensorEdit,
+    copy_file,
+    list_other_files,
+    plan_index,
+    plan_outputs,
+    write_config,
 )
+from wegeft_cli.checkpoints.shards import INDEX_NAME, SINGLE_NAME, TensorInfo, read_shards
 from wegeft_cli.errors import UserError, raise_all
+
+__all__ = ["BLOCK_BYTES", "StreamReport", "TensorEdit", "block_rows", "merge_stream", "read_tensor"]
 
 BLOCK_BYTES = 32 * 2**20
 """Largest block of rows that an edit should ask for, in bytes of float32."""
 
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CONFIG_NAME = "config.json"
-
-# Weights in other formats, which the edits do not reach, so they must not stand beside the merged.
-_OTHER_WEIGHTS = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5"),
-    *(".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz"),
-)
-_OTHER_FOLDERS = frozenset({"onnx", "openvino", "coreml", "original"})
-
-
-class TensorEdit(Protocol):
-    """How one stored tensor changes."""
-
-    def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """Rows that the edit wants in one block; `block_rows(shape)` where any number will do."""
-        ...
-
-    def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Return the new values of `block`, rows `start_row` onwards, in float32 or float64."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,29 +55,6 @@ class StreamReport:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One tensor of the result: where it comes from and what becomes of it."""
-
-    name: str
-    source: TensorInfo
-    dtype: str
-    edit: TensorEdit | None
-
-    @property
-    def num_bytes(self) -> int:
-        return tensor_bytes(self.dtype, self.source.shape)
-
-
-@dataclass(frozen=True)
-class _Output:
-    """One file of the result."""
-
-    file_name: str
-    header: bytes
-    items: Sequence[_Item]
-
-
 def block_rows(shape: Sequence[int]) -> int:
     """Rows of a tensor that make up at most BLOCK_BYTES in float32, at least one."""
     return max(1, BLOCK_BYTES // (4 * max(1, math.prod(shape[1:]))))
@@ -117,6 +67,7 @@ def merge_stream(
     *,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    texts: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StreamReport:
     """Copy a model folder, changing some tensors on the way; the model is never in memory.
@@ -126,12 +77,14 @@ def merge_stream(
     `max_shard_bytes` cuts them anew.
 
     Args:
-        base_dir: The source; it is only read. Links in it are followed to their files.
+        base_dir: The source; it is only read. A link in it that leads out of it is refused, but in
+            a hub's cache.
         output_dir: The folder to make; it appears whole or not at all.
         edits: Tensor name -> edit. Blocks are float32 (float64 where stored so), and the result is
             rounded once, to the type that is written.
         dtype: float32, bfloat16 or float16 for all floating tensors; None keeps the stored types.
         max_shard_bytes: Largest size of a file's tensors in bytes; None keeps the source's files.
+        texts: File name -> text of what is written beside the weights, in place of the source's.
         on_progress: Called with (bytes done, bytes in all).
 
     Returns:
@@ -155,9 +108,12 @@ def merge_stream(
     tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
     raise_all(_check_edits(edits, tensors, base_dir))
 
-    outputs = _plan_outputs(shards, edits, out_dtype, max_shard_bytes)
-    index = _plan_index(base_dir, outputs, out_dtype, max_shard_bytes)
-    others = _list_other_files(base_dir)
+    outputs = plan_outputs(shards, edits, out_dtype, max_shard_bytes)
+    index = plan_index(base_dir, outputs, out_dtype, max_shard_bytes)
+    texts = texts or {}
+    others = [
+        path for path in list_other_files(base_dir) if str(path.relative_to(base_dir)) not in texts
+    ]
     num_bytes = sum(item.num_bytes for output in outputs for item in output.items)
     num_extra = sum(path.stat().st_size for path in others)
     num_extra += sum(len(output.header) for output in outputs) + len(index or b"")
@@ -166,9 +122,11 @@ def merge_stream(
     with atomic_folder(output_dir) as folder:
         check_free_space(output_dir, num_bytes + num_extra, "the merged model")
         for path in others:
-            _copy_file(path, folder / path.relative_to(base_dir))
+            copy_file(path, folder / path.relative_to(base_dir))
         if dtype is not None and base_dir / _CONFIG_NAME in others:
-            _write_config(base_dir / _CONFIG_NAME, folder / _CONFIG_NAME, dtype)
+            write_config(base_dir / _CONFIG_NAME, folder / _CONFIG_NAME, dtype)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         if index is not None:
             (folder / INDEX_NAME).write_bytes(index)
         for output in outputs:
@@ -183,13 +141,39 @@ def merge_stream(
     return StreamReport(len(tensors), len(edits), num_bytes)
 
 
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one stored tensor.
+
+    Args:
+        info: Where it lies.
+
+    Returns:
+        The tensor in its stored type.
+
+    Raises:
+        UserError: If its type is none that can be computed with, or the file cannot be read.
+    """
+    if info.dtype not in TORCH_DTYPES:
+        raise UserError(
+            f"a tensor is stored as {info.dtype}: a quantised base cannot be read as numbers",
+            file=str(info.shard),
+            hint="give the unquantised base with --base",
+        )
+    if info.num_bytes == 0:
+        return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    with disk_errors(info.shard, "read"), info.shard.open("rb") as file:
+        file.seek(info.start)
+        data = _read(file, info.num_bytes, info.shard)
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
 def _check_dtype(dtype: str | None) -> str | None:
     if dtype is None:
         return None
-    if dtype not in _DTYPE_NAMES:
-        message = f"must be one of {', '.join(_DTYPE_NAMES)}, got {dtype!r}"
+    if dtype not in DTYPE_NAMES:
+        message = f"must be one of {', '.join(DTYPE_NAMES)}, got {dtype!r}"
         raise UserError(message, key="dtype")
-    return _DTYPE_NAMES[dtype]
+    return DTYPE_NAMES[dtype]
 
 
 def _check_edits(
@@ -201,7 +185,7 @@ def _check_edits(
             near = difflib.get_close_matches(name, tensors, n=3)
             hint = f"nearest: {', '.join(near)}" if near else "is this the adapter's base?"
             faults.append(UserError(f"has no tensor {name}", file=str(base_dir), hint=hint))
-        elif tensors[name].dtype not in _TORCH_DTYPES:
+        elif tensors[name].dtype not in TORCH_DTYPES:
             faults.append(
                 UserError(
                     f"{name} is stored as {tensors[name].dtype}: a quantised base cannot be edited",
@@ -212,116 +196,7 @@ def _check_edits(
     return faults
 
 
-def _plan_outputs(
-    shards: Sequence[Shard],
-    edits: Mapping[str, TensorEdit],
-    dtype: str | None,
-    max_shard_bytes: int | None,
-) -> list[_Output]:
-    """Decide which tensor goes into which file, and make the files' headers."""
-
-    def as_item(name: str, info: TensorInfo) -> _Item:
-        written = info.dtype if dtype is None or info.dtype not in _TORCH_DTYPES else dtype
-        return _Item(name, info, written, edits.get(name))
-
-    files = [[as_item(name, info) for name, info in shard.tensors.items()] for shard in shards]
-    if max_shard_bytes is not None:
-        return _reshard([item for items in files for item in items], max_shard_bytes)
-    if dtype is None:
-        # Names, types and shapes stay, so each file keeps its header to the byte.
-        kept = zip(shards, files, strict=True)
-        return [_Output(shard.path.name, shard.header, items) for shard, items in kept]
-    return [
-        _new_output(shard.path.name, items, shard.metadata)
-        for shard, items in zip(shards, files, strict=True)
-    ]
-
-
-def _reshard(items: Sequence[_Item], max_shard_bytes: int) -> list[_Output]:
-    files: list[list[_Item]] = [[]]
-    num_bytes = 0
-    for item in items:
-        if files[-1] and num_bytes + item.num_bytes > max_shard_bytes:
-            files.append([])
-            num_bytes = 0
-        files[-1].append(item)
-        num_bytes += item.num_bytes
-    metadata = {"format": "pt"}
-    if len(files) == 1:
-        return [_new_output(SINGLE_NAME, files[0], metadata)]
-    return [
-        _new_output(f"model-{number:05d}-of-{len(files):05d}.safetensors", file, metadata)
-        for number, file in enumerate(files, start=1)
-    ]
-
-
-def _new_output(name: str, items: Sequence[_Item], metadata: Mapping[str, str]) -> _Output:
-    ordered = sorted(items, key=lambda item: file_order(item.name, item.dtype))
-    layout = {item.name: (item.dtype, item.source.shape) for item in ordered}
-    return _Output(name, encode_header(layout, metadata), ordered)
-
-
-def _plan_index(
-    base_dir: Path, outputs: Sequence[_Output], dtype: str | None, max_shard_bytes: int | None
-) -> bytes | None:
-    """Make the text of the index; None for a single file."""
-    if [output.file_name for output in outputs] == [SINGLE_NAME]:
-        return None
-    source = base_dir / INDEX_NAME
-    if dtype is None and max_shard_bytes is None:
-        with disk_errors(source, "read"):
-            return source.read_bytes()
-    metadata = read_index(source).get("metadata") if source.is_file() else None
-    metadata = dict(metadata) if isinstance(metadata, dict) else {}
-    items = [(item, output.file_name) for output in outputs for item in output.items]
-    metadata["total_size"] = sum(item.num_bytes for item, _ in items)
-    weight_map = dict(sorted((item.name, file_name) for item, file_name in items))
-    index = {"metadata": metadata, "weight_map": weight_map}
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _list_other_files(base_dir: Path) -> list[Path]:
-    """List what is copied beside the weights: no hidden files, no weights of another format."""
-    found: list[Path] = []
-    for root, folders, names in os.walk(base_dir):
-        folders[:] = [n for n in folders if not n.startswith(".") and n not in _OTHER_FOLDERS]
-        paths = [Path(root, name) for name in names if not name.startswith(".")]
-        found += [
-            path
-            for path in paths
-            if path.is_file() and not path.name.lower().endswith(_OTHER_WEIGHTS)
-        ]
-    return sorted(found)
-
-
-def _copy_file(source: Path, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, destination)
-
-
-def _write_config(source: Path, destination: Path, dtype: str) -> None:
-    try:
-        config = json.loads(source.read_bytes())
-    except ValueError as error:
-        raise UserError(f"is no valid JSON: {error}", file=str(source)) from error
-    if not isinstance(config, dict):
-        raise UserError("must be a JSON object", file=str(source))
-    if "torch_dtype" not in config:
-        config.setdefault("dtype", dtype)
-    _set_dtype(config, dtype)
-    destination.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Change the type that a config tells, also in the configs of its parts."""
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            config[key] = dtype
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
-            _set_dtype(value, dtype)
-
-
-def _stream_item(item: _Item) -> Iterator[memoryview]:
+def _stream_item(item: Item) -> Iterator[memoryview]:
     """Give the bytes of one tensor of the result, in order, block by block."""
     source = item.source
     shape = source.shape or (1,)
@@ -344,7 +219,7 @@ def _stream_item(item: _Item) -> Iterator[memoryview]:
             if item.edit is None and item.dtype == source.dtype:
                 yield memoryview(data)
             else:
-                block = torch.frombuffer(data, dtype=_TORCH_DTYPES[source.dtype])
+                block = torch.frombuffer(data, dtype=TORCH_DTYPES[source.dtype])
                 block = block.reshape((stop - start, *shape[1:]) if source.shape else ())
                 yield _convert(item, block, start)
 
@@ -356,7 +231,7 @@ def _read(file: BufferedReader, num_bytes: int, path: Path) -> bytearray:
     return data
 
 
-def _convert(item: _Item, block: Tensor, start_row: int) -> memoryview:
+def _convert(item: Item, block: Tensor, start_row: int) -> memoryview:
     """Edit one block in float32 or float64 and round it once to the type that is written."""
     if item.edit is not None:
         exact = block if block.dtype == torch.float64 else block.float()
@@ -365,8 +240,10 @@ def _convert(item: _Item, block: Tensor, start_row: int) -> memoryview:
             raise ValueError(f"{item.name}: block {block.shape}, edited {edited.shape}")
     else:
         edited = block
-    written = edited.to(_TORCH_DTYPES[item.dtype])
-    if bool((torch.isfinite(block) & ~torch.isfinite(written)).any()):
+    written = edited.to(TORCH_DTYPES[item.dtype])
+    # A sum is finite only if all of its terms are, and is ten times as fast as asking each.
+    total = written.sum(dtype=torch.promote_types(written.dtype, torch.float32))
+    if not math.isfinite(total) and bool((torch.isfinite(block) & ~torch.isfinite(written)).any()):
         raise UserError(
             f"{item.name} gets values that are not finite in {item.dtype}",
             file=str(item.source.shard),

@@ -3,9 +3,54 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
+from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.errors import UserError
+
+MAX_JSON_BYTES = 100_000_000
+"""Longest JSON file that is read: the index of a model with a million tensors is shorter."""
+
+
+def read_json(path: Path, *, allow_nan: bool = False) -> Any:
+    """Read a JSON file that somebody else may have written or damaged.
+
+    Args:
+        path: The file.
+        allow_nan: Take NaN and Infinity, which Python writes and the standard does not know.
+
+    Returns:
+        Dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        UserError: If it is missing, longer than any such file, no UTF-8, no JSON, or repeats a key.
+    """
+    return parse_json(read_text_bytes(path), file=str(path), allow_nan=allow_nan)
+
+
+def read_text_bytes(path: Path) -> bytes:
+    """Read a text file whole, unless it is longer than any such file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        UserError: If it is missing, or longer than MAX_JSON_BYTES.
+    """
+    with disk_errors(path, "read"):
+        if not path.is_file():
+            raise UserError("this file is missing", file=str(path))
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes > MAX_JSON_BYTES:
+                message = f"has {num_bytes} bytes; at most {MAX_JSON_BYTES} are read"
+                raise UserError(message, file=str(path))
+            return file.read(MAX_JSON_BYTES)
 
 
 def parse_json(data: str | bytes, *, file: str, allow_nan: bool = False) -> Any:

@@ -14,8 +14,23 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from wegeft_cli.cli import (
+    chat,
+    compare,
+    edit,
+    export,
+    generate,
+    inspect,
+    merge,
+    plan,
+    preview,
+    recipes,
+    report,
+    sweep,
+    train,
+    validate,
+)
 from wegeft_cli.cli import eval as eval_command
-from wegeft_cli.cli import merge, plan, preview, recipes, sweep, train, validate
 from wegeft_cli.cli.console import print_fault, tell
 from wegeft_cli.cli.group import tell_launcher
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
@@ -124,7 +139,14 @@ def _flatten(group: BaseException) -> list[BaseException]:
 app.command("train", cls=HelpfulCommand)(guard(train.train))
 app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
 app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
+app.command("export", cls=HelpfulCommand)(guard(export.export))
 app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
+app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
+app.command("generate", cls=HelpfulCommand)(guard(generate.generate))
+app.command("chat", cls=HelpfulCommand)(guard(chat.chat))
+app.command("inspect", cls=HelpfulCommand)(guard(inspect.inspect))
+app.command("report", cls=HelpfulCommand)(guard(report.report))
+app.command("edit", cls=HelpfulCommand)(guard(edit.edit))
 app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
 app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
 app.command("preview", cls=HelpfulCommand)(guard(preview.preview))
@@ -138,8 +160,9 @@ def main() -> None:
     """Run the command line."""
     # What other packages will change one day is not the user's matter.
     warnings.simplefilter("ignore", FutureWarning)
-    # On some CPUs bitsandbytes warns at its import of a hub kernel that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # At their import these warn of kernels that this machine cannot run and nobody asked for.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
+from wegeft_cli.cli.console import RichReporter, print_json
+from wegeft_cli.cli.eval_options import (
+    AllowCodeOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    JudgmentsOption,
+    NumSamplesOption,
+    TemperatureOption,
+    TrustTaskCodeOption,
+)
 from wegeft_cli.cli.options import (
     BaseOption,
     DataDirOption,
@@ -15,18 +25,19 @@ from wegeft_cli.cli.options import (
     LimitOption,
     TargetArgument,
 )
-
-_NUM_CLASSES_SHOWN = 5
+from wegeft_cli.cli.scores import print_scores, print_tasks
+from wegeft_cli.errors import UserError
 
 
 def evaluate(
+    context: typer.Context,
     target: TargetArgument = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
             "--task",
             metavar="NAME",
-            help="Task by name, or of a classifier test or validation; may be given several times.",
+            help="Task or group by name, or of a classifier test or validation; may be repeated.",
         ),
     ] = None,
     protocol: Annotated[
@@ -61,6 +72,33 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
+    allow_leaky: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leaky", help="Score sets, too, whose questions are known to leak; told."
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", min=0, help="Of the draws, in protocols that draw."),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", metavar="NAME", help="What generates: transformers or vllm."),
+    ] = "transformers",
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes", metavar="N", min=1, help="Share the rows over so many processes."
+        ),
+    ] = None,
+    allow_code_execution: AllowCodeOption = False,
+    num_samples: NumSamplesOption = None,
+    temperature: TemperatureOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judgments: JudgmentsOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
     ] = False,
@@ -70,8 +108,31 @@ def evaluate(
     from wegeft_cli.workflows import evaluate as workflow
 
     if list_tasks:
-        _print_tasks(workflow.list_tasks(), as_json)
+        print_tasks(workflow.list_tasks(), as_json)
         return
+    if judgments is not None and samples is not None:
+        raise UserError(
+            "judgments are scored as they are, samples are outputs: one at a time",
+            key="--judgments",
+            hint="leave out one of the two",
+        )
+    given = samples if judgments is None else judgments
+    if num_processes is not None and given is None:
+        raise typer.Exit(_launch(context, num_processes))
+    from wegeft_cli.workflows.launch import join_slurm
+
+    join_slurm()
+    options = {
+        "allow_leaky": allow_leaky,
+        "seed": seed,
+        "allow_code_execution": allow_code_execution,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "judge_url": judge_url,
+        "judge_model": judge_model,
+        "is_judged": judgments is not None,
+        "trust_task_code": trust_task_code,
+    }
     result = workflow.evaluate(
         target,
         tasks=task or [],
@@ -82,92 +143,52 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         output=output,
         compare_base=compare_base,
-        samples=samples,
+        samples=given,
         base=base,
+        backend=backend,
+        options=options,
         reporter=RichReporter(),
     )
     if as_json:
         print_json(result)
         return
-    _print_scores(result)
+    print_scores(result)
 
 
-def _print_scores(result: dict[str, Any]) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
+def _launch(context: typer.Context, num_processes: int) -> int:
+    """Run this same command in many processes."""
+    from wegeft_cli.workflows.launch import Group, is_in_group, launch
 
-    rows = result["results"]
-    columns = {
-        "task": [row["task"] for row in rows],
-        "protocol": [row["protocol"] for row in rows],
-        "correct": [_tell_count(row) for row in rows],
-        "score": [f"{row['score']:.1%}" for row in rows],
-        "95 % interval": [_tell_interval(row["ci95"]) for row in rows],
-        "invalid": [str(row["n_invalid"]) for row in rows],
-    }
-    if base_rows := result.get("base_results"):
-        columns["base"] = [f"{base['score']:.1%}" for base in base_rows]
-        columns["gain"] = [
-            f"{100 * (row['score'] - base['score']):+.1f}"
-            for row, base in zip(rows, base_rows, strict=True)
-        ]
-    # A narrow terminal shows less rather than cut figures; --json and --output hold all.
-    for name in ("95 % interval", "protocol", "invalid"):
-        widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
-        if sum(widths) + 3 * len(widths) > get_console().width:
-            del columns[name]
-    table = Table(box=SIMPLE)
-    for name in columns:
-        justify: Literal["left", "right"] = "left" if name in ("task", "protocol") else "right"
-        table.add_column(name, no_wrap=True, justify=justify)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    show(table)
-    for row in rows:
-        _print_classes(row)
-    if result.get("samples_path"):
-        show(
-            f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
+    if is_in_group():
+        raise UserError(
+            f"this process is one of {os.environ['WORLD_SIZE']} already",
+            key="--num-processes",
+            hint="leave it out under torchrun and accelerate launch",
         )
+    return launch(["eval", *repeat_words(context, without="num_processes")], Group(num_processes))
 
 
-def _print_classes(row: dict[str, Any]) -> None:
-    """Show a classifier's other figures, and the classes that it takes for others most often."""
-    if "metrics" not in row:
-        return
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
-    show(f"{row['task']}: {figures}", highlight=False)
-    wrong = [each for each in row["per_class"] if each["mistaken_for"]]
-    wrong.sort(key=lambda each: each["accuracy"])
-    for each in wrong[:_NUM_CLASSES_SHOWN]:
-        other, count = next(iter(each["mistaken_for"].items()))
-        show(
-            f"  {each['label']}: {each['accuracy']:.1%} of {each['n']}, most often taken for "
-            f"{other} ({count})",
-            highlight=False,
-            markup=False,
-        )
+def repeat_words(context: typer.Context, *, without: str) -> list[str]:
+    """Write a command's arguments out again.
 
+    Args:
+        context: Holds what was typed.
+        without: The parameter to leave out.
 
-def _tell_count(row: dict[str, Any]) -> str:
-    correct = row["num_correct"]
-    return f"{row['n']} rows" if correct is None else f"{correct} / {row['n']}"
-
-
-def _tell_interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f"{100 * bounds[0]:.1f}-{100 * bounds[1]:.1f}"
-
-
-def _print_tasks(listing: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(listing)
-        return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    tasks = Table("task", "file under --data-dir", "answers", box=SIMPLE)
-    for row in listing["tasks"]:
-        tasks.add_row(row["name"], row["file"], row["kind"])
-    show(tasks)
-    for row in listing["protocols"]:
-        show(f"[bold]{row['name']}[/]  {row['description']}", highlight=False)
+    Returns:
+        The words behind the command's name.
+    """
+    words: list[str] = []
+    named: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name == without or value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            named += map(str, values)
+        elif value is True:
+            words.append(parameter.opts[0])
+        else:
+            words += [word for one in values for word in (parameter.opts[0], str(one))]
+    return [*words, "--", *named]

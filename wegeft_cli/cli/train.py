@@ -10,7 +10,14 @@ import typer
 
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
 from wegeft_cli.cli.group import LAUNCHED, may_be_restarted, num_restarts
-from wegeft_cli.cli.options import JsonOption, OverridesArgument, RecipeArgument
+from wegeft_cli.cli.options import (
+    JsonOption,
+    OverridesArgument,
+    PublicOption,
+    PushOption,
+    RecipeArgument,
+    hub_target,
+)
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -66,6 +73,8 @@ def train(
             help="Start all processes again from the newest checkpoint when one died.",
         ),
     ] = 0,
+    push_to_hub: PushOption = None,
+    is_public: PublicOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the recipe's adapter and write it to its output folder."""
@@ -87,12 +96,18 @@ def train(
     if num_processes is not None:
         options = ["--resume", resume] if resume is not None else []
         options += ["--dry-run"] if dry_run else []
+        options += ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
+        options += ["--public"] if is_public else []
         options += ["--json"] if as_json else []
         os.environ[LAUNCHED] = "1"
         words = ["train", *options, "--", recipe, *(overrides or [])]
         code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
         raise typer.Exit(code)
     join_slurm()
+    # One of many processes uploads; none trains for a repository that cannot be written.
+    push = hub_target(push_to_hub, is_public) if os.environ.get("RANK", "0") == "0" else None
+    if push is not None:
+        push.check()
     if num_restarts() > 0:
         resume = resume or "auto"
 
@@ -110,8 +125,13 @@ def train(
             should_stop=should_stop,
             reporter=RichReporter(),
         )
+    url = None
+    if push is not None and result.adapter_dir is not None:
+        from wegeft_cli.workflows.publish import publish
+
+        url = publish(result.adapter_dir, push, RichReporter())
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | ({} if url is None else {"url": url}))
     elif result.status == "checked":
         show(
             f"[green]ready[/]: {result.num_steps} steps, "
@@ -126,6 +146,8 @@ def train(
         )
         _show_summary(result)
         show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
+        if url is not None:
+            show(f"hub: {url}", highlight=False, soft_wrap=True)
         show("next: wegeft merge, wegeft eval --task NAME", style="dim", highlight=False)
     if result.status == "interrupted":
         if not as_json:

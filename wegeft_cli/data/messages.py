@@ -158,7 +158,7 @@ def read_tools(column: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
             tools = json.loads(value) if value.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"`{column}` is not JSON: {error}") from error
     if not isinstance(tools, list):
         raise UserError(f"`{column}` must be a list of tools, got {value!r:.60}")

@@ -26,12 +26,18 @@ class PairTemplate:
         completion: What is learned, with `{output}`.
         prompt_with_input: The prompt of rows with an `input`; none means such rows do not fit.
         answer_mark: What stands for GSM8K's `####` in the completion.
+        asked_as: The prompt that the authors' scorer asks, where it is not the one of training.
     """
 
     prompt: str
     completion: str = "{output}"
     prompt_with_input: str | None = None
     answer_mark: str | None = None
+    asked_as: str | None = None
+
+    def question(self, *, as_trained: bool = False) -> str:
+        """The prompt that a scorer asks, with `{instruction}`."""
+        return self.prompt if as_trained or self.asked_as is None else self.asked_as
 
 
 _ALPACA = (
@@ -50,6 +56,17 @@ _LLM_ADAPTERS = (
     f"the request.  \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n{_INDENT}\n"
     f"{_INDENT}### Response:\n{_INDENT}"
 )
+# Its scorers leave out one space and the blank line's, and end in the indent.
+_LLM_ADAPTERS_ASKED = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    f"the request. \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n"
+    f"{_INDENT}### Response:\n{_INDENT}"
+)
+# MetaMath's eval_gsm8k.py.
+_METAMATH_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response: Let's think step by step."
+)
 _GSM8K = (
     "{instruction}\nAnswer the above question. First think step by step and then answer the final "
     "number.\n"
@@ -61,12 +78,16 @@ TEMPLATES: dict[str, PairTemplate | None] = {
     CHAT: None,
     "commonsense": PairTemplate("{instruction}\n"),
     "question_answer": PairTemplate("Question: {instruction}\nAnswer:", " {output}"),
-    "llm_adapters": PairTemplate(_LLM_ADAPTERS),
+    "llm_adapters": PairTemplate(_LLM_ADAPTERS, asked_as=_LLM_ADAPTERS_ASKED),
     "gsm8k_wegeft": PairTemplate(_GSM8K, answer_mark="The answer is:"),
     "gsm8k_gift": PairTemplate(_GSM8K, answer_mark="The final answer is: "),
-    # LoRA-GA joins x and y by a space and masks the tokens of x: the space is learned.
-    "metamath": PairTemplate("Q: {instruction}\nA: ", " {output}"),
-    "lora_ga": PairTemplate(_ALPACA, " {output}"),
+    # LoRA-GA joins x and y by a space and masks the tokens of x: the space is learned. Its scorers,
+    # and LoRA-Pro's, put that space behind the question.
+    "metamath": PairTemplate(
+        "Q: {instruction}\nA: ", " {output}", asked_as="Q: {instruction}\nA:  "
+    ),
+    "lora_ga": PairTemplate(_ALPACA, " {output}", asked_as=f"{_ALPACA} "),
+    "metamath_alpaca": PairTemplate(_METAMATH_ALPACA, " {output}"),
 }
 """Every template by name; none stands for the tokenizer's own chat template."""
 

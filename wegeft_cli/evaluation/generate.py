@@ -1,30 +1,55 @@
-"""Prompts become texts: greedy, in left-padded batches, with every setting explicit."""
+"""Prompts become texts: batches that stay full, every setting explicit, every row as if alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.rounds import Writer, find_stop
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer."""
+
+    text: str
+    """Prompt and new tokens decoded together, without special tokens."""
+    new_text: str
+    """The new tokens alone, without special tokens."""
+    new_ids: list[int]
+    """The new tokens, up to and with the first end-of-text token."""
+    is_truncated: bool = False
+    """Whether the prompt lost tokens."""
 
 
 @dataclass(frozen=True)
 class Generations:
     """What a model wrote, in the order of the prompts."""
 
-    texts: list[str]
-    """Prompt and new tokens decoded together, without special tokens."""
-    new_texts: list[str]
-    """The new tokens alone, without special tokens."""
-    new_ids: list[list[int]]
-    """The new tokens, up to and with the first end-of-text token."""
+    written: list[Written]
     settings: dict[str, Any]
     """All that the texts depend on besides model and prompts, as JSON values."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Prompt and new tokens decoded together, without special tokens."""
+        return [one.text for one in self.written]
+
+    @property
+    def new_texts(self) -> list[str]:
+        """The new tokens alone, without special tokens."""
+        return [one.new_text for one in self.written]
+
+    @property
+    def new_ids(self) -> list[list[int]]:
+        """The new tokens, up to and with the first end-of-text token."""
+        return [one.new_ids for one in self.written]
 
     @property
     def num_new_tokens(self) -> int:
@@ -37,29 +62,38 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
     batch_size: int,
+    max_new_tokens: int | None = None,
+    decoding: Decoding | None = None,
+    numbers: Sequence[int] | None = None,
     add_special_tokens: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
+    on_written: Callable[[Mapping[int, Written]], None] | None = None,
 ) -> Generations:
-    """Continue the prompts greedily; each text is what its prompt alone would give.
+    """Continue the prompts; each text is what its prompt alone would give.
 
-    The longest prompts go first, so that a batch too large for the memory fails at once. A prompt
-    that leaves no room for the answer in the model's context loses tokens from its left, after the
-    begin-of-text token; `settings["num_truncated_prompts"]` counts these. The model's own
-    generation config is put aside meanwhile: transformers would fill the gaps of ours from it, and
-    so let a hub file switch on a repetition penalty. Config, training mode and tokenizer are left
-    as they were.
+    The longest prompts go first, so that a batch too large for the memory fails at once, and rows
+    of about one length stand together. An answer that has ended leaves the batch and a waiting
+    prompt takes its place (`rounds.py`); beams, and models whose cache cannot be parted, go batch
+    by batch. A prompt that leaves no room for the answer in the model's context loses tokens from
+    its left, after the begin-of-text token; `settings["num_truncated_prompts"]` counts these. The
+    model's own generation config is put aside meanwhile: transformers would fill the gaps of ours
+    from it, and so let a hub file switch on a repetition penalty. Config, training mode and
+    tokenizer are left as they were.
 
     Args:
         model: A transformers causal language model, on any device.
         tokenizer: Its tokenizer; a missing padding token is no hindrance.
         prompts: Texts.
-        max_new_tokens: Longest answer, at least 1.
         batch_size: Prompts at a time, at least 1.
+        max_new_tokens: Longest answer of greedy decoding, at least 1; or give `decoding`.
+        decoding: How to write; None is greedy.
+        numbers: Each prompt's number, which with the seed gives its stream of draws; None counts
+            the prompts. Two answers to one prompt need two numbers.
         add_special_tokens: Encode them with the special tokens that the tokenizer adds by itself;
             off for what a chat template wrote, which holds them already.
-        on_progress: Called with (prompts done, prompts in all) after every batch.
+        on_progress: Called with (prompts done, prompts in all) whenever some are done.
+        on_written: Called with answers as they come: place of the prompt -> answer.
 
     Returns:
         The texts and the resolved settings.
@@ -68,65 +102,111 @@ def generate_texts(
         UserError: If a number is out of range, a prompt has no tokens, or the answer alone fills
             the model's context.
     """
-    for key, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{value} is too small", key=key, hint="give 1 or more")
+    if decoding is None:
+        if max_new_tokens is None:
+            raise TypeError("give max_new_tokens or decoding")
+        decoding = Decoding(max_new_tokens)
+    if batch_size < 1:
+        raise UserError(f"{batch_size} is too small", key="batch_size", hint="give 1 or more")
     encoded = []
     if prompts:
         told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
         encoded = [list(ids) for ids in told["input_ids"]]
-    prompt_ids, num_truncated = _fit_context(model, tokenizer, encoded, max_new_tokens)
-    config = _build_config(model, tokenizer, max_new_tokens)
+    prompt_ids, truncated = fit_context(model, tokenizer, encoded, decoding)
+    config = _build_config(model, tokenizer, decoding)
+    written: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
-    new_ids: list[list[int]] = [[] for _ in prompts]
+    writer = Writer(model, tokenizer, config, decoding, prompt_ids, numbers)
     with _generating(model, config):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            answers = _generate_batch(model, [prompt_ids[index] for index in batch], config)
-            for index, ids in zip(batch, answers, strict=True):
-                new_ids[index] = ids
+        for ended in writer.run(order, batch_size):
+            answers = {
+                index: decode_answer(
+                    tokenizer, prompt_ids[index], ids, decoding.stop, truncated[index]
+                )
+                for index, ids in ended.items()
+            }
+            written |= answers
+            if on_written is not None:
+                on_written(answers)
             if on_progress is not None:
-                on_progress(start + len(batch), len(order))
-    full_ids = [prompt + new for prompt, new in zip(prompt_ids, new_ids, strict=True)]
+                on_progress(len(written), len(prompts))
     return Generations(
-        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in full_ids],
-        new_texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in new_ids],
-        new_ids=new_ids,
-        settings={
-            "do_sample": False,
-            "num_beams": 1,
-            "max_new_tokens": max_new_tokens,
+        [written[index] for index in range(len(prompts))],
+        {
+            **decoding.settings(),
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.pad_token_id,
             "padding_side": "left",
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "num_truncated_prompts": num_truncated,
+            "num_truncated_prompts": sum(truncated),
         },
     )
 
 
-def _fit_context(
-    model: Any, tokenizer: Any, encoded: list[list[int]], max_new_tokens: int
-) -> tuple[list[list[int]], int]:
-    """The prompts, cut from the left where context or answer demand it, and how many were cut."""
+def decode_answer(
+    tokenizer: Any, prompt: list[int], ids: list[int], stop: Sequence[str], is_truncated: bool
+) -> Written:
+    """An answer as text, cut before the first stop text.
+
+    Args:
+        tokenizer: Decodes.
+        prompt: The prompt's tokens.
+        ids: The new tokens.
+        stop: Stop texts.
+        is_truncated: Whether the prompt lost tokens.
+
+    Returns:
+        The answer; its tokens are those up to which the stop text first stood there.
+    """
+    text = tokenizer.decode(prompt + ids, skip_special_tokens=True)
+    new_text = tokenizer.decode(ids, skip_special_tokens=True)
+    start = find_stop(new_text, stop)
+    if start >= 0:
+        # Where in a round the text came must not show in the tokens.
+        while find_stop(tokenizer.decode(ids[:-1], skip_special_tokens=True), stop) >= 0:
+            ids = ids[:-1]
+        new_text = new_text[:start]
+        text = tokenizer.decode(prompt, skip_special_tokens=True) + new_text
+    return Written(text, new_text, ids, is_truncated)
+
+
+def fit_context(
+    model: Any, tokenizer: Any, encoded: list[list[int]], decoding: Decoding
+) -> tuple[list[list[int]], list[bool]]:
+    """The prompts, cut where protocol, context or answer demand it, and whether each was cut.
+
+    Args:
+        model: Its config tells the context.
+        tokenizer: Its begin-of-text token stays where the left is cut.
+        encoded: The prompts' tokens.
+        decoding: Tells the longest prompt and answer.
+
+    Returns:
+        The prompts, and for each whether it lost tokens.
+
+    Raises:
+        UserError: If a prompt has no tokens, or the answer alone fills the context.
+    """
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")
+    fitted = [ids[: decoding.max_prompt_tokens] for ids in encoded]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return encoded, 0
-    room = context - max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"{max_new_tokens} new tokens leave no room for a prompt: the model reads {context}",
-            key="max_new_tokens",
-            hint=f"give at most {context - 1}",
-        )
-    fitted = [
-        ids if len(ids) <= room else _cut_left(ids, room, tokenizer.bos_token_id) for ids in encoded
-    ]
-    return fitted, sum(len(ids) > room for ids in encoded)
+    if context is not None:
+        room = context - decoding.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"{decoding.max_new_tokens} new tokens leave no room for a prompt: the model reads "
+                f"{context}",
+                key="max_new_tokens",
+                hint=f"give at most {context - 1}",
+            )
+        fitted = [
+            ids if len(ids) <= room else _cut_left(ids, room, tokenizer.bos_token_id)
+            for ids in fitted
+        ]
+    return fitted, [len(ids) < len(whole) for ids, whole in zip(fitted, encoded, strict=True)]
 
 
 def _cut_left(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:
@@ -135,8 +215,8 @@ def _cut_left(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:
     return ids[-room:]
 
 
-def _build_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding with nothing left open that a model's own config could fill."""
+def _build_config(model: Any, tokenizer: Any, decoding: Decoding) -> GenerationConfig:
+    """Nothing is left open that a model's own config could fill; draws are made in `RowWise`."""
     eos_token_id = tokenizer.eos_token_id
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
@@ -147,11 +227,12 @@ def _build_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Generation
         pad_token_id = eos_ids[0] if eos_ids[0] is not None else 0
     return GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
+        num_beams=decoding.num_beams,
+        max_new_tokens=decoding.max_new_tokens,
         eos_token_id=None if eos_token_id is None else eos_ids,
         pad_token_id=pad_token_id,
         use_cache=True,
+        return_dict_in_generate=True,
     )
 
 
@@ -175,29 +256,3 @@ def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
             module.generation_config = kept
         for module, training in modes:
             module.training = training
-
-
-def _generate_batch(
-    model: Any, prompts: list[list[int]], config: GenerationConfig
-) -> list[list[int]]:
-    """New tokens of each prompt, up to and with the first end-of-text token."""
-    width = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), width), config.pad_token_id, dtype=torch.long)
-    # The mask comes from the lengths: a prompt may hold the padding token as a real one.
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=config,
-    )
-    eos_ids = set(config.eos_token_id or ())
-    return [_until_eos(ids, eos_ids) for ids in output[:, width:].tolist()]
-
-
-def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
-    """Without the padding that follows a finished row."""
-    end = next((position for position, token in enumerate(ids) if token in eos_ids), len(ids))
-    return ids[: end + 1]

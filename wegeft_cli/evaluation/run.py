@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.protocols import EvalProtocol
-from wegeft_cli.evaluation.scoring import TaskScore, score_outputs
+from wegeft_cli.evaluation.asking import Questions, ask_questions, score_written
+from wegeft_cli.evaluation.rules import EvalProtocol
+from wegeft_cli.evaluation.scoring import TaskScore
 from wegeft_cli.evaluation.tasks import TaskData
 
 
@@ -31,7 +30,7 @@ def evaluate_task(
         protocol: How to ask and to score; it must score the task (`find_protocol`).
         batch_size: Prompts at a time, at least 1.
         max_new_tokens: Longest answer; None takes the protocol's.
-        on_progress: Called with (rows done, rows in all) after every batch.
+        on_progress: Called with (rows done, rows in all) as rows are done.
 
     Returns:
         The score, with the resolved generation settings and the number of tokens written.
@@ -39,22 +38,8 @@ def evaluate_task(
     Raises:
         UserError: If the model cannot take such prompts or answers.
     """
-    if max_new_tokens is None:
-        max_new_tokens = protocol.max_new_tokens(data.task)
-    generations = generate_texts(
-        model,
-        tokenizer,
-        [protocol.prompt(data.task, row) for row in data.rows],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_progress=on_progress,
+    questions = Questions.build(data, protocol, tokenizer, max_new_tokens)
+    written = ask_questions(
+        model, tokenizer, questions, batch_size=batch_size, on_progress=on_progress
     )
-    indices = [row.index for row in data.rows]
-    score = score_outputs(
-        protocol,
-        data,
-        dict(zip(indices, generations.new_texts, strict=True)),
-        full_texts=dict(zip(indices, generations.texts, strict=True)),
-    )
-    settings = {**generations.settings, "num_new_tokens": generations.num_new_tokens}
-    return replace(score, generation=settings)
+    return score_written(questions, written)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.protocols import EvalProtocol
-from wegeft_cli.evaluation.rows import raise_faults, read_bytes, read_json_lines
+from wegeft_cli.evaluation.rows import PlacedRow, raise_faults, read_bytes, read_json_lines
+from wegeft_cli.evaluation.rules import EvalProtocol
 from wegeft_cli.evaluation.tasks import TaskData
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -23,15 +23,16 @@ class TaskScore:
 
     task: str
     protocol: str
-    score: float
-    """num_correct / n, 0 to 1."""
-    num_correct: int
+    score: float | None
+    """num_correct / n, 0 to 1; None where nothing has judged the answers yet."""
+    num_correct: int | None
+    """None where answers are neither right nor wrong."""
     n: int
     """All rows that were asked: one without a readable answer counts as wrong."""
     n_invalid: int
     """Rows in which no answer could be read."""
-    ci95: tuple[float, float]
-    """95 % Wilson interval of the score."""
+    ci95: tuple[float, float] | None
+    """95 % interval of the score, Wilson's where it is a share of rows; None without a score."""
     template_hash: str
     data_sha256: str
     origin: str
@@ -39,6 +40,12 @@ class TaskScore:
     """Per row: index, prompt, output, prediction, answer, correct, valid."""
     generation: dict[str, Any] | None = None
     """The resolved generation settings; None where the texts were given."""
+    template: str | None = None
+    """The template's name, as `data.template` takes it."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the result tells, as JSON values: a kind of task's own metrics, for instance."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Files in public formats that go beside the samples file: end of their name -> content."""
 
 
 def score_outputs(
@@ -47,6 +54,8 @@ def score_outputs(
     outputs: Mapping[int, str],
     *,
     full_texts: Mapping[int, str] | None = None,
+    prompts: Mapping[int, str] | None = None,
+    template_hash: str | None = None,
 ) -> TaskScore:
     """Score one text a row.
 
@@ -57,13 +66,15 @@ def score_outputs(
             prompt and generated text together.
         full_texts: Row index -> prompt and generated text as they were decoded together, where the
             outputs are generated texts for sure; None puts prompt and output side by side.
+        prompts: Row index -> what the model read, where a chat template wrote it.
+        template_hash: Of that chat template.
 
     Returns:
         The score, over all rows of `data`.
     """
     samples: list[dict[str, Any]] = []
     for row in data.rows:
-        prompt = protocol.prompt(data.task, row)
+        prompt = protocol.prompt(data.task, row) if prompts is None else prompts[row.index]
         new_text = outputs[row.index]
         if full_texts is None:
             new_text = new_text.removeprefix(prompt)
@@ -71,6 +82,7 @@ def score_outputs(
         else:
             full_text = full_texts[row.index]
         prediction = protocol.extract(data.task, full_text, new_text, row.answer)
+        gold = protocol.gold_text(data.task, row)
         samples.append(
             {
                 "index": row.index,
@@ -78,7 +90,7 @@ def score_outputs(
                 "output": new_text,
                 "prediction": prediction,
                 "answer": row.answer,
-                "correct": protocol.is_correct(data.task, prediction, row.answer),
+                "correct": protocol.is_correct(data.task, prediction, gold),
                 "valid": prediction is not None,
             }
         )
@@ -91,11 +103,32 @@ def score_outputs(
         n=len(samples),
         n_invalid=sum(not sample["valid"] for sample in samples),
         ci95=wilson_interval(num_correct, len(samples)),
-        template_hash=protocol.template_hash(data.task),
+        template_hash=template_hash or protocol.template_hash(data.task),
         data_sha256=data.sha256,
         origin=data.origin,
         samples=samples,
+        template=protocol.template_name(data.task),
+        extra={
+            "num_rows": data.num_rows,
+            "published_data": data.is_published,
+            **({"leak": data.task.leak} if data.task.leak else {}),
+        },
     )
+
+
+def normal_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean, by its standard error.
+
+    Args:
+        values: Each 0 to 1, at least one.
+
+    Returns:
+        Lower and upper bound, both within 0 to 1.
+    """
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = _Z95 * math.sqrt(variance / len(values))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
@@ -123,8 +156,8 @@ def result_dict(score: TaskScore) -> dict[str, Any]:
         score: One task's score.
 
     Returns:
-        task, protocol, score, num_correct, n, n_invalid, ci95, template_hash, data_sha256, origin,
-        generation.
+        task, protocol, score, num_correct, n, n_invalid, ci95, template, template_hash,
+        data_sha256, origin, generation, and whatever else the score tells.
     """
     return {
         "task": score.task,
@@ -133,21 +166,34 @@ def result_dict(score: TaskScore) -> dict[str, Any]:
         "num_correct": score.num_correct,
         "n": score.n,
         "n_invalid": score.n_invalid,
-        "ci95": list(score.ci95),
+        "ci95": None if score.ci95 is None else list(score.ci95),
+        "template": score.template,
         "template_hash": score.template_hash,
         "data_sha256": score.data_sha256,
         "origin": score.origin,
         "generation": score.generation,
+        **score.extra,
     }
 
 
-def read_samples(path: Path, data: TaskData) -> dict[int, str]:
+def names_tasks(path: Path) -> bool:
+    """Whether the lines of a samples file say which task they answer, as the own log's do."""
+    rows, _ = read_json_lines(read_bytes(path), path)
+    return bool(rows) and all("task" in row.value for row in rows)
+
+
+def read_samples(
+    path: Path, data: TaskData, protocol: EvalProtocol | None = None
+) -> dict[int, str]:
     """Given texts, one for every row that is to be scored.
 
     Args:
         path: UTF-8 JSON Lines of `{"index": i, "output": "text"}`; i is the row of the test set,
-            from 0. Other fields are ignored, and so are rows of the set past the limit.
+            from 0. Other fields are ignored, and so are rows of the set past the limit. Of a log of
+            `wegeft eval`, which names task and model, the target's lines of this task count.
         data: The rows.
+        protocol: Compared with the prompts in such a log: an answer to another prompt, or to
+            another row, is not scored. None compares nothing.
 
     Returns:
         Row index -> output.
@@ -156,9 +202,17 @@ def read_samples(path: Path, data: TaskData) -> dict[int, str]:
         UserError: If a line or a row is at fault; the fault names file and line.
         ExceptionGroup: If several are.
     """
-    rows, faults = read_json_lines(read_bytes(path), path)
+    lines, faults = read_json_lines(read_bytes(path), path)
+    rows = [line for line in lines if _is_meant(line.value, data)]
+    if lines and not rows:
+        message = f"no line answers the task `{data.task.name}`"
+        raise UserError(message, file=str(path), key="--samples", hint="name another --task")
+    prompts = {}
+    if protocol is not None and not protocol.rule(data.task).is_chat:
+        prompts = {row.index: protocol.prompt(data.task, row) for row in data.rows}
     outputs: dict[int, str] = {}
     first_places: dict[int, str] = {}
+    asked_otherwise: list[PlacedRow] = []
     for row in rows:
         index, output = row.value.get("index"), row.value.get("output")
         if isinstance(index, bool) or not isinstance(index, int):
@@ -177,6 +231,17 @@ def read_samples(path: Path, data: TaskData) -> dict[int, str]:
             else:
                 told = "is not text" if "output" in row.value else "is missing"
                 faults.append(UserError(f"`output` {told}", file=row.place))
+            told = row.value.get("prompt")
+            if "task" in row.value and told != prompts.get(index, told):
+                asked_otherwise.append(row)
+    if asked_otherwise:
+        first = asked_otherwise[0]
+        message = (
+            f"{len(asked_otherwise)} of {len(rows)} rows were asked otherwise, row "
+            f"{first.value['index']} first: in another prompt, or the test set has changed since"
+        )
+        hint = f"the log is of protocol `{first.value.get('protocol')}`"
+        faults.append(UserError(message, file=first.place, hint=hint))
     missing = [row.index for row in data.rows if row.index not in first_places]
     if missing:
         listed = ", ".join(str(index) for index in missing[:_INDICES_TOLD])
@@ -186,3 +251,10 @@ def read_samples(path: Path, data: TaskData) -> dict[int, str]:
         faults.append(UserError(message, file=str(path), hint=hint))
     raise_faults(faults)
     return outputs
+
+
+def _is_meant(value: Mapping[str, Any], data: TaskData) -> bool:
+    """Whether a line answers this task; one that does not say so is meant."""
+    return value.get("task") in (None, data.task.name) and (
+        "task" not in value or value.get("model") != "base"
+    )

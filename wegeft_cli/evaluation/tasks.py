@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation import originals
 from wegeft_cli.evaluation.answers import gold_number
-from wegeft_cli.evaluation.hub import HubSource, load_hub_rows
-from wegeft_cli.evaluation.rows import raise_faults, read_json_rows
+from wegeft_cli.evaluation.hub import load_hub_rows
+from wegeft_cli.evaluation.rows import PlacedRow, raise_faults, read_json_rows
+from wegeft_cli.evaluation.sets import TASKS, Kind, Task
 
-Kind = Literal["choice", "number", "letter"]
-"""What an answer is: one of a set's words, a number, or a letter A to E."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One test set."""
-
-    name: str
-    """What the user types."""
-    folder: str
-    """The set's folder in the LLM-Adapters layout; accepted as a name, too."""
-    kind: Kind
-    words: tuple[str, ...] = ()
-    """The answer words of a choice."""
-    hub: HubSource | None = None
-    """None: only from a folder."""
-    build: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None
-    """Instruction and answer of a row in the set's original form; None: LLM-Adapters rows alone."""
-    own_protocol: str | None = None
-    """The one protocol that scores this set; None: every protocol that has no set of its own."""
+__all__ = ["TASKS", "Kind", "Task", "TaskData", "TaskRow", "find_task", "load_task_data"]
 
 
 @dataclass(frozen=True)
@@ -61,107 +40,10 @@ class TaskData:
     """The file, or the hub id with its configuration and split."""
     num_rows: int
     """Rows of the whole test set, at least as many as are asked."""
-
-
-def _numbered(word: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{word}{number}" for number in range(1, count + 1))
-
-
-_ANSWERS = _numbered("answer", 5)
-
-_ALL_TASKS = (
-    # Validation splits stand where the test labels are hidden: LLM-Adapters' test.json are these.
-    Task(
-        "boolq",
-        "boolq",
-        "choice",
-        ("true", "false"),
-        HubSource("google/boolq", "validation"),
-        originals.build_boolq,
-    ),
-    Task(
-        "piqa",
-        "piqa",
-        "choice",
-        _numbered("solution", 2),
-        HubSource("baber/piqa", "validation"),
-        originals.build_piqa,
-    ),
-    Task(
-        "siqa",
-        "social_i_qa",
-        "choice",
-        _numbered("answer", 3),
-        HubSource("lighteval/siqa", "validation"),
-        originals.build_siqa,
-    ),
-    Task(
-        "hellaswag",
-        "hellaswag",
-        "choice",
-        _numbered("ending", 4),
-        HubSource("Rowan/hellaswag", "validation"),
-        originals.build_hellaswag,
-    ),
-    Task(
-        "winogrande",
-        "winogrande",
-        "choice",
-        _numbered("option", 2),
-        HubSource("allenai/winogrande", "validation", "winogrande_xl"),
-        originals.build_winogrande,
-    ),
-    Task(
-        "arc_easy",
-        "ARC-Easy",
-        "choice",
-        _ANSWERS,
-        HubSource("allenai/ai2_arc", "test", "ARC-Easy"),
-        originals.build_arc,
-    ),
-    Task(
-        "arc_challenge",
-        "ARC-Challenge",
-        "choice",
-        _ANSWERS,
-        HubSource("allenai/ai2_arc", "test", "ARC-Challenge"),
-        originals.build_arc,
-    ),
-    Task(
-        "openbookqa",
-        "openbookqa",
-        "choice",
-        _numbered("answer", 4),
-        HubSource("allenai/openbookqa", "test", "main"),
-        originals.build_arc,
-    ),
-    Task(
-        "gsm8k",
-        "gsm8k",
-        "number",
-        hub=HubSource("openai/gsm8k", "test", "main"),
-        build=originals.build_gsm8k,
-    ),
-    Task(
-        "svamp",
-        "SVAMP",
-        "number",
-        hub=HubSource("ChilleD/SVAMP", "test"),
-        build=originals.build_svamp,
-    ),
-    Task(
-        "aqua",
-        "AQuA",
-        "letter",
-        hub=HubSource("deepmind/aqua_rat", "test", "raw"),
-        build=originals.build_aqua,
-    ),
-    # The hub's MAWPS has other rows than LLM-Adapters': the two must not be mixed.
-    Task("mawps", "mawps", "number"),
-    Task("quickstart", "quickstart", "number", own_protocol="quickstart"),
-)
-
-TASKS: Mapping[str, Task] = {task.name: task for task in _ALL_TASKS}
+    is_published: bool | None = None
+    """Whether these are the published rows, by hash and number; None where nothing tells."""
+    complaint: str | None = None
+    """Why they are not, in words for the user."""
 
 
 def find_task(name: str) -> Task:
@@ -177,7 +59,7 @@ def find_task(name: str) -> Task:
         UserError: If there is none; the hint has the nearest name.
     """
     for task in TASKS.values():
-        if name.lower() in (task.name.lower(), task.folder.lower()):
+        if name.lower() == task.name or (task.part is None and name.lower() == task.folder.lower()):
             return task
     near = difflib.get_close_matches(name.lower(), TASKS, n=1)
     hint = f"did you mean `{near[0]}`?" if near else f"known tasks: {', '.join(TASKS)}"
@@ -207,13 +89,13 @@ def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> T
             message = f"`{task.name}` is on no hub and needs a folder"
             raise UserError(message, key="--data-dir", hint=_layout(task))
         rows, sha256 = load_hub_rows(task.hub, layout=_layout(task))
-        origin = str(task.hub)
+        origin, file = str(task.hub), None
     else:
         path = _find_test_file(task, data_dir)
         rows, sha256 = read_json_rows(path)
-        origin = str(path)
-    if not rows:
-        raise UserError(f"the test set of `{task.name}` has no rows", file=origin)
+        origin, file = str(path), path.name
+    rows = _take_part(task, rows, origin)
+    is_published, complaint = _compare_published(task, file, sha256, len(rows))
     built: list[TaskRow] = []
     faults: list[UserError] = []
     for index, row in enumerate(rows[:limit]):
@@ -224,7 +106,33 @@ def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> T
         else:
             built.append(TaskRow(index, instruction, answer, row.value))
     raise_faults(faults)
-    return TaskData(task, built, sha256, origin, num_rows=len(rows))
+    return TaskData(task, built, sha256, origin, len(rows), is_published, complaint)
+
+
+def _take_part(task: Task, rows: list[PlacedRow], origin: str) -> list[PlacedRow]:
+    if not rows:
+        raise UserError(f"the test set of `{task.name}` has no rows", file=origin)
+    if task.part is None:
+        return rows
+    num_held_out = task.part.take(len(rows))
+    if not 1 <= num_held_out <= len(rows):
+        message = f"{len(rows)} rows are too few for {task.part.description}"
+        raise UserError(message, file=origin)
+    return rows[-num_held_out:]
+
+
+def _compare_published(
+    task: Task, file: str | None, sha256: str, num_rows: int
+) -> tuple[bool | None, str | None]:
+    """Whether rows are the published ones, and if not, how that shows."""
+    if task.num_published not in (None, num_rows):
+        return False, f"{num_rows} rows, where the published set has {task.num_published}"
+    known = task.published_sha256.get(file or "")
+    if known is None:
+        return None, None
+    if sha256.startswith(known):
+        return True, None
+    return False, f"its SHA-256 is {sha256[:12]}..., the published file's {known[:12]}..."
 
 
 def _read_row(task: Task, row: dict[str, Any]) -> tuple[str, str]:
@@ -257,7 +165,9 @@ def _read_adapters_row(row: dict[str, Any]) -> tuple[str, str]:
 
 def _find_test_file(task: Task, data_dir: Path) -> Path:
     folders = dict.fromkeys((task.folder, task.name))
-    paths = [data_dir / folder / name for folder in folders for name in ("test.json", "test.jsonl")]
+    stem = "test" if task.part is None else task.part.file
+    names = (f"{stem}.json", f"{stem}.jsonl")
+    paths = [data_dir / folder / name for folder in folders for name in names]
     for path in paths:
         if path.is_file():
             return path
@@ -270,11 +180,10 @@ def _find_test_file(task: Task, data_dir: Path) -> Path:
 
 def _layout(task: Task) -> str:
     layout = (
-        f"put it at <data-dir>/{task.folder}/test.json, a JSON array of rows with `instruction` "
-        "and `answer` as in LLM-Adapters"
+        f"put it at <data-dir>/{task.file}, a JSON array of rows with `instruction` and `answer` "
+        f"as in LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters, dataset/{task.folder})"
     )
     if task.build is None:
         return layout
-    return (
-        f"{layout}, or at <data-dir>/{task.folder}/test.jsonl, one original row of the set a line"
-    )
+    source = "" if task.hub is None else f" as on the hub in {task.hub}"
+    return f"{layout}, or at <data-dir>/{task.file}l, one original row of the set{source} a line"

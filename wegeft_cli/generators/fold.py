@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import Side, merged_bias, merged_weight
+from wegeft_cli.generators.equations import Side, delta_weight
 from wegeft_cli.generators.inject import get_generators
 from wegeft_cli.generators.module import Generator
 from wegeft_cli.generators.targets import Rows, Target
@@ -95,6 +95,7 @@ def merge_stored(
     *,
     rows: Rows | None = None,
     transposed: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Fold the change into one tensor as it is stored: a weight, or (1-d) a bias.
 
@@ -106,6 +107,8 @@ def merge_stored(
         side: Which side is edited.
         rows: Edited output rows of a fused projection; None means all.
         transposed: Whether the weight is stored the other way round (Conv1D).
+        into: What the change is added to, where several adapters change one tensor: each change is
+            that of the stored tensor. None adds it to a copy of `stored`.
 
     Returns:
         The folded tensor, shape and type of `stored`; computed in float32, or float64 where
@@ -113,14 +116,18 @@ def merge_stored(
     """
     dtype = torch.promote_types(stored.dtype, torch.float32)
     phi, psi = phi.to(stored.device, dtype), psi.to(stored.device, dtype)
-    merged = stored.clone()
-    view = merged.t() if transposed and merged.ndim == 2 else merged
+    merged = stored.clone() if into is None else into
+    turned = transposed and merged.ndim == 2
+    source, view = (stored.t(), merged.t()) if turned else (stored, merged)
     for index in _row_blocks(view.shape[0], rows, side):
-        source = view[index].to(dtype)
-        if source.ndim == 1:
-            view[index] = merged_bias(source, phi, psi, scale, side).to(stored.dtype)
+        W, target = source[index].to(dtype), view[index].to(dtype)
+        if W.ndim == 1:  # a bias, which only the output side maps: as it maps each column of W
+            target = target + delta_weight(W, phi, psi, scale, side)
         else:
-            view[index] = merged_weight(source, phi, psi, scale, side).to(stored.dtype)
+            # delta_weight and the sum in one pass over the memory, which is what a merge waits for.
+            one, two = (W @ phi, psi) if side == "input" else (phi, psi @ W)
+            target = torch.addmm(target, one, two, alpha=scale)
+        view[index] = target.to(stored.dtype)
     return merged
 
 

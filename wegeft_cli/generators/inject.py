@@ -29,6 +29,7 @@ from wegeft_cli.generators.targets import (
     Share,
     Target,
     assign_groups,
+    check_dense,
     check_untied,
     find_targets,
     pattern_matches,
@@ -166,6 +167,8 @@ def attach_generators(
     targets = [target for members in assigned.values() for target in members]
     check_untied(model, targets)
     check_saved_modules(model, saved_modules, targets)
+    if settings.dropout > 0 or settings.view == "weight":
+        check_dense(model, targets, "adapter.dropout" if settings.dropout > 0 else "adapter.view")
     if not assigned:
         raise UserError("no linear layer is adapted", key="adapter.target_modules")
     owner = get_generators(model)

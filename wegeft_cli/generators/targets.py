@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from wegeft_cli.errors import UserError, raise_all
@@ -165,6 +166,30 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
                 "a change of one would change the other",
                 key="adapter.target_modules",
                 hint="leave it out of the targets",
+            )
+
+
+def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
+    """Refuse a quantised target where the entries of its weight are needed.
+
+    Args:
+        model: The base model.
+        targets: What is to be adapted.
+        key: The recipe's key that needs them.
+
+    Raises:
+        UserError: If a target's weight is not of a floating type, or a tensor of a type of its own.
+    """
+    for target in targets:
+        weight: Any = model.get_submodule(target.name).weight
+        # A weight that processes share (DTensor) is whole when its layer runs.
+        is_dense = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, DTensor)
+        if not is_dense or not weight.is_floating_point():
+            raise UserError(
+                f"the weight of {target.name!r} is quantised: it has no entries to drop or to "
+                "multiply with",
+                key=key,
+                hint="set dropout to 0 and the view to auto, or load the base in 16 bits",
             )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -97,12 +99,15 @@ def load_peft(model: nn.Module, adapter_dir: Path) -> nn.Module:
     peft = _import_peft()
     if not (adapter_dir / "adapter_model.safetensors").is_file():
         raise UserError("the adapter has no adapter_model.safetensors", file=str(adapter_dir))
+    _check_runs_nothing(adapter_dir)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loaded = peft.PeftModel.from_pretrained(model, str(adapter_dir)).eval()
-    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever odd values of the config run into
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
     # Of weights that are not there PEFT only warns, and would go on with fresh ones.
     if any("missing adapter keys" in str(warning.message) for warning in caught):
@@ -112,6 +117,30 @@ def load_peft(model: nn.Module, adapter_dir: Path) -> nn.Module:
             hint="this file belongs to another adapter: copy both files again",
         )
     return loaded
+
+
+def _check_runs_nothing(adapter_dir: Path) -> None:
+    """Refuse settings by which PEFT would import a module, or run a tokenizer's code, of a config.
+
+    Args:
+        adapter_dir: The folder.
+
+    Raises:
+        UserError: If there are such settings.
+    """
+    path = adapter_dir / "adapter_config.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # PEFT tells
+    for key in ("megatron_config", "tokenizer_kwargs"):
+        if isinstance(values, dict) and values.get(key):
+            raise UserError(
+                "by this setting code could run that the adapter names",
+                file=str(path),
+                key=key,
+                hint="set it to null, if you trust the adapter",
+            )
 
 
 def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.folders import check_model_folder
 from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
 
 _NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
@@ -76,6 +77,13 @@ def build_meta_model(
                 key="model.name_or_path",
                 hint=str(error).splitlines()[0],
             ) from None
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"no model can be built from its config.json: {type(error).__name__}: {reason}",
+                key="model.name_or_path",
+                hint="the file is damaged, or of another version: fetch it again",
+            ) from error
 
 
 def load_model(
@@ -86,6 +94,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     head: HeadSpec | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Load a model with its weights (safetensors or GGUF; pickles are refused).
 
@@ -99,9 +108,10 @@ def load_model(
         head: Load a classifier with this head, whose weights are random where the checkpoint has
             none of that shape; None loads a causal language model. The model then tells as
             `missing_weights` which parameters the checkpoint does not hold.
+        **options: More of `from_pretrained`'s arguments: how it is quantised or sharded.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU unless the options say otherwise.
 
     Raises:
         UserError: If there is no such model, or its weights are unreadable.
@@ -119,6 +129,7 @@ def load_model(
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            **options,
         )
     if head is not None:
         model, told = model
@@ -267,6 +278,7 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
+        check_model_folder(path)
         if not (path / "config.json").is_file():
             raise UserError(
                 f"the folder {name_or_path!r} holds no config.json",
@@ -285,10 +297,18 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
-    """Turn what transformers and the hub raise for a missing model into one message."""
+    """Turn what transformers and the hub raise for a missing or damaged model into one message.
+
+    Of a damaged file they raise whatever its values run into: TypeError, KeyError, and more.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # What panics in a library written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         if "trust_remote_code" in str(error):
@@ -297,8 +317,11 @@ def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
             hint = "a safetensors file of it is damaged: fetch or write it again"
         elif isinstance(error, OSError):
             hint = "check the name, the revision, the network and your hub login, or give a folder"
-        else:
+        elif isinstance(error, (ValueError, ImportError)):
             hint = None
+        else:
+            reason = f"{type(error).__name__}: {reason}"
+            hint = "one of its files is damaged, or of another version: fetch it again"
         raise UserError(
             f"cannot load the {what} of {name_or_path!r}: {reason}",
             key=_ATTENTION if _ATTENTION.rpartition(".")[2] in reason else _NAME,

@@ -118,8 +118,9 @@ def make_fresh(model: nn.Module, names: Iterable[str], seed: int) -> None:
                 elif kind == "bias":
                     parameter.data.zero_()
                 else:
-                    key = zlib.crc32(f"{part}.{kind}".encode())
-                    random = torch.Generator().manual_seed(seed * 2**32 + key)
+                    # torch reads the lower 32 bits of a seed alone.
+                    mixed = zlib.crc32(f"{seed} {part}.{kind}".encode())
+                    random = torch.Generator().manual_seed(mixed)
                     drawn = torch.randn(parameter.shape, generator=random) * std
                     parameter.data.copy_(drawn)
 

@@ -11,7 +11,7 @@ from wegeft_cli.recipe.classifying import METRICS, check_classifying
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.measuring import check_measuring
-from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
 
 PEFT_TYPES = (
     "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
@@ -25,6 +25,7 @@ INPLACE_TYPES = ("full", "bitfit", "linear_probe")
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "sequence_classification", "image_classification"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.quant_method": ("bitsandbytes", "torchao"),
     "adapter.type": ("wegeft", *INPLACE_TYPES, *PEFT_TYPES),
     "adapter.share": ("module_type", "input_dim", "none"),
     "adapter.side": ("input", "output"),
@@ -108,6 +109,8 @@ _RANGES: dict[str, _Range] = {
     "train.save_steps": _EVERY,
     "train.save_total_limit": _COUNT,
     "train.ddp_timeout": _COUNT,
+    "train.fsdp_size": _COUNT,
+    "train.check_steps": _NOT_NEGATIVE,
     "train.logging_steps": _COUNT,
     "train.early_stopping_patience": _COUNT,
     "eval.batch_size": _COUNT,
@@ -117,15 +120,11 @@ _RANGES: dict[str, _Range] = {
 
 # What the contract names and this version does not do: key -> (is it wanted, what to use instead).
 _NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model.load_in_4bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
-    "model.load_in_8bit": (bool, "use `model.dtype: bfloat16` for a smaller base"),
     "adapter.type": (
         # AdaLoRA needs a call of its own after every step.
         lambda value: value == "adalora",
         "use `wegeft`, or a PEFT method such as `lora`",
     ),
-    "train.strategy": (lambda value: value in ("fsdp2", "hsdp"), "use `replicated`"),
-    "train.compile": (bool, "leave it out"),
 }
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
@@ -208,6 +207,29 @@ def _check_model(recipe: Recipe) -> Iterator[_Fault]:
         yield "model.name_or_path", "is required and empty", "name a model folder or a hub id"
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         yield "model.load_in_8bit", "contradicts `model.load_in_4bit`", "keep one of the two"
+    elif recipe.model.load_in_4bit or recipe.model.load_in_8bit:
+        yield from _check_quantised(recipe)
+    elif recipe.model.quant_method != ModelSection.quant_method:
+        message = f"{recipe.model.quant_method!r} is read with `load_in_8bit` alone"
+        yield "model.quant_method", message, "set `model.load_in_8bit: true`, or remove it"
+
+
+def _check_quantised(recipe: Recipe) -> Iterator[_Fault]:
+    """A quantised base has no weight entries to drop or to multiply with."""
+    model, adapter = recipe.model, recipe.adapter
+    asked = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
+    if model.load_in_4bit and model.quant_method == "torchao":
+        message = "`torchao` quantises to 8 bits here, and `model.load_in_4bit` is set"
+        yield "model.quant_method", message, "use `bitsandbytes`, or `model.load_in_8bit`"
+    if model.name_or_path.endswith(".gguf"):
+        message = "a GGUF file's weights are quantised already, and are read as dense ones"
+        yield asked, message, "give the base's folder or hub id"
+    if adapter.dropout > 0 and adapter.type == "wegeft":
+        message = f"{adapter.dropout} acts on the weight's entries, which `{asked}` leaves none of"
+        yield "adapter.dropout", message, f"set it to 0, or remove `{asked}`"
+    if adapter.view == "weight":
+        message = f"`weight` multiplies with the weight, which `{asked}` leaves none of"
+        yield "adapter.view", message, f"use `auto` or `activation`, or remove `{asked}`"
 
 
 def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
@@ -401,3 +423,42 @@ def _check_train(recipe: Recipe) -> Iterator[_Fault]:
     if train.warmup_ratio > 0 and train.warmup_steps > 0:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
+    if train.fsdp_size is not None and train.strategy != "hsdp":
+        message = f"{train.fsdp_size} is read with `train.strategy: hsdp` alone"
+        yield "train.fsdp_size", message, "set the strategy, or remove it"
+    if train.activation_offload and train.gradient_checkpointing:
+        message = "contradicts `train.gradient_checkpointing`, which leaves nothing to be moved"
+        yield "train.activation_offload", message, "keep one of the two"
+    if train.compile and train.gradient_checkpointing:
+        message = "contradicts `train.gradient_checkpointing`: recomputed layers stay as they are"
+        yield "train.compile", message, "keep one of the two"
+    if train.strategy != "replicated":
+        yield from _check_sharded(recipe)
+
+
+def _check_sharded(recipe: Recipe) -> Iterator[_Fault]:
+    """What needs a layer's weights whole and at any time does not go with sharing them."""
+    key, strategy = "train.strategy", recipe.train.strategy
+    model, adapter = recipe.model, recipe.adapter
+    whole = "set `train.strategy: replicated`"
+    if model.load_in_4bit or model.load_in_8bit:
+        message = f"`{strategy}` shares dense weights, and the base is quantised"
+        yield key, message, f"{whole}: a quantised base is a quarter of its size"
+    if model.name_or_path.endswith(".gguf"):
+        message = f"`{strategy}` reads each process's share of safetensors, and this is a GGUF file"
+        yield "model.name_or_path", message, f"give the base's folder or hub id, or {whole}"
+    if adapter.type != "wegeft":
+        message = (
+            f"`{strategy}` shares the base before the adapter is put in, which PEFT's "
+            f"{adapter.type!r} is not known to stand"
+        )
+        yield key, message, whole
+    if recipe.train.compile:
+        message = f"contradicts `{key}` `{strategy}`: what gathers a layer is not compiled"
+        yield "train.compile", message, f"leave it out, or {whole}"
+    if recipe.train.activation_offload:
+        message = f"contradicts `{key}` `{strategy}`: it would move gathered weights too"
+        yield "train.activation_offload", message, "use `train.gradient_checkpointing`"
+    if adapter.modules_to_save:
+        message = f"`{strategy}` shares the modules that are to be trained whole"
+        yield "adapter.modules_to_save", message, f"leave it out, or {whole}"

@@ -19,7 +19,8 @@ _CAUSAL, _IMAGE = "causal_lm", "image_classification"
 _LANGUAGE_ONLY = (
     "data.template", "data.loss_on", "data.packing", "data.streaming", "data.cache_dir",
     "train.eval_tasks", "train.use_liger_kernel", "logging.sample_prompts", "eval.tasks",
-    "eval.max_new_tokens", "eval.protocol",
+    "eval.max_new_tokens", "eval.protocol", "model.load_in_4bit", "model.load_in_8bit",
+    "train.strategy", "train.compile",
 )  # fmt: skip
 _CLASSES_ONLY = ("data.test", "data.problem_type", "eval.metric")
 _IMAGES_ONLY = ("data.image_size", "data.image_transform", "model.drop_path_rate")

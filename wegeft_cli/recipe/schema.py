@@ -20,9 +20,12 @@ class ModelSection:
     """Attention kernel by its transformers name (eager, sdpa, flash_attention_2, ...); null lets
     transformers choose."""
     load_in_4bit: bool = False
-    """Load the base in 4 bits (bitsandbytes nf4). Not in this version."""
+    """Load the base's linears in 4 bits (nf4 with double quantisation)."""
     load_in_8bit: bool = False
-    """Load the base in 8 bits (bitsandbytes). Not in this version."""
+    """Load the base's linears in 8 bits."""
+    quant_method: str = "bitsandbytes"
+    """Who quantises: bitsandbytes, or torchao (8 bits, of the weights alone; bitsandbytes rounds
+    activations too)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless the recipe says so."""
     drop_path_rate: float | None = None
@@ -203,6 +206,9 @@ class TrainSection:
     """none, bf16, fp16 (with a loss scaler): autocast over the base; factors stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant): less memory, more time."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in the host's memory meanwhile: less GPU memory than
+    without, and less time than to recompute it where the bus is fast."""
     group_by_length: bool = False
     """Let each step take rows of about one length: less padding, a less random order. (The rows of
     a step are always cut into forward passes by length, which changes no step's sum.)"""
@@ -231,9 +237,16 @@ class TrainSection:
     """Keep the checkpoint of the best validation beside the newest ones, and write the adapter from
     it."""
     strategy: str = "replicated"
-    """replicated: every process keeps the base. (fsdp2 and hsdp are not in this version.)"""
+    """replicated: every process keeps the base, for bases that fit. fsdp2: all processes share one
+    copy of it, each layer gathered when it is needed. hsdp: the processes of each machine do."""
+    fsdp_size: int | None = None
+    """With hsdp, how many processes share a copy of the base; null: those of one machine."""
+    check_steps: int = 100
+    """Compare a checksum of what learns over all processes every so many steps, and end a run whose
+    processes hold different values; 0: only at each save."""
     compile: bool = False
-    """Compile the model with torch.compile. Not in this version."""
+    """Compile the model's layers with torch.compile: a minute or more before the first step, and
+    faster ones after it, on a GPU above all."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +254,10 @@ class EvalSection:
     """How the result is measured, when the command line does not say."""
 
     tasks: list[str] = field(default_factory=list)
-    """Tasks by name (`wegeft eval --list`)."""
+    """Tasks and groups by name (`wegeft eval --list`)."""
     protocol: str = "wegeft"
-    """Prompt, decoding and scoring rules: wegeft, gift, ..."""
+    """Prompt, decoding and scoring rules: wegeft, gift, llm_adapters, lora_ga, lora_pro, metamath,
+    a `_fixed` form, chat, ...; a task that it does not score takes its own."""
     batch_size: int = 16
     """Prompts generated at a time."""
     max_new_tokens: int | None = None

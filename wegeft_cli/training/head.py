@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 CHUNK_TOKENS = 256
 """Labelled tokens whose logits exist at a time: enough rows for a fast matrix product."""
@@ -47,11 +49,12 @@ def select_head_input(
 
 def is_plain_head(head: nn.Module) -> bool:
     """Tell whether a head is `hidden @ weight.T + bias` with frozen weights, and nothing else."""
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
     return (
-        type(head) is nn.Linear
+        (type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear))
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not head._forward_hooks
-        and not head._forward_pre_hooks
+        # FSDP2's own gather the weights and change nothing.
+        and all(hook.__module__.startswith("torch.distributed.") for hook in hooks)
         and "forward" not in vars(head)  # as a copy that is trained in its place leaves it
     )
 
@@ -71,13 +74,18 @@ def sum_head_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     Returns:
         The sum over tokens, a scalar in the softmax's type; 0 for no token.
     """
-    weight, bias = head.weight, head.bias
+    # A shared head is whole here if its group stays whole between the passes, as the last one does.
+    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         # Autocast would round the frozen weight again for each chunk.
         weight = weight.to(torch.get_autocast_dtype(device))
     loss: Tensor = _HeadLoss.apply(hidden, weight, bias, targets)
     return loss
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,9 @@ from wegeft_cli.errors import MachineError
 from wegeft_cli.training.ema import ParameterAverage
 from wegeft_cli.training.gradients import clip_gradients, is_sound, sum_gradients
 from wegeft_cli.training.meters import StepMetrics, measure_peak_memory_gib
+from wegeft_cli.training.offload import offload_activations
 from wegeft_cli.training.precision import autocast
+from wegeft_cli.training.rounds import fill_rounds, is_sharded, seed_pass
 from wegeft_cli.training.source import Batch, StepSource
 from wegeft_cli.training.state import (
     Progress,
@@ -52,6 +55,9 @@ class LoopSettings:
         max_skipped_steps: More steps than these, or than half of all steps, with a loss or
             gradient that is not finite end the run; up to so many are skipped.
         ema_decay: Keep a moving average of what learns, with this decay; None: none.
+        check_steps: Compare what learns over the processes every so many steps; 0: only at saves.
+        seed: Of what a forward pass draws at random.
+        activation_offload: Keep activations in the host's memory until the backward pass.
         metric_for_best_model: The watched metric of a validation; one that does not measure it
             neither betters nor worsens anything.
         greater_is_better: Whether that metric is to rise.
@@ -68,6 +74,9 @@ class LoopSettings:
     early_stopping_patience: int | None = None
     max_skipped_steps: int = 10
     ema_decay: float | None = None
+    check_steps: int = 0
+    seed: int = 0
+    activation_offload: bool = False
     metric_for_best_model: str = "eval_loss"
     greater_is_better: bool = False
     save_best: bool = False
@@ -146,8 +155,9 @@ def run_loop(
 
     A step's gradient is that of `sum of the losses of all labelled tokens / their number`, over all
     micro-batches and processes: accumulation and data parallelism are exact for unequal lengths.
-    The model is not wrapped; each process keeps the base, and the gradients of `parameters` are
-    summed in one collective per step, which is right for parameters shared by many layers.
+    The model is not wrapped; each process keeps the base, or its share of it, and the gradients of
+    `parameters` are summed in one collective per step, which is right for parameters shared by many
+    layers.
 
     A step whose loss or gradient is not finite is skipped: it counts as a step, moves neither the
     parameters nor the optimizer, the schedule or the average, and its loss is in no mean.
@@ -188,6 +198,15 @@ def run_loop(
     result = LoopResult("finished", progress.step, progress.last_loss)
     result.stopped_early = patience is not None and progress.num_bad_evals >= patience
     check_agreement(progress.step, parameters, accelerator)
+
+    shares_base = is_sharded(model)
+
+    def offloaded() -> AbstractContextManager[Any]:
+        return offload_activations(model) if settings.activation_offload else nullcontext()
+
+    def own_batches(step: int) -> Iterable[Batch]:
+        batches = source.micro_batches(step)
+        return fill_rounds(batches, accelerator) if shares_base else batches
 
     def save() -> None:
         check_agreement(progress.step, parameters, accelerator)
@@ -230,8 +249,10 @@ def run_loop(
         step = progress.step
         num_labels = source.num_label_tokens(step)
         own_loss_sum = torch.zeros((), device=accelerator.device)
-        for batch in source.micro_batches(step):
-            with autocast(accelerator.device.type, settings.mixed_precision):
+        for number, batch in enumerate(own_batches(step)):
+            place = number * accelerator.num_processes + accelerator.process_index
+            seed_pass(settings.seed, step, place)
+            with autocast(accelerator.device.type, settings.mixed_precision), offloaded():
                 summed = loss_function(model, batch.to(accelerator.device))
             scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
@@ -261,6 +282,8 @@ def run_loop(
             if progress.num_skipped > max_skipped_steps:
                 raise _diverged(progress, loss_sum / num_labels, grad_norm)
         optimizer.zero_grad(set_to_none=True)
+        if _is_due(progress.step, settings.check_steps):
+            check_agreement(progress.step, parameters, accelerator)
         progress.num_tokens += source.num_tokens(step)
         steps_since, tokens_since = steps_since + 1, tokens_since + source.num_tokens(step)
         is_last = progress.step == source.num_steps

@@ -185,7 +185,7 @@ def restore_snapshot(
         if f"cuda.{rank}" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng[f"cuda.{rank}"])
     else:
-        # Another number of processes: their dropout can only begin anew, each with its own.
+        # Another number of processes; what forward passes draw depends on none of this.
         torch.manual_seed(progress.step * accelerator.num_processes + rank)
     return progress
 

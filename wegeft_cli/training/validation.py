@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wegeft_cli.training.ema import ParameterAverage
+from wegeft_cli.training.rounds import fill_rounds, in_rounds, is_sharded
 from wegeft_cli.training.source import Batch
 from wegeft_cli.training.state import Progress
 
@@ -101,7 +102,8 @@ def mean_loss(
         ValidationStopped: If a stop was asked for.
     """
     loss_sum, num_labels = 0.0, 0
-    for number, batch in enumerate(_in_rounds(batches, accelerator)):
+    in_step = fill_rounds if is_sharded(model) else in_rounds
+    for number, batch in enumerate(in_step(batches, accelerator)):
         if number:
             check_stop(should_stop, accelerator)
         if batch is None:
@@ -134,21 +136,6 @@ def note_best(progress: Progress, value: float | None, greater_is_better: bool) 
         progress.best_metric, progress.best_step, progress.num_bad_evals = value, progress.step, 0
     else:
         progress.num_bad_evals += 1
-
-
-def _in_rounds(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch | None]:
-    """Give the batches, and None where other processes have more of them."""
-    if accelerator.num_processes == 1:
-        yield from batches
-        return
-    mine = iter(batches)
-    while True:
-        batch = next(mine, None)
-        num_left = torch.tensor(float(batch is not None), device=accelerator.device)
-        torch.distributed.all_reduce(num_left)
-        if num_left == 0:
-            return
-        yield batch
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 from wegeft_cli.checkpoints.adapter import (
     CONFIG_NAME,
+    AdapterFiles,
     load_adapter_files,
     resolve_adapter_dir,
     save_adapter_files,
@@ -35,6 +36,7 @@ def save_adapter(
     target_modules: str | Iterable[str] = (),
     task_type: str | None = "CAUSAL_LM",
     init_from: str | None = None,
+    base_quantization: str | None = None,
     adapter_name: str = "default",
     card: str | None = None,
     more_files: Mapping[str, str] | None = None,
@@ -53,6 +55,7 @@ def save_adapter(
         target_modules: What was asked for, for the record; empty lists the kinds of layers.
         task_type: PEFT's name of the task.
         init_from: The adapter whose factors were the start, for the record.
+        base_quantization: How the base is quantised, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
         more_files: Further files of the folder, name -> text.
@@ -82,6 +85,7 @@ def save_adapter(
         names,
         modules_to_save=tuple(saved_names.values()),
         init_from=init_from,
+        base_quantization=base_quantization,
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         base_fingerprint=base_fingerprint,
@@ -117,6 +121,7 @@ def build_manifest(
     task_type: str | None,
     modules_to_save: Sequence[str] = (),
     init_from: str | None = None,
+    base_quantization: str | None = None,
 ) -> AdapterManifest:
     """Describe an adapter in memory as its file states it.
 
@@ -130,6 +135,7 @@ def build_manifest(
         task_type: PEFT's name of the task.
         modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
         init_from: The adapter whose factors were the start.
+        base_quantization: How the base is quantised.
 
     Returns:
         The manifest.
@@ -159,6 +165,7 @@ def build_manifest(
         wegeft_version=VERSION,
         modules_to_save=tuple(modules_to_save),
         init_from=init_from,
+        base_quantization=base_quantization,
     )
 
 
@@ -190,6 +197,26 @@ def load_adapter(
     files = load_adapter_files(folder)
     if base_dir is not None:
         check_base(files.manifest, Path(base_dir), folder, warn=warn)
+    return attach_files(model, files, folder, adapter_name=adapter_name)
+
+
+def attach_files(
+    model: nn.Module, files: AdapterFiles, folder: Path, *, adapter_name: str = "default"
+) -> Generators:
+    """Put an adapter that was read already onto a model, active at once.
+
+    Args:
+        model: The base model.
+        files: The adapter.
+        folder: Where it came from, for the messages.
+        adapter_name: Name under which the model knows it.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If the model lacks one of its modules, or has one of another shape.
+    """
     manifest = files.manifest
     settings = GeneratorSettings(
         rank=manifest.r,

@@ -77,7 +77,8 @@ def check_start(
         if accelerator.is_main_process:  # a later process may meet what the first has written
             folder.check_unused()
         return None
-    check_same_recipe(folder.path / "recipe.yaml", recipe)
+    many = accelerator.num_processes
+    check_same_recipe(folder.path / "recipe.yaml", recipe, num_processes=many)
     if resume == AUTO:
         return None
     path = Path(resume).expanduser()
@@ -90,7 +91,8 @@ def check_start(
         )
     given = load_checkpoint(path)
     # <run>/checkpoints/step-00000100: the checkpoint of another run brings that run's recipe.
-    check_same_recipe(path.resolve().parent.parent / "recipe.yaml", recipe)
+    saved_path = path.resolve().parent.parent / "recipe.yaml"
+    check_same_recipe(saved_path, recipe, num_processes=many)
     return given
 
 

@@ -14,12 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from wegeft_cli.generators.inject import inject_generators
 from wegeft_cli.generators.inplace import select_parameters, unfreeze
 from wegeft_cli.interop.liger import apply_liger
-from wegeft_cli.models.base import load_model
 from wegeft_cli.models.drop_path import add_drop_path, check_drop_path
 from wegeft_cli.models.heads import HeadSpec, check_loaded, find_head_modules, make_fresh
 from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.classes import ClassLoss
+from wegeft_cli.training.compiling import compile_layers
 from wegeft_cli.training.loop import LoopSettings
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.neftune import add_neftune
@@ -28,34 +28,6 @@ from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
 from wegeft_cli.workflows.init_from import init_from_adapter
 from wegeft_cli.workflows.packing import check_packing
 from wegeft_cli.workflows.prepare import TASK_TYPES, count_steps, with_head
-
-
-def load_base(recipe: Recipe, head: HeadSpec | None = None) -> nn.Module:
-    """Load the frozen base as the recipe names it, on the CPU.
-
-    Args:
-        recipe: The recipe.
-        head: What a classifier's head is to be; None loads a causal language model.
-
-    Returns:
-        The model; its head is the base's own where that tells the same classes apart, else drawn
-        anew from the recipe's seed.
-
-    Raises:
-        UserError: If there is no such model, or a part of its backbone has no weights.
-    """
-    section = recipe.model
-    model = load_model(
-        section.name_or_path,
-        revision=section.revision,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-        head=head,
-    )
-    if head is not None:
-        finish_head(model, head, recipe.adapter.modules_to_save, recipe.seed)
-    return model
 
 
 def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
@@ -99,8 +71,7 @@ def build_model(
         warn: Told what cannot be checked.
 
     Returns:
-        The model on its device. Its factors are the same on every process; what is drawn from now
-        on, such as dropout, is each process's own.
+        The model on its device. Its factors are the same on every process.
 
     Raises:
         UserError: If the adapter, a kernel or packing does not fit the model.
@@ -127,7 +98,8 @@ def build_model(
         check_packing(model, recipe)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
-    set_seed(recipe.seed + accelerator.process_index)
+    if train.compile:
+        compile_layers(model)
     return model
 
 
@@ -174,6 +146,9 @@ def build_learning(
         early_stopping_patience=train.early_stopping_patience,
         max_skipped_steps=train.max_skipped_steps,
         ema_decay=train.ema_decay,
+        check_steps=train.check_steps,
+        seed=recipe.seed,
+        activation_offload=train.activation_offload,
         metric_for_best_model=train.metric_for_best_model,
         greater_is_better=train.metric_for_best_model != "eval_loss",
         save_best=train.load_best_model_at_end,

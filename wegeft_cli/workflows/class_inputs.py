@@ -87,7 +87,8 @@ def read_class_inputs(
     )
     check_learning(recipe, source.num_steps, accelerator.device)
     if not is_text and accelerator.is_main_process:
-        raise_all(check_images([*data.train.shown, *(data.validation or data.train).shown]))
+        held_out = [] if data.validation is None else data.validation.shown
+        raise_all(check_images([*data.train.shown, *held_out]))
     _tell(data, recipe, reporter)
     model = prepare_skeleton(skeleton, recipe)
     estimated = None

@@ -1,15 +1,14 @@
-"""What a streaming merge does to each stored tensor that an adapter changes."""
+"""What a merge does to each stored tensor that the adapters change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from wegeft_cli.checkpoints.adapter import AdapterFiles
-from wegeft_cli.checkpoints.manifest import ModuleEntry
-from wegeft_cli.checkpoints.stream import TensorEdit, block_rows
+from wegeft_cli.checkpoints.stream import block_rows
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.equations import Side
 from wegeft_cli.generators.fold import FOLD_ROWS, merge_stored
@@ -17,57 +16,68 @@ from wegeft_cli.generators.targets import Rows
 
 
 @dataclass(frozen=True)
-class FoldEdit:
-    """How one stored tensor changes: every adapted row range by its group's pair.
+class Pair:
+    """What one group's pair does to a tensor.
 
     Args:
-        parts: (phi, psi, rows, transposed) of each entry.
-        scale: s.
+        phi: First factor.
+        psi: Second factor.
+        scale: s, times the adapter's weight.
         side: Which side is edited.
+        rows: Adapted output rows; None are all.
+        transposed: Whether the weight is stored as [d_in, d_out].
     """
 
-    parts: Sequence[tuple[Tensor, Tensor, Rows | None, bool]]
+    phi: Tensor
+    psi: Tensor
     scale: float
     side: Side
-
-    def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """Rows in one block; all where the change mixes the stored rows."""
-        mixes = self.side == "output" or any(transposed for *_, transposed in self.parts)
-        return shape[0] if mixes else min(FOLD_ROWS, shape[0])
-
-    def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Give the folded block."""
-        for phi, psi, rows, transposed in self.parts:
-            inside = rows
-            if rows is not None and not transposed:
-                inside = _rows_within(rows, start_row, start_row + block.shape[0])
-                if not inside:
-                    continue
-            block = merge_stored(
-                block, phi, psi, self.scale, self.side, rows=inside, transposed=transposed
-            )
-        return block
+    rows: Rows | None
+    transposed: bool
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """A stored tensor gives way to one that was trained in its place.
+class Change:
+    """How one stored tensor W changes: W + sum of w_i delta_i(W) over the adapters.
 
     Args:
-        tensor: The trained one, of the stored one's shape.
+        pairs: The generated changes, of all adapters.
+        trained: (tensor trained in its place, weight): a change by weight * (tensor - W).
     """
 
-    tensor: Tensor
+    pairs: list[Pair] = field(default_factory=list)
+    trained: list[tuple[Tensor, float]] = field(default_factory=list)
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """Rows in one block; any number will do."""
-        return block_rows(shape)
+        """Rows in one block; all where the change mixes the stored rows."""
+        if any(pair.side == "output" or pair.transposed for pair in self.pairs):
+            return shape[0]
+        return min(FOLD_ROWS, shape[0]) if self.pairs else block_rows(shape)
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Give the trained rows in the block's type."""
-        if block.ndim:
-            return self.tensor[start_row : start_row + block.shape[0]].to(block.dtype)
-        return self.tensor.to(block.dtype)
+        """Give the changed block."""
+        if not self.pairs and [weight for _, weight in self.trained] == [1.0]:
+            return _rows_of(self.trained[0][0], block, start_row)
+        merged = block.clone()
+        for pair in self.pairs:
+            inside = pair.rows
+            if pair.rows is not None and not pair.transposed:
+                inside = _rows_within(pair.rows, start_row, start_row + block.shape[0])
+                if not inside:
+                    continue
+            merge_stored(
+                block,
+                pair.phi,
+                pair.psi,
+                pair.scale,
+                pair.side,
+                rows=inside,
+                transposed=pair.transposed,
+                into=merged,
+            )
+        for tensor, weight in self.trained:
+            merged += weight * (_rows_of(tensor, block, start_row) - block)
+        return merged
 
 
 def has_all_tensors(files: AdapterFiles, stored: Mapping[str, object]) -> bool:
@@ -77,43 +87,51 @@ def has_all_tensors(files: AdapterFiles, stored: Mapping[str, object]) -> bool:
 
 
 def build_edits(
-    files: AdapterFiles, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, TensorEdit]:
-    """Give the edit of every stored tensor that the adapter changes.
+    adapters: Sequence[tuple[AdapterFiles, float]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Change]:
+    """Give the change of every stored tensor that some adapters change.
 
     Args:
-        files: The adapter.
-        shapes: Tensor name in the base's files -> its shape; holds all that the adapter names.
+        adapters: Each adapter with its weight.
+        shapes: Tensor name in the base -> its shape; holds all that the adapters name.
 
     Returns:
-        Tensor name -> its edit.
+        Tensor name -> its change.
 
     Raises:
-        UserError: If a tensor has another shape than the adapter was trained on.
+        UserError: If a tensor has another shape than an adapter was trained on.
     """
-    manifest = files.manifest
-    side: Side = manifest.side  # type: ignore[assignment]
-
-    def part(entry: ModuleEntry) -> tuple[Tensor, Tensor, Rows | None, bool]:
-        return (*files.factors[entry.group], entry.rows, entry.transposed)
-
-    edits: dict[str, TensorEdit] = {}
-    for name, entries in manifest.modules.items():
-        edit = FoldEdit([part(entry) for entry in entries], manifest.scale, side)
-        _check_shape(name, shapes[f"{name}.weight"], edit)
-        edits[f"{name}.weight"] = edit
-        # The output side edits the whole output W x + b, so it maps the bias too.
-        if side == "output" and f"{name}.bias" in shapes:
-            edits[f"{name}.bias"] = edit
-    for name, tensor in files.saved_modules.items():
-        if shapes[name] != tuple(tensor.shape):
-            raise UserError(
-                f"{name} is {list(shapes[name])} in the base, {list(tensor.shape)} in the adapter",
-                key="modules_to_save",
-                hint="this adapter belongs to another base",
-            )
-        edits[name] = Replacement(tensor)
+    edits: dict[str, Change] = {}
+    for files, weight in adapters:
+        manifest = files.manifest
+        side: Side = manifest.side  # type: ignore[assignment]
+        scale = manifest.scale * weight
+        for name, entries in manifest.modules.items():
+            pairs = [
+                Pair(*files.factors[e.group], scale, side, e.rows, e.transposed) for e in entries
+            ]
+            _check_shape(name, shapes[f"{name}.weight"], pairs)
+            # The output side edits the whole output W x + b, so it maps the bias too.
+            kinds = ("weight", "bias") if side == "output" else ("weight",)
+            for full_name in (f"{name}.{kind}" for kind in kinds):
+                if full_name in shapes:
+                    edits.setdefault(full_name, Change()).pairs.extend(pairs)
+        for name, tensor in files.saved_modules.items():
+            if shapes[name] != tuple(tensor.shape):
+                raise UserError(
+                    f"{name} is {list(shapes[name])} in the base, "
+                    f"{list(tensor.shape)} in the adapter",
+                    key="modules_to_save",
+                    hint="this adapter belongs to another base",
+                )
+            edits.setdefault(name, Change()).trained.append((tensor, weight))
     return edits
+
+
+def _rows_of(tensor: Tensor, block: Tensor, start_row: int) -> Tensor:
+    """Give the rows of a trained tensor that stand in for a block, in the block's type."""
+    rows = tensor[start_row : start_row + block.shape[0]] if block.ndim else tensor
+    return rows.to(block.device, block.dtype)
 
 
 def _rows_within(rows: Rows, start: int, stop: int) -> Rows:
@@ -121,15 +139,17 @@ def _rows_within(rows: Rows, start: int, stop: int) -> Rows:
     return tuple((a, b) for a, b in cut if a < b)
 
 
-def _check_shape(name: str, shape: tuple[int, ...], edit: FoldEdit) -> None:
-    for phi, _, rows, transposed in edit.parts:
-        d_out, d_in = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        num_rows = d_out if rows is None else sum(stop - start for start, stop in rows)
-        width = d_in if edit.side == "input" else num_rows
-        if len(shape) != 2 or width != phi.shape[0]:
+def _check_shape(name: str, shape: tuple[int, ...], pairs: Sequence[Pair]) -> None:
+    for pair in pairs:
+        width, num_rows = pair.phi.shape[0], 0
+        if len(shape) == 2:
+            d_out, d_in = (shape[1], shape[0]) if pair.transposed else shape
+            rows = pair.rows if pair.rows is not None else ((0, d_out),)
+            fits = all(stop <= d_out for _, stop in rows)
+            num_rows = sum(stop - start for start, stop in rows) if fits else 0
+        if num_rows == 0 or width != (d_in if pair.side == "input" else num_rows):
             raise UserError(
-                f"{name}.weight is {list(shape)} in the base, the adapter's pair is "
-                f"{phi.shape[0]} wide",
+                f"{name}.weight is {list(shape)} in the base, the adapter's pair is {width} wide",
                 key=f"modules.{name}",
                 hint="this adapter belongs to another base",
             )

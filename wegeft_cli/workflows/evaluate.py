@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
-from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
-from wegeft_cli.evaluation.scoring import TaskScore, read_samples, result_dict, score_outputs
-from wegeft_cli.evaluation.tasks import TASKS, Task, find_task, load_task_data
-from wegeft_cli.recipe.schema import EvalSection
-from wegeft_cli.workflows.class_evaluate import PROTOCOL, evaluate_classes
+from wegeft_cli.checkpoints.files import write_text_atomic
+from wegeft_cli.data.templates import TEMPLATES
+from wegeft_cli.errors import MachineError, UserError, raise_all
+from wegeft_cli.evaluation.groups import expand_groups, group_means
+from wegeft_cli.evaluation.scoring import TaskScore, names_tasks, result_dict
+from wegeft_cli.recipe.schema import EvalSection, Recipe
+from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
+from wegeft_cli.workflows.class_scores import evaluate_classifier
+from wegeft_cli.workflows.compare import compare_scores
+from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
+from wegeft_cli.workflows.kinds import list_tasks, read_task
 from wegeft_cli.workflows.open_classifier import is_classifier
+from wegeft_cli.workflows.public_files import write_public_files
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
-from wegeft_cli.workflows.target import find_target, open_target
-from wegeft_cli.workflows.tasks import Job, choose_protocol
+from wegeft_cli.workflows.score_files import (
+    beside,
+    check_outputs,
+    choose_samples_path,
+    choose_scores_path,
+    write_line,
+)
+from wegeft_cli.workflows.share import Share, leave_group, this_share
+from wegeft_cli.workflows.target import (
+    NO_PRINTS,
+    OpenedTarget,
+    find_target,
+    fingerprint_target,
+    open_target,
+)
 
-_RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
-_SAMPLES_START = '{"model": "'
+__all__ = ["evaluate", "list_tasks", "read_jobs"]
+
+_LOGGED_VERSIONS = ("wegeft-cli", "torch", "transformers")
 
 
 def evaluate(
@@ -37,15 +57,18 @@ def evaluate(
     compare_base: bool = False,
     samples: Path | None = None,
     base: str | None = None,
+    backend: str = "transformers",
+    options: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Score a model on test sets by a named protocol.
 
-    What is left out is taken from the run's own recipe, where the target belongs to a run.
+    What is left out is taken from the run's own recipe, where the target belongs to a run. Answers
+    are kept as they come: the same call after a kill goes on where it was.
 
     Args:
         target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
-        tasks: Tasks by name.
+        tasks: Tasks and groups by name; of a classifier `test`, `validation` or both.
         protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with `<set>/test.json`; None reads the hub.
         limit: Only the first so many rows of each set.
@@ -55,10 +78,13 @@ def evaluate(
         compare_base: Score the base model as well.
         samples: Score the outputs in this file instead of a model's.
         base: The base's folder or hub id, where it is not as recorded.
+        backend: transformers, or vllm.
+        options: What only some tasks understand: allow_leaky, seed, ...
         reporter: Where words and progress go.
 
     Returns:
-        The JSON object of `wegeft eval`: results, base_results, samples_path, target, environment.
+        The JSON object of `wegeft eval`: results, base_results, groups, comparison, samples_path,
+        target, environment.
 
     Raises:
         UserError: If a task, a protocol, a test set, the target or the samples are at fault.
@@ -75,202 +101,245 @@ def evaluate(
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
     if output is not None:
-        _check_output(output)
-        _check_output(_beside(output), is_ours=_SAMPLES_START)
+        check_outputs(output)
+        if samples is not None and samples.resolve() == beside(output).resolve():
+            raise UserError(
+                f"the scored samples would replace {str(samples)!r}, out of which they come",
+                key="--output",
+                hint="give another name",
+            )
     names = list(tasks) or list(settings.tasks)
     if path is not None and is_classifier(path, recipe):
-        refuse_for_classes(protocol, max_new_tokens)
-        found, base_found, lines = evaluate_classes(
+        return evaluate_classifier(
             path,
             recipe,
             splits=names,
             data_dir=data_dir,
             limit=limit,
             batch_size=batch_size,
+            output=output,
             compare_base=compare_base,
             base=base,
+            foreign={
+                "protocol": protocol,
+                "max_new_tokens": max_new_tokens,
+                "backend": None if backend == "transformers" else backend,
+                **(options or {}),
+            },
             reporter=reporter,
         )
-        written = _samples_path(path, output, [row["task"] for row in found], PROTOCOL)
-        _write_lines(written, lines)
-        return _finish(path, found, base_found, written, output)
-    jobs = _read_tasks(names, settings, protocol, data_dir, limit)
+    given = {**(options or {}), "target": None if path is None else str(path)}
+    request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
+    jobs = read_jobs(names, request)
+    asked = [job.name for job in jobs]
+    share = Share()
+    base_scores: list[TaskScore] | None = None
+    base_results = None
     if samples is not None:
-        scores, base_scores = [_score_samples(samples, jobs)], None
+        scores = _score_samples(samples, jobs)
+        results = [{**result_dict(score), **NO_PRINTS} for score in scores]
     else:
         assert path is not None
-        sizes = (batch_size or settings.batch_size, max_new_tokens)
-        opened = open_target(path, recipe, base=base, warn=reporter.warn)
-        base_scores = None
+        share = this_share()
+        if share.index:
+            reporter = SilentReporter()
+        _tell_templates(recipe, jobs, reporter)
+        folder = _logs_of(choose_samples_path(path, output, asked, jobs[0].protocol_name))
+        asking = _Asking(jobs, batch_size or settings.batch_size, folder, share, reporter)
+        open_it = open_target if backend == "transformers" else _find_backend(backend)
+        opened = open_it(path, recipe, base=base, warn=reporter.warn)
         if compare_base:
+            before = replace(
+                opened.section, name_or_path=opened.base or opened.section.name_or_path
+            )
+            prints = fingerprint_target(before, None)
             with opened.base_alone() as (model, tokenizer):
-                base_scores = _score_model(model, tokenizer, jobs, sizes, "base", reporter)
-        scores = _score_model(opened.model, opened.tokenizer, jobs, sizes, opened.kind, reporter)
-    samples_path = samples
-    if samples is None:
-        names = [job.data.task.name for job in jobs]
-        samples_path = _samples_path(path, output, names, jobs[0].protocol.name)
-        _write_samples(samples_path, scores, base_scores)
-    assert samples_path is not None
-    base_rows = None if base_scores is None else [result_dict(score) for score in base_scores]
-    return _finish(path, [result_dict(score) for score in scores], base_rows, samples_path, output)
-
-
-def _finish(
-    path: str | Path | None,
-    results: list[dict[str, Any]],
-    base_results: list[dict[str, Any]] | None,
-    samples_path: Path,
-    output: Path | None,
-) -> dict[str, Any]:
-    """Give the command's JSON object, and write it where --output says."""
+                base_scores = asking.score(model, tokenizer, opened.write, "base", prints)
+            base_results = [{**result_dict(score), **prints} for score in base_scores]
+        prints = fingerprint_target(opened.section, opened.adapter_dir)
+        scores = asking.score(opened.model, opened.tokenizer, opened.write, opened.kind, prints)
+        results = [{**result_dict(score), **prints} for score in scores]
     result: dict[str, Any] = {"results": results}
-    if base_results is not None:
+    if base_scores is not None:
         result["base_results"] = base_results
+        result["comparison"] = [
+            None
+            if None in (before.num_correct, after.num_correct)
+            else compare_scores(before.task, before.protocol, before.samples, after.samples)
+            for before, after in zip(base_scores, scores, strict=True)
+        ]
+    if groups := group_means(names, {score.task: score.score for score in scores}):
+        result["groups"] = groups
+    if base_scores is not None and groups:
+        means = group_means(names, {score.task: score.score for score in base_scores})
+        result["base_groups"] = means
+    samples_path = choose_samples_path(path, output, asked, jobs[0].protocol_name)
+    is_written = samples is None or output is not None
     result |= {
-        "samples_path": str(samples_path),
+        "samples_path": str(samples_path if is_written else samples),
+        **({} if samples is None else {"scored_from": str(samples)}),
         "target": None if path is None else str(path),
         **describe_environment(),
     }
-    if output is not None:
-        write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if share.index == 0:
+        if is_written:
+            _write_samples(samples_path, scores, base_scores)
+        write_public_files(result, samples_path, scores, base_scores)
+        if output is None and samples is None:
+            # Where the card of a merge or an export finds it.
+            output = choose_scores_path(samples_path)
+        if output is not None:
+            write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        if samples is None:
+            drop_logs(_logs_of(samples_path))
+    leave_group(share)
     return result
 
 
-def list_tasks() -> dict[str, Any]:
-    """Give the tasks and protocols as the JSON object of `wegeft eval --list`."""
-    return {
-        "tasks": [
-            {"name": task.name, "file": f"{task.folder}/test.json", "kind": task.kind}
-            for task in TASKS.values()
-        ],
-        "protocols": [
-            {"name": protocol.name, "description": protocol.description}
-            for protocol in PROTOCOLS.values()
-        ],
-    }
-
-
-def _beside(output: Path) -> Path:
-    """Give the samples file that goes with a result file."""
-    return output.with_name(f"{output.stem}-samples.jsonl")
-
-
-def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
-    """Find out before the work begins that --output cannot be written or would replace a file."""
-    place = output.parent
-    while not place.exists():
-        place = place.parent
-    if output.is_dir() or not place.is_dir():
-        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
+def _find_backend(name: str) -> Callable[..., OpenedTarget]:
+    """Give what opens a target in another engine than transformers."""
+    if name != "vllm":
         raise UserError(
-            what, file=str(output), key="--output", hint="give a file such as scores.json"
+            f"no backend is called {name!r}", key="--backend", hint="give transformers or vllm"
         )
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = output.read_text(encoding="utf-8", errors="replace")
-    if text and not text.startswith(is_ours):
-        raise UserError(
-            "this file is no earlier result, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name",
-        )
+    from wegeft_cli.workflows.vllm_target import open_in_vllm
+
+    return open_in_vllm
 
 
-def _read_tasks(
-    names: Sequence[str],
-    settings: EvalSection,
-    protocol: str | None,
-    data_dir: Path | None,
-    limit: int | None,
-) -> list[Job]:
+def _logs_of(samples_path: Path) -> Path:
+    """Give the folder that keeps answers until the samples file is written."""
+    return samples_path.with_suffix(".partial")
+
+
+def read_jobs(names: Sequence[str], request: TaskRequest) -> list[EvalJob]:
     """Read every test set before any model is loaded.
 
-    What was typed wins. The recipe's own settings hold for the tasks that it names; for others its
-    data folder holds where it has the set, and its protocol where that scores the task.
+    Args:
+        names: Tasks and groups, as typed.
+        request: How they are asked for; its name is replaced by each of them.
+
+    Returns:
+        A job of each, once.
+
+    Raises:
+        UserError: If none is named, or one is unknown, missing or damaged.
+        ExceptionGroup: If there are several such faults.
     """
     if not names:
         raise UserError(
             "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
         )
-    jobs = []
-    for name in dict.fromkeys(names):
-        task = find_task(name)
-        is_named = task in [find_task(own) for own in settings.tasks]
-        chosen = find_protocol(protocol or choose_protocol(task, settings.protocol), task)
-        folder = data_dir
-        if folder is None and settings.data_dir is not None:
-            own_folder = Path(settings.data_dir)
-            folder = own_folder if is_named or _has_set(own_folder, task) else None
-        rows = limit or (settings.limit if is_named else None)
-        length = settings.max_new_tokens if is_named else None
-        jobs.append(Job(load_task_data(task, data_dir=folder, limit=rows), chosen, length))
-    return jobs
+    jobs: dict[tuple[str, str], EvalJob] = {}
+    faults: list[UserError] = []
+    for name in expand_groups(names):
+        try:
+            job = read_task(replace(request, name=name))
+            jobs.setdefault((job.name, job.protocol_name), job)
+        except UserError as fault:
+            faults.append(fault)
+        except ExceptionGroup as group:
+            mine, others = group.split(UserError)
+            if mine is None or others is not None:
+                raise
+            faults.extend(fault for fault in mine.exceptions if isinstance(fault, UserError))
+    raise_all(faults)
+    return list(jobs.values())
 
 
-def _has_set(data_dir: Path, task: Task) -> bool:
-    return any((data_dir / name).is_dir() for name in (task.folder, task.name))
-
-
-def _score_samples(samples: Path, jobs: Sequence[Job]) -> TaskScore:
-    if len(jobs) != 1:
+def _score_samples(samples: Path, jobs: Sequence[EvalJob]) -> list[TaskScore]:
+    if len(jobs) != 1 and not names_tasks(samples):
         raise UserError(
-            f"got {len(jobs)} tasks; a samples file answers one",
+            f"got {len(jobs)} tasks; a samples file answers one, unless every line has its `task`",
             key="--samples",
             hint="name one --task",
         )
-    job = jobs[0]
-    return score_outputs(job.protocol, job.data, read_samples(samples, job.data))
+    return [job.score_samples(samples) for job in jobs]
 
 
-def _score_model(
-    model: Any,
-    tokenizer: Any,
-    jobs: Sequence[Job],
-    sizes: tuple[int, int | None],
-    title: str,
-    reporter: Reporter,
-) -> list[TaskScore]:
-    import torch
-
-    from wegeft_cli.evaluation.run import evaluate_task
-
-    batch_size, max_new_tokens = sizes
-    scores = []
+def _tell_templates(recipe: Recipe | None, jobs: Sequence[EvalJob], reporter: Reporter) -> None:
+    """Warn where a run was trained in another prompt than it is going to be asked in."""
+    if recipe is None or recipe.data.template not in TEMPLATES:
+        return
     for job in jobs:
-        with reporter.progress(f"{title}: {job.data.task.name}", len(job.data.rows)) as advance:
+        asked_in = getattr(job, "template", None)
+        if asked_in not in (None, recipe.data.template):
+            reporter.warn(
+                f"{job.name}: `{job.protocol_name}` asks in the template `{asked_in}`, but the run "
+                f"was trained in `{recipe.data.template}`"
+            )
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Everything that base and target are asked alike with."""
+
+    jobs: Sequence[EvalJob]
+    batch_size: int
+    logs: Path
+    share: Share
+    reporter: Reporter
+
+    def score(
+        self,
+        model: Any,
+        tokenizer: Any,
+        write: Callable[..., Any] | None,
+        title: str,
+        prints: Mapping[str, str | None],
+    ) -> list[TaskScore]:
+        """Score one model in every job."""
+        versions = describe_environment()["versions"]
+        depends = {
+            **prints,
+            "versions": {name: versions.get(name) for name in _LOGGED_VERSIONS},
+            "dtype": str(getattr(model, "dtype", None)),
+            "engine": None if write is None else write.__module__,
+        }
+        return [
+            self._score(job, model, tokenizer, write, title, {**depends, **job.key()})
+            for job in self.jobs
+        ]
+
+    def _score(
+        self,
+        job: EvalJob,
+        model: Any,
+        tokenizer: Any,
+        write: Callable[..., Any] | None,
+        title: str,
+        key: Mapping[str, Any],
+    ) -> TaskScore:
+        import torch
+
+        log = AnswerLog(self.logs, key, self.share.index)
+        num_known = self.share.agree(len(log.read()))
+        if num_known:
+            self.reporter.note(
+                f"{job.name}: going on after {num_known} of {job.num_rows} answers ({log.folder})"
+            )
+        with self.reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
+            asked = Asked(
+                self.batch_size,
+                on_progress=lambda done, total: advance(done),
+                warn=self.reporter.warn,
+                log=log,
+                share=self.share,
+                write=write,
+                title=title,
+            )
             try:
-                score = evaluate_task(
-                    model,
-                    tokenizer,
-                    job.data,
-                    job.protocol,
-                    batch_size=batch_size,
-                    max_new_tokens=max_new_tokens or job.max_new_tokens,
-                    on_progress=lambda done, total, advance=advance: advance(done),  # type: ignore[misc]
+                return job.run(model, tokenizer, asked)
+            except KeyboardInterrupt:
+                self.reporter.note(
+                    f"{job.name}: the answers so far are kept ({log.folder}): the same command "
+                    "goes on with them"
                 )
+                raise
             except torch.OutOfMemoryError as error:
                 raise MachineError(
                     "out of memory while generating", key="--batch-size", hint="lower it"
                 ) from error
-        scores.append(score)
-    return scores
-
-
-def _samples_path(
-    path: str | Path | None, output: Path | None, names: Sequence[str], protocol: str
-) -> Path:
-    """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
-    if output is not None:
-        return _beside(output)
-    name = "-".join([*names, protocol])
-    folder = Path(path) if path is not None else Path("runs")
-    for candidate in (folder, folder.parent):
-        if (candidate / "run.json").is_file():
-            return candidate / "eval" / f"{folder.name}-{name}-samples.jsonl"
-    return Path("runs") / "eval" / f"{folder.name}-{name}-samples.jsonl"
 
 
 def _write_samples(
@@ -278,31 +347,9 @@ def _write_samples(
 ) -> None:
     """Write one line per answer: which model, task and protocol, and all that was read of it."""
     lines = [
-        {"model": model, "task": score.task, "protocol": score.protocol, **sample}
+        write_line({"model": model, "task": score.task, "protocol": score.protocol, **sample})
         for model, group in (("base", base_scores or ()), ("target", scores))
         for score in group
         for sample in score.samples
     ]
-    _write_lines(path, lines)
-
-
-def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    texts = (json.dumps(line, ensure_ascii=False) for line in lines)
-    write_text_atomic(path, "".join(text + "\n" for text in texts))
-
-
-def refuse_for_classes(protocol: str | None, max_new_tokens: int | None) -> None:
-    """Refuse options that have no meaning for a classifier.
-
-    Args:
-        protocol: `--protocol`.
-        max_new_tokens: `--max-new-tokens`.
-
-    Raises:
-        UserError: If one is given.
-    """
-    for key, value in (("--protocol", protocol), ("--max-new-tokens", max_new_tokens)):
-        if value is not None:
-            raise UserError(
-                f"{value!r} is for language models; this is a classifier", key=key, hint="remove it"
-            )
+    write_text_atomic(path, "".join(lines))

@@ -11,6 +11,7 @@ from wegeft_cli.checkpoints.inplace import InplaceManifest, save_inplace_files
 from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import get_generators
+from wegeft_cli.interop.quantise import find_kind
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
@@ -62,7 +63,21 @@ def write_adapter(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-    card = write_card(recipe, result.num_steps, result.final_loss, adapter_step=step)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    num_learned = sum(sizes[name] for name in learned)
+    num_base = sum(sizes.values())
+    if recipe.adapter.type not in INPLACE_TYPES:
+        # What replaces a module of the base stands beside it in the model, as the generators do.
+        num_base -= num_learned
+    card = write_card(
+        recipe,
+        result.num_steps,
+        result.final_loss,
+        adapter_step=step,
+        parameters=(num_learned, num_base),
+        validation=result.validation,
+    )
     more = {} if head is None else {HEAD_NAME: describe_head(head, recipe)}
     if recipe.adapter.type in INPLACE_TYPES:
         manifest = InplaceManifest(
@@ -73,12 +88,12 @@ def write_adapter(
             base_fingerprint=fingerprint,
             wegeft_version=VERSION,
         )
-        learned = {
+        trained = {
             name: parameter.detach().cpu()
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad
+            if name in learned
         }
-        save_inplace_files(folder.adapter_dir, manifest, learned, card=card, more=more)
+        save_inplace_files(folder.adapter_dir, manifest, trained, card=card, more=more)
         return step
     if get_generators(model) is not None:
         asked = recipe.adapter.target_modules
@@ -91,6 +106,7 @@ def write_adapter(
             target_modules=asked if isinstance(asked, str) else tuple(asked),
             init_from=recipe.adapter.init_from,
             task_type=TASK_TYPES[recipe.task],
+            base_quantization=find_kind(model),
             card=card,
             more_files=more,
         )

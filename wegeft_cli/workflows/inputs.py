@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from wegeft_cli.data.pipeline import build_datasets
 from wegeft_cli.data.report import DataReport
 from wegeft_cli.interop.liger import check_liger
+from wegeft_cli.interop.quantise import check_quantization
 from wegeft_cli.interop.trackers import check_trackers
 from wegeft_cli.models.base import load_tokenizer, pad_token_id
 from wegeft_cli.models.heads import HeadSpec
@@ -21,6 +22,7 @@ from wegeft_cli.training.source import StepSource
 from wegeft_cli.workflows.batches import build_source
 from wegeft_cli.workflows.class_data import ClassReport
 from wegeft_cli.workflows.init_from import check_init_from
+from wegeft_cli.workflows.load import name_quantization
 from wegeft_cli.workflows.memory import (
     count_checkpoint_bytes,
     estimate_memory,
@@ -124,6 +126,9 @@ def read_inputs(
     config, skeleton = build_skeleton(recipe.model)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
+    quantization = name_quantization(recipe.model)
+    if quantization is not None:
+        check_quantization(quantization)
     if not resuming:
         check_init_from(recipe.adapter, skeleton, recipe_dir)
     groups = plan_groups(skeleton, recipe.adapter)

@@ -20,6 +20,8 @@ from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, MachineError, UserErr
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+    from wegeft_cli.recipe.schema import TrainSection
+
 LOST_PEER = "another process of this run has ended or does not answer"
 """What a process says that fails only because another one did."""
 
@@ -80,6 +82,23 @@ def is_in_group(environment: Mapping[str, str] | None = None) -> bool:
     """
     environment = os.environ if environment is None else environment
     return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def num_sharing(train: TrainSection) -> int:
+    """Count the processes that share one copy of the base, by the group this process is in.
+
+    Args:
+        train: The recipe's `train`.
+
+    Returns:
+        1 where each has its own, or there is one process.
+    """
+    many = int(os.environ.get("WORLD_SIZE", "1"))
+    if train.strategy == "replicated" or many == 1:
+        return 1
+    if train.strategy == "fsdp2":
+        return many
+    return train.fsdp_size or int(os.environ.get("LOCAL_WORLD_SIZE", str(many)))
 
 
 def join_slurm(environment: MutableMapping[str, str] | None = None) -> bool:

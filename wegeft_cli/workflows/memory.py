@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.recipe.schema import Recipe, TrainSection
+from wegeft_cli.workflows.launch import num_sharing
 from wegeft_cli.workflows.rehearsal import BatchShape, find_dtype, rehearse_step
 
 GIB = 2**30
@@ -24,6 +25,10 @@ _RUNTIME_BYTES = 0.54 * GIB
 # leave holes that the next ones do not fill. Measured (docs/benchmarks.md): 0.3 to 0.7 in float32,
 # the more the lengths of the batches differ; 0.2 to 0.4 in 16 bits; 0.3 to 0.4 with recomputation.
 _HEAP_SHARE, _HEAP_SHARE_16_BITS, _HEAP_SHARE_RECOMPUTED = 0.5, 0.3, 0.35
+# nf4 with double quantisation: half a byte, a scale of a byte for each 64 weights, and one of four
+# for each 256 of those; in 8 bits a scale of four bytes for each row, of hundreds of weights.
+_BYTES_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+_BYTES_8_BITS = 1.0
 # A token's id and its label mask, and the text that it was.
 _TOKEN_BYTES = 10
 
@@ -85,7 +90,7 @@ def estimate_memory(
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     known = {
         "runtime": 0.0 if on_gpu else _RUNTIME_BYTES + _TOKEN_BYTES * num_tokens,
-        "base_weights": float(num_frozen * dtype.itemsize),
+        "base_weights": count_base_bytes(recipe, model, dtype),
         "factors": _count_bytes(learned),
         "gradients": _count_bytes(learned),
         "optimizer": count_optimizer_bytes(recipe.train, learned),
@@ -110,6 +115,33 @@ def estimate_memory(
     known["loading"] = max(0.0, loading - math.fsum(known.values()))
     gib = {name: value / GIB for name, value in known.items()}
     return {**gib, "total": math.fsum(gib.values())}, None
+
+
+def count_base_bytes(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> float:
+    """Count the bytes of the frozen base on one process, quantised and shared as the recipe says.
+
+    Args:
+        recipe: The recipe.
+        model: The model without weights.
+        dtype: Type of the weights that are not quantised.
+
+    Returns:
+        Bytes.
+    """
+    frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
+    num_all, num_quantised = sum(frozen.values()), 0
+    section = recipe.model
+    if section.load_in_4bit or section.load_in_8bit:
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        num_quantised = sum(
+            frozen.get(id(module.weight), 0)
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and module is not head
+        )
+    bytes_each = _BYTES_4_BITS if section.load_in_4bit else _BYTES_8_BITS
+    total = (num_all - num_quantised) * dtype.itemsize + num_quantised * bytes_each
+    return float(total / num_sharing(recipe.train))
 
 
 def list_learned(model: nn.Module) -> list[Tensor]:

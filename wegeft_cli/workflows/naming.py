@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -142,6 +143,32 @@ def find_saved(
         tensors |= {f"{name}.{part}": tensor for part, tensor in found.items()}
     raise_all(faults)
     return names, tensors
+
+
+def name_as_in_model(model: nn.Module, files: AdapterFiles, adapter_dir: Path) -> AdapterFiles:
+    """Give an adapter's files with the model's names of the layers, and the shapes checked.
+
+    Args:
+        model: The base model.
+        files: The adapter.
+        adapter_dir: Its folder, for the messages.
+
+    Returns:
+        The same adapter.
+
+    Raises:
+        UserError: If the model lacks a layer or a module of the adapter, or one is another.
+        ExceptionGroup: If several modules are.
+    """
+    find_members(model, files, adapter_dir)
+    linears = find_linears(model)
+    modules = {
+        find_module_name(model, name, linears) or name: entries
+        for name, entries in files.manifest.modules.items()
+    }
+    names, tensors = find_saved(model, files, adapter_dir)
+    manifest = replace(files.manifest, modules=modules, modules_to_save=tuple(names))
+    return AdapterFiles(manifest, files.factors, tensors)
 
 
 def _prefix(model: nn.Module) -> str:

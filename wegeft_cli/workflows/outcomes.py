@@ -78,7 +78,7 @@ class SweepRow:
 
 def is_finished(run_dir: Path) -> bool:
     """Tell whether a run has come to its end and has its adapter."""
-    status = _read_json(run_dir / "run.json").get("status")
+    status = read_json(run_dir / "run.json").get("status")
     return status == "finished" and (run_dir / "adapter").is_dir()
 
 
@@ -94,12 +94,12 @@ def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None
     Returns:
         The run with its figures; none are made up where its folder holds none.
     """
-    lines = list(_read_lines(before.run_dir / "metrics.jsonl"))
+    lines = list(read_lines(before.run_dir / "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line]
     validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     figures: dict[str, Any] = {}
     if steps:
-        run = _read_json(before.run_dir / "run.json")
+        run = read_json(before.run_dir / "run.json")
         figures[FINAL_LOSS] = run.get(FINAL_LOSS) if status == "finished" else steps[-1]["loss"]
     watched = [line[metric] for line in validations if _is_number(line.get(metric))]
     if watched:
@@ -190,14 +190,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object; an empty one where there is none to read."""
     try:
         return _parse(path.read_bytes())
     except OSError:
         return {}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the JSON objects of a file's lines; lines that hold none are passed over."""
     try:
         with path.open("rb") as file:
             yield from (values for line in file if (values := _parse(line)))
@@ -208,6 +210,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

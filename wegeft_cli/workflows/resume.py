@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.checkpoints.strict_json import parse_json
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Recipe
@@ -16,7 +17,10 @@ from wegeft_cli.workflows.paths import keep_recipe
 _PROLONGING = ("train.num_train_epochs", "train.max_steps")
 _TELLING = (
     "data.cache_dir",
+    "train.check_steps",
     "train.ddp_timeout",
+    "train.fsdp_size",
+    "train.strategy",
     "train.logging_steps",
     "train.max_skipped_steps",
     "train.eval_steps",
@@ -29,13 +33,25 @@ _TELLING = (
 )
 
 
-def check_same_recipe(saved_path: Path, recipe: Recipe, *, is_finished: bool = False) -> None:
-    """Refuse to go on with a run under another recipe.
+# Their product with the number of processes is a step's rows: that may not change.
+_DIVIDING = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+
+
+def check_same_recipe(
+    saved_path: Path,
+    recipe: Recipe,
+    *,
+    is_finished: bool = False,
+    num_processes: int | None = None,
+) -> None:
+    """Refuse to go on with a run under another recipe, or with steps of another number of rows.
 
     Args:
         saved_path: The run's own `recipe.yaml`; a folder without one has nothing to go on from.
         recipe: The recipe given now, as a run keeps it.
         is_finished: The run is not to go on but to count as done: its length may not change either.
+        num_processes: How many the run is to go on with. The rows of a step may then be divided
+            otherwise among processes and forward passes, if they are as many as before.
 
     Raises:
         UserError: If keys differ that may not change; each is listed with both values.
@@ -48,9 +64,13 @@ def check_same_recipe(saved_path: Path, recipe: Recipe, *, is_finished: bool = F
         *_TELLING,
         *(() if watches_task else ("eval",)),
         *(() if is_finished else _PROLONGING),
+        *(() if num_processes is None else _DIVIDING),
     )
     # Earlier versions kept paths as they were typed.
-    before = dict(flatten(asdict(keep_recipe(load_recipe(saved_path)))))
+    saved = keep_recipe(load_recipe(saved_path))
+    if num_processes is not None:
+        _check_same_rows(saved_path, saved, recipe, num_processes)
+    before = dict(flatten(asdict(saved)))
     after = dict(flatten(asdict(recipe)))
     changed = [
         f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
@@ -63,6 +83,35 @@ def check_same_recipe(saved_path: Path, recipe: Recipe, *, is_finished: bool = F
             file=str(saved_path),
             hint="resume with the run's own recipe.yaml, or choose another output_dir",
         )
+
+
+def _check_same_rows(saved_path: Path, saved: Recipe, recipe: Recipe, num_processes: int) -> None:
+    """Refuse steps of another number of rows: they would stand at another place in the data."""
+    path = saved_path.with_name("run.json")
+    told = parse_json(path.read_bytes(), file=str(path)) if path.is_file() else {}
+    earlier = told.get("num_processes") if isinstance(told, dict) else None
+    if not isinstance(earlier, int):
+        return
+    before, now = _rows_of(saved) * earlier, _rows_of(recipe) * num_processes
+    if before == now:
+        return
+    per_device = recipe.train.per_device_train_batch_size
+    passes, rest = divmod(before, per_device * num_processes)
+    raise UserError(
+        f"the run's steps have {before} rows, on {earlier} processes; on {num_processes} processes "
+        f"this recipe gives them {now}",
+        file=str(path),
+        key="train.gradient_accumulation_steps",
+        hint=f"go on with train.gradient_accumulation_steps={passes}"
+        if not rest
+        else "go on with as many processes as before, or set train.per_device_train_batch_size and "
+        f"train.gradient_accumulation_steps so that their product with {num_processes} is {before}",
+    )
+
+
+def _rows_of(recipe: Recipe) -> int:
+    train = recipe.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
 
 def _watches(recipe: Recipe) -> bool:

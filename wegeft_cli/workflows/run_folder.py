@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.adapter import find_newest_run
-from wegeft_cli.checkpoints.files import disk_errors, remove_leftover_files, write_text_atomic
+from wegeft_cli.checkpoints.files import (
+    disk_errors,
+    remove_leftover_files,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from wegeft_cli.checkpoints.json_values import to_finite
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
@@ -22,7 +27,11 @@ from wegeft_cli.version import VERSION
 _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
+SCORES_END = "-scores.json"
+"""How the results of `wegeft eval` are called that lie in a run's folder, under eval/."""
 _FILES = ("recipe.yaml", "run.json", METRICS_NAME, SAMPLES_NAME)
+# What a damaged line of JSON, or one of another kind, raises where it is read.
+_DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "peft")
 
 
@@ -102,7 +111,7 @@ class RunFolder:
         """Give the status in run.json; None where there is no readable one."""
         try:
             values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return values.get("status") if isinstance(values, dict) else None
 
@@ -111,7 +120,7 @@ class RunFolder:
         path = self.path / "run.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             values = {}
         self._values = values if isinstance(values, dict) else {}
         return self._values
@@ -135,24 +144,28 @@ class RunFolder:
         """
         for name in (METRICS_NAME, SAMPLES_NAME):
             path = self.path / name
-            kept: list[str] = []
+            kept: list[bytes] = []
             if step and path.is_file():
                 with disk_errors(path, "read"):
-                    lines = path.read_text(encoding="utf-8").split("\n")
+                    lines = path.read_bytes().split(b"\n")
                 kept = [line for line in lines if _is_kept(line, step, redo_validation)]
             if name == METRICS_NAME or path.is_file():
-                write_text_atomic(path, "".join(line + "\n" for line in kept))
+                write_bytes_atomic(path, b"".join(line + b"\n" for line in kept))
 
     def read_validation(self) -> dict[int, dict[str, float]]:
         """Give the validations in metrics.jsonl: step -> metrics."""
         path = self.path / METRICS_NAME
+        found: dict[int, dict[str, float]] = {}
         with disk_errors(path, "read"):
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {
-            line["step"]: {key: value for key, value in line.items() if key != "step"}
-            for line in lines
-            if "loss" not in line
-        }
+            lines = path.read_bytes().split(b"\n")
+        for line in lines:
+            try:
+                values = json.loads(line)
+                if "loss" not in values:
+                    found[int(values.pop("step"))] = values
+            except _DAMAGES:
+                continue  # what cannot be read must not cost the run its end
+        return found
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -245,11 +258,11 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _is_kept(line: str, step: int, redo_validation: bool) -> bool:
+def _is_kept(line: bytes, step: int, redo_validation: bool) -> bool:
     try:
         values = json.loads(line)
         its_step = float(values["step"])
-    except (ValueError, KeyError, TypeError):
+    except _DAMAGES:
         return False  # a line cut off by a kill
     is_of_validation = "loss" not in values
     return its_step < step or (its_step == step and not (redo_validation and is_of_validation))

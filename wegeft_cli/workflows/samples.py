@@ -12,6 +12,7 @@ from wegeft_cli.data.templates import AUTO, TEMPLATES
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.generate import generate_texts
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.rounds import is_sharded
 
 _MAX_NEW_TOKENS = 128
 """Longest answer where `eval.max_new_tokens` does not say."""
@@ -93,6 +94,8 @@ def answer_prompts(
 ) -> list[tuple[str, str]]:
     """Let the model answer, greedily, in the first process; the others wait for it.
 
+    Where the base is shared they answer too, since each pass is all processes'.
+
     Args:
         model: The model on its device.
         tokenizer: Its tokenizer.
@@ -104,10 +107,11 @@ def answer_prompts(
         (prompt as in the recipe, answer) of each; nothing in the other processes.
     """
     answers: list[str] = []
+    shares_base = is_sharded(model)
     for start in range(0, len(asked.texts), asked.batch_size):
         if start:
             check_stop()
-        if is_main:
+        if is_main or shares_base:
             answers += generate_texts(
                 model,
                 tokenizer,

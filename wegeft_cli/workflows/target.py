@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.checkpoints.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.checkpoints.adapter import (
+    read_adapter_type,
+    read_quantization,
+    resolve_adapter_dir,
+)
+from wegeft_cli.checkpoints.files import hash_bytes
 from wegeft_cli.checkpoints.inplace import INPLACE_TYPE
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import UserError
@@ -17,6 +23,9 @@ from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.run_folder import find_run
+
+NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
+"""The fingerprints where no model was asked."""
 
 
 @dataclass
@@ -29,7 +38,9 @@ class OpenedTarget:
         tokenizer: Its tokenizer.
         base: Where the base alone lies, for a model that is no adapter, or whose adapter took the
             place of its own weights; None if unknown, or not needed.
-        section: How such a model was loaded; its base is loaded likewise.
+        section: How the model (of an adapter its base) was loaded.
+        adapter_dir: The adapter's folder, if it is one.
+        write: Writes texts in another engine, as `generate_texts`; None asks the model.
     """
 
     kind: str
@@ -37,6 +48,8 @@ class OpenedTarget:
     tokenizer: Any
     base: str | None = None
     section: ModelSection = field(default_factory=ModelSection)
+    adapter_dir: Path | None = None
+    write: Callable[..., Any] | None = None
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
@@ -76,19 +89,16 @@ def open_target(
     Raises:
         UserError: If the target is none of these, is damaged, or its base is another one.
     """
-    folder = Path(path)
-    section = recipe.model if recipe is not None else ModelSection()
-    if (folder / "config.json").is_file() or not folder.exists():
-        section = replace(section, name_or_path=str(path), revision=None)
+    section, adapter_dir, kind = resolve_target(path, recipe, base=base)
+    if section.trust_remote_code:
+        # The run may have come from somebody else, and its recipe with it.
+        warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
+    if adapter_dir is None:
         model, tokenizer = _load(section)
-        return OpenedTarget("model", model, tokenizer, base or _read_provenance(folder), section)
+        before = base or _read_provenance(Path(path))
+        return OpenedTarget("model", model, tokenizer, before, section)
     from wegeft_cli.workflows.adapters import tell_base
 
-    adapter_dir = resolve_adapter_dir(folder)
-    kind, recorded_base, revision = read_adapter_type(adapter_dir)
-    section = replace(
-        section, name_or_path=base or recorded_base, revision=None if base else revision
-    )
     with tell_base(base, adapter_dir):
         model, tokenizer = _load(section)
     if kind == PEFT_TYPE:
@@ -102,12 +112,83 @@ def open_target(
         from wegeft_cli.workflows.open_classifier import put_adapter
 
         model = put_adapter(model, adapter_dir, section, warn=warn).eval()
-        return OpenedTarget("adapter", model, tokenizer, section.name_or_path, section)
+        own = section.name_or_path
+        return OpenedTarget("adapter", model, tokenizer, own, section, adapter_dir)
     else:
         from wegeft_cli.interop.baselines import load_peft
 
         model = load_peft(model, adapter_dir)
-    return OpenedTarget("adapter", model, tokenizer)
+    return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)
+
+
+def resolve_target(
+    path: str | Path, recipe: Recipe | None, *, base: str | None
+) -> tuple[ModelSection, Path | None, str | None]:
+    """Find out what a target is, without loading it.
+
+    Args:
+        path: An adapter, run or model folder, or a hub id.
+        recipe: The run's recipe, where the target belongs to a run.
+        base: The base's folder or hub id, where it is not as recorded.
+
+    Returns:
+        How the model, or the adapter's base, is to be loaded; the adapter's folder and its
+        `peft_type`, both None for a model.
+
+    Raises:
+        UserError: If the target is none of these, or is damaged.
+    """
+    from wegeft_cli.workflows.load import quantise_as
+
+    folder = Path(path)
+    section = recipe.model if recipe is not None else ModelSection()
+    if (folder / "config.json").is_file() or not folder.exists():
+        # A merged model is dense, whatever its run's base was while it learned.
+        dense = quantise_as(section, None)
+        return replace(dense, name_or_path=str(path), revision=None), None, None
+    adapter_dir = resolve_adapter_dir(folder)
+    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+    section = replace(
+        section, name_or_path=base or recorded_base, revision=None if base else revision
+    )
+    if kind == PEFT_TYPE:
+        section = quantise_as(section, read_quantization(adapter_dir))
+    return section, adapter_dir, kind
+
+
+def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[str, str | None]:
+    """Hash what was scored.
+
+    Args:
+        section: The model, or the adapter's base.
+        adapter_dir: The adapter's folder; None for a model.
+
+    Returns:
+        base_fingerprint (as adapters record it; null where there are no safetensors) and
+        adapter_fingerprint (over the adapter's config and tensors; null for a model).
+    """
+    from wegeft_cli.checkpoints.adapter import CONFIG_NAME
+    from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+    from wegeft_cli.models.base import find_base_folder
+
+    prints = dict(NO_PRINTS)
+    if adapter_dir is not None:
+        config = (adapter_dir / CONFIG_NAME).read_bytes()
+        weights = fingerprint_base(adapter_dir) or _hash_files(adapter_dir.glob("*.bin"))
+        digest = hashlib.sha256(config + str(weights).encode())
+        prints["adapter_fingerprint"] = f"sha256:{digest.hexdigest()}"
+    folder = find_base_folder(section.name_or_path, section.revision)
+    file = Path(section.name_or_path).expanduser()
+    if folder is not None:
+        prints["base_fingerprint"] = fingerprint_base(folder)
+    elif file.is_file():
+        prints["base_fingerprint"] = _hash_files([file])
+    return prints
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digests = "".join(hash_bytes(path) for path in sorted(paths))
+    return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
 
 
 def find_target(target: str | Path | None) -> str | Path:
@@ -139,21 +220,15 @@ def find_target(target: str | Path | None) -> str | Path:
 def _load(section: ModelSection) -> tuple[Any, Any]:
     from accelerate import PartialState
 
-    from wegeft_cli.models.base import load_model, load_tokenizer
+    from wegeft_cli.models.base import load_tokenizer
+    from wegeft_cli.workflows.load import load_base
 
     tokenizer = load_tokenizer(
         section.name_or_path,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
-    model = load_model(
-        section.name_or_path,
-        revision=section.revision,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-    )
-    return model.to(PartialState().device), tokenizer
+    return load_base(section).to(PartialState().device), tokenizer
 
 
 def _switched_off(model: Any) -> AbstractContextManager[Any]:
@@ -170,5 +245,5 @@ def _read_provenance(folder: Path) -> str | None:
     try:
         values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
         return str(values["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from wegeft_cli.evaluation.run import evaluate_task
+from wegeft_cli.training.rounds import is_sharded
 from wegeft_cli.workflows.tasks import Job
 
 
@@ -38,6 +39,7 @@ def score_tasks(
         `eval_<name>` -> share of rows answered rightly, 0 to 1; the same on all processes.
     """
     scores: dict[str, float] = {}
+    shares_base = is_sharded(model)
     for name, job in jobs.items():
         # The longest first, so that a batch too large for the memory fails at once, and dealt out
         # like cards: each process has as many rounds as the others.
@@ -50,16 +52,18 @@ def score_tasks(
             mine = rows[start : start + in_round][
                 accelerator.process_index :: accelerator.num_processes
             ]
-            if mine:
+            # Where the base is shared, a process without rows answers one for the others' sake.
+            asked = mine or (rows[start : start + 1] if shares_base else [])
+            if asked:
                 score = evaluate_task(
                     model,
                     tokenizer,
-                    replace(job.data, rows=mine),
+                    replace(job.data, rows=asked),
                     job.protocol,
                     batch_size=batch_size,
                     max_new_tokens=job.max_new_tokens,
                 )
-                num_correct += score.num_correct
+                num_correct += (score.num_correct or 0) if mine else 0
             on_progress(name, min(start + in_round, len(rows)), len(rows))
         if accelerator.num_processes > 1:
             total = torch.tensor(num_correct, device=accelerator.device)

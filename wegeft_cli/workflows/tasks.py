@@ -1,14 +1,18 @@
-"""Test sets with the protocol that scores them, read before any model is loaded."""
+"""Tasks whose answers are texts: a test set with the protocol that scores it, read ahead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.evaluation.groups import expand_groups
 from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
+from wegeft_cli.evaluation.scoring import TaskScore, read_samples, score_outputs
 from wegeft_cli.evaluation.tasks import TASKS, Task, TaskData, find_task, load_task_data
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema import EvalSection, Recipe
+from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,148 @@ class Job:
     data: TaskData
     protocol: EvalProtocol
     max_new_tokens: int | None = None
-    """From the recipe; None takes the protocol's."""
+    """Longest answer; None takes the protocol's."""
+    seed: int = 0
+    """Of the draws, where the protocol draws."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.data.task.name
+
+    @property
+    def protocol_name(self) -> str:
+        """The protocol's name."""
+        return self.protocol.name
+
+    @property
+    def template(self) -> str:
+        """The template that the protocol asks in."""
+        return self.protocol.template_name(self.data.task)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that will be asked."""
+        return len(self.data.rows)
+
+    def key(self) -> dict[str, Any]:
+        """All that the answers depend on besides the model."""
+        decoding = self.protocol.decoding(self.data.task)
+        return {
+            "task": self.name,
+            "protocol": self.protocol_name,
+            "template_hash": self.protocol.template_hash(self.data.task),
+            "data_sha256": self.data.sha256,
+            "decoding": decoding.settings(),
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
+        """Ask the model, this process its share of the rows, and score all answers."""
+        from wegeft_cli.evaluation.asking import (
+            Questions,
+            ask_questions,
+            score_written,
+            written_from_json,
+            written_to_json,
+        )
+        from wegeft_cli.evaluation.generate import generate_texts
+
+        questions = Questions.build(self.data, self.protocol, tokenizer, self.max_new_tokens)
+        questions = replace(questions, decoding=replace(questions.decoding, seed=self.seed))
+        if self.data.complaint is not None:
+            asked.warn(
+                f"{self.name}: {self.data.origin} is not the published set: {self.data.complaint}; "
+                "its score stands beside no published one"
+            )
+        log, share = asked.log, asked.share
+        # Agreed upon before anyone goes on: the shares must be shares of the same rows.
+        known = share.agree({} if log is None else log.read())
+        done = {
+            index: written_from_json(known[index]) for index in questions.prompts if index in known
+        }
+        # The longest first and then dealt out like cards: even shares, as one process would go.
+        left = sorted(
+            (index for index in questions.prompts if index not in done),
+            key=lambda index: (-len(questions.prompts[index]), index),
+        )
+        num_done = len(done)
+        written, settings = ask_questions(
+            model,
+            tokenizer,
+            questions,
+            batch_size=asked.batch_size,
+            indices=share.deal(left),
+            on_progress=lambda n, total: asked.on_progress(
+                min(num_done + n * share.count, self.num_rows), self.num_rows
+            ),
+            on_written=lambda answers: (
+                None
+                if log is None
+                else log.append({i: written_to_json(answer) for i, answer in answers.items()})
+            ),
+            write=asked.write or generate_texts,
+        )
+        answers = done | share.gather(written)
+        return score_written(questions, (answers, settings))
+
+    def score_samples(self, path: Path) -> TaskScore:
+        """Score outputs that somebody else produced."""
+        return score_outputs(self.protocol, self.data, read_samples(path, self.data, self.protocol))
 
 
 def choose_protocol(task: Task, from_recipe: str) -> str | None:
-    """Give the task's own protocol, else the recipe's where that scores it, else the default."""
-    if task.own_protocol is not None:
-        return task.own_protocol
+    """Give the recipe's protocol where that scores the task, else the task's own or default."""
     protocol = PROTOCOLS.get(from_recipe)
-    is_own_to_another = any(other.own_protocol == from_recipe for other in TASKS.values())
-    if protocol is not None and (task.kind not in protocol.rules or is_own_to_another):
+    if protocol is not None and not protocol.scores(task):
         return None
-    return from_recipe
+    # What a recipe says by default is not said of a set that is asked in its own way.
+    is_default = from_recipe == EvalSection().protocol
+    return None if is_default and task.default_protocol != from_recipe else from_recipe
+
+
+def read_text_task(request: TaskRequest) -> Job:
+    """Read a test set before any model is loaded.
+
+    What was typed wins. The recipe's own settings hold for the tasks that it names; for others its
+    data folder holds where it has the set, and its protocol where that scores the task.
+
+    Args:
+        request: The task.
+
+    Returns:
+        The set with its protocol.
+
+    Raises:
+        UserError: If a name is unknown, or the set is missing or damaged, or leaks and nobody said
+            that this is known.
+        ExceptionGroup: If there are several such faults.
+    """
+    settings = request.settings
+    task = find_task(request.name)
+    if task.leak is not None and not request.options.get("allow_leaky"):
+        raise UserError(
+            f"`{task.name}` leaks: {task.leak}",
+            key="task",
+            hint="--allow-leaky scores it all the same, and the result tells of the leak",
+        )
+    names = {name.lower() for name in expand_groups(settings.tasks)}
+    is_named = task.name in names or (task.part is None and task.folder.lower() in names)
+    chosen = find_protocol(request.protocol or choose_protocol(task, settings.protocol), task)
+    folder = request.data_dir
+    if folder is None and settings.data_dir is not None:
+        own_folder = Path(settings.data_dir).expanduser()
+        folder = own_folder if is_named or _has_set(own_folder, task) else None
+    rows = request.limit or (settings.limit if is_named else None)
+    length = request.max_new_tokens or (settings.max_new_tokens if is_named else None)
+    data = load_task_data(task, data_dir=folder, limit=rows)
+    chosen.check_data(data)
+    return Job(data, chosen, length, int(request.options.get("seed") or 0))
+
+
+def _has_set(data_dir: Path, task: Task) -> bool:
+    return any((data_dir / name).is_dir() for name in (task.folder, task.name))
 
 
 def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
@@ -55,9 +189,53 @@ def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
             task = find_task(name)
             protocol = find_protocol(choose_protocol(task, section.protocol), task)
             data = load_task_data(task, data_dir=data_dir, limit=section.limit)
+            protocol.check_data(data)
             jobs[name] = Job(data, protocol, section.max_new_tokens)
         except UserError as fault:
             fault.key = keys.get(fault.key or "", f"train.eval_tasks[{position}]")
             faults.append(fault)
     raise_all(faults)
     return jobs
+
+
+def _owns(name: str) -> bool:
+    names = {task.name for task in TASKS.values()} | {t.folder.lower() for t in TASKS.values()}
+    return name.lower() in names
+
+
+def _list_tasks() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": task.name,
+            "file": task.file,
+            "kind": task.kind,
+            "num_rows": task.num_published,
+            "protocols": [name for name, protocol in PROTOCOLS.items() if protocol.scores(task)],
+            "leak": task.leak,
+            "part": None if task.part is None else task.part.description,
+        }
+        for task in TASKS.values()
+    ]
+
+
+def _list_protocols() -> list[dict[str, Any]]:
+    return [
+        {"name": protocol.name, "description": protocol.description, "fixed": protocol.fixed}
+        for protocol in PROTOCOLS.values()
+    ]
+
+
+def _check(name: str, protocol: str, must_fit: bool) -> None:
+    task = find_task(name)
+    find_protocol(protocol if must_fit else choose_protocol(task, protocol), task)
+
+
+TEXT = TaskKind(
+    "text",
+    _owns,
+    read_text_task,
+    _list_tasks,
+    check=_check,
+    list_protocols=_list_protocols,
+)
+"""Answers in text, read by a protocol."""

@@ -30,7 +30,7 @@ from wegeft_cli.workflows.build import (
     build_learning,
     build_loss,
     build_model,
-    load_base,
+    finish_head,
     pad_as_tokenizer,
 )
 from wegeft_cli.workflows.class_inputs import read_class_inputs
@@ -38,10 +38,12 @@ from wegeft_cli.workflows.describe import describe_end, describe_settings, descr
 from wegeft_cli.workflows.finish import recall_adapter_step, recall_result, write_adapter
 from wegeft_cli.workflows.inputs import RunInputs, read_inputs
 from wegeft_cli.workflows.listen import RunListener
+from wegeft_cli.workflows.load import load_base
 from wegeft_cli.workflows.paths import keep_recipe
 from wegeft_cli.workflows.prepare import find_run_dir, tell_places
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import RunFolder
+from wegeft_cli.workflows.sharding import build_sharding, check_launcher
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,16 @@ def _train(
     reporter: Reporter,
 ) -> TrainResult:
     recipe = keep_recipe(loaded)
+    check_launcher()
     # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout))
     is_cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
+    sharding = build_sharding(recipe.train, accelerator)
     folder = RunFolder(find_run_dir(recipe))
     given = check_start(folder, recipe, resume, accelerator)
+    if resume is not None:  # before the first process writes what the others compare
+        accelerator.wait_for_everyone()
     read = read_inputs if recipe.task == "causal_lm" else read_class_inputs
     inputs = read(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
@@ -153,8 +159,11 @@ def _train(
             known = start.fingerprint or start.earlier.get("base_fingerprint")
             folder.update({"base_fingerprint": known})
         with _tracked(recipe, inputs, folder, start, accelerator, reporter) as trackers:
-            base = load_base(recipe, inputs.head)
-            if inputs.head is not None:
+            if inputs.head is None:
+                base = load_base(recipe.model, **sharding)
+            else:
+                base = load_base(recipe.model, head=inputs.head)
+                finish_head(base, inputs.head, recipe.adapter.modules_to_save, recipe.seed)
                 pad_as_tokenizer(base, inputs.tokenizer)
             if start.fingerprint is None:  # a hub's model is on this machine only now
                 note_base(start, recipe, folder, is_loaded=True)

@@ -11,12 +11,11 @@ from typing import Any
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.data.templates import check_template
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.evaluation.protocols import find_protocol
-from wegeft_cli.evaluation.tasks import find_task
+from wegeft_cli.evaluation.groups import expand_groups
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import load_sweep
-from wegeft_cli.workflows.tasks import choose_protocol
+from wegeft_cli.workflows.kinds import check_task, find_folder
 
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _HUB = "not found here; it would be taken from the hub, which is not asked"
@@ -96,20 +95,18 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
     except UserError as fault:
         yield _place(fault, "data.template", loaded)
     for position, name in enumerate(section.tasks):
-        key = f"eval.tasks[{position}]"
-        try:
-            task = find_task(name)
-            key = "eval.protocol"
-            find_protocol(section.protocol, task)
-        except UserError as fault:
-            yield _place(fault, key, loaded)
+        yield from _check_task(name, f"eval.tasks[{position}]", loaded, is_own=True)
     for position, name in enumerate(loaded.recipe.train.eval_tasks):
-        key = f"train.eval_tasks[{position}]"
-        try:
-            task = find_task(name)
-            find_protocol(choose_protocol(task, section.protocol), task)
-        except UserError as fault:
-            yield _place(fault, key, loaded)
+        yield from _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
+
+
+def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
+    """Tell of a task that does not exist, or that the recipe's protocol does not score."""
+    try:
+        for member in expand_groups([name]) if is_own else [name]:
+            check_task(member, loaded.recipe.eval.protocol, must_fit=is_own)
+    except UserError as fault:
+        yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)
 
 
 def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
@@ -140,8 +137,11 @@ def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
             else:
                 yield Input(key, source.path, True, f"at {local}")
     if recipe.eval.data_dir is not None:
-        for name in recipe.eval.tasks:
-            folder = Path(recipe.eval.data_dir).expanduser() / find_task(name).folder
+        for name in expand_groups(recipe.eval.tasks):
+            place_in = find_folder(name)
+            if place_in is None:
+                continue
+            folder = Path(recipe.eval.data_dir).expanduser() / place_in
             found = folder.is_dir()
             note = f"at {folder}" if found else _LATER
             yield Input("eval.data_dir", str(folder), found, note)

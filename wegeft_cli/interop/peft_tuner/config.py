@@ -25,7 +25,7 @@ _CHOICES = {
 }
 # How layers were looked for: superseded in the file by `modules`, the layers that were found.
 _SEARCH_KEYS = ("exclude_modules", "layers_to_transform", "layers_pattern", "groups")
-_OPTIONAL_KEYS = ("modules_to_save", "init_from", "auto_mapping")
+_OPTIONAL_KEYS = ("modules_to_save", "init_from", "base_quantization", "auto_mapping")
 _SCALE_TOLERANCE = 1e-6  # alpha / r as another program may have rounded it
 
 
@@ -56,6 +56,7 @@ class WegeftConfig(PeftConfig):
             it is given, as in every file, it says what is adapted and the search keys say nothing.
         base_fingerprint: Of the base's files; found out when saving where None.
         init_from: The adapter whose factors were the start, for the record.
+        base_quantization: How the base was quantised while training, for the record.
         wegeft_version: Version that wrote the file.
 
     Raises:
@@ -79,6 +80,7 @@ class WegeftConfig(PeftConfig):
     modules: dict[str, Any] | None = None
     base_fingerprint: str | None = None
     init_from: str | None = None
+    base_quantization: str | None = None
     wegeft_version: str = VERSION
 
     def __post_init__(self) -> None:

@@ -1,0 +1,47 @@
+"""`wegeft eval --num-processes`: the rows are shared, and come back in order."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from wegeft_cli.workflows.train import train
+
+TIMEOUT_SECONDS = 240
+
+
+def evaluate(run_dir, data_dir, output, *words):
+    command = [sys.executable, "-m", "wegeft_cli", "eval", str(run_dir), "--task", "boolq"]
+    command += ["--data-dir", str(data_dir), "--output", str(output), "--max-new-tokens", "5"]
+    return subprocess.run(
+        [*command, "--json", *words],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_shared_rows_are_all_rows_in_order(write_recipe, data_dir, tmp_path):
+    """Of an odd number, and of one row, which leaves a process without any."""
+    run_dir = train(write_recipe()).run_dir
+    told, samples = {}, {}
+    for num_processes, limit in ((1, 5), (2, 5), (2, 1)):
+        output = tmp_path / f"{num_processes}-{limit}.json"
+        words = [] if num_processes == 1 else ["--num-processes", str(num_processes)]
+        done = evaluate(run_dir, data_dir, output, "--limit", str(limit), *words)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert json.loads(output.read_text()) == result
+        told[num_processes, limit] = result["results"]
+        text = output.with_name(f"{output.stem}-samples.jsonl").read_text()
+        samples[num_processes, limit] = text.splitlines()
+    assert told[1, 5][0]["n"] == 5
+    assert told[1, 5] == told[2, 5]
+    assert samples[1, 5] == samples[2, 5]
+    assert told[2, 1][0]["n"] == 1
+    assert samples[2, 1] == samples[1, 5][:1]

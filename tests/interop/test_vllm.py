@@ -1,0 +1,204 @@
+"""vLLM by the request that it is sent: no machine here has it, so a double of its surface answers.
+
+The double holds what vLLM 0.10's `LLM`, `SamplingParams` and `LoRARequest` are called with. Its
+answers come from transformers and PEFT on the very adapter folder that the request names, so that a
+wrong twin, prompt or length shows in the scores.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.drawing import stream_seed
+from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.interop import vllm
+from wegeft_cli.workflows.adapters import save_adapter
+from wegeft_cli.workflows.evaluate import evaluate
+
+EOS = 2
+
+
+class SamplingParams:
+    def __init__(self, **told: Any) -> None:
+        self.told = told
+
+
+class LoRARequest:
+    def __init__(self, lora_name: str, lora_int_id: int, lora_path: str) -> None:
+        self.told = (lora_name, lora_int_id, lora_path)
+
+
+class LLM:
+    """Answers greedily by transformers."""
+
+    started: list[dict[str, Any]]
+    asked: list[tuple[list[Any], list[SamplingParams], LoRARequest | None]]
+
+    def __init__(self, **told: Any) -> None:
+        type(self).started.append(told)
+        self.path = told["model"]
+
+    def generate(
+        self,
+        prompts: list[Any],
+        params: list[SamplingParams],
+        *,
+        lora_request: LoRARequest | None,
+        use_tqdm: bool,
+    ) -> list[Any]:
+        type(self).asked.append((prompts, params, lora_request))
+        model = AutoModelForCausalLM.from_pretrained(self.path)
+        if lora_request is not None:
+            model = peft.PeftModel.from_pretrained(model, lora_request.told[2])
+        model.eval()
+        outputs = []
+        for prompt, param in zip(prompts, params, strict=True):
+            ids = torch.tensor([prompt["prompt_token_ids"]])
+            new = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=param.told["max_tokens"],
+                eos_token_id=EOS,
+                pad_token_id=EOS,
+            )[0, ids.shape[1] :].tolist()
+            outputs.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=new)]))
+        return outputs
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[LLM]:
+    """The double in vLLM's place."""
+    module = types.ModuleType("vllm")
+    lora, request = types.ModuleType("vllm.lora"), types.ModuleType("vllm.lora.request")
+    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    request.LoRARequest = LoRARequest  # type: ignore[attr-defined]
+    for name, part in (("vllm", module), ("vllm.lora", lora), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, part)
+    LLM.started, LLM.asked = [], []
+    return LLM
+
+
+@pytest.fixture(params=["input", "output"])
+def adapter_dir(request: pytest.FixtureRequest, tmp_path: Path, llama_dir: Path) -> Path:
+    """An adapter of rank 6, far from zero."""
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    targets = ["q_proj", "down_proj"]
+    generators = inject_generators(model, rank=6, target_modules=targets, side=request.param)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in generators.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+    save_adapter(model, tmp_path / "mine", base_model_name_or_path=str(llama_dir))
+    return tmp_path / "mine"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's use
+def test_the_twin_in_vllm_scores_as_the_adapter_here(
+    engine: type[LLM], adapter_dir: Path, llama_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"tasks": ["boolq"], "data_dir": data_dir, "max_new_tokens": 5}
+    here = evaluate(adapter_dir, **settings, compare_base=True, output=tmp_path / "here.json")
+    there = evaluate(
+        adapter_dir, **settings, compare_base=True, backend="vllm", output=tmp_path / "there.json"
+    )
+    lines = [
+        [json.loads(line) for line in (tmp_path / f"{name}-samples.jsonl").read_text().splitlines()]
+        for name in ("here", "there")
+    ]
+    assert lines[0] == lines[1]
+    told = [[line["output"] for line in lines[0] if line["model"] == m] for m in ("base", "target")]
+    assert told[0] != told[1]  # else a twin of zeros would pass
+    (started,) = engine.started
+    assert started["model"] == started["tokenizer"] == str(llama_dir)
+    assert (started["enable_lora"], started["max_loras"], started["max_lora_rank"]) == (True, 1, 8)
+    assert started["generation_config"] == "vllm"
+    assert [request is None for _, _, request in engine.asked] == [True, False]
+    prompts, params, request = engine.asked[1]
+    assert request is not None
+    assert request.told[:2] == ("wegeft", 1)
+    assert [set(prompt) for prompt in prompts] == [{"prompt_token_ids"}] * 6
+    assert params[0].told == {
+        "max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
+        "stop": [],
+    }  # fmt: skip
+    row = there["results"][0]
+    assert row["generation"]["engine"] == "vllm"
+    for name in ("base_fingerprint", "adapter_fingerprint", "template_hash", "score"):
+        assert row[name] == here["results"][0][name]
+
+
+def test_a_model_folder_needs_no_lora(
+    engine: type[LLM], llama_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"tasks": ["boolq"], "data_dir": data_dir, "max_new_tokens": 3}
+    evaluate(llama_dir, **settings, backend="vllm", output=tmp_path / "a.json")
+    assert "enable_lora" not in engine.started[0]
+    assert engine.asked[0][2] is None
+
+
+def test_draws_have_a_seed_of_their_own(engine: type[LLM]) -> None:
+    params = vllm._sampling_params(Decoding(9, temperature=0.8, top_p=0.95, seed=4), [3, 1])
+    assert [param.told["seed"] for param in params] == [stream_seed(4, 3), stream_seed(4, 1)]
+    assert params[0].told["temperature"] == 0.8
+    assert len({stream_seed(0, 1), stream_seed(0, 2), stream_seed(1, 1), stream_seed(1, 2)}) == 4
+
+
+@pytest.mark.parametrize(
+    "decoding", [Decoding(9, num_beams=4), Decoding(9, no_repeat_ngram_size=5)]
+)
+def test_what_vllm_does_not_have_is_refused(engine: type[LLM], decoding: Decoding) -> None:
+    with pytest.raises(UserError, match="vLLM's engine does not have") as caught:
+        vllm._sampling_params(decoding, [0])
+    assert caught.value.key == "--backend"
+
+
+def test_an_adapter_that_no_lora_can_say_is_refused(
+    engine: type[LLM], tmp_path: Path, llama_dir: Path, data_dir: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    inject_generators(model, rank=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    save_adapter(model, tmp_path / "mine", base_model_name_or_path=str(llama_dir))
+    with pytest.raises(UserError):
+        evaluate(tmp_path / "mine", tasks=["boolq"], data_dir=data_dir, backend="vllm")
+    assert engine.started == []
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (64, 64), (65, 128), (513, None)])
+def test_the_next_rank_that_vllm_has(
+    engine: type[LLM], tmp_path: Path, rank: int, room: int | None
+) -> None:
+    def start() -> None:
+        vllm.open_model("m", config=None, lora_dir=tmp_path, rank=rank)
+
+    if room is None:
+        with pytest.raises(UserError, match="ranks up to 512"):
+            start()
+    else:
+        start()
+        assert engine.started[0]["max_lora_rank"] == room
+
+
+def test_without_vllm_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, llama_dir: Path, data_dir: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="not installed") as caught:
+        evaluate(llama_dir, tasks=["boolq"], data_dir=data_dir, backend="vllm")
+    assert "wegeft-cli[vllm]" in str(caught.value.hint)
+
+
+def test_another_backend_is_refused(llama_dir: Path, data_dir: Path) -> None:
+    with pytest.raises(UserError, match="no backend is called 'tgi'"):
+        evaluate(llama_dir, tasks=["boolq"], data_dir=data_dir, backend="tgi")

@@ -1,0 +1,169 @@
+"""A test set under a protocol becomes prompts, and what was written to them a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from wegeft_cli.data.chat import build_template
+from wegeft_cli.data.templates import CHAT
+from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.generate import Generations, Written, generate_texts
+from wegeft_cli.evaluation.rules import EvalProtocol, with_length
+from wegeft_cli.evaluation.scoring import TaskScore, score_outputs
+from wegeft_cli.evaluation.tasks import TaskData
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and how.
+
+    Args:
+        data: The rows.
+        protocol: Asks and reads.
+        prompts: Row index -> text that the model continues.
+        decoding: How answers are written.
+        template_hash: Of the prompt's template.
+        add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
+    """
+
+    data: TaskData
+    protocol: EvalProtocol
+    prompts: dict[int, str]
+    decoding: Decoding
+    template_hash: str
+    add_special_tokens: bool
+
+    @staticmethod
+    def build(
+        data: TaskData, protocol: EvalProtocol, tokenizer: Any, max_new_tokens: int | None = None
+    ) -> Questions:
+        """Write the prompts.
+
+        Args:
+            data: The rows.
+            protocol: It must score the task (`find_protocol`).
+            tokenizer: Holds the chat template, where the protocol asks in it.
+            max_new_tokens: Longest answer; None takes the protocol's.
+
+        Returns:
+            The questions.
+
+        Raises:
+            UserError: If the protocol asks in a chat template and there is none, or it refuses.
+        """
+        task = data.task
+        prompts = {row.index: protocol.prompt(task, row) for row in data.rows}
+        template_hash = protocol.template_hash(task)
+        is_chat = protocol.rule(task).is_chat
+        if is_chat:
+            try:
+                chat = build_template(CHAT, tokenizer, None)
+            except UserError as fault:
+                raise UserError(
+                    fault.message,
+                    key="protocol",
+                    hint=f"`{protocol.name}` asks in the model's own chat template: use an "
+                    "instruction-tuned model, or another protocol such as "
+                    f"`{task.default_protocol}`",
+                ) from fault
+            assert chat.apply is not None
+            prompts = {
+                index: chat.apply([{"role": "user", "content": text}], True)
+                for index, text in prompts.items()
+            }
+            template_hash = chat.digest
+        decoding = with_length(protocol.decoding(task), max_new_tokens)
+        return Questions(data, protocol, prompts, decoding, template_hash, not is_chat)
+
+
+def ask_questions(
+    model: Any,
+    tokenizer: Any,
+    questions: Questions,
+    *,
+    batch_size: int,
+    indices: list[int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_written: Callable[[Mapping[int, Written]], None] | None = None,
+    write: Callable[..., Generations] = generate_texts,
+) -> tuple[dict[int, Written], dict[str, Any]]:
+    """Let a model answer.
+
+    Args:
+        model: A transformers causal language model, on any device.
+        tokenizer: Its tokenizer.
+        questions: What to ask.
+        batch_size: Prompts at a time, at least 1.
+        indices: Only these rows; None takes all.
+        on_progress: Called with (rows done, rows in all).
+        on_written: Called with answers as they come, by row index.
+        write: Writes the texts; as `generate_texts`.
+
+    Returns:
+        Row index -> answer, and the resolved settings.
+
+    Raises:
+        UserError: If the model cannot take such prompts or answers.
+    """
+    asked = list(questions.prompts) if indices is None else indices
+
+    def keep(answers: Mapping[int, Written]) -> None:
+        if on_written is not None:
+            on_written({asked[place]: answer for place, answer in answers.items()})
+
+    generations = write(
+        model,
+        tokenizer,
+        [questions.prompts[index] for index in asked],
+        batch_size=batch_size,
+        decoding=questions.decoding,
+        numbers=asked,
+        add_special_tokens=questions.add_special_tokens,
+        on_progress=on_progress,
+        on_written=keep,
+    )
+    return dict(zip(asked, generations.written, strict=True)), generations.settings
+
+
+def score_written(
+    questions: Questions, written: tuple[Mapping[int, Written], Mapping[str, Any]]
+) -> TaskScore:
+    """Score the answers to all rows.
+
+    Args:
+        questions: What was asked.
+        written: Row index -> answer, and the settings, as `ask_questions` gives them.
+
+    Returns:
+        The score, with the resolved generation settings and the number of tokens written.
+    """
+    answers, settings = written
+    score = score_outputs(
+        questions.protocol,
+        questions.data,
+        {index: answer.new_text for index, answer in answers.items()},
+        full_texts={index: answer.text for index, answer in answers.items()},
+        prompts=questions.prompts,
+        template_hash=questions.template_hash,
+    )
+    return replace(
+        score,
+        generation={
+            **settings,
+            "num_truncated_prompts": sum(answer.is_truncated for answer in answers.values()),
+            "num_new_tokens": sum(len(answer.new_ids) for answer in answers.values()),
+        },
+    )
+
+
+def written_to_json(answer: Written) -> dict[str, Any]:
+    """An answer as JSON values."""
+    return asdict(answer)
+
+
+def written_from_json(value: Mapping[str, Any]) -> Written:
+    """The answer of such values."""
+    return Written(**value)

@@ -1,0 +1,194 @@
+"""What a change of low rank is made of: norms, ranks, angles and shares, never as a dense matrix.
+
+A change is `delta_W = B A` with B [d_out, r] and A [r, d_in]: WeGeFT's is `B = s W phi, A = psi`,
+or on the output side `B = s phi, A = psi W` (`equations.lora_twin`). Everything here costs
+O(d r^2) beside the products with W.
+
+Legend:
+    sigma   singular values of the change, descending
+    U, V    its left and right singular vectors, as columns
+    W       the frozen weight, [d_out, d_in]; U_k and V_k its k leading singular vectors
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this width the singular vectors of W come from an exact decomposition.
+EXACT_WIDTH = 2048
+# Beyond it from a randomised one (Halko, Martinsson, Tropp 2011): so many vectors more than asked
+# for, and so many passes over W. See tests/generators/test_spectrum.py for what that leaves.
+_OVERSAMPLING = 32
+_NUM_PASSES = 8
+# Directions this much weaker than the strongest one are rounding: they have no angle.
+_NOISE = 1e-6
+# A Gram matrix squares the condition: below this share of the first singular value its last asked
+# one would have fewer than four digits in float64.
+_GRAM_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular value decomposition of a change, as far as its rank goes.
+
+    Args:
+        U: Left singular vectors, [d_out, m], m = min(r, d_out, d_in).
+        sigma: Singular values, [m], descending.
+        V: Right singular vectors, [d_in, m].
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change, ||delta_W||_F."""
+        return float(torch.linalg.vector_norm(self.sigma))
+
+    @property
+    def num_directions(self) -> int:
+        """Singular values that are more than rounding."""
+        if not len(self.sigma) or not self.sigma[0] > 0:
+            return 0
+        return int((self.sigma > _NOISE * self.sigma[0]).sum())
+
+
+def decompose(B: Tensor, A: Tensor) -> Spectrum:
+    """Decompose `B A` through two thin QR factorisations and one small singular value problem.
+
+    Args:
+        B: [d_out, r].
+        A: [r, d_in].
+
+    Returns:
+        Its singular values and vectors, in float64.
+    """
+    left, upper = torch.linalg.qr(B.double())
+    right, other = torch.linalg.qr(A.double().T)
+    u, sigma, vh = torch.linalg.svd(upper @ other.T, full_matrices=False)
+    return Spectrum(left @ u, sigma, right @ vh.T)
+
+
+def leading_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give W's k leading singular vectors and values.
+
+    Args:
+        W: A weight, [d_out, d_in].
+        k: How many, at least 1; more than there are gives all.
+
+    Returns:
+        U_k [d_out, k], the singular values [k], V_k [d_in, k], in float64.
+    """
+    k = min(k, *W.shape)
+    if min(W.shape) <= EXACT_WIDTH:
+        return _leading_exact(W.double(), k)
+    width = min(k + _OVERSAMPLING, *W.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same figures every time
+        U, values, V = torch.svd_lowrank(W.float(), q=width, niter=_NUM_PASSES)
+    return U[:, :k].double(), values[:k].double(), V[:, :k].double()
+
+
+def _leading_exact(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose W through the Gram matrix of its shorter side, where that keeps enough digits."""
+    tall = W if W.shape[0] >= W.shape[1] else W.T
+    squares, vectors = torch.linalg.eigh(tall.T @ tall)
+    values = squares.flip(0)[:k].clamp(min=0).sqrt()
+    if values[-1] < _GRAM_LEAST * values[0]:
+        u, values, vh = torch.linalg.svd(tall, full_matrices=False)
+        long, short, values = u[:, :k], vh[:k].T, values[:k]
+    else:
+        short = vectors.flip(1)[:, :k]
+        long = tall @ short / values
+    return (long, values, short) if tall is W else (short, values, long)
+
+
+def share_inside(basis: Tensor, vectors: Tensor, sigma: Tensor) -> float:
+    """Give the share of a change's squared norm that lies in a subspace.
+
+    Left: `||U_k^T delta_W||_F^2 / ||delta_W||_F^2`, from `U_k`, `U` and sigma; right: likewise from
+    `V_k` and `V`.
+
+    Args:
+        basis: Orthonormal columns that span the subspace, [d, k].
+        vectors: The change's singular vectors of that side, [d, m].
+        sigma: Its singular values, [m].
+
+    Returns:
+        0 to 1; NaN for a change that is zero.
+    """
+    total = float(sigma.square().sum())
+    if total == 0:
+        return math.nan
+    inside = float((basis.T @ (vectors * sigma)).square().sum())
+    return min(1.0, inside / total)
+
+
+def principal_angles(one: Tensor, two: Tensor) -> Tensor:
+    """Give the principal angles between two subspaces, in degrees, ascending.
+
+    Small angles by their sines, the others by their cosines (Bjorck and Golub 1973): the cosine
+    alone loses half of the digits of a small angle.
+
+    Args:
+        one: Orthonormal columns, [d, a].
+        two: Orthonormal columns, [d, b].
+
+    Returns:
+        min(a, b) angles, 0 to 90.
+    """
+    if one.shape[1] < two.shape[1]:
+        one, two = two, one
+    product = one.T @ two
+    cosines = torch.linalg.svdvals(product).clamp(max=1.0)
+    sines = torch.linalg.svdvals(two - one @ product).clamp(max=1.0).flip(0)
+    angles = torch.where(cosines.square() > 0.5, torch.asin(sines), torch.acos(cosines))
+    return torch.rad2deg(angles)
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """Give exp(entropy) of the singular values taken as shares (Roy and Vetterli 2007).
+
+    Args:
+        sigma: Singular values.
+
+    Returns:
+        1 where one direction does all, the number of values where all are equal; 0 of a zero.
+    """
+    total = sigma.sum()
+    if not total > 0:
+        return 0.0
+    shares = sigma / total
+    return float(torch.exp(torch.special.entr(shares).sum()))
+
+
+def inner_product(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+    """Give `<B1 A1, B2 A2>_F = sum((B1^T B2) * (A1 A2^T))` without either product.
+
+    Args:
+        one: B [d_out, r], A [r, d_in].
+        two: The same of another change, of any rank.
+
+    Returns:
+        The Frobenius inner product.
+    """
+    (B1, A1), (B2, A2) = one, two
+    return float(((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T)).sum())
+
+
+def direction_strengths(B: Tensor, A: Tensor) -> Tensor:
+    """Give the size of each direction's own change, `||B[:, i]|| ||A[i]||`, [r].
+
+    Args:
+        B: [d_out, r].
+        A: [r, d_in].
+
+    Returns:
+        The Frobenius norms of the r rank-one changes whose sum is the change.
+    """
+    return torch.linalg.vector_norm(B.double(), dim=0) * torch.linalg.vector_norm(A.double(), dim=1)

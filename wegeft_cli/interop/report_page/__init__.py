@@ -1,0 +1,1 @@
+"""The page of `wegeft report`: template, style, script and charts."""

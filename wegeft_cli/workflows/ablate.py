@@ -1,0 +1,167 @@
+"""Which parts of an adapter carry a behaviour: a task scored with one of them off at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wegeft_cli.checkpoints.adapter import (
+    load_adapter_files,
+    read_adapter_type,
+    resolve_adapter_dir,
+)
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.evaluation.paired import mcnemar_exact
+from wegeft_cli.evaluation.scoring import TaskScore, result_dict
+from wegeft_cli.generators.inject import disable_generators, remove_generators
+from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.adapters import attach_files
+from wegeft_cli.workflows.edit import edit_files
+from wegeft_cli.workflows.elements import KINDS, Element, list_elements
+from wegeft_cli.workflows.evaluate import read_jobs
+from wegeft_cli.workflows.jobs import Asked, TaskRequest
+from wegeft_cli.workflows.pictures import check_output, check_plots, save_ablation, write_json
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
+from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
+from wegeft_cli.workflows.target import open_target
+
+DEFAULT_DIRECTIONS = 16
+
+
+def ablate(
+    adapter: str | Path | None = None,
+    *,
+    by: str = "group",
+    task: str | None = None,
+    protocol: str | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    top: int | None = None,
+    base: str | None = None,
+    plots: Path | None = None,
+    output: Path | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Score a task with each part of an adapter switched off, one at a time, and rank the parts.
+
+    A part off is the adapter that `edit(drop=[part])` would write. The rows are the same every
+    time, so answers are compared one by one: `lost` became wrong without the part, `gained` became
+    right, and `p_value` is that of the exact sign test of the two (McNemar). With many parts some
+    p-values are small by chance.
+
+    Args:
+        adapter: An adapter or run folder; None takes the newest finished run under runs/.
+        by: group, layer, module, direction, or saved (modules that were trained whole).
+        task: Task by name; None takes the first of the run's recipe.
+        protocol: Prompt, decoding and scoring rules by name.
+        data_dir: Folder with `<set>/test.json`.
+        limit: Only the first so many rows.
+        batch_size: Prompts generated at a time.
+        max_new_tokens: Longest answer.
+        top: Of directions, only so many, the largest first; None takes 16.
+        base: The base's folder or hub id, where it is not as recorded.
+        plots: Folder for the picture, where matplotlib is installed (`wegeft-cli[plot]`).
+        output: A file that holds the JSON object, written anew after every part.
+        reporter: Where words and progress go.
+
+    Returns:
+        The JSON object of `wegeft inspect --ablate`: adapter, by, num_parts, whole and base (as
+        rows of `wegeft eval`), parts (part, score, change, num_correct, n, n_invalid, ci95, lost,
+        gained, p_value), those whose loss costs most first.
+
+    Raises:
+        UserError: If the adapter is not WeGeFT's, has no such parts, or task or data are at fault.
+    """
+    reporter = reporter or SilentReporter()
+    if by not in KINDS:
+        raise UserError(f"got {by!r}", key="--ablate", hint=f"one of {', '.join(KINDS)}")
+    if plots is not None:
+        check_plots()
+    if output is not None:
+        check_output(output)
+    adapter_dir = resolve_adapter_dir(find_run(adapter))
+    kind, _, _ = read_adapter_type(adapter_dir)
+    if kind != PEFT_TYPE:
+        message = f"this is a {kind} adapter; only WeGeFT's parts can be switched off"
+        raise UserError(message, file=str(adapter_dir))
+    files = load_adapter_files(adapter_dir)
+    elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
+    if not elements:
+        raise UserError(f"the adapter has no {by} to switch off", key="--ablate")
+    recipe = find_recipe_of(adapter_dir)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    names = [task] if task is not None else list(settings.tasks)[:1]
+    request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings)
+    job = read_jobs(names, request)[0]
+    size = batch_size or settings.batch_size
+    opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
+    model, tokenizer = opened.model, opened.tokenizer
+
+    def score(title: str) -> TaskScore:
+        with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
+            asked = Asked(size, lambda done, total: advance(done), reporter.warn, title=title)
+            try:
+                return job.run(model, tokenizer, asked)
+            except torch.OutOfMemoryError as error:
+                raise MachineError(
+                    "out of memory while generating", key="--batch-size", hint="lower it"
+                ) from error
+
+    whole = score("whole")
+    if whole.score is None:
+        raise UserError(f"{job.name} gives no score of its own to compare", key="--task")
+    with disable_generators(model):
+        without = score("base")
+    result: dict[str, Any] = {
+        "adapter": str(adapter_dir),
+        "by": by,
+        "num_parts": len(elements),
+        "whole": result_dict(whole),
+        "base": result_dict(without),
+        "parts": [],
+    }
+    for element in elements:
+        remaining = edit_files(files, [(element, 0.0)])
+        if remaining.manifest.modules:
+            remove_generators(model)
+            attach_files(model, remaining, adapter_dir)
+            model.eval()
+            found = score(element.text)
+        elif remaining.saved_modules:
+            reporter.warn(f"{element.text} is all that the adapter changes by factors: passed over")
+            continue
+        else:
+            found = without
+        result["parts"].append(_compare(element, found, whole))
+        result["parts"].sort(key=lambda row: row["change"])
+        if output is not None:
+            write_json(output, result)
+    if plots is not None:
+        result["plots"] = [str(path) for path in save_ablation(result, plots)]
+    return result
+
+
+def _compare(element: Element, found: TaskScore, whole: TaskScore) -> dict[str, Any]:
+    before = [sample["correct"] for sample in whole.samples]
+    after = [sample["correct"] for sample in found.samples]
+    lost, gained = _count(before, after), _count(after, before)
+    row = result_dict(found)
+    kept = {key: row[key] for key in ("score", "num_correct", "n", "n_invalid", "ci95")}
+    return {
+        "part": element.text,
+        **kept,
+        "change": (found.score or 0.0) - (whole.score or 0.0),
+        "lost": lost,
+        "gained": gained,
+        "p_value": mcnemar_exact(lost, gained),
+    }
+
+
+def _count(one: Sequence[bool], two: Sequence[bool]) -> int:
+    return sum(a and not b for a, b in zip(one, two, strict=True))

@@ -1,0 +1,289 @@
+"""MT-Bench: two turns are answered by the rules, and rated by the judge that the user names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation import mt_bench
+from wegeft_cli.evaluation.chat_prompts import has_chat_template, write_chat_prompts
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.judging import Judge
+from wegeft_cli.evaluation.scoring import TaskScore, normal_interval
+from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
+from wegeft_cli.workflows.judges import choose_judge, collect_verdicts, name_answerer
+
+TASK = "mt_bench"
+_ALPACA = "fastchat_alpaca"
+_PROTOCOLS = {
+    "fastchat": "FastChat's single-answer grading: two turns, temperature by category, 1,024 "
+    "tokens a turn, in the model's own chat template; a model without one is asked as by "
+    "fastchat_alpaca. Draws are not FastChat's one by one; its top-p is the model's, here 1.",
+    _ALPACA: "fastchat, in FastChat's conversation template `alpaca` whatever the model brings.",
+}
+_HIGHEST = 10
+
+
+@dataclass(frozen=True)
+class MtBenchJob:
+    """MT-Bench under one protocol."""
+
+    questions: mt_bench.Questions
+    protocol: str
+    max_new_tokens: int
+    seed: int
+    judge: Judge | None
+    files: mt_bench.JudgeFiles | None
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return TASK
+
+    @property
+    def protocol_name(self) -> str:
+        """The protocol's name."""
+        return self.protocol
+
+    @property
+    def num_rows(self) -> int:
+        """Turns to be answered."""
+        return mt_bench.NUM_TURNS * len(self.questions.rows)
+
+    def key(self) -> Mapping[str, Any]:
+        """All that the answers depend on besides the model; the judge is none of it."""
+        return {
+            "task": TASK,
+            "protocol": self.protocol,
+            "data_sha256": self.questions.sha256,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
+        """Let the model answer both turns, and the judge rate them."""
+        histories: dict[int, list[dict[str, str]]] = {q.index: [] for q in self.questions.rows}
+        settings: dict[str, Any] = {}
+        digest, num_tokens = "", 0
+        for turn in range(mt_bench.NUM_TURNS):
+            for question in self.questions.rows:
+                text = question.turns[turn]
+                histories[question.index].append({"role": "user", "content": text})
+            prompts, digest, is_chat = self._write_prompts(tokenizer, histories)
+            answers, settings, added = self._answer_turn(
+                model, tokenizer, prompts, turn, asked, is_chat=is_chat
+            )
+            num_tokens += added
+            for index, answer in answers.items():
+                histories[index].append({"role": "assistant", "content": answer})
+        answers_by_question = {
+            index: (history[1]["content"], history[3]["content"])
+            for index, history in histories.items()
+        }
+        model_id = name_answerer(model, self.options, asked)
+        score = self._score(answers_by_question, model_id, asked)
+        kept = {key: value for key, value in settings.items() if key not in ("do_sample", "seed")}
+        generation = {
+            **kept,
+            "temperature": dict(mt_bench.TEMPERATURES),
+            "seed": self.seed,
+            "num_new_tokens": num_tokens,
+        }
+        return replace(score, generation=generation, template_hash=digest)
+
+    def score_samples(self, path: Path) -> TaskScore:
+        """Score a judgment file as it is, or let the judge rate an answer file."""
+        if self.options.get("is_judged"):
+            return self._summarise(mt_bench.read_judgments(path, self.questions), {}, {})
+        answers = mt_bench.read_answers(path, self.questions)
+        return self._score(answers, path.stem, Asked(1))
+
+    def _write_prompts(
+        self, tokenizer: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
+    ) -> tuple[dict[int, str], str, bool]:
+        """Prompts, the template's hash, and whether they hold their special tokens already."""
+        if self.protocol != _ALPACA and has_chat_template(tokenizer):
+            prompts, digest = write_chat_prompts(
+                tokenizer, histories, protocol=self.protocol, other=_ALPACA
+            )
+            return prompts, digest, True
+        eos = tokenizer.eos_token or ""
+        prompts = {
+            index: mt_bench.alpaca_conversation(history, eos)
+            for index, history in histories.items()
+        }
+        return prompts, _ALPACA, False
+
+    def _answer_turn(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Mapping[int, str],
+        turn: int,
+        asked: Asked,
+        *,
+        is_chat: bool,
+    ) -> tuple[dict[int, str], dict[str, Any], int]:
+        """Answer one turn of every question, temperature by temperature."""
+        from wegeft_cli.workflows.write_answers import write_answers
+
+        answers: dict[int, str] = {}
+        settings: dict[str, Any] = {}
+        num_tokens, num_before = 0, turn * len(prompts)
+        for temperature in sorted({question.temperature for question in self.questions.rows}):
+            indices = [q.index for q in self.questions.rows if q.temperature == temperature]
+            num_done = num_before + len(answers)
+            written, settings = write_answers(
+                model,
+                tokenizer,
+                {mt_bench.NUM_TURNS * index + turn: prompts[index] for index in indices},
+                Decoding(self.max_new_tokens, temperature=temperature, seed=self.seed),
+                asked,
+                add_special_tokens=not is_chat,
+                on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
+            )
+            for number, answer in written.items():
+                answers[number // mt_bench.NUM_TURNS] = answer.new_text.strip()
+                num_tokens += len(answer.new_ids)
+        return answers, settings, num_tokens
+
+    def _score(
+        self, answers: Mapping[int, tuple[str, str]], model_id: str, asked: Asked
+    ) -> TaskScore:
+        rows = mt_bench.answer_rows(self.questions, answers, model_id)
+        files = {"mt_bench-answers.jsonl": _to_lines(rows)}
+        if self.judge is None or self.files is None:
+            return self._summarise(None, answers, files)
+        requests = mt_bench.judge_requests(self.questions, answers, self.files)
+        words = collect_verdicts(self.judge, requests, asked)
+        judgments = mt_bench.judgment_rows(requests, words, model_id, self.judge.model)
+        files["mt_bench-judgments.jsonl"] = _to_lines(judgments)
+        return self._summarise(judgments, answers, files)
+
+    def _summarise(
+        self,
+        judgments: Sequence[Mapping[str, Any]] | None,
+        answers: Mapping[int, tuple[str, str]],
+        files: dict[str, str],
+    ) -> TaskScore:
+        ratings = {(row["question_id"], row["turn"]): row["score"] for row in judgments or ()}
+        told = None
+        if judgments is not None:
+            told = mt_bench.summarise_ratings(self.questions, judgments)
+        rated = [value / _HIGHEST for value in ratings.values() if value >= 0]
+        samples = [
+            {
+                "index": mt_bench.NUM_TURNS * question.index + turn,
+                "question_id": question.question_id,
+                "category": question.category,
+                "turn": turn + 1,
+                "prompt": question.turns[turn],
+                "output": answers[question.index][turn] if answers else None,
+                "prediction": ratings.get((question.question_id, turn + 1)),
+                "answer": None,
+                "correct": None,
+                "valid": ratings.get((question.question_id, turn + 1), 0) >= 0,
+            }
+            for question in self.questions.rows
+            for turn in range(mt_bench.NUM_TURNS)
+        ]
+        return TaskScore(
+            task=TASK,
+            protocol=self.protocol,
+            score=sum(rated) / len(rated) if rated else None,
+            num_correct=None,
+            n=self.num_rows,
+            n_invalid=0 if told is None else told["n_invalid"],
+            ci95=normal_interval(rated) if rated else None,
+            template_hash="",
+            data_sha256=self.questions.sha256,
+            origin=self.questions.origin,
+            samples=samples,
+            extra={
+                "rating": told,
+                "judge": _judge_of(judgments),
+                "num_rows": mt_bench.NUM_TURNS * self.questions.num_rows,
+            },
+            files=files,
+        )
+
+
+def read_mt_bench(request: TaskRequest) -> MtBenchJob:
+    """Read MT-Bench, and the judge's files where there is a judge, before any model is loaded.
+
+    Args:
+        request: The task; `options` may hold judge_url, judge_model, is_judged, seed.
+
+    Returns:
+        The job.
+
+    Raises:
+        UserError: If files are missing or damaged, or the options do not go together.
+        ExceptionGroup: If there are several such faults.
+    """
+    protocol = request.protocol
+    if protocol is None:
+        wished = request.settings.protocol
+        protocol = wished if wished in _PROTOCOLS else "fastchat"
+    _check(TASK, protocol, True)
+    folder = request.data_dir
+    if folder is None and request.settings.data_dir is not None:
+        folder = Path(request.settings.data_dir).expanduser()
+    judge = choose_judge(request.options)
+    is_named = TASK in request.settings.tasks
+    limit = request.limit or (request.settings.limit if is_named else None)
+    questions = mt_bench.load_questions(folder, limit)
+    length = request.max_new_tokens or (request.settings.max_new_tokens if is_named else None)
+    return MtBenchJob(
+        questions,
+        protocol,
+        length or mt_bench.MAX_NEW_TOKENS,
+        int(request.options.get("seed") or 0),
+        judge,
+        mt_bench.load_judge_files(folder, questions) if judge is not None else None,
+        request.options,
+    )
+
+
+def _check(task: str, protocol: str, must: bool) -> None:
+    if must and protocol not in _PROTOCOLS:
+        raise UserError(
+            f"`{protocol}` does not score the task `{TASK}`",
+            key="protocol",
+            hint=f"use one of {', '.join(_PROTOCOLS)}",
+        )
+
+
+def _judge_of(judgments: Sequence[Mapping[str, Any]] | None) -> str | None:
+    return str(judgments[0].get("judge", ["?"])[0]) if judgments else None
+
+
+def _to_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+MT_BENCH = TaskKind(
+    "mt_bench",
+    lambda name: name.lower() in (TASK, "mt-bench"),
+    read_mt_bench,
+    lambda: [
+        {
+            "name": TASK,
+            "file": f"{mt_bench.FOLDER}/question.jsonl",
+            "kind": "judged",
+            "num_rows": 160,
+            "protocols": list(_PROTOCOLS),
+        }
+    ],
+    _check,
+    lambda: [
+        {"name": name, "description": f"For {TASK}: {text}", "fixed": None, "task": TASK}
+        for name, text in _PROTOCOLS.items()
+    ],
+)
+"""Answers of two turns, rated by a judge."""
