@@ -23,7 +23,7 @@ from wegeft_cli.workflows.train import train
 
 METHODS = ("wegeft", "lora", "bitfit", "linear_probe", "full")
 RATES = {
-    "digits": {"full": (3e-4, 1e-3, 3e-3), "": (1e-3, 3e-3, 1e-2)},
+    "digits": {"full": (1e-4, 3e-4, 1e-3, 3e-3), "": (1e-3, 3e-3, 1e-2, 3e-2)},
     "boolq": {"full": (2e-5, 1e-4), "": (5e-4, 2e-3)},
 }
 TUNING_SEED, SEEDS = 7, (42, 43, 44, 45, 46)

@@ -21,7 +21,10 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.workflows.edit import edit
 from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.export import export
+from wegeft_cli.workflows.generate import generate
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.plan import plan
 from wegeft_cli.workflows.train import train
@@ -299,3 +302,25 @@ def test_keys_of_images_change_what_is_learned(recipe, read_adapter, override):
     few = ["train.max_steps=2"]
     before = read_adapter(train(recipe("before"), few).run_dir)
     assert read_adapter(train(recipe("after"), [*few, override]).run_dir) != before
+
+
+def test_commands_for_texts_name_what_serves_a_classifier(recipe, tmp_path):
+    run_dir = train(recipe(), ["train.max_steps=1"]).run_dir
+    for ask in (
+        lambda: generate(run_dir, prompts=["hello"]),
+        lambda: export(run_dir, format="lora", output=tmp_path / "twin"),
+    ):
+        with pytest.raises(UserError, match="this is a classifier") as caught:
+            ask()
+        assert "wegeft" in caught.value.hint
+    assert not (tmp_path / "twin").exists()
+
+
+def test_an_edited_adapter_keeps_its_classes(recipe, tmp_path, images_dir):
+    run_dir = train(recipe()).run_dir
+    (before,) = evaluate(run_dir)["results"]
+    edit(run_dir, output=tmp_path / "same", scale={"group:o_proj": 1.0})
+    (same,) = evaluate(tmp_path / "same", data_dir=images_dir)["results"]
+    assert same["per_class"] == before["per_class"]
+    restored = edit(tmp_path / "same", output=tmp_path / "back", restore=True).output_dir
+    assert (restored / "head.json").is_file()

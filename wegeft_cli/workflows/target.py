@@ -22,6 +22,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
+from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.run_folder import find_run
 
 NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
@@ -136,10 +137,16 @@ def resolve_target(
         `peft_type`, both None for a model.
 
     Raises:
-        UserError: If the target is none of these, or is damaged.
+        UserError: If the target is none of these, is a classifier, or is damaged.
     """
     from wegeft_cli.workflows.load import quantise_as
 
+    if is_classifier(path, recipe):
+        raise UserError(
+            "this is a classifier, which writes no text",
+            file=str(path),
+            hint="score it with `wegeft eval`",
+        )
     folder = Path(path)
     section = recipe.model if recipe is not None else ModelSection()
     if (folder / "config.json").is_file() or not folder.exists():
