@@ -30,6 +30,9 @@ def find_keys(recipe):
         ("sequence_classification", "data", "image_transform", "crop"),
         ("sequence_classification", "model", "drop_path_rate", 0.1),
         ("sequence_classification", "logging", "sample_prompts", ["x"]),
+        ("sequence_classification", "model", "load_in_8bit", True),
+        ("image_classification", "train", "strategy", "fsdp2"),
+        ("image_classification", "train", "compile", True),
     ],
 )
 def test_a_key_that_the_task_does_not_read_is_refused(task, section, key, value):
