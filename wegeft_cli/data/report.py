@@ -30,6 +30,7 @@ class DataReport:
         num_filtered: Rows that a named corpus leaves out by its published rule.
         lengths: Tokens per training row: p50, p95, max.
         sources: Of every training source path, rows (as read) and sha256.
+        validation_sources: The same of every source of `data.validation`.
         template: Name of the prompt form; several are joined by commas.
         template_hash: Fingerprint of its text.
         warnings: Sentences for the user.
@@ -51,6 +52,7 @@ class DataReport:
     num_filtered: int
     lengths: dict[str, int]
     sources: list[dict[str, Any]]
+    validation_sources: list[dict[str, Any]]
     template: str
     template_hash: str
     warnings: list[str]
@@ -121,20 +123,22 @@ def build_report(
         num_boundary_merged=sum(each.num_boundary_merged for each in encoded),
         num_filtered=sum(source.num_filtered for source in sources),
         lengths={"p50": int(median), "p95": int(high), "max": int(lengths.max())},
-        sources=[
-            {
-                "path": each.source.path,
-                "rows": None if each.streaming else each.num_rows,
-                "sha256": each.sha256,
-            }
-            for each in sources
-        ],
+        sources=[_tell_source(each) for each in sources],
+        validation_sources=[_tell_source(each) for each in validation_sources],
         template=", ".join(templates),
         template_hash=digests[0] if len(digests) == 1 else template_hash("\n".join(digests)),
         warnings=[sentence for each in everything for sentence in _tell_warnings(each, max_length)],
         num_from_cache=sum(each.from_cache for each in everything),
         streaming=any(source.streaming for source in sources),
     )
+
+
+def _tell_source(part: SourceReport) -> dict[str, Any]:
+    return {
+        "path": part.source.path,
+        "rows": None if part.streaming else part.num_rows,
+        "sha256": part.sha256,
+    }
 
 
 def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
