@@ -155,6 +155,24 @@ def test_cheap_checks_come_before_the_folder(write_recipe, tmp_path, change, mes
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"optim_args": {"bogus": 1}}, "train.optim_args"),
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "train.lr_scheduler_kwargs"),
+        ({"optim": "paged_adamw_8bit"}, "train.optim"),
+    ],
+)
+def test_the_optimizer_is_tried_before_a_row_is_read(write_recipe, monkeypatch, settings, key):
+    def read(*_, **__):
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr("wegeft_cli.workflows.inputs.build_datasets", read)
+    with pytest.raises(UserError) as caught:
+        train(write_recipe(train=settings), dry_run=True)
+    assert caught.value.key == key
+
+
 def test_divergence_keeps_the_earlier_checkpoints(write_recipe, read_run, steps_saved):
     recipe = write_recipe(train={"learning_rate": 1e30, "save_steps": 1, "max_skipped_steps": 0})
     with pytest.raises(MachineError, match="diverged at step 2"):

@@ -32,6 +32,7 @@ from wegeft_cli.workflows.prepare import (
     build_step_plan,
     check_context,
     check_learning,
+    check_run_schedule,
     plan_groups,
 )
 from wegeft_cli.workflows.rehearsal import prepare_skeleton
@@ -115,6 +116,7 @@ def read_inputs(
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
     trackers = list_trackers(recipe.logging.report_to)
     check_trackers(trackers)
+    check_learning(recipe, accelerator.device)
     config, skeleton = build_skeleton(recipe.model)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
@@ -138,7 +140,7 @@ def read_inputs(
     else:
         source = build_source(recipe, data, plan, rank=rank, pad_token_id=pad)
     report = data.report
-    check_learning(recipe, source.num_steps, accelerator.device)
+    check_run_schedule(recipe, source.num_steps)
     prompts = build_prompts(recipe, tokenizer, recipe_dir, report.template)
     _tell(report, reporter)
     model = prepare_skeleton(skeleton, recipe)

@@ -74,6 +74,11 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
         f"{num_keys} keys are known and of the right type",
         "choices, ranges and the rules between keys hold",
         "template, tasks and protocol exist",
+        *(
+            ["optimizer and schedule take the settings given"]
+            if loaded.recipe.train.optim_args or loaded.recipe.train.lr_scheduler_kwargs
+            else []
+        ),
     )
     if loaded.recipe.sweep:
         checked = (*checked, _check_sweep(path, overrides))
@@ -82,7 +87,9 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
 
 
 def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
-    """Check names that other rooms give a meaning to: the template, the tasks, the protocol.
+    """Check names that other rooms give a meaning to.
+
+    They are the template, the tasks, the protocol, and the settings of optimizer and schedule.
 
     Args:
         loaded: The recipe, which knows the places.
@@ -110,6 +117,22 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
             find_protocol(choose_protocol(task, section.protocol), task)
         except UserError as fault:
             yield _place(fault, key, loaded)
+    yield from _check_settings(loaded)
+
+
+def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Try the optimizer's and the schedule's own settings; where there are none, torch stays out."""
+    train = loaded.recipe.train
+    if not (train.optim_args or train.lr_scheduler_kwargs):
+        return
+    from wegeft_cli.workflows.prepare import check_learning
+
+    try:
+        check_learning(loaded.recipe, None)
+    except* UserError as group:
+        for fault in group.exceptions:
+            if isinstance(fault, UserError) and fault.key is not None:
+                yield _place(fault, fault.key, loaded)
 
 
 def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
