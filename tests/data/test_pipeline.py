@@ -290,6 +290,24 @@ def test_a_faulty_template_file_is_told(
     assert caught.value.key == key
 
 
+def test_a_dropped_tool_call_is_told_with_its_row(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = {"role": "user", "content": "1?"}
+    said = {"role": "assistant", "content": "2"}
+    path = write_rows([{"messages": [asked, said]}, {"messages": [asked, calling]}])
+    with pytest.raises(UserError, match="drops the answer of turn 2") as caught:
+        build(tokenizer, path, template=str(template))
+    assert caught.value.file == f"{path}:2"
+
+
 def test_a_missing_template_file_is_told(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:

@@ -14,7 +14,7 @@ from wegeft_cli.data.pipeline import build_datasets
 from wegeft_cli.data.report import DataReport
 from wegeft_cli.interop.liger import check_liger
 from wegeft_cli.interop.trackers import check_trackers
-from wegeft_cli.models.base import load_tokenizer, pad_token_id
+from wegeft_cli.models.base import find_base_folder, load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.training.source import StepSource
 from wegeft_cli.workflows.batches import build_source
@@ -121,7 +121,8 @@ def read_inputs(
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
     if not resuming:
-        check_init_from(recipe.adapter, skeleton, recipe_dir)
+        base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
+        check_init_from(recipe.adapter, skeleton, recipe_dir, base_dir=base_dir)
     groups = plan_groups(skeleton, recipe.adapter)
     check_context(config, recipe)
     tasks = read_eval_tasks(recipe)
