@@ -108,7 +108,7 @@ def test_another_end_of_text_is_refused(write_recipe, stop_after, llama_dir, tmp
     tokens = AutoTokenizer.from_pretrained(base).get_vocab()
     settings["eos_token"] = next(token for token in tokens if token != settings["eos_token"])
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="tokenizer_sha256: [0-9a-f]+ then, [0-9a-f]+ now"):
+    with pytest.raises(UserError, match=r"tokenizer_sha256: [0-9a-f]+ then, [0-9a-f]+ now"):
         train(recipe, resume="auto")
 
 

@@ -34,12 +34,14 @@ class Rendered:
         add_special_tokens: Whether the tokenizer adds its own (BOS). Off for conversations: a chat
             template writes them itself, and what serves the model adds none either.
         render_whole: Renders the row with the turns that were not looked for.
+        is_unmarked: Whether the row itself says of every answer that it is not learned.
     """
 
     segments: tuple[Segment, ...]
     append_eos: bool = True
     add_special_tokens: bool = True
     render_whole: Callable[[], Rendered] | None = None
+    is_unmarked: bool = False
 
     @property
     def text(self) -> str:
@@ -110,6 +112,7 @@ def render_chat(
         append_eos=not last_tail.strip(),
         add_special_tokens=False,
         render_whole=render_whole,
+        is_unmarked=loss_on != "all" and not any(turns.values()),
     )
 
 

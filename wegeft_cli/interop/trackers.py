@@ -186,7 +186,7 @@ class _Mlflow(_Tracker):
     def __init__(
         self, project: str, run_name: str, run_dir: Path, run_id: str | None, step: int
     ) -> None:
-        # MLflow's small package writes to folders and servers alone, and to folders only if told so.
+        # MLflow's small package writes to folders and servers alone; to folders only if told so.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
         from accelerate.tracking import MLflowTracker

@@ -121,7 +121,7 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
 
 
 def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:
-    """Try the optimizer's and the schedule's own settings; where there are none, torch stays out."""
+    """Try the settings of optimizer and schedule; where there are none, torch stays out."""
     train = loaded.recipe.train
     if not (train.optim_args or train.lr_scheduler_kwargs):
         return
