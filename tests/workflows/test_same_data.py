@@ -25,10 +25,12 @@ def write_rows(path, rows):
     [(False, ["data.train[0] rows: 10 then, 23 now", "sha256"]), (True, ["data.train[0] digest"])],
 )
 def test_changed_rows_are_refused(
-    write_recipe, stop_after, files_in, tmp_path, unequal_rows, streaming, told
+    write_recipe, stop_after, files_in, tmp_path, unequal_rows, streaming, told, listener
 ):
     recipe = write_recipe(data={"streaming": streaming}, train={"max_steps": 4})
-    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    run_dir = train(recipe, should_stop=stop_after(2), reporter=listener).run_dir
+    is_of_part = any(n.startswith("looked at of the stream: the first 10") for n in listener.notes)
+    assert is_of_part is streaming
     before = files_in(run_dir)
     write_rows(tmp_path / "tiny.jsonl", OTHER)
     checkpoint = run_dir / "checkpoints" / "step-00000002"

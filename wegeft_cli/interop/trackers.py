@@ -217,7 +217,8 @@ class _Mlflow(_Tracker):
         words = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
         mlflow.end_run(status=words[status])
         if self._has_own_store:
-            mlflow.set_tracking_uri(None)  # the next run of this process has a folder of its own
+            # The next run of this process has a folder of its own; None unsets, untyped as it is.
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
 
 
 class _Trackio(_Tracker):

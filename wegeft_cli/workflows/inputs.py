@@ -176,8 +176,9 @@ def list_trackers(report_to: Any) -> tuple[str, ...]:
 
 
 def _tell(report: DataReport, reporter: Reporter) -> None:
+    which = "looked at of the stream: the first " if report.streaming else ""
     reporter.note(
-        f"{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
+        f"{which}{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
         f"{report.num_label_tokens / report.num_tokens:.0%} of them learned"
     )
     for warning in report.warnings:
