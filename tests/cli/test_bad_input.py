@@ -179,7 +179,15 @@ def test_foreign_spellings_are_announced(wegeft, place, rewrite):
     [
         (b"", ["no rows"]),
         (b"broken\n", ["tiny.jsonl:1", "not JSON"]),
-        (b'{"prompt": "a", "completion": "b"}\n[1]\n', ["tiny.jsonl:2", "not an object"]),
+        (
+            b'{"prompt": "a", "completion": "b"}\n[1]\n',
+            ["tiny.jsonl:2", "not an object", "name the file .json"],
+        ),
+        (
+            b'{"prompt": "a", "completion": "b"}\n'
+            b'{"prompt": "a", "completion": "b", "prompt": "c"}\n',
+            ["tiny.jsonl:2", "has the key 'prompt' twice"],
+        ),
         (b"\xff\n", ["tiny.jsonl:1", "UTF-8"]),
         (b'{"foo": 1}\n', ["columns found: foo"]),
         (b'{"prompt": "a", "completion": ""}\n', ["has anything to learn", "empty completion"]),

@@ -31,6 +31,8 @@ from wegeft_cli.workflows.prepare import (
     build_skeleton,
     build_step_plan,
     check_context,
+    check_learning,
+    check_run_schedule,
     count_checkpoints,
     find_run_dir,
     plan_groups,
@@ -122,6 +124,7 @@ def plan(
 def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
     check_template(recipe.data.template)
+    check_learning(recipe, None)  # the run may be for another machine
     config, skeleton = build_skeleton(recipe.model)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     check_context(config, recipe)
@@ -134,6 +137,7 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     if data is not None:
         steps = build_step_plan(recipe, data, 1)
         num_steps = steps.num_steps
+        check_run_schedule(recipe, num_steps)
         survey = survey_passes(recipe, data, steps)
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
