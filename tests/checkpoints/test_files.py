@@ -3,11 +3,13 @@
 import errno
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,8 +202,20 @@ def test_files_that_a_killed_process_left_go_by_their_name(tmp_path, names_in):
 
 def test_free_space_is_checked_before_the_work(tmp_path):
     check_free_space(tmp_path / "not" / "yet", 1, "a byte")
-    with pytest.raises(MachineError, match=r"a world needs .* GiB"):
+    with pytest.raises(MachineError, match=r"GiB are needed for a world, and .* GiB are free"):
         check_free_space(tmp_path / "not" / "yet", 2**60, "a world")
+
+
+def test_a_file_system_without_room_is_told_as_such():
+    with pytest.raises(MachineError, match="the file system at /proc has no room for files"):
+        check_free_space(Path("/proc/x"), 1, "a byte")
+
+
+def test_a_small_need_is_not_told_as_nothing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(MachineError, match=r"1\.00 MiB are needed for it, and 0\.00 MiB are free"):
+        check_free_space(tmp_path, 2**20, "it")
 
 
 def test_hash_of_a_stretch_and_of_a_file_that_ends_early(tmp_path):

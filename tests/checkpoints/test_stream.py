@@ -237,7 +237,7 @@ def test_only_what_belongs_to_the_model_is_copied(base_dir, tmp_path, names_in):
     (secret / "file").write_text("secret")
     (base / "loop").symlink_to(base)
     (base / "linked_folder").symlink_to(secret)
-    (base / "LICENSE").write_text("mine")
+    (base / "LICENSE").symlink_to(secret / "file")
     (base / "dangling").symlink_to(tmp_path / "none")
     os.mkfifo(base / "pipe")
     with pytest.raises(UserError, match="leads out of its folder") as caught:

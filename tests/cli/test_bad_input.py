@@ -179,7 +179,15 @@ def test_foreign_spellings_are_announced(wegeft, place, rewrite):
     [
         (b"", ["no rows"]),
         (b"broken\n", ["tiny.jsonl:1", "not JSON"]),
-        (b'{"prompt": "a", "completion": "b"}\n[1]\n', ["tiny.jsonl:2", "not an object"]),
+        (
+            b'{"prompt": "a", "completion": "b"}\n[1]\n',
+            ["tiny.jsonl:2", "not an object", "name the file .json"],
+        ),
+        (
+            b'{"prompt": "a", "completion": "b"}\n'
+            b'{"prompt": "a", "completion": "b", "prompt": "c"}\n',
+            ["tiny.jsonl:2", "has the key 'prompt' twice"],
+        ),
         (b"\xff\n", ["tiny.jsonl:1", "UTF-8"]),
         (b'{"foo": 1}\n', ["columns found: foo"]),
         (b'{"prompt": "a", "completion": ""}\n', ["has anything to learn", "empty completion"]),
@@ -598,7 +606,7 @@ class FullDiskPath(type(Path())):
 
 @pytest.mark.parametrize("command", ["merge", "eval", "recipes"])
 def test_a_full_disk_leaves_nothing_half_written(
-    refuse, place_with_run, data_dir, monkeypatch: pytest.MonkeyPatch, command
+    refuse, wegeft, place_with_run, data_dir, monkeypatch: pytest.MonkeyPatch, command
 ):
     def fail(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -611,7 +619,15 @@ def test_a_full_disk_leaves_nothing_half_written(
         words = [] if command == "merge" else ["--task", "boolq", "--data-dir", data_dir]
         words = [*words, "--output", "new" if command == "merge" else "new.json"]
         words += ["--limit", "1", "--max-new-tokens", "2"] if command == "eval" else []
-    told = refuse(command, *words, code=EXIT_FAILED)
+    if command != "eval":
+        told = refuse(command, *words, code=EXIT_FAILED)
+    else:  # the answers so far are kept, for the same command to go on with; no result is
+        before = place_with_run.read_files()
+        result = wegeft(command, *words)
+        assert result.exit_code == EXIT_FAILED
+        told, after = result.stderr, place_with_run.read_files()
+        assert {name: after[name] for name in before} == before
+        assert {name.split("/")[0] for name in after.keys() - before} == {"new-samples.partial"}
     assert "No space left on device" in told
 
 

@@ -112,7 +112,8 @@ def test_given_samples_print_one_object(wegeft, place, data_dir):
 
 def test_listings_print_one_object(wegeft):
     assert read_object(wegeft("recipes", "list", "--json").stdout)["recipes"]
-    assert set(read_object(wegeft("eval", "--list", "--json").stdout)) == {"tasks", "protocols"}
+    listed = read_object(wegeft("eval", "--list", "--json").stdout)
+    assert set(listed) == {"tasks", "groups", "protocols"}
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

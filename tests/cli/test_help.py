@@ -87,7 +87,7 @@ def test_no_command_shows_the_page_and_fails(wegeft):
         (["train", "tiny.yaml", "--resum"], "--resum"),
         (["eval", "--limit", "0"], "--limit"),
         (["eval", "--limit", "many"], "--limit"),
-        (["merge", "a", "b"], "b"),
+        (["validate", "a", "b=1", "--jsn"], "--jsn"),
     ],
 )
 def test_mistyped_words_name_the_word_and_the_usage(wegeft, words, told):

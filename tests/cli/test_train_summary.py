@@ -33,7 +33,10 @@ def test_the_best_step_is_told_with_what_the_adapter_is_of():
 
 def test_skipped_steps_and_waste_are_told():
     waste = {"padding_share": 0.25, "packed_sequences": None, "head_share": 0.4}
+    of_stream = list(tell_summary(change(waste={**waste, "estimated_from_rows": 10})))
+    assert any("(estimated from the first 10 rows)" in line for line in of_stream)
     lines = list(tell_summary(change(num_skipped=2, waste=waste)))
+    assert "estimated from" not in "".join(lines)
     assert lines[0].startswith("skipped: 2 steps")
     assert str(Path("runs/a/skipped")) in lines[0]
     assert "25% of the positions" in lines[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,12 @@ def test_what_is_cut_dropped_or_merged_is_told(
     assert len(report.warnings) == 4
     for sentence, part in zip(
         report.warnings,
-        ["1 of 5 rows were cut", "1 of 5 rows have an empty", "1 of 5 rows were left out", "joins"],
+        [
+            "1 of 5 rows were cut",
+            "1 of 5 rows with an empty completion were left out (the first is ",
+            "train.jsonl:4)",
+            "joins",
+        ],
         strict=True,
     ):
         assert part in sentence
@@ -160,8 +166,9 @@ def test_nothing_to_learn_at_all_is_a_fault(
     rows = [{"prompt": "q", "completion": ""}, {"prompt": "abcdefghijkl", "completion": "a"}]
     with pytest.raises(UserError, match="none of the 2 rows") as caught:
         build(tokenizer, write_rows(rows), max_length=8)
-    assert "1 with an empty completion" in caught.value.message
-    assert "data.max_length 8" in caught.value.message
+    assert "1 with an empty completion (the first is " in caught.value.message
+    assert "train.jsonl:1)" in caught.value.message
+    assert re.search(r"data.max_length 8 \(the first is .*train.jsonl:2\)", caught.value.message)
     assert caught.value.key == "data.train[0]"
     with pytest.raises(UserError, match="no data to train on"):
         build(tokenizer)
@@ -288,6 +295,24 @@ def test_a_faulty_template_file_is_told(
     with pytest.raises(UserError, match=message) as caught:
         build(tokenizer, write_rows(TALK), template=str(template))
     assert caught.value.key == key
+
+
+def test_a_dropped_tool_call_is_told_with_its_row(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = {"role": "user", "content": "1?"}
+    said = {"role": "assistant", "content": "2"}
+    path = write_rows([{"messages": [asked, said]}, {"messages": [asked, calling]}])
+    with pytest.raises(UserError, match="drops the answer of turn 2") as caught:
+        build(tokenizer, path, template=str(template))
+    assert caught.value.file == f"{path}:2"
 
 
 def test_a_missing_template_file_is_told(
@@ -417,8 +442,30 @@ def test_turns_that_no_row_learns_are_a_fault(
     chat_tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:
     silent = [{"messages": [*TALK[0]["messages"][:1], {**TALK[0]["messages"][1], "train": False}]}]
-    with pytest.raises(UserError, match="none of the 3 rows has anything to learn"):
+    reason = r"3 whose turns .* marked as not learned .* \(the first is .*train\.jsonl:1\)"
+    with pytest.raises(UserError, match=f"none of the 3 rows has anything to learn: {reason}"):
         build(chat_tokenizer, write_rows(silent * 3))
+    report = build(chat_tokenizer, write_rows([*TALK, *silent]), loss_on="assistant").report
+    assert any(
+        re.search(r"1 of \d rows whose turns .* were left out .*train\.jsonl:\d", told)
+        for told in report.warnings
+    )
+    assert "empty" not in "".join(report.warnings)
+
+
+def test_places_of_dropped_rows_come_from_the_cache_unless_the_file_has_moved(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    file = write_rows([*QA, {"prompt": "q", "completion": ""}])
+    first = build(tokenizer, file, cache_dir=str(tmp_path / "cache")).report
+    again = build(tokenizer, file, cache_dir=str(tmp_path / "cache")).report
+    assert again.num_from_cache == 1
+    assert first.warnings == again.warnings
+    assert f"(the first is {file}:{len(QA) + 1})" in first.warnings[0]
+    moved = file.rename(tmp_path / "moved.jsonl")
+    elsewhere = build(tokenizer, moved, cache_dir=str(tmp_path / "cache")).report
+    assert elsewhere.num_from_cache == 1
+    assert str(file) not in elsewhere.warnings[0]
 
 
 def test_a_row_of_ten_megabytes_is_told_as_cut(

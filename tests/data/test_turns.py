@@ -94,6 +94,26 @@ def test_a_template_that_drops_a_call_is_a_fault() -> None:
         render_row(row, template="chat", loss_on="completion", apply_chat_template=silent)
 
 
+@pytest.mark.parametrize("content", ["", "I look it up."])
+def test_a_template_that_knows_no_calls_would_teach_half_an_answer(content: str) -> None:
+    def plain(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return chatml(
+            [{"role": m["role"], "content": m["content"]} for m in messages], add_generation_prompt
+        )
+
+    messages = talk("u:1+1?", f"a:{content}", "t:2", "a:It is 2.")
+    messages[1]["tool_calls"] = [CALL]
+    for loss_on, part in (("completion", messages[:2]), ("assistant", messages)):
+        with pytest.raises(UserError, match=r"drops the answer of turn 2: .* tool call"):
+            render_row(
+                {"messages": part}, template="chat", loss_on=loss_on, apply_chat_template=plain
+            )
+        assert "<call>add</call>" in learned(render(part, loss_on))[0]
+    # The call is read and not learned.
+    row = {"messages": messages}
+    render_row(row, template="chat", loss_on="completion", apply_chat_template=plain)
+
+
 def test_a_greeting_is_read_and_not_learned() -> None:
     greeted = talk("a:Welcome", "u:hi", "a:hello")
     for loss_on in ("completion", "assistant"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.recipe.check import CHOICES, check_recipe
+from wegeft_cli.recipe.check import CHOICES, OPTIMIZERS_ELSEWHERE, check_recipe
 from wegeft_cli.recipe.keys import kind_at, parse_key
 from wegeft_cli.recipe.schema import (
     DataSection,
@@ -304,3 +304,17 @@ def test_what_needs_all_rows_does_not_stream(section, values, key):
     assert key in [key for key, _ in find_faults(recipe)]
     without = replace(recipe, data=replace(recipe.data, streaming=False))
     assert key not in [key for key, _ in find_faults(without)]
+
+
+def test_every_optimizer_of_transformers_is_built_or_told_apart_from_a_typo() -> None:
+    from transformers.training_args import OptimizerNames
+
+    names = {name.value for name in OptimizerNames}
+    assert len(names) > 30
+    assert names == {*CHOICES["train.optim"], *OPTIMIZERS_ELSEWHERE} & names
+    assert not {*CHOICES["train.optim"]} & {*OPTIMIZERS_ELSEWHERE}
+    for name, package in OPTIMIZERS_ELSEWHERE.items():
+        (fault,) = check_recipe(change(train={"optim": name}), where=lambda key: None)
+        assert f"a transformers name that needs {package}" in fault.message
+        assert "did you mean" not in (fault.hint or "")
+        assert "adamw_torch" in (fault.hint or "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,32 @@ def test_names_of_other_rooms_are_checked_with_their_place(write):
         (f"{path}:7:3", "eval.protocol"),
         (f"{path}:6:18", "eval.tasks[1]"),
     ]
+
+
+def test_settings_of_optimizer_and_schedule_are_tried(write):
+    names = "{optim: paged_adamw_8bit, lr_scheduler_type: warmup_stable_decay"
+    bad = "optim_args: {bogus: 1}, lr_scheduler_kwargs: {min_lr: 1}}"
+    path = write(f"train: {names}, {bad}\n", sound=True)
+    with pytest.raises(ExceptionGroup) as caught:
+        validate_recipe(path)
+    told = {fault.key: fault for fault in caught.value.exceptions}
+    assert set(told) == {"train.optim_args", "train.lr_scheduler_kwargs"}
+    assert "does not know bogus" in told["train.optim_args"].message
+    assert all(fault.file.startswith(f"{path}:") for fault in told.values())
+    # Settings that are taken, though this machine has no GPU, and rows decide on the steps.
+    good = "optim_args: {min_8bit_size: 50}, lr_scheduler_kwargs: {num_decay_steps: 5000}}"
+    path = write(f"train: {names}, {good}\n", sound=True)
+    assert any("schedule take" in x for x in validate_recipe(path).checked)
+    assert validate_recipe(path, ["train.warmup_ratio=0.5"]).recipe == str(path)
+    with pytest.raises(UserError, match="100 steps are too few"):
+        validate_recipe(path, ["train.max_steps=100"])
+
+
+def test_a_recipe_without_such_settings_needs_no_torch(write):
+    code = "import sys; from wegeft_cli.workflows.validate import validate_recipe as v; "
+    code += "v(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    path = write("seed: 1\n", sound=True)
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0
 
 
 def test_faults_of_the_recipe_come_through(write):

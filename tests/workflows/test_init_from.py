@@ -163,7 +163,7 @@ def test_another_base_is_refused(write_recipe, first, build_llama_dir):
     with pytest.raises(
         UserError, match="is not the one that this adapter was trained on"
     ) as caught:
-        train(recipe, [f"model.name_or_path={other}"])
+        train(recipe, [f"model.name_or_path={other}"], dry_run=True)
     assert caught.value.key == "base_fingerprint"
     wide = build_llama_dir(hidden_size=64)
     faults = faults_of(recipe, overrides=[f"model.name_or_path={wide}"], dry_run=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wegeft_cli.cli.group import may_be_restarted, num_restarts, tell_launcher
+from wegeft_cli.cli.group import LAUNCHED, may_be_restarted, num_restarts, tell_launcher
 from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, MachineError, UserError
 from wegeft_cli.workflows.launch import (
     LOST_PEER,
@@ -115,6 +115,9 @@ def test_a_run_that_was_stopped_is_interrupted():
 def test_a_fault_is_left_for_the_launcher(tmp_path, monkeypatch):
     tell_launcher("nobody asks")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    tell_launcher("torchrun prints the fault by itself")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv(LAUNCHED, "1")
     tell_launcher("bad")
     (written,) = tmp_path.iterdir()
     told = json.loads(written.read_text())["message"]

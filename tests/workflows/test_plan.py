@@ -232,6 +232,25 @@ def test_rows_longer_than_the_context_are_refused(write_recipe):
         plan(write_recipe(), ["data.template=alpca"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optim_args": {"bogus": 1}}, "does not know bogus"),
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "does not know bogus"),
+        (  # the rows make six steps
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 7},
+            },
+            "6 steps are too few",
+        ),
+    ],
+)
+def test_what_optimizer_or_schedule_refuse_is_found(write_recipe, settings, words):
+    with pytest.raises(UserError, match=words):
+        plan(write_recipe(train=settings))
+
+
 def test_bad_data_leaves_the_figures_open_but_a_bad_target_does_not(write_recipe, tmp_path):
     recipe = write_recipe()
     (tmp_path / "tiny.jsonl").write_text("not json\n")

@@ -90,10 +90,16 @@ def test_rows_left_out_cut_and_joined_are_told(write_recipe):
     (source,) = told.sources
     counts = {name: value for name, value in source.items() if name.startswith("num_")}
     assert counts == {
-        "num_rows": 5, "num_truncated": 1, "num_empty": 1, "num_cut_away": 1, "num_filtered": 0,
-        "num_boundary_merged": 1,
+        "num_rows": 5, "num_truncated": 1, "num_empty": 1, "num_unmarked": 0, "num_cut_away": 1,
+        "num_filtered": 0, "num_boundary_merged": 1,
     }  # fmt: skip
     assert told.num_rows == 3
+    # Before the cut the row that lies behind it counts too; only the empty one is no row.
+    whole = preview(write_recipe(rows=rows), ["data.max_length=200"])
+    assert told.lengths["max"] == 20 < told.uncut_lengths["max"]
+    assert told.uncut_lengths == whole.lengths == whole.uncut_lengths
+    assert told.uncut_histogram == whole.histogram == whole.uncut_histogram
+    assert sum(bar["rows"] for bar in told.uncut_histogram) == 4
 
 
 def test_one_row_is_found_by_its_number_over_all_sources(write_recipe, tmp_path, unequal_rows):

@@ -41,9 +41,9 @@ def test_killed_between_adapter_and_record_an_early_stop_is_done(
     recipe = write_recipe(**STOPS_EARLY)
     write_adapter, kept = train_module.write_adapter, []
 
-    def write_and_keep(model, recipe, folder, *others):
+    def write_and_keep(model, recipe, folder, *others, **options):
         kept.append((folder.path / "run.json").read_bytes())
-        return write_adapter(model, recipe, folder, *others)
+        return write_adapter(model, recipe, folder, *others, **options)
 
     monkeypatch.setattr(train_module, "write_adapter", write_and_keep)
     done = train(recipe)
@@ -221,10 +221,10 @@ def test_the_disk_is_measured_against_the_plans_estimate(write_recipe, set_free,
     set_free(4.1 * one)  # three that stay and the one being written
     assert train(recipe, dry_run=True).status == "checked"
     for change in ("train.save_total_limit=4", "train.save_total_limit=null"):
-        with pytest.raises(MachineError, match="the run's checkpoints needs"):
+        with pytest.raises(MachineError, match="needed for the run's checkpoints"):
             train(recipe, [change], dry_run=True)
     set_free(3.9 * one)
-    with pytest.raises(MachineError, match="the run's checkpoints needs"):
+    with pytest.raises(MachineError, match="needed for the run's checkpoints"):
         train(recipe)
     assert not (tmp_path / "runs").exists()
 
@@ -234,7 +234,7 @@ def test_checkpoints_that_lie_there_need_no_more_disk(write_recipe, set_free, st
     one = plan(recipe).checkpoint_gib * 2**30
     train(recipe, should_stop=stop_after(3))
     set_free(0.9 * one)
-    with pytest.raises(MachineError, match="the run's checkpoints needs"):
+    with pytest.raises(MachineError, match="needed for the run's checkpoints"):
         train(recipe, resume="auto")
     set_free(1.1 * one)
     assert train(recipe, resume="auto").status == "finished"

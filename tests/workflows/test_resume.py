@@ -1,6 +1,7 @@
 """A run that was stopped and goes on ends with the bits of one that was never stopped."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -192,6 +193,18 @@ def test_a_finished_run_is_told_and_left_alone(write_recipe, listener, read_adap
     assert again.adapter_dir == first.adapter_dir
     assert any("finished already" in note for note in listener.notes)
     assert read_adapter(first.run_dir) == before
+
+
+def test_a_finished_run_goes_on_for_longer_as_the_hint_says(write_recipe, read_adapter, tmp_path):
+    recipe = write_recipe(train={"num_train_epochs": 2})
+    train(recipe)
+    longer = "train.num_train_epochs=3"
+    with pytest.raises(UserError, match="has its adapter already") as caught:
+        train(recipe, [longer], resume="auto")
+    checkpoint, folder = re.search(r"--resume (\S+) output_dir=(\S+)", caught.value.hint).groups()
+    assert folder == "NEW"
+    longest = train(recipe, [longer, f"output_dir={tmp_path / 'new'}"], resume=checkpoint)
+    assert (longest.status, longest.num_steps) == ("finished", 9)
 
 
 def test_a_folder_in_use_is_refused(write_recipe, stop_after):

@@ -1,6 +1,7 @@
 """A run goes on over its own data alone; what an older run did not record is not missed."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,10 +25,12 @@ def write_rows(path, rows):
     [(False, ["data.train[0] rows: 10 then, 23 now", "sha256"]), (True, ["data.train[0] digest"])],
 )
 def test_changed_rows_are_refused(
-    write_recipe, stop_after, files_in, tmp_path, unequal_rows, streaming, told
+    write_recipe, stop_after, files_in, tmp_path, unequal_rows, streaming, told, listener
 ):
     recipe = write_recipe(data={"streaming": streaming}, train={"max_steps": 4})
-    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    run_dir = train(recipe, should_stop=stop_after(2), reporter=listener).run_dir
+    is_of_part = any(n.startswith("looked at of the stream: the first 10") for n in listener.notes)
+    assert is_of_part is streaming
     before = files_in(run_dir)
     write_rows(tmp_path / "tiny.jsonl", OTHER)
     checkpoint = run_dir / "checkpoints" / "step-00000002"
@@ -73,8 +76,42 @@ def test_a_tokenizer_is_known_by_what_it_does(llama_dir):
     before = digest(tokenizer)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=8)  # leaves settings behind
     assert digest(tokenizer) == before == digest(AutoTokenizer.from_pretrained(llama_dir))
+    tokenizer.eos_token = next(token for token in tokenizer.get_vocab() if len(token) > 1)
+    of_other_end = digest(tokenizer)
     tokenizer.add_tokens(["<new>"])
-    assert digest(tokenizer) != before
+    assert len({before, of_other_end, digest(tokenizer)}) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_changed_validation_rows_are_refused(
+    write_recipe, stop_after, files_in, tmp_path, unequal_rows, streaming
+):
+    validation = tmp_path / "validation.jsonl"
+    write_rows(validation, unequal_rows[:4])
+    section = {"streaming": streaming, "validation": [{"path": "validation.jsonl"}]}
+    recipe = write_recipe(data=section, train={"max_steps": 4, "eval_steps": 1})
+    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    before = files_in(run_dir)
+    write_rows(validation, OTHER)
+    told = r"data\.validation\[0\] rows: 4 then, 23 now; data\.validation\[0\] sha256"
+    with pytest.raises(UserError, match=told):
+        train(recipe, resume="auto")
+    assert files_in(run_dir) == before
+    write_rows(validation, unequal_rows[:4])
+    assert train(recipe, resume="auto").status == "finished"
+
+
+def test_another_end_of_text_is_refused(write_recipe, stop_after, llama_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama_dir, base)
+    recipe = write_recipe(model={"name_or_path": str(base)})
+    train(recipe, should_stop=stop_after(2))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    # A special token already, so that nothing but its office changes.
+    settings["eos_token"] = settings["bos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_sha256: [0-9a-f]+ then, [0-9a-f]+ now"):
+        train(recipe, resume="auto")
 
 
 @pytest.mark.parametrize("size", [1000, 3 * 2**20])

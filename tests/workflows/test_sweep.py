@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,28 @@ def test_a_signal_to_every_process_costs_no_step(start_sweep, number, read_run, 
     assert len(steps_saved(root / "seed=1")) == 1
     told = json.loads((root / "sweep.json").read_text())
     assert [run["status"] for run in told["runs"]] == ["interrupted", "waiting"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of such an end")
+def test_a_killed_sweep_leaves_no_run_behind(start_sweep, read_run, steps_saved):
+    process, child, root = start_sweep()
+    process.kill()
+    process.communicate(timeout=PATIENCE_SECONDS)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    assert not is_running(child)
+    assert read_run(root / "seed=1")["status"] == "interrupted"
+    assert len(steps_saved(root / "seed=1")) == 1
+
+
+def is_running(pid):
+    """A process that nobody waits for may stay as a name in the table."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.slow

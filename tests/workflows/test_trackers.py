@@ -161,12 +161,18 @@ def read_log(content):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_local_store(write_recipe, launch, tmp_path):
-    store = tmp_path / "mlruns"
-    variables = {"MLFLOW_TRACKING_URI": store.as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+@pytest.mark.parametrize("is_named", [False, True])
+def test_mlflow_in_a_local_store(write_recipe, launch, tmp_path, monkeypatch, is_named):
+    """In the run's own folder as it comes, elsewhere where the user says so."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
     recipe = write_recipe(**with_tracker("mlflow"))
-    told, _ = launch(recipe, **variables)
+    store = tmp_path / "elsewhere" if is_named else recipe.parent / "runs" / "tiny" / "mlruns"
+    variables = {"MLFLOW_TRACKING_URI": store.as_uri()} if is_named else {}
+    told, stderr = launch(recipe, **variables)
+    assert "the tracker" not in stderr
     run_dir = Path(told["run_dir"])
+    assert (run_dir / "mlruns").exists() is not is_named
     run_id = json.loads((run_dir / "run.json").read_text())["trackers"]["mlflow"]
     (folder,) = store.glob(f"*/{run_id}")
     for name in ("loss", "learning_rate", "eval_loss"):

@@ -155,11 +155,32 @@ def test_cheap_checks_come_before_the_folder(write_recipe, tmp_path, change, mes
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"optim_args": {"bogus": 1}}, "train.optim_args"),
+        ({"lr_scheduler_kwargs": {"bogus": 1}}, "train.lr_scheduler_kwargs"),
+        ({"optim": "paged_adamw_8bit"}, "train.optim"),
+    ],
+)
+def test_the_optimizer_is_tried_before_a_row_is_read(write_recipe, monkeypatch, settings, key):
+    def read(*_, **__):
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr("wegeft_cli.workflows.inputs.build_datasets", read)
+    with pytest.raises(UserError) as caught:
+        train(write_recipe(train=settings), dry_run=True)
+    assert caught.value.key == key
+
+
 def test_divergence_keeps_the_earlier_checkpoints(write_recipe, read_run, steps_saved):
     recipe = write_recipe(train={"learning_rate": 1e30, "save_steps": 1, "max_skipped_steps": 0})
-    with pytest.raises(MachineError, match="diverged at step 2"):
+    with pytest.raises(MachineError, match="diverged at step 2") as caught:
         train(recipe)
     run_dir = recipe.parent / "runs" / "tiny"
+    assert "skipped/" in caught.value.hint
+    assert (run_dir / "skipped" / "step-00000002.json").exists()
+    assert "train.max_skipped_steps" in caught.value.hint
     assert steps_saved(run_dir) == [1]
     checkpoint, notes = find_newest_checkpoint(run_dir / "checkpoints")
     assert (checkpoint.step, notes) == (1, [])
@@ -235,7 +256,9 @@ def test_a_full_disk_under_the_metrics_is_told(write_recipe, tmp_path):
 def test_a_disk_too_small_is_found_before_the_run(write_recipe, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(MachineError, match=r"needs .* GiB"):
+    with pytest.raises(
+        MachineError, match=r"are needed for the run's checkpoints, and .* are free"
+    ):
         train(write_recipe())
     assert not (tmp_path / "runs").exists()
 

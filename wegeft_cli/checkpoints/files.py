@@ -252,13 +252,26 @@ def check_free_space(path: Path, num_bytes: int, what: str) -> None:
     while not place.exists():
         place = place.parent
     with disk_errors(path, "read"):
-        num_free = shutil.disk_usage(place).free
-    if num_free < num_bytes:
+        disk = shutil.disk_usage(place)
+    if not disk.total:
         raise MachineError(
-            f"{what} needs {num_bytes / _GIB:.2f} GiB, but {num_free / _GIB:.2f} GiB are free",
+            f"no disk is there: the file system at {place} has no room for files",
+            file=str(path),
+            hint="choose another folder",
+        )
+    if disk.free < num_bytes:
+        raise MachineError(
+            f"{_show_size(num_bytes)} are needed for {what}, and {_show_size(disk.free)} are free",
             file=str(path),
             hint="free some space or choose another folder",
         )
+
+
+def _show_size(num_bytes: int) -> str:
+    """Give GiB, or where that would round to nothing MiB."""
+    if num_bytes >= _GIB / 10:
+        return f"{num_bytes / _GIB:.2f} GiB"
+    return f"{num_bytes / 2**20:.2f} MiB"
 
 
 def hash_bytes(path: Path, start: int = 0, num_bytes: int | None = None) -> str:

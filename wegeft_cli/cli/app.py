@@ -36,6 +36,7 @@ from wegeft_cli.cli.group import tell_launcher
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
+from wegeft_cli.workflows.follow import follow_starter
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -158,6 +159,7 @@ app.add_typer(recipes.recipes_app, name="recipes")
 
 def main() -> None:
     """Run the command line."""
+    follow_starter()
     # What other packages will change one day is not the user's matter.
     warnings.simplefilter("ignore", FutureWarning)
     # At their import these warn of kernels that this machine cannot run and nobody asked for.

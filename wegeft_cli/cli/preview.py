@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from wegeft_cli.workflows.walk import PreviewRow
 
 _LEARNED = ("green3", "spring_green3")  # in turn, so that tokens can be told apart
-_READ = ("grey50", "grey62")
+_READ = ("default", "dim")  # greys are lost on one ground or the other
 _SPECIAL = "bold cyan"
 _LEARNED_SPECIAL = "bold black on green3"
 _MERGED = "black on yellow"
 _BAR_WIDTH = 40
 _FATES = {
     "empty": "left out: its completion is empty",
+    "unmarked": "left out: its answers are all marked as not learned",
     "cut_away": "left out: its completion begins behind data.max_length",
     "too_long": "left out: too long by its corpus's rule",
 }
@@ -159,6 +160,7 @@ def _show_sources(result: Preview) -> None:
         "num_rows": "rows",
         "num_truncated": "cut",
         "num_empty": "empty",
+        "num_unmarked": "unmarked",
         "num_cut_away": "cut away",
         "num_filtered": "filtered",
         "num_boundary_merged": "joined",
@@ -189,21 +191,25 @@ def _show_figures(result: Preview) -> None:
         f"(data.loss_on: {result.loss_on})",
         highlight=False,
     )
-    lengths = Table("tokens", "rows", "", box=SIMPLE)
+    is_cut = result.uncut_lengths != result.lengths
+    lengths = Table("tokens before the cut" if is_cut else "tokens", "rows", "", box=SIMPLE)
     for column in lengths.columns[:2]:
         column.justify = "right"
-    most = max(bar["rows"] for bar in result.histogram)
-    for bar in result.histogram:
+    most = max(bar["rows"] for bar in result.uncut_histogram)
+    for bar in result.uncut_histogram:
         width = round(_BAR_WIDTH * bar["rows"] / most) if bar["rows"] else 0
         drawn = "█" * max(width, 1) if bar["rows"] else ""
         lengths.add_row(f"{bar['start']}-{bar['stop'] - 1}", f"{bar['rows']:,}", drawn)
     show(lengths)
-    told = result.lengths
+    told = result.uncut_lengths
     show(
-        f"half have at most {told['p50']} tokens, 95% at most {told['p95']}, the longest "
-        f"{told['max']}; data.max_length is {result.max_length}",
+        f"{'before the cut ' if is_cut else ''}half have at most {told['p50']} tokens, 95% at most "
+        f"{told['p95']}, the longest {told['max']}; data.max_length is {result.max_length}",
         highlight=False,
     )
+    if is_cut:
+        told = result.lengths
+        show(f"as they are learned {told['p50']}, {told['p95']} and {told['max']}", highlight=False)
     padding = Table("batches", "padding", "sequences", box=SIMPLE)
     for column in padding.columns[1:]:
         column.justify = "right"

@@ -193,7 +193,9 @@ def tell_summary(result: TrainResult) -> Iterator[str]:
     if memory:
         yield f"memory: {', '.join(memory)}"
     if result.waste is not None:
+        num_looked_at = result.waste.get("estimated_from_rows")
         yield (
             f"padding: {result.waste['padding_share']:.0%} of the positions hold no token; "
             f"logits are computed at {result.waste['head_share']:.0%} of them"
+            + (f" (estimated from the first {num_looked_at} rows)" if num_looked_at else "")
         )

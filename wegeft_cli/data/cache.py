@@ -21,7 +21,7 @@ import numpy as np
 
 from wegeft_cli.data.chat import Template
 from wegeft_cli.data.encode import EncodedDataset
-from wegeft_cli.data.tokens import copy_backend
+from wegeft_cli.data.tokens import describe_tokenizer
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 _ARRAYS = ("ids", "label_mask", "offsets")
@@ -83,7 +83,7 @@ def build_key(
         "day": date.today().isoformat() if chat and chat.tells_the_day else None,
         "loss_on": section.loss_on,
         "max_length": section.max_length,
-        "tokenizer": _describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
         "code": digest_code(Path(__file__).parent),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
@@ -214,19 +214,6 @@ def _move(unfinished: Path, entry: Path) -> None:
         if not entry.is_dir():
             raise
         # Another process was quicker.
-
-
-def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """All of a tokenizer that shows in the rows: texts to ids, and what chat templates are given.
-
-    Its padding and truncation do not, and whoever used it last may have changed them.
-    """
-    return {
-        "backend": _digest(copy_backend(tokenizer).to_str()),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "ids": [tokenizer.bos_token_id, tokenizer.eos_token_id],
-        "split_special_tokens": tokenizer.split_special_tokens,
-    }
 
 
 def _read_array(entry: Path, name: str, sha256: str) -> np.ndarray:

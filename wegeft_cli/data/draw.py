@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wegeft_cli.data.encode import EncodedRow, EncodeReport
+from wegeft_cli.data.encode import DROPPED, EncodedRow, EncodeReport
 from wegeft_cli.data.forms import SourceForm, add_key
-from wegeft_cli.data.report import SourceReport
+from wegeft_cli.data.report import SourceReport, list_reasons
 from wegeft_cli.data.shuffle import shuffled
 from wegeft_cli.data.sources import stream_rows
 from wegeft_cli.data.turns import Rendered
@@ -47,6 +47,7 @@ class StreamedSource:
         self.key = key
         self.num_rows = 0
         self.encoded = EncodeReport()
+        self.places: dict[str, str] = {}
         self._recipe_dir = recipe_dir
 
     def rows(self, skip: int) -> Iterator[Drawn | None]:
@@ -69,16 +70,23 @@ class StreamedSource:
                 fault.file = row.place
             raise add_key(fault, self.key) from fault.__cause__
 
-    def count(self, row: EncodedRow) -> None:
+    def count(self, row: EncodedRow, place: str) -> None:
         """Count what became of a row."""
+        if row.fate in DROPPED:
+            self.places.setdefault(row.fate, place)
+        self.encoded = self.encoded.add(row, self.num_rows)
         self.num_rows += 1
-        self.encoded = self.encoded.add(row)
 
     def report(self) -> SourceReport:
         """Tell what became of the rows so far."""
         template = (self.form.template.name, self.form.template.digest)
         return SourceReport(
-            self.source, template, self.encoded, num_rows=self.num_rows, streaming=True
+            self.source,
+            template,
+            self.encoded,
+            num_rows=self.num_rows,
+            streaming=True,
+            places=self.places,
         )
 
 
@@ -136,8 +144,12 @@ class Chain:
         """Check that the pass that ended gave anything at all."""
         if self.is_whole_pass and not self.num_kept:
             raise UserError(
-                "none of the rows has anything to learn: their completions are empty or lie "
-                "behind data.max_length",
+                "none of the rows has anything to learn: "
+                + ", ".join(
+                    reason
+                    for source in self._sources
+                    for reason in list_reasons(source.report(), "data.max_length")
+                ),
                 file=", ".join(source.source.path for source in self._sources),
                 key=self._sources[0].key,
             )

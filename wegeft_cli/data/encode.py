@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from wegeft_cli.data.tokens import SPARE_TOKENS, Encoder, Tokens
 from wegeft_cli.data.turns import Rendered, Segment
 from wegeft_cli.errors import UserError
 
+DROPPED = ("empty", "unmarked", "cut_away")
+"""Fates of rows that hold nothing to learn."""
 CHUNK_ROWS = 2000
 """Rows tokenised in one call: enough to keep the tokenizer's threads busy."""
 
@@ -81,37 +83,46 @@ class EncodeReport:
     Args:
         num_too_long: Rows left out by `length_below`.
         num_empty: Rows dropped because their completion is blank.
+        num_unmarked: Rows dropped because they say of every answer that it is not learned.
         num_cut_away: Rows dropped because the cut left nothing of the completion.
         num_truncated: Rows kept that were cut to `max_length`.
         num_boundary_merged: Rows kept in which a token holds characters of the prompt and of the
             completion.
         longest: Tokens of the longest row before the cut.
         num_overlong: Rows so long that only their beginning was tokenised; `longest` counts that.
+        first_dropped: The first row of each fate that drops one, counted from 0 over those given.
     """
 
     num_too_long: int = 0
     num_empty: int = 0
+    num_unmarked: int = 0
     num_cut_away: int = 0
     num_truncated: int = 0
     num_boundary_merged: int = 0
     longest: int = 0
     num_overlong: int = 0
+    first_dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_dropped(self) -> int:
         """Rows dropped because they hold nothing to learn."""
-        return self.num_empty + self.num_cut_away
+        return self.num_empty + self.num_unmarked + self.num_cut_away
 
-    def add(self, row: EncodedRow) -> EncodeReport:
-        """The report with one row more."""
+    def add(self, row: EncodedRow, position: int) -> EncodeReport:
+        """The report with one row more, the one at a position of those given."""
+        first = self.first_dropped
+        if row.fate in DROPPED and row.fate not in first:
+            first = {**first, row.fate: position}
         return EncodeReport(
             self.num_too_long + (row.fate == "too_long"),
             self.num_empty + (row.fate == "empty"),
+            self.num_unmarked + (row.fate == "unmarked"),
             self.num_cut_away + (row.fate == "cut_away"),
             self.num_truncated + (row.is_kept and row.is_truncated),
             self.num_boundary_merged + (row.is_kept and row.is_merged),
             max(self.longest, row.num_tokens),
             self.num_overlong + row.is_overlong,
+            first,
         )
 
 
@@ -119,8 +130,8 @@ class EncodedRow(NamedTuple):
     """A row as tokens, or why there are none.
 
     Args:
-        fate: kept, too_long (by `length_below`), empty (a blank completion), cut_away (nothing to
-            learn is left of it).
+        fate: kept, too_long (by `length_below`), empty (a blank completion), unmarked (it says
+            itself that no answer is learned), cut_away (nothing to learn is left of it).
         ids: Token ids, at most `max_length`; none unless kept.
         label_mask: For each whether it is learned, one byte each.
         num_tokens: Tokens before the cut; 0 if it is not counted.
@@ -177,6 +188,8 @@ def encode_each(
             tokens = _drop_first(tokens)
         if length_below is not None and (is_cut or len(tokens.ids) >= length_below):
             yield EncodedRow("too_long")
+        elif row.is_unmarked:
+            yield EncodedRow("unmarked")
         elif row.is_blank:
             yield EncodedRow("cut_away" if is_cut else "empty")
         else:
@@ -228,16 +241,15 @@ def encode_rows(
     lengths: list[int] = []
     report = EncodeReport()
     num_passed = 0
-    for row in encode_each(
-        rendered, encoder=encoder, max_length=max_length, length_below=length_below
-    ):
+    rows = encode_each(rendered, encoder=encoder, max_length=max_length, length_below=length_below)
+    for position, row in enumerate(rows):
         if window is not None and row.fate != "too_long":
             num_passed += 1
             if num_passed > window[1]:
                 break
             if num_passed <= window[0]:
                 continue
-        report = report.add(row)
+        report = report.add(row, position)
         if row.is_kept:
             ids.extend(row.ids)
             label_mask += row.label_mask

@@ -79,9 +79,18 @@ def _not_utf8(byte: int, place: str) -> UserError:
     return UserError(f"byte {byte:#04x} is not UTF-8", file=place, hint="save the file as UTF-8")
 
 
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return built
+
+
 def _parse(text: str, file: str, first_line: int = 1) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_build_object)
     except json.JSONDecodeError as error:
         # The error counts lines from 1 within the text given.
         place = f"{file}:{error.lineno + first_line - 1}:{error.colno}"
@@ -152,7 +161,10 @@ def _read_jsonl(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
 def _parse_line(line: bytes, file: str, number: int) -> dict[str, Any] | UserError:
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        return _as_row(_parse(text, file, number), f"{file}:{number}")
+        row = _as_row(_parse(text, file, number), f"{file}:{number}")
+        if isinstance(row, UserError) and text.lstrip().startswith("["):
+            row.hint = "JSONL has one object per line; a list is JSON: name the file .json"
+        return row
     except UnicodeDecodeError as error:
         return _not_utf8(line[error.start], f"{file}:{number}")
     except UserError as fault:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from wegeft_cli.data.chat import Template, build_template
 from wegeft_cli.data.encode import EncodedDataset, EncodeReport, encode_rows
 from wegeft_cli.data.files import find_suffix
 from wegeft_cli.data.forms import SourceForm, build_form
-from wegeft_cli.data.report import SourceReport
+from wegeft_cli.data.report import SourceReport, list_reasons
 from wegeft_cli.data.sources import MAX_FAULTS, Rows, digest_source, find_files, load_rows
 from wegeft_cli.data.templates import AUTO, CHAT, is_template_file
 from wegeft_cli.data.tokens import Encoder
@@ -100,6 +100,7 @@ def build_part(builder: Builder, source: DataSource, group: str) -> Part:
             num_filtered=facts["num_filtered"],
             from_cache=True,
             notes=tuple(facts["notes"]),
+            places=_choose_places(facts["places"], source, builder.recipe_dir),
         )
         return Part(entry.dataset, report)
     part = _encode_source(builder, source, group)
@@ -125,7 +126,16 @@ def _tell_facts(report: SourceReport) -> dict[str, Any]:
         "sha256": report.sha256,
         "num_filtered": report.num_filtered,
         "notes": list(report.notes),
+        "places": dict(report.places),
     }
+
+
+def _choose_places(
+    places: Mapping[str, str], source: DataSource, recipe_dir: Path | None
+) -> dict[str, str]:
+    """Leave out places in files that have since moved: the cache knows files by what they hold."""
+    files = tuple(f"{file}:" for file in find_files(source, recipe_dir) or ())
+    return {fate: place for fate, place in places.items() if place.startswith(files)}
 
 
 def _find_key(builder: Builder, source: DataSource, group: str, digest: str) -> str:
@@ -176,8 +186,6 @@ def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
         length_below=length_below,
         window=window,
     )
-    if not len(dataset):
-        raise UserError(_tell_nothing_left(rows, encoded, section), file=rows.origin)
     num_used = len(dataset) + encoded.num_dropped
     report = SourceReport(
         source,
@@ -187,7 +195,13 @@ def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
         sha256=rows.sha256,
         num_filtered=len(rows.rows) - num_used if corpus else 0,
         notes=tell_day(form),
+        places={
+            fate: rows.place(fields[position][0])
+            for fate, position in encoded.first_dropped.items()
+        },
     )
+    if not len(dataset):
+        raise UserError(_tell_nothing_left(report, section), file=rows.origin)
     return Part(dataset, report)
 
 
@@ -201,15 +215,10 @@ def tell_day(form: SourceForm) -> tuple[str, ...]:
     )
 
 
-def _tell_nothing_left(rows: Rows, report: EncodeReport, section: DataSection) -> str:
-    reasons = [
-        f"{report.num_empty} with an empty completion" if report.num_empty else "",
-        f"{report.num_cut_away} whose completion lies behind data.max_length {section.max_length}"
-        if report.num_cut_away
-        else "",
-    ]
-    told = ", ".join(reason for reason in reasons if reason) or "the corpus's rule keeps none"
-    return f"none of the {len(rows.rows)} rows has anything to learn: {told}"
+def _tell_nothing_left(report: SourceReport, section: DataSection) -> str:
+    reasons = list_reasons(report, f"data.max_length {section.max_length}")
+    told = ", ".join(reasons) or "the corpus's rule keeps none"
+    return f"none of the {report.num_rows} rows has anything to learn: {told}"
 
 
 def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class DataReport:
         num_filtered: Rows that a named corpus leaves out by its published rule.
         lengths: Tokens per training row: p50, p95, max.
         sources: Of every training source path, rows (as read) and sha256.
+        validation_sources: The same of every source of `data.validation`.
         template: Name of the prompt form; several are joined by commas.
         template_hash: Fingerprint of its text.
         warnings: Sentences for the user.
@@ -51,6 +52,7 @@ class DataReport:
     num_filtered: int
     lengths: dict[str, int]
     sources: list[dict[str, Any]]
+    validation_sources: list[dict[str, Any]]
     template: str
     template_hash: str
     warnings: list[str]
@@ -72,6 +74,7 @@ class SourceReport:
         from_cache: Whether its tokenised rows came from the cache.
         streaming: Whether only its first rows were looked at.
         notes: More sentences for the user.
+        places: Where the first row stands of each fate that drops one.
     """
 
     source: DataSource
@@ -83,6 +86,7 @@ class SourceReport:
     from_cache: bool = False
     streaming: bool = False
     notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_report(
@@ -121,20 +125,54 @@ def build_report(
         num_boundary_merged=sum(each.num_boundary_merged for each in encoded),
         num_filtered=sum(source.num_filtered for source in sources),
         lengths={"p50": int(median), "p95": int(high), "max": int(lengths.max())},
-        sources=[
-            {
-                "path": each.source.path,
-                "rows": None if each.streaming else each.num_rows,
-                "sha256": each.sha256,
-            }
-            for each in sources
-        ],
+        sources=[_tell_source(each) for each in sources],
+        validation_sources=[_tell_source(each) for each in validation_sources],
         template=", ".join(templates),
         template_hash=digests[0] if len(digests) == 1 else template_hash("\n".join(digests)),
         warnings=[sentence for each in everything for sentence in _tell_warnings(each, max_length)],
         num_from_cache=sum(each.from_cache for each in everything),
         streaming=any(source.streaming for source in sources),
     )
+
+
+def _tell_source(part: SourceReport) -> dict[str, Any]:
+    return {
+        "path": part.source.path,
+        "rows": None if part.streaming else part.num_rows,
+        "sha256": part.sha256,
+    }
+
+
+def list_reasons(part: SourceReport, limit: str) -> Iterator[str]:
+    """Tell why rows hold nothing to learn.
+
+    Args:
+        part: What became of the source's rows.
+        limit: Words for the recipe's `data.max_length`.
+
+    Yields:
+        For each reason how many rows, why, and where the first stands, or of a stream one of them.
+    """
+    for count, why, place in _find_reasons(part, limit):
+        yield f"{count} {why}{place}"
+
+
+def _find_reasons(part: SourceReport, limit: str) -> Iterator[tuple[int, str, str]]:
+    counts = {
+        "empty": (part.encoded.num_empty, "with an empty completion"),
+        "unmarked": (
+            part.encoded.num_unmarked,
+            "whose turns of the assistant are all marked as not learned (`train: false` or "
+            "`weight: 0`)",
+        ),
+        "cut_away": (part.encoded.num_cut_away, f"whose completion begins behind {limit}"),
+    }
+    for fate, (count, why) in counts.items():
+        if count:
+            place = part.places.get(fate)
+            # A stream is read in a drawn order.
+            which = "one" if part.streaming else "the first"
+            yield count, why, f" ({which} is {place})" if place else ""
 
 
 def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
@@ -148,13 +186,8 @@ def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
             f"{head}{report.num_truncated} of {total} were cut from the right to data.max_length "
             f"{max_length} and lost their end; the longest has {more}{report.longest} tokens"
         )
-    if report.num_empty:
-        yield f"{head}{report.num_empty} of {total} have an empty completion and were left out"
-    if report.num_cut_away:
-        yield (
-            f"{head}{report.num_cut_away} of {total} were left out: their completion begins "
-            f"behind data.max_length {max_length}"
-        )
+    for count, why, place in _find_reasons(part, f"data.max_length {max_length}"):
+        yield f"{head}{count} of {total} {why} were left out{place}"
     if report.num_boundary_merged:
         yield (
             f"{head}in {report.num_boundary_merged} of {total} a token joins the prompt's end "

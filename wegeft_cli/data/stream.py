@@ -130,7 +130,7 @@ class RowStream:
         rendered = (row.source.render(row, self._max_characters) for _, row, _ in drawn)
         encoded = encode_each(rendered, encoder=self._encoder, max_length=self._max_length)
         for (chain, row, state), result in zip(drawn, encoded, strict=True):
-            row.source.count(result)
+            row.source.count(result, row.place)
             if result.is_kept:
                 chain.num_kept += 1
                 ids = np.array(result.ids, dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,30 @@ def copy_backend(tokenizer: Any) -> Any:
     backend = Tokenizer.from_str(json.dumps(settings))
     backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Describe all of a tokenizer that shows in the rows, as JSON.
+
+    That is how texts become ids, which ids begin and end a row, and what chat templates are given.
+    Padding and truncation do not show, and whoever used the tokenizer last may have changed them.
+
+    Args:
+        tokenizer: The model's.
+
+    Returns:
+        The description; of a slow tokenizer without how texts become ids, which only its code
+        knows.
+    """
+    backend = None
+    if tokenizer.is_fast:
+        backend = hashlib.sha256(copy_backend(tokenizer).to_str().encode()).hexdigest()
+    return {
+        "backend": backend,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "ids": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
 
 
 def _build_slow(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Tokens]]:

@@ -34,12 +34,14 @@ class Rendered:
         add_special_tokens: Whether the tokenizer adds its own (BOS). Off for conversations: a chat
             template writes them itself, and what serves the model adds none either.
         render_whole: Renders the row with the turns that were not looked for.
+        is_unmarked: Whether the row itself says of every answer that it is not learned.
     """
 
     segments: tuple[Segment, ...]
     append_eos: bool = True
     add_special_tokens: bool = True
     render_whole: Callable[[], Rendered] | None = None
+    is_unmarked: bool = False
 
     @property
     def text(self) -> str:
@@ -97,6 +99,8 @@ def render_chat(
         message = messages[turn]
         begin, end = _turn_span(messages, turn, whole, apply_chat_template)
         answer, last_tail = _split_tail(whole[begin:end], message)
+        if is_learned and message.get("tool_calls"):
+            _check_calls_shown(messages, turn, whole[:end], apply_chat_template)
         segments.append(Segment(whole[position:begin], loss_on == "all"))
         is_said = bool(message["content"].strip() or message.get("tool_calls"))
         segments.append(Segment(answer, is_learned and (is_said or loss_on == "all")))
@@ -108,6 +112,7 @@ def render_chat(
         append_eos=not last_tail.strip(),
         add_special_tokens=False,
         render_whole=render_whole,
+        is_unmarked=loss_on != "all" and not any(turns.values()),
     )
 
 
@@ -150,6 +155,23 @@ def _turn_span(
     return len(before), len(upto)
 
 
+def _check_calls_shown(
+    messages: Sequence[Message], turn: int, upto: str, apply_chat_template: ApplyChatTemplate
+) -> None:
+    """Refuse a template that writes the same whether or not the answer calls a tool."""
+    bare = {name: value for name, value in messages[turn].items() if name != "tool_calls"}
+    try:
+        without = apply_chat_template([*messages[:turn], bare], False)
+    except UserError:
+        return  # it looks at the calls
+    if without == upto:
+        raise UserError(
+            f"the chat template drops the answer of turn {turn + 1}: it does not show its tool "
+            "call",
+            hint="use a data.template that knows tool calls",
+        )
+
+
 def _split_tail(span: str, message: Message) -> tuple[str, str]:
     """Split a turn into (what is learned, what follows the content).
 
@@ -157,10 +179,9 @@ def _split_tail(span: str, message: Message) -> tuple[str, str]:
     """
     content = message["content"].strip()
     found = span.find(content)
-    if found < 0 or (message.get("tool_calls") and not span.strip()):
-        shown = content[:40] or "a tool call"
+    if found < 0:
         raise UserError(
-            f"the chat template does not show the answer {shown!r} as it stands",
+            f"the chat template does not show the answer {content[:40]!r} as it stands",
             hint="use another data.template",
         )
     tail = span[found + len(content) :]

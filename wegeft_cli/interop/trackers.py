@@ -50,7 +50,8 @@ class Trackers:
         names: Which ones; none is no tracker.
         project: Project or experiment.
         run_name: The run's name there.
-        run_dir: The run's folder: tensorboard writes to `logs` in it, wandb its files.
+        run_dir: The run's folder: tensorboard writes to `logs` in it, wandb its files, and mlflow
+            to `mlruns` where no other store is set.
         earlier: Tracker -> its own id of the run that goes on; empty for a new run.
         step: Optimizer steps done before.
         warn: Told of a tracker that fails.
@@ -185,8 +186,14 @@ class _Mlflow(_Tracker):
     def __init__(
         self, project: str, run_name: str, run_dir: Path, run_id: str | None, step: int
     ) -> None:
+        # MLflow's small package writes to folders and servers alone; to folders only if told so.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        import mlflow
         from accelerate.tracking import MLflowTracker
 
+        self._has_own_store = not mlflow.is_tracking_uri_set()
+        if self._has_own_store:
+            mlflow.set_tracking_uri((run_dir.absolute() / "mlruns").as_uri())
         inner = MLflowTracker(project, run_name=run_name, run_id=run_id)
         inner.start()
         super().__init__(inner, str(inner.tracker.info.run_id))
@@ -209,6 +216,9 @@ class _Mlflow(_Tracker):
 
         words = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
         mlflow.end_run(status=words[status])
+        if self._has_own_store:
+            # The next run of this process has a folder of its own; None unsets, untyped as it is.
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
 
 
 class _Trackio(_Tracker):

@@ -59,6 +59,31 @@ CHOICES: dict[str, tuple[str, ...]] = {
 CHOICES["data.validation[].format"] = CHOICES["data.train[].format"]
 CHOICES["data.test[].format"] = CHOICES["data.train[].format"]
 
+OPTIMIZERS_ELSEWHERE: dict[str, str] = {
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu_fused": "torch_npu",
+    "adamw_apex_fused": "apex",
+    "adamw_anyprecision": "torchdistx",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+    "galore_adamw": "galore_torch",
+    "galore_adamw_8bit": "galore_torch",
+    "galore_adafactor": "galore_torch",
+    "galore_adamw_layerwise": "galore_torch",
+    "galore_adamw_8bit_layerwise": "galore_torch",
+    "galore_adafactor_layerwise": "galore_torch",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free_radam": "schedulefree",
+    "schedule_free_adamw": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
+    "apollo_adamw": "apollo_torch",
+    "apollo_adamw_layerwise": "apollo_torch",
+    "stable_adamw": "torch_optimi",
+}
+"""Transformers' names of optimizers that this version does not build: name -> package needed."""
+
 PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Attention kernels (transformers' names) that tell packed rows apart by their positions."""
 
@@ -187,7 +212,11 @@ def _check_values(recipe: Recipe) -> Iterator[_Fault]:
     """Choices, ranges and what this version does not do, each by itself."""
     for pattern, choices in CHOICES.items():
         for key, value in _find_values(recipe, pattern):
-            if value not in choices:
+            if key == "train.optim" and value in OPTIMIZERS_ELSEWHERE:
+                package = OPTIMIZERS_ELSEWHERE[value]
+                message = f"`{value}` is a transformers name that needs {package}; it is not "
+                yield key, message + "available in this version", f"use one of {', '.join(choices)}"
+            elif value not in choices:
                 near = find_nearest(value, choices)
                 hint = f"did you mean `{near}`?" if near else None
                 yield key, f"must be one of {', '.join(choices)}; got {value!r}", hint

@@ -182,9 +182,9 @@ class TrainSection:
     max_grad_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     optim: str = "adamw_torch"
-    """Any of transformers' names that takes plain parameters: adamw_torch, adamw_torch_fused,
-    adafactor, sgd, adagrad, rmsprop; adamw_8bit, paged_adamw_8bit, lion_8bit, ...
-    (bitsandbytes)."""
+    """An optimizer of torch, transformers or bitsandbytes by transformers' name: adamw_torch,
+    adamw_torch_fused, adafactor, sgd, adagrad, rmsprop; adamw_8bit, paged_adamw_8bit, lion_8bit,
+    ... (bitsandbytes). Names that need another package (galore, apollo, lomo, ...) are refused."""
     optim_args: dict[str, Any] = field(default_factory=dict)
     """The optimizer's own settings beside those below."""
     adam_beta1: float = 0.9

@@ -348,6 +348,8 @@ def _diverged(progress: Progress, loss: float, grad_norm: float) -> MachineError
     return MachineError(
         f"training diverged at step {progress.step}: loss {loss}, gradient norm {grad_norm}"
         + skipped,
-        hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio; "
-        "checkpoints written before this step are whole",
+        hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio; the run's "
+        "folder skipped/ holds the rows of each such step, in case they are at fault, and "
+        "train.max_skipped_steps is how many are borne; checkpoints written before this step are "
+        "whole",
     )

@@ -107,18 +107,22 @@ def list_optimizer_options(name: str) -> list[str]:
     return _list_options(*_find_class(name, 1.0, (0.9, 0.999), 1e-8))
 
 
-def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device) -> None:
+def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device | None) -> None:
     """Build the optimizer over a small tensor and take a step: what fails then fails early.
 
     Args:
         name: As for `build_optimizer`.
         options: As for `build_optimizer`.
-        device: Where the run will train.
+        device: Where the run will train; None where that is not known: no step is taken then, and a
+            package that is missing here is no fault.
 
     Raises:
         UserError: If the package is missing, the optimizer does not run on the device, or it does
             not take an option.
     """
+    if device is None:
+        _check_settings(name, options)
+        return
     if name in _UNPAGED and device.type == "cpu":
         raise UserError(
             f"{name} moves its state between GPU and host memory, and there is no GPU",
@@ -136,6 +140,15 @@ def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device)
             message = f"does not take {dict(options)}: {error}"
             raise _refused(name, message, valid) from error
         raise UserError(f"{name} does not run on {device}: {error}", key="train.optim") from error
+
+
+def _check_settings(name: str, options: Mapping[str, Any]) -> None:
+    weight = nn.Parameter(torch.ones(_TRIAL_SHAPE))
+    try:
+        build_optimizer(name, {"weight": weight}, learning_rate=1e-3, options=options)
+    except UserError as fault:
+        if fault.key == "train.optim_args":
+            raise
 
 
 def _find_class(

@@ -147,8 +147,7 @@ def begin_run(
         if start.checkpoint is not None:
             start.earlier = dict(folder.adopt())
             if folder.adapter_dir.exists():
-                is_given = given is not None
-                _check_nothing_left(folder, recipe, inputs, start.checkpoint, is_given)
+                _check_nothing_left(folder, recipe, inputs, start.checkpoint, resume)
                 start.is_done = True
                 yield start
                 return
@@ -247,17 +246,23 @@ def check_disk(folder: RunFolder, recipe: Recipe, inputs: RunInputs) -> None:
 
 
 def _check_nothing_left(
-    folder: RunFolder, recipe: Recipe, inputs: RunInputs, checkpoint: Checkpoint, is_given: bool
+    folder: RunFolder,
+    recipe: Recipe,
+    inputs: RunInputs,
+    checkpoint: Checkpoint,
+    resume: str | None,
 ) -> None:
     """Refuse to train on in the folder of a run that has its adapter."""
+    is_given = resume != AUTO
     # The checkpoint tells, not run.json: a kill may have come before it was written.
     is_done = checkpoint.step >= inputs.source.num_steps or has_stopped_early(checkpoint, recipe)
     if is_given or not is_done:
+        place = resume if is_given else folder.checkpoints_dir / f"step-{checkpoint.step:08d}"
         raise UserError(
             "this run has its adapter already, and it is not replaced",
             file=str(folder.adapter_dir),
             key="--resume",
-            hint="choose another output_dir for the longer run",
+            hint=f"the longer run needs a folder of its own: --resume {place} output_dir=NEW",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from wegeft_cli.checkpoints.files import disk_errors
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED
+from wegeft_cli.workflows.follow import VARIABLE
 from wegeft_cli.workflows.stop import STOP_SIGNALS
 
 LOG_NAME = "train.log"
@@ -38,6 +40,8 @@ def run_training(
 ) -> ChildEnd:
     """Train a recipe in a process of its own, going on from its newest checkpoint if it has one.
 
+    Where this process is killed, the other one saves and leaves, see `follow_starter`.
+
     Args:
         recipe: The recipe's file.
         log: Takes what the process says, behind what stands there.
@@ -57,7 +61,12 @@ def run_training(
         # In a process group of its own Ctrl-C does not reach it: it would hear each one twice, and
         # the second one means that it should not save.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            process_group=0,
+            env={**os.environ, VARIABLE: str(os.getpid())},
         )
         try:
             asked = False

@@ -32,6 +32,7 @@ from wegeft_cli.workflows.prepare import (
     build_step_plan,
     check_context,
     check_learning,
+    check_run_schedule,
     load_base_config,
     plan_groups,
     with_head,
@@ -62,6 +63,7 @@ def read_class_inputs(
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
     trackers = list_trackers(recipe.logging.report_to)
     check_trackers(trackers)
+    check_learning(recipe, accelerator.device)
     processor = load_processor(recipe.model, recipe.task)
     is_text = recipe.task == "sequence_classification"
     data = read_class_data(
@@ -85,7 +87,7 @@ def read_class_inputs(
         rank=accelerator.process_index,
         eval_batch_size=recipe.train.per_device_eval_batch_size,
     )
-    check_learning(recipe, source.num_steps, accelerator.device)
+    check_run_schedule(recipe, source.num_steps)
     if not is_text and accelerator.is_main_process:
         held_out = [] if data.validation is None else data.validation.shown
         raise_all(check_images([*data.train.shown, *held_out]))

@@ -13,6 +13,7 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
+from wegeft_cli.checkpoints.fingerprint import fingerprint_base
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import UserError, raise_all
@@ -28,8 +29,14 @@ _HINT = "a start from an adapter keeps its settings"
 _NUM_SHOWN = 3
 
 
-def check_init_from(section: AdapterSection, skeleton: nn.Module, recipe_dir: Path) -> None:
-    """Check, before any weight of the base is read, that a recipe can start from its adapter.
+def check_init_from(
+    section: AdapterSection,
+    skeleton: nn.Module,
+    recipe_dir: Path,
+    *,
+    base_dir: Path | None = None,
+) -> None:
+    """Check, before any weight of the base is loaded, that a recipe can start from its adapter.
 
     Rank, alpha, side, groups, layers and modules that are trained whole must be the same: with
     another of them the first step would not begin where the adapter ended. Dropout and view are
@@ -39,10 +46,11 @@ def check_init_from(section: AdapterSection, skeleton: nn.Module, recipe_dir: Pa
         section: The recipe's `adapter`; without `init_from` there is nothing to check.
         skeleton: The base without weights, nothing injected.
         recipe_dir: The recipe's folder, from which a relative path is tried too.
+        base_dir: The base's files, where they are on this machine.
 
     Raises:
-        UserError: If there is no such adapter, it is damaged or of another kind, or one setting
-            differs.
+        UserError: If there is no such adapter, it is damaged or of another kind, its base is
+            another one, or one setting differs.
         ExceptionGroup: If several settings differ.
     """
     if section.init_from is None:
@@ -77,6 +85,9 @@ def check_init_from(section: AdapterSection, skeleton: nn.Module, recipe_dir: Pa
     ]
     raise_all(faults)
     find_saved(skeleton, files, adapter_dir)
+    found = None if base_dir is None else fingerprint_base(base_dir)
+    if found is not None:  # else `init_from_adapter` warns
+        _check_base(files, found, adapter_dir, lambda text: None)
 
 
 def init_from_adapter(
@@ -120,18 +131,24 @@ def init_from_adapter(
             *_compare_saved(model, [] if saved is None else list(saved.by_name()), files),
         ]
     )
+    _check_base(files, base_fingerprint, adapter_dir, warn)
+    adapter.load_factors(files.factors)
+    if saved is not None:
+        _, tensors = find_saved(model, files, adapter_dir)
+        saved.load_tensors(tensors)
+
+
+def _check_base(
+    files: AdapterFiles, found: str | None, adapter_dir: Path, warn: Callable[[str], None]
+) -> None:
     check_fingerprint(
         files.manifest,
-        base_fingerprint,
+        found,
         "the recipe's base",
         adapter_dir,
         hint=f"train on the adapter's base, {files.manifest.base_model_name_or_path!r}",
         warn=warn,
     )
-    adapter.load_factors(files.factors)
-    if saved is not None:
-        _, tensors = find_saved(model, files, adapter_dir)
-        saved.load_tensors(tensors)
 
 
 def _find_adapter(path: str, recipe_dir: Path | None) -> Path:

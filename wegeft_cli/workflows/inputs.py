@@ -15,7 +15,7 @@ from wegeft_cli.data.report import DataReport
 from wegeft_cli.interop.liger import check_liger
 from wegeft_cli.interop.quantise import check_quantization
 from wegeft_cli.interop.trackers import check_trackers
-from wegeft_cli.models.base import load_tokenizer, pad_token_id
+from wegeft_cli.models.base import find_base_folder, load_tokenizer, pad_token_id
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.training.source import StepSource
@@ -36,6 +36,7 @@ from wegeft_cli.workflows.prepare import (
     build_step_plan,
     check_context,
     check_learning,
+    check_run_schedule,
     plan_groups,
 )
 from wegeft_cli.workflows.rehearsal import prepare_skeleton
@@ -123,6 +124,7 @@ def read_inputs(
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
     trackers = list_trackers(recipe.logging.report_to)
     check_trackers(trackers)
+    check_learning(recipe, accelerator.device)
     config, skeleton = build_skeleton(recipe.model)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
@@ -130,7 +132,8 @@ def read_inputs(
     if quantization is not None:
         check_quantization(quantization)
     if not resuming:
-        check_init_from(recipe.adapter, skeleton, recipe_dir)
+        base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
+        check_init_from(recipe.adapter, skeleton, recipe_dir, base_dir=base_dir)
     groups = plan_groups(skeleton, recipe.adapter)
     check_context(config, recipe)
     tasks = read_eval_tasks(recipe)
@@ -149,7 +152,7 @@ def read_inputs(
     else:
         source = build_source(recipe, data, plan, rank=rank, pad_token_id=pad)
     report = data.report
-    check_learning(recipe, source.num_steps, accelerator.device)
+    check_run_schedule(recipe, source.num_steps)
     prompts = build_prompts(recipe, tokenizer, recipe_dir, report.template)
     _tell(report, reporter)
     model = prepare_skeleton(skeleton, recipe)
@@ -184,8 +187,9 @@ def list_trackers(report_to: Any) -> tuple[str, ...]:
 
 
 def _tell(report: DataReport, reporter: Reporter) -> None:
+    which = "looked at of the stream: the first " if report.streaming else ""
     reporter.note(
-        f"{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
+        f"{which}{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
         f"{report.num_label_tokens / report.num_tokens:.0%} of them learned"
     )
     for warning in report.warnings:

@@ -34,6 +34,8 @@ from wegeft_cli.workflows.prepare import (
     build_skeleton,
     build_step_plan,
     check_context,
+    check_learning,
+    check_run_schedule,
     count_checkpoints,
     find_run_dir,
     load_base_config,
@@ -127,6 +129,7 @@ def plan(
 def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
     check_template(recipe.data.template)
+    check_learning(recipe, None)  # the run may be for another machine
     data, unknown, head = _read(loaded)
     config, skeleton = build_skeleton(recipe.model, head)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -140,6 +143,7 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     if data is not None:
         steps = build_step_plan(recipe, data, 1)
         num_steps = steps.num_steps
+        check_run_schedule(recipe, num_steps)
         survey = survey_passes(recipe, data, steps)
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints

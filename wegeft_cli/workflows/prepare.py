@@ -15,7 +15,7 @@ from torch import nn
 
 from wegeft_cli.data.mixture import Mixture
 from wegeft_cli.data.order import StepPlan
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
 from wegeft_cli.generators.inplace import select_parameters
@@ -30,6 +30,8 @@ from wegeft_cli.training.optim import check_optimizer
 from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
 
 _SAVED = "modules_to_save"
+# Steps enough for every warm-up and decay that a run could have.
+_MANY_STEPS = 10**9
 
 TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
@@ -238,19 +240,44 @@ def check_context(config: Any, recipe: Recipe) -> None:
         )
 
 
-def check_learning(recipe: Recipe, num_steps: int, device: torch.device) -> None:
+def check_learning(recipe: Recipe, device: torch.device | None) -> None:
     """Check that the optimizer and the schedule take what the recipe gives them.
+
+    Where the steps hang on the rows, which are not read yet, the schedule is tried over very many;
+    `check_run_schedule` tries it over the run's own.
+
+    Args:
+        recipe: The recipe.
+        device: Where the run will train; None where that is another machine, maybe.
+
+    Raises:
+        UserError: If one of them does not.
+        ExceptionGroup: If neither does.
+    """
+    train = recipe.train
+    faults: list[UserError] = []
+    try:
+        check_optimizer(train.optim, train.optim_args, device)
+    except UserError as fault:
+        faults.append(fault)
+    try:
+        check_run_schedule(recipe, train.max_steps if train.max_steps > 0 else _MANY_STEPS)
+    except UserError as fault:
+        faults.append(fault)
+    raise_all(faults)
+
+
+def check_run_schedule(recipe: Recipe, num_steps: int) -> None:
+    """Check that the schedule can be walked over the run's steps.
 
     Args:
         recipe: The recipe.
         num_steps: Optimizer steps of the run.
-        device: Where the run will train.
 
     Raises:
-        UserError: If one of them does not.
+        UserError: If it cannot.
     """
     train = recipe.train
-    check_optimizer(train.optim, train.optim_args, device)
     check_schedule(
         train.lr_scheduler_type,
         train.lr_scheduler_kwargs,

@@ -23,6 +23,7 @@ from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.walk import PreviewRow, RowWalker
 
 _NUM_BARS = 12
+_UNCUT_LENGTH = 2**20
 # Widths that a bar of the histogram may have: 1, 2, 5, 10, 20, 50, ...
 _STEPS = (1, 2, 5)
 
@@ -34,14 +35,17 @@ class Preview:
     Args:
         rows: The rows asked for.
         sources: Of every training source: `path`, `num_rows` (as read), `num_truncated`,
-            `num_empty`, `num_cut_away`, `num_filtered`, `num_boundary_merged`, `template`,
-            `template_hash`.
+            `num_empty`, `num_unmarked`, `num_cut_away`, `num_filtered`, `num_boundary_merged`,
+            `template`, `template_hash`.
         num_rows: Training rows; of a stream, those looked at.
         num_tokens: Their tokens.
         num_label_tokens: Their learned tokens.
         loss_on: The recipe's `data.loss_on`.
         max_length: The recipe's `data.max_length`.
         lengths: Tokens per row: p50, p95, max.
+        uncut_lengths: The same before the cut to `data.max_length`, of the rows left out by it too;
+            rows longer than 2^20 tokens count as so many.
+        uncut_histogram: Rows by their length before the cut.
         histogram: Rows by length: `start`, `stop` (the first length that is too long), `rows`.
         template: Name of the prompt form; several are joined by commas.
         template_hash: Fingerprint of its text.
@@ -59,6 +63,8 @@ class Preview:
     loss_on: str
     max_length: int
     lengths: dict[str, int]
+    uncut_lengths: dict[str, int]
+    uncut_histogram: list[dict[str, int]]
     histogram: list[dict[str, int]]
     template: str
     template_hash: str
@@ -125,6 +131,12 @@ def _preview(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
         section, tokenizer=tokenizer, recipe_dir=recipe_dir, need_validation=False
     )
     report = data.report
+    whole = data
+    if report.num_truncated or any(source.encoded.num_cut_away for source in data.sources):
+        uncut = replace(section, max_length=_UNCUT_LENGTH, packing="none")
+        whole = build_datasets(
+            uncut, tokenizer=tokenizer, recipe_dir=recipe_dir, need_validation=False
+        )
     return Preview(
         rows=_choose_rows(recipe, data.sources, tokenizer, recipe_dir, num_rows, row),
         sources=[_describe_source(source) for source in data.sources],
@@ -134,6 +146,8 @@ def _preview(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
         loss_on=section.loss_on,
         max_length=section.max_length,
         lengths=report.lengths,
+        uncut_lengths=whole.report.lengths,
+        uncut_histogram=count_lengths(whole.train.lengths),
         histogram=count_lengths(data.train.lengths),
         template=report.template,
         template_hash=report.template_hash,
@@ -180,6 +194,7 @@ def _describe_source(source: SourceReport) -> dict[str, Any]:
         "num_rows": source.num_rows,
         "num_truncated": encoded.num_truncated,
         "num_empty": encoded.num_empty,
+        "num_unmarked": encoded.num_unmarked,
         "num_cut_away": encoded.num_cut_away,
         "num_filtered": source.num_filtered,
         "num_boundary_merged": encoded.num_boundary_merged,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import disk_errors, hash_bytes
 from wegeft_cli.data.sources import find_files
-from wegeft_cli.data.tokens import copy_backend
+from wegeft_cli.data.tokens import describe_tokenizer
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection
 
@@ -26,25 +27,26 @@ def digest_inputs(section: DataSection, tokenizer: Any, recipe_dir: Path | None)
         recipe_dir: Folder of the recipe, for relative paths.
 
     Returns:
-        `tokenizer_sha256`, None of a slow tokenizer, and `stream_digests`, one per training source,
+        `tokenizer_sha256`, see `describe_tokenizer`, and `stream_digests`, one per training source,
         None for the hub; empty where the data are read as a whole and so digested already.
 
     Raises:
         UserError: If a file cannot be read.
     """
-    digest = None
-    if tokenizer.is_fast:
-        digest = hashlib.sha256(copy_backend(tokenizer).to_str().encode()).hexdigest()
+    description = json.dumps(describe_tokenizer(tokenizer), sort_keys=True)
     streamed = section.train if section.streaming else []
     files = [find_files(source, recipe_dir) for source in streamed]
     return {
-        "tokenizer_sha256": digest,
+        "tokenizer_sha256": hashlib.sha256(description.encode()).hexdigest(),
         "stream_digests": [None if each is None else _digest_probes(each) for each in files],
     }
 
 
 def check_same_data(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on over other data: a checkpoint's place in them would mean other rows.
+
+    Other validation rows would make another loss of the same name: the best checkpoint and early
+    stopping compare them.
 
     Paths are not compared, their contents are; what the run did not record is not missed.
 
@@ -73,9 +75,10 @@ def check_same_data(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Pa
 
 def _list_facts(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     data = run.get("data") or {}
-    for number, source in enumerate(data.get("sources", [])):
-        for key in ("rows", "sha256"):
-            yield f"data.train[{number}] {key}", source.get(key)
+    for group, name in (("train", "sources"), ("validation", "validation_sources")):
+        for number, source in enumerate(data.get(name, [])):
+            for key in ("rows", "sha256"):
+                yield f"data.{group}[{number}] {key}", source.get(key)
     for number, digest in enumerate(run.get("stream_digests", [])):
         yield f"data.train[{number}] digest", digest
     yield "template_hash", data.get("template_hash")

@@ -28,6 +28,7 @@ class StreamedBatches:
         plan: Sizes of a step, and how many steps there are.
         first: The batches of the stream's first rows as if they were all: they hold the validation
             rows, and stand for the others where padding is estimated.
+        num_first: How many rows those are.
         rank: This process.
         pad_token_id: What fills up short rows.
     """
@@ -38,6 +39,7 @@ class StreamedBatches:
         plan: StepPlan,
         *,
         first: PlannedBatches,
+        num_first: int,
         rank: int,
         pad_token_id: int,
     ) -> None:
@@ -45,6 +47,7 @@ class StreamedBatches:
         self._stream = stream
         self._plan = plan
         self._first = first
+        self._num_first = num_first
         self._rank = rank
         self._pad_token_id = pad_token_id
         self._step = -1
@@ -83,8 +86,11 @@ class StreamedBatches:
         return self._first.validation_batches()
 
     def waste(self) -> dict[str, Any]:
-        """Estimate what is computed for nothing, as `PlannedBatches.waste`, by the first rows."""
-        return self._first.waste()
+        """Estimate what is computed for nothing, as `PlannedBatches.waste`, by the first rows.
+
+        `estimated_from_rows` tells by how many: rows as they stand, whatever the sources' weights.
+        """
+        return {**self._first.waste(), "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Give where the stream stands before a step: the next one, or the one under way."""
@@ -160,6 +166,7 @@ def build_streamed_source(
         open_stream(recipe.data, tokenizer, loaded.path.parent, recipe.seed),
         plan,
         first=build_source(recipe, data, plan, rank=rank, pad_token_id=pad_token_id),
+        num_first=len(data.train),
         rank=rank,
         pad_token_id=pad_token_id,
     )

@@ -65,7 +65,8 @@ class TrainResult:
         num_skipped: Steps whose loss or gradient was not finite.
         estimated_memory_gib: The plan's estimate of the peak memory of one device.
         peak_memory_gib: The measured one.
-        waste: `padding_share`, `packed_sequences` and `head_share` of an epoch's positions.
+        waste: `padding_share`, `packed_sequences` and `head_share` of an epoch's positions; of a
+            stream `estimated_from_rows` too, the first ones, which are all that was looked at.
     """
 
     run_dir: Path

@@ -73,6 +73,11 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
         f"{num_keys} keys are known and of the right type",
         "choices, ranges and the rules between keys hold",
         "template, tasks and protocol exist",
+        *(
+            ["optimizer and schedule take the settings given"]
+            if loaded.recipe.train.optim_args or loaded.recipe.train.lr_scheduler_kwargs
+            else []
+        ),
     )
     if loaded.recipe.sweep:
         checked = (*checked, _check_sweep(path, overrides))
@@ -81,7 +86,9 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
 
 
 def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
-    """Check names that other rooms give a meaning to: the template, the tasks, the protocol.
+    """Check names that other rooms give a meaning to.
+
+    They are the template, the tasks, the protocol, and the settings of optimizer and schedule.
 
     Args:
         loaded: The recipe, which knows the places.
@@ -98,6 +105,7 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
         yield from _check_task(name, f"eval.tasks[{position}]", loaded, is_own=True)
     for position, name in enumerate(loaded.recipe.train.eval_tasks):
         yield from _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
+    yield from _check_settings(loaded)
 
 
 def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
@@ -107,6 +115,21 @@ def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> I
             check_task(member, loaded.recipe.eval.protocol, must_fit=is_own)
     except UserError as fault:
         yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)
+
+
+def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Try the settings of optimizer and schedule; where there are none, torch stays out."""
+    train = loaded.recipe.train
+    if not (train.optim_args or train.lr_scheduler_kwargs):
+        return
+    from wegeft_cli.workflows.prepare import check_learning
+
+    try:
+        check_learning(loaded.recipe, None)
+    except* UserError as group:
+        for fault in group.exceptions:
+            if isinstance(fault, UserError) and fault.key is not None:
+                yield _place(fault, fault.key, loaded)
 
 
 def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:

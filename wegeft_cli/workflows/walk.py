@@ -26,8 +26,9 @@ class PreviewRow:
         source: Its source's path.
         place: Where it stands: `file:line`, or `file: row N`.
         number: Its number in the training set, from 0, as in `skipped/`; None where it is left out.
-        fate: kept; empty (a blank completion), cut_away (its completion lies behind
-            `data.max_length`) or too_long (by its corpus's rule): left out.
+        fate: kept; empty (a blank completion), unmarked (it says itself that no answer is learned),
+            cut_away (its completion lies behind `data.max_length`) or too_long (by its corpus's
+            rule): left out.
         num_tokens: Tokens before the cut; 0 where they are not counted.
         is_truncated: Whether it was cut to `data.max_length`.
         is_merged: Whether a token holds the prompt's end and the completion's beginning.
