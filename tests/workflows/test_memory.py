@@ -21,7 +21,12 @@ from wegeft_cli.workflows.memory import (
     tell_fit,
 )
 from wegeft_cli.workflows.prepare import build_skeleton
-from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton, rehearse_step
+from wegeft_cli.workflows.rehearsal import (
+    BatchShape,
+    prepare_skeleton,
+    rehearse_step,
+    rehearse_validation,
+)
 
 # The hooks see what autograd saves; the estimate also counts what Python still holds when the head
 # is reached: the batch, the last hidden state, weights that autocast has cast.
@@ -259,3 +264,42 @@ def test_checkpointing_is_left_as_it_was(read_recipe):
     assert all(parameter.is_meta for parameter in model.parameters())
     names = {name for name, _ in skeleton.named_parameters()}
     assert not any("wegeft" in name for name in names)
+
+
+def test_a_validation_larger_than_a_step_counts(read_recipe):
+    recipe = read_recipe()
+    config, skeleton = build_skeleton(recipe.model)
+    model = prepare_skeleton(skeleton, recipe)
+    step = [BatchShape(1, 8, 4, False)]
+
+    def estimate(validation):
+        memory, reason = estimate_memory(recipe, config, model, step, validation=validation)
+        assert reason is None
+        return memory
+
+    none, small = estimate(None), estimate(BatchShape(1, 4, 2, False))
+    assert none["validation"] == small["validation"] == 0
+    large, twice = (estimate(BatchShape(n, LENGTH, LABELS, True)) for n in (400, 800))
+    assert large["validation"] > 0
+    # A pass that keeps nothing: what it takes grows with its rows, and not with the layers.
+    beside = sum(none[name] for name in ("gradients", "activations", "logits", "allocator"))
+    taken = [memory["validation"] + beside for memory in (large, twice)]
+    assert taken[1] == pytest.approx(2 * taken[0], rel=TOLERANCE)
+    assert large["total"] - none["total"] == pytest.approx(large["validation"], abs=0.01)
+
+
+def test_a_validation_keeps_nothing_of_its_layers(read_recipe, build_llama_dir):
+    def peak(layers):
+        folder = build_llama_dir(num_hidden_layers=layers)
+        recipe = read_recipe(f"model.name_or_path={folder}")
+        _, skeleton = build_skeleton(recipe.model)
+        shape = BatchShape(ROWS, LENGTH, LABELS, True)
+        model = prepare_skeleton(skeleton, recipe)
+        before = len(model.model.layers)
+        bytes_ = rehearse_validation(model, recipe, shape)
+        assert len(model.model.layers) == before == layers
+        return bytes_, rehearse_step(model, recipe, shape).activations
+
+    (few, _), (many, kept) = peak(2), peak(6)
+    assert few == many
+    assert many < kept

@@ -44,7 +44,7 @@ from wegeft_cli.workflows.reporter import Reporter
 from wegeft_cli.workflows.same_data import digest_inputs
 from wegeft_cli.workflows.samples import SamplePrompts, build_prompts
 from wegeft_cli.workflows.streamed import build_streamed_source
-from wegeft_cli.workflows.survey import survey_passes
+from wegeft_cli.workflows.survey import find_validation_shape, survey_passes
 from wegeft_cli.workflows.tasks import Job, read_eval_tasks
 
 
@@ -159,8 +159,8 @@ def read_inputs(
     estimated = None
     if accelerator.is_main_process:
         shapes = survey_passes(recipe, data, plan).find_largest()
-        num_tokens = len(data.train.ids)
-        memory, _ = estimate_memory(recipe, config, model, shapes, num_tokens=num_tokens)
+        held_out = find_validation_shape(recipe, data)
+        memory, _ = estimate_memory(recipe, config, model, shapes, validation=held_out)
         estimated = memory["total"]
         for warning in tell_fit(recipe, estimated, *measure_available()):
             reporter.warn(warning)

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.workflows.launch import num_sharing
-from wegeft_cli.workflows.rehearsal import BatchShape, find_dtype, rehearse_step
+from wegeft_cli.workflows.rehearsal import (
+    BatchShape,
+    find_dtype,
+    rehearse_step,
+    rehearse_validation,
+)
 
 GIB = 2**30
 
-# Resident memory of the command line once a run of a model of no size has made a step: Python,
-# torch, transformers, a tokenizer of 49,152 tokens. Measured on Linux, as the share below is.
-_RUNTIME_BYTES = 0.54 * GIB
+# What the first steps of a run add to the process beside its tensors: threads, kernels, the heap of
+# small things. Measured on Linux with models of 0 and 0.5 GiB: 0.03 and 0.08 GiB.
+_STEP_BYTES = 0.06 * GIB
+# Python, torch, transformers and a tokenizer, where the process cannot tell what it holds already.
+_RUNTIME_BYTES = 0.45 * GIB
 # What glibc's heap leaves unused between blocks of unequal life, over the bytes that the layers
 # keep for the backward pass in blocks small enough for the heap. Recomputed layers keep little, yet
 # leave holes that the next ones do not fill. Measured (docs/benchmarks.md): 0.3 to 0.7 in float32,
@@ -29,8 +36,6 @@ _HEAP_SHARE, _HEAP_SHARE_16_BITS, _HEAP_SHARE_RECOMPUTED = 0.5, 0.3, 0.35
 # for each 256 of those; in 8 bits a scale of four bytes for each row, of hundreds of weights.
 _BYTES_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 _BYTES_8_BITS = 1.0
-# A token's id and its label mask, and the text that it was.
-_TOKEN_BYTES = 10
 
 # Bytes of state per learned parameter of 4 bytes, by transformers' name of the optimizer without
 # `paged_`. 8-bit states hold a scale of 4 bytes for each 256 of them.
@@ -61,7 +66,7 @@ def estimate_memory(
     model: nn.Module,
     shapes: Sequence[BatchShape],
     *,
-    num_tokens: int = 0,
+    validation: BatchShape | None = None,
     on_gpu: bool | None = None,
 ) -> tuple[dict[str, float | None], str | None]:
     """Estimate the peak memory of one device from causes, each by itself.
@@ -75,21 +80,23 @@ def estimate_memory(
         config: The base's configuration.
         model: The model without weights, as `prepare_skeleton` gives it.
         shapes: The batches of which one takes the most.
-        num_tokens: Tokens of the data in host memory.
+        validation: The largest batch of a validation; None for none.
         on_gpu: Whether a GPU trains; None asks torch.
 
     Returns:
         GiB of `runtime`, `base_weights`, `factors` (all that learns), `gradients`, `optimizer`,
-        `ema`, `activations`, `logits`, `backward`, `allocator`, `loading` (what loading takes
-        beyond all others) and their `total`; and the reason why those from the activations on, and
+        `ema`, `activations`, `logits`, `backward`, `allocator`, `validation` (what a validation
+        takes beyond a training step), `loading` (what loading takes beyond all others) and their
+        `total`; and the reason why those from the activations on, and
         so the total, are None, if they are.
     """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     learned = list_learned(model)
     dtype = find_dtype(recipe, model)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    runtime = _measure_resident() + _STEP_BYTES
     known = {
-        "runtime": 0.0 if on_gpu else _RUNTIME_BYTES + _TOKEN_BYTES * num_tokens,
+        "runtime": 0.0 if on_gpu else runtime,
         "base_weights": count_base_bytes(recipe, model, dtype),
         "factors": _count_bytes(learned),
         "gradients": _count_bytes(learned),
@@ -98,8 +105,11 @@ def estimate_memory(
     }
     try:
         steps = [rehearse_step(model, recipe, shape) for shape in shapes]
+        evaluated = 0 if validation is None else rehearse_validation(model, recipe, validation)
     except RuntimeError as error:
-        names = ("activations", "logits", "backward", "allocator", "loading", "total")
+        names = (
+            "activations", "logits", "backward", "allocator", "validation", "loading", "total",
+        )  # fmt: skip
         return {**_in_gib(known), **dict.fromkeys(names)}, str(error)
     step = max(steps, key=lambda step: step.activations + step.logits + step.backward)
     known |= {
@@ -108,10 +118,15 @@ def estimate_memory(
         "backward": float(step.backward),
         "allocator": 0.0 if on_gpu else _find_heap_share(recipe, dtype) * step.blocks,
     }
+    if not on_gpu:  # its tensors come and go, and leave holes as those of a step do
+        evaluated += int(_find_heap_share(recipe, dtype) * evaluated)
+    # Blocks that a training step left in the heap serve a validation too.
+    beside = ("gradients", "activations", "logits", "backward", "allocator")
+    known["validation"] = max(0.0, evaluated - math.fsum(known[name] for name in beside))
     # The file stays mapped while its weights are cast: both lie in the host's memory then.
     stored = getattr(config, "dtype", None) or dtype
     copies = dtype.itemsize + (stored.itemsize if stored != dtype else 0)
-    loading = 0.0 if on_gpu else _RUNTIME_BYTES + num_frozen * copies
+    loading = 0.0 if on_gpu else runtime + num_frozen * copies
     known["loading"] = max(0.0, loading - math.fsum(known.values()))
     gib = {name: value / GIB for name, value in known.items()}
     return {**gib, "total": math.fsum(gib.values())}, None
@@ -237,6 +252,14 @@ def tell_fit(
         f"the run needs about {total_gib:.2f} GiB and {available_gib:.2f} GiB are free on "
         f"{device}: {advice}"
     ]
+
+
+def _measure_resident() -> float:
+    """Measure the memory that this process holds now, in bytes, where the system tells."""
+    pages = _read_lines("/proc/self/statm")
+    if not pages:
+        return _RUNTIME_BYTES
+    return float(int(pages[0].split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _find_heap_share(recipe: Recipe, dtype: torch.dtype) -> float:

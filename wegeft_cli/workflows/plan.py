@@ -45,7 +45,12 @@ from wegeft_cli.workflows.prepare import (
 )
 from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton, rehearse_flops
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.survey import PassSurvey, assume_longest, survey_passes
+from wegeft_cli.workflows.survey import (
+    PassSurvey,
+    assume_longest,
+    find_validation_shape,
+    survey_passes,
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,11 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
     shapes = survey.find_largest() if survey is not None else [assume_longest(recipe)]
-    num_tokens = 0 if data is None or head is not None else int(data.train.lengths.sum())
-    memory, reason = estimate_memory(recipe, config, model, shapes, num_tokens=num_tokens)
+    # A classifier's validation is a plain forward pass over short rows: no logits of a vocabulary.
+    held_out = None
+    if isinstance(data, PreparedData):
+        held_out = find_validation_shape(recipe, data)
+    memory, reason = estimate_memory(recipe, config, model, shapes, validation=held_out)
     if reason is not None:
         unknown.append(f"memory: {reason}")
     per_step, in_all, reason = _count_flops(model, recipe, survey)

@@ -96,6 +96,19 @@ def rehearse_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     Raises:
         RuntimeError: If the model cannot be run without numbers; its message tells why.
     """
+    with _without_numbers(model, recipe, shape):
+        memory = _rehearse(model, recipe, shape)
+        if recipe.train.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+            whole = _rehearse(model, recipe, shape)
+            enable_checkpointing(model)
+            memory = replace(memory, blocks=whole.blocks)
+    return memory
+
+
+@contextmanager
+def _without_numbers(model: Any, recipe: Recipe, shape: BatchShape) -> Iterator[None]:
+    """Hold off a mask that is not needed and torch's log, and tell what the model's code raises."""
     # torch logs what it then raises.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
@@ -105,12 +118,7 @@ def rehearse_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     try:
         if is_unmasked:
             model.set_attn_implementation(_UNMASKED)
-        memory = _rehearse(model, recipe, shape)
-        if recipe.train.gradient_checkpointing:
-            model.activation_checkpointing_disable()
-            whole = _rehearse(model, recipe, shape)
-            enable_checkpointing(model)
-            memory = replace(memory, blocks=whole.blocks)
+        yield
     except Exception as error:  # whatever the code of a model raises without numbers
         reason = str(error).strip().splitlines()
         told = reason[0] if reason else type(error).__name__
@@ -119,7 +127,6 @@ def rehearse_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
         if is_unmasked:
             model.set_attn_implementation("sdpa")
         logger.setLevel(level)
-    return memory
 
 
 def _rehearse(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
@@ -142,6 +149,47 @@ def _rehearse(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
         activations=two.activations + further * (two.activations - one.activations),
         blocks=two.blocks + further * (two.blocks - one.blocks),
     )
+
+
+def rehearse_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
+    """Run one forward pass that learns nothing, on tensors that have shapes and no numbers.
+
+    No layer keeps anything for a backward pass, so two layers take as much as all.
+
+    Args:
+        model: The model without weights, as `prepare_skeleton` gives it; it is left as it was.
+        recipe: The recipe.
+        shape: The batch.
+
+    Returns:
+        The most bytes beside the parameters.
+
+    Raises:
+        RuntimeError: If the model cannot be run without numbers; its message tells why.
+    """
+    with _without_numbers(model, recipe, shape):
+        try:
+            parent, name = _find_layers(model)
+        except LookupError:
+            return _measure_validation(model, recipe, shape)
+        layers = getattr(parent, name)
+        try:
+            setattr(parent, name, layers[:2])
+            return _measure_validation(model, recipe, shape)
+        finally:
+            setattr(parent, name, layers)
+
+
+def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
+    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)), torch.no_grad():
+        head = model.get_output_embeddings()
+        is_plain = is_plain_head(head) and _gives_plain_logits(model, head)
+        with (
+            _Ledger([*model.parameters(), *model.buffers()]) as ledger,
+            autocast("cpu", recipe.train.mixed_precision),
+        ):
+            _compute_loss(model, head, recipe, shape, is_plain)
+    return ledger.peak
 
 
 def rehearse_flops(model: Any, recipe: Recipe, shape: BatchShape) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from wegeft_cli.data.order import StepPlan
 from wegeft_cli.data.pack import sum_packs
+from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.packing import lays_packs_flat
 from wegeft_cli.workflows.prepare import PlannedData
@@ -97,3 +98,26 @@ def assume_longest(recipe: Recipe) -> BatchShape:
     size, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
     is_packed = recipe.data.packing != "none" and not lays_packs_flat(recipe)
     return BatchShape(size, length, size * max(1, length - 1), size > 1 or is_packed)
+
+
+def find_validation_shape(recipe: Recipe, data: PreparedData) -> BatchShape | None:
+    """Give the largest batch of a validation, its first: the longest rows come first.
+
+    Args:
+        recipe: The recipe.
+        data: Its tokenised rows.
+
+    Returns:
+        The batch; None where nothing is held out.
+    """
+    if data.validation is None or not len(data.validation.lengths):
+        return None
+    size = recipe.train.per_device_eval_batch_size
+    longest = np.argsort(-data.validation.lengths, kind="stable")[:size]
+    lengths = data.validation.lengths[longest]
+    return BatchShape(
+        num_sequences=len(longest),
+        length=int(lengths.max()),
+        num_labels=max(1, int(data.validation.label_counts[longest].sum())),
+        is_masked=bool(lengths.min() < lengths.max()),
+    )

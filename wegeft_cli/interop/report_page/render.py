@@ -43,7 +43,8 @@ def render_page(runs: Sequence[Mapping[str, Any]], *, title: str, made: str, mar
     drawn = [*curves, *([scores] if scores else [])]
     drawn += [chart for found in inspections for chart in found["charts"] + found["ablations"]]
     data = {"charts": drawn, "answers": _collect_answers(runs)}
-    library = vl_convert.javascript_bundle(None)  # type: ignore[arg-type]  # its default, untold
+    bundle: Any = vl_convert.javascript_bundle  # None is its default, which its types do not tell
+    library = bundle(None)
     script, style = _read("page.js"), _read("page.css")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
