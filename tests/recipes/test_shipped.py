@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import RobertaConfig, ViTConfig
 
 from wegeft_cli.recipe.catalog import list_recipes, read_recipe_text
 from wegeft_cli.recipe.load import load_recipe, recipe_to_yaml
+from wegeft_cli.workflows.plan import plan
 from wegeft_cli.workflows.validate import validate_recipe
 
 NAMES = [recipe.name for recipe in list_recipes()]
@@ -19,14 +21,17 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def test_all_are_there():
     pairs = [f"llama_{name}{twin}" for name in LANGUAGE for twin in ("", "_lora")]
-    assert sorted(["quickstart", *pairs]) == NAMES
+    others = ["quickstart", "roberta_glue", "vit_digits", "vit_fgvc", "vit_vtab"]
+    assert sorted([*others, *pairs]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_valid_and_comes_back_from_its_run_folder(name, tmp_path: Path):
     report = validate_recipe(name)
-    assert report.notes == ()
     loaded = load_recipe(name)
+    # A recipe with a search grid says so, and nothing else is to be said.
+    assert all(note.startswith("`sweep` holds") for note in report.notes)
+    assert len(report.notes) == bool(loaded.recipe.sweep)
     assert loaded.recipe.output_dir == f"runs/{name}"
     saved = tmp_path / "recipe.yaml"
     saved.write_text(recipe_to_yaml(loaded.recipe), encoding="utf-8")
@@ -115,3 +120,44 @@ def test_commonsense_sets_stand_in_the_published_order():
         "ARC-Challenge",
         "openbookqa",
     ]
+
+
+@pytest.mark.parametrize("name", ["vit_fgvc", "vit_vtab"])
+def test_published_vision_setting(name):
+    recipe = load_recipe(name).recipe
+    adapter, train = recipe.adapter, recipe.train
+    assert (adapter.r, adapter.alpha, adapter.init) == (16, 16, "psi_zero")  # scale 1
+    assert adapter.target_modules == ["o_proj"]
+    assert (train.per_device_train_batch_size, train.num_train_epochs) == (64, 100)
+    assert train.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert train.warmup_ratio * train.num_train_epochs == 10
+    assert recipe.model.drop_path_rate == 0.1
+    assert recipe.sweep == {
+        "train.learning_rate": [1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3],
+        "train.weight_decay": [0.01, 0.001, 0.0001, 0],
+    }
+    assert recipe.data.image_transform == {"vit_fgvc": "crop_flip", "vit_vtab": "resize"}[name]
+
+
+def test_published_glue_setting():
+    recipe = load_recipe("roberta_glue").recipe
+    assert (recipe.adapter.r, recipe.adapter.target_modules) == (32, ["query", "value"])
+    assert (recipe.data.max_length, recipe.train.per_device_train_batch_size) == (512, 64)
+    assert recipe.train.warmup_ratio == 0.06
+    assert recipe.sweep == {"seed": [42, 43, 44, 45, 46]}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "head", "expected"),
+    [
+        ("vit_fgvc", ViTConfig(num_labels=200), 768 * 200 + 200, 24_576),
+        ("roberta_glue", RobertaConfig(num_labels=2), 768 * 768 + 768 + 768 * 2 + 2, 98_304),
+    ],
+)
+def test_published_counts_beside_the_head(tmp_path, name, config, head, expected):
+    config.save_pretrained(tmp_path)
+    found = plan(name, [f"model.name_or_path={tmp_path}"])
+    assert found.groups[-1].num_parameters == head
+    assert found.trainable_parameters - head == expected
+    assert found.num_rows is None  # the data are not here, and the reason is told
+    assert any("rows and steps" in reason for reason in found.unknown)

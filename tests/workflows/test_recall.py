@@ -41,9 +41,9 @@ def test_killed_between_adapter_and_record_an_early_stop_is_done(
     recipe = write_recipe(**STOPS_EARLY)
     write_adapter, kept = train_module.write_adapter, []
 
-    def write_and_keep(model, recipe, folder, *others):
+    def write_and_keep(model, recipe, folder, *others, **options):
         kept.append((folder.path / "run.json").read_bytes())
-        return write_adapter(model, recipe, folder, *others)
+        return write_adapter(model, recipe, folder, *others, **options)
 
     monkeypatch.setattr(train_module, "write_adapter", write_and_keep)
     done = train(recipe)

@@ -157,7 +157,18 @@ FAST = {
 
 # Keys that train does not read, or of which one value alone is accepted, with the reason.
 NOT_HERE = {
-    "task": "one value in this version",
+    "task": "test_image_classification.py, test_sequence_classification.py",
+    **dict.fromkeys(
+        (
+            "model.drop_path_rate",
+            "data.train[].image_dir",
+            "data.test",
+            "data.image_size",
+            "data.image_transform",
+        ),
+        "a classifier's: test_image_classification.py",
+    ),
+    "data.problem_type": "a classifier's: test_sequence_classification.py",
     "model.revision": "a hub's; a folder has none",
     "model.trust_remote_code": "tests/models holds that it is off",
     "data.train[].name": "a hub data set's",

@@ -17,6 +17,7 @@ from wegeft_cli.checkpoints.files import (
     save_tensors_atomic,
     write_text_atomic,
 )
+from wegeft_cli.checkpoints.head import HEAD_NAME
 from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
@@ -57,6 +58,7 @@ def save_adapter_files(
     *,
     saved_modules: Mapping[str, Tensor] | None = None,
     card: str,
+    more: Mapping[str, str] | None = None,
     original: Path | None = None,
 ) -> None:
     """Write an adapter's folder, whole or not at all.
@@ -68,6 +70,7 @@ def save_adapter_files(
         saved_modules: Parameter name in the base -> the tensor trained in its place, for every
             module of the manifest's `modules_to_save`.
         card: Text of README.md.
+        more: Further files, name -> text.
         original: An adapter folder whose two files are kept, byte for byte, in `original/`.
 
     Raises:
@@ -97,6 +100,8 @@ def save_adapter_files(
     with atomic_folder(adapter_dir, replace=_holds_only_adapter(adapter_dir)) as folder:
         save_tensors_atomic(folder / WEIGHTS_NAME, tensors)
         write_text_atomic(folder / CARD_NAME, card)
+        for name, text in (more or {}).items():
+            write_text_atomic(folder / name, text)
         write_text_atomic(folder / CONFIG_NAME, config)
         if original is not None:
             (folder / ORIGINAL_NAME).mkdir()
@@ -107,7 +112,12 @@ def save_adapter_files(
 def _holds_only_adapter(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    return {path.name for path in folder.iterdir()} <= {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
+    return {path.name for path in folder.iterdir()} <= {
+        CONFIG_NAME,
+        WEIGHTS_NAME,
+        CARD_NAME,
+        HEAD_NAME,
+    }
 
 
 def load_adapter_files(adapter_dir: Path) -> AdapterFiles:

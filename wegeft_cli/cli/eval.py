@@ -34,7 +34,11 @@ def evaluate(
     target: TargetArgument = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="NAME", help="Task or group by name; may be repeated."),
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Task or group by name, or of a classifier test or validation; may be repeated.",
+        ),
     ] = None,
     protocol: Annotated[
         str | None,

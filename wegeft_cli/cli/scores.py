@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from wegeft_cli.cli.console import get_console, print_json, show
 
+_NUM_CLASSES_SHOWN = 5
 _LEFT = ("task", "protocol", "file under --data-dir", "answers", "protocols", "group", "tasks")
 
 
@@ -38,6 +39,8 @@ def print_scores(result: Mapping[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for row in rows:
+        _show_classes(row)
     if result.get("samples_path"):
         show(
             f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
@@ -60,6 +63,25 @@ def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]
     if any(test is not None for _, _, test in told):
         columns["p"] = ["" if test is None else f"{test['p_value']:.2g}" for _, _, test in told]
     return columns
+
+
+def _show_classes(row: Mapping[str, Any]) -> None:
+    """Show a classifier's other figures, and the classes that it takes for others most often."""
+    if "per_class" not in row:
+        return
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+    show(f"{row['task']}: {figures}", highlight=False, soft_wrap=True)
+    wrong = [each for each in row["per_class"] if each["mistaken_for"]]
+    wrong.sort(key=lambda each: each["accuracy"])
+    for each in wrong[:_NUM_CLASSES_SHOWN]:
+        other, count = next(iter(each["mistaken_for"].items()))
+        show(
+            f"  {each['label']}: {each['accuracy']:.1%} of {each['n']}, most often taken for "
+            f"{other} ({count})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _count(row: Mapping[str, Any]) -> str:

@@ -148,7 +148,10 @@ def train(
         show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
         if url is not None:
             show(f"hub: {url}", highlight=False, soft_wrap=True)
-        show("next: wegeft merge, wegeft eval --task NAME", style="dim", highlight=False)
+        folder = result.adapter_dir
+        is_classifier = folder is not None and (folder / "head.json").is_file()
+        task = "" if is_classifier else " --task NAME"
+        show(f"next: wegeft merge, wegeft eval{task}", style="dim", highlight=False)
     if result.status == "interrupted":
         if not as_json:
             show(

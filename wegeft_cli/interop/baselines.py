@@ -40,7 +40,7 @@ def inject_peft(
     target_modules: str | Sequence[str],
     options: Mapping[str, Any],
     modules_to_save: Sequence[str] = (),
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
 ) -> nn.Module:
     """Wrap a model in a PEFT method.
 
@@ -53,7 +53,7 @@ def inject_peft(
         options: Keys of the method's own config; they win over the ones above.
         modules_to_save: Modules to train whole, by the end of their names; PEFT trains them in the
             base's type, and does not adapt what lies in them.
-        task_type: PEFT's name of the task.
+        task_type: PEFT's name of the task; None where it has none.
 
     Returns:
         The PEFT model, in training order.
@@ -296,7 +296,7 @@ def _build_config(
     alpha: float | None,
     target_modules: str | Sequence[str],
     options: Mapping[str, Any],
-    task_type: str,
+    task_type: str | None,
 ) -> Any:
     _import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -15,6 +15,7 @@ from torch import nn
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.folders import check_model_folder
+from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
 
 _NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
 _DTYPES = {
@@ -48,27 +49,31 @@ def load_config(
         )
 
 
-def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
-    """Build a causal language model without weights (torch's meta device), for counts and checks.
+def build_meta_model(
+    config: Any, *, trust_remote_code: bool = False, task: str = "causal_lm"
+) -> nn.Module:
+    """Build a model without weights (torch's meta device), for counts and checks.
 
     Args:
         config: A transformers configuration.
         trust_remote_code: Run code that comes with the model.
+        task: What the model is for, as in a recipe.
 
     Returns:
         The model, all parameters on the meta device.
 
     Raises:
-        UserError: If the architecture is no causal language model.
+        UserError: If there is no model of the architecture for the task.
     """
-    from transformers import AutoModelForCausalLM
-
     with quiet_transformers(), torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: nn.Module = auto_class(task).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+            return model
         except ValueError as error:
             raise UserError(
-                f"{type(config).__name__} is no causal language model",
+                f"{type(config).__name__} is no {name_task(task)}",
                 key="model.name_or_path",
                 hint=str(error).splitlines()[0],
             ) from None
@@ -88,9 +93,10 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    head: HeadSpec | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Load a causal language model with its weights (safetensors or GGUF; pickles are refused).
+    """Load a model with its weights (safetensors or GGUF; pickles are refused).
 
     Args:
         name_or_path: Model folder, GGUF file or hub id.
@@ -99,6 +105,9 @@ def load_model(
         attn_implementation: Attention kernel by its transformers name; None lets transformers
             choose.
         trust_remote_code: Run code that comes with the model.
+        head: Load a classifier with this head, whose weights are random where the checkpoint has
+            none of that shape; None loads a causal language model. The model then tells as
+            `missing_weights` which parameters the checkpoint does not hold.
         **options: More of `from_pretrained`'s arguments: how it is quantised or sharded.
 
     Returns:
@@ -107,20 +116,57 @@ def load_model(
     Raises:
         UserError: If there is no such model, or its weights are unreadable.
     """
-    from transformers import AutoModelForCausalLM
-
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
         source["use_safetensors"] = True
+    if head is not None:
+        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        head.apply(config)
+        source |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _translated(name_or_path), quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class("causal_lm" if head is None else head.task).from_pretrained(
             **source,
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             **options,
         )
+    if head is not None:
+        model, told = model
+        model.missing_weights = set(told["missing_keys"])
     return model.eval()
+
+
+def load_image_processor(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load what tells how a model's images are scaled.
+
+    Args:
+        name_or_path: Model folder or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers image processor.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoImageProcessor
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not (path / "preprocessor_config.json").is_file():
+        raise UserError(
+            f"{name_or_path!r} holds no preprocessor_config.json, which tells how its images are "
+            "scaled",
+            key=_NAME,
+            hint="put it beside config.json: transformers' ViTImageProcessor(...).save_pretrained",
+        )
+    with _translated(name_or_path, what="image processor"), quiet_transformers():
+        return AutoImageProcessor.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
 
 
 def load_tokenizer(

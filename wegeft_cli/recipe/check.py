@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.classifying import METRICS, check_classifying
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.measuring import check_measuring
@@ -18,11 +19,14 @@ PEFT_TYPES = (
 )  # fmt: skip
 """PEFT's methods that adapt linears by name: what `adapter.type` can be beside wegeft."""
 
+INPLACE_TYPES = ("full", "bitfit", "linear_probe")
+"""Methods that train some of the base's own parameters, or all of them."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("causal_lm", "sequence_classification", "image_classification"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.quant_method": ("bitsandbytes", "torchao"),
-    "adapter.type": ("wegeft", "full", *PEFT_TYPES),
+    "adapter.type": ("wegeft", *INPLACE_TYPES, *PEFT_TYPES),
     "adapter.share": ("module_type", "input_dim", "none"),
     "adapter.side": ("input", "output"),
     "adapter.init": ("phi_zero", "psi_zero"),
@@ -33,6 +37,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "data.loss_on": ("completion", "assistant", "all"),
     "data.packing": ("none", "bfd"),
+    "data.problem_type": ("single_label_classification", "regression"),
+    "data.image_transform": ("crop_flip", "crop", "resize"),
     "train.lr_scheduler_type": (
         "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
         "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -47,9 +53,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "train.mixed_precision": ("none", "bf16", "fp16"),
     "train.strategy": ("replicated", "fsdp2", "hsdp"),
+    "eval.metric": ("auto", *METRICS),
 }  # fmt: skip
 """Closed choices by key; `[]` stands for every position of a list."""
 CHOICES["data.validation[].format"] = CHOICES["data.train[].format"]
+CHOICES["data.test[].format"] = CHOICES["data.train[].format"]
 
 OPTIMIZERS_ELSEWHERE: dict[str, str] = {
     "adamw_torch_xla": "torch_xla",
@@ -98,6 +106,9 @@ _RANGES: dict[str, _Range] = {
     "adapter.dropout": _BELOW_ONE,
     "data.train[].limit": _COUNT,
     "data.validation[].limit": _COUNT,
+    "data.test[].limit": _COUNT,
+    "data.image_size": _COUNT,
+    "model.drop_path_rate": _BELOW_ONE,
     "data.validation_fraction": _BELOW_ONE,
     "data.max_length": _COUNT,
     "data.train[].weight": _ABOVE_ZERO,
@@ -134,19 +145,18 @@ _RANGES: dict[str, _Range] = {
 
 # What the contract names and this version does not do: key -> (is it wanted, what to use instead).
 _NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "task": (
-        lambda value: value in ("sequence_classification", "image_classification"),
-        "use `causal_lm`",
-    ),
     "adapter.type": (
         # AdaLoRA needs a call of its own after every step.
-        lambda value: value in ("full", "adalora"),
+        lambda value: value == "adalora",
         "use `wegeft`, or a PEFT method such as `lora`",
     ),
 }
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
-_ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
+ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
+"""Keys of `adapter` that only generators have."""
+ONLY_ADDED = ("r", "alpha", "target_modules")
+"""Keys of `adapter` that only methods have which add something to chosen layers."""
 _SET_ELSEWHERE = {
     "r": "adapter.r",
     "lora_alpha": "adapter.alpha",
@@ -172,7 +182,8 @@ def check_recipe(
         Every rule that is broken, in the order of the schema's sections; empty if all hold.
     """
     rules = (_check_values, _check_model, _check_adapter, _check_data, _check_train)
-    found = [fault for rule in (*rules, check_measuring) for fault in rule(recipe)]
+    more = (check_measuring, check_classifying)
+    found = [fault for rule in (*rules, *more) for fault in rule(recipe)]
     found.extend(check_grid(recipe.sweep))
     if need_data and not recipe.data.train:
         hint = "name a file or a hub data set: `data: {train: [{path: ...}]}`"
@@ -265,12 +276,13 @@ def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
             "dropout acts on the weight's entries",
             "use view `weight` or `auto`, or dropout 0",
         )
-    if adapter.type == "wegeft":
-        if adapter.peft:
-            message = "holds keys of a PEFT method, and `adapter.type` is `wegeft`"
-            yield "adapter.peft", message, "remove it, or set `adapter.type`"
-    else:
-        yield from _check_peft(adapter)
+    if adapter.type in ("wegeft", *INPLACE_TYPES) and adapter.peft:
+        message = f"holds keys of a PEFT method, and `adapter.type` is `{adapter.type}`"
+        yield "adapter.peft", message, "remove it, or set `adapter.type`"
+    if adapter.type in INPLACE_TYPES:
+        yield from _check_inplace(recipe)
+    if adapter.type != "wegeft":
+        yield from _check_other_method(adapter)
 
 
 def _check_targets(adapter: AdapterSection) -> Iterator[_Fault]:
@@ -305,7 +317,34 @@ def _check_groups(adapter: AdapterSection) -> Iterator[_Fault]:
             yield "adapter.groups", message, "list patterns over full module names"
 
 
-def _check_peft(adapter: AdapterSection) -> Iterator[_Fault]:
+def _check_inplace(recipe: Recipe) -> Iterator[_Fault]:
+    """What trains the base's own parameters takes them as they lie in memory."""
+    kind = recipe.adapter.type
+    if recipe.model.dtype in ("bfloat16", "float16"):
+        message = f"{recipe.model.dtype!r} contradicts `adapter.type` {kind!r}: most steps on a "
+        hint = "use float32, and `train.mixed_precision: bf16` to compute in 16 bits"
+        yield "model.dtype", message + "16-bit weight are rounded away", hint
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(recipe.model, name):
+            message = f"contradicts `adapter.type` {kind!r}, which trains the base's own weights"
+            yield f"model.{name}", message, "remove it"
+    for name in ONLY_ADDED:
+        value = getattr(recipe.adapter, name)
+        if value != getattr(AdapterSection(), name):
+            message = f"{value!r} is not read by `adapter.type` {kind!r}, which adds no layer"
+            yield f"adapter.{name}", message, "remove it"
+    if recipe.adapter.init_from is not None:
+        message = f"starts generators or a PEFT method; `adapter.type` is {kind!r}"
+        yield "adapter.init_from", message, "merge that adapter, and name the result as the base"
+    if kind == "full" and recipe.adapter.modules_to_save:
+        message = "is nothing beside `adapter.type` 'full', which trains every module"
+        yield "adapter.modules_to_save", message, "leave it empty"
+    if kind == "linear_probe" and recipe.task == "causal_lm":
+        message = "'linear_probe' trains a classifier's head; `task` is 'causal_lm'"
+        yield "adapter.type", message, "use another type, or set `task`"
+
+
+def _check_other_method(adapter: AdapterSection) -> Iterator[_Fault]:
     if adapter.dropout > 0:
         yield (
             "adapter.dropout",
@@ -313,7 +352,7 @@ def _check_peft(adapter: AdapterSection) -> Iterator[_Fault]:
             f"`adapter.type` is {adapter.type!r}",
             "set it to 0; a PEFT method's own goes under `adapter.peft` (`lora_dropout`)",
         )
-    for name in _ONLY_WEGEFT:
+    for name in ONLY_WEGEFT:
         value = getattr(adapter, name)
         if value != getattr(AdapterSection(), name):
             message = f"{value!r} is read by `wegeft` alone; `adapter.type` is {adapter.type!r}"
@@ -326,7 +365,7 @@ def _check_peft(adapter: AdapterSection) -> Iterator[_Fault]:
 
 def _check_data(recipe: Recipe) -> Iterator[_Fault]:
     data = recipe.data
-    for pattern in ("data.train[].path", "data.validation[].path"):
+    for pattern in ("data.train[].path", "data.validation[].path", "data.test[].path"):
         for key, path in _find_values(recipe, pattern):
             if not path:
                 yield key, "is required and empty", "name a file, a folder or a hub data set"

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
-from wegeft_cli.recipe.check import check_recipe
+from wegeft_cli.recipe.check import INPLACE_TYPES, ONLY_ADDED, ONLY_WEGEFT, check_recipe
 from wegeft_cli.recipe.document import (
     Document,
     has_interpolation,
@@ -138,6 +138,7 @@ def settle(settings: Settings, *, need_data: bool = True, raises: bool = True) -
         ExceptionGroup: Of several `UserError`.
     """
     merged, findings = settings.merged, settings.findings
+    _leave_out_foreign(merged, findings)
     recipe = _build_recipe(merged, findings)
     for fault in check_recipe(recipe, where=merged.find_place, need_data=need_data):
         key = parse_key(fault.key or "")
@@ -239,6 +240,26 @@ def _read_parent(
         findings.add((_EXTENDS,), f"goes in a circle: {message}", place, "remove one of them")
         return None
     return _read_chain(file, family, findings)
+
+
+def _leave_out_foreign(merged: Merged, findings: Findings) -> None:
+    """Let an override of `adapter.type`, or a sweep of it, make a recipe its own baseline.
+
+    What the file says for its own method alone is left out, and told; what an override says, or a
+    file that names the other method itself, is for the rules to judge.
+    """
+    adapter = merged.values.get("adapter")
+    kind = adapter.get("type") if isinstance(adapter, dict) else None
+    if ("adapter", "type") not in merged.chosen or kind in (None, "wegeft"):
+        return
+    names = [*ONLY_WEGEFT, "dropout", *(ONLY_ADDED if kind in INPLACE_TYPES else ())]
+    for path in (*(("adapter", name) for name in names), ("train", "lr_ratio")):
+        section = merged.values.get(path[0])
+        if path in merged.chosen or not isinstance(section, dict) or path[1] not in section:
+            continue
+        del section[path[1]]
+        merged.places.pop(path, None)
+        findings.notes.append(f"`{format_key(path)}` is left out: {kind!r} does not read it")
 
 
 def _build_recipe(merged: Merged, findings: Findings) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from wegeft_cli.recipe.classifying import list_metrics
 from wegeft_cli.recipe.keys import find_nearest
 from wegeft_cli.recipe.schema import Recipe
 
@@ -47,6 +48,8 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
     train = recipe.train
     metric, key = train.metric_for_best_model, "train.metric_for_best_model"
     metrics = [_LOSS] * _has_rows(recipe) + [f"eval_{name}" for name in train.eval_tasks]
+    if _has_rows(recipe):
+        metrics += [f"eval_{name}" for name in list_metrics(recipe)]
     hint = "set `data.validation` or `data.validation_fraction`"
     if metric != _LOSS and metric not in metrics:
         # All begin with eval_: what follows tells them apart.

@@ -17,6 +17,8 @@ class Merged:
     """The recipe's file, for keys that nobody set."""
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
+    chosen: set[KeyPath] = field(default_factory=set)
+    """Keys that an override or a sweep has set over the files."""
 
     def add_layer(self, layer: Layer) -> None:
         """Lay a layer over the ones before: maps merge, everything else is replaced."""

@@ -66,6 +66,7 @@ def apply_override(text: str, merged: Merged, findings: Findings) -> None:
     settings.extend(reader.take_aliases())
     for target, setting in settings:
         merged.add_setting(target, setting, label, findings)
+        merged.chosen.add(target)
     for target in (path, *reader.places):
         merged.set_place(target, label)
 

@@ -28,6 +28,10 @@ class ModelSection:
     activations too)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless the recipe says so."""
+    drop_path_rate: float | None = None
+    """Stochastic depth of an image model while training: the last block's share of rows whose
+    residual branches are left out, 0 <= rate < 1, rising from 0 at the first block. Null takes the
+    model's own."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class AdapterSection:
     """What is learned."""
 
     type: str = "wegeft"
-    """wegeft, or the name of a PEFT method (lora, dora, ia3, vera, ...). (full and adalora are not
-    in this version.)"""
+    """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's
+    head alone); or the name of a PEFT method (lora, dora, ia3, vera, ...). (adalora is not in this
+    version.) A classifier's head learns with every one of them."""
     r: int = 64
     """Rank of the two shared maps; at least 1. Published setting: 64."""
     alpha: float | None = None
@@ -74,7 +79,9 @@ class DataSource:
 
     path: str = ""
     """A JSON, JSONL, CSV or Parquet file, a folder of such files, or a hub data set id. Required.
-    A relative path is tried from the working folder, then from the recipe's folder."""
+    For image_classification also a folder with one folder of images for each class, or a JSON file
+    {image path: class}. A relative path is tried from the working folder, then from the recipe's
+    folder."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -92,6 +99,8 @@ class DataSource:
     streaming, each row is drawn from the source that lags most behind its share."""
     limit: int | None = None
     """Take only the first so many rows."""
+    image_dir: str | None = None
+    """Folder that the image paths in a file are relative to; null is the file's own folder."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,19 @@ class DataSection:
     """Sources for the validation loss."""
     validation_fraction: float = 0.0
     """Hold out the last floor(fraction x rows) of the training rows for validation (the authors'
-    tuning rule), 0 <= fraction < 1. Not together with `validation`."""
+    tuning rule), for a classifier of each class, 0 <= fraction < 1. Not together with
+    `validation`."""
+    test: list[DataSource] = field(default_factory=list)
+    """Sources that `wegeft eval` scores a classifier on; training reads their classes alone."""
+    problem_type: str = "single_label_classification"
+    """What a classifier's head gives: single_label_classification (one of the classes that the
+    training, validation and test sources hold), or regression (a number)."""
+    image_size: int | None = None
+    """Edge in pixels of the square that an image model sees; null takes the base's own."""
+    image_transform: str = "crop_flip"
+    """How an image becomes that square: crop_flip (FGVC: short side to 8/7 of it, a random crop and
+    a random flip in training, the centre else), crop (the same without a flip), resize (VTAB: to
+    the square at once, bilinear without antialiasing, nothing random)."""
     template: str = "auto"
     """auto (instruction rows take the Alpaca form, messages the chat template, prompt/completion
     nothing), a template's name, or the path of a Jinja file."""
@@ -156,7 +177,8 @@ class TrainSection:
     warmup_steps: int = 0
     """Steps spent warming up; not together with warmup_ratio."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the optimizer."""
+    """Decoupled weight decay of the optimizer; never on biases and other parameters of one
+    dimension."""
     max_grad_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     optim: str = "adamw_torch"
@@ -210,7 +232,7 @@ class TrainSection:
     """Stop after so many validations without a better value of metric_for_best_model."""
     metric_for_best_model: str = "eval_loss"
     """Metric that early stopping and load_best_model_at_end watch: eval_loss, or `eval_<task>` of
-    one of eval_tasks (higher is better)."""
+    one of eval_tasks, or a classifier's `eval_<metric>` (see eval.metric; higher is better)."""
     load_best_model_at_end: bool = False
     """Keep the checkpoint of the best validation beside the newest ones, and write the adapter from
     it."""
@@ -244,6 +266,9 @@ class EvalSection:
     """Only the first so many rows of each test set."""
     data_dir: str | None = None
     """Folder that holds `<set>/test.json`; null takes the hub."""
+    metric: str = "auto"
+    """Which figure is a classifier's score: accuracy, f1 (of the second class), f1_macro,
+    matthews_correlation; of a regression pearson, spearmanr. auto is accuracy, or pearson."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +296,8 @@ class Recipe:
     output_dir: str = ""
     """The run's folder; empty means runs/<recipe file's name>."""
     task: str = "causal_lm"
-    """causal_lm. (sequence_classification and image_classification are not in this version.)"""
+    """causal_lm, sequence_classification (one text or two, a class or a number), or
+    image_classification."""
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
     data: DataSection = field(default_factory=DataSection)

@@ -97,6 +97,7 @@ def _combine(
         place = own.merged.find_place(format_key((SWEEP, key, _position(settings, key, value))))
         own.merged.add_setting(path, escape_interpolation(value), place, own.findings)
         own.merged.set_place(path, place)
+        own.merged.chosen.add(path)
     own.merged.values["output_dir"] = f"{output_dir.rstrip('/')}/{name}"
     recipe = settle(own, raises=False)
     for fault in own.findings.faults:

@@ -60,7 +60,9 @@ def build_optimizer(
         learning_rate: The highest rate; the schedule scales it.
         lr_ratio: Rate of the generators' phi over the rate of all else, above 0. Phi is then the
             second of two groups.
-        weight_decay: Decoupled for Adam and Lion, added to the gradient for the others.
+        weight_decay: Decoupled for Adam and Lion, added to the gradient for the others; parameters
+            of one dimension have none, as in timm and transformers' Trainer, and are then groups
+            of their own.
         betas: Moment decays of Adam and Lion.
         epsilon: Adam's epsilon.
         options: The optimizer's own settings beside these; `list_optimizer_options` names them.
@@ -82,7 +84,8 @@ def build_optimizer(
         settings["betas"] = (*settings["betas"][:2], given.pop("beta3"))
     settings.update(weight_decay=weight_decay, **given)
     try:
-        return optimizer_class(_group(parameters, learning_rate, lr_ratio), **settings)
+        groups = _group(parameters, learning_rate, lr_ratio)
+        return optimizer_class(_spare_vectors(groups) if weight_decay else groups, **settings)
     except (TypeError, ValueError, NotImplementedError) as error:
         if not options:
             raise
@@ -207,6 +210,20 @@ def _group(
     if not phi or not others:
         raise ValueError(f"a ratio of learning rates needs phi and psi; got {list(parameters)}")
     return [{"params": others}, {"params": phi, "lr": learning_rate * lr_ratio}]
+
+
+def _spare_vectors(groups: Iterable[Any]) -> list[Any]:
+    """Put biases and other parameters of one dimension into groups without weight decay."""
+    found = list(groups)
+    if not isinstance(found[0], dict):
+        found = [{"params": found}]
+    decayed, spared = [], []
+    for group in found:
+        wide = [p for p in group["params"] if p.ndim > 1]
+        flat = [p for p in group["params"] if p.ndim < 2]
+        decayed += [{**group, "params": wide}] if wide else []
+        spared += [{**group, "params": flat, "weight_decay": 0.0}] if flat else []
+    return decayed + spared
 
 
 def _refused(name: str, message: str, valid: list[str]) -> UserError:

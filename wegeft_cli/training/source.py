@@ -7,11 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from wegeft_cli.training.loss import TokenBatch
 
-
-class Batch(TokenBatch, Protocol):
-    """A batch that knows its size and can move."""
+class Batch(Protocol):
+    """A batch that knows its size and can move; what else it holds, its loss function knows."""
 
     @property
     def num_label_tokens(self) -> int:

@@ -16,6 +16,7 @@ from wegeft_cli.checkpoints.adapter import (
     save_adapter_files,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.inplace import InplaceManifest
 from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.inject import attach_generators, get_generators
@@ -33,11 +34,12 @@ def save_adapter(
     revision: str | None = None,
     base_fingerprint: str | None = None,
     target_modules: str | Iterable[str] = (),
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
     init_from: str | None = None,
     base_quantization: str | None = None,
     adapter_name: str = "default",
     card: str | None = None,
+    more_files: Mapping[str, str] | None = None,
 ) -> AdapterManifest:
     """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
 
@@ -56,6 +58,7 @@ def save_adapter(
         base_quantization: How the base is quantised, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
+        more_files: Further files of the folder, name -> text.
 
     Returns:
         The manifest as written.
@@ -102,6 +105,7 @@ def save_adapter(
             if full_name.startswith(f"{name}.")
         },
         card=card,
+        more=more_files,
     )
     return manifest
 
@@ -114,7 +118,7 @@ def build_manifest(
     revision: str | None,
     base_fingerprint: str | None,
     target_modules: str | Iterable[str],
-    task_type: str,
+    task_type: str | None,
     modules_to_save: Sequence[str] = (),
     init_from: str | None = None,
     base_quantization: str | None = None,
@@ -235,7 +239,7 @@ def attach_files(
 
 
 def check_base(
-    manifest: AdapterManifest,
+    manifest: AdapterManifest | InplaceManifest,
     base_dir: Path,
     adapter_dir: Path,
     *,
@@ -259,7 +263,7 @@ def check_base(
 
 
 def check_fingerprint(
-    manifest: AdapterManifest,
+    manifest: AdapterManifest | InplaceManifest,
     found: str | None,
     base: str,
     adapter_dir: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,16 +12,43 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.generators.inplace import select_parameters, unfreeze
 from wegeft_cli.interop.liger import apply_liger
+from wegeft_cli.models.drop_path import add_drop_path, check_drop_path
+from wegeft_cli.models.heads import HeadSpec, check_loaded, find_head_modules, make_fresh
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.classes import ClassLoss
 from wegeft_cli.training.compiling import compile_layers
 from wegeft_cli.training.loop import LoopSettings
+from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
 from wegeft_cli.workflows.init_from import init_from_adapter
 from wegeft_cli.workflows.packing import check_packing
-from wegeft_cli.workflows.prepare import count_steps
+from wegeft_cli.workflows.prepare import TASK_TYPES, count_steps, with_head
+
+
+def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
+    """Draw the head anew where the base has none for these classes, and check the backbone.
+
+    Args:
+        model: As `load_model` gave it.
+        head: What its head is to be.
+        saved: `adapter.modules_to_save`.
+        seed: The head is a pure function of it.
+
+    Raises:
+        UserError: If a part of the backbone has no weights and is not trained.
+    """
+    names = find_head_modules(model)
+    missing = model.missing_weights
+    check_loaded(missing, names, saved)
+    if not head.keeps_base_head or any(name.split(".")[0] in names for name in missing):
+        make_fresh(model, names, seed)
+    if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
+        check_drop_path(model)
 
 
 def build_model(
@@ -54,6 +81,8 @@ def build_model(
         apply_liger(base)
     set_seed(recipe.seed)
     model = inject_adapter(base, recipe)
+    if recipe.model.drop_path_rate and not hasattr(base.config, "drop_path_rate"):
+        add_drop_path(base, recipe.model.drop_path_rate)
     if recipe.adapter.init_from is not None and not resuming:
         init_from_adapter(
             model,
@@ -65,7 +94,8 @@ def build_model(
     model.to(accelerator.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    check_packing(model, recipe)
+    if recipe.task == "causal_lm":
+        check_packing(model, recipe)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:
@@ -128,9 +158,27 @@ def build_learning(
     return optimizer, schedule, settings
 
 
+def build_loss(model: nn.Module, recipe: Recipe) -> CausalLoss | ClassLoss:
+    """Build the loss of the recipe's task."""
+    if recipe.task == "causal_lm":
+        return CausalLoss(model)
+    return ClassLoss(is_regression=recipe.data.problem_type == "regression")
+
+
+def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Tell a text classifier how its rows are padded: decoders find a row's last token by it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if getattr(model.config, "pad_token_id", None) is None and pad is not None:
+        model.config.pad_token_id = pad
+
+
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Put what learns into the base: generators, or a PEFT method as a baseline."""
-    section = recipe.adapter
+    """Put what learns into the base: generators, or a baseline's; a classifier's head with it."""
+    section = with_head(recipe.adapter, model, recipe.task)
+    if section.type in INPLACE_TYPES:
+        chosen = select_parameters(model, section.type, section.modules_to_save)
+        unfreeze(model, [name for names in chosen.values() for name in names])
+        return model
     if section.type == "wegeft":
         inject_generators(
             model,
@@ -157,6 +205,7 @@ def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=section.target_modules,
         options=section.peft,
         modules_to_save=section.modules_to_save,
+        task_type=TASK_TYPES[recipe.task],
     )
 
 

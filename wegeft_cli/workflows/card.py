@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.card_facts import Facts, read_facts
@@ -69,6 +70,42 @@ wegeft export THIS_FOLDER --format gguf --output gguf && llama-cli -m gguf/model
 """
 
 
+_LOAD_INPLACE = """```bash
+wegeft eval THIS_FOLDER --task gsm8k
+wegeft merge THIS_FOLDER                                     # a model folder for any tool
+```
+"""
+
+_LOAD_CLASSIFIER = """```bash
+wegeft eval THIS_FOLDER --data-dir FOLDER     # FOLDER/test/<class>/..., or a table called test
+wegeft merge THIS_FOLDER                      # a model folder for any tool, head and all
+```
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("THIS_FOLDER-merged")
+```
+"""
+
+_LOAD_MERGED_CLASSIFIER = """```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("THIS_FOLDER")
+```
+"""
+
+_AUTO = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "sequence_classification": "text-classification",
+    "image_classification": "image-classification",
+}
+
+
 def write_card(
     recipe: Recipe,
     num_steps: int,
@@ -93,6 +130,7 @@ def write_card(
     """
     facts = Facts(recipe.model.name_or_path, recipe.model.revision, recipe)
     is_own = recipe.adapter.type == "wegeft"
+    needs_us = is_own or recipe.adapter.type in INPLACE_TYPES or recipe.task in _AUTO
     method = "WeGeFT" if is_own else recipe.adapter.type
     loss = "unknown" if final_loss is None else f"{final_loss:.4f}"
     kept = (
@@ -108,14 +146,14 @@ def write_card(
     saved = ", ".join(f"`{name}`" for name in recipe.adapter.modules_to_save)
     at_end = (validation or {}).get(adapter_step)
     return _join(
-        _front(facts, "wegeft-cli" if is_own else "peft", ["wegeft", "peft"]),
+        _front(facts, "wegeft-cli" if needs_us else "peft", ["wegeft", "peft"]),
         f"# {recipe.output_dir.rstrip('/').rpartition('/')[2]}",
         text,
         f"Trained whole beside it, and kept in the same file: {saved}." if saved else "",
         _count(parameters) if parameters is not None else "",
         _measured(at_end) if at_end else "",
         "## Use",
-        (_LOAD_ADAPTER if is_own else _LOAD_PEFT).format(base=facts.base),
+        _tell_loading(recipe),
         PAPER if is_own else "",
         *_tail(facts),
     )
@@ -202,11 +240,26 @@ def write_merged_card(
         "\n".join(names),
         f"Learned parameters: {counts:,}." if single and isinstance(counts, int) else "",
         "## Use",
-        _LOAD_MERGED,
+        _tell_merged(facts),
         _score_table(facts.scores) if single else "",
         PAPER,
         *_tail(facts if single else Facts(base, revision)),
     )
+
+
+def _tell_loading(recipe: Recipe) -> str:
+    """Give the ways to use a trained adapter, by its task and method."""
+    if recipe.task in _AUTO:
+        return _LOAD_CLASSIFIER.format(auto=_AUTO[recipe.task])
+    if recipe.adapter.type in INPLACE_TYPES:
+        return _LOAD_INPLACE
+    usage = _LOAD_ADAPTER if recipe.adapter.type == "wegeft" else _LOAD_PEFT
+    return usage.format(base=recipe.model.name_or_path)
+
+
+def _tell_merged(facts: Facts) -> str:
+    auto = None if facts.recipe is None else _AUTO.get(facts.recipe.task)
+    return _LOAD_MERGED if auto is None else _LOAD_MERGED_CLASSIFIER.format(auto=auto)
 
 
 def _join(*parts: str) -> str:
@@ -222,6 +275,7 @@ def _short(adapter_dir: Path) -> str:
 def _front(facts: Facts, library: str, tags: Sequence[str]) -> str:
     """Give the hub's metadata; a hub refuses a path as `base_model`, and an unknown licence."""
     licence, _ = facts.find_licence()
+    task = "causal_lm" if facts.recipe is None else facts.recipe.task
     lines = ["---"]
     if facts.is_on_hub:
         lines.append(f"base_model: {facts.base}")
@@ -229,7 +283,7 @@ def _front(facts: Facts, library: str, tags: Sequence[str]) -> str:
         lines.append(f"license: {json.dumps(licence)}")
     lines += [
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {_PIPELINES[task]}",
         f"tags: [{', '.join(tags)}]",
         "---",
     ]

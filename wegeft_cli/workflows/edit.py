@@ -21,6 +21,7 @@ from wegeft_cli.checkpoints.adapter import (
     save_adapter_files,
 )
 from wegeft_cli.checkpoints.files import check_unused_folder
+from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json, read_head
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE, AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.workflows.elements import Element, find_element
@@ -104,7 +105,7 @@ def edit(
         if original is None:
             raise UserError(f"its {ORIGINAL_NAME}/ is gone", file=str(adapter_dir), key="--restore")
         files = load_adapter_files(original)
-        return _write(output, files, card, None)
+        return _write(output, files, card, adapter_dir, None)
     factors = [(name, 0.0) for name in drop] + list((scale or {}).items())
     if not factors:
         raise UserError(
@@ -128,7 +129,7 @@ def edit(
     note = f"Edited with `wegeft edit`: {told}."
     note += "" if original is None else f" The original is in `{ORIGINAL_NAME}/`."
     card = f"{card.rstrip()}\n\n{note}\n"
-    return _write(output, made, card, original)
+    return _write(output, made, card, adapter_dir, original)
 
 
 def edit_files(files: AdapterFiles, edits: Sequence[tuple[Element, float]]) -> AdapterFiles:
@@ -226,13 +227,17 @@ def _find_elements(
     return found
 
 
-def _write(output: Path, files: AdapterFiles, card: str, original: Path | None) -> EditResult:
+def _write(
+    output: Path, files: AdapterFiles, card: str, adapter_dir: Path, original: Path | None
+) -> EditResult:
+    head = read_head(adapter_dir)  # of a classifier: an edit leaves its classes as they are
     save_adapter_files(
         output,
         files.manifest,
         files.factors,
         saved_modules=files.saved_modules,
         card=card,
+        more={} if head is None else {HEAD_NAME: head_to_json(head)},
         original=original,
     )
     tensors = [tensor for pair in files.factors.values() for tensor in pair]

@@ -8,19 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
+from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.data.templates import TEMPLATES
 from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.evaluation.groups import expand_groups, group_means
 from wegeft_cli.evaluation.scoring import TaskScore, names_tasks, result_dict
 from wegeft_cli.recipe.schema import EvalSection, Recipe
 from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
+from wegeft_cli.workflows.class_scores import evaluate_classifier
 from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
+from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.public_files import write_public_files
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
-from wegeft_cli.workflows.run_folder import SCORES_END, describe_environment, find_recipe_of
+from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
+from wegeft_cli.workflows.score_files import (
+    beside,
+    check_outputs,
+    choose_samples_path,
+    choose_scores_path,
+    write_line,
+)
 from wegeft_cli.workflows.share import Share, leave_group, this_share
 from wegeft_cli.workflows.target import (
     NO_PRINTS,
@@ -32,9 +41,6 @@ from wegeft_cli.workflows.target import (
 
 __all__ = ["evaluate", "list_tasks", "read_jobs"]
 
-_RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
-SAMPLES_END = "-samples.jsonl"
-_SAMPLES_START = '{"model": "'
 _LOGGED_VERSIONS = ("wegeft-cli", "torch", "transformers")
 
 
@@ -62,7 +68,7 @@ def evaluate(
 
     Args:
         target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
-        tasks: Tasks and groups by name.
+        tasks: Tasks and groups by name; of a classifier `test`, `validation` or both.
         protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with `<set>/test.json`; None reads the hub.
         limit: Only the first so many rows of each set.
@@ -95,21 +101,40 @@ def evaluate(
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
     if output is not None:
-        _check_output(output)
-        _check_output(_beside(output), is_ours=_SAMPLES_START)
-        if samples is not None and samples.resolve() == _beside(output).resolve():
+        check_outputs(output)
+        if samples is not None and samples.resolve() == beside(output).resolve():
             raise UserError(
                 f"the scored samples would replace {str(samples)!r}, out of which they come",
                 key="--output",
                 hint="give another name",
             )
     names = list(tasks) or list(settings.tasks)
+    if path is not None and is_classifier(path, recipe):
+        return evaluate_classifier(
+            path,
+            recipe,
+            splits=names,
+            data_dir=data_dir,
+            limit=limit,
+            batch_size=batch_size,
+            output=output,
+            compare_base=compare_base,
+            base=base,
+            foreign={
+                "protocol": protocol,
+                "max_new_tokens": max_new_tokens,
+                "backend": None if backend == "transformers" else backend,
+                **(options or {}),
+            },
+            reporter=reporter,
+        )
     given = {**(options or {}), "target": None if path is None else str(path)}
     request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
     jobs = read_jobs(names, request)
+    asked = [job.name for job in jobs]
     share = Share()
     base_scores: list[TaskScore] | None = None
-    base_results: list[dict[str, Any]] | None = None
+    base_results = None
     if samples is not None:
         scores = _score_samples(samples, jobs)
         results = [{**result_dict(score), **NO_PRINTS} for score in scores]
@@ -119,7 +144,7 @@ def evaluate(
         if share.index:
             reporter = SilentReporter()
         _tell_templates(recipe, jobs, reporter)
-        folder = _logs_of(_samples_path(path, output, jobs))
+        folder = _logs_of(choose_samples_path(path, output, asked, jobs[0].protocol_name))
         asking = _Asking(jobs, batch_size or settings.batch_size, folder, share, reporter)
         open_it = open_target if backend == "transformers" else _find_backend(backend)
         opened = open_it(path, recipe, base=base, warn=reporter.warn)
@@ -148,7 +173,7 @@ def evaluate(
     if base_scores is not None and groups:
         means = group_means(names, {score.task: score.score for score in base_scores})
         result["base_groups"] = means
-    samples_path = _samples_path(path, output, jobs)
+    samples_path = choose_samples_path(path, output, asked, jobs[0].protocol_name)
     is_written = samples is None or output is not None
     result |= {
         "samples_path": str(samples_path if is_written else samples),
@@ -162,7 +187,7 @@ def evaluate(
         write_public_files(result, samples_path, scores, base_scores)
         if output is None and samples is None:
             # Where the card of a merge or an export finds it.
-            output = samples_path.with_name(samples_path.name.replace(SAMPLES_END, SCORES_END))
+            output = choose_scores_path(samples_path)
         if output is not None:
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         if samples is None:
@@ -182,37 +207,9 @@ def _find_backend(name: str) -> Callable[..., OpenedTarget]:
     return open_in_vllm
 
 
-def _beside(output: Path) -> Path:
-    """Give the samples file that goes with a result file."""
-    return output.with_name(f"{output.stem}-samples.jsonl")
-
-
 def _logs_of(samples_path: Path) -> Path:
     """Give the folder that keeps answers until the samples file is written."""
     return samples_path.with_suffix(".partial")
-
-
-def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
-    """Find out before the work begins that --output cannot be written or would replace a file."""
-    place = output.parent
-    while not place.exists():
-        place = place.parent
-    if output.is_dir() or not place.is_dir():
-        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
-        raise UserError(
-            what, file=str(output), key="--output", hint="give a file such as scores.json"
-        )
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = output.read_text(encoding="utf-8", errors="replace")
-    if text and not text.startswith(is_ours):
-        raise UserError(
-            "this file is no earlier result, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name",
-        )
 
 
 def read_jobs(names: Sequence[str], request: TaskRequest) -> list[EvalJob]:
@@ -345,29 +342,14 @@ class _Asking:
                 ) from error
 
 
-def _samples_path(path: str | Path | None, output: Path | None, jobs: Sequence[EvalJob]) -> Path:
-    """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
-    if output is not None:
-        return _beside(output)
-    name = "-".join([*(job.name for job in jobs), jobs[0].protocol_name])
-    folder = Path(path) if path is not None else Path("runs")
-    for candidate in (folder, folder.parent):
-        if (candidate / "run.json").is_file():
-            return candidate / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
-    return Path("runs") / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
-
-
 def _write_samples(
     path: Path, scores: Sequence[TaskScore], base_scores: Sequence[TaskScore] | None
 ) -> None:
     """Write one line per answer: which model, task and protocol, and all that was read of it."""
     lines = [
-        json.dumps(
-            {"model": model, "task": score.task, "protocol": score.protocol, **sample},
-            ensure_ascii=False,
-        )
+        write_line({"model": model, "task": score.task, "protocol": score.protocol, **sample})
         for model, group in (("base", base_scores or ()), ("target", scores))
         for score in group
         for sample in score.samples
     ]
-    write_text_atomic(path, "".join(line + "\n" for line in lines))
+    write_text_atomic(path, "".join(lines))

@@ -21,6 +21,7 @@ from wegeft_cli.checkpoints.adapter import (
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.files import atomic_folder, check_free_space, check_unused_folder
+from wegeft_cli.checkpoints.head import read_head
 from wegeft_cli.checkpoints.layout import DTYPE_NAMES, TORCH_DTYPES
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.checkpoints.shards import list_tensors, tensor_bytes
@@ -152,6 +153,12 @@ def export(
         result = _export_model(str(target), format, output, revision, options, reporter)
     else:
         adapter_dir = resolve_adapter_dir(find_run(target))
+        if read_head(adapter_dir) is not None:
+            raise UserError(
+                "this is a classifier's adapter, whose head no other tool reads beside a LoRA pair",
+                file=str(adapter_dir),
+                hint="write the whole model: `wegeft merge`",
+            )
         output = output or _default_output(adapter_dir, format)
         result = _export_adapter(adapter_dir, format, output, base, revision, options, reporter)
     url = publish(result.output_dir, push, reporter) if push is not None else None

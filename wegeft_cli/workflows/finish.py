@@ -6,16 +6,22 @@ import torch
 from torch import nn
 
 from wegeft_cli.checkpoints.files import atomic_folder
+from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json
+from wegeft_cli.checkpoints.inplace import InplaceManifest, save_inplace_files
 from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import get_generators
 from wegeft_cli.interop.quantise import find_kind
+from wegeft_cli.models.heads import HeadSpec
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.loop import LoopResult
 from wegeft_cli.training.state import Progress
+from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import save_adapter
 from wegeft_cli.workflows.begin import has_stopped_early
 from wegeft_cli.workflows.card import write_card
+from wegeft_cli.workflows.prepare import TASK_TYPES
 from wegeft_cli.workflows.reporter import Reporter
 from wegeft_cli.workflows.run_folder import RunFolder
 
@@ -27,6 +33,8 @@ def write_adapter(
     result: LoopResult,
     fingerprint: str | None,
     reporter: Reporter,
+    *,
+    head: HeadSpec | None = None,
 ) -> int:
     """Write the adapter's folder, whole or not at all.
 
@@ -38,6 +46,7 @@ def write_adapter(
         result: How the loop ended.
         fingerprint: The base's.
         reporter: Told where the best checkpoint cannot be read.
+        head: A classifier's head, which is told beside its weights.
 
     Returns:
         The step that the adapter is of.
@@ -57,8 +66,10 @@ def write_adapter(
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     num_learned = sum(sizes[name] for name in learned)
-    # What replaces a module of the base stands beside it in the model, as the generators do.
-    num_base = sum(sizes.values()) - num_learned
+    num_base = sum(sizes.values())
+    if recipe.adapter.type not in INPLACE_TYPES:
+        # What replaces a module of the base stands beside it in the model, as the generators do.
+        num_base -= num_learned
     card = write_card(
         recipe,
         result.num_steps,
@@ -67,6 +78,23 @@ def write_adapter(
         parameters=(num_learned, num_base),
         validation=result.validation,
     )
+    more = {} if head is None else {HEAD_NAME: describe_head(head, recipe)}
+    if recipe.adapter.type in INPLACE_TYPES:
+        manifest = InplaceManifest(
+            method=recipe.adapter.type,
+            task_type=TASK_TYPES[recipe.task],
+            base_model_name_or_path=recipe.model.name_or_path,
+            revision=recipe.model.revision,
+            base_fingerprint=fingerprint,
+            wegeft_version=VERSION,
+        )
+        trained = {
+            name: parameter.detach().cpu()
+            for name, parameter in model.named_parameters()
+            if name in learned
+        }
+        save_inplace_files(folder.adapter_dir, manifest, trained, card=card, more=more)
+        return step
     if get_generators(model) is not None:
         asked = recipe.adapter.target_modules
         save_adapter(
@@ -77,16 +105,41 @@ def write_adapter(
             base_fingerprint=fingerprint,
             target_modules=asked if isinstance(asked, str) else tuple(asked),
             init_from=recipe.adapter.init_from,
+            task_type=TASK_TYPES[recipe.task],
             base_quantization=find_kind(model),
             card=card,
+            more_files=more,
         )
         return step
     from wegeft_cli.interop.baselines import save_peft
 
     with atomic_folder(folder.adapter_dir) as temporary:
         save_peft(model, temporary, base_model_name_or_path=recipe.model.name_or_path)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **more}.items():
+            (temporary / name).write_text(text, encoding="utf-8")
     return step
+
+
+def describe_head(head: HeadSpec, recipe: Recipe) -> str:
+    """Give the text of `head.json`: what the head tells apart, and how its inputs are made.
+
+    Args:
+        head: The model's head.
+        recipe: The recipe.
+
+    Returns:
+        JSON.
+    """
+    return head_to_json(
+        {
+            "task": head.task,
+            "problem_type": head.problem_type,
+            "labels": list(head.labels),
+            "image_size": recipe.data.image_size,
+            "image_transform": recipe.data.image_transform,
+            "max_length": recipe.data.max_length,
+        }
+    )
 
 
 def recall_result(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> LoopResult:

@@ -16,9 +16,11 @@ from wegeft_cli.interop.liger import check_liger
 from wegeft_cli.interop.quantise import check_quantization
 from wegeft_cli.interop.trackers import check_trackers
 from wegeft_cli.models.base import find_base_folder, load_tokenizer, pad_token_id
+from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.training.source import StepSource
 from wegeft_cli.workflows.batches import build_source
+from wegeft_cli.workflows.class_data import ClassReport
 from wegeft_cli.workflows.init_from import check_init_from
 from wegeft_cli.workflows.load import name_quantization
 from wegeft_cli.workflows.memory import (
@@ -49,8 +51,10 @@ from wegeft_cli.workflows.tasks import Job, read_eval_tasks
 class RunSource(StepSource, Protocol):
     """Batches whose rows can be looked at again."""
 
-    def rows_at(self, step: int) -> Iterable[tuple[int | None, np.ndarray, np.ndarray]]:
-        """Give this process's rows of a step just done: number, ids and label mask of each."""
+    def rows_at(
+        self, step: int
+    ) -> Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]]:
+        """Give this process's rows of a step just done: number, ids, label mask; or words."""
         ...
 
     def waste(self) -> dict[str, Any]:
@@ -63,7 +67,7 @@ class RunInputs:
     """Everything but the weights.
 
     Args:
-        tokenizer: The base's.
+        tokenizer: The base's; of an image model its image processor.
         source: This process's batches.
         report: What was found in the data.
         groups: What learns, group by group.
@@ -73,11 +77,12 @@ class RunInputs:
         prompts: Prompts that the model answers at each validation, if any.
         trackers: Names of the experiment trackers.
         digests: What tells other data and another tokenizer, see `digest_inputs`.
+        head: A classifier's head; None of a language model.
     """
 
     tokenizer: Any
     source: RunSource
-    report: DataReport
+    report: DataReport | ClassReport
     groups: list[GroupPlan]
     estimated_gib: float | None
     checkpoint_bytes: float
@@ -85,6 +90,7 @@ class RunInputs:
     prompts: SamplePrompts | None
     trackers: tuple[str, ...]
     digests: dict[str, Any]
+    head: HeadSpec | None = None
 
     @property
     def trainable(self) -> int:

@@ -11,10 +11,13 @@ from torch import nn
 from wegeft_cli.checkpoints.resume import save_checkpoint
 from wegeft_cli.interop.trackers import Trackers
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.classes import ClassLoss
 from wegeft_cli.training.loop import LoopHooks
+from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.meters import StepMetrics
 from wegeft_cli.training.state import Snapshot
 from wegeft_cli.training.validation import check_stop
+from wegeft_cli.workflows.classifier import gather_metrics
 from wegeft_cli.workflows.inputs import RunInputs
 from wegeft_cli.workflows.reporter import Advance, Reporter
 from wegeft_cli.workflows.run_folder import RunFolder
@@ -35,6 +38,7 @@ class RunListener:
         model: The model that learns.
         recipe: The recipe.
         inputs: Tokenizer, batches, test sets and prompts.
+        loss: The loss function; a classifier's has kept the answers of a validation.
         folder: The run's folder.
         trackers: Open in the first process, none in the others.
         accelerator: This process's state.
@@ -48,6 +52,7 @@ class RunListener:
         model: nn.Module,
         recipe: Recipe,
         inputs: RunInputs,
+        loss: CausalLoss | ClassLoss,
         folder: RunFolder,
         trackers: Trackers,
         accelerator: Accelerator,
@@ -58,6 +63,7 @@ class RunListener:
         self._model = model
         self._recipe = recipe
         self._inputs = inputs
+        self._loss = loss
         self._folder = folder
         self._trackers = trackers
         self._accelerator = accelerator
@@ -130,7 +136,10 @@ class RunListener:
         )
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Score the test sets and answer the prompts of a validation."""
+        """Score the test sets and answer the prompts of a validation; or a classifier's answers."""
+        if isinstance(self._loss, ClassLoss):
+            assert self._inputs.head is not None
+            return gather_metrics(self._loss, self._inputs.head, self._accelerator)
 
         def on_progress(name: str, done: int, total: int) -> None:
             self._advance(step, scoring=f"{name} {done}/{total}")

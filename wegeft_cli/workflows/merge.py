@@ -26,6 +26,7 @@ from wegeft_cli.checkpoints.files import (
     write_text_atomic,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.head import read_head
 from wegeft_cli.checkpoints.layout import parse_size
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.checkpoints.shards import list_tensors
@@ -37,7 +38,7 @@ from wegeft_cli.models.base import (
     load_tokenizer,
     quiet_transformers,
 )
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.training.meters import measure_peak_memory_gib
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import check_fingerprint, tell_base
@@ -53,6 +54,7 @@ from wegeft_cli.workflows.quantised_merge import (
 )
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
+from wegeft_cli.workflows.whole_merge import fold_whole, is_whole
 
 PROVENANCE_NAME = "wegeft_merge.json"
 
@@ -128,7 +130,8 @@ def merge(
     Each change is that of the base's own weight, so the order of the adapters does not matter.
     Modules that were trained whole take the place of the base's (W + w (trained - W) where the
     weight is not 1). WeGeFT adapters are streamed: the base's shards are copied in blocks of rows
-    and the model is never held. One adapter of another PEFT method is merged by PEFT, in memory.
+    and the model is never held. One adapter of another PEFT method is merged by PEFT, in memory;
+    in memory too a classifier's, whose head comes with it, and what trained the base's own weights.
 
     Args:
         adapter: An adapter or run folder, or several; None takes the newest finished run.
@@ -179,12 +182,12 @@ def merge(
         "wegeft_version": VERSION,
     }
     foreign = [(folder, kind) for folder, (kind, *_) in zip(dirs, kinds, strict=True)]
-    foreign = [(folder, kind) for folder, kind in foreign if kind != PEFT_TYPE]
+    foreign = [(folder, kind) for folder, kind in foreign if kind != PEFT_TYPE or is_whole(folder)]
     if foreign and (len(dirs) > 1 or shares != [1.0]):
         raise UserError(
-            f"a {foreign[0][1]} adapter can only be merged alone and with weight 1",
+            f"{_name(*foreign[0])} can only be merged alone and with weight 1",
             file=str(foreign[0][0]),
-            hint="several adapters, or a weight, need WeGeFT adapters",
+            hint="several adapters, or a weight, need WeGeFT adapters of a language model",
         )
     if dequantize and (foreign or len(dirs) > 1 or shares != [1.0]):
         raise UserError(
@@ -198,7 +201,14 @@ def merge(
     quantization: str | None = None
     difference: dict[str, float] | None = None
     with tell_base(base, dirs[0]):
-        if foreign:
+        if is_whole(dirs[0]):
+            reporter.note(f"{_name(dirs[0], kind)} is merged in memory")
+            section = ModelSection(
+                name_or_path=name_or_path, revision=revision, trust_remote_code=form.trusts
+            )
+            model, processor, num_folded = fold_whole(section, dirs[0], dtype, reporter)
+            num_tensors = _write_folder(model, processor, form)
+        elif foreign:
             reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
             num_tensors, num_folded = _merge_by_peft(name_or_path, revision, dirs[0], form)
         else:
@@ -248,6 +258,12 @@ def _check_weights(weights: Sequence[float], num_adapters: int) -> list[float]:
         if not math.isfinite(weight):
             raise UserError(f"must be a finite number, got {weight}", key="--weight")
     return [float(weight) for weight in weights] or [1.0] * num_adapters
+
+
+def _name(folder: Path, kind: str) -> str:
+    return (
+        f"a classifier's {kind} adapter" if read_head(folder) is not None else f"a {kind} adapter"
+    )
 
 
 def _trusts(recipe: Recipe | None) -> bool:
@@ -334,15 +350,19 @@ def _merge_by_peft(
 
 
 def _write_model(model: Any, name_or_path: str, revision: str | None, form: _Form) -> int:
-    """Write a whole model with its tokenizer; give the number of its tensors."""
+    """Write a whole model with its base's tokenizer; give the number of its tensors."""
+    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=form.trusts)
+    return _write_folder(model, tokenizer, form)
+
+
+def _write_folder(model: Any, processor: Any, form: _Form) -> int:
     if form.dtype is not None:
         model = model.to(getattr(torch, form.dtype))
-    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=form.trusts)
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     check_free_space(form.output, num_bytes, "the merged model")
     with atomic_folder(form.output) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary), max_shard_size=form.max_shard_size or _WHOLE_SHARD)
-        tokenizer.save_pretrained(str(temporary))
+        processor.save_pretrained(str(temporary))
         for name, text in form.texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         return len(list_tensors(temporary))

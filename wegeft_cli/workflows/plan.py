@@ -15,8 +15,11 @@ from wegeft_cli.data.pipeline import PreparedData, build_datasets
 from wegeft_cli.data.templates import check_template
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import load_tokenizer
+from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.class_data import ClassData, read_class_data, without_data
+from wegeft_cli.workflows.classifier import load_processor
 from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
 from wegeft_cli.workflows.memory import (
     GIB,
@@ -35,10 +38,12 @@ from wegeft_cli.workflows.prepare import (
     check_run_schedule,
     count_checkpoints,
     find_run_dir,
+    load_base_config,
     plan_groups,
     tell_places,
+    with_head,
 )
-from wegeft_cli.workflows.rehearsal import prepare_skeleton
+from wegeft_cli.workflows.rehearsal import BatchShape, prepare_skeleton, rehearse_flops
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.survey import (
     PassSurvey,
@@ -130,14 +135,15 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
     check_template(recipe.data.template)
     check_learning(recipe, None)  # the run may be for another machine
-    config, skeleton = build_skeleton(recipe.model)
+    data, unknown, head = _read(loaded)
+    config, skeleton = build_skeleton(recipe.model, head)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    check_context(config, recipe)
-    groups = plan_groups(skeleton, recipe.adapter)
+    if recipe.task != "image_classification":
+        check_context(config, recipe)
+    groups = plan_groups(skeleton, with_head(recipe.adapter, skeleton, recipe.task), recipe.task)
     model = prepare_skeleton(skeleton, recipe)
     checkpoint = count_checkpoint_bytes(recipe, list_learned(model)) / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))
-    data, unknown = _read_data(loaded)
     survey, num_steps = None, max(recipe.train.max_steps, 0) or None
     if data is not None:
         steps = build_step_plan(recipe, data, 1)
@@ -147,7 +153,10 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
     shapes = survey.find_largest() if survey is not None else [assume_longest(recipe)]
-    held_out = None if data is None else find_validation_shape(recipe, data)
+    # A classifier's validation is a plain forward pass over short rows: no logits of a vocabulary.
+    held_out = None
+    if isinstance(data, PreparedData):
+        held_out = find_validation_shape(recipe, data)
     memory, reason = estimate_memory(recipe, config, model, shapes, validation=held_out)
     if reason is not None:
         unknown.append(f"memory: {reason}")
@@ -186,6 +195,29 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     )
 
 
+def _read(
+    loaded: LoadedRecipe,
+) -> tuple[PreparedData | ClassData | None, list[str], HeadSpec | None]:
+    """Read the data where it can be reached, and with them what a classifier's head is to be."""
+    recipe = loaded.recipe
+    if recipe.task == "causal_lm":
+        return (*_read_data(loaded), None)
+    config = load_base_config(recipe.model)
+    try:
+        is_text = recipe.task == "sequence_classification"
+        tokenizer = load_processor(recipe.model, recipe.task) if is_text else None
+        data = read_class_data(recipe, loaded.path.parent, config, tokenizer)
+    except* UserError as group:
+        faults = [fault for fault in group.exceptions if isinstance(fault, UserError)]
+        told = [f"rows and steps: {fault}" for fault in faults]
+        head = without_data(recipe, config)
+        told.append(f"classes: the head is counted with {len(head.labels) or 1}, as in the base")
+        data = None
+    if data is None:
+        return None, told, head
+    return data, [], data.head
+
+
 def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:
     """Read the data where it can be reached; else say why not."""
     recipe = loaded.recipe
@@ -215,12 +247,28 @@ def _count_flops(
     """Give the operations of a step and of the run, or the reason why they are not known."""
     if survey is None:
         return None, None, "they hang on the rows' lengths"
+    if recipe.task != "causal_lm":
+        return _count_class_flops(model, recipe, survey)
     positions = float((survey.sequences * survey.lengths).mean())
     try:
         rates = find_flop_rates(model, recipe, positions)
     except LookupError as error:
         return None, None, str(error)
     return (*count_run_flops(rates, survey), None)
+
+
+def _count_class_flops(
+    model: nn.Module, recipe: Recipe, survey: PassSurvey
+) -> tuple[float | None, float | None, str | None]:
+    """Count a row of mean length, as torch does, and take it as often as rows come."""
+    rows = survey.sequences.astype(float)
+    mean = max(1, round(float((rows * survey.lengths).sum() / rows.sum())))
+    try:
+        per_row = rehearse_flops(model, recipe, BatchShape(1, mean, 1, False))
+    except LookupError as error:
+        return None, None, str(error)
+    per_step = per_row * float(rows.sum()) / survey.num_steps
+    return per_step, per_step * survey.num_steps_in_all, None
 
 
 def _measure_free_disk(path: Path) -> float:

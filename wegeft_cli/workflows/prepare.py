@@ -6,21 +6,24 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from wegeft_cli.data.mixture import Mixture
 from wegeft_cli.data.order import StepPlan
-from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generators.equations import count_parameters
 from wegeft_cli.generators.inject import select_targets
+from wegeft_cli.generators.inplace import select_parameters
 from wegeft_cli.generators.saved import find_saved_modules
 from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
+from wegeft_cli.models.heads import HeadSpec, find_head_modules
+from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
 from wegeft_cli.training.optim import check_optimizer
@@ -29,6 +32,13 @@ from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
 _SAVED = "modules_to_save"
 # Steps enough for every warm-up and decay that a run could have.
 _MANY_STEPS = 10**9
+
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "image_classification": None,
+}
+"""PEFT's names of the tasks; it has none for images."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,21 @@ def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
         raise
 
 
-def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:
+def load_base_config(section: ModelSection) -> Any:
+    """Load the configuration that the recipe's `model` names."""
+    return load_config(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def build_skeleton(section: ModelSection, head: HeadSpec | None = None) -> tuple[Any, nn.Module]:
     """Build the base without weights.
 
     Args:
         section: The recipe's `model`.
+        head: A classifier's head; None builds a causal language model.
 
     Returns:
         Its configuration, and the model on torch's meta device.
@@ -89,20 +109,40 @@ def build_skeleton(section: ModelSection) -> tuple[Any, nn.Module]:
     Raises:
         UserError: If there is no such model.
     """
-    config = load_config(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    return config, build_meta_model(config, trust_remote_code=section.trust_remote_code)
+    config = load_base_config(section)
+    if head is not None:
+        head.apply(config)
+    task = "causal_lm" if head is None else head.task
+    trusts = section.trust_remote_code
+    return config, build_meta_model(config, trust_remote_code=trusts, task=task)
 
 
-def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+def with_head(section: AdapterSection, model: nn.Module, task: str) -> AdapterSection:
+    """Add a classifier's head to the modules that learn whole: it is new, so it learns always.
+
+    Args:
+        section: The recipe's `adapter`.
+        model: The base before anything is put into it; the meta device will do.
+        task: The recipe's task.
+
+    Returns:
+        The section; of a language model as it is.
+    """
+    if task == "causal_lm":
+        return section
+    names = dict.fromkeys([*find_head_modules(model), *section.modules_to_save])
+    return replace(section, modules_to_save=list(names))
+
+
+def plan_groups(
+    skeleton: nn.Module, section: AdapterSection, task: str = "causal_lm"
+) -> list[GroupPlan]:
     """Count what learns, group by group, on a model without weights.
 
     Args:
         skeleton: The base on the meta device; it is not changed.
-        section: The recipe's `adapter`.
+        section: The recipe's `adapter`, see `with_head`.
+        task: The recipe's task.
 
     Returns:
         The groups; a PEFT method's counts are summed by kind of layer.
@@ -112,8 +152,10 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
             trained whole.
         ExceptionGroup: If there are several such faults.
     """
+    if section.type in INPLACE_TYPES:
+        return _plan_inplace(skeleton, section)
     if section.type != "wegeft":
-        return _plan_peft(skeleton, section)
+        return _plan_peft(skeleton, section, task)
     targets = select_targets(skeleton, section.target_modules, section.groups)
     assigned = assign_groups(
         targets,
@@ -134,7 +176,26 @@ def plan_groups(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]
     return groups
 
 
-def build_step_plan(recipe: Recipe, data: PreparedData, world_size: int) -> StepPlan:
+class PlannedData(Protocol):
+    """What steps are cut from: rows that know their lengths."""
+
+    @property
+    def train(self) -> Any:
+        """Training rows, with `lengths` and `label_counts`."""
+        ...
+
+    @property
+    def packs(self) -> list[list[int]] | None:
+        """The numbers of each pack's rows."""
+        ...
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """Which rows an epoch takes."""
+        ...
+
+
+def build_step_plan(recipe: Recipe, data: PlannedData, world_size: int) -> StepPlan:
     """Cut the rows, or with packing the packs of rows, into optimizer steps as the recipe says.
 
     Args:
@@ -233,7 +294,21 @@ def count_steps(value: float, num_steps: int) -> int:
     return int(value)
 
 
-def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+def _plan_inplace(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
+    named = dict(skeleton.named_parameters())
+    chosen = select_parameters(skeleton, section.type, section.modules_to_save)
+    return [
+        GroupPlan(
+            kind,
+            len({name.rpartition(".")[0] for name in names}),
+            None,
+            sum(named[name].numel() for name in names),
+        )
+        for kind, names in chosen.items()
+    ]
+
+
+def _plan_peft(skeleton: nn.Module, section: AdapterSection, task: str) -> list[GroupPlan]:
     from wegeft_cli.interop.baselines import inject_peft
 
     model = inject_peft(
@@ -244,6 +319,7 @@ def _plan_peft(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
         target_modules=section.target_modules,
         options=section.peft,
         modules_to_save=section.modules_to_save,
+        task_type=TASK_TYPES[task],
     )
     counts: dict[str, tuple[int, int]] = {}
     saved: set[str] = set()

@@ -106,6 +106,12 @@ def preview(
     for note in loaded.notes:
         reporter.note(note)
     with tell_places(loaded):
+        if loaded.recipe.task != "causal_lm":
+            raise UserError(
+                f"a preview shows the tokens of language rows; this is {loaded.recipe.task}",
+                key="task",
+                hint="wegeft plan tells rows and steps, wegeft train --dry-run checks every row",
+            )
         result = _preview(loaded, num_rows, row)
     for warning in result.warnings:
         reporter.warn(warning)

@@ -22,6 +22,11 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.head import is_plain_head, select_head_input, sum_head_losses
 from wegeft_cli.training.precision import autocast
 from wegeft_cli.workflows.build import enable_checkpointing, inject_adapter
+from wegeft_cli.workflows.class_rehearsal import (
+    compute_class_loss,
+    count_class_flops,
+    find_head,
+)
 
 HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc serves blocks up to this size from its heap, larger ones by pages of their own."""
@@ -91,7 +96,7 @@ def rehearse_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     Raises:
         RuntimeError: If the model cannot be run without numbers; its message tells why.
     """
-    with _without_numbers(model, shape):
+    with _without_numbers(model, recipe, shape):
         memory = _rehearse(model, recipe, shape)
         if recipe.train.gradient_checkpointing:
             model.activation_checkpointing_disable()
@@ -102,13 +107,14 @@ def rehearse_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
 
 
 @contextmanager
-def _without_numbers(model: Any, shape: BatchShape) -> Iterator[None]:
+def _without_numbers(model: Any, recipe: Recipe, shape: BatchShape) -> Iterator[None]:
     """Hold off a mask that is not needed and torch's log, and tell what the model's code raises."""
     # torch logs what it then raises.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    is_unmasked = not shape.is_masked and model.config._attn_implementation == "sdpa"
+    is_sdpa = model.config._attn_implementation == "sdpa"
+    is_unmasked = recipe.task == "causal_lm" and not shape.is_masked and is_sdpa
     try:
         if is_unmasked:
             model.set_attn_implementation(_UNMASKED)
@@ -124,6 +130,8 @@ def _without_numbers(model: Any, shape: BatchShape) -> Iterator[None]:
 
 
 def _rehearse(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
+    if recipe.task == "image_classification":
+        return _measure(model, recipe, shape)  # small, and not always of equal blocks
     parent, name = _find_layers(model)
     layers = getattr(parent, name)
     if len(layers) <= 2 or len({_signature(x, i, model) for i, x in enumerate(layers)}) > 1:
@@ -159,7 +167,7 @@ def rehearse_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
     Raises:
         RuntimeError: If the model cannot be run without numbers; its message tells why.
     """
-    with _without_numbers(model, shape):
+    with _without_numbers(model, recipe, shape):
         try:
             parent, name = _find_layers(model)
         except LookupError:
@@ -182,6 +190,24 @@ def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
         ):
             _compute_loss(model, head, recipe, shape, is_plain)
     return ledger.peak
+
+
+def rehearse_flops(model: Any, recipe: Recipe, shape: BatchShape) -> float:
+    """Count the operations of a classifier's forward and backward pass.
+
+    Args:
+        model: The model without weights, as `prepare_skeleton` gives it; it is left as it was.
+        recipe: The recipe.
+        shape: The batch.
+
+    Returns:
+        Operations, a multiply-add being two.
+
+    Raises:
+        LookupError: If the model does not run without numbers.
+    """
+    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
+        return count_class_flops(model, recipe, shape)
 
 
 def prepare_skeleton(skeleton: nn.Module, recipe: Recipe) -> Any:
@@ -272,8 +298,9 @@ def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     """Run forward and backward and count."""
     at_head: list[tuple[int, int]] = []
     with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
-        head = model.get_output_embeddings()
-        is_plain = is_plain_head(head) and _gives_plain_logits(model, head)
+        is_causal = recipe.task == "causal_lm"
+        head = model.get_output_embeddings() if is_causal else find_head(model)
+        is_plain = is_causal and is_plain_head(head) and _gives_plain_logits(model, head)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -282,7 +309,10 @@ def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
                 lambda *_: at_head.append((ledger.live, ledger.blocks))
             )
             with autocast("cpu", recipe.train.mixed_precision):
-                loss = _compute_loss(model, head, recipe, shape, is_plain)
+                if is_causal:
+                    loss = _compute_loss(model, head, recipe, shape, is_plain)
+                else:
+                    loss = compute_class_loss(model, recipe, shape)
             handle.remove()
             top = ledger.peak
             loss.backward()

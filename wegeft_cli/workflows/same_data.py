@@ -82,6 +82,7 @@ def _list_facts(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for number, digest in enumerate(run.get("stream_digests", [])):
         yield f"data.train[{number}] digest", digest
     yield "template_hash", data.get("template_hash")
+    yield "classes", data.get("labels_sha256")
     yield "tokenizer_sha256", run.get("tokenizer_sha256")
 
 

@@ -22,7 +22,7 @@ def write_skipped(
     step: int,
     loss: float,
     grad_norm: float,
-    rows: Iterable[tuple[int | None, np.ndarray, np.ndarray]],
+    rows: Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]],
     tokenizer: Any,
     accelerator: Accelerator,
 ) -> Path:
@@ -34,7 +34,7 @@ def write_skipped(
         loss: Its loss.
         grad_norm: Its gradient norm.
         rows: This process's rows of that step: (number in the training set or None,
-            ids, label mask).
+            ids, label mask), or what is to be told of each.
         tokenizer: Turns tokens into text.
         accelerator: This process's state; every process calls this, the first one writes.
 
@@ -42,15 +42,7 @@ def write_skipped(
         The file.
     """
     path = run_dir / FOLDER_NAME / f"step-{step:08d}.json"
-    mine = [
-        {
-            "row": number,
-            "text": tokenizer.decode(ids.tolist()),
-            "token_ids": ids.tolist(),
-            "learned": mask.tolist(),
-        }
-        for number, ids, mask in rows
-    ]
+    mine = [row if isinstance(row, dict) else _tell(*row, tokenizer) for row in rows]
     shares = [mine] * accelerator.num_processes
     if accelerator.num_processes > 1:
         torch.distributed.all_gather_object(shares, mine)
@@ -64,3 +56,12 @@ def write_skipped(
         }
         write_text_atomic(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     return path
+
+
+def _tell(number: int | None, ids: np.ndarray, mask: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "row": number,
+        "text": tokenizer.decode(ids.tolist()),
+        "token_ids": ids.tolist(),
+        "learned": mask.tolist(),
+    }

@@ -11,6 +11,7 @@ from wegeft_cli.data.pack import sum_packs
 from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.packing import lays_packs_flat
+from wegeft_cli.workflows.prepare import PlannedData
 from wegeft_cli.workflows.rehearsal import BatchShape
 
 MAX_STEPS = 4096
@@ -56,7 +57,7 @@ class PassSurvey:
         )
 
 
-def survey_passes(recipe: Recipe, data: PreparedData, plan: StepPlan) -> PassSurvey:
+def survey_passes(recipe: Recipe, data: PlannedData, plan: StepPlan) -> PassSurvey:
     """Cut the rows into forward passes without building a batch.
 
     Args:

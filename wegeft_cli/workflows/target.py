@@ -16,11 +16,13 @@ from wegeft_cli.checkpoints.adapter import (
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.files import hash_bytes
+from wegeft_cli.checkpoints.inplace import INPLACE_TYPE
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.merge import PROVENANCE_NAME
+from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.run_folder import find_run
 
 NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
@@ -35,7 +37,8 @@ class OpenedTarget:
         kind: adapter or model.
         model: On its device.
         tokenizer: Its tokenizer.
-        base: Where the base alone lies, for a model that is no adapter; None if unknown.
+        base: Where the base alone lies, for a model that is no adapter, or whose adapter took the
+            place of its own weights; None if unknown, or not needed.
         section: How the model (of an adapter its base) was loaded.
         adapter_dir: The adapter's folder, if it is one.
         write: Writes texts in another engine, as `generate_texts`; None asks the model.
@@ -52,7 +55,7 @@ class OpenedTarget:
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
         """Give the base model inside the block: the adapter switched off, or the base loaded."""
-        if self.kind == "adapter":
+        if self.kind == "adapter" and self.base is None:
             with _switched_off(self.model):
                 yield self.model, self.tokenizer
             return
@@ -106,6 +109,12 @@ def open_target(
         base_dir = find_base_folder(section.name_or_path, section.revision)
         load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
         model.eval()
+    elif kind == INPLACE_TYPE:
+        from wegeft_cli.workflows.open_classifier import put_adapter
+
+        model = put_adapter(model, adapter_dir, section, warn=warn).eval()
+        own = section.name_or_path
+        return OpenedTarget("adapter", model, tokenizer, own, section, adapter_dir)
     else:
         from wegeft_cli.interop.baselines import load_peft
 
@@ -128,10 +137,16 @@ def resolve_target(
         `peft_type`, both None for a model.
 
     Raises:
-        UserError: If the target is none of these, or is damaged.
+        UserError: If the target is none of these, is a classifier, or is damaged.
     """
     from wegeft_cli.workflows.load import quantise_as
 
+    if is_classifier(path, recipe):
+        raise UserError(
+            "this is a classifier, which writes no text",
+            file=str(path),
+            hint="score it with `wegeft eval`",
+        )
     folder = Path(path)
     section = recipe.model if recipe is not None else ModelSection()
     if (folder / "config.json").is_file() or not folder.exists():

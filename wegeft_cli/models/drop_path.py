@@ -1,0 +1,72 @@
+"""Stochastic depth for transformers that have none of their own (ViT, DeiT)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wegeft_cli.errors import UserError
+
+_BRANCHES = ("attention", "mlp")
+
+
+def add_drop_path(model: Any, rate: float) -> None:
+    """Leave out residual branches at random while training.
+
+    Huang et al. 2016 (arXiv 1603.09382), as timm's ViT does it: block i of L drops each of its two
+    branches for each row with probability p_i = rate x i / (L - 1), and scales what is kept by
+    1 / (1 - p_i). The hooks come last, so that they see a branch with its adapter.
+
+    Args:
+        model: A model with a list of blocks that hold `attention` and `mlp`; it is changed.
+        rate: The last block's probability, 0 <= rate < 1.
+
+    Raises:
+        UserError: If it has no such blocks.
+    """
+    blocks = _find_blocks(model)
+    for number, block in enumerate(blocks):
+        share = rate * number / max(len(blocks) - 1, 1)
+        if share > 0:
+            for name in _BRANCHES:
+                getattr(block, name).register_forward_hook(_DropRows(share))
+
+
+def check_drop_path(model: Any) -> None:
+    """Check that `add_drop_path` knows the model's blocks.
+
+    Args:
+        model: The model; the meta device will do.
+
+    Raises:
+        UserError: If it does not.
+    """
+    _find_blocks(model)
+
+
+class _DropRows:
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        branch: Tensor = output[0] if isinstance(output, tuple) else output
+        shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        keeps = torch.rand(shape, device=branch.device) >= self.share
+        kept = branch * keeps.to(branch.dtype) / (1 - self.share)
+        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+
+def _find_blocks(model: Any) -> list[Any]:
+    for module in model.modules():
+        blocks = list(module) if isinstance(module, nn.ModuleList) else []
+        if blocks and all(hasattr(block, name) for block in blocks for name in _BRANCHES):
+            return blocks
+    raise UserError(
+        f"{type(model).__name__} has no blocks of `attention` and `mlp` to leave out",
+        key="model.drop_path_rate",
+        hint="leave it out",
+    )

@@ -1,0 +1,159 @@
+"""The head of a classifier: its outputs, what they are called, and which modules make it up."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from wegeft_cli.errors import UserError
+
+_AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
+}
+_WORDS = {
+    "causal_lm": "causal language model",
+    "sequence_classification": "sequence classifier",
+    "image_classification": "image classifier",
+}
+_STD = 0.02
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a classifier's head is to be.
+
+    Args:
+        task: sequence_classification or image_classification.
+        labels: Class names in the order of the outputs; none of a regression.
+        problem_type: single_label_classification or regression.
+        keeps_base_head: The base's head tells exactly these classes apart, and is the start.
+        drop_path_rate: Stochastic depth; None leaves the model's own.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    problem_type: str = "single_label_classification"
+    keeps_base_head: bool = False
+    drop_path_rate: float | None = None
+
+    def apply(self, config: Any) -> None:
+        """Write the head into a model's configuration."""
+        names = self.labels or ("value",)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+        config.problem_type = self.problem_type
+        if self.drop_path_rate is not None and hasattr(config, "drop_path_rate"):
+            config.drop_path_rate = self.drop_path_rate
+
+
+def auto_class(task: str) -> Any:
+    """Give the class of transformers that loads models for a task."""
+    import transformers
+
+    return getattr(transformers, _AUTO_CLASSES[task])
+
+
+def name_task(task: str) -> str:
+    """Give a task's model in words."""
+    return _WORDS[task]
+
+
+def find_task(config: Any) -> str:
+    """Tell from a configuration which task a saved model is for."""
+    names = " ".join(getattr(config, "architectures", None) or ())
+    for task, word in (
+        ("sequence_classification", "ForSequenceClassification"),
+        ("image_classification", "ForImageClassification"),
+    ):
+        if word in names:
+            return task
+    return "causal_lm"
+
+
+def read_labels(config: Any) -> tuple[str, ...]:
+    """Give the class names of a configuration in the order of the outputs."""
+    names = getattr(config, "id2label", None) or {}
+    return tuple(str(names[number]) for number in sorted(names))
+
+
+def find_head_modules(model: Any) -> list[str]:
+    """Find the modules that a classifier has beyond its backbone: those are new for each task.
+
+    Args:
+        model: A classifier of transformers.
+
+    Returns:
+        Names of its direct children with parameters, the backbone left out, in their order.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    ]
+
+
+def make_fresh(model: nn.Module, names: Iterable[str], seed: int) -> None:
+    """Draw a head anew: normal weights of the model's own width, no bias.
+
+    Args:
+        model: The classifier.
+        names: Its head's modules.
+        seed: The weights are a pure function of (seed, parameter name).
+    """
+    std = getattr(model.config, "initializer_range", None) or _STD
+    for name in names:
+        for part, module in model.get_submodule(name).named_modules(prefix=name):
+            for kind, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.LayerNorm):
+                    parameter.data.fill_(1.0 if kind == "weight" else 0.0)
+                elif kind == "bias":
+                    parameter.data.zero_()
+                else:
+                    # torch reads the lower 32 bits of a seed alone.
+                    mixed = zlib.crc32(f"{seed} {part}.{kind}".encode())
+                    random = torch.Generator().manual_seed(mixed)
+                    drawn = torch.randn(parameter.shape, generator=random) * std
+                    parameter.data.copy_(drawn)
+
+
+def check_loaded(missing: Collection[str], head: Collection[str], saved: Collection[str]) -> None:
+    """Refuse a base that leaves a part of the backbone without trained weights.
+
+    Args:
+        missing: Parameters that the checkpoint does not hold.
+        head: The head's modules, which are new.
+        saved: `adapter.modules_to_save`.
+
+    Raises:
+        UserError: If others are missing: they would stay random.
+    """
+    lost = sorted({name.rpartition(".")[0] for name in missing if name.split(".")[0] not in head})
+    lost = [name for name in lost if not any(_covers(asked, name) for asked in saved)]
+    if lost:
+        raise UserError(
+            f"the base holds no weights for {', '.join(lost[:3])}: they would stay random",
+            key="model.name_or_path",
+            hint=f"train them: `adapter.modules_to_save: [{lost[0]}]`",
+        )
+
+
+def _covers(asked: str, name: str) -> bool:
+    return f".{asked}." in f".{name}."
+
+
+def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
+    """Give what a model's forward needs for images of another size than it was trained on."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    own = getattr(base.config, "image_size", image_size)
+    own = own[0] if isinstance(own, list | tuple) else own
+    takes = "interpolate_pos_encoding" in inspect.signature(base.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes and own != image_size else {}
