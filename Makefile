@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEGEFT := $(BIN)/wegeft
 STAMP := $(VENV)/.setup-done
+# Processes that share the tests.
+WORKERS := 2
 NUM_RECIPES := 17
 OLDEST_PEFT := 0.18.0
 # The quickstart recipe's output_dir.
@@ -56,10 +58,10 @@ imports: setup ## Direction of imports (import-linter)
 	$(BIN)/lint-imports
 
 test: setup ## The fast tests, offline (sets up .venv first where it is missing)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-slow: setup ## The slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
 
 test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \

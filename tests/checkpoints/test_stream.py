@@ -358,7 +358,7 @@ def test_too_little_space_is_found_before_anything_is_written(
 ):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(MachineError, match="the merged model needs"):
+    with pytest.raises(MachineError, match="are needed for the merged model"):
         merge_stream(base_dir, tmp_path / "out", edits)
     assert names_in(tmp_path) == []
     assert edits[QUERY].seen == []

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from wegeft_cli.cli.app import app
+from wegeft_cli.cli.console import get_console
 from wegeft_cli.workflows.train import train
 
 TIMEOUT_SECONDS = 120
@@ -22,6 +23,12 @@ TIMEOUT_SECONDS = 120
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # How the tests' own terminal looks is no matter of what they ask.
 TERMINAL = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "TERM")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_console() -> None:
+    """Let each test's console read the terminal anew: the one of another test may be narrower."""
+    get_console.cache_clear()
 
 
 @pytest.fixture

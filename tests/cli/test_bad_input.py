@@ -105,7 +105,8 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["train.warmup_ratio=0.1", "train.warmup_steps=3"], ["contradicts", "keep one"]),
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
         (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
-        (["task=image_classification"], ["task", "not available"]),
+        (["task=image_clasification"], ["task", "did you mean `image_classification`?"]),
+        (["adapter.type=adalora"], ["adapter.type", "not available"]),
         (["train.strategy=fsdp"], ["train.strategy", "did you mean `fsdp2`?"]),
     ],
 )

@@ -28,6 +28,8 @@ TARGETS = {
         "fuzz",
         "docs",
         "quickstart",
+        "digits",
+        "bench-classification",
         "clean",
         "help",
     ),
