@@ -116,7 +116,7 @@ def test_a_relative_path_is_tried_from_the_recipe_too(
         ("a.jsonl", b'{"a": 1}\n[2]', r"\[2\] is not an object", ":2"),
         ("a.jsonl", b"", "there are no rows", ""),
         ("a.jsonl.gz", b"not gzip", "not a whole gzip file", ""),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 50)[:-9], "not a whole gzip file", ""),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}' * 50, mtime=0)[:-9], "not a whole gzip file", ""),
         ("a.csv", b"a,b\n1,2\n3\n", "1 cells where the header has 2", ":3"),
         ("a.csv", b"a,a\n1,2\n", "two columns of one name", ":1"),
         ("a.csv", b'a,b\n1,"2\n', "not CSV", ":2"),

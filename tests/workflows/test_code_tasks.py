@@ -159,14 +159,14 @@ def test_samples_at_fault_are_refused(rows, message, sets):
     ("content", "message"),
     [
         (b"no gzip", "not a whole gzip file"),
-        (gzip.compress(b'{"task_id": "HumanEval/0"}\n'), "`prompt` is missing"),
+        (gzip.compress(b'{"task_id": "HumanEval/0"}\n', mtime=0), "`prompt` is missing"),
         (
             gzip.compress(
-                json.dumps(PROBLEMS[0]).encode() + b"\n" + json.dumps(PROBLEMS[0]).encode()
+                json.dumps(PROBLEMS[0]).encode() + b"\n" + json.dumps(PROBLEMS[0]).encode(), mtime=0
             ),
             "more than once",
         ),
-        (gzip.compress(b""), "no problems here"),
+        (gzip.compress(b"", mtime=0), "no problems here"),
     ],
 )
 def test_a_damaged_problem_file_is_refused(content, message, sets):
