@@ -15,6 +15,7 @@ from wegeft_cli.interop.quantise import dequantise, find_kind, keep_trainable
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.adapters import load_adapter
+from wegeft_cli.workflows.export import export
 from wegeft_cli.workflows.load import load_base, quantise_as
 from wegeft_cli.workflows.memory import count_base_bytes
 from wegeft_cli.workflows.merge import merge
@@ -171,6 +172,23 @@ def test_an_adapter_is_opened_as_it_was_trained(base_dir, write_recipe):
     merged = merge(result.run_dir).output_dir
     recipe_of_run = load_recipe(recipe).recipe
     assert find_kind(open_target(merged, recipe_of_run, base=None).model) is None
+
+
+def test_merged_with_others_it_is_told_in_any_order(base_dir, write_recipe, listener, tmp_path):
+    quantised = train(
+        write_recipe("q4", model={"name_or_path": str(base_dir), "load_in_4bit": True})
+    ).adapter_dir
+    dense = train(write_recipe("dense", model={"name_or_path": str(base_dir)})).adapter_dir
+    for number, pair in enumerate(([quantised, dense], [dense, quantised])):
+        done = merge(pair, output=tmp_path / str(number), reporter=listener)
+        assert done.logits_difference is None  # it would measure the other adapter too
+        told = json.loads((done.output_dir / "wegeft_merge.json").read_text())
+        assert told["base_quantization"] == "bitsandbytes_4bit"
+    assert len([text for text in listener.warnings if "bitsandbytes_4bit" in text]) == 2
+    with pytest.raises(UserError, match="only one WeGeFT adapter"):
+        merge([dense, quantised], output=tmp_path / "no", dequantize=True)
+    export(quantised, format="lora", output=tmp_path / "twin", reporter=listener)
+    assert any("parity is measured on the 16-bit base" in text for text in listener.warnings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -219,6 +219,12 @@ def _export_adapter(
             hint="merge it and export the model" if format == "gguf" else None,
         )
     files = load_adapter_files(adapter_dir)
+    if (quantised := files.manifest.base_quantization) is not None:
+        reporter.warn(
+            f"this adapter was trained on a base quantised as {quantised}; parity is measured on "
+            "the 16-bit base, and served on that it answers otherwise than it was trained "
+            "(`wegeft merge` measures by how much)"
+        )
     name_or_path = base or recorded_base
     revision = revision or (None if base else recorded_revision)
     recipe = find_recipe_of(adapter_dir)

@@ -44,6 +44,7 @@ from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.adapters import check_fingerprint, tell_base
 from wegeft_cli.workflows.card import write_merged_card
 from wegeft_cli.workflows.edits import build_edits, has_all_tensors
+from wegeft_cli.workflows.load import name_quantization
 from wegeft_cli.workflows.naming import name_as_in_model
 from wegeft_cli.workflows.publish import HubTarget, publish
 from wegeft_cli.workflows.quantised_merge import (
@@ -189,12 +190,8 @@ def merge(
             file=str(foreign[0][0]),
             hint="several adapters, or a weight, need WeGeFT adapters of a language model",
         )
-    if dequantize and (foreign or len(dirs) > 1 or shares != [1.0]):
-        raise UserError(
-            "only one WeGeFT adapter, with weight 1, is folded into dequantised weights",
-            key="--dequantize",
-            hint="leave it out to merge into the 16-bit base",
-        )
+    if dequantize and foreign:
+        raise _only_alone()
     texts = {PROVENANCE_NAME: json.dumps(provenance, indent=2) + "\n"}
     texts[CARD_NAME] = write_merged_card(dirs, shares, name_or_path, revision, output.name)
     form = _Form(output, dtype, max_shard_size, texts, _trusts(recipe))
@@ -210,13 +207,22 @@ def merge(
             num_tensors = _write_folder(model, processor, form)
         elif foreign:
             reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
+            if recipe is not None and (quantised := name_quantization(recipe.model)) is not None:
+                reporter.warn(
+                    f"it was trained on a base quantised as {quantised} and is merged into the "
+                    "16-bit base; how far that is from what was trained is not measured"
+                )
             num_tensors, num_folded = _merge_by_peft(name_or_path, revision, dirs[0], form)
         else:
             read = [(load_adapter_files(folder), w) for folder, w in zip(dirs, shares, strict=True)]
             base_dir = fetch_base_folder(name_or_path, revision)
             _check_bases(base_dir, dirs, read, reporter)
-            manifest = read[0][0].manifest
+            manifests = [files.manifest for files, _ in read]
+            # Whichever of them was trained on a quantised base, in whatever order they are named.
+            manifest = next((m for m in manifests if m.base_quantization), manifests[0])
             quantization, dequantize = choose_weights(manifest, base_dir, dequantize)
+            if dequantize and shares != [1.0]:
+                raise _only_alone()
             trained_base = describe_base(manifest, recipe, base_dir)
             if dequantize:
                 reporter.note(f"merged into the dequantised weights ({quantization}), in memory")
@@ -224,8 +230,13 @@ def merge(
                 num_tensors = _write_model(model, str(base_dir), None, form)
             else:
                 num_tensors, num_folded = _merge_own(base_dir, dirs, read, form, reporter)
-            if quantization is not None:
+            if quantization is not None and shares == [1.0]:
                 difference = compare_logits(trained_base, dirs[0], output, reporter)
+            elif quantization is not None:
+                reporter.warn(
+                    f"an adapter was trained on a base quantised as {quantization}; how far the "
+                    "merged model is from it is measured where that is merged alone"
+                )
     merged_weights = "dequantized" if dequantize else "base"
     if quantization is not None:
         provenance |= {
@@ -244,6 +255,15 @@ def merge(
         url=url,
         merged_weights=merged_weights,
         logits_difference=difference,
+    )
+
+
+def _only_alone() -> UserError:
+    return UserError(
+        "only one WeGeFT adapter, with weight 1, is folded into dequantised weights",
+        key="--dequantize",
+        hint="merge into the 16-bit base: without --dequantize, and with --base where the base's "
+        "own files are quantised",
     )
 
 
