@@ -20,7 +20,7 @@ from wegeft_cli.workflows.load import load_base, quantise_as
 from wegeft_cli.workflows.memory import count_base_bytes
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.prepare import build_skeleton
-from wegeft_cli.workflows.target import open_target
+from wegeft_cli.workflows.target import fingerprint_target, open_target
 from wegeft_cli.workflows.train import train
 
 KINDS = {
@@ -169,6 +169,8 @@ def test_an_adapter_is_opened_as_it_was_trained(base_dir, write_recipe):
     result = train(recipe)
     opened = open_target(result.adapter_dir, None, base=None)
     assert find_kind(opened.model) == "bitsandbytes_4bit"
+    prints = fingerprint_target(opened.section, opened.adapter_dir)
+    assert prints["base_quantization"] == "bitsandbytes_4bit"  # so scores and their logs tell it
     merged = merge(result.run_dir).output_dir
     recipe_of_run = load_recipe(recipe).recipe
     assert find_kind(open_target(merged, recipe_of_run, base=None).model) is None

@@ -14,7 +14,7 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.paired import compare_paired
 
 _SAME = ("template_hash", "data_sha256", "n")
-_TOLD = ("base_fingerprint", "adapter_fingerprint", "generation")
+_TOLD = ("base_fingerprint", "base_quantization", "adapter_fingerprint", "generation")
 
 
 def compare_scores(

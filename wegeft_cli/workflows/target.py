@@ -25,7 +25,11 @@ from wegeft_cli.workflows.merge import PROVENANCE_NAME
 from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.run_folder import find_run
 
-NO_PRINTS: Mapping[str, str | None] = {"base_fingerprint": None, "adapter_fingerprint": None}
+NO_PRINTS: Mapping[str, str | None] = {
+    "base_fingerprint": None,
+    "base_quantization": None,
+    "adapter_fingerprint": None,
+}
 """The fingerprints where no model was asked."""
 
 
@@ -171,14 +175,16 @@ def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[
         adapter_dir: The adapter's folder; None for a model.
 
     Returns:
-        base_fingerprint (as adapters record it; null where there are no safetensors) and
-        adapter_fingerprint (over the adapter's config and tensors; null for a model).
+        base_fingerprint (as adapters record it; null where there are no safetensors),
+        base_quantization (as it is loaded; null where it is taken as it is) and adapter_fingerprint
+        (over the adapter's config and tensors; null for a model).
     """
     from wegeft_cli.checkpoints.adapter import CONFIG_NAME
     from wegeft_cli.checkpoints.fingerprint import fingerprint_base
     from wegeft_cli.models.base import find_base_folder
+    from wegeft_cli.workflows.load import name_quantization
 
-    prints = dict(NO_PRINTS)
+    prints = {**NO_PRINTS, "base_quantization": name_quantization(section)}
     if adapter_dir is not None:
         config = (adapter_dir / CONFIG_NAME).read_bytes()
         weights = fingerprint_base(adapter_dir) or _hash_files(adapter_dir.glob("*.bin"))
