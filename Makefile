@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEGEFT := $(BIN)/wegeft
 STAMP := $(VENV)/.setup-done
-# Processes that share the tests.
+# Processes that share the tests, each with one thread.
 WORKERS := 2
 NUM_RECIPES := 17
 OLDEST_PEFT := 0.18.0
@@ -58,10 +58,10 @@ imports: setup ## Direction of imports (import-linter)
 	$(BIN)/lint-imports
 
 test: setup ## The fast tests, offline (sets up .venv first where it is missing)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-slow: setup ## The slow tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
 
 test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
