@@ -27,7 +27,13 @@ POLL_SECONDS = 0.0005
 # A wide pair, so that a save takes long enough to be met in its middle.
 RANK = 500
 # These tell of the clock, the process and the checkout, not of the training.
-SURROUNDINGS = ("started_at", "finished_at", "peak_memory_gib", "git_revision")
+SURROUNDINGS = (
+    "estimated_memory_gib",
+    "started_at",
+    "finished_at",
+    "peak_memory_gib",
+    "git_revision",
+)
 
 CASES = {
     "dropout, accumulation, validation, early stopping, ema": {
@@ -219,7 +225,10 @@ def test_killed_again_and_again(write_recipe, nursery, check_equal, read_run, tm
         code = nursery.wait(pid, is_met)
         if code is not None:
             assert code == 0, log.read_text()
-            break
+            if len(told) > 1:
+                break
+            shutil.rmtree(run_dir)  # it was done before its moment came: once more
+            continue
         time.sleep(chance.choice([0, 0, 0.001, 0.01]))
         os.kill(pid, signal.SIGKILL)
         code = nursery.wait(pid)
