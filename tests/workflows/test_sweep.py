@@ -30,17 +30,30 @@ GRID = {"train.learning_rate": [0.01, 1e30], "seed": [1, 2]}
 SETTINGS = {
     "data": {"validation_fraction": 0.2},
     "adapter": {"dropout": 0.2},
-    "train": {"max_steps": 60, "eval_steps": 20, "max_skipped_steps": 0},
+    # So many passes make a step that lasts: the first run must still be there when the signal comes.
+    "train": {
+        "max_steps": 60,
+        "eval_steps": 20,
+        "max_skipped_steps": 0,
+        "gradient_accumulation_steps": 8,
+    },
 }
+
+
+def wait_for(process, is_reached):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_reached():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def wait_for_lines(process, run_dir, num_lines):
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not metrics.is_file() or len(metrics.read_text().splitlines()) < num_lines:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(
+        process,
+        lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= num_lines,
+    )
 
 
 @pytest.mark.slow
@@ -56,9 +69,10 @@ def test_interrupted_resumed_and_averaged(write_recipe, read_adapter, read_metri
         text=True,
         process_group=0,
     )
-    wait_for_lines(process, root / names[0], 2)
+    wait_for(process, (root / names[0] / ".wegeft.lock").is_file)
     with pytest.raises(UserError, match="in use by process"):
         sweep(recipe)
+    wait_for_lines(process, root / names[0], 2)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, err
