@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace) -> None:
     ids = torch.randint(0, 4096, (1, arguments.tokens))
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
-    sum_gradients(owner.trainable(), loss.detach(), False, accelerator)
+    sum_gradients(owner.trainable(), loss.detach(), accelerator, stop=False, is_cut=False)
     after = read_status()
     print(
         json.dumps(

@@ -106,8 +106,8 @@ def train(
         overrides: `key=value` texts that win over the file.
         resume: auto goes on from the run's newest whole checkpoint, a path from that checkpoint.
         dry_run: Check everything that is cheap and stop before the weights.
-        should_stop: Asked after every step, and between the batches of a validation; true saves a
-            checkpoint and leaves.
+        should_stop: Asked after every pass of a step, and between the batches of a validation; true
+            saves a checkpoint and leaves.
         reporter: Where words and progress go.
 
     Returns:
