@@ -56,7 +56,10 @@ class TensorEdit(Protocol):
         ...
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Return the new values of `block`, rows `start_row` onwards, in float32 or float64."""
+        """Return the new values of `block`, rows `start_row` onwards, in float32 or float64.
+
+        `block` is the edit's own: it may be changed, and returned.
+        """
         ...
 
 

@@ -19,7 +19,6 @@ from wegeft_cli.models.base import load_model, load_tokenizer
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.workflows.adapters import load_adapter
 from wegeft_cli.workflows.load import find_dtype, load_base, quantise_as
-from wegeft_cli.workflows.memory import GIB, measure_available
 from wegeft_cli.workflows.reporter import Reporter
 
 # What both models read when they are compared: words, numbers and a list, about a hundred tokens.
@@ -116,6 +115,8 @@ def compare_logits(
         `kl_divergence` from the trained to the merged model in nats per token, `same_token` (share
         of positions whose likeliest token is the same) and `num_tokens`; None if not measured.
     """
+    from wegeft_cli.workflows.memory import GIB, measure_available
+
     needed = sum(path.stat().st_size for path in merged_dir.glob("*.safetensors")) / GIB
     device, available = measure_available()
     if device == "cpu" and needed > available:
