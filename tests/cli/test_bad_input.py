@@ -106,7 +106,7 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
         (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
         (["task=image_clasification"], ["task", "did you mean `image_classification`?"]),
-        (["adapter.type=adalora"], ["adapter.type", "not available"]),
+        (["adapter.type=adalora", "train.ema_decay=0.9"], ["train.ema_decay", "takes away"]),
         (["train.strategy=fsdp"], ["train.strategy", "did you mean `fsdp2`?"]),
     ],
 )

@@ -63,6 +63,10 @@ def write_adapter(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
+        if recipe.adapter.type == "adalora":
+            from wegeft_cli.interop.adalora import keep_ranks
+
+            keep_ranks(model, best.state["method"])
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     num_learned = sum(sizes[name] for name in learned)

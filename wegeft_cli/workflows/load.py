@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from wegeft_cli.interop.quantise import build_quantization, keep_trainable
 from wegeft_cli.models.base import load_config, load_model
+from wegeft_cli.models.shares import gather_in_place, read_without_mapping
 from wegeft_cli.recipe.schema import ModelSection
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,14 +37,18 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         computing = find_dtype(section)
         options["quantization_config"] = build_quantization(kind, computing)
         dtype = str(computing).removeprefix("torch.")
-    model = load_model(
-        section.name_or_path,
-        revision=section.revision,
-        dtype=dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-        **options,
-    )
+    is_shared = "distributed_config" in options
+    with read_without_mapping() if is_shared else nullcontext():
+        model = load_model(
+            section.name_or_path,
+            revision=section.revision,
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+    if is_shared and next(model.parameters()).device.type == "cpu":
+        gather_in_place(model)
     keep_trainable(model)
     return model
 

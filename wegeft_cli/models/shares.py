@@ -1,0 +1,70 @@
+"""A base that processes share by FSDP2: each reads its part alone, and gathers without a copy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+
+
+@contextmanager
+def read_without_mapping() -> Iterator[None]:
+    """Let transformers read what it takes of safetensors, instead of mapping the files.
+
+    A share that is a view of the mapped file costs more than its bytes: the kernel maps whole
+    blocks of the page cache around it, and keeps them. safetensors can read as well; transformers
+    lets it on other systems, and offers no argument for it.
+    """
+    from transformers import modeling_utils
+
+    library: Any = modeling_utils
+    mapping = library.safe_open
+    library.safe_open = functools.partial(_open_to_read, mapping)
+    try:
+        yield
+    finally:
+        library.safe_open = mapping
+
+
+def gather_in_place(model: nn.Module) -> None:
+    """Let FSDP2 gather a layer over gloo with no more memory than the layer's own.
+
+    Args:
+        model: A model on the CPU that FSDP2 manages.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_BroadcastGather())
+
+
+class _BroadcastGather:
+    """An all-gather as a broadcast of each process's part; gloo's own takes the whole twice."""
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        async_op: bool = False,
+    ) -> None:
+        parts = output_tensor.chunk(group.size())
+        own = parts[group.rank()]
+        if own.data_ptr() != input_tensor.data_ptr():
+            own.copy_(input_tensor)
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+
+
+def _open_to_read(mapping: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return mapping(*arguments, **{**options, "backend": "pread"})
