@@ -142,13 +142,19 @@ def measure(arguments: argparse.Namespace) -> None:
 
     accelerator = Accelerator(cpu=True)
     peak = Peak()
-    parts = {}
+    parts: dict[str, dict[str, float]] = {}
+
+    def note(name: str) -> None:
+        found = peak.take()
+        if found["resident"] > parts.get(name, found)["resident"] or name not in parts:
+            parts[name] = found
+
     sharding = build_sharding(TrainSection(strategy="fsdp2"), accelerator)
-    parts["start"] = peak.take()
+    note("start")
     model: Any = load_base(
         ModelSection(name_or_path=arguments.worker, dtype=arguments.dtype), **sharding
     )
-    parts["loading"] = peak.take()
+    note("loading")
     owner = inject_generators(model, rank=16)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -160,13 +166,13 @@ def measure(arguments: argparse.Namespace) -> None:
     batch = collate_rows([(row, learned) for row in own], pad_token_id=0)
     for _ in range(2):
         loss = loss_function(model, batch)
-        parts["forward"] = peak.take()
+        note("forward")
         loss.backward()
-        parts["backward"] = peak.take()
+        note("backward")
         loss_sum, _ = sum_gradients(owner.trainable(), loss.detach(), False, accelerator)
         optimizer.step()
         optimizer.zero_grad()
-        parts["update"] = peak.take()
+        note("update")
     highest = max(parts.values(), key=lambda part: part["resident"])
     told = Path(arguments.worker) / f"rank-{accelerator.process_index}.json"
     told.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))

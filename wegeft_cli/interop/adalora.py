@@ -16,9 +16,9 @@ _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 class RankBudget:
     """PEFT's allocator of ranks, called once after each step, and what it must remember.
 
-    Each layer's change is `P diag(lambda) Q`; from `tinit` on, entries of lambda are set to 0, the
-    least important of all layers first, until `adapter.r` are left of a layer on average. Importance
-    is a moving average of |weight x gradient|, of summed gradients: every process finds the same.
+    A layer's change is `B diag(E) A`; from `tinit` on entries of E are set to 0, the least
+    important of all layers first, until `adapter.r` are left of a layer on average. Importance is
+    a moving average of |weight x gradient|, of summed gradients: every process finds the same.
 
     Args:
         model: The PEFT model of AdaLoRA, which is changed.

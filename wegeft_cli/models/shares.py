@@ -40,11 +40,16 @@ def gather_in_place(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_BroadcastGather())
+            gather: Any = _BroadcastGather()  # torch's base class for it has no public name
+            module.set_custom_all_gather(gather)
 
 
 class _BroadcastGather:
-    """An all-gather as a broadcast of each process's part; gloo's own takes the whole twice."""
+    """An all-gather as a broadcast of each process's part, in the output's own memory.
+
+    gloo's own all-gather takes the whole a second time. And FSDP2 keeps what one layer gathered
+    until the next one's is there too, unless the gather is one that it waits for itself.
+    """
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
@@ -57,13 +62,17 @@ class _BroadcastGather:
         input_tensor: Tensor,
         group: ProcessGroup,
         async_op: bool = False,
-    ) -> None:
+    ) -> torch.distributed.Work | None:
         parts = output_tensor.chunk(group.size())
         own = parts[group.rank()]
         if own.data_ptr() != input_tensor.data_ptr():
             own.copy_(input_tensor)
+        work = None
         for rank, part in enumerate(parts):
-            torch.distributed.broadcast(part, group=group, group_src=rank)
+            if work is not None:
+                work.wait()
+            work = torch.distributed.broadcast(part, group=group, group_src=rank, async_op=True)
+        return work
 
 
 def _open_to_read(mapping: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

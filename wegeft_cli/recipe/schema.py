@@ -70,8 +70,9 @@ class AdapterSection:
     """An adapter or run folder whose factors are the start instead of a fresh draw; rank, sharing,
     side and layers must be the same."""
     peft: dict[str, Any] = field(default_factory=dict)
-    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...). adalora takes
-    ranks away from `init_r` (1.5 r) a layer to r on average; its phases are `tinit` and `tfinal`."""
+    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...). adalora goes
+    from `init_r` ranks a layer (1.5 r) to r on average, between `tinit` first and `tfinal` last
+    steps."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from wegeft_cli.checkpoints.adapter import BASE_NAME, quantization_to_json
 from wegeft_cli.checkpoints.files import atomic_folder
 from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json
 from wegeft_cli.checkpoints.inplace import InplaceManifest, save_inplace_files
@@ -117,6 +118,8 @@ def write_adapter(
         return step
     from wegeft_cli.interop.baselines import save_peft
 
+    if (kind := find_kind(model)) is not None:
+        more[BASE_NAME] = quantization_to_json(kind)
     with atomic_folder(folder.adapter_dir) as temporary:
         save_peft(model, temporary, base_model_name_or_path=recipe.model.name_or_path)
         for name, text in {"README.md": card, **more}.items():
