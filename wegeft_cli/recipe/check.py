@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.budget import check_budget
 from wegeft_cli.recipe.classifying import METRICS, check_classifying
+from wegeft_cli.recipe.engines import explain_engine
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.measuring import check_measuring
@@ -208,6 +209,9 @@ def _check_values(recipe: Recipe) -> Iterator[_Fault]:
                 package = OPTIMIZERS_ELSEWHERE[value]
                 message = f"`{value}` is a transformers name that needs {package}; it is not "
                 yield key, message + "available in this version", f"use one of {', '.join(choices)}"
+            elif key == "train.strategy" and (refused := explain_engine(value)) is not None:
+                reason, _ = refused
+                yield key, f"`{value}` is refused: {reason}", f"use one of {', '.join(choices)}"
             elif value not in choices:
                 near = find_nearest(value, choices)
                 hint = f"did you mean `{near}`?" if near else None
