@@ -39,7 +39,8 @@ def gather_in_place(model: nn.Module) -> None:
         model: A model on the CPU that FSDP2 manages.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        # An older torch has no such setting, and gathers with its copies.
+        if isinstance(module, FSDPModule) and hasattr(module, "set_custom_all_gather"):
             gather: Any = _BroadcastGather()  # torch's base class for it has no public name
             module.set_custom_all_gather(gather)
 
