@@ -36,9 +36,12 @@ from tests.fuzz.damage import (
     json_damage,
 )
 from wegeft_cli.checkpoints.adapter import (
+    BASE_NAME,
     find_newest_run,
     load_adapter_files,
+    quantization_to_json,
     read_adapter_type,
+    read_quantization,
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
@@ -200,6 +203,7 @@ KINDS = [
     Kind("tokenizer config", "base", "tokenizer_config.json", small_json,
          lambda f: load_tokenizer(str(f)), 0.3, False),
     Kind("LoRA config", "lora", "adapter_config.json", small_json, read_peft, 0.2, False),
+    Kind("LoRA base record", "quantised", BASE_NAME, any_json, read_quantization),
     Kind("LoRA weights", "lora", "*.safetensors", damage_safetensors, read_peft, 0.2, False),
 ]  # fmt: skip
 
@@ -231,6 +235,8 @@ def world(tmp_path_factory, write_recipe_in, build_llama_dir, adapters_rows) -> 
         train={"max_steps": 1},
     )
     shutil.copytree(Path(train(lora).adapter_dir), folder / "lora")
+    shutil.copytree(folder / "lora", folder / "quantised")
+    (folder / "quantised" / BASE_NAME).write_text(quantization_to_json("torchao_8bit"))
     write_data(folder / "data")
     (folder / "sets" / "boolq").mkdir(parents=True)
     (folder / "sets" / "boolq" / "test.json").write_text(json.dumps(adapters_rows))

@@ -40,8 +40,8 @@ class AdapterSection:
 
     type: str = "wegeft"
     """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's
-    head alone); or the name of a PEFT method (lora, dora, ia3, vera, ...). (adalora is not in this
-    version.) A classifier's head learns with every one of them."""
+    head alone); or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). A
+    classifier's head learns with every one of them."""
     r: int = 64
     """Rank of the two shared maps; at least 1. Published setting: 64."""
     alpha: float | None = None
@@ -70,7 +70,9 @@ class AdapterSection:
     """An adapter or run folder whose factors are the start instead of a fresh draw; rank, sharing,
     side and layers must be the same."""
     peft: dict[str, Any] = field(default_factory=dict)
-    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...)."""
+    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...). adalora goes
+    from `init_r` ranks a layer (1.5 r) to r on average, between `tinit` first and `tfinal` last
+    steps."""
 
 
 @dataclass(frozen=True)

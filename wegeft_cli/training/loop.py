@@ -23,6 +23,7 @@ from wegeft_cli.training.precision import autocast
 from wegeft_cli.training.rounds import any_asks, fill_rounds, is_sharded, seed_pass
 from wegeft_cli.training.source import Batch, StepSource
 from wegeft_cli.training.state import (
+    MethodState,
     Progress,
     Snapshot,
     capture_snapshot,
@@ -149,6 +150,7 @@ def run_loop(
     settings: LoopSettings,
     *,
     accelerator: Accelerator,
+    method: MethodState | None = None,
     resume_from: Snapshot | None = None,
     hooks: LoopHooks | None = None,
 ) -> LoopResult:
@@ -172,6 +174,7 @@ def run_loop(
         source: The batches.
         settings: The numbers.
         accelerator: Accelerate's state of this process: device, rank, world size.
+        method: What the method does after each step, where it does something.
         resume_from: Where to go on.
         hooks: What the outside does.
 
@@ -190,8 +193,9 @@ def run_loop(
     progress = Progress()
     if resume_from is not None:
         progress = restore_snapshot(
-            resume_from, parameters, optimizer, schedule, scaler, accelerator, average=average
-        )
+            resume_from, parameters, optimizer, schedule, scaler, accelerator,
+            average=average, method=method,
+        )  # fmt: skip
         source.seek(progress.step, resume_from.state.get("source", {}))
     # Where most steps move nothing, what is left at the end is not what was asked for.
     max_skipped_steps = min(settings.max_skipped_steps, source.num_steps // 2)
@@ -221,7 +225,7 @@ def run_loop(
         check_agreement(progress.step, parameters, accelerator)
         snapshot = capture_snapshot(
             parameters, optimizer, schedule, scaler, progress, accelerator,
-            average=average, source=source.state_at(progress.step),
+            average=average, method=method, source=source.state_at(progress.step),
         )  # fmt: skip
         hooks.on_save(progress.step, snapshot, progress.best_step == progress.step)
 
@@ -291,6 +295,8 @@ def run_loop(
                 schedule.step()
                 if average is not None:
                     average.update()
+                if method is not None:
+                    method.after_step(progress.step)
             progress.loss_sum += loss_sum
             progress.label_tokens += num_labels
             progress.grad_norm = grad_norm

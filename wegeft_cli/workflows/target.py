@@ -162,8 +162,10 @@ def resolve_target(
     section = replace(
         section, name_or_path=base or recorded_base, revision=None if base else revision
     )
-    if kind == PEFT_TYPE:
-        section = quantise_as(section, read_quantization(adapter_dir))
+    recorded = None if kind == INPLACE_TYPE else read_quantization(adapter_dir)
+    if kind == PEFT_TYPE or recorded is not None:
+        # Of a baseline that tells nothing, such as an older one, the run's recipe may.
+        section = quantise_as(section, recorded)
     return section, adapter_dir, kind
 
 

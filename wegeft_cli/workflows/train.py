@@ -29,6 +29,7 @@ from wegeft_cli.workflows.begin import (
 from wegeft_cli.workflows.build import (
     build_learning,
     build_loss,
+    build_method,
     build_model,
     finish_head,
     pad_as_tokenizer,
@@ -218,6 +219,7 @@ def _run(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
     loss = build_loss(model, recipe)
+    method, training_loss = build_method(model, recipe, loss, source.num_steps)
     with reporter.progress("training", source.num_steps) as advance:
         listener = RunListener(
             model,
@@ -234,12 +236,13 @@ def _run(
         return run_loop(
             model,
             parameters,
-            loss,
+            training_loss,
             optimizer,
             schedule,
             source,
             settings,
             accelerator=accelerator,
+            method=method,
             resume_from=Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None,
             hooks=listener.hooks(),
         )
