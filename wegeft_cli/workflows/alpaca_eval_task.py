@@ -13,7 +13,7 @@ from wegeft_cli.data.templates import TEMPLATES
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation import alpaca_eval
 from wegeft_cli.evaluation.answers import text_after_first
-from wegeft_cli.evaluation.chat_prompts import write_chat_prompts
+from wegeft_cli.evaluation.chat_prompts import ChatPrompts, write_chat_prompts
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.judging import Judge
 from wegeft_cli.evaluation.scoring import TaskScore, normal_interval
@@ -70,16 +70,18 @@ class AlpacaEvalJob:
 
     def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
         """Let the model answer, and the judge compare."""
-        from wegeft_cli.evaluation.generate import Written
+        from wegeft_cli.evaluation.written import Written
         from wegeft_cli.workflows.write_answers import write_answers
 
-        prompts, template_hash = self._write_prompts(tokenizer)
+        prompts, template_hash, turn_ends = self._write_prompts(tokenizer)
         written: dict[int, Written] = {}
         settings: dict[str, Any] = {}
         for length, numbers in self._lengths(model, tokenizer, prompts).items():
             decoding = Decoding(length)
             if self.protocol == "gift":
-                decoding = Decoding(length, repetition_penalty=1.1, no_repeat_ngram_size=5)
+                decoding = Decoding(
+                    length, repetition_penalty=1.1, no_repeat_ngram_size=5, eos_alone=True
+                )
             num_done = len(written)
             answers, settings = write_answers(
                 model,
@@ -88,6 +90,7 @@ class AlpacaEvalJob:
                 decoding,
                 asked,
                 add_special_tokens=self.protocol != "chat",
+                turn_ends=turn_ends,
                 on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
             )
             written |= answers
@@ -114,7 +117,7 @@ class AlpacaEvalJob:
         outputs = alpaca_eval.read_outputs(path, self.instructions)
         return self._score(outputs, path.stem, Asked(1))
 
-    def _write_prompts(self, tokenizer: Any) -> tuple[dict[int, str], str]:
+    def _write_prompts(self, tokenizer: Any) -> ChatPrompts:
         rows = self.instructions.rows
         if self.protocol == "chat":
             return write_chat_prompts(
@@ -128,7 +131,8 @@ class AlpacaEvalJob:
         texts = {
             row.index: template.prompt.replace("{instruction}", row.instruction, 1) for row in rows
         }
-        return texts, hashlib.sha256(template.prompt.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(template.prompt.encode()).hexdigest()[:16]
+        return ChatPrompts(texts, digest, [])
 
     def _lengths(
         self, model: Any, tokenizer: Any, prompts: Mapping[int, str]
@@ -137,12 +141,13 @@ class AlpacaEvalJob:
 
         GIFT limits prompt and answer together, so each length of prompt has a limit of its own.
         """
+        from wegeft_cli.evaluation.generate import find_context
+
         if self.max_new_tokens is not None:
             return {self.max_new_tokens: list(prompts)}
         if self.protocol == "chat":
             return {_CHAT_TOKENS: list(prompts)}
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", _GIFT_LENGTH)
-        longest = min(_GIFT_LENGTH, context)
+        longest = min(_GIFT_LENGTH, find_context(model) or _GIFT_LENGTH)
         groups: dict[int, list[int]] = {}
         for number, text in prompts.items():
             room = max(1, longest - len(tokenizer(text)["input_ids"]))

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from wegeft_cli.data.files import find_suffix
 from wegeft_cli.data.messages import check_text
 from wegeft_cli.data.sources import load_rows
 from wegeft_cli.errors import MachineError, UserError, raise_all
-from wegeft_cli.evaluation.answering import Generations, find_context, generate_texts
-from wegeft_cli.evaluation.sampling import GREEDY, Decoding, derive_seed
+from wegeft_cli.evaluation.decoding import Decoding, draw_number
+from wegeft_cli.evaluation.generate import find_context, generate_texts
+from wegeft_cli.evaluation.written import Generations
 from wegeft_cli.recipe.schema import DataSource, EvalSection
 from wegeft_cli.workflows.prompt_form import (
     PromptForm,
@@ -30,6 +31,7 @@ from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target
 
 DEFAULT_NEW_TOKENS = 512
+GREEDY = Decoding(DEFAULT_NEW_TOKENS)
 _OUTPUT_START = '{"index": '
 _MAX_FAULTS = 5
 
@@ -58,7 +60,6 @@ def generate(
     template: str | None = None,
     system: str | None = None,
     decoding: Decoding = GREEDY,
-    seed: int = 0,
     num_samples: int = 1,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
@@ -71,7 +72,8 @@ def generate(
     """Let a model answer.
 
     The same question, seed and sample number give the same answer, however the questions are
-    batched (to the rounding of a batched matrix product).
+    batched (to the rounding of a batched matrix product), and the one that `wegeft eval` gets under
+    a protocol with the same prompt and decoding.
 
     Args:
         target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
@@ -81,16 +83,17 @@ def generate(
         limit: Only the first so many rows.
         template: The form in which the model is asked; None takes that of its training.
         system: A system message for every conversation that has none.
-        decoding: How tokens are chosen.
-        seed: Of the draws.
+        decoding: How tokens are chosen, and the seed of the draws.
         num_samples: Answers to each question, drawn one by one; more than one only if sampled.
-        max_new_tokens: Longest answer; None takes 512, or half of a smaller context.
+        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+            smaller context.
         batch_size: Prompts at a time; None takes the recipe's `eval.batch_size`.
         compare_base: Let the base answer too.
         base: The base's folder or hub id, where it is not as recorded.
         output: Write the answers to this file too, one JSON object per line.
         reporter: Where words and progress go.
-        on_text: Takes (`base` or `tuned`, piece) of a single answer as it is written.
+        on_text: Takes (`base`, `tuned` or `model`, piece) of a single answer as it is written;
+            `model` where nothing tells that it was tuned.
 
     Returns:
         The JSON object of `wegeft generate`.
@@ -101,7 +104,6 @@ def generate(
         MachineError: If the memory does not do.
     """
     reporter = reporter or SilentReporter()
-    decoding.check()
     if num_samples > 1 and not decoding.do_sample:
         raise UserError(
             "several answers to a question are all the same where nothing is drawn",
@@ -120,10 +122,11 @@ def generate(
     count = len(texts) * num_samples
     job = _Job(
         texts=[text for text in texts for _ in range(num_samples)],
-        seeds=[derive_seed(seed, q.index, n) for q in questions for n in range(num_samples)],
+        numbers=[draw_number(q.index, n) for q in questions for n in range(num_samples)],
         form=form,
-        decoding=decoding,
-        max_new_tokens=max_new_tokens or default_new_tokens(opened.model),
+        decoding=replace(
+            decoding, max_new_tokens=max_new_tokens or default_new_tokens(opened.model)
+        ),
         batch_size=min(batch_size or settings.batch_size, count),
     )
     stream = on_text if count == 1 else None
@@ -132,7 +135,9 @@ def generate(
     if compare_base:
         with opened.base_alone() as (model, tokenizer):
             base_written = job.run(model, tokenizer, "base", reporter, stream)
-    written = job.run(opened.model, opened.tokenizer, "tuned", reporter, stream)
+    is_tuned = opened.kind == "adapter" or opened.base is not None
+    who = "tuned" if is_tuned else "model"
+    written = job.run(opened.model, opened.tokenizer, who, reporter, stream)
     seconds = time.monotonic() - start
     if written.settings["num_truncated_prompts"]:
         reporter.warn(
@@ -149,7 +154,7 @@ def generate(
         "template": form.name,
         "template_hash": form.template.digest,
         "system": system,
-        "seed": seed if decoding.do_sample else None,
+        "seed": decoding.seed if decoding.do_sample else None,
         "settings": written.settings,
         "results": results,
         "num_new_tokens": written.num_new_tokens,
@@ -164,10 +169,9 @@ class _Job:
     """Texts to go on from, and how."""
 
     texts: list[str]
-    seeds: list[int]
+    numbers: list[int]
     form: PromptForm
     decoding: Decoding
-    max_new_tokens: int
     batch_size: int
 
     def run(
@@ -183,12 +187,11 @@ class _Job:
                 model,
                 tokenizer,
                 self.texts,
-                max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
-                add_special_tokens=not self.form.holds_turns,
                 decoding=self.decoding,
-                seeds=self.seeds,
-                end_ids=self.form.find_end_ids(model, tokenizer),
+                numbers=self.numbers,
+                add_special_tokens=not self.form.holds_turns,
+                turn_ends=self.form.find_turn_ends(tokenizer),
                 on_progress=lambda done, total: advance(done),
                 on_text=None if on_text is None else lambda piece: on_text(who, piece),
             )
@@ -354,6 +357,8 @@ def _build_results(
     results = []
     for position in range(len(texts)):
         question, sample = questions[position // num_samples], position % num_samples
+        answer = written.written[position]
+        base = None if base_written is None else base_written.written[position]
         results.append(
             {
                 "index": question.index,
@@ -361,17 +366,14 @@ def _build_results(
                 **({"sample": sample} if num_samples > 1 else {}),
                 "prompt": tell_question(question.asked),
                 "text": texts[position],
-                "output": written.new_texts[position],
-                "finish_reason": written.finish_reasons[position],
-                "num_new_tokens": len(written.new_ids[position]),
-                "truncated": written.truncated[position],
+                "output": answer.new_text,
+                "finish_reason": answer.finish_reason,
+                "num_new_tokens": len(answer.new_ids),
+                "truncated": answer.is_truncated,
                 **(
                     {}
-                    if base_written is None
-                    else {
-                        "base_output": base_written.new_texts[position],
-                        "base_finish_reason": base_written.finish_reasons[position],
-                    }
+                    if base is None
+                    else {"base_output": base.new_text, "base_finish_reason": base.finish_reason}
                 ),
             }
         )

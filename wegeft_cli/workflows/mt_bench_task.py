@@ -10,7 +10,7 @@ from typing import Any
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation import mt_bench
-from wegeft_cli.evaluation.chat_prompts import has_chat_template, write_chat_prompts
+from wegeft_cli.evaluation.chat_prompts import ChatPrompts, has_chat_template, write_chat_prompts
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.judging import Judge
 from wegeft_cli.evaluation.scoring import TaskScore, normal_interval
@@ -74,7 +74,8 @@ class MtBenchJob:
             for question in self.questions.rows:
                 text = question.turns[turn]
                 histories[question.index].append({"role": "user", "content": text})
-            prompts, digest, is_chat = self._write_prompts(tokenizer, histories)
+            prompts, is_chat = self._write_prompts(tokenizer, histories)
+            digest = prompts.template_hash
             answers, settings, added = self._answer_turn(
                 model, tokenizer, prompts, turn, asked, is_chat=is_chat
             )
@@ -105,25 +106,23 @@ class MtBenchJob:
 
     def _write_prompts(
         self, tokenizer: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
-    ) -> tuple[dict[int, str], str, bool]:
-        """Prompts, the template's hash, and whether they hold their special tokens already."""
+    ) -> tuple[ChatPrompts, bool]:
+        """Prompts, and whether they hold their special tokens already."""
         if self.protocol != _ALPACA and has_chat_template(tokenizer):
-            prompts, digest = write_chat_prompts(
-                tokenizer, histories, protocol=self.protocol, other=_ALPACA
-            )
-            return prompts, digest, True
+            told = write_chat_prompts(tokenizer, histories, protocol=self.protocol, other=_ALPACA)
+            return told, True
         eos = tokenizer.eos_token or ""
         prompts = {
             index: mt_bench.alpaca_conversation(history, eos)
             for index, history in histories.items()
         }
-        return prompts, _ALPACA, False
+        return ChatPrompts(prompts, _ALPACA, []), False
 
     def _answer_turn(
         self,
         model: Any,
         tokenizer: Any,
-        prompts: Mapping[int, str],
+        prompts: ChatPrompts,
         turn: int,
         asked: Asked,
         *,
@@ -134,17 +133,18 @@ class MtBenchJob:
 
         answers: dict[int, str] = {}
         settings: dict[str, Any] = {}
-        num_tokens, num_before = 0, turn * len(prompts)
+        num_tokens, num_before = 0, turn * len(prompts.texts)
         for temperature in sorted({question.temperature for question in self.questions.rows}):
             indices = [q.index for q in self.questions.rows if q.temperature == temperature]
             num_done = num_before + len(answers)
             written, settings = write_answers(
                 model,
                 tokenizer,
-                {mt_bench.NUM_TURNS * index + turn: prompts[index] for index in indices},
+                {mt_bench.NUM_TURNS * index + turn: prompts.texts[index] for index in indices},
                 Decoding(self.max_new_tokens, temperature=temperature, seed=self.seed),
                 asked,
                 add_special_tokens=not is_chat,
+                turn_ends=prompts.turn_ends,
                 on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
             )
             for number, answer in written.items():
