@@ -1,4 +1,4 @@
-"""Seconds per turn of a talk, going on behind what was read and reading each turn from its beginning.
+"""Seconds per turn of a talk that goes on behind what was read, and of one that is read anew.
 
 Both ways ask the same questions of the quickstart's real small model; each takes its turn, the best
 of the repeats counts, and the answers must be the same, or the script fails.

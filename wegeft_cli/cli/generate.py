@@ -161,5 +161,6 @@ def _tell_settings(settings: dict[str, Any]) -> str:
     if not settings["do_sample"]:
         return "greedy"
     shown = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    parts = [f"{key} {settings[key]:g}" for key, off in shown.items() if settings[key] != off]
+    values = {key: settings.get(key, off) for key, off in shown.items()}
+    parts = [f"{key} {value:g}" for key, value in values.items() if value != shown[key]]
     return "drawn" + (f" ({', '.join(parts)})" if parts else "")

@@ -85,12 +85,13 @@ class Decoding:
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
         }
-        drawing = {"temperature", "top_p", "top_k", "min_p", "seed"}
+        told = {"temperature", "top_p", "top_k", "seed"} if self.do_sample else set()
+        without_effect = set() if self.do_sample else {"top_p", "top_k", "min_p", "seed"}
         plain = Decoding(1)
         for name, value in asdict(self).items():
-            if name in values or (name in drawing and not self.do_sample):
+            if name in values or name in without_effect:
                 continue
-            if name in drawing or value != getattr(plain, name):
+            if name in told or value != getattr(plain, name):
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
 
