@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from wegeft_cli.errors import UserError
-
 MEAN = "unweighted mean of the tasks' scores"
 
 
@@ -35,9 +33,6 @@ GROUPS: Mapping[str, Group] = {
             ("gsm8k", "aqua", "mawps", "svamp"),
             "the four sets that WeGeFT reports after Math10k, none of which leaks",
         ),
-        # Names that are kept for tasks which this version does not have.
-        Group("glue", (), "GLUE"),
-        Group("vision", (), "FGVC and VTAB-1k"),
     )
 }
 
@@ -50,23 +45,11 @@ def expand_groups(names: Sequence[str]) -> list[str]:
 
     Returns:
         Names that are no group's.
-
-    Raises:
-        UserError: If a group has no tasks in this version.
     """
     expanded: list[str] = []
     for name in names:
         group = GROUPS.get(name.lower())
-        if group is None:
-            expanded.append(name)
-        elif group.members:
-            expanded.extend(group.members)
-        else:
-            raise UserError(
-                f"the group `{group.name}` has no tasks in this version",
-                key="task",
-                hint="`wegeft eval --list` shows what there is",
-            )
+        expanded.extend([name] if group is None else group.members)
     return list(dict.fromkeys(expanded))
 
 
