@@ -348,3 +348,20 @@ def test_a_turns_closing_token_ends_an_answer(llama_dir, tmp_path):
     template.write_text(TEMPLATE.replace("</s>", "<unk>"))
     talk = open_conversation(llama_dir, template=str(template))
     assert talk.form.find_turn_ends(talk.opened.tokenizer) == [0]  # <unk>, not </s>
+
+
+@pytest.mark.parametrize("target", ["./nowhere", "nowhere/at/all"])
+def test_a_target_that_is_not_there_is_told_by_the_argument(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for ask in (lambda: generate(target, prompts=["a"]), lambda: open_conversation(target)):
+        with pytest.raises(UserError, match=f"no folder '{target}'") as caught:
+            ask()
+        assert caught.value.key == "TARGET"
+        assert "adapter, run or model folder" in caught.value.hint
+
+
+def test_a_hub_id_that_cannot_be_had_says_so_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no folder 'nowhere/model', and not to be had") as caught:
+        generate("nowhere/model", prompts=["a"])
+    assert caught.value.key == "TARGET"

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from wegeft_cli.models.base import fetch_base_folder, load_tokenizer
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.adapters import check_base
 from wegeft_cli.workflows.load import name_quantization
-from wegeft_cli.workflows.target import OpenedTarget, resolve_target
+from wegeft_cli.workflows.target import OpenedTarget, resolve_target, telling_target
 
 
 class VllmTarget(OpenedTarget):
@@ -67,7 +67,8 @@ def open_in_vllm(
             key="--backend",
             hint="leave --backend out, or score what `wegeft merge` makes of it",
         )
-    folder = fetch_base_folder(section.name_or_path, section.revision)
+    with telling_target(path) if adapter_dir is None else nullcontext():
+        folder = fetch_base_folder(section.name_or_path, section.revision)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     has_own = (Path(folder) / "generation_config.json").is_file()
     told: dict[str, Any] = {
