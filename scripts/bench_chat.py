@@ -19,8 +19,6 @@ QUESTIONS = (
     "What do people there like to eat?",
     "How do I get there from Paris by train?",
     "What should I see in two days?",
-    "Which month is best for it?",
-    "What did it look like two thousand years ago?",
     "Sum up what you told me.",
 )
 
@@ -46,6 +44,7 @@ def hold(talk: Conversation, *, goes_on: bool) -> list[tuple[int, float, str]]:
         reply = talk.ask(question)
         turns.append((length, reply.seconds, reply.text))
         talk.keep(question, reply)
+        print(f"{goes_on=} {length} tokens, {reply.seconds:.1f} s", file=sys.stderr, flush=True)
     return turns
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Seconds per turn of a talk.")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     talk = open_conversation(given.model, template="chat", max_new_tokens=given.max_new_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MEAN = "unweighted mean of the tasks' scores"
 
@@ -53,9 +54,7 @@ def expand_groups(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def group_means(
-    names: Sequence[str], scores: Mapping[str, float | None]
-) -> list[dict[str, object]]:
+def group_means(names: Sequence[str], scores: Mapping[str, float | None]) -> list[dict[str, Any]]:
     """The mean of each group that was asked for and is complete.
 
     Args:
@@ -66,7 +65,7 @@ def group_means(
         Dicts of group, score, num_tasks, tasks, aggregate. Every task weighs the same, whatever
         its number of rows.
     """
-    means: list[dict[str, object]] = []
+    means: list[dict[str, Any]] = []
     for name in dict.fromkeys(name.lower() for name in names):
         group = GROUPS.get(name)
         if group is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Asking:
     logs: Path
     share: Share
     reporter: Reporter
+    _warned: set[str] = field(default_factory=set)
 
     def score(
         self,
@@ -70,7 +71,7 @@ class Asking:
             asked = Asked(
                 self.batch_size,
                 on_progress=lambda done, total: advance(done),
-                warn=self.reporter.warn,
+                warn=self._warn,
                 log=log,
                 share=self.share,
                 write=write,
@@ -88,3 +89,9 @@ class Asking:
                 raise MachineError(
                     "out of memory while generating", key="--batch-size", hint="lower it"
                 ) from error
+
+    def _warn(self, text: str) -> None:
+        """Tell the user once what holds for both models, or for several tasks."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.reporter.warn(text)
