@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import MachineError
+from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.scoring import TaskScore
 from wegeft_cli.workflows.answer_log import AnswerLog
 from wegeft_cli.workflows.jobs import Asked, EvalJob
@@ -38,12 +39,17 @@ class Asking:
         prints: Mapping[str, str | None],
     ) -> list[TaskScore]:
         """Score one model in every job."""
+        from wegeft_cli.evaluation.ends import find_end_ids
+
         versions = describe_environment()["versions"]
         depends = {
             **prints,
             "versions": {name: versions.get(name) for name in _LOGGED_VERSIONS},
             "dtype": str(getattr(model, "dtype", None)),
             "engine": None if write is None else write.__module__,
+            # Where answers end, and how conversations are written: files beside the weights say it.
+            "ends": find_end_ids(model, tokenizer, Decoding(1)),
+            "chat_template": getattr(tokenizer, "chat_template", None),
         }
         return [
             self._score(job, model, tokenizer, write, title, {**depends, **job.key()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
-from wegeft_cli.data.files import find_suffix
-from wegeft_cli.data.messages import check_text
-from wegeft_cli.data.sources import load_rows
 from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.evaluation.decoding import Decoding, draw_number
 from wegeft_cli.evaluation.generate import find_context, generate_texts
 from wegeft_cli.evaluation.written import Generations
-from wegeft_cli.recipe.schema import DataSource, EvalSection
-from wegeft_cli.workflows.prompt_form import (
-    PromptForm,
-    choose_form,
-    read_question,
-    tell_question,
-)
+from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.prompt_form import PromptForm, choose_form, tell_question
+from wegeft_cli.workflows.questions import MAX_FAULTS, Question, read_questions
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target
@@ -33,22 +25,6 @@ from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target
 DEFAULT_NEW_TOKENS = 512
 GREEDY = Decoding(DEFAULT_NEW_TOKENS)
 _OUTPUT_START = '{"index": '
-_MAX_FAULTS = 5
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing that is asked.
-
-    Args:
-        index: Its position in what was given, from 0.
-        asked: As `read_question` gives it.
-        row_id: The row's own `id`, if it has one.
-    """
-
-    index: int
-    asked: dict[str, Any]
-    row_id: str | int | None = None
 
 
 def generate(
@@ -112,7 +88,7 @@ def generate(
         )
     if output is not None:
         _check_output(output)
-    questions = _read_questions(prompts, file, limit)
+    questions = read_questions(prompts, file, limit)
     path = find_target(target)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
@@ -256,78 +232,6 @@ def describe_target(opened: OpenedTarget, path: str | Path, form: PromptForm) ->
     return f"{opened.kind} {path}, asked in the form {form.name} ({form.why})"
 
 
-def _read_questions(
-    prompts: Sequence[str], file: str | Path | None, limit: int | None
-) -> list[Question]:
-    if prompts and file is not None:
-        raise UserError(
-            "prompts and a file at the same time", key="--file", hint="give one of the two"
-        )
-    if prompts:
-        return [Question(n, read_question({"prompt": text})) for n, text in enumerate(prompts)]
-    if file is None:
-        raise UserError("nothing is asked", key="--prompt", hint='such as --prompt "Who are you?"')
-    if str(file) != "-" and find_suffix(Path(file)):
-        return _read_rows(Path(file), limit)
-    text = _read_text(str(file)).rstrip("\n")
-    if not text.strip():
-        raise UserError(
-            "nothing is asked: it is empty",
-            file="standard input" if str(file) == "-" else str(file),
-            hint='such as --prompt "Who are you?"',
-        )
-    return [Question(0, read_question({"prompt": text}))]
-
-
-def _read_text(file: str) -> str:
-    data = sys.stdin.buffer.read() if file == "-" else _read_bytes(Path(file))
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {data[error.start]:#04x} is not UTF-8", file=file, hint="save it as UTF-8"
-        ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    _check_file(path)
-    with disk_errors(path, "read"):
-        return path.read_bytes()
-
-
-def _read_rows(path: Path, limit: int | None) -> list[Question]:
-    _check_file(path)
-    rows = load_rows(DataSource(path=str(path), limit=limit), recipe_dir=None)
-    questions: list[Question] = []
-    faults: list[UserError] = []
-    for index, row in enumerate(rows.rows):
-        try:
-            row_id = row.get("id")
-            if isinstance(row_id, str):
-                check_text("id", row_id)
-            questions.append(
-                Question(index, read_question(row), row_id if _is_name(row_id) else None)
-            )
-        except UserError as fault:
-            fault.file = rows.place(index)
-            faults.append(fault)
-            if len(faults) == _MAX_FAULTS:
-                break
-    raise_all(faults)
-    return questions
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is not there before it is taken for a hub's name."""
-    if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "no such file"
-        raise UserError(what, file=str(path), key="--file")
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
 def _write_prompts(
     questions: Sequence[Question], form: PromptForm, system: str | None
 ) -> list[str]:
@@ -341,7 +245,7 @@ def _write_prompts(
                 raise
             fault.file = f"question {question.index}"
             faults.append(fault)
-            if len(faults) == _MAX_FAULTS:
+            if len(faults) == MAX_FAULTS:
                 break
     raise_all(faults)
     return texts
