@@ -237,11 +237,16 @@ def test_turns_follow_each_other_and_the_adapter_can_be_off(trained, llama_dir, 
     assert talk.ask("one").text == first.text
 
 
-def test_each_turn_goes_on_behind_what_was_read_with_the_adapter_on_and_off(trained, chat_template):
+@pytest.mark.parametrize("kind", ["wegeft", "lora"])
+def test_each_turn_goes_on_behind_what_was_read_with_the_adapter_on_and_off(
+    tmp_path, write_recipe, chat_template, kind
+):
+    settings = ["train.learning_rate=0.1", f"adapter.type={kind}"]
+    trained = train(write_recipe(data={"template": "question_answer"}), settings).run_dir
     kept = open_conversation(trained, template=chat_template, system="be", max_new_tokens=8)
     fresh = open_conversation(trained, template=chat_template, system="be", max_new_tokens=8)
     seen: list[int] = []
-    kept.opened.model.model.embed_tokens.register_forward_pre_hook(
+    kept.opened.model.get_input_embeddings().register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[1])
     )
     asked: dict[str, list[int]] = {"kept": [], "all": []}
