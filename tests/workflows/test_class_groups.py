@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.workflows.class_groups import name_data
 from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.kinds import check_task
 from wegeft_cli.workflows.train import train
 
 NAMES = [member.name for member in CLASS_GROUPS["glue"].members]
@@ -96,9 +99,20 @@ def test_what_is_missing_doubled_or_foreign_is_told_before_anything_is_loaded(ru
     assert "one is scored at a time" in refuse(paths)
 
 
-def test_a_recipe_that_names_the_group_is_told_what_it_is(llama_dir):
-    from wegeft_cli.workflows.kinds import check_task
+@pytest.mark.parametrize(
+    ("recipe", "group", "expected"),
+    [
+        ("roberta_glue", "glue", "mrpc"),
+        ("vit_fgvc", "fgvc", "cub"),
+        ("vit_vtab", "vtab", "cifar100"),
+    ],
+)
+def test_the_shipped_recipes_tell_their_set(recipe, group, expected):
+    words = name_data(load_recipe(recipe, need_data=False).recipe)
+    assert [member.name for member in CLASS_GROUPS[group].find_members(words)] == [expected]
 
+
+def test_a_recipe_that_names_the_group_is_told_what_it_is(llama_dir):
     with pytest.raises(UserError, match="one tuned on each of its sets") as caught:
         check_task("glue", "wegeft", must_fit=False)
     assert "wegeft eval --task glue RUN" in str(caught.value.hint)

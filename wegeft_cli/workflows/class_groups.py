@@ -119,7 +119,7 @@ def _assign(
         if not is_classifier(path, recipe):
             faults.append(UserError("this is no classifier", file=str(target), key="--task"))
             continue
-        found = [] if recipe is None else group.find_members(_name_data(recipe))
+        found = [] if recipe is None else group.find_members(name_data(recipe))
         if len(found) != 1:
             told = " and ".join(member.name for member in found) or "none"
             faults.append(
@@ -151,8 +151,15 @@ def _assign(
     return runs
 
 
-def _name_data(recipe: Recipe) -> set[str]:
-    """All names by which a recipe's sources may tell their set."""
+def name_data(recipe: Recipe) -> set[str]:
+    """Give all names by which a recipe's sources may tell their set.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        Names of hub parts and splits, the folders on every path, and file names without endings.
+    """
     words: set[str] = set()
     for source in (*recipe.data.test, *recipe.data.validation, *recipe.data.train):
         words |= {source.name or "", source.split or ""}
