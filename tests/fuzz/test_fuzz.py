@@ -54,10 +54,10 @@ from wegeft_cli.evaluation.tasks import find_task, load_task_data
 from wegeft_cli.models.base import build_meta_model, load_config, load_model, load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSource
-from wegeft_cli.workflows.generate import _read_questions
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.outcomes import read_last_line
 from wegeft_cli.workflows.prompt_form import choose_form
+from wegeft_cli.workflows.questions import read_questions
 from wegeft_cli.workflows.run_folder import RunFolder, find_recipe_of
 from wegeft_cli.workflows.target import open_target
 from wegeft_cli.workflows.train import train
@@ -182,9 +182,9 @@ KINDS = [
     Kind("data parquet", "data", "rows.parquet", damage_bytes,
          lambda f: read_data(f, "rows.parquet"), always_told=False),
     Kind("prompts", "data", "talks.jsonl", damage_lines,
-         lambda f: _read_questions((), f / "talks.jsonl", None), always_told=False),
+         lambda f: read_questions((), f / "talks.jsonl", None), always_told=False),
     Kind("prompt text", "data", "prompt.txt", damage_bytes,
-         lambda f: _read_questions((), f / "prompt.txt", None), always_told=False),
+         lambda f: read_questions((), f / "prompt.txt", None), always_told=False),
     Kind("chat template", "template", "mine.jinja", damage_bytes, read_template,
          always_told=False),
     Kind("model config", "base", "config.json", small_json, lambda f: load_config(str(f)),

@@ -219,8 +219,8 @@ class TrainSection:
     eval_steps: float = 0.0
     """Validate every so many steps; below 1 a share of all steps; 0: only at the end."""
     eval_tasks: list[str] = field(default_factory=list)
-    """Tasks that each validation scores too (`wegeft eval --list`), by the settings of `eval`;
-    their scores are logged as `eval_<task>`."""
+    """Tasks and groups that each validation scores too (`wegeft eval --list`), by the settings of
+    `eval`; their scores are logged as `eval_<task>`, a group's mean as `eval_<group>`."""
     save_steps: float = 0.1
     """Checkpoint every so many steps; below 1 a share of all steps; 0: only when interrupted and at
     the end, so that a crash costs the whole run."""

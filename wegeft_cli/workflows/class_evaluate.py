@@ -266,6 +266,6 @@ def _tell_samples(
                 "confidence": score.confidence[index],
             }
         else:
-            line |= {"prediction": answer, "answer": label}
+            line |= {"prediction": answer, "answer": label, "correct": None}
         lines.append(line)
     return lines

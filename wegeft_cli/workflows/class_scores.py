@@ -54,7 +54,7 @@ def evaluate_classifier(
         UserError: If an option is for language models, or as `evaluate_classes`.
         ExceptionGroup: If there are several faults.
     """
-    _refuse(foreign)
+    refuse_foreign(foreign)
     results, base_results, lines = evaluate_classes(
         path,
         recipe,
@@ -91,7 +91,16 @@ def evaluate_classifier(
     return result
 
 
-def _refuse(foreign: Mapping[str, Any]) -> None:
+def refuse_foreign(foreign: Mapping[str, Any]) -> None:
+    """Refuse options that say nothing to a classifier, and several processes.
+
+    Args:
+        foreign: Options by name.
+
+    Raises:
+        UserError: If one was given.
+        ExceptionGroup: If several were.
+    """
     raise_all(
         [
             UserError(
