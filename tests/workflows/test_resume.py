@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from wegeft_cli.checkpoints.files import lock_folder
+from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.errors import UserError
 from wegeft_cli.workflows.train import train
 

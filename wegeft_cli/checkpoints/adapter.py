@@ -19,12 +19,11 @@ from wegeft_cli.checkpoints.files import (
     write_text_atomic,
 )
 from wegeft_cli.checkpoints.head import HEAD_NAME
-from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE, AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
 from wegeft_cli.checkpoints.strict_json import read_json, read_text_bytes, shorten
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.folders import check_links
+from wegeft_cli.folders import check_inside, check_links
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
