@@ -70,7 +70,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     stop_at, settings = CASES[case]
     whole = train(write_recipe("whole", **settings))
     recipe = write_recipe("parts", **settings)
-    stopped = train(recipe, should_stop=stop_after(stop_at))
+    # Asked once a pass: after the last one of a step, or else in the middle of the next step.
+    num_passes = settings.get("train", {}).get("gradient_accumulation_steps", 1)
+    num_asked = stop_at * num_passes + (num_passes > 1)
+    stopped = train(recipe, should_stop=stop_after(num_asked))
     assert (stopped.status, stopped.num_steps) == ("interrupted", stop_at)
     assert stopped.adapter_dir is None
     assert read_run(stopped.run_dir)["status"] == "interrupted"
