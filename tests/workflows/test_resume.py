@@ -18,7 +18,7 @@ SAME_SUMS = 1e-3
 CASES = {
     "plain, at an epoch's end": (3, {}),
     "dropout, accumulation, checkpointing": (
-        2,
+        1,
         {
             "adapter": {"dropout": 0.3},
             "train": {
