@@ -15,7 +15,7 @@ from wegeft_cli.evaluation.groups import expand_groups, group_means
 from wegeft_cli.evaluation.scoring import TaskScore, names_tasks, result_dict
 from wegeft_cli.recipe.schema import EvalSection, Recipe
 from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
-from wegeft_cli.workflows.class_scores import evaluate_classifier
+from wegeft_cli.workflows.class_scores import evaluate_classifier, refuse_samples
 from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
@@ -97,6 +97,8 @@ def evaluate(
             key="--samples",
             hint="leave out TARGET and --compare-base, or leave out --samples",
         )
+    if samples is not None:
+        refuse_samples(samples, tasks)
     path = None if samples is not None else find_target(target)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()

@@ -100,7 +100,7 @@ def open_target(
         warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
     if adapter_dir is None:
         model, tokenizer = _load(section)
-        before = base or _read_provenance(Path(path))
+        before = base or read_provenance(Path(path))
         return OpenedTarget("model", model, tokenizer, before, section)
     from wegeft_cli.workflows.adapters import tell_base
 
@@ -254,7 +254,8 @@ def _switched_off(model: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _read_provenance(folder: Path) -> str | None:
+def read_provenance(folder: Path) -> str | None:
+    """Give the base that a merged folder tells it came from; None where it tells none."""
     try:
         values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
         return str(values["base_model_name_or_path"])
