@@ -41,10 +41,7 @@ def text_recipe(tmp_path, build_tokenizer):
         task="sequence_classification",
         model={"name_or_path": str(write_bert(tmp_path / "bert", build_tokenizer(pad="<pad>")))},
         adapter={"target_modules": ["query"]},
-        data={
-            "train": [{"path": str(write_texts(tmp_path / "rows.jsonl", rows))}],
-            "max_length": 16,
-        },
+        data={"train": [{"path": str(path)}], "max_length": 16},
     )
 
 
