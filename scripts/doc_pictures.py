@@ -1,8 +1,8 @@
 """Draw the pictures of docs/inspect.md and docs/report.md from the runs of quickstart and digits.
 
-Needs `make quickstart` and `make digits` first, the extras `plot` and `report`, and for the report Chromium with the
-Python package playwright (extra `dev`). An ablation is drawn where the run's folder holds
-ablation-group.json:
+Needs `make quickstart` and `make digits` first, the extras `plot` and `report`, and for the report
+Chromium with the Python package playwright (extra `dev`). An ablation is drawn where the run's
+folder holds ablation-group.json:
 
     wegeft inspect runs/quickstart --ablate group --limit 40 -o runs/quickstart/ablation-group.json
 """

@@ -27,6 +27,37 @@ INPLACE_TYPE = "WEGEFT_INPLACE"
 _PREFIX = "base_model.model."
 
 
+def describe_kind(kind: str) -> str:
+    """Give an adapter's kind as a user knows it.
+
+    Args:
+        kind: Its `peft_type`.
+
+    Returns:
+        The words for a message.
+    """
+    if kind == INPLACE_TYPE:
+        return "the base's own weights, trained by full, bitfit or linear_probe"
+    return f"a {kind} adapter"
+
+
+def refuse_foreign(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
+    """Refuse an adapter of another method.
+
+    Args:
+        adapter_dir: Its folder.
+        kind: Its `peft_type`.
+        reason: What only others can do.
+        hint: What to do with one of PEFT's; one of the base's own weights is merged.
+
+    Raises:
+        UserError: Always.
+    """
+    if kind == INPLACE_TYPE:
+        hint = "`wegeft merge` makes a model of it; `wegeft eval --compare-base` scores both"
+    raise UserError(f"this is {describe_kind(kind)}; {reason}", file=str(adapter_dir), hint=hint)
+
+
 @dataclass(frozen=True)
 class InplaceManifest:
     """What is told of trained parameters beside them.

@@ -14,6 +14,7 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
+from wegeft_cli.checkpoints.inplace import refuse_foreign
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.paired import mcnemar_exact
@@ -94,8 +95,9 @@ def ablate(
     adapter_dir = resolve_adapter_dir(find_run(adapter))
     kind, _, _ = read_adapter_type(adapter_dir)
     if kind != PEFT_TYPE:
-        message = f"this is a {kind} adapter; only WeGeFT's parts can be switched off"
-        raise UserError(message, file=str(adapter_dir))
+        hint = "train it by adapter.type: wegeft to switch parts off"
+        reason = "only WeGeFT's parts can be switched off"
+        refuse_foreign(adapter_dir, kind, reason, hint=hint)
     files = load_adapter_files(adapter_dir)
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:

@@ -14,6 +14,7 @@ from wegeft_cli.checkpoints.adapter import (
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.inplace import describe_kind
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import UserError, raise_all
@@ -164,7 +165,7 @@ def _check_kind(type_: str, adapter_dir: Path) -> None:
     kind, _, _ = read_adapter_type(adapter_dir)
     if (kind == PEFT_TYPE) != (type_ == "wegeft"):
         raise UserError(
-            f"{str(adapter_dir)!r} is a {kind} adapter, and adapter.type is {type_!r}",
+            f"{str(adapter_dir)!r} is {describe_kind(kind)}, and adapter.type is {type_!r}",
             key=_KEY,
             hint="give an adapter of the same method, or leave it out",
         )
