@@ -30,7 +30,7 @@ GRID = {"train.learning_rate": [0.01, 1e30], "seed": [1, 2]}
 SETTINGS = {
     "data": {"validation_fraction": 0.2},
     "adapter": {"dropout": 0.2},
-    # So many passes make a step that lasts: the first run must still be there when the signal comes.
+    # Steps of many passes: the first run must still be there when the signal comes.
     "train": {
         "max_steps": 60,
         "eval_steps": 20,
