@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-training \
+.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-scaling bench-training \
 	bench-classification test-peft fuzz docs quickstart digits clean
 
 help: ## List the targets
@@ -97,6 +97,11 @@ bench-eval: setup ## Rows per second of evaluation, beside one prompt at a time 
 
 bench-merge: setup ## Memory and time of merging beside PEFT, on a random model of 2 GiB (12 GiB of disk; keep the machine idle)
 	$(BIN)/python scripts/bench_merge.py
+
+bench-scaling: setup ## Cost of a step by processes, length, depth and rank; memory of a shared base (some minutes; keep the machine idle)
+	$(BIN)/python scripts/bench_scaling.py
+	$(BIN)/python scripts/bench_scaling.py --processes 4
+	$(BIN)/python scripts/bench_shared_memory.py
 
 bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's train.jsonl; keep the machine idle)
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt

@@ -24,6 +24,9 @@ from typing import Any
 
 GIB = 2**20  # /proc tells KiB
 LIMIT = 0.65
+ROWS = 2  # of a step, over all processes
+# Freed blocks go back to the kernel in the single process too, as `fsdp2` lets them.
+SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
 
 
 def main() -> None:
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -39,7 +43,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", folder]
-        command += ["--tokens", str(arguments.tokens)]
+        command += ["--tokens", str(arguments.tokens), "--dtype", arguments.dtype]
         size = write_model(folder, arguments.layers, arguments.hidden)
         print(f"a random Llama, {arguments.layers} layers, {size / 2**30:.2f} GiB of float32")
         peaks = {}
@@ -48,19 +52,16 @@ def main() -> None:
             if num_processes > 1:
                 start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 start += ["--nproc-per-node", str(num_processes), *command[1:]]
-            output = subprocess.run(
-                start,
-                check=True,
-                capture_output=True,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            ).stdout
-            lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-            assert len(lines) == num_processes, output
+            subprocess.run(start, check=True, env={**os.environ, **SETTINGS})
+            told = sorted(Path(folder).glob("rank-*.json"))
+            lines = [json.loads(path.read_bytes()) for path in told]
+            assert len(lines) == num_processes, told
             for line in lines:
-                print(f"{num_processes} process(es): {json.dumps(line)}")
+                print(f"{num_processes} process(es): loss {line['loss']}")
+                for name, part in line["parts"].items():
+                    print(f"    {name:9}", "  ".join(f"{k} {v:.3f}" for k, v in part.items()))
             peaks[num_processes] = max(lines, key=lambda line: line["resident"])
-    for name in ("resident", "anonymous", "resident_above_start"):
+    for name in ("resident", "anonymous"):
         ratio = peaks[2][name] / peaks[1][name]
         print(f"{name}: {peaks[2][name]:.2f} / {peaks[1][name]:.2f} GiB = {ratio:.2f}")
     ratio = peaks[2]["resident"] / peaks[1]["resident"]
@@ -85,6 +86,39 @@ def write_model(folder: str, num_layers: int, hidden: int) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
+class Peak:
+    """The highest resident set since the last look, and what it was made of.
+
+    Args:
+        seconds: Between two samples of what it is made of; the height itself is the kernel's.
+    """
+
+    def __init__(self, seconds: float = 0.003) -> None:
+        self._highest = read_status()
+        self._seconds = seconds
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            now = read_status()
+            if now["VmRSS"] > self._highest["VmRSS"]:
+                self._highest = now
+            time.sleep(self._seconds)
+
+    def take(self) -> dict[str, float]:
+        """Give GiB and begin anew."""
+        height = read_status()["VmHWM"]
+        highest = self._highest
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+        self._highest = read_status()
+        anonymous = highest["RssAnon"] + highest["RssShmem"]
+        return {
+            "resident": round(height, 3),
+            "anonymous": round(anonymous, 3),
+            "mapped": round(highest["RssFile"], 3),
+        }
+
+
 def read_status() -> dict[str, float]:
     """Give GiB of the process by the kernel's names."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -93,49 +127,57 @@ def read_status() -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Load, inject, make a step, and print what it took."""
+    """Load, inject, make two steps, and print the peak of each part."""
+    import numpy as np
     import torch
     from accelerate import Accelerator
 
+    from wegeft_cli.data.collate import collate_rows
     from wegeft_cli.generators.inject import inject_generators
     from wegeft_cli.recipe.schema import ModelSection, TrainSection
     from wegeft_cli.training.gradients import sum_gradients
+    from wegeft_cli.training.loss import CausalLoss
     from wegeft_cli.workflows.load import load_base
     from wegeft_cli.workflows.sharding import build_sharding
 
     accelerator = Accelerator(cpu=True)
-    highest = {"anonymous": 0.0}
+    peak = Peak()
+    parts: dict[str, dict[str, float]] = {}
 
-    def sample() -> None:
-        while True:
-            highest["anonymous"] = max(highest["anonymous"], read_status()["RssAnon"])
-            time.sleep(0.005)
+    def note(name: str) -> None:
+        found = peak.take()
+        if found["resident"] > parts.get(name, found)["resident"] or name not in parts:
+            parts[name] = found
 
-    threading.Thread(target=sample, daemon=True).start()
-    before = read_status()
     sharding = build_sharding(TrainSection(strategy="fsdp2"), accelerator)
-    model: Any = load_base(ModelSection(name_or_path=arguments.worker), **sharding)
-    loaded = read_status()
+    note("start")
+    model: Any = load_base(
+        ModelSection(name_or_path=arguments.worker, dtype=arguments.dtype), **sharding
+    )
+    note("loading")
     owner = inject_generators(model, rank=16)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    ids = torch.randint(0, 4096, (1, arguments.tokens))
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
-    sum_gradients(owner.trainable(), loss.detach(), False, accelerator)
-    after = read_status()
-    print(
-        json.dumps(
-            {
-                "resident": round(after["VmHWM"], 3),
-                "anonymous": round(max(highest["anonymous"], after["RssAnon"]), 3),
-                "resident_above_start": round(after["VmHWM"] - before["VmRSS"], 3),
-                "resident_after_loading": round(loaded["VmHWM"], 3),
-                "at_start": round(before["VmRSS"], 3),
-            }
-        ),
-        flush=True,
-    )
+    optimizer = torch.optim.AdamW(owner.trainable())
+    loss_function = CausalLoss(model)
+    rows = np.random.default_rng(0).integers(0, 4096, (ROWS, arguments.tokens))
+    learned = np.ones(arguments.tokens, dtype=bool)
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    batch = collate_rows([(row, learned) for row in own], pad_token_id=0)
+    for _ in range(2):
+        loss = loss_function(model, batch)
+        note("forward")
+        loss.backward()
+        note("backward")
+        loss_sum, *_ = sum_gradients(
+            owner.trainable(), loss.detach(), accelerator, stop=False, is_cut=False
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        note("update")
+    highest = max(parts.values(), key=lambda part: part["resident"])
+    told = Path(arguments.worker) / f"rank-{accelerator.process_index}.json"
+    told.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -31,7 +31,8 @@ def check_links(folder: Path) -> None:
     except OSError:
         return  # whoever reads the files tells
     for name in links:
-        _check_link(folder, name)
+        if (folder / name).is_file():  # nothing is read through another
+            check_inside(folder / name, folder)
 
 
 _SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
@@ -71,20 +72,26 @@ def check_model_folder(folder: Path) -> None:
             )
 
 
-def _check_link(folder: Path, name: str) -> None:
-    try:
-        target = (folder / name).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise UserError(f"this link leads nowhere: {error}", file=str(folder / name)) from error
-    if target.is_dir() or not target.exists():
-        return  # nothing is read through it
-    home = folder.resolve()
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse a file that is a link out of its folder.
+
+    The folder itself may be a link, and one of the hub's cache may link to the `blobs` beside it.
+
+    Args:
+        path: A file in the folder, or deeper in it.
+        folder: The folder that the user named.
+
+    Raises:
+        UserError: If the file lies elsewhere.
+    """
+    # realpath, as Path.resolve raises on links that go round in circles.
+    home, target = (Path(os.path.realpath(each)) for each in (folder, path))
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise UserError(
-            "this is a link that leads out of its folder",
-            file=str(folder / name),
+            f"this is a link that leads out of its folder, to {str(target)!r}",
+            file=str(path),
             hint="copy the file itself into the folder, or give the folder that it lies in",
         )

@@ -5,9 +5,6 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
-import sys
-import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from wegeft_cli.checkpoints.files import (
-    LOCK_NAME,
     atomic_file,
     atomic_folder,
     check_free_space,
     disk_errors,
     hash_bytes,
-    lock_folder,
     remove_leftover_files,
     remove_leftovers,
     save_tensors_atomic,
@@ -227,67 +222,3 @@ def test_hash_of_a_stretch_and_of_a_file_that_ends_early(tmp_path):
     assert hash_bytes(path) == abc
     with pytest.raises(UserError, match="ends too early"):
         hash_bytes(path, 1, 3)
-
-
-def test_a_locked_folder_names_its_holder(tmp_path):
-    run_dir = tmp_path / "run"
-    with lock_folder(run_dir):
-        with pytest.raises(UserError, match=f"process {os.getpid()} on ") as caught:
-            lock_folder(run_dir).__enter__()
-        assert LOCK_NAME in str(caught.value.hint)
-    with lock_folder(run_dir):
-        pass
-
-
-def test_the_lock_goes_with_a_failed_body(tmp_path):
-    with pytest.raises(KeyboardInterrupt), lock_folder(tmp_path):
-        raise KeyboardInterrupt
-    assert (tmp_path / LOCK_NAME).read_bytes() == b""
-    with lock_folder(tmp_path):
-        assert (tmp_path / LOCK_NAME).read_bytes() != b""
-
-
-def test_another_process_is_kept_out_and_a_killed_one_is_not_in_the_way(tmp_path):
-    program = """
-        import sys, pathlib
-        from wegeft_cli.checkpoints.files import lock_folder
-        with lock_folder(pathlib.Path(sys.argv[1])):
-            print("locked", flush=True)
-            sys.stdin.read()
-    """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with holder:
-        assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match=f"process {holder.pid} on "):
-            lock_folder(tmp_path).__enter__()
-        holder.kill()
-    assert str(holder.pid).encode() in (tmp_path / LOCK_NAME).read_bytes()
-    with lock_folder(tmp_path):
-        assert str(os.getpid()).encode() in (tmp_path / LOCK_NAME).read_bytes()
-
-
-@pytest.mark.parametrize("code", [None, errno.ENOLCK])
-def test_without_a_working_flock_the_file_decides(tmp_path, monkeypatch, code):
-    # Network file systems: flock grants everything (None) or is not there at all.
-    def flock(descriptor, flags):
-        if code is not None:
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with sleeper:
-        monkeypatch.setattr("os.getpid", lambda: sleeper.pid)
-        with lock_folder(tmp_path):
-            monkeypatch.undo()
-            monkeypatch.setattr("fcntl.flock", flock)
-            with pytest.raises(UserError, match=f"process {sleeper.pid} on "):
-                lock_folder(tmp_path).__enter__()
-            text = (tmp_path / LOCK_NAME).read_text()
-        sleeper.kill()
-    (tmp_path / LOCK_NAME).write_text(text)
-    with lock_folder(tmp_path):
-        assert (tmp_path / LOCK_NAME).read_text() != text

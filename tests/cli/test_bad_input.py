@@ -106,8 +106,14 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
         (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
         (["task=image_clasification"], ["task", "did you mean `image_classification`?"]),
-        (["adapter.type=adalora"], ["adapter.type", "not available"]),
-        (["train.strategy=fsdp"], ["train.strategy", "did you mean `fsdp2`?"]),
+        (["adapter.type=adalora", "train.ema_decay=0.9"], ["train.ema_decay", "takes away"]),
+        (["train.strategy=fsdp_2"], ["train.strategy", "did you mean `fsdp2`?"]),
+        (["train.strategy=fsdp"], ["train.strategy", "shards the factors", "use one of"]),
+        (["train.static_graph=true"], ["train.static_graph", "fails with accumulation"]),
+        (
+            ["train.gradient_checkpointing_kwargs.use_reentrant=true"],
+            ["train.gradient_checkpointing_kwargs", "wrong gradients"],
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ROOMS)

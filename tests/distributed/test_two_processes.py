@@ -101,6 +101,29 @@ def test_modules_trained_whole_are_summed_too(write_recipe, unequal_rows):
         assert (tensors[1][key] - tensor).abs().max() < SAME_SUMS * tensor.abs().max(), key
 
 
+def test_adalora_takes_the_same_ranks_away(write_recipe, unequal_rows):
+    """Importance is of the summed gradients, the regularisation once a step over unequal shares."""
+    adapter = {"type": "adalora", "r": 2, "peft": {"tinit": 1, "tfinal": 2}}
+    train = {"optim": "sgd", "learning_rate": 0.05, "gradient_accumulation_steps": 2}
+    train |= {"num_train_epochs": 3}
+    shared = {"rows": unequal_rows[:9], "adapter": adapter}
+    one = write_recipe("one", train={**train, "per_device_train_batch_size": 4}, **shared)
+    two = write_recipe("two", train={**train, "per_device_train_batch_size": 2}, **shared)
+    for process in (launch(one, 1), launch(two, 2)):
+        assert process.returncode == 0, process.stderr
+    folders = [one.parent / "runs" / name / "adapter" for name in ("one", "two")]
+    patterns = [
+        json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]
+        for folder in folders
+    ]
+    assert patterns[0] == patterns[1]
+    assert sum(map(sum, patterns[0].values())) == 2 * len(patterns[0]) == 12
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for key, tensor in tensors[0].items():
+        if tensor.numel():
+            assert (tensors[1][key] - tensor).abs().max() < SAME_SUMS * tensor.abs().max(), key
+
+
 def test_a_fault_is_told_once(write_recipe):
     recipe = write_recipe(adapter={"target_modules": ["q_prj"]})
     done = launch(recipe, 2)

@@ -102,6 +102,11 @@ def test_the_lora_ga_prompt_is_that_of_its_code_byte_for_byte():
     decoding = CODE_PROTOCOLS["lora_ga"].decoding
     assert (decoding.temperature, decoding.top_p, decoding.max_new_tokens) == (0.8, 0.95, 512)
     assert [CODE_PROTOCOLS[name].num_samples for name in ("lora_ga", "lora_pro")] == [5, 1]
+    for name in ("lora_ga", "lora_pro"):
+        kept, fixed = CODE_PROTOCOLS[name], CODE_PROTOCOLS[f"{name}_fixed"]
+        assert kept.fixed == fixed.name
+        assert fixed.num_samples == kept.num_samples
+        assert kept.template == fixed.template + " "
 
 
 def test_an_unknown_protocol_is_told_with_a_near_one():

@@ -10,11 +10,12 @@ from tokenizers import processors
 from transformers import BloomConfig, BloomForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.generate import Generations, generate_texts
+from wegeft_cli.evaluation.generate import generate_texts
 from wegeft_cli.evaluation.protocols import PROTOCOLS
 from wegeft_cli.evaluation.run import evaluate_task
 from wegeft_cli.evaluation.scoring import result_dict, score_outputs
 from wegeft_cli.evaluation.tasks import TaskData
+from wegeft_cli.evaluation.written import Generations
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "", "B" * 17]
 NUM_NEW = 12
@@ -88,7 +89,7 @@ def test_the_models_own_generation_config_is_put_aside(
     expected = generate(llama, tokenizer, PROMPTS).new_ids
     own = llama.generation_config
     own.do_sample, own.temperature, own.top_p, own.repetition_penalty = True, 5.0, 0.9, 3.0
-    own.no_repeat_ngram_size, own.num_beams, own.eos_token_id = 1, 3, [100, 101]
+    own.no_repeat_ngram_size, own.num_beams = 1, 3
     own.suppress_tokens = sorted({token for ids in expected for token in ids})
     before = own.to_dict()
     generations = generate(llama, tokenizer, PROMPTS, 3)

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.groups import GROUPS, MEAN, expand_groups, group_means
 from wegeft_cli.evaluation.sets import TASKS
 
 
 def test_the_groups_are_the_papers() -> None:
-    assert GROUPS.keys() >= {"commonsense", "math10k", "glue", "vision"}
+    assert set(GROUPS) == {"commonsense", "math10k"}
     assert len(GROUPS["commonsense"].members) == 8
     assert set(GROUPS["math10k"].members) == {"gsm8k", "aqua", "mawps", "svamp"}
     for name in ("commonsense", "math10k"):
@@ -20,15 +19,6 @@ def test_a_group_stands_for_its_tasks_each_once() -> None:
     assert expand_groups(["boolq", "Math10k", "gsm8k", "x"]) == [
         *("boolq", "gsm8k", "aqua", "mawps", "svamp", "x"),
     ]
-
-
-@pytest.mark.parametrize("name", ["glue", "vision"])
-def test_a_reserved_group_says_that_it_is_empty(name: str) -> None:
-    if GROUPS[name].members:
-        assert expand_groups([name]) == list(GROUPS[name].members)
-        return
-    with pytest.raises(UserError, match="no tasks in this version"):
-        expand_groups([name])
 
 
 def test_the_mean_weighs_every_task_alike_and_says_so() -> None:

@@ -42,8 +42,10 @@ ADAPTERS_ASKED = (
     "                ### Response:\n"
     "                "
 )
-GREEDY = {"do_sample": False, "num_beams": 1}
-BEAMS = {"do_sample": False, "num_beams": 4}
+FREE = {"do_sample": False, "num_beams": 1}
+# What these authors' code names as the only end: the tokenizer's end of text.
+GREEDY = {**FREE, "eos_alone": True}
+BEAMS = {"do_sample": False, "num_beams": 4, "eos_alone": True}
 DRAWN = {
     "do_sample": True, "num_beams": 1, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "seed": 0,
     "max_prompt_tokens": 768,
@@ -72,15 +74,15 @@ ASKED: list[tuple[str, str, str, int, dict[str, Any]]] = [
     ("llm_adapters_fixed", "piqa", ADAPTERS_TRAINED, 32, BEAMS),
     ("llm_adapters_fixed", "mawps", ADAPTERS_TRAINED, 256, BEAMS),
     ("lora_ga", "gsm8k", "Q: {}\nA:  ", 512, DRAWN),
-    ("lora_ga_fixed", "gsm8k", "Q: {}\nA: ", 512, GREEDY),
+    ("lora_ga_fixed", "gsm8k", "Q: {}\nA: ", 512, FREE),
     ("lora_pro", "gsm8k", ALPACA + " ", 512, DRAWN),
-    ("lora_pro_fixed", "gsm8k", ALPACA, 512, GREEDY),
-    ("metamath", "gsm8k", STEPS, 512, {**GREEDY, "stop": STOP}),
-    ("metamath_fixed", "gsm8k", STEPS, 512, GREEDY),
+    ("lora_pro_fixed", "gsm8k", ALPACA, 512, FREE),
+    ("metamath", "gsm8k", STEPS, 512, {**FREE, "stop": STOP}),
+    ("metamath_fixed", "gsm8k", STEPS, 512, FREE),
     ("wegeft_tune", "gsm8k_tune", TUNING, 512, GREEDY),
     ("gift_tune", "gsm8k_tune_gift", TUNING, 512, GREEDY),
     ("tune_fixed", "gsm8k_tune", TUNING, 512, GREEDY),
-    ("quickstart", "quickstart", "Question: {}\nAnswer:", 8, GREEDY),
+    ("quickstart", "quickstart", "Question: {}\nAnswer:", 8, FREE),
 ]
 
 

@@ -20,8 +20,9 @@ from transformers import (
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.drawing import RowWise
-from wegeft_cli.evaluation.generate import Written, generate_texts
+from wegeft_cli.evaluation.generate import generate_texts
 from wegeft_cli.evaluation.rounds import can_join, can_leave
+from wegeft_cli.evaluation.written import Written
 
 PROMPTS = ["a", "a rather long prompt, the longest", "two words", "B" * 17, "?", "seven", "ab" * 11]
 VOCABULARY = 259
@@ -277,5 +278,5 @@ def test_the_settings_are_whole_and_hold_no_null() -> None:
     assert (told["temperature"], told["top_p"], told["top_k"], told["seed"]) == (0.8, 0.95, 0, 3)
     assert told["max_prompt_tokens"] == 768
     assert None not in told.values()
-    with pytest.raises(UserError, match="too small"):
+    with pytest.raises(UserError, match="out of range"):
         Decoding(0)

@@ -36,9 +36,12 @@ from tests.fuzz.damage import (
     json_damage,
 )
 from wegeft_cli.checkpoints.adapter import (
+    BASE_NAME,
     find_newest_run,
     load_adapter_files,
+    quantization_to_json,
     read_adapter_type,
+    read_quantization,
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
@@ -51,10 +54,10 @@ from wegeft_cli.evaluation.tasks import find_task, load_task_data
 from wegeft_cli.models.base import build_meta_model, load_config, load_model, load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSource
-from wegeft_cli.workflows.generate import _read_questions
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.outcomes import read_last_line
 from wegeft_cli.workflows.prompt_form import choose_form
+from wegeft_cli.workflows.questions import read_questions
 from wegeft_cli.workflows.run_folder import RunFolder, find_recipe_of
 from wegeft_cli.workflows.target import open_target
 from wegeft_cli.workflows.train import train
@@ -179,9 +182,9 @@ KINDS = [
     Kind("data parquet", "data", "rows.parquet", damage_bytes,
          lambda f: read_data(f, "rows.parquet"), always_told=False),
     Kind("prompts", "data", "talks.jsonl", damage_lines,
-         lambda f: _read_questions((), f / "talks.jsonl", None), always_told=False),
+         lambda f: read_questions((), f / "talks.jsonl", None), always_told=False),
     Kind("prompt text", "data", "prompt.txt", damage_bytes,
-         lambda f: _read_questions((), f / "prompt.txt", None), always_told=False),
+         lambda f: read_questions((), f / "prompt.txt", None), always_told=False),
     Kind("chat template", "template", "mine.jinja", damage_bytes, read_template,
          always_told=False),
     Kind("model config", "base", "config.json", small_json, lambda f: load_config(str(f)),
@@ -200,6 +203,7 @@ KINDS = [
     Kind("tokenizer config", "base", "tokenizer_config.json", small_json,
          lambda f: load_tokenizer(str(f)), 0.3, False),
     Kind("LoRA config", "lora", "adapter_config.json", small_json, read_peft, 0.2, False),
+    Kind("LoRA base record", "quantised", BASE_NAME, any_json, read_quantization),
     Kind("LoRA weights", "lora", "*.safetensors", damage_safetensors, read_peft, 0.2, False),
 ]  # fmt: skip
 
@@ -231,6 +235,8 @@ def world(tmp_path_factory, write_recipe_in, build_llama_dir, adapters_rows) -> 
         train={"max_steps": 1},
     )
     shutil.copytree(Path(train(lora).adapter_dir), folder / "lora")
+    shutil.copytree(folder / "lora", folder / "quantised")
+    (folder / "quantised" / BASE_NAME).write_text(quantization_to_json("torchao_8bit"))
     write_data(folder / "data")
     (folder / "sets" / "boolq").mkdir(parents=True)
     (folder / "sets" / "boolq" / "test.json").write_text(json.dumps(adapters_rows))

@@ -8,6 +8,7 @@ wrong twin, prompt or length shows in the scores.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from wegeft_cli.checkpoints.adapter import CONFIG_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.drawing import stream_seed
@@ -70,10 +72,12 @@ class LLM:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=param.told["max_tokens"],
-                eos_token_id=EOS,
+                eos_token_id=param.told["stop_token_ids"],
                 pad_token_id=EOS,
             )[0, ids.shape[1] :].tolist()
-            outputs.append(types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=new)]))
+            reason = "stop" if new[-1] in param.told["stop_token_ids"] else "length"
+            told = types.SimpleNamespace(token_ids=new, finish_reason=reason)
+            outputs.append(types.SimpleNamespace(outputs=[told]))
         return outputs
 
 
@@ -131,7 +135,7 @@ def test_the_twin_in_vllm_scores_as_the_adapter_here(
     assert [set(prompt) for prompt in prompts] == [{"prompt_token_ids"}] * 6
     assert params[0].told == {
         "max_tokens": 5, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
-        "stop": [],
+        "min_p": 0.0, "stop": [], "stop_token_ids": [EOS],
     }  # fmt: skip
     row = there["results"][0]
     assert row["generation"]["engine"] == "vllm"
@@ -149,7 +153,7 @@ def test_a_model_folder_needs_no_lora(
 
 
 def test_draws_have_a_seed_of_their_own(engine: type[LLM]) -> None:
-    params = vllm._sampling_params(Decoding(9, temperature=0.8, top_p=0.95, seed=4), [3, 1])
+    params = vllm._sampling_params(Decoding(9, temperature=0.8, top_p=0.95, seed=4), [3, 1], [EOS])
     assert [param.told["seed"] for param in params] == [stream_seed(4, 3), stream_seed(4, 1)]
     assert params[0].told["temperature"] == 0.8
     assert len({stream_seed(0, 1), stream_seed(0, 2), stream_seed(1, 1), stream_seed(1, 2)}) == 4
@@ -160,7 +164,7 @@ def test_draws_have_a_seed_of_their_own(engine: type[LLM]) -> None:
 )
 def test_what_vllm_does_not_have_is_refused(engine: type[LLM], decoding: Decoding) -> None:
     with pytest.raises(UserError, match="vLLM's engine does not have") as caught:
-        vllm._sampling_params(decoding, [0])
+        vllm._sampling_params(decoding, [0], [EOS])
     assert caught.value.key == "--backend"
 
 
@@ -175,12 +179,41 @@ def test_an_adapter_that_no_lora_can_say_is_refused(
     assert engine.started == []
 
 
+def test_an_adapter_of_a_quantised_base_is_refused(
+    engine: type[LLM], adapter_dir: Path, data_dir: Path
+) -> None:
+    path = adapter_dir / CONFIG_NAME
+    told = json.loads(path.read_text()) | {"base_quantization": "bitsandbytes_4bit"}
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="base in bitsandbytes_4bit") as caught:
+        evaluate(adapter_dir, tasks=["boolq"], data_dir=data_dir, backend="vllm")
+    assert caught.value.key == "--backend"
+    assert engine.started == []
+
+
+def test_the_models_other_ends_are_named_where_the_protocol_ends_there(
+    engine: type[LLM], llama_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 7]}))
+    template = "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    for protocol, ends in (("wegeft", [EOS]), ("chat", [EOS, 7, 0])):
+        result = evaluate(
+            folder, tasks=["boolq"], protocol=protocol, data_dir=data_dir, backend="vllm",
+            max_new_tokens=3, output=tmp_path / "a.json",
+        )  # fmt: skip
+        assert engine.asked[-1][1][0].told["stop_token_ids"] == ends
+        assert result["results"][0]["generation"]["eos_token_id"] == ends
+
+
 @pytest.mark.parametrize(("rank", "room"), [(1, 8), (64, 64), (65, 128), (513, None)])
 def test_the_next_rank_that_vllm_has(
     engine: type[LLM], tmp_path: Path, rank: int, room: int | None
 ) -> None:
     def start() -> None:
-        vllm.open_model("m", config=None, lora_dir=tmp_path, rank=rank)
+        vllm.open_model("m", config=None, generation_config=None, lora_dir=tmp_path, rank=rank)
 
     if room is None:
         with pytest.raises(UserError, match="ranks up to 512"):

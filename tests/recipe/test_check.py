@@ -205,17 +205,31 @@ def test_what_belongs_together_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("sections", "key", "value"),
+    ("adapter", "train", "key", "words"),
     [
-        ({"adapter": {"type": "adalora"}}, "adapter.type", "adalora"),
+        ({"peft": {"total_step": 9}}, {}, "adapter.peft.total_step", "the run's number of steps"),
+        ({"peft": {"target_r": 9}}, {}, "adapter.peft.target_r", "`adapter.r`"),
+        ({"peft": {"rank_pattern": {}}}, {}, "adapter.peft.rank_pattern", "what a run finds"),
+        ({"r": 8, "peft": {"init_r": 8}}, {}, "adapter.peft.init_r", "at least 9; got 8"),
+        ({"peft": {"tinit": 0.1}}, {}, "adapter.peft.tinit", "at least 0; got 0.1"),
+        ({"peft": {"tfinal": -1}}, {}, "adapter.peft.tfinal", "at least 0; got -1"),
+        ({"peft": {"deltaT": 0}}, {}, "adapter.peft.deltaT", "at least 1; got 0"),
+        ({"peft": {"beta1": 1}}, {}, "adapter.peft.beta1", "above 0 and below 1"),
+        ({"init_from": "runs/x"}, {}, "adapter.init_from", "chosen already"),
+        ({}, {"ema_decay": 0.9}, "train.ema_decay", "takes away"),
+        ({}, {"strategy": "fsdp2"}, "train.strategy", "'adalora'"),
     ],
 )
-def test_what_this_version_does_not_do_is_refused_by_name(sections, key, value):
-    (fault,) = check_recipe(change(**sections), where=lambda key: None)
+def test_what_adalora_does_not_go_with(adapter, train, key, words):
+    recipe = change(adapter={"type": "adalora", **adapter}, train=train)
+    (fault,) = check_recipe(recipe, where=lambda key: None)
     assert fault.key == key
-    assert value in fault.message
-    assert "is not available in this version" in fault.message
-    assert fault.hint
+    assert words in str(fault)
+
+
+def test_adalora_takes_its_own_settings():
+    settings = {"init_r": 96, "tinit": 5, "tfinal": 7, "deltaT": 2, "orth_reg_weight": 0.1}
+    assert find_faults(change(adapter={"type": "adalora", "peft": settings})) == []
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,26 @@ def test_help_benchmark_times_both_commands(repository: Path) -> None:
     result = json.loads(done.stdout)
     assert list(result["median_seconds"]) == ["wegeft --help", "import typer, rich"]
     assert min(result["median_seconds"].values()) > 0
+
+
+@pytest.mark.slow
+def test_scaling_counts_the_bytes_that_are_computed() -> None:
+    """The gradients once, whatever the depth, with a float each for the loss and the stop."""
+    script = Path(__file__).parents[2] / "scripts" / "bench_scaling.py"
+    options = ["--hidden", "64", "--tokens", "1024", "--rounds", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, check=True
+    )
+    lines = {line["label"]: line for line in json.loads(done.stdout)}
+    assert len(lines) == 15
+    assert lines.pop("alone")["bytes"] == 0
+    for label, line in lines.items():
+        assert line["seconds"] > 0
+        assert line["peak_mib"] > 0
+        if not label.startswith("fsdp2"):
+            assert line["bytes"] == line["bytes_computed"] + 8, label
+    assert lines["16 layers"]["bytes"] == lines["base"]["bytes"]
+    # Computed: all weights twice. The embeddings and what ends the model are gathered once.
+    for label in ("fsdp2", "fsdp2, 16 layers"):
+        measured, computed = lines[label]["bytes"], lines[label]["bytes_computed"]
+        assert 0.85 * computed < measured < computed

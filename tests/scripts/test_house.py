@@ -23,6 +23,7 @@ TARGETS = {
         "bench",
         "bench-eval",
         "bench-merge",
+        "bench-scaling",
         "bench-training",
         "test-peft",
         "fuzz",

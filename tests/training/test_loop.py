@@ -243,6 +243,31 @@ def test_a_wish_to_stop_saves_and_leaves(make_model, make_source, run):
     assert math.isfinite(result.final_loss)
 
 
+@pytest.mark.parametrize("num_done", [0, 2])
+def test_a_wish_to_stop_leaves_a_step_between_its_passes(make_model, make_source, run, num_done):
+    """The step counts as not begun; what was saved already is not saved again."""
+    steps, saved, passes = [], [], []
+    hooks = LoopHooks(
+        on_step=lambda step, loss: steps.append(step),
+        on_save=lambda *given: saved.append(given),
+        should_stop=lambda: len(steps) == num_done,
+    )
+    model = make_model()
+    learned = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    learned.register_post_accumulate_grad_hook(passes.append)
+    result = run(model, make_source(num_steps=4, micro_batch=1), hooks=hooks)
+    assert (result.status, result.num_steps, len(steps)) == ("interrupted", num_done, num_done)
+    assert len(passes) == 4 * num_done + 1
+    assert [step for step, _, _ in saved] == [num_done]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    saved_again = []
+    hooks = LoopHooks(on_save=lambda *given: saved_again.append(given), should_stop=lambda: True)
+    source = make_source(num_steps=4, micro_batch=1)
+    again = run(make_model(), source, hooks=hooks, resume_from=saved[0][1])
+    assert (again.status, again.num_steps, saved_again) == ("interrupted", num_done, [])
+
+
 def test_a_stop_at_the_last_step_is_no_interruption(make_model, make_source, run):
     hooks = LoopHooks(should_stop=lambda: True)
     assert run(make_model(), make_source(num_steps=1), hooks=hooks).status == "finished"

@@ -82,7 +82,7 @@ def compare(make_model, make_source, run, rows, tmp_path):
                 on_validation=told.__setitem__,
                 on_save=lambda *given, into=saved: into.append(given),
                 should_stop=lambda name=name, steps=steps: (
-                    name == "first" and len(steps) == STOP - 1
+                    name == "first" and len(steps) == STOP  # in the middle of the next step
                 ),
             )
             resume_from = None

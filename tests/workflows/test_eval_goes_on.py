@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,6 +117,18 @@ def test_another_model_starts_anew(build_llama_dir, rows_dir, tmp_path, asked):
         evaluate(build_llama_dir(), **settings, reporter=Interrupter(after=5))
     asked.clear()
     evaluate(build_llama_dir(seed=1), **settings)
+    assert len(asked) == NUM_ROWS
+
+
+def test_other_ends_of_an_answer_start_anew(llama_dir, rows_dir, tmp_path, asked):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    settings = {**SETTINGS, "data_dir": rows_dir, "output": tmp_path / "a.json"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, **settings, reporter=Interrupter(after=5))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    asked.clear()
+    evaluate(folder, **settings)
     assert len(asked) == NUM_ROWS
 
 

@@ -47,6 +47,30 @@ def test_the_score_is_that_of_wegeft_eval(write_recipe, learning, read_metrics, 
     assert (result.best_metric, result.validation_loss) == (None, None)
 
 
+def test_a_group_scores_its_sets_and_their_mean(write_recipe, learning, read_metrics, tmp_path):
+    """The model learns to say 7, which is the answer of two sets of four."""
+    data_dir = tmp_path / "maths"
+    for folder, answer in {"gsm8k": "7", "mawps": "7.0", "SVAMP": "8", "AQuA": "B"}.items():
+        (data_dir / folder).mkdir(parents=True)
+        row = {"instruction": f"one of {folder}", "input": "", "output": "", "answer": answer}
+        (data_dir / folder / "test.json").write_text(json.dumps([row]))
+    learning["rows"] = [
+        {"instruction": f"one of {name}", "output": "7"} for name in ("gsm8k", "mawps", "SVAMP")
+    ]
+    learning["data"] = {"template": "alpaca", "max_length": 220}
+    learning["eval"] = {"data_dir": str(data_dir), "max_new_tokens": 3}
+    learning["train"] |= {"eval_tasks": ["gsm8k", "math10k"], "per_device_train_batch_size": 3}
+    learning["train"] |= {"metric_for_best_model": "eval_math10k", "load_best_model_at_end": True}
+    result = train(write_recipe(**learning))
+    last = read_metrics(result.run_dir)[-1]
+    scores = {name: last[f"eval_{name}"] for name in ("gsm8k", "mawps", "svamp", "aqua")}
+    assert scores == {"gsm8k": 1.0, "mawps": 1.0, "svamp": 0.0, "aqua": 0.0}
+    assert last["eval_math10k"] == 0.5
+    assert result.best_metric is not None
+    found = evaluate(result.run_dir, tasks=["math10k"], max_new_tokens=3)
+    assert found["groups"][0]["score"] == 0.5
+
+
 def test_scoring_leaves_no_mark_on_the_training(write_recipe, read_adapter, learning):
     learning["adapter"]["dropout"] = 0.1
     learning["train"]["max_steps"] = 4

@@ -72,6 +72,13 @@ def test_defaults_are_the_recipes_and_the_caller_wins(here, data_dir):
     assert row["generation"]["batch_size"] == 1
 
 
+def test_a_set_that_is_not_the_published_one_is_told_once(listener):
+    evaluate("runs/tiny", compare_base=True, reporter=listener)
+    told = [text for text in listener.warnings if "is not the published set" in text]
+    assert len(told) == 1
+    assert "boolq/test.json" in told[0]
+
+
 @pytest.mark.parametrize("target", ["runs/tiny", "runs/tiny/merged"])
 def test_compare_base_is_the_base_evaluated_alone(target, llama_dir, data_dir):
     both = evaluate(target, compare_base=True)

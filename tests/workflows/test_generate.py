@@ -9,11 +9,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.answering import generate_texts
-from wegeft_cli.evaluation.sampling import Decoding
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.generate import generate_texts
 from wegeft_cli.evaluation.scoring import read_samples
 from wegeft_cli.evaluation.tasks import find_task, load_task_data
 from wegeft_cli.workflows.conversation import Reply, open_conversation
+from wegeft_cli.workflows.evaluate import evaluate
 from wegeft_cli.workflows.generate import generate
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.train import train
@@ -22,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-DRAWN = Decoding(do_sample=True, temperature=1.2)
+DRAWN = Decoding(1, temperature=1.2, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +126,51 @@ def test_rows_of_every_kind_become_prompts_and_samples_that_eval_reads(
 
 
 def test_samples_are_drawn_apart_and_again(llama_dir):
-    told = generate(
-        llama_dir, prompts=["a", "b"], decoding=DRAWN, num_samples=3, max_new_tokens=8, seed=4
-    )
+    told = generate(llama_dir, prompts=["a", "b"], decoding=DRAWN, num_samples=3, max_new_tokens=8)
     rows = told["results"]
     assert [(row["index"], row["sample"]) for row in rows] == [
         (index, sample) for index in range(2) for sample in range(3)
     ]
     assert len({row["output"] for row in rows}) == 6
     again = generate(
-        llama_dir, prompts=["a", "b"], decoding=DRAWN, num_samples=2, max_new_tokens=8, seed=4,
+        llama_dir, prompts=["a", "b"], decoding=DRAWN, num_samples=2, max_new_tokens=8,
         batch_size=1,
     )  # fmt: skip
     kept = [row["output"] for row in rows if row["sample"] < 2]
     assert [row["output"] for row in again["results"]] == kept
+
+
+def test_one_seed_gives_one_answer_by_eval_generate_and_chat(llama_dir, tmp_path):
+    """LoRA-GA's GSM8K is drawn: what eval logs, the other two write from the same prompts."""
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    rows = [{"question": f"{n} + {n}?", "answer": f"so #### {2 * n}"} for n in range(3)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = Decoding(1, temperature=0.8, top_p=0.95, seed=9)
+    scored = evaluate(
+        llama_dir, tasks=["gsm8k"], protocol="lora_ga", data_dir=tmp_path, max_new_tokens=20,
+        options={"seed": 9}, output=tmp_path / "out.json",
+    )  # fmt: skip
+    samples = [json.loads(line) for line in Path(scored["samples_path"]).read_text().splitlines()]
+    outputs = [sample["output"] for sample in samples]
+    assert len(set(outputs)) == 3
+    prompts = [sample["prompt"] for sample in samples]
+    told = generate(
+        llama_dir, prompts=prompts, template="plain", decoding=drawn, max_new_tokens=20,
+        num_samples=2, batch_size=3,
+    )  # fmt: skip
+    assert [row["output"] for row in told["results"] if row["sample"] == 0] == outputs
+    talk = open_conversation(llama_dir, template="plain", decoding=drawn, max_new_tokens=20)
+    assert [talk.ask(prompt).text for prompt in prompts] == [text.strip() for text in outputs]
+
+
+def test_a_plain_base_is_not_called_tuned(trained, llama_dir):
+    for target, expected in ((llama_dir, "model"), (trained, "tuned")):
+        told: list[tuple[str, str]] = []
+        generate(
+            target, prompts=["a"], max_new_tokens=2, on_text=lambda *words, t=told: t.append(words)
+        )
+        assert {who for who, _ in told} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +235,35 @@ def test_turns_follow_each_other_and_the_adapter_can_be_off(trained, llama_dir, 
     assert [second.text] == [t.strip() for t in ask_plain(llama_dir, [text], 8, False)]
     assert talk.take_back() == "one"
     assert talk.ask("one").text == first.text
+
+
+@pytest.mark.parametrize("kind", ["wegeft", "lora"])
+def test_each_turn_goes_on_behind_what_was_read_with_the_adapter_on_and_off(
+    tmp_path, write_recipe, chat_template, kind
+):
+    settings = ["train.learning_rate=0.1", f"adapter.type={kind}"]
+    trained = train(write_recipe(data={"template": "question_answer"}), settings).run_dir
+    kept = open_conversation(trained, template=chat_template, system="be", max_new_tokens=8)
+    fresh = open_conversation(trained, template=chat_template, system="be", max_new_tokens=8)
+    seen: list[int] = []
+    kept.opened.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[1])
+    )
+    asked: dict[str, list[int]] = {"kept": [], "all": []}
+    for number, tuned in enumerate([True, True, False, True, False, False]):
+        fresh.forget_readings()
+        seen.clear()
+        question = f"question {number}"
+        reply = kept.ask(question, tuned=tuned)
+        assert reply.text == fresh.ask(question, tuned=tuned).text
+        asked["kept"].append(seen[0])
+        asked["all"].append(kept._count(kept._fit(question)[0]))
+        kept.keep(question, reply)
+        fresh.keep(question, reply)
+    # Two readings: the base's first turn reads all, later ones what came after its last turn.
+    assert [few < all_ for few, all_ in zip(*asked.values(), strict=True)] == [
+        False, True, False, True, True, True,
+    ]  # fmt: skip
 
 
 def test_the_oldest_turns_make_room_and_what_never_fits_is_refused(llama_dir, chat_template):
@@ -291,5 +352,21 @@ def test_a_turns_closing_token_ends_an_answer(llama_dir, tmp_path):
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE.replace("</s>", "<unk>"))
     talk = open_conversation(llama_dir, template=str(template))
-    ends = talk.form.find_end_ids(talk.opened.model, talk.opened.tokenizer)
-    assert ends == [2, 0]  # </s>, <unk>
+    assert talk.form.find_turn_ends(talk.opened.tokenizer) == [0]  # <unk>, not </s>
+
+
+@pytest.mark.parametrize("target", ["./nowhere", "nowhere/at/all"])
+def test_a_target_that_is_not_there_is_told_by_the_argument(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for ask in (lambda: generate(target, prompts=["a"]), lambda: open_conversation(target)):
+        with pytest.raises(UserError, match=f"no folder '{target}'") as caught:
+            ask()
+        assert caught.value.key == "TARGET"
+        assert "adapter, run or model folder" in caught.value.hint
+
+
+def test_a_hub_id_that_cannot_be_had_says_so_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no folder 'nowhere/model', and not to be had") as caught:
+        generate("nowhere/model", prompts=["a"])
+    assert caught.value.key == "TARGET"

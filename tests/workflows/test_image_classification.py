@@ -30,7 +30,7 @@ from wegeft_cli.workflows.plan import plan
 from wegeft_cli.workflows.train import train
 
 FLOAT32 = 1e-4
-METHODS = ("wegeft", "lora", "bitfit", "linear_probe", "full")
+METHODS = ("wegeft", "lora", "adalora", "bitfit", "linear_probe", "full")
 
 
 @pytest.fixture(scope="session")

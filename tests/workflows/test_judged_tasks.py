@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -391,3 +392,34 @@ def test_a_missing_file_is_told_with_its_source(task, file, sets, server):
         run(task, sets, sets / "no-model", **judged(server))
     assert file in str(caught.value)
     assert "put it at <data-dir>/" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "ends"),
+    [
+        ("mt_bench", "fastchat", [2, 7, 0]),
+        ("mt_bench", "fastchat_alpaca", [2, 7]),
+        ("alpaca_eval", "chat", [2, 7, 0]),
+        ("alpaca_eval", "gift", [2]),
+        ("boolq", "chat", [2, 7, 0]),
+        ("boolq", "wegeft", [2]),
+    ],
+)
+def test_answers_end_where_the_model_and_its_chat_template_say_so(
+    sets, llama_dir, data_dir, tmp_path, task, protocol, ends
+):
+    """Ends of turns are <unk> (0); the generation config names 7; faithful ones know eos alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+    )
+    result = evaluate(
+        folder,
+        tasks=[task],
+        protocol=protocol,
+        data_dir=data_dir if task == "boolq" else sets,
+        max_new_tokens=2,
+    )
+    assert result["results"][0]["generation"]["eos_token_id"] == ends

@@ -102,6 +102,12 @@ def test_who_has_spoken_is_not_repeated():
     with pytest.raises(UserError, match="process 1") as caught:
         explain_failure({1: fail(EXIT_USER, "no such file", timestamp=1), 0: fail(-15)})
     assert caught.value.exit_code == EXIT_USER
+    # Both met it, the second one earlier; what it alone met is told.
+    first = fail(EXIT_USER, "no such file", timestamp=2)
+    both = {1: fail(EXIT_USER, "no such file", timestamp=1), 0: first}
+    assert explain_failure(both) == EXIT_USER
+    with pytest.raises(UserError, match="process 1 of the run failed: another"):
+        explain_failure({1: fail(EXIT_USER, "another", timestamp=1), 0: first})
     # A traceback on standard error, and no word for the launcher.
     with pytest.raises(MachineError, match="exit code 3"):
         explain_failure({0: fail(3)})

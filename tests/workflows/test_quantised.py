@@ -1,10 +1,12 @@
 """Bases in 4 and 8 bits: every one of them trains, is scored, and is merged into what is told."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,6 +118,58 @@ def test_a_quantised_base_trains_and_merges(write_recipe, base_dir, ids, listene
     assert torch.equal(tensors[name], stored[name])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [k if k == "torchao_8bit" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
+def test_a_baseline_tells_how_its_base_was_quantised(
+    write_recipe, base_dir, tmp_path, listener, kind
+):
+    model = {"name_or_path": str(base_dir), **KINDS[kind]}
+    result = train(
+        write_recipe(model=model, adapter={"type": "lora"}, train={"learning_rate": 0.05})
+    )
+    # Away from its run, whose recipe knows; stock PEFT reads it without a word (a warning fails).
+    alone = tmp_path / "alone"
+    shutil.copytree(result.adapter_dir, alone)
+    assert read_quantization(alone) == kind
+    assert PeftConfig.from_pretrained(alone).peft_type == "LORA"
+    opened = open_target(alone, None, base=None)
+    assert find_kind(opened.model) == kind
+    assert fingerprint_target(opened.section, alone)["base_quantization"] == kind
+    told = {}
+    for name, dequantize in (("base", False), ("dequantized", True)):
+        merged = merge(alone, output=tmp_path / name, dequantize=dequantize, reporter=listener)
+        provenance = json.loads((merged.output_dir / "wegeft_merge.json").read_text())
+        assert (provenance["merged_weights"], provenance["base_quantization"]) == (name, kind)
+        assert provenance["logits_difference"] == merged.logits_difference
+        told[name] = merged.logits_difference
+    assert told["dequantized"]["mean"] < told["base"]["mean"]
+    if kind != "bitsandbytes_8bit":
+        assert told["dequantized"]["max"] < SAME_SUMS * told["dequantized"]["scale"]
+    plain = train(write_recipe("plain", adapter={"type": "lora"}))
+    assert read_quantization(plain.adapter_dir) is None
+    assert not (plain.adapter_dir / "wegeft_base.json").exists()
+
+
+def test_an_older_baseline_takes_its_runs_word(write_recipe, base_dir):
+    model = {"name_or_path": str(base_dir), **KINDS["torchao_8bit"]}
+    result = train(write_recipe(model=model, adapter={"type": "lora"}))
+    (result.adapter_dir / "wegeft_base.json").unlink()
+    merged = merge(result.run_dir)
+    assert merged.logits_difference["mean"] > 0
+    recipe = load_recipe(result.run_dir / "recipe.yaml").recipe
+    assert find_kind(open_target(result.run_dir, recipe, base=None).model) == "torchao_8bit"
+
+
+def test_a_damaged_record_is_told(write_recipe, base_dir):
+    adapter_dir = train(write_recipe(adapter={"type": "lora"})).adapter_dir
+    (adapter_dir / "wegeft_base.json").write_text('{"base_quantization": 4}')
+    with pytest.raises(UserError, match="must be a text, got 4") as caught:
+        open_target(adapter_dir, None, base=None)
+    assert caught.value.key == "base_quantization"
+
+
 def test_a_base_that_is_stored_in_4_bits(base_dir, tmp_path, ids, make_adapter):
     """It has no 16-bit weights: an adapter can only be merged into the dequantised ones."""
     stored = tmp_path / "stored"
@@ -187,7 +241,7 @@ def test_merged_with_others_it_is_told_in_any_order(base_dir, write_recipe, list
         told = json.loads((done.output_dir / "wegeft_merge.json").read_text())
         assert told["base_quantization"] == "bitsandbytes_4bit"
     assert len([text for text in listener.warnings if "bitsandbytes_4bit" in text]) == 2
-    with pytest.raises(UserError, match="only one WeGeFT adapter"):
+    with pytest.raises(UserError, match="only one adapter of a language model"):
         merge([dense, quantised], output=tmp_path / "no", dequantize=True)
     export(quantised, format="lora", output=tmp_path / "twin", reporter=listener)
     assert any("parity is measured on the 16-bit base" in text for text in listener.warnings)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.checkpoints.files import lock_folder
+from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.workflows import sweep as workflow
 from wegeft_cli.workflows.child import POLL_SECONDS, run_training

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wegeft_cli.checkpoints.files import lock_folder
+from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.checkpoints.resume import find_newest_checkpoint
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import MachineError, UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,16 @@ from wegeft_cli.checkpoints.files import (
     write_text_atomic,
 )
 from wegeft_cli.checkpoints.head import HEAD_NAME
-from wegeft_cli.checkpoints.links import check_inside
-from wegeft_cli.checkpoints.manifest import AdapterManifest
+from wegeft_cli.checkpoints.manifest import PEFT_TYPE, AdapterManifest
 from wegeft_cli.checkpoints.shards import TensorInfo, load_tensors, read_shard
 from wegeft_cli.checkpoints.strict_json import read_json, read_text_bytes, shorten
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.folders import check_links
+from wegeft_cli.folders import check_inside, check_links
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantised
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 
 _PHI = "base_model.wegeft_phi_"
@@ -299,19 +300,46 @@ def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
 
 
 def read_quantization(adapter_dir: Path) -> str | None:
-    """Tell how the base of a WeGeFT adapter was quantised while it was trained.
+    """Tell how an adapter's base was quantised while it was trained.
+
+    A WeGeFT adapter's `adapter_config.json` tells it. Of a baseline PEFT would warn of a key that
+    it does not know: a file of its own stands beside it, where the base was quantised.
 
     Args:
         adapter_dir: The folder that holds `adapter_config.json`.
 
     Returns:
-        What the file records, such as `bitsandbytes_4bit`; None for a base that was not.
+        What was recorded, such as `bitsandbytes_4bit`; None for a base that was not quantised, and
+        for a baseline from elsewhere.
 
     Raises:
-        UserError: If the file is missing or damaged.
+        UserError: If a file is missing or damaged.
     """
     path = adapter_dir / CONFIG_NAME
-    return AdapterManifest.from_json(read_text_bytes(path), file=str(path)).base_quantization
+    kind, *_ = read_adapter_type(adapter_dir)
+    if kind == PEFT_TYPE:
+        return AdapterManifest.from_json(read_text_bytes(path), file=str(path)).base_quantization
+    record = adapter_dir / BASE_NAME
+    if not record.is_file():
+        return None
+    values = read_json(record)
+    found = values.get("base_quantization") if isinstance(values, dict) else None
+    if not isinstance(found, str):
+        message = f"must be a text, got {shorten(found)}"
+        raise UserError(message, file=str(record), key="base_quantization")
+    return found
+
+
+def quantization_to_json(kind: str) -> str:
+    """Write how a baseline's base was quantised as the text of `wegeft_base.json`.
+
+    Args:
+        kind: As `read_quantization` gives it.
+
+    Returns:
+        The text.
+    """
+    return json.dumps({"base_quantization": kind}, indent=2) + "\n"
 
 
 def find_newest_run(runs_dir: Path) -> Path | None:

@@ -42,7 +42,7 @@ def describe_kind(kind: str) -> str:
     return f"a {kind} adapter"
 
 
-def refuse_foreign(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
+def refuse_method(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
     """Refuse an adapter of another method.
 
     Args:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.checkpoints.files import disk_errors
-from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.shards import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -28,6 +27,7 @@ from wegeft_cli.checkpoints.shards import (
 )
 from wegeft_cli.checkpoints.strict_json import read_json
 from wegeft_cli.errors import UserError
+from wegeft_cli.folders import check_inside
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -56,7 +56,10 @@ class TensorEdit(Protocol):
         ...
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Return the new values of `block`, rows `start_row` onwards, in float32 or float64."""
+        """Return the new values of `block`, rows `start_row` onwards, in float32 or float64.
+
+        `block` is the edit's own: it may be changed, and returned.
+        """
         ...
 
 

@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wegeft_cli.checkpoints.files import disk_errors
-from wegeft_cli.checkpoints.links import check_inside
 from wegeft_cli.checkpoints.strict_json import parse_json, read_json, shorten
 from wegeft_cli.errors import UserError
-from wegeft_cli.folders import check_links, is_shard_name
+from wegeft_cli.folders import check_inside, check_links, is_shard_name
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -1,17 +1,22 @@
-"""What `generate` and `chat` share: the options that choose tokens, and text as it is written."""
+"""What `generate` and `chat` share: the options by which they ask, and text as it is written."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from wegeft_cli.cli.console import get_console
+from wegeft_cli.cli.options import BaseOption
 from wegeft_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from wegeft_cli.evaluation.sampling import Decoding
+    from wegeft_cli.evaluation.decoding import Decoding
 
 SystemOption = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
@@ -63,67 +68,108 @@ StopOption = Annotated[
 ]
 
 
-def read_decoding(
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
-    stop: list[str] | None,
-) -> Decoding:
-    """Make the choice of tokens out of what was typed: greedy, unless something asks for a draw.
+@dataclass(frozen=True)
+class AskOptions:
+    """In which form a model is asked, and how its tokens are chosen; as typed."""
 
-    Args:
-        temperature: 0 is greedy.
-        top_k: As typed, or None.
-        top_p: As typed, or None.
-        min_p: As typed, or None.
-        repetition_penalty: 1 is none.
-        stop: Stopping texts; a typed backslash with n or t in them is a line's end or a tabulator.
+    template: TemplateOption = None
+    raw: RawOption = False
+    system: SystemOption = None
+    temperature: TemperatureOption = None
+    top_p: TopPOption = None
+    top_k: TopKOption = None
+    min_p: MinPOption = None
+    repetition_penalty: PenaltyOption = 1.0
+    seed: SeedOption = 0
+    max_new_tokens: LengthOption = None
+    stop: StopOption = None
+    base: BaseOption = None
 
-    Returns:
-        The choice.
+    def read_decoding(self) -> Decoding:
+        """Make the choice of tokens: greedy, unless something asks for a draw.
 
-    Raises:
-        UserError: If a draw is asked for and refused at the same time.
-    """
-    from wegeft_cli.evaluation.sampling import Decoding
+        A typed backslash with n or t in a stop text is a line's end or a tabulator. The length is
+        left to the workflow, which knows the model.
 
-    draws = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = {name: value for name, value in draws.items() if value is not None}
-    if temperature == 0 and given:
-        name = next(iter(given)).replace("_", "-")
-        raise UserError(
-            f"--{name} narrows a draw, and at temperature 0 nothing is drawn",
-            key="--temperature",
-            hint="leave out one of the two",
+        Returns:
+            The choice.
+
+        Raises:
+            UserError: If a draw is asked for and refused at the same time, or a value is out of
+                range.
+            ExceptionGroup: If several are.
+        """
+        from wegeft_cli.workflows.generate import GREEDY
+
+        draws = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        given: dict[str, Any] = {name: value for name, value in draws.items() if value is not None}
+        temperature = self.temperature
+        if temperature == 0 and given:
+            name = next(iter(given)).replace("_", "-")
+            raise UserError(
+                f"--{name} narrows a draw, and at temperature 0 nothing is drawn",
+                key="--temperature",
+                hint="leave out one of the two",
+            )
+        if temperature is None:
+            temperature = 1.0 if given else 0.0
+        return replace(
+            GREEDY,
+            temperature=temperature,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop or ()),
+            seed=self.seed,
+            **given,
         )
-    stops = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in stop or ())
-    return Decoding(
-        do_sample=bool(given) or bool(temperature),
-        temperature=temperature or 1.0,
-        repetition_penalty=repetition_penalty,
-        stop=stops,
-        **given,  # type: ignore[arg-type]
-    )
+
+    def read_template(self) -> str | None:
+        """Join the two options for one thing.
+
+        Returns:
+            The template's name, or None.
+
+        Raises:
+            UserError: If both were given.
+        """
+        if not self.raw:
+            return self.template
+        if self.template not in (None, "plain"):
+            raise UserError("contradicts --template", key="--raw", hint="leave out one of the two")
+        return "plain"
 
 
-def read_template(template: str | None, raw: bool) -> str | None:
-    """Join the two options for one thing.
+def takes_ask_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take each of `AskOptions` by itself, in the place of its parameter `asking`.
+
+    Typer reads a command's options off its signature, and has no way to share a list of them.
 
     Args:
-        template: As typed.
-        raw: Whether `--raw` was given.
+        command: With a keyword-only parameter `asking`.
 
     Returns:
-        The template's name, or None.
-
-    Raises:
-        UserError: If both were given.
+        The command as Typer is to see it.
     """
-    if raw and template not in (None, "plain"):
-        raise UserError("contradicts --template", key="--raw", hint="leave out one of the two")
-    return "plain" if raw else template
+
+    @wraps(command)
+    def run(*words: Any, **given: Any) -> None:
+        typed = {each.name: given.pop(each.name) for each in fields(AskOptions)}
+        command(*words, asking=AskOptions(**typed), **given)
+
+    hints = get_type_hints(AskOptions, include_extras=True)
+    spread = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields(AskOptions)
+    ]
+    own = inspect.signature(command, eval_str=True).parameters
+    seen = [part for name in own for part in (spread if name == "asking" else [own[name]])]
+    run.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
+    run.__annotations__ = {part.name: part.annotation for part in seen}
+    return run
 
 
 def write_piece(text: str) -> None:

@@ -4,57 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wegeft_cli.cli.asking import (
-    LengthOption,
-    MinPOption,
-    PenaltyOption,
-    RawOption,
-    SeedOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TemplateOption,
-    TopKOption,
-    TopPOption,
-    is_piped,
-    read_decoding,
-    read_template,
-)
+from wegeft_cli.cli.asking import AskOptions, is_piped, takes_ask_options
 from wegeft_cli.cli.console import note, warn
-from wegeft_cli.cli.options import BaseOption, TargetArgument
+from wegeft_cli.cli.options import TargetArgument
 
 if TYPE_CHECKING:
     from wegeft_cli.workflows.conversation import Conversation
 
 
-def chat(
-    target: TargetArgument = None,
-    template: TemplateOption = None,
-    raw: RawOption = False,
-    system: SystemOption = None,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = 0,
-    max_new_tokens: LengthOption = None,
-    stop: StopOption = None,
-    base: BaseOption = None,
-) -> None:
+@takes_ask_options
+def chat(target: TargetArgument = None, *, asking: AskOptions) -> None:
     """Talk with a model; /adapter off, on or both compares it with its base, /help tells more."""
     from wegeft_cli.cli.talk import Talk
     from wegeft_cli.workflows.conversation import open_conversation
 
-    decoding = read_decoding(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     conversation = open_conversation(
         target,
-        template=read_template(template, raw),
-        system=system,
-        decoding=decoding,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        base=base,
+        template=asking.read_template(),
+        system=asking.system,
+        decoding=asking.read_decoding(),
+        max_new_tokens=asking.max_new_tokens,
+        base=asking.base,
         warn=warn,
     )
     _greet(conversation)

@@ -23,7 +23,7 @@ from wegeft_cli.cli.options import (
     DataDirOption,
     JsonOption,
     LimitOption,
-    TargetArgument,
+    TargetsArgument,
 )
 from wegeft_cli.cli.scores import print_scores, print_tasks
 from wegeft_cli.errors import UserError
@@ -31,7 +31,7 @@ from wegeft_cli.errors import UserError
 
 def evaluate(
     context: typer.Context,
-    target: TargetArgument = None,
+    target: TargetsArgument = None,
     task: Annotated[
         list[str] | None,
         typer.Option(

@@ -8,29 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from wegeft_cli.cli.asking import (
-    LengthOption,
-    MinPOption,
-    PenaltyOption,
-    RawOption,
-    SeedOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TemplateOption,
-    TopKOption,
-    TopPOption,
+    AskOptions,
     is_piped,
     make_harmless,
-    read_decoding,
-    read_template,
+    takes_ask_options,
     write_piece,
 )
 from wegeft_cli.cli.console import RichReporter, get_console, note, print_json, show
-from wegeft_cli.cli.options import BaseOption, JsonOption, TargetArgument
-
-_TITLES = {"base": "base", "tuned": "tuned"}
+from wegeft_cli.cli.options import JsonOption, TargetArgument
 
 
+@takes_ask_options
 def generate(
     target: TargetArgument = None,
     prompt: Annotated[
@@ -57,29 +45,19 @@ def generate(
             "--output", "-o", metavar="FILE", help="Write the answers as JSONL, one a line."
         ),
     ] = None,
-    template: TemplateOption = None,
-    raw: RawOption = False,
-    system: SystemOption = None,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = 0,
+    *,
+    asking: AskOptions,
     num_samples: Annotated[
         int,
         typer.Option("--num-samples", "-n", metavar="N", min=1, help="Answers to each prompt."),
     ] = 1,
-    max_new_tokens: LengthOption = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", metavar="N", min=1, help="Prompts at a time."),
     ] = None,
-    stop: StopOption = None,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Let the base answer too, side by side.")
     ] = False,
-    base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let a model answer; greedy, unless a temperature or another draw is asked for."""
@@ -87,7 +65,6 @@ def generate(
 
     if not prompt and file is None and is_piped():
         file = "-"
-    decoding = read_decoding(temperature, top_k, top_p, min_p, repetition_penalty, stop)
     quiet = as_json or output is not None
     stream = None if quiet else _Stream(compare_base)
     result = run(
@@ -95,15 +72,14 @@ def generate(
         prompts=prompt or [],
         file=file,
         limit=limit,
-        template=read_template(template, raw),
-        system=system,
-        decoding=decoding,
-        seed=seed,
+        template=asking.read_template(),
+        system=asking.system,
+        decoding=asking.read_decoding(),
         num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=asking.max_new_tokens,
         batch_size=batch_size,
         compare_base=compare_base,
-        base=base,
+        base=asking.base,
         output=output,
         reporter=RichReporter(),
         on_text=stream,
@@ -130,7 +106,7 @@ class _Stream:
             if self.who is not None:
                 show("\n")
             if self.has_titles:
-                show(_TITLES[who], style="bold")
+                show(who, style="bold")
             self.who = who
             piece = piece.lstrip() or piece
         write_piece(piece)
@@ -185,5 +161,6 @@ def _tell_settings(settings: dict[str, Any]) -> str:
     if not settings["do_sample"]:
         return "greedy"
     shown = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    parts = [f"{key} {settings[key]:g}" for key, off in shown.items() if settings[key] != off]
+    values = {key: settings.get(key, off) for key, off in shown.items()}
+    parts = [f"{key} {value:g}" for key, value in values.items() if value != shown[key]]
     return "drawn" + (f" ({', '.join(parts)})" if parts else "")

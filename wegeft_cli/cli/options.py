@@ -33,6 +33,14 @@ TargetArgument = Annotated[
         help="An adapter, run or model folder, or a hub id; left out: the newest finished run.",
     ),
 ]
+TargetsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TARGET",
+        help="An adapter, run or model folder, or a hub id; left out: the newest finished run; for "
+        "--task glue, fgvc or vtab a run of each set.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]

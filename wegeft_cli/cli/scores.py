@@ -39,6 +39,9 @@ def print_scores(result: Mapping[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        if parts := mean.get("parts"):
+            each = ", ".join(f"{part} {score:.1%}" for part, score in parts.items())
+            show(f"  {each}; mean of all tasks {mean['mean_of_tasks']:.1%}", highlight=False)
     for row in rows:
         _show_classes(row)
     if result.get("samples_path"):
@@ -113,6 +116,10 @@ def print_comparison(result: Mapping[str, Any]) -> None:
             "p": [f"{task['p_value']:.2g}" for task in told],
         }
         _show_table(columns, drop=("95 % interval", "protocol"))
+    if left := result["not_compared"]:
+        names = ", ".join(f"{task} ({protocol})" for task, protocol in left)
+        why = "not compared, since answers are neither right nor wrong"
+        show(f"{why}: {names}", highlight=False, soft_wrap=True)
     for side in ("a", "b"):
         if left := result[f"only_in_{side}"]:
             names = ", ".join(f"{task} ({protocol})" for task, protocol in left)
@@ -158,8 +165,9 @@ def print_tasks(listing: Mapping[str, Any], as_json: bool) -> None:
                 show(f"[bold]{task['name']}[/]  {told}", highlight=False, soft_wrap=True)
     show("\n[bold]groups[/] (the score is the unweighted mean of the tasks')", highlight=False)
     for group in listing["groups"]:
-        members = ", ".join(group["tasks"]) or "not in this version"
-        show(f"[bold]{group['name']}[/]  {members}", highlight=False, soft_wrap=True)
+        how = "; --task NAME RUN RUN ...: a run of each" if group.get("of_runs") else ""
+        told = f"[bold]{group['name']}[/]  {', '.join(group['tasks'])}{how}"
+        show(told, highlight=False, soft_wrap=True)
     show("\n[bold]protocols[/] (scores of two of them are never comparable)", highlight=False)
     for protocol in listing["protocols"]:
         show(
@@ -195,6 +203,8 @@ def _gain(before: float | None, after: float | None) -> str:
     return "-" if before is None or after is None else f"{100 * (after - before):+.1f}"
 
 
-def _interval(bounds: Sequence[float], *, sign: str = "") -> str:
+def _interval(bounds: Sequence[float] | None, *, sign: str = "") -> str:
+    if bounds is None:  # of what is no share of rows
+        return "-"
     low, high = (f"{100 * bound:{sign}.1f}" for bound in bounds)
     return f"{low} to {high}" if sign else f"{low}-{high}"

@@ -112,7 +112,7 @@ def train(
         resume = resume or "auto"
 
     def tell_stop() -> None:
-        note("stopping: the step under way is finished and saved (Ctrl-C again leaves at once)")
+        note("stopping: saving after the pass under way (Ctrl-C again leaves at once)")
 
     with StopRequest(tell_stop) as should_stop:
         from wegeft_cli.workflows.train import train as run

@@ -12,6 +12,8 @@ from wegeft_cli.data.templates import CHAT, is_template_file, template_hash
 from wegeft_cli.data.turns import ApplyChatTemplate
 from wegeft_cli.errors import UserError
 
+_MARK = "answer"
+
 
 class Template(NamedTuple):
     """A template ready to use.
@@ -64,6 +66,31 @@ def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Templa
         # Of named templates each row takes its own: those with tools `tool_use`.
         shown = json.dumps(shown, sort_keys=True)
     return Template(name, template_hash(shown), _build_chat_renderer(tokenizer, text, name), shown)
+
+
+def find_turn_ends(template: Template, tokenizer: Any) -> list[int]:
+    """Find what a chat template closes the assistant's turn with.
+
+    Some tokenizers name another token as their end of text: Gemma's turns end in `<end_of_turn>`,
+    Llama 3's in `<|eot_id|>`.
+
+    Args:
+        template: A template; one that writes no conversations has no turns.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The special token behind the answer, if there is one.
+    """
+    if template.apply is None:
+        return []
+    asked = {"role": "user", "content": "question"}
+    try:
+        text = template.apply([asked, {"role": "assistant", "content": _MARK}], False)
+    except UserError:
+        return []
+    tail = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return [token for token in tail[:1] if token in added and added[token].special]
 
 
 def _read_template(name: str, recipe_dir: Path | None) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from wegeft_cli.data.chat import build_template
-from wegeft_cli.data.templates import CHAT
-from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.chat_prompts import write_chat_prompts
 from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.generate import Generations, Written, generate_texts
+from wegeft_cli.evaluation.generate import generate_texts
 from wegeft_cli.evaluation.rules import EvalProtocol, with_length
 from wegeft_cli.evaluation.scoring import TaskScore, score_outputs
 from wegeft_cli.evaluation.tasks import TaskData
+from wegeft_cli.evaluation.written import Generations, Written
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Questions:
         decoding: How answers are written.
         template_hash: Of the prompt's template.
         add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
+        turn_ends: Tokens that end the model's turn in its chat template.
     """
 
     data: TaskData
@@ -35,6 +35,7 @@ class Questions:
     decoding: Decoding
     template_hash: str
     add_special_tokens: bool
+    turn_ends: Sequence[int] = ()
 
     @staticmethod
     def build(
@@ -58,25 +59,16 @@ class Questions:
         prompts = {row.index: protocol.prompt(task, row) for row in data.rows}
         template_hash = protocol.template_hash(task)
         is_chat = protocol.rule(task).is_chat
+        turn_ends: list[int] = []
         if is_chat:
-            try:
-                chat = build_template(CHAT, tokenizer, None)
-            except UserError as fault:
-                raise UserError(
-                    fault.message,
-                    key="protocol",
-                    hint=f"`{protocol.name}` asks in the model's own chat template: use an "
-                    "instruction-tuned model, or another protocol such as "
-                    f"`{task.default_protocol}`",
-                ) from fault
-            assert chat.apply is not None
-            prompts = {
-                index: chat.apply([{"role": "user", "content": text}], True)
-                for index, text in prompts.items()
-            }
-            template_hash = chat.digest
+            prompts, template_hash, turn_ends = write_chat_prompts(
+                tokenizer,
+                {index: [{"role": "user", "content": text}] for index, text in prompts.items()},
+                protocol=protocol.name,
+                other=task.default_protocol,
+            )
         decoding = with_length(protocol.decoding(task), max_new_tokens)
-        return Questions(data, protocol, prompts, decoding, template_hash, not is_chat)
+        return Questions(data, protocol, prompts, decoding, template_hash, not is_chat, turn_ends)
 
 
 def ask_questions(
@@ -122,6 +114,7 @@ def ask_questions(
         decoding=questions.decoding,
         numbers=asked,
         add_special_tokens=questions.add_special_tokens,
+        turn_ends=questions.turn_ends,
         on_progress=on_progress,
         on_written=keep,
     )

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from wegeft_cli.data.chat import build_template
+from wegeft_cli.data.chat import build_template, find_turn_ends
 from wegeft_cli.data.templates import CHAT
 from wegeft_cli.errors import UserError
 
 Turns = Sequence[Mapping[str, str]]
 """Messages with role and content, the user's last."""
+
+
+class ChatPrompts(NamedTuple):
+    """Prompts in a chat template.
+
+    They hold the special tokens: encode them with `add_special_tokens` off.
+    """
+
+    texts: dict[int, str]
+    """By the conversations' numbers."""
+    template_hash: str
+    turn_ends: list[int]
+    """Tokens that end the model's turn."""
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -20,10 +33,8 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def write_chat_prompts(
     tokenizer: Any, conversations: Mapping[int, Turns], *, protocol: str, other: str
-) -> tuple[dict[int, str], str]:
+) -> ChatPrompts:
     """Write conversations as the model was taught to read them, up to where it answers.
-
-    The texts hold the special tokens: encode them with `add_special_tokens` off.
 
     Args:
         tokenizer: Holds the chat template.
@@ -32,7 +43,7 @@ def write_chat_prompts(
         other: Which protocol asks otherwise, for its hint.
 
     Returns:
-        The prompts by the same numbers, and the template's hash.
+        The prompts.
 
     Raises:
         UserError: If there is no chat template, or it refuses a conversation.
@@ -47,8 +58,8 @@ def write_chat_prompts(
             f"model, or the protocol `{other}`",
         ) from fault
     assert chat.apply is not None
-    prompts = {
+    texts = {
         number: chat.apply([dict(turn) for turn in turns], True)
         for number, turns in conversations.items()
     }
-    return prompts, chat.digest
+    return ChatPrompts(texts, chat.digest, find_turn_ends(chat, tokenizer))

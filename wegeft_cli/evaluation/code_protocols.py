@@ -160,7 +160,16 @@ _ALL = (
         Decoding(512, temperature=0.8, top_p=0.95, max_prompt_tokens=_LORA_GA_SOURCE_TOKENS),
         1,
         normalise_lora_ga,
-        fixed="lora_ga_fixed",
+        fixed="lora_pro_fixed",
+    ),
+    CodeProtocol(
+        "lora_pro_fixed",
+        "lora_ga_fixed with one sample: the prompt as it was trained, the first block of code "
+        "taken as it is.",
+        _LORA_GA,
+        Decoding(512, temperature=0.8, top_p=0.95),
+        1,
+        first_block,
     ),
     CodeProtocol(
         "chat",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import (
     LogitsProcessor,
+    MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -33,7 +34,7 @@ class RowWise(LogitsProcessor):
     the only one with a finite score, so that taking the likeliest takes it.
 
     Args:
-        decoding: Temperature, top-p, top-k, penalties and seed.
+        decoding: Temperature, top-k, top-p, min-p, penalties and seed.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -55,6 +56,8 @@ class RowWise(LogitsProcessor):
                 self._warpers.append(TopKLogitsWarper(decoding.top_k))
             if decoding.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(decoding.top_p))
+            if decoding.min_p:
+                self._warpers.append(MinPLogitsWarper(decoding.min_p))
 
     @property
     def is_needed(self) -> bool:

@@ -4,57 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.rounds import Writer, find_stop
-
-
-@dataclass(frozen=True)
-class Written:
-    """One answer."""
-
-    text: str
-    """Prompt and new tokens decoded together, without special tokens."""
-    new_text: str
-    """The new tokens alone, without special tokens."""
-    new_ids: list[int]
-    """The new tokens, up to and with the first end-of-text token."""
-    is_truncated: bool = False
-    """Whether the prompt lost tokens."""
-
-
-@dataclass(frozen=True)
-class Generations:
-    """What a model wrote, in the order of the prompts."""
-
-    written: list[Written]
-    settings: dict[str, Any]
-    """All that the texts depend on besides model and prompts, as JSON values."""
-
-    @property
-    def texts(self) -> list[str]:
-        """Prompt and new tokens decoded together, without special tokens."""
-        return [one.text for one in self.written]
-
-    @property
-    def new_texts(self) -> list[str]:
-        """The new tokens alone, without special tokens."""
-        return [one.new_text for one in self.written]
-
-    @property
-    def new_ids(self) -> list[list[int]]:
-        """The new tokens, up to and with the first end-of-text token."""
-        return [one.new_ids for one in self.written]
-
-    @property
-    def num_new_tokens(self) -> int:
-        """Tokens written, over all prompts."""
-        return sum(len(ids) for ids in self.new_ids)
+from wegeft_cli.evaluation.ends import find_end_ids
+from wegeft_cli.evaluation.reading import Reading
+from wegeft_cli.evaluation.rounds import Writer
+from wegeft_cli.evaluation.streaming import TextStream
+from wegeft_cli.evaluation.written import Generations, Written, decode_answer
 
 
 def generate_texts(
@@ -67,8 +27,11 @@ def generate_texts(
     decoding: Decoding | None = None,
     numbers: Sequence[int] | None = None,
     add_special_tokens: bool = True,
+    turn_ends: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
     on_written: Callable[[Mapping[int, Written]], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    reading: Reading | None = None,
 ) -> Generations:
     """Continue the prompts; each text is what its prompt alone would give.
 
@@ -92,8 +55,14 @@ def generate_texts(
             the prompts. Two answers to one prompt need two numbers.
         add_special_tokens: Encode them with the special tokens that the tokenizer adds by itself;
             off for what a chat template wrote, which holds them already.
+        turn_ends: Tokens that end a turn in the template that wrote the prompts; they end an
+            answer besides the tokenizer's end of text and those of the model's generation config.
         on_progress: Called with (prompts done, prompts in all) whenever some are done.
         on_written: Called with answers as they come: place of the prompt -> answer.
+        on_text: Takes the text of a single prompt piece by piece, as it is written.
+        reading: What this same model has read before, of which a single prompt may be the
+            continuation; what it reads now is left there. Nothing is kept where the model's cache
+            does not hold every position.
 
     Returns:
         The texts and the resolved settings.
@@ -108,20 +77,29 @@ def generate_texts(
         decoding = Decoding(max_new_tokens)
     if batch_size < 1:
         raise UserError(f"{batch_size} is too small", key="batch_size", hint="give 1 or more")
+    if len(prompts) != 1 and (on_text is not None or reading is not None):
+        raise ValueError(f"{len(prompts)} prompts: one at a time is streamed, or goes on")
     encoded = []
     if prompts:
         told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
         encoded = [list(ids) for ids in told["input_ids"]]
     prompt_ids, truncated = fit_context(model, tokenizer, encoded, decoding)
-    config = _build_config(model, tokenizer, decoding)
+    end_ids = find_end_ids(model, tokenizer, decoding, turn_ends)
+    config = _build_config(tokenizer, decoding, end_ids)
+    stream = None if on_text is None else TextStream(tokenizer, decoding.stop, on_text)
     written: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
-    writer = Writer(model, tokenizer, config, decoding, prompt_ids, numbers)
+    writer = Writer(model, tokenizer, config, decoding, prompt_ids, numbers, stream, reading)
     with _generating(model, config):
         for ended in writer.run(order, batch_size):
             answers = {
                 index: decode_answer(
-                    tokenizer, prompt_ids[index], ids, decoding.stop, truncated[index]
+                    tokenizer,
+                    prompt_ids[index],
+                    ids,
+                    decoding.stop,
+                    is_truncated=truncated[index],
+                    has_ended=ids[-1] in end_ids,
                 )
                 for index, ids in ended.items()
             }
@@ -130,6 +108,8 @@ def generate_texts(
                 on_written(answers)
             if on_progress is not None:
                 on_progress(len(written), len(prompts))
+    if stream is not None:
+        stream.finish(written[0].new_text)
     return Generations(
         [written[index] for index in range(len(prompts))],
         {
@@ -142,33 +122,6 @@ def generate_texts(
             "num_truncated_prompts": sum(truncated),
         },
     )
-
-
-def decode_answer(
-    tokenizer: Any, prompt: list[int], ids: list[int], stop: Sequence[str], is_truncated: bool
-) -> Written:
-    """An answer as text, cut before the first stop text.
-
-    Args:
-        tokenizer: Decodes.
-        prompt: The prompt's tokens.
-        ids: The new tokens.
-        stop: Stop texts.
-        is_truncated: Whether the prompt lost tokens.
-
-    Returns:
-        The answer; its tokens are those up to which the stop text first stood there.
-    """
-    text = tokenizer.decode(prompt + ids, skip_special_tokens=True)
-    new_text = tokenizer.decode(ids, skip_special_tokens=True)
-    start = find_stop(new_text, stop)
-    if start >= 0:
-        # Where in a round the text came must not show in the tokens.
-        while find_stop(tokenizer.decode(ids[:-1], skip_special_tokens=True), stop) >= 0:
-            ids = ids[:-1]
-        new_text = new_text[:start]
-        text = tokenizer.decode(prompt, skip_special_tokens=True) + new_text
-    return Written(text, new_text, ids, is_truncated)
 
 
 def fit_context(
@@ -192,7 +145,7 @@ def fit_context(
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")
     fitted = [ids[: decoding.max_prompt_tokens] for ids in encoded]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = find_context(model)
     if context is not None:
         room = context - decoding.max_new_tokens
         if room < 1:
@@ -209,27 +162,28 @@ def fit_context(
     return fitted, [len(ids) < len(whole) for ids, whole in zip(fitted, encoded, strict=True)]
 
 
+def find_context(model: Any) -> int | None:
+    """How many tokens a model reads, answer included; None where nothing bounds them."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _cut_left(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:
     if ids[0] == bos_token_id and room > 1:
         return [ids[0], *ids[-(room - 1) :]]
     return ids[-room:]
 
 
-def _build_config(model: Any, tokenizer: Any, decoding: Decoding) -> GenerationConfig:
+def _build_config(tokenizer: Any, decoding: Decoding, end_ids: list[int]) -> GenerationConfig:
     """Nothing is left open that a model's own config could fill; draws are made in `RowWise`."""
-    eos_token_id = tokenizer.eos_token_id
-    if eos_token_id is None:
-        eos_token_id = model.generation_config.eos_token_id
-    eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
         # For padding only, which the attention mask hides: any token that exists would do.
-        pad_token_id = eos_ids[0] if eos_ids[0] is not None else 0
+        pad_token_id = end_ids[0] if end_ids else 0
     return GenerationConfig(
         do_sample=False,
         num_beams=decoding.num_beams,
         max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=None if eos_token_id is None else eos_ids,
+        eos_token_id=end_ids or None,
         pad_token_id=pad_token_id,
         use_cache=True,
         return_dict_in_generate=True,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from wegeft_cli.errors import UserError
+from typing import Any
 
 MEAN = "unweighted mean of the tasks' scores"
 
@@ -35,9 +34,6 @@ GROUPS: Mapping[str, Group] = {
             ("gsm8k", "aqua", "mawps", "svamp"),
             "the four sets that WeGeFT reports after Math10k, none of which leaks",
         ),
-        # Names that are kept for tasks which this version does not have.
-        Group("glue", (), "GLUE"),
-        Group("vision", (), "FGVC and VTAB-1k"),
     )
 }
 
@@ -50,29 +46,15 @@ def expand_groups(names: Sequence[str]) -> list[str]:
 
     Returns:
         Names that are no group's.
-
-    Raises:
-        UserError: If a group has no tasks in this version.
     """
     expanded: list[str] = []
     for name in names:
         group = GROUPS.get(name.lower())
-        if group is None:
-            expanded.append(name)
-        elif group.members:
-            expanded.extend(group.members)
-        else:
-            raise UserError(
-                f"the group `{group.name}` has no tasks in this version",
-                key="task",
-                hint="`wegeft eval --list` shows what there is",
-            )
+        expanded.extend([name] if group is None else group.members)
     return list(dict.fromkeys(expanded))
 
 
-def group_means(
-    names: Sequence[str], scores: Mapping[str, float | None]
-) -> list[dict[str, object]]:
+def group_means(names: Sequence[str], scores: Mapping[str, float | None]) -> list[dict[str, Any]]:
     """The mean of each group that was asked for and is complete.
 
     Args:
@@ -83,7 +65,7 @@ def group_means(
         Dicts of group, score, num_tasks, tasks, aggregate. Every task weighs the same, whatever
         its number of rows.
     """
-    means: list[dict[str, object]] = []
+    means: list[dict[str, Any]] = []
     for name in dict.fromkeys(name.lower() for name in names):
         group = GROUPS.get(name)
         if group is None:

@@ -1,21 +1,18 @@
 """MT-Bench: 80 questions of two turns, rated by a judge from 1 to 10 (Zheng et al. 2023).
 
-Files are those of FastChat's `llm_judge`: `question.jsonl`, `reference_answer/gpt-4.jsonl`,
-`judge_prompts.jsonl`, model answers and judgments in single-answer grading.
+Questions and answers, in the files of FastChat's `llm_judge`; `mt_bench_judging` has the ratings.
 """
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.judging import JudgeRequest
 from wegeft_cli.evaluation.rows import (
     PlacedRow,
     raise_faults,
@@ -43,19 +40,7 @@ MAX_NEW_TOKENS = 1024
 NUM_TURNS = 2
 FOLDER = "mt_bench"
 
-_WITH_REFERENCE = frozenset({"math", "reasoning", "coding"})
-_JUDGE_MAX_TOKENS = 2048
-_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-_RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
-_NO_RATING = -1
-_PROMPTS = {
-    # (turn, with a reference answer) -> name in judge_prompts.jsonl
-    (1, False): "single-v1",
-    (1, True): "single-math-v1",
-    (2, False): "single-v1-multi-turn",
-    (2, True): "single-math-v1-multi-turn",
-}
-_SOURCE = "from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
+SOURCE = "from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
 
 
 @dataclass(frozen=True)
@@ -84,16 +69,6 @@ class Questions:
     num_rows: int
 
 
-@dataclass(frozen=True)
-class JudgeFiles:
-    """What the judge is shown besides the answers."""
-
-    prompts: Mapping[str, tuple[str, str]]
-    """Name -> system prompt and template."""
-    references: Mapping[int, tuple[str, str]] = field(default_factory=dict)
-    """Question id -> reference answers to both turns."""
-
-
 def load_questions(data_dir: Path | None, limit: int | None) -> Questions:
     """The questions of `<data-dir>/mt_bench/question.jsonl`.
 
@@ -108,7 +83,7 @@ def load_questions(data_dir: Path | None, limit: int | None) -> Questions:
         UserError: If the file is missing or damaged; each row is named.
         ExceptionGroup: If there are several such faults.
     """
-    path = _find(data_dir, "question.jsonl")
+    path = find_file(data_dir, "question.jsonl")
     rows, sha256 = read_json_rows(path)
     questions: list[Question] = []
     faults: list[UserError] = []
@@ -130,50 +105,8 @@ def load_questions(data_dir: Path | None, limit: int | None) -> Questions:
             questions.append(Question(index, number, category, (turns[0], turns[1])))
     raise_faults(faults)
     if not questions:
-        raise UserError("MT-Bench has no questions here", file=str(path), hint=_SOURCE)
+        raise UserError("MT-Bench has no questions here", file=str(path), hint=SOURCE)
     return Questions(questions[:limit], sha256, str(path), len(questions))
-
-
-def load_judge_files(data_dir: Path | None, questions: Questions) -> JudgeFiles:
-    """The judge's prompts and the reference answers that it is shown.
-
-    Args:
-        data_dir: Folder with test sets.
-        questions: Those that will be judged.
-
-    Returns:
-        Both.
-
-    Raises:
-        UserError: If a file is missing or damaged, or lacks what a question needs.
-        ExceptionGroup: If there are several such faults.
-    """
-    path = _find(data_dir, "judge_prompts.jsonl")
-    rows, _ = read_json_rows(path)
-    prompts = {
-        str(row.value.get("name")): (
-            str(row.value.get("system_prompt")),
-            str(row.value.get("prompt_template")),
-        )
-        for row in rows
-    }
-    faults = [
-        UserError(f"no prompt is called `{name}`", file=str(path), hint=_SOURCE)
-        for name in _PROMPTS.values()
-        if name not in prompts
-    ]
-    references: dict[int, tuple[str, str]] = {}
-    needed = [row.question_id for row in questions.rows if row.category in _WITH_REFERENCE]
-    if needed:
-        path = _find(data_dir, "reference_answer/gpt-4.jsonl")
-        references = {number: turns for number, turns, _ in _read_answers(path, faults)}
-        faults += [
-            UserError(f"no reference answer to question {number}", file=str(path), hint=_SOURCE)
-            for number in needed
-            if number not in references
-        ]
-    raise_faults(faults)
-    return JudgeFiles(prompts, references)
 
 
 def answer_rows(
@@ -218,7 +151,7 @@ def read_answers(path: Path, questions: Questions) -> dict[int, tuple[str, str]]
     faults: list[UserError] = []
     indices = {question.question_id: question.index for question in questions.rows}
     answers: dict[int, tuple[str, str]] = {}
-    for number, turns, place in _read_answers(path, faults):
+    for number, turns, place in read_answer_rows(path, faults):
         if number in indices and indices[number] in answers:
             faults.append(UserError(f"question {number} is answered twice", file=place))
         elif number in indices:
@@ -253,168 +186,16 @@ def alpaca_conversation(messages: Sequence[Mapping[str, str]], eos: str) -> str:
     return text + "### Response:"
 
 
-def judge_requests(
-    questions: Questions, answers: Mapping[int, tuple[str, str]], files: JudgeFiles
-) -> list[JudgeRequest]:
-    """What the judge is asked: each answer by itself, at temperature 0.
+def read_answer_rows(path: Path, faults: list[UserError]) -> list[tuple[int, tuple[str, str], str]]:
+    """Read answers of whatever questions, a model's or the reference's.
 
     Args:
-        questions: What was asked.
-        answers: Question index -> the answers to both turns.
-        files: The prompts and reference answers.
+        path: FastChat's model answers.
+        faults: What is wrong with the lines is added to it.
 
     Returns:
-        Two requests a question, numbered 2 * index + turn - 1.
+        Question id, both answers, and place, of every row that is none of the faults.
     """
-    requests = []
-    for question in questions.rows:
-        first, second = answers[question.index]
-        reference = None
-        if question.category in _WITH_REFERENCE:
-            reference = files.references[question.question_id]
-        values = {
-            "question": question.turns[0],
-            "answer": first,
-            "question_1": question.turns[0],
-            "question_2": question.turns[1],
-            "answer_1": first,
-            "answer_2": second,
-        }
-        if reference is not None:
-            values |= {"ref_answer_1": reference[0], "ref_answer_2": reference[1]}
-        for turn in (1, 2):
-            name = _PROMPTS[turn, reference is not None]
-            system, template = files.prompts[name]
-            text = template.format(**values)
-            requests.append(
-                JudgeRequest(
-                    NUM_TURNS * question.index + turn - 1,
-                    ({"role": "system", "content": system}, {"role": "user", "content": text}),
-                    temperature=0.0,
-                    max_tokens=_JUDGE_MAX_TOKENS,
-                    context={"question_id": question.question_id, "turn": turn, "prompt": name},
-                )
-            )
-    return requests
-
-
-def read_rating(judgment: str) -> float:
-    """The rating in a judge's words: the first `[[n]]`, else the first `[n]`, else -1."""
-    match = _RATING.search(judgment) or _RATING_BACKUP.search(judgment)
-    return float(match.group(1)) if match else float(_NO_RATING)
-
-
-def judgment_rows(
-    requests: Sequence[JudgeRequest], words: Mapping[int, str], model_id: str, judge: str
-) -> list[dict[str, Any]]:
-    """The verdicts as rows of FastChat's `model_judgment/<judge>_single.jsonl`.
-
-    Args:
-        requests: What was asked.
-        words: Number -> what the judge said.
-        model_id: The judged model's name.
-        judge: The judge's name.
-
-    Returns:
-        One row a turn of a question.
-    """
-    return [
-        {
-            "question_id": request.context["question_id"],
-            "model": model_id,
-            "judge": [judge, request.context["prompt"]],
-            "user_prompt": request.messages[-1]["content"],
-            "judgment": words[request.number],
-            "score": read_rating(words[request.number]),
-            "turn": request.context["turn"],
-            "tstamp": time.time(),
-        }
-        for request in requests
-    ]
-
-
-def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
-    """A judgment file, scored as it is.
-
-    Args:
-        path: FastChat's single-answer judgments of one model by one judge.
-        questions: What they judge; those of other questions are ignored.
-
-    Returns:
-        The rows, one a turn of a question.
-
-    Raises:
-        UserError: If a line is at fault, a turn is missing or judged twice, or the file is of
-            several models; the fault names file and line.
-        ExceptionGroup: If there are several such faults.
-    """
-    lines, faults = read_json_lines(read_bytes(path), path)
-    known = {question.question_id for question in questions.rows}
-    rows: list[dict[str, Any]] = []
-    places: dict[tuple[int, int], str] = {}
-    models: set[tuple[str, str]] = set()
-    for line in lines:
-        value = line.value
-        number, turn, score = value.get("question_id"), value.get("turn"), value.get("score")
-        if not isinstance(score, int | float) or isinstance(score, bool) or turn not in (1, 2):
-            message = "not a judgment: `score` is to be a number, `turn` 1 or 2"
-            faults.append(UserError(message, file=line.place))
-        elif not (score == _NO_RATING or 0 <= score <= 10):
-            faults.append(UserError(f"`score` is {score}, not within 0 to 10", file=line.place))
-        elif number in known:
-            if (number, turn) in places:
-                message = f"question {number}, turn {turn}, again: also {places[number, turn]}"
-                faults.append(UserError(message, file=line.place))
-            places[number, turn] = line.place
-            models.add((str(value.get("model")), str((value.get("judge") or ["?"])[0])))
-            rows.append(value)
-    missing = sum((number, turn) not in places for number in known for turn in (1, 2))
-    if missing and not faults:
-        message = f"{missing} of {NUM_TURNS * len(known)} turns are not judged"
-        faults.append(UserError(message, file=str(path), hint="or lower the limit"))
-    if len(models) > 1:
-        told = "; ".join(f"{model} by {judge}" for model, judge in sorted(models))
-        hint = "leave one model and one judge in the file"
-        faults.append(UserError(f"judgments of {told}", file=str(path), hint=hint))
-    raise_faults(faults)
-    return rows
-
-
-def summarise_ratings(
-    questions: Questions, judgments: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Ratings become means, on the scale of 1 to 10.
-
-    A judgment without a rating is left out of the means, as in FastChat, and counted.
-
-    Args:
-        questions: What was asked.
-        judgments: Rows of `judgment_rows` or `read_judgments`.
-
-    Returns:
-        mean, turn_1, turn_2, categories, n, n_invalid; a mean over nothing is None.
-    """
-    categories = {question.question_id: question.category for question in questions.rows}
-    rated = [row for row in judgments if row["score"] != _NO_RATING]
-
-    def mean(rows: Sequence[Mapping[str, Any]]) -> float | None:
-        return sum(row["score"] for row in rows) / len(rows) if rows else None
-
-    return {
-        "mean": mean(rated),
-        "turn_1": mean([row for row in rated if row["turn"] == 1]),
-        "turn_2": mean([row for row in rated if row["turn"] == 2]),
-        "categories": {
-            name: mean([row for row in rated if categories[row["question_id"]] == name])
-            for name in sorted(set(categories.values()))
-        },
-        "n": len(judgments),
-        "n_invalid": len(judgments) - len(rated),
-    }
-
-
-def _read_answers(path: Path, faults: list[UserError]) -> list[tuple[int, tuple[str, str], str]]:
-    """Question id, both answers, and place, of every row; the faults are added to."""
     lines, found = read_json_lines(read_bytes(path), path)
     faults += found
     answers = []
@@ -444,8 +225,20 @@ def _is_two_texts(value: Any) -> TypeGuard[list[str]]:
     )
 
 
-def _find(data_dir: Path | None, name: str) -> Path:
-    hint = f"put it at <data-dir>/{FOLDER}/{name}, {_SOURCE}"
+def find_file(data_dir: Path | None, name: str) -> Path:
+    """Find one of MT-Bench's files.
+
+    Args:
+        data_dir: Folder with test sets.
+        name: Such as `question.jsonl`.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: If it is not there.
+    """
+    hint = f"put it at <data-dir>/{FOLDER}/{name}, {SOURCE}"
     if data_dir is None:
         raise UserError("MT-Bench is read from a folder", key="--data-dir", hint=hint)
     path = data_dir / FOLDER / name

@@ -82,8 +82,11 @@ _letter = _plain(answers.first_letter)
 _number_fixed = _plain(answers.last_whole_number)
 _letter_fixed = _plain(answers.last_choice_letter)
 
-_SHORT, _LONG = Decoding(32), Decoding(512)
-_BEAMS_SHORT, _BEAMS_LONG = Decoding(32, num_beams=4), Decoding(256, num_beams=4)
+# These authors' code names the tokenizer's end of text as the only end.
+_SHORT, _LONG = Decoding(32, eos_alone=True), Decoding(512, eos_alone=True)
+_BEAMS_SHORT = Decoding(32, num_beams=4, eos_alone=True)
+_BEAMS_LONG = Decoding(256, num_beams=4, eos_alone=True)
+_FREE = Decoding(512)
 _SAMPLED = Decoding(512, temperature=0.8, top_p=0.95, max_prompt_tokens=768)
 
 
@@ -194,7 +197,7 @@ _ALL_PROTOCOLS = (
         "sign and commas. No kept fault is known.",
         {
             "gsm8k": Rule(
-                "metamath", _LONG, _new, _plain(answers.first_hash_number), as_trained=True
+                "metamath", _FREE, _new, _plain(answers.first_hash_number), as_trained=True
             )
         },
     ),
@@ -220,7 +223,7 @@ _ALL_PROTOCOLS = (
         "lora_pro_fixed",
         "LoRA-Pro's question as in training, greedy; the number after the first `####` with its "
         "sign and commas. No kept fault is known.",
-        {"gsm8k": Rule("lora_ga", _LONG, _new, _plain(answers.first_hash_number), as_trained=True)},
+        {"gsm8k": Rule("lora_ga", _FREE, _new, _plain(answers.first_hash_number), as_trained=True)},
     ),
     EvalProtocol(
         "metamath",
@@ -243,7 +246,7 @@ _ALL_PROTOCOLS = (
         "metamath_fixed",
         "MetaMath's question, greedy, without stop words; the first number after the last `The "
         "answer is:`, whole and not rounded. No kept fault is known.",
-        {"gsm8k": Rule("metamath_alpaca", _LONG, _new, _plain(answers.metamath_number_fixed))},
+        {"gsm8k": Rule("metamath_alpaca", _FREE, _new, _plain(answers.metamath_number_fixed))},
     ),
     EvalProtocol(
         "wegeft_tune",
@@ -270,13 +273,14 @@ _ALL_PROTOCOLS = (
     EvalProtocol(
         "chat",
         "The model's own chat template, one user's message and no system prompt of ours, greedy, "
-        "512 new tokens; the first answer word that stands by itself after the last trigger, the "
-        "last number with a true sign, the last `(X)`. No published numbers are made this way, and "
+        "512 new tokens; an answer ends where the template ends a turn, too; the first answer word "
+        "that stands by itself after the last trigger, the last number with a true sign, the last "
+        "`(X)`. No published numbers are made this way, and "
         "no kept fault is known.",
         {
-            "choice": Rule("chat", _LONG, _new_after_last, _word_fixed),
-            "number": Rule("chat", _LONG, _new, _number_fixed),
-            "letter": Rule("chat", _LONG, _new, _letter_fixed),
+            "choice": Rule("chat", _FREE, _new_after_last, _word_fixed),
+            "number": Rule("chat", _FREE, _new, _number_fixed),
+            "letter": Rule("chat", _FREE, _new, _letter_fixed),
         },
     ),
     EvalProtocol(

@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.drawing import RowWise
+from wegeft_cli.evaluation.ends import StopTexts, holds_stop
+from wegeft_cli.evaluation.reading import Reading
+from wegeft_cli.evaluation.streaming import TextStream
 
 ROUND_TOKENS = 16
 """Tokens written between two looks at who has ended."""
@@ -61,8 +69,19 @@ class Running:
         self._mask = torch.empty(0, 0, dtype=torch.long)
         self._cache: DynamicCache | None = None
 
-    def start(self, rows: Sequence[int], prompts: Sequence[list[int]]) -> None:
-        """Take up rows where none is under way; they are read with the next tokens written."""
+    def start(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[list[int]],
+        cache: DynamicCache | None = None,
+    ) -> None:
+        """Take up rows where none is under way; they are read with the next tokens written.
+
+        Args:
+            rows: Whose they are.
+            prompts: Their tokens.
+            cache: Of a single row, what the model has read of its beginning.
+        """
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad_token_id, dtype=torch.long)
         # The mask comes from the lengths: a prompt may hold the padding token as a real one.
@@ -72,7 +91,12 @@ class Running:
             mask[row, width - len(prompt) :] = 1
         self.rows = list(rows)
         self._ids, self._mask = ids.to(self.model.device), mask.to(self.model.device)
-        self._cache = None
+        self._cache = cache
+
+    def leave_reading(self, reading: Reading) -> None:
+        """Let what a single row has read be kept."""
+        if self._cache is not None:
+            reading.keep(self._ids[0].tolist(), self._cache)
 
     def padding(self) -> list[int]:
         """How many positions before each row's first token hold none."""
@@ -161,6 +185,9 @@ class Writer:
         decoding: How to write.
         prompts: Tokens, at least one each.
         numbers: Each prompt's number, of which its stream of draws is made; None counts them.
+        stream: Takes the tokens of a single prompt one by one.
+        reading: What the model has read of a single prompt before; left as it is where the cache
+            cannot be cut.
     """
 
     def __init__(
@@ -170,7 +197,9 @@ class Writer:
         config: GenerationConfig,
         decoding: Decoding,
         prompts: Sequence[list[int]],
-        numbers: Sequence[int] | None,
+        numbers: Sequence[int] | None = None,
+        stream: TextStream | None = None,
+        reading: Reading | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -183,6 +212,12 @@ class Writer:
         one_piece = decoding.num_beams > 1 or not can_leave(model)
         self.round_tokens = decoding.max_new_tokens if one_piece else ROUND_TOKENS
         self.can_join = not one_piece and can_join(model)
+        self.stream = stream
+        self.reading = reading if self.can_join else None
+        # Between rounds a look for stop texts is enough; without them, or where somebody waits for
+        # the end, it is taken after every token. Beams are rows of another kind.
+        looks_always = (one_piece or stream is not None) and decoding.num_beams == 1
+        self.stop = decoding.stop if looks_always else ()
 
     def run(self, order: Sequence[int], batch_size: int) -> Iterator[dict[int, list[int]]]:
         """Answer the prompts in an order.
@@ -200,7 +235,9 @@ class Writer:
             num_free = batch_size - len(running.rows)
             if not running.rows:
                 fresh, waiting = waiting[:batch_size], waiting[batch_size:]
-                running.start(fresh, [self.prompts[index] for index in fresh])
+                prompts = [self.prompts[index] for index in fresh]
+                cache = None if self.reading is None else self.reading.take(prompts[0])
+                running.start(fresh, prompts, cache)
             elif waiting and self.can_join and num_free > batch_size // 4:
                 fresh, waiting = waiting[:num_free], waiting[num_free:]
                 beginning = Running(self.model, self.config.pad_token_id)
@@ -215,12 +252,20 @@ class Writer:
         """Write a round and take out of it whoever has ended: row -> tokens."""
         longest = max(len(self.new_ids.get(row, ())) for row in running.rows)
         num_tokens = min(num_tokens, self.decoding.max_new_tokens - longest)
-        more = {}
+        more: dict[str, Any] = {}
         if self.choose.is_needed:
             self.choose.rows = [self.numbers[row] for row in running.rows]
             self.choose.padding = running.padding()
-            more = {"logits_processor": LogitsProcessorList([self.choose])}
+            more["logits_processor"] = LogitsProcessorList([self.choose])
+        if self.stop:
+            width = max(len(self.prompts[row]) for row in running.rows)
+            stops = StopTexts(self.tokenizer, self.stop, width)
+            more["stopping_criteria"] = StoppingCriteriaList([stops])
+        if self.stream is not None:
+            more["streamer"] = self.stream
         new = running.write(num_tokens, self.config, **more)
+        if self.reading is not None:
+            running.leave_reading(self.reading)
         ended: dict[int, list[int]] = {}
         going: list[int] = []
         for position, (row, ids) in enumerate(zip(running.rows, new, strict=True)):
@@ -242,11 +287,4 @@ class Writer:
             if token in eos_ids:
                 return position + 1
         stop = self.decoding.stop
-        if stop and find_stop(self.tokenizer.decode(ids, skip_special_tokens=True), stop) >= 0:
-            return len(ids)
-        return None
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int:
-    """Where the first stop text begins; -1 where there is none."""
-    return min((start for word in stop if (start := text.find(word)) >= 0), default=-1)
+        return len(ids) if stop and holds_stop(self.tokenizer, ids, stop) else None

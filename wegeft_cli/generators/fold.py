@@ -108,7 +108,8 @@ def merge_stored(
         rows: Edited output rows of a fused projection; None means all.
         transposed: Whether the weight is stored the other way round (Conv1D).
         into: What the change is added to, where several adapters change one tensor: each change is
-            that of the stored tensor. None adds it to a copy of `stored`.
+            that of the stored tensor. None adds it to a copy of `stored`; `stored` itself is right
+            for the last change of it.
 
     Returns:
         The folded tensor, shape and type of `stored`; computed in float32, or float64 where
@@ -122,12 +123,13 @@ def merge_stored(
     for index in _row_blocks(view.shape[0], rows, side):
         W, target = source[index].to(dtype), view[index].to(dtype)
         if W.ndim == 1:  # a bias, which only the output side maps: as it maps each column of W
-            target = target + delta_weight(W, phi, psi, scale, side)
+            target += delta_weight(W, phi, psi, scale, side)
         else:
             # delta_weight and the sum in one pass over the memory, which is what a merge waits for.
             one, two = (W @ phi, psi) if side == "input" else (phi, psi @ W)
-            target = torch.addmm(target, one, two, alpha=scale)
-        view[index] = target.to(stored.dtype)
+            target.addmm_(one, two, alpha=scale)
+        if target.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+            view[index] = target
     return merged
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generators.equations import Side
@@ -66,6 +64,9 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
     Returns:
         Full module name -> the layer as a target, in the model's order.
     """
+    # Imported where there is a model: a merge by streaming has none, and starts a second sooner.
+    from transformers.pytorch_utils import Conv1D
+
     linears = {}
     for name, module in model.named_modules():
         kind = name.rpartition(".")[2]
@@ -180,6 +181,8 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
     Raises:
         UserError: If a target's weight is not of a floating type, or a tensor of a type of its own.
     """
+    from torch.distributed.tensor import DTensor
+
     for target in targets:
         weight: Any = model.get_submodule(target.name).weight
         # A weight that processes share (DTensor) is whole when its layer runs.

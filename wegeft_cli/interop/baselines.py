@@ -16,6 +16,7 @@ from torch import nn
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generators.saved import find_saved_modules
+from wegeft_cli.recipe.budget import first_rank
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -23,6 +24,8 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
+# AdaLoRA must be told its steps when it is built; `RankBudget` then tells the run's.
+_UNKNOWN_STEPS = 2**31
 # What a start from another adapter may differ in: the record, and what acts while training alone.
 # Which layers there are is told by the tensors, whatever words named them.
 _FREE_TO_DIFFER = frozenset({
@@ -47,7 +50,7 @@ def inject_peft(
     Args:
         model: The base model.
         name: A PEFT method (lora, adalora, ia3, vera, ...) or dora, rslora, pissa.
-        rank: Given as `r` (`init_r` and `target_r` for AdaLoRA) where the method has one.
+        rank: Given as `r` where the method has one; AdaLoRA's `target_r`, see `first_rank`.
         alpha: Given as `<method>_alpha` where the method has one; None takes 2 r.
         target_modules: As in a recipe; `all-linear` is PEFT's word too.
         options: Keys of the method's own config; they win over the ones above.
@@ -147,8 +150,13 @@ def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) ->
     """Write a PEFT model's adapter as PEFT does, into a folder that exists."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_model_name_or_path
-    # Embeddings are never trained here; "auto" would ask a hub whether they were resized.
-    model.save_pretrained(str(adapter_dir), safe_serialization=True, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        # AdaLoRA may leave a layer no rank at all; PEFT suspects an engine that shards.
+        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape")
+        # Embeddings are never trained here; "auto" would ask a hub whether they were resized.
+        model.save_pretrained(
+            str(adapter_dir), safe_serialization=True, save_embedding_layers=False
+        )
 
 
 def merge_peft(model: Any) -> tuple[nn.Module, int]:
@@ -327,7 +335,9 @@ def _build_config(
         f"{method}_alpha": 2 * rank if alpha is None else alpha,
     }
     if method == "adalora":
-        offered |= {"init_r": rank, "target_r": rank, "lora_alpha": offered["adalora_alpha"]}
+        offered |= {"target_r": rank, "init_r": first_rank(rank, options)}
+        offered |= {"lora_alpha": offered["adalora_alpha"], "total_step": _UNKNOWN_STEPS}
+        del offered["r"]  # it has none, and warns of one
     if method == "oft":  # takes the one or the other
         offered |= {"r": 0} if options.get("oft_block_size") else {"oft_block_size": 0}
     values = {key: value for key, value in offered.items() if key in fields}

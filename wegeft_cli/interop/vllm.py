@@ -9,7 +9,9 @@ from typing import Any
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.drawing import stream_seed
-from wegeft_cli.evaluation.generate import Generations, Written, decode_answer, fit_context
+from wegeft_cli.evaluation.ends import find_end_ids
+from wegeft_cli.evaluation.generate import fit_context
+from wegeft_cli.evaluation.written import Generations, Written, decode_answer
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for; an adapter of another one takes the next larger."""
@@ -22,26 +24,31 @@ class VllmModel:
 
     Args:
         config: The base's transformers config.
+        generation_config: Its generation config, which may name tokens that end an answer.
         dtype: Of the weights, as vLLM is told: auto, float32, bfloat16, float16.
         llm: vLLM's engine.
         lora: The adapter that every request names; None asks the base.
     """
 
-    def __init__(self, config: Any, dtype: str, llm: Any, lora: Any | None) -> None:
+    def __init__(
+        self, config: Any, generation_config: Any, dtype: str, llm: Any, lora: Any | None
+    ) -> None:
         self.config = config
+        self.generation_config = generation_config
         self.dtype = dtype
         self.llm = llm
         self.lora = lora
 
     def without_lora(self) -> VllmModel:
         """The base alone, in the same engine."""
-        return VllmModel(self.config, self.dtype, self.llm, None)
+        return VllmModel(self.config, self.generation_config, self.dtype, self.llm, None)
 
 
 def open_model(
     name_or_path: str,
     *,
     config: Any,
+    generation_config: Any,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -53,6 +60,7 @@ def open_model(
     Args:
         name_or_path: Folder or hub id.
         config: Its transformers config.
+        generation_config: Its generation config.
         dtype: Type of the weights.
         revision: Hub revision.
         trust_remote_code: Run code that comes with the model.
@@ -80,7 +88,8 @@ def open_model(
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
-        # A hub's generation_config.json would add end tokens and defaults of its own.
+        # A hub's generation_config.json would add defaults of its own; its end tokens are named
+        # with each prompt, where the protocol ends at them.
         "generation_config": "vllm",
         "seed": 0,
     }
@@ -95,7 +104,7 @@ def open_model(
             )
         told |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         lora = LoRARequest("wegeft", 1, str(lora_dir))
-    return VllmModel(config, dtype, LLM(**told), lora)
+    return VllmModel(config, generation_config, dtype, LLM(**told), lora)
 
 
 def write_texts(
@@ -107,6 +116,7 @@ def write_texts(
     decoding: Decoding,
     numbers: Sequence[int] | None = None,
     add_special_tokens: bool = True,
+    turn_ends: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
     on_written: Callable[[Mapping[int, Written]], None] | None = None,
 ) -> Generations:
@@ -123,6 +133,7 @@ def write_texts(
         decoding: How to write.
         numbers: Each prompt's number, of which its seed is made; None counts the prompts.
         add_special_tokens: Encode prompts with the tokenizer's own special tokens.
+        turn_ends: Tokens that end a turn in the template that wrote the prompts.
         on_progress: Called with (prompts done, prompts in all).
         on_written: Called with answers as they come: place of the prompt -> answer.
 
@@ -132,7 +143,10 @@ def write_texts(
     Raises:
         UserError: If the protocol writes in a way that vLLM does not have.
     """
-    params = _sampling_params(decoding, numbers if numbers is not None else range(len(prompts)))
+    end_ids = find_end_ids(model, tokenizer, decoding, turn_ends)
+    params = _sampling_params(
+        decoding, numbers if numbers is not None else range(len(prompts)), end_ids
+    )
     encoded = []
     if prompts:
         told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
@@ -151,7 +165,12 @@ def write_texts(
         for place, output in zip(places, outputs, strict=True):
             ids = list(output.outputs[0].token_ids)
             answers[place] = decode_answer(
-                tokenizer, prompt_ids[place], ids, decoding.stop, truncated[place]
+                tokenizer,
+                prompt_ids[place],
+                ids,
+                decoding.stop,
+                is_truncated=truncated[place],
+                has_ended=output.outputs[0].finish_reason == "stop",
             )
         written |= answers
         if on_written is not None:
@@ -163,6 +182,7 @@ def write_texts(
         {
             **decoding.settings(),
             "engine": "vllm",
+            "eos_token_id": end_ids or None,
             "dtype": model.dtype,
             "batch_size": batch_size,
             "num_truncated_prompts": sum(truncated),
@@ -170,7 +190,9 @@ def write_texts(
     )
 
 
-def _sampling_params(decoding: Decoding, numbers: Sequence[int]) -> list[Any]:
+def _sampling_params(
+    decoding: Decoding, numbers: Sequence[int], end_ids: Sequence[int]
+) -> list[Any]:
     """One set of parameters a prompt: each draws from a stream of its own."""
     unknown = [
         words
@@ -193,8 +215,10 @@ def _sampling_params(decoding: Decoding, numbers: Sequence[int]) -> list[Any]:
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "top_k": decoding.top_k,
+        "min_p": decoding.min_p,
         "repetition_penalty": decoding.repetition_penalty,
         "stop": list(decoding.stop),
+        "stop_token_ids": list(end_ids),
     }
     if not decoding.do_sample:
         return [SamplingParams(**told)] * len(numbers)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.budget import check_budget
 from wegeft_cli.recipe.classifying import METRICS, check_classifying
+from wegeft_cli.recipe.engines import explain_engine
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.measuring import check_measuring
@@ -143,15 +145,6 @@ _RANGES: dict[str, _Range] = {
     "eval.limit": _COUNT,
 }
 
-# What the contract names and this version does not do: key -> (is it wanted, what to use instead).
-_NOT_AVAILABLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "adapter.type": (
-        # AdaLoRA needs a call of its own after every step.
-        lambda value: value == "adalora",
-        "use `wegeft`, or a PEFT method such as `lora`",
-    ),
-}
-
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
 ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
 """Keys of `adapter` that only generators have."""
@@ -182,7 +175,7 @@ def check_recipe(
         Every rule that is broken, in the order of the schema's sections; empty if all hold.
     """
     rules = (_check_values, _check_model, _check_adapter, _check_data, _check_train)
-    more = (check_measuring, check_classifying)
+    more = (check_budget, check_measuring, check_classifying)
     found = [fault for rule in (*rules, *more) for fault in rule(recipe)]
     found.extend(check_grid(recipe.sweep))
     if need_data and not recipe.data.train:
@@ -209,13 +202,16 @@ def _get_value(recipe: Recipe, key: str) -> Any:
 
 
 def _check_values(recipe: Recipe) -> Iterator[_Fault]:
-    """Choices, ranges and what this version does not do, each by itself."""
+    """Choices and ranges, each by itself."""
     for pattern, choices in CHOICES.items():
         for key, value in _find_values(recipe, pattern):
             if key == "train.optim" and value in OPTIMIZERS_ELSEWHERE:
                 package = OPTIMIZERS_ELSEWHERE[value]
                 message = f"`{value}` is a transformers name that needs {package}; it is not "
                 yield key, message + "available in this version", f"use one of {', '.join(choices)}"
+            elif key == "train.strategy" and (refused := explain_engine(value)) is not None:
+                reason, _ = refused
+                yield key, f"`{value}` is refused: {reason}", f"use one of {', '.join(choices)}"
             elif value not in choices:
                 near = find_nearest(value, choices)
                 hint = f"did you mean `{near}`?" if near else None
@@ -224,11 +220,6 @@ def _check_values(recipe: Recipe) -> Iterator[_Fault]:
         for key, value in _find_values(recipe, pattern):
             if value is not None and not holds(value):
                 yield key, f"must be {words}; got {value}", None
-    for pattern, (is_wanted, hint) in _NOT_AVAILABLE.items():
-        for key, value in _find_values(recipe, pattern):
-            if is_wanted(value):
-                shown = str(value).lower() if isinstance(value, bool) else str(value)
-                yield key, f"`{shown}` is not available in this version", hint
 
 
 def _check_model(recipe: Recipe) -> Iterator[_Fault]:

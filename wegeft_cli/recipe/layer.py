@@ -13,6 +13,7 @@ import yaml
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.check import CHOICES
 from wegeft_cli.recipe.document import Document, has_interpolation, iterate_entries
+from wegeft_cli.recipe.engines import explain_engine
 from wegeft_cli.recipe.keys import (
     SWEEP,
     KeyPath,
@@ -184,7 +185,12 @@ class LayerReader:
     def tell_unknown(
         self, path: KeyPath, value: Any, place: str, valid: tuple[str, ...] = ()
     ) -> None:
-        """Take note of a key that the schema does not have, with the nearest that it has."""
+        """Take note of a key that the schema does not have: why, or the nearest that it has."""
+        refused = explain_engine(str(path[-1]))
+        if refused is not None:
+            reason, hint = refused
+            self.findings.add(path, f"is refused: {reason}", place, hint)
+            return
         near = find_nearest_key(path)
         if near is not None:
             self.findings.meant.add(parse_key(near))

@@ -40,8 +40,8 @@ class AdapterSection:
 
     type: str = "wegeft"
     """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's
-    head alone); or the name of a PEFT method (lora, dora, ia3, vera, ...). (adalora is not in this
-    version.) A classifier's head learns with every one of them."""
+    head alone); or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). A
+    classifier's head learns with every one of them."""
     r: int = 64
     """Rank of the two shared maps; at least 1. Published setting: 64."""
     alpha: float | None = None
@@ -70,7 +70,9 @@ class AdapterSection:
     """An adapter or run folder whose factors are the start instead of a fresh draw; rank, sharing,
     side and layers must be the same."""
     peft: dict[str, Any] = field(default_factory=dict)
-    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...)."""
+    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...). adalora goes
+    from `init_r` ranks a layer (1.5 r) to r on average, between `tinit` first and `tfinal` last
+    steps."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +219,8 @@ class TrainSection:
     eval_steps: float = 0.0
     """Validate every so many steps; below 1 a share of all steps; 0: only at the end."""
     eval_tasks: list[str] = field(default_factory=list)
-    """Tasks that each validation scores too (`wegeft eval --list`), by the settings of `eval`;
-    their scores are logged as `eval_<task>`."""
+    """Tasks and groups that each validation scores too (`wegeft eval --list`), by the settings of
+    `eval`; their scores are logged as `eval_<task>`, a group's mean as `eval_<group>`."""
     save_steps: float = 0.1
     """Checkpoint every so many steps; below 1 a share of all steps; 0: only when interrupted and at
     the end, so that a crash costs the whole run."""

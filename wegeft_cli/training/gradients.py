@@ -14,8 +14,13 @@ _SMALLEST_SCALE = 1.0
 
 
 def sum_gradients(
-    parameters: Iterable[nn.Parameter], loss_sum: Tensor, stop: bool, accelerator: Accelerator
-) -> tuple[float, bool]:
+    parameters: Iterable[nn.Parameter],
+    loss_sum: Tensor,
+    accelerator: Accelerator,
+    *,
+    stop: bool,
+    is_cut: bool,
+) -> tuple[float, bool, bool]:
     """Sum the gradients over the processes, and with them the loss and the wish to stop.
 
     One flat float32 tensor, one collective: every process leaves with the same bits, so all stop
@@ -25,27 +30,29 @@ def sum_gradients(
     Args:
         parameters: What learns, in the same order on every process; gradients change in place.
         loss_sum: This process's summed loss, a scalar.
-        stop: Whether this process wants to stop.
         accelerator: This process's state.
+        stop: Whether this process wants to stop.
+        is_cut: Whether it left passes of the step undone for that.
 
     Returns:
-        The summed loss of all processes, and whether any wants to stop.
+        The summed loss of all processes, whether any wants to stop, and whether any left passes
+        undone: the sums are then of a part of the step.
     """
     if accelerator.num_processes == 1:
-        return float(loss_sum), stop
+        return float(loss_sum), stop, is_cut
     parameters = list(parameters)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flag = torch.tensor(float(stop), device=loss_sum.device)
-    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], flag[None]])
+    wishes = torch.tensor([stop, is_cut], dtype=torch.float32, device=loss_sum.device)
+    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], wishes])
     torch.distributed.all_reduce(flat)
     start = 0
     for grad in grads:
         grad.copy_(flat[start : start + grad.numel()].view_as(grad))
         start += grad.numel()
-    return float(flat[-2]), bool(flat[-1] > 0)
+    return float(flat[-3]), bool(flat[-2] > 0), bool(flat[-1] > 0)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:

@@ -20,9 +20,10 @@ from wegeft_cli.training.gradients import clip_gradients, is_sound, sum_gradient
 from wegeft_cli.training.meters import StepMetrics, measure_peak_memory_gib
 from wegeft_cli.training.offload import offload_activations
 from wegeft_cli.training.precision import autocast
-from wegeft_cli.training.rounds import fill_rounds, is_sharded, seed_pass
+from wegeft_cli.training.rounds import any_asks, fill_rounds, is_sharded, seed_pass
 from wegeft_cli.training.source import Batch, StepSource
 from wegeft_cli.training.state import (
+    MethodState,
     Progress,
     Snapshot,
     capture_snapshot,
@@ -100,8 +101,9 @@ class LoopHooks:
         on_validation: Called with the step and all metrics of the validation.
         on_save: Called with the step, a snapshot to keep, and whether the best validation so far
             is this step's.
-        should_stop: Asked after every step, and between the batches of a validation, which is then
-            done when the run goes on; true saves and leaves.
+        should_stop: Asked between the forward passes of a step, after each step, and between the
+            batches of a validation; true saves and leaves. A step or a validation that was cut is
+            done whole when the run goes on.
     """
 
     on_step: Callable[[int, float], None] = lambda step, loss: None
@@ -148,6 +150,7 @@ def run_loop(
     settings: LoopSettings,
     *,
     accelerator: Accelerator,
+    method: MethodState | None = None,
     resume_from: Snapshot | None = None,
     hooks: LoopHooks | None = None,
 ) -> LoopResult:
@@ -171,6 +174,7 @@ def run_loop(
         source: The batches.
         settings: The numbers.
         accelerator: Accelerate's state of this process: device, rank, world size.
+        method: What the method does after each step, where it does something.
         resume_from: Where to go on.
         hooks: What the outside does.
 
@@ -189,8 +193,9 @@ def run_loop(
     progress = Progress()
     if resume_from is not None:
         progress = restore_snapshot(
-            resume_from, parameters, optimizer, schedule, scaler, accelerator, average=average
-        )
+            resume_from, parameters, optimizer, schedule, scaler, accelerator,
+            average=average, method=method,
+        )  # fmt: skip
         source.seek(progress.step, resume_from.state.get("source", {}))
     # Where most steps move nothing, what is left at the end is not what was asked for.
     max_skipped_steps = min(settings.max_skipped_steps, source.num_steps // 2)
@@ -200,6 +205,7 @@ def run_loop(
     check_agreement(progress.step, parameters, accelerator)
 
     shares_base = is_sharded(model)
+    saved_step = progress.step if resume_from is not None else None
 
     def offloaded() -> AbstractContextManager[Any]:
         return offload_activations(model) if settings.activation_offload else nullcontext()
@@ -208,11 +214,18 @@ def run_loop(
         batches = source.micro_batches(step)
         return fill_rounds(batches, accelerator) if shares_base else batches
 
+    def is_asked() -> bool:
+        # Where a pass is all processes', all leave together; else the one that was asked leaves,
+        # and the sum of the gradients tells the others.
+        return any_asks(hooks.should_stop, accelerator) if shares_base else hooks.should_stop()
+
     def save() -> None:
+        nonlocal saved_step
+        saved_step = progress.step
         check_agreement(progress.step, parameters, accelerator)
         snapshot = capture_snapshot(
             parameters, optimizer, schedule, scaler, progress, accelerator,
-            average=average, source=source.state_at(progress.step),
+            average=average, method=method, source=source.state_at(progress.step),
         )  # fmt: skip
         hooks.on_save(progress.step, snapshot, progress.best_step == progress.step)
 
@@ -249,15 +262,26 @@ def run_loop(
         step = progress.step
         num_labels = source.num_label_tokens(step)
         own_loss_sum = torch.zeros((), device=accelerator.device)
+        is_cut = False
         for number, batch in enumerate(own_batches(step)):
+            is_cut = number > 0 and is_asked()
+            if is_cut:
+                break
             place = number * accelerator.num_processes + accelerator.process_index
             seed_pass(settings.seed, step, place)
             with autocast(accelerator.device.type, settings.mixed_precision), offloaded():
                 summed = loss_function(model, batch.to(accelerator.device))
             scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
-        wants_stop = hooks.should_stop()
-        loss_sum, stop = sum_gradients(parameters.values(), own_loss_sum, wants_stop, accelerator)
+        loss_sum, stop, is_cut = sum_gradients(
+            parameters.values(), own_loss_sum, accelerator,
+            stop=is_cut or hooks.should_stop(), is_cut=is_cut,
+        )  # fmt: skip
+        if is_cut:  # nothing has moved yet: the run that goes on does this step from its start
+            optimizer.zero_grad(set_to_none=True)
+            if saved_step != progress.step:
+                save()
+            break
         learning_rate = float(schedule.get_last_lr()[0])
         scaler.unscale_(optimizer)
         grad_norm = clip_gradients(parameters.values(), settings.max_grad_norm)
@@ -271,6 +295,8 @@ def run_loop(
                 schedule.step()
                 if average is not None:
                     average.update()
+                if method is not None:
+                    method.after_step(progress.step)
             progress.loss_sum += loss_sum
             progress.label_tokens += num_labels
             progress.grad_norm = grad_norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -63,6 +63,24 @@ def fill_rounds(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[
     idle = collate_rows([(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))], pad_token_id=0)
     for batch in in_rounds(batches, accelerator):
         yield idle if batch is None else batch
+
+
+def any_asks(should_stop: Callable[[], bool], accelerator: Accelerator) -> bool:
+    """Tell whether a process was asked to stop, with one answer on all of them.
+
+    Args:
+        should_stop: Whether this process was.
+        accelerator: This process's state; all processes call this at the same place.
+
+    Returns:
+        Whether any was.
+    """
+    stop = should_stop()
+    if accelerator.num_processes == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=accelerator.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag > 0)
 
 
 def seed_pass(seed: int, step: int, number: int) -> None:

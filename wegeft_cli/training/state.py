@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +48,26 @@ class Progress:
     validation_due: bool = False
 
 
+class MethodState(Protocol):
+    """What a method changes after each step, and must remember, beside what the optimizer does."""
+
+    def after_step(self, step: int) -> None:
+        """Do what is to be done after a step that moved the parameters; gradients are there."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the state's tensors."""
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """Give the rest of it, a JSON object."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Put a saved state back."""
+        ...
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A run's state: named sets of tensors, and a JSON object."""
@@ -65,6 +85,7 @@ def capture_snapshot(
     accelerator: Accelerator,
     *,
     average: ParameterAverage | None = None,
+    method: MethodState | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Take the state between two steps; every process calls it.
@@ -77,6 +98,7 @@ def capture_snapshot(
         progress: The counters.
         accelerator: This process's state: each process draws its own dropout.
         average: The moving average of the parameters, where one is kept.
+        method: The method's own state, where it has one.
         source: The batches' own state, a JSON object.
 
     Returns:
@@ -105,6 +127,8 @@ def capture_snapshot(
     }
     if average is not None:
         tensors["ema"] = {name: _copy(tensor) for name, tensor in average.tensors.items()}
+    if method is not None and (own_tensors := method.tensors()):
+        tensors["method"] = {name: _copy(tensor) for name, tensor in own_tensors.items()}
     return Snapshot(
         tensors=tensors,
         state={
@@ -121,6 +145,7 @@ def capture_snapshot(
             },
             "scaler": scaler.state_dict(),
             "ema": None if average is None else {"num_updates": average.num_updates},
+            "method": None if method is None else method.values(),
             "source": dict(source or {}),
         },
     )
@@ -135,6 +160,7 @@ def restore_snapshot(
     accelerator: Accelerator,
     *,
     average: ParameterAverage | None = None,
+    method: MethodState | None = None,
 ) -> Progress:
     """Put a captured state back, in place.
 
@@ -146,12 +172,13 @@ def restore_snapshot(
         scaler: A fresh scaler.
         accelerator: This process's state.
         average: A fresh average, if the snapshot's run kept one.
+        method: The method's fresh state, if it has one.
 
     Returns:
         The counters.
 
     Raises:
-        UserError: If the parameters are not those of the snapshot.
+        UserError: If the parameters, or the method's settings, are not those of the snapshot.
     """
     saved = snapshot.tensors["parameters"]
     if {name: value.shape for name, value in saved.items()} != {
@@ -178,6 +205,8 @@ def restore_snapshot(
         scaler.load_state_dict(snapshot.state["scaler"])
     if average is not None:
         average.load(snapshot.tensors["ema"], snapshot.state["ema"]["num_updates"])
+    if method is not None:
+        method.load(snapshot.tensors.get("method", {}), snapshot.state["method"])
     progress = Progress(**snapshot.state["progress"])
     rng, rank = snapshot.tensors["rng"], accelerator.process_index
     if f"cpu.{rank}" in rng and f"cpu.{accelerator.num_processes}" not in rng:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wegeft_cli.training.ema import ParameterAverage
-from wegeft_cli.training.rounds import fill_rounds, in_rounds, is_sharded
+from wegeft_cli.training.rounds import any_asks, fill_rounds, in_rounds, is_sharded
 from wegeft_cli.training.source import Batch
 from wegeft_cli.training.state import Progress
 
@@ -31,12 +31,7 @@ def check_stop(should_stop: Callable[[], bool], accelerator: Accelerator) -> Non
     Raises:
         ValidationStopped: If any was, on every process.
     """
-    stop = should_stop()
-    if accelerator.num_processes > 1:
-        flag = torch.tensor(float(stop), device=accelerator.device)
-        torch.distributed.all_reduce(flag)
-        stop = bool(flag > 0)
-    if stop:
+    if any_asks(should_stop, accelerator):
         raise ValidationStopped
 
 

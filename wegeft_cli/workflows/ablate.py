@@ -14,7 +14,7 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
-from wegeft_cli.checkpoints.inplace import refuse_foreign
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.paired import mcnemar_exact
@@ -23,7 +23,7 @@ from wegeft_cli.generators.inject import disable_generators, remove_generators
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.workflows.adapters import attach_files
 from wegeft_cli.workflows.class_ablate import open_split, without_head
-from wegeft_cli.workflows.class_scores import refuse_words
+from wegeft_cli.workflows.class_scores import refuse_foreign
 from wegeft_cli.workflows.edit import edit_files
 from wegeft_cli.workflows.elements import KINDS, Element, list_elements
 from wegeft_cli.workflows.evaluate import read_jobs
@@ -97,7 +97,7 @@ def ablate(
     if kind != PEFT_TYPE:
         hint = "train it by adapter.type: wegeft to switch parts off"
         reason = "only WeGeFT's parts can be switched off"
-        refuse_foreign(adapter_dir, kind, reason, hint=hint)
+        refuse_method(adapter_dir, kind, reason, hint=hint)
     files = load_adapter_files(adapter_dir)
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:
@@ -106,7 +106,7 @@ def ablate(
     score: Callable[[str], TaskScore]
     classifies = is_classifier(adapter_dir, recipe)
     if classifies:
-        refuse_words({"protocol": protocol, "max_new_tokens": max_new_tokens})
+        refuse_foreign({"protocol": protocol, "max_new_tokens": max_new_tokens})
         model, score = open_split(
             adapter_dir,
             recipe,

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.templates import TEMPLATES
-from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation import alpaca_eval
 from wegeft_cli.evaluation.answers import text_after_first
-from wegeft_cli.evaluation.chat_prompts import write_chat_prompts
+from wegeft_cli.evaluation.chat_prompts import ChatPrompts, write_chat_prompts
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.judging import Judge
 from wegeft_cli.evaluation.scoring import TaskScore, normal_interval
-from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
-from wegeft_cli.workflows.judges import choose_judge, collect_verdicts, name_answerer
+from wegeft_cli.workflows.jobs import Asked, TaskRequest
+from wegeft_cli.workflows.judged import JudgedTask, to_array
+from wegeft_cli.workflows.judges import collect_verdicts, name_answerer
 
-TASK = "alpaca_eval"
 _GIFT_LENGTH = 2048
 _CHAT_TOKENS = 2048
 _MARK = "### Response:"
@@ -31,6 +29,12 @@ _PROTOCOLS = {
     "chat": "For instruction-tuned models: the instruction in the model's own chat template, "
     "greedy, at most 2,048 tokens.",
 }
+_TASK = JudgedTask(
+    "alpaca_eval",
+    _PROTOCOLS,
+    f"{alpaca_eval.FOLDER}/alpaca_eval.json",
+    alpaca_eval.NUM_PUBLISHED,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class AlpacaEvalJob:
     @property
     def name(self) -> str:
         """The task's name."""
-        return TASK
+        return _TASK.name
 
     @property
     def protocol_name(self) -> str:
@@ -62,7 +66,7 @@ class AlpacaEvalJob:
     def key(self) -> Mapping[str, Any]:
         """All that the answers depend on besides the model; the judge is none of it."""
         return {
-            "task": TASK,
+            "task": _TASK.name,
             "protocol": self.protocol,
             "data_sha256": self.instructions.sha256,
             "max_new_tokens": self.max_new_tokens,
@@ -70,16 +74,18 @@ class AlpacaEvalJob:
 
     def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
         """Let the model answer, and the judge compare."""
-        from wegeft_cli.evaluation.generate import Written
+        from wegeft_cli.evaluation.written import Written
         from wegeft_cli.workflows.write_answers import write_answers
 
-        prompts, template_hash = self._write_prompts(tokenizer)
+        prompts, template_hash, turn_ends = self._write_prompts(tokenizer)
         written: dict[int, Written] = {}
         settings: dict[str, Any] = {}
         for length, numbers in self._lengths(model, tokenizer, prompts).items():
             decoding = Decoding(length)
             if self.protocol == "gift":
-                decoding = Decoding(length, repetition_penalty=1.1, no_repeat_ngram_size=5)
+                decoding = Decoding(
+                    length, repetition_penalty=1.1, no_repeat_ngram_size=5, eos_alone=True
+                )
             num_done = len(written)
             answers, settings = write_answers(
                 model,
@@ -88,6 +94,7 @@ class AlpacaEvalJob:
                 decoding,
                 asked,
                 add_special_tokens=self.protocol != "chat",
+                turn_ends=turn_ends,
                 on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
             )
             written |= answers
@@ -114,7 +121,7 @@ class AlpacaEvalJob:
         outputs = alpaca_eval.read_outputs(path, self.instructions)
         return self._score(outputs, path.stem, Asked(1))
 
-    def _write_prompts(self, tokenizer: Any) -> tuple[dict[int, str], str]:
+    def _write_prompts(self, tokenizer: Any) -> ChatPrompts:
         rows = self.instructions.rows
         if self.protocol == "chat":
             return write_chat_prompts(
@@ -128,7 +135,8 @@ class AlpacaEvalJob:
         texts = {
             row.index: template.prompt.replace("{instruction}", row.instruction, 1) for row in rows
         }
-        return texts, hashlib.sha256(template.prompt.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(template.prompt.encode()).hexdigest()[:16]
+        return ChatPrompts(texts, digest, [])
 
     def _lengths(
         self, model: Any, tokenizer: Any, prompts: Mapping[int, str]
@@ -137,12 +145,13 @@ class AlpacaEvalJob:
 
         GIFT limits prompt and answer together, so each length of prompt has a limit of its own.
         """
+        from wegeft_cli.evaluation.generate import find_context
+
         if self.max_new_tokens is not None:
             return {self.max_new_tokens: list(prompts)}
         if self.protocol == "chat":
             return {_CHAT_TOKENS: list(prompts)}
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", _GIFT_LENGTH)
-        longest = min(_GIFT_LENGTH, context)
+        longest = min(_GIFT_LENGTH, find_context(model) or _GIFT_LENGTH)
         groups: dict[int, list[int]] = {}
         for number, text in prompts.items():
             room = max(1, longest - len(tokenizer(text)["input_ids"]))
@@ -151,7 +160,7 @@ class AlpacaEvalJob:
 
     def _score(self, outputs: Mapping[int, str], generator: str, asked: Asked) -> TaskScore:
         rows = alpaca_eval.output_rows(self.instructions, outputs, generator)
-        files = {"alpaca_eval-outputs.json": _to_array(rows)}
+        files = {"alpaca_eval-outputs.json": to_array(rows)}
         if self.judge is None:
             return self._summarise(None, outputs, files)
         requests = alpaca_eval.judge_requests(self.instructions, outputs, self.messages)
@@ -159,7 +168,7 @@ class AlpacaEvalJob:
         annotations = alpaca_eval.annotation_rows(
             self.instructions, outputs, words, generator=generator, annotator=self.judge.model
         )
-        files["alpaca_eval-annotations.json"] = _to_array(annotations)
+        files["alpaca_eval-annotations.json"] = to_array(annotations)
         return self._summarise(annotations, outputs, files)
 
     def _summarise(
@@ -188,7 +197,7 @@ class AlpacaEvalJob:
             for row, preference in zip(rows, preferences, strict=True)
         ]
         return TaskScore(
-            task=TASK,
+            task=_TASK.name,
             protocol=self.protocol,
             score=None if told is None else told["win_rate"],
             num_correct=None if told is None else told["n_wins"],
@@ -223,58 +232,20 @@ def read_alpaca_eval(request: TaskRequest) -> AlpacaEvalJob:
         UserError: If files are missing or damaged, or the options do not go together.
         ExceptionGroup: If there are several such faults.
     """
-    protocol = request.protocol
-    if protocol is None:
-        wished = request.settings.protocol
-        protocol = wished if wished in _PROTOCOLS else "gift"
-    _check(TASK, protocol, True)
-    folder = request.data_dir
-    if folder is None and request.settings.data_dir is not None:
-        folder = Path(request.settings.data_dir).expanduser()
-    judge = choose_judge(request.options)
-    is_named = TASK in request.settings.tasks
+    wishes = _TASK.read(request)
+    messages: Sequence[tuple[str, str]] = ()
+    instructions = alpaca_eval.load_instructions(wishes.data_dir, wishes.limit)
+    if wishes.judge is not None:
+        messages = alpaca_eval.load_judge_prompt(wishes.data_dir)
     return AlpacaEvalJob(
-        alpaca_eval.load_instructions(
-            folder, request.limit or (request.settings.limit if is_named else None)
-        ),
-        protocol,
-        request.max_new_tokens or (request.settings.max_new_tokens if is_named else None),
-        judge,
-        alpaca_eval.load_judge_prompt(folder) if judge is not None else (),
+        instructions,
+        wishes.protocol,
+        wishes.max_new_tokens,
+        wishes.judge,
+        messages,
         request.options,
     )
 
 
-def _check(task: str, protocol: str, must: bool) -> None:
-    if must and protocol not in _PROTOCOLS:
-        raise UserError(
-            f"`{protocol}` does not score the task `{TASK}`",
-            key="protocol",
-            hint=f"use one of {', '.join(_PROTOCOLS)}",
-        )
-
-
-def _to_array(rows: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-
-
-ALPACA_EVAL = TaskKind(
-    "alpaca_eval",
-    lambda name: name.lower() == TASK,
-    read_alpaca_eval,
-    lambda: [
-        {
-            "name": TASK,
-            "file": f"{alpaca_eval.FOLDER}/alpaca_eval.json",
-            "kind": "judged",
-            "num_rows": alpaca_eval.NUM_PUBLISHED,
-            "protocols": list(_PROTOCOLS),
-        }
-    ],
-    _check,
-    lambda: [
-        {"name": name, "description": f"For {TASK}: {text}", "fixed": None, "task": TASK}
-        for name, text in _PROTOCOLS.items()
-    ],
-)
+ALPACA_EVAL = _TASK.as_kind(read_alpaca_eval)
 """Answers compared with a reference model's by a judge."""

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 
 from wegeft_cli.checkpoints.adapter import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.checkpoints.exchange import heal_folder
-from wegeft_cli.checkpoints.files import check_free_space, lock_folder
+from wegeft_cli.checkpoints.files import check_free_space
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.checkpoints.resume import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import find_base_folder

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +25,7 @@ from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.training.schedules import build_schedule, count_warmup_steps
+from wegeft_cli.training.state import MethodState
 from wegeft_cli.workflows.init_from import init_from_adapter
 from wegeft_cli.workflows.packing import check_packing
 from wegeft_cli.workflows.prepare import TASK_TYPES, count_steps, with_head
@@ -163,6 +164,30 @@ def build_loss(model: nn.Module, recipe: Recipe) -> CausalLoss | ClassLoss:
     if recipe.task == "causal_lm":
         return CausalLoss(model)
     return ClassLoss(is_regression=recipe.data.problem_type == "regression")
+
+
+def build_method(
+    model: nn.Module,
+    recipe: Recipe,
+    loss: Callable[[nn.Module, Any], Tensor],
+    num_steps: int,
+) -> tuple[MethodState | None, Callable[[nn.Module, Any], Tensor]]:
+    """Build what a method does beside the optimizer's steps.
+
+    Args:
+        model: The model as it will be trained.
+        recipe: The recipe.
+        loss: The task's loss.
+        num_steps: Optimizer steps of the run.
+
+    Returns:
+        What is done after each step, where something is, and the loss that is trained on.
+    """
+    if recipe.adapter.type != "adalora":
+        return None, loss
+    from wegeft_cli.interop.adalora import OrthogonalLoss, RankBudget
+
+    return RankBudget(model, num_steps), OrthogonalLoss(loss)
 
 
 def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:

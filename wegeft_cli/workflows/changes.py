@@ -16,7 +16,7 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
-from wegeft_cli.checkpoints.inplace import refuse_foreign
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.lora import load_lora_files
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE, ModuleEntry
 from wegeft_cli.checkpoints.rows import read_rows
@@ -154,7 +154,7 @@ def open_changes(
     else:
         reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
         hint = "`wegeft eval --compare-base` tells what it does"
-        refuse_foreign(adapter_dir, kind, reason, hint=hint)
+        refuse_method(adapter_dir, kind, reason, hint=hint)
     with tell_base(base, adapter_dir):
         base_dir = fetch_base_folder(base or recorded, None if base else revision)
         stored = list_tensors(base_dir)

@@ -18,7 +18,7 @@ from wegeft_cli.workflows.stop import STOP_SIGNALS
 
 LOG_NAME = "train.log"
 POLL_SECONDS = 0.25
-_GRACE_SECONDS = 120.0  # for a step under way and its checkpoint
+_GRACE_SECONDS = 120.0  # for a pass under way and its checkpoint
 _ERROR = "error: "  # how the command line begins a fault
 
 

@@ -267,6 +267,6 @@ def tell_samples(
                 "confidence": score.confidence[index],
             }
         else:
-            line |= {"prediction": answer, "answer": label}
+            line |= {"prediction": answer, "answer": label, "correct": None}
         lines.append(line)
     return lines

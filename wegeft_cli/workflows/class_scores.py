@@ -55,7 +55,7 @@ def evaluate_classifier(
         UserError: If an option is for language models, or as `evaluate_classes`.
         ExceptionGroup: If there are several faults.
     """
-    refuse_words(foreign)
+    refuse_foreign(foreign)
     share = this_share()
     if share.index:
         reporter = SilentReporter()
@@ -125,14 +125,15 @@ def _is_of_classifier(samples: Path) -> bool:
     return isinstance(first, dict) and first.get("protocol") == PROTOCOL
 
 
-def refuse_words(foreign: Mapping[str, Any]) -> None:
-    """Refuse options of language models.
+def refuse_foreign(foreign: Mapping[str, Any]) -> None:
+    """Refuse options that say nothing to a classifier.
 
     Args:
         foreign: Options by name.
 
     Raises:
-        ExceptionGroup: If any is given.
+        UserError: If one was given.
+        ExceptionGroup: If several were.
     """
     raise_all(
         [

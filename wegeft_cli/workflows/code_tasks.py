@@ -22,7 +22,7 @@ from wegeft_cli.evaluation.code_protocols import (
     CodeProtocol,
     find_code_protocol,
 )
-from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.decoding import Decoding, draw_number
 from wegeft_cli.evaluation.scoring import TaskScore
 from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
 
@@ -75,8 +75,9 @@ class CodeJob:
             self._tell_data(asked)
             texts = {row.index: self.protocol.prompt(row.prompt) for row in self.problems.rows}
             template_hash = self.protocol.template_hash()
+            turn_ends: list[int] = []
             if self.protocol.is_chat:
-                texts, template_hash = write_chat_prompts(
+                texts, template_hash, turn_ends = write_chat_prompts(
                     tokenizer,
                     {n: [{"role": "user", "content": text}] for n, text in texts.items()},
                     protocol=self.protocol.name,
@@ -94,7 +95,9 @@ class CodeJob:
                 {number: texts[index] for number, (index, _) in numbers.items()},
                 self.decoding,
                 asked,
+                draws={n: draw_number(index, sample) for n, (index, sample) in numbers.items()},
                 add_special_tokens=not self.protocol.is_chat,
+                turn_ends=turn_ends,
                 on_progress=lambda done: asked.on_progress(done, self.num_rows),
             )
             samples = {

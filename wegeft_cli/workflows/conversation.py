@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,14 +15,21 @@ from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.data.messages import check_text
 from wegeft_cli.data.turns import Message
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.answering import find_context, generate_texts
-from wegeft_cli.evaluation.sampling import GREEDY, Decoding, derive_seed
-from wegeft_cli.workflows.generate import default_new_tokens, describe_target, telling_memory
+from wegeft_cli.evaluation.decoding import Decoding
+from wegeft_cli.evaluation.generate import find_context, generate_texts
+from wegeft_cli.evaluation.reading import Reading
+from wegeft_cli.workflows.generate import (
+    GREEDY,
+    default_new_tokens,
+    describe_target,
+    telling_memory,
+)
 from wegeft_cli.workflows.prompt_form import PromptForm, choose_form
 from wegeft_cli.workflows.run_folder import find_recipe_of
 from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target
 
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_NARROWS = ("top_k", "top_p", "min_p")
+_SETTINGS = ("temperature", *_NARROWS, "repetition_penalty", "max_new_tokens", "seed")
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,7 @@ class Conversation:
         opened: The model.
         form: In which form it is asked.
         about: One line for the user: what answers.
-        decoding: How tokens are chosen.
-        seed: Of the draws; each answer takes another one.
-        max_new_tokens: Longest answer.
+        decoding: How tokens are chosen; each answer draws from another stream.
         system: The system message.
         messages: The turns, user and assistant by turns.
     """
@@ -62,11 +68,16 @@ class Conversation:
     form: PromptForm
     about: str
     decoding: Decoding = GREEDY
-    seed: int = 0
-    max_new_tokens: int = 512
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     _num_answers: int = 0
+    # What was read stays read, by the tuned model and by its base: each turn goes on behind it.
+    _readings: dict[bool, Reading] = field(default_factory=lambda: defaultdict(Reading))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+        return self.decoding.max_new_tokens
 
     @property
     def has_switch(self) -> bool:
@@ -105,12 +116,13 @@ class Conversation:
                 if on_text is not None:
                     on_text(piece)
 
+        number = self._num_answers
         self._num_answers += 1
         start = time.monotonic()
         try:
             with (
                 nullcontext((self.opened.model, self.opened.tokenizer))
-                if (tuned)
+                if tuned
                 else self.opened.base_alone() as (model, tokenizer),
                 telling_memory(),
             ):
@@ -118,13 +130,13 @@ class Conversation:
                     model,
                     tokenizer,
                     [text],
-                    max_new_tokens=self.max_new_tokens,
                     batch_size=1,
-                    add_special_tokens=not self.form.holds_turns,
                     decoding=self.decoding,
-                    seeds=[derive_seed(self.seed, self._num_answers)],
-                    end_ids=self.form.find_end_ids(model, tokenizer),
+                    numbers=[number],
+                    add_special_tokens=not self.form.holds_turns,
+                    turn_ends=self.form.find_turn_ends(tokenizer),
                     on_text=take,
+                    reading=self._readings[tuned],
                 )
         except KeyboardInterrupt:
             seconds = time.monotonic() - start
@@ -145,6 +157,11 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
         self.messages.clear()
+        self.forget_readings()
+
+    def forget_readings(self) -> None:
+        """Let the next turn be read from its beginning, and give back the caches' memory."""
+        self._readings.clear()
 
     def take_back(self) -> str | None:
         """Forget the last question and its answer.
@@ -183,27 +200,21 @@ class Conversation:
         Raises:
             UserError: If there is no such setting, or the value is out of range.
         """
-        keys = (*_SETTINGS, "max_new_tokens", "seed")
-        if key not in keys:
-            raise UserError(f"no setting {key!r}", key="/set", hint=f"there are {', '.join(keys)}")
+        if key not in _SETTINGS:
+            known = ", ".join(_SETTINGS)
+            raise UserError(f"no setting {key!r}", key="/set", hint=f"there are {known}")
         kind = int if key in ("top_k", "max_new_tokens", "seed") else float
         try:
             value = kind(text)
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise UserError(f"{text!r} is no {what}", key=f"/set {key}") from None
-        if key == "seed":
-            self.seed = int(value)
-        elif key == "max_new_tokens":
-            self._set_length(int(value))
-        elif key == "temperature" and value == 0:
-            self.decoding = replace(self.decoding, do_sample=False, temperature=1.0)
-        else:
-            samples = self.decoding.do_sample or key != "repetition_penalty"
-            values: dict[str, Any] = {key: value, "do_sample": samples}
-            changed = replace(self.decoding, **values)
-            changed.check()
-            self.decoding = changed
+        values: dict[str, Any] = {key: value}
+        if key == "max_new_tokens":
+            self._check_length(int(value))
+        elif key in _NARROWS and not self.decoding.do_sample:
+            values["temperature"] = 1.0  # what narrows a draw asks for one
+        self.decoding = replace(self.decoding, **values)
 
     def save(self, path: Path) -> None:
         """Write what was said as one row of `messages`, which `wegeft train` reads.
@@ -222,7 +233,7 @@ class Conversation:
         row = {"messages": [*system, *self.messages]}
         write_text_atomic(path, json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _set_length(self, value: int) -> None:
+    def _check_length(self, value: int) -> None:
         context = find_context(self.opened.model)
         if value < 1 or (context is not None and value >= context):
             raise UserError(
@@ -230,7 +241,6 @@ class Conversation:
                 key="max_new_tokens",
                 hint="give 1 or more" + ("" if context is None else f", at most {context - 1}"),
             )
-        self.max_new_tokens = value
 
     def _fit(self, question: str) -> tuple[str, int]:
         """Write the prompt with as many of the last turns as the context has room for."""
@@ -267,7 +277,6 @@ def open_conversation(
     template: str | None = None,
     system: str | None = None,
     decoding: Decoding = GREEDY,
-    seed: int = 0,
     max_new_tokens: int | None = None,
     base: str | None = None,
     warn: Callable[[str], None] = lambda text: None,
@@ -278,9 +287,9 @@ def open_conversation(
         target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
         template: The form in which it is asked; None takes that of its training.
         system: The system message.
-        decoding: How tokens are chosen.
-        seed: Of the draws.
-        max_new_tokens: Longest answer; None takes 512, or half of a smaller context.
+        decoding: How tokens are chosen, and the seed of the draws.
+        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+            smaller context.
         base: The base's folder or hub id, where it is not as recorded.
         warn: Told where something may be wrong.
 
@@ -289,15 +298,15 @@ def open_conversation(
 
     Raises:
         UserError: If the target, the form or a setting is at fault.
-        ExceptionGroup: If several settings are.
     """
-    decoding.check()
     path = find_target(target)
     recipe = find_recipe_of(path)
     opened = open_target(path, recipe, base=base, warn=warn)
     form = choose_form(template, path, recipe, opened.tokenizer)
-    talk = Conversation(opened, form, describe_target(opened, path, form), decoding, seed)
-    talk._set_length(max_new_tokens or default_new_tokens(opened.model))
+    length = max_new_tokens or default_new_tokens(opened.model)
+    decoding = replace(decoding, max_new_tokens=length)
+    talk = Conversation(opened, form, describe_target(opened, path, form), decoding)
+    talk._check_length(length)
     talk.set_system(system)
     return talk
 
@@ -311,5 +320,5 @@ def describe_decoding(talk: Conversation) -> dict[str, Any]:
     Returns:
         Name -> value.
     """
-    told = {**talk.decoding.to_json(), "max_new_tokens": talk.max_new_tokens}
-    return {**told, "seed": talk.seed} if talk.decoding.do_sample else told
+    told = talk.decoding.settings()
+    return {name: value for name, value in told.items() if name != "num_beams"}

@@ -55,10 +55,12 @@ class Change:
         return min(FOLD_ROWS, shape[0]) if self.pairs else block_rows(shape)
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
-        """Give the changed block."""
+        """Give the changed block; what was given may be changed for it."""
         if not self.pairs and [weight for _, weight in self.trained] == [1.0]:
             return _rows_of(self.trained[0][0], block, start_row)
-        merged = block.clone()
+        # One change alone can be added in place: its own product with the block is taken first.
+        is_alone = len(self.pairs) == 1 and not self.trained
+        merged = block if is_alone else block.clone()
         for pair in self.pairs:
             inside = pair.rows
             if pair.rows is not None and not pair.transposed:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.data.templates import TEMPLATES
-from wegeft_cli.errors import MachineError, UserError, raise_all
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
 from wegeft_cli.evaluation.groups import expand_groups, group_means
 from wegeft_cli.evaluation.scoring import TaskScore, names_tasks, result_dict
 from wegeft_cli.recipe.schema import EvalSection, Recipe
-from wegeft_cli.workflows.answer_log import AnswerLog, drop_logs
+from wegeft_cli.workflows.answer_log import drop_logs
+from wegeft_cli.workflows.ask_jobs import Asking
+from wegeft_cli.workflows.class_groups import evaluate_group, find_class_group
 from wegeft_cli.workflows.class_scores import evaluate_classifier, refuse_samples
 from wegeft_cli.workflows.compare import compare_scores
-from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
+from wegeft_cli.workflows.jobs import EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
 from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.public_files import write_public_files
@@ -41,11 +44,9 @@ from wegeft_cli.workflows.target import (
 
 __all__ = ["evaluate", "list_tasks", "read_jobs"]
 
-_LOGGED_VERSIONS = ("wegeft-cli", "torch", "transformers")
-
 
 def evaluate(
-    target: str | Path | None = None,
+    target: str | Path | Sequence[str | Path] | None = None,
     *,
     tasks: Sequence[str] = (),
     protocol: str | None = None,
@@ -67,7 +68,8 @@ def evaluate(
     are kept as they come: the same call after a kill goes on where it was.
 
     Args:
-        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
+        target: An adapter, run or model folder, or a hub id; None takes the newest finished run;
+            several where a group of classifiers is named.
         tasks: Tasks and groups by name; of a classifier `test`, `validation` or both.
         protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with `<set>/test.json`; None reads the hub.
@@ -97,19 +99,43 @@ def evaluate(
             key="--samples",
             hint="leave out TARGET and --compare-base, or leave out --samples",
         )
-    if samples is not None:
-        refuse_samples(samples, tasks)
-    path = None if samples is not None else find_target(target)
-    recipe = find_recipe_of(path)
-    settings = recipe.eval if recipe is not None else EvalSection()
     if output is not None:
         check_outputs(output)
-        if samples is not None and samples.resolve() == beside(output).resolve():
-            raise UserError(
-                f"the scored samples would replace {str(samples)!r}, out of which they come",
-                key="--output",
-                hint="give another name",
-            )
+    targets = [target] if isinstance(target, str | Path) else list(target or ())
+    if (group := find_class_group(tasks)) is not None:
+        return evaluate_group(
+            group,
+            targets,
+            splits=[name for name in tasks if name.lower() != group.name],
+            limit=limit,
+            batch_size=batch_size,
+            output=output,
+            foreign={
+                **_foreign(protocol, max_new_tokens, backend, options),
+                "data_dir": data_dir,
+                "compare_base": compare_base,
+                "samples": samples,
+                "base": base,
+            },
+            reporter=reporter,
+        )
+    if len(targets) > 1:
+        raise UserError(
+            f"{len(targets)} targets, and one is scored at a time",
+            key="TARGET",
+            hint=f"several are for --task {' or '.join(CLASS_GROUPS)}",
+        )
+    if samples is not None:
+        refuse_samples(samples, tasks)
+    path = None if samples is not None else find_target(targets[0] if targets else None)
+    recipe = find_recipe_of(path)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    if output is not None and samples is not None and samples.resolve() == beside(output).resolve():
+        raise UserError(
+            f"the scored samples would replace {str(samples)!r}, out of which they come",
+            key="--output",
+            hint="give another name",
+        )
     names = list(tasks) or list(settings.tasks)
     if path is not None and is_classifier(path, recipe):
         return evaluate_classifier(
@@ -122,12 +148,7 @@ def evaluate(
             output=output,
             compare_base=compare_base,
             base=base,
-            foreign={
-                "protocol": protocol,
-                "max_new_tokens": max_new_tokens,
-                "backend": None if backend == "transformers" else backend,
-                **(options or {}),
-            },
+            foreign=_foreign(protocol, max_new_tokens, backend, options),
             reporter=reporter,
         )
     given = {**(options or {}), "target": None if path is None else str(path)}
@@ -147,7 +168,7 @@ def evaluate(
             reporter = SilentReporter()
         _tell_templates(recipe, jobs, reporter)
         folder = _logs_of(choose_samples_path(path, output, asked, jobs[0].protocol_name))
-        asking = _Asking(jobs, batch_size or settings.batch_size, folder, share, reporter)
+        asking = Asking(jobs, batch_size or settings.batch_size, folder, share, reporter)
         open_it = open_target if backend == "transformers" else _find_backend(backend)
         opened = open_it(path, recipe, base=base, warn=reporter.warn)
         if compare_base:
@@ -196,6 +217,21 @@ def evaluate(
             drop_logs(_logs_of(samples_path))
     leave_group(share)
     return result
+
+
+def _foreign(
+    protocol: str | None,
+    max_new_tokens: int | None,
+    backend: str,
+    options: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Give what says nothing to a classifier."""
+    return {
+        "protocol": protocol,
+        "max_new_tokens": max_new_tokens,
+        "backend": None if backend == "transformers" else backend,
+        **(options or {}),
+    }
 
 
 def _find_backend(name: str) -> Callable[..., OpenedTarget]:
@@ -270,78 +306,6 @@ def _tell_templates(recipe: Recipe | None, jobs: Sequence[EvalJob], reporter: Re
                 f"{job.name}: `{job.protocol_name}` asks in the template `{asked_in}`, but the run "
                 f"was trained in `{recipe.data.template}`"
             )
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """Everything that base and target are asked alike with."""
-
-    jobs: Sequence[EvalJob]
-    batch_size: int
-    logs: Path
-    share: Share
-    reporter: Reporter
-
-    def score(
-        self,
-        model: Any,
-        tokenizer: Any,
-        write: Callable[..., Any] | None,
-        title: str,
-        prints: Mapping[str, str | None],
-    ) -> list[TaskScore]:
-        """Score one model in every job."""
-        versions = describe_environment()["versions"]
-        depends = {
-            **prints,
-            "versions": {name: versions.get(name) for name in _LOGGED_VERSIONS},
-            "dtype": str(getattr(model, "dtype", None)),
-            "engine": None if write is None else write.__module__,
-        }
-        return [
-            self._score(job, model, tokenizer, write, title, {**depends, **job.key()})
-            for job in self.jobs
-        ]
-
-    def _score(
-        self,
-        job: EvalJob,
-        model: Any,
-        tokenizer: Any,
-        write: Callable[..., Any] | None,
-        title: str,
-        key: Mapping[str, Any],
-    ) -> TaskScore:
-        import torch
-
-        log = AnswerLog(self.logs, key, self.share.index)
-        num_known = self.share.agree(len(log.read()))
-        if num_known:
-            self.reporter.note(
-                f"{job.name}: going on after {num_known} of {job.num_rows} answers ({log.folder})"
-            )
-        with self.reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
-            asked = Asked(
-                self.batch_size,
-                on_progress=lambda done, total: advance(done),
-                warn=self.reporter.warn,
-                log=log,
-                share=self.share,
-                write=write,
-                title=title,
-            )
-            try:
-                return job.run(model, tokenizer, asked)
-            except KeyboardInterrupt:
-                self.reporter.note(
-                    f"{job.name}: the answers so far are kept ({log.folder}): the same command "
-                    "goes on with them"
-                )
-                raise
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    "out of memory while generating", key="--batch-size", hint="lower it"
-                ) from error
 
 
 def _write_samples(

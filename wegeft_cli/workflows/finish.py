@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from wegeft_cli.checkpoints.adapter import BASE_NAME, quantization_to_json
 from wegeft_cli.checkpoints.files import atomic_folder
 from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json
 from wegeft_cli.checkpoints.inplace import InplaceManifest, save_inplace_files
@@ -63,6 +64,10 @@ def write_adapter(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
+        if recipe.adapter.type == "adalora":
+            from wegeft_cli.interop.adalora import keep_ranks
+
+            keep_ranks(model, best.state["method"])
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     num_learned = sum(sizes[name] for name in learned)
@@ -113,6 +118,8 @@ def write_adapter(
         return step
     from wegeft_cli.interop.baselines import save_peft
 
+    if (kind := find_kind(model)) is not None:
+        more[BASE_NAME] = quantization_to_json(kind)
     with atomic_folder(folder.adapter_dir) as temporary:
         save_peft(model, temporary, base_model_name_or_path=recipe.model.name_or_path)
         for name, text in {"README.md": card, **more}.items():

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
-from wegeft_cli.data.files import find_suffix
-from wegeft_cli.data.messages import check_text
-from wegeft_cli.data.sources import load_rows
 from wegeft_cli.errors import MachineError, UserError, raise_all
-from wegeft_cli.evaluation.answering import Generations, find_context, generate_texts
-from wegeft_cli.evaluation.sampling import GREEDY, Decoding, derive_seed
-from wegeft_cli.recipe.schema import DataSource, EvalSection
-from wegeft_cli.workflows.prompt_form import (
-    PromptForm,
-    choose_form,
-    read_question,
-    tell_question,
-)
+from wegeft_cli.evaluation.decoding import Decoding, draw_number
+from wegeft_cli.evaluation.generate import find_context, generate_texts
+from wegeft_cli.evaluation.written import Generations
+from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.prompt_form import PromptForm, choose_form, tell_question
+from wegeft_cli.workflows.questions import MAX_FAULTS, Question, read_questions
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target
 
 DEFAULT_NEW_TOKENS = 512
+GREEDY = Decoding(DEFAULT_NEW_TOKENS)
 _OUTPUT_START = '{"index": '
-_MAX_FAULTS = 5
-
-
-@dataclass(frozen=True)
-class Question:
-    """One thing that is asked.
-
-    Args:
-        index: Its position in what was given, from 0.
-        asked: As `read_question` gives it.
-        row_id: The row's own `id`, if it has one.
-    """
-
-    index: int
-    asked: dict[str, Any]
-    row_id: str | int | None = None
 
 
 def generate(
@@ -58,7 +36,6 @@ def generate(
     template: str | None = None,
     system: str | None = None,
     decoding: Decoding = GREEDY,
-    seed: int = 0,
     num_samples: int = 1,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
@@ -71,7 +48,8 @@ def generate(
     """Let a model answer.
 
     The same question, seed and sample number give the same answer, however the questions are
-    batched (to the rounding of a batched matrix product).
+    batched (to the rounding of a batched matrix product), and the one that `wegeft eval` gets under
+    a protocol with the same prompt and decoding.
 
     Args:
         target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
@@ -81,16 +59,17 @@ def generate(
         limit: Only the first so many rows.
         template: The form in which the model is asked; None takes that of its training.
         system: A system message for every conversation that has none.
-        decoding: How tokens are chosen.
-        seed: Of the draws.
+        decoding: How tokens are chosen, and the seed of the draws.
         num_samples: Answers to each question, drawn one by one; more than one only if sampled.
-        max_new_tokens: Longest answer; None takes 512, or half of a smaller context.
+        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+            smaller context.
         batch_size: Prompts at a time; None takes the recipe's `eval.batch_size`.
         compare_base: Let the base answer too.
         base: The base's folder or hub id, where it is not as recorded.
         output: Write the answers to this file too, one JSON object per line.
         reporter: Where words and progress go.
-        on_text: Takes (`base` or `tuned`, piece) of a single answer as it is written.
+        on_text: Takes (`base`, `tuned` or `model`, piece) of a single answer as it is written;
+            `model` where nothing tells that it was tuned.
 
     Returns:
         The JSON object of `wegeft generate`.
@@ -101,7 +80,6 @@ def generate(
         MachineError: If the memory does not do.
     """
     reporter = reporter or SilentReporter()
-    decoding.check()
     if num_samples > 1 and not decoding.do_sample:
         raise UserError(
             "several answers to a question are all the same where nothing is drawn",
@@ -110,7 +88,7 @@ def generate(
         )
     if output is not None:
         _check_output(output)
-    questions = _read_questions(prompts, file, limit)
+    questions = read_questions(prompts, file, limit)
     path = find_target(target)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
@@ -120,10 +98,11 @@ def generate(
     count = len(texts) * num_samples
     job = _Job(
         texts=[text for text in texts for _ in range(num_samples)],
-        seeds=[derive_seed(seed, q.index, n) for q in questions for n in range(num_samples)],
+        numbers=[draw_number(q.index, n) for q in questions for n in range(num_samples)],
         form=form,
-        decoding=decoding,
-        max_new_tokens=max_new_tokens or default_new_tokens(opened.model),
+        decoding=replace(
+            decoding, max_new_tokens=max_new_tokens or default_new_tokens(opened.model)
+        ),
         batch_size=min(batch_size or settings.batch_size, count),
     )
     stream = on_text if count == 1 else None
@@ -132,7 +111,9 @@ def generate(
     if compare_base:
         with opened.base_alone() as (model, tokenizer):
             base_written = job.run(model, tokenizer, "base", reporter, stream)
-    written = job.run(opened.model, opened.tokenizer, "tuned", reporter, stream)
+    is_tuned = opened.kind == "adapter" or opened.base is not None
+    who = "tuned" if is_tuned else "model"
+    written = job.run(opened.model, opened.tokenizer, who, reporter, stream)
     seconds = time.monotonic() - start
     if written.settings["num_truncated_prompts"]:
         reporter.warn(
@@ -149,7 +130,7 @@ def generate(
         "template": form.name,
         "template_hash": form.template.digest,
         "system": system,
-        "seed": seed if decoding.do_sample else None,
+        "seed": decoding.seed if decoding.do_sample else None,
         "settings": written.settings,
         "results": results,
         "num_new_tokens": written.num_new_tokens,
@@ -164,10 +145,9 @@ class _Job:
     """Texts to go on from, and how."""
 
     texts: list[str]
-    seeds: list[int]
+    numbers: list[int]
     form: PromptForm
     decoding: Decoding
-    max_new_tokens: int
     batch_size: int
 
     def run(
@@ -183,12 +163,11 @@ class _Job:
                 model,
                 tokenizer,
                 self.texts,
-                max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
-                add_special_tokens=not self.form.holds_turns,
                 decoding=self.decoding,
-                seeds=self.seeds,
-                end_ids=self.form.find_end_ids(model, tokenizer),
+                numbers=self.numbers,
+                add_special_tokens=not self.form.holds_turns,
+                turn_ends=self.form.find_turn_ends(tokenizer),
                 on_progress=lambda done, total: advance(done),
                 on_text=None if on_text is None else lambda piece: on_text(who, piece),
             )
@@ -253,78 +232,6 @@ def describe_target(opened: OpenedTarget, path: str | Path, form: PromptForm) ->
     return f"{opened.kind} {path}, asked in the form {form.name} ({form.why})"
 
 
-def _read_questions(
-    prompts: Sequence[str], file: str | Path | None, limit: int | None
-) -> list[Question]:
-    if prompts and file is not None:
-        raise UserError(
-            "prompts and a file at the same time", key="--file", hint="give one of the two"
-        )
-    if prompts:
-        return [Question(n, read_question({"prompt": text})) for n, text in enumerate(prompts)]
-    if file is None:
-        raise UserError("nothing is asked", key="--prompt", hint='such as --prompt "Who are you?"')
-    if str(file) != "-" and find_suffix(Path(file)):
-        return _read_rows(Path(file), limit)
-    text = _read_text(str(file)).rstrip("\n")
-    if not text.strip():
-        raise UserError(
-            "nothing is asked: it is empty",
-            file="standard input" if str(file) == "-" else str(file),
-            hint='such as --prompt "Who are you?"',
-        )
-    return [Question(0, read_question({"prompt": text}))]
-
-
-def _read_text(file: str) -> str:
-    data = sys.stdin.buffer.read() if file == "-" else _read_bytes(Path(file))
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {data[error.start]:#04x} is not UTF-8", file=file, hint="save it as UTF-8"
-        ) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    _check_file(path)
-    with disk_errors(path, "read"):
-        return path.read_bytes()
-
-
-def _read_rows(path: Path, limit: int | None) -> list[Question]:
-    _check_file(path)
-    rows = load_rows(DataSource(path=str(path), limit=limit), recipe_dir=None)
-    questions: list[Question] = []
-    faults: list[UserError] = []
-    for index, row in enumerate(rows.rows):
-        try:
-            row_id = row.get("id")
-            if isinstance(row_id, str):
-                check_text("id", row_id)
-            questions.append(
-                Question(index, read_question(row), row_id if _is_name(row_id) else None)
-            )
-        except UserError as fault:
-            fault.file = rows.place(index)
-            faults.append(fault)
-            if len(faults) == _MAX_FAULTS:
-                break
-    raise_all(faults)
-    return questions
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is not there before it is taken for a hub's name."""
-    if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "no such file"
-        raise UserError(what, file=str(path), key="--file")
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
 def _write_prompts(
     questions: Sequence[Question], form: PromptForm, system: str | None
 ) -> list[str]:
@@ -338,7 +245,7 @@ def _write_prompts(
                 raise
             fault.file = f"question {question.index}"
             faults.append(fault)
-            if len(faults) == _MAX_FAULTS:
+            if len(faults) == MAX_FAULTS:
                 break
     raise_all(faults)
     return texts
@@ -354,6 +261,8 @@ def _build_results(
     results = []
     for position in range(len(texts)):
         question, sample = questions[position // num_samples], position % num_samples
+        answer = written.written[position]
+        base = None if base_written is None else base_written.written[position]
         results.append(
             {
                 "index": question.index,
@@ -361,17 +270,14 @@ def _build_results(
                 **({"sample": sample} if num_samples > 1 else {}),
                 "prompt": tell_question(question.asked),
                 "text": texts[position],
-                "output": written.new_texts[position],
-                "finish_reason": written.finish_reasons[position],
-                "num_new_tokens": len(written.new_ids[position]),
-                "truncated": written.truncated[position],
+                "output": answer.new_text,
+                "finish_reason": answer.finish_reason,
+                "num_new_tokens": len(answer.new_ids),
+                "truncated": answer.is_truncated,
                 **(
                     {}
-                    if base_written is None
-                    else {
-                        "base_output": base_written.new_texts[position],
-                        "base_finish_reason": base_written.finish_reasons[position],
-                    }
+                    if base is None
+                    else {"base_output": base.new_text, "base_finish_reason": base.finish_reason}
                 ),
             }
         )

@@ -45,16 +45,20 @@ class HarnessJob:
         return {"task": self.name, "limit": self.limit}
 
     def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Let the harness ask the model; where there are many processes, each does all of it."""
+        """Let the harness ask the model; of many processes the first, and the others wait."""
         if asked.write is not None:
             raise UserError(
                 f"`{self.name}` needs the model in memory",
                 key="--backend",
                 hint="leave out --backend",
             )
-        result = run_harness(
-            model, tokenizer, self.task, batch_size=asked.batch_size, limit=self.limit
-        )
+        result = None
+        if asked.share.index == 0:  # the harness gives a model in memory no others to share with
+            result = run_harness(
+                model, tokenizer, self.task, batch_size=asked.batch_size, limit=self.limit
+            )
+        result = asked.share.agree(result)
+        assert result is not None
         asked.on_progress(self.num_rows, self.num_rows)
         values = [sample["value"] for sample in result.samples]
         is_share = bool(values) and set(values) <= {0.0, 1.0}

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
 from wegeft_cli.evaluation.groups import GROUPS
 from wegeft_cli.workflows.alpaca_eval_task import ALPACA_EVAL
 from wegeft_cli.workflows.code_tasks import CODE
@@ -37,7 +38,17 @@ def _find_kind(name: str) -> TaskKind:
     for kind in KINDS:
         if kind.owns(name):
             return kind
-    known = [*(task["name"] for kind in KINDS for task in kind.list_tasks()), *GROUPS]
+    if name.lower() in CLASS_GROUPS:
+        raise UserError(
+            f"`{name}` is the mean over classifiers, one tuned on each of its sets",
+            key="task",
+            hint=f"wegeft eval --task {name.lower()} RUN RUN ...",
+        )
+    known = [
+        *(task["name"] for kind in KINDS for task in kind.list_tasks()),
+        *GROUPS,
+        *CLASS_GROUPS,
+    ]
     near = difflib.get_close_matches(name.lower(), known, n=1)
     raise UserError(
         f"no task is called `{name}`",
@@ -75,8 +86,19 @@ def list_tasks() -> dict[str, Any]:
     return {
         "tasks": [{**task, "type": kind.name} for kind in KINDS for task in kind.list_tasks()],
         "groups": [
-            {"name": group.name, "tasks": list(group.members), "description": group.description}
-            for group in GROUPS.values()
+            *(
+                {"name": group.name, "tasks": list(group.members), "description": group.description}
+                for group in GROUPS.values()
+            ),
+            *(
+                {
+                    "name": group.name,
+                    "tasks": [member.name for member in group.members],
+                    "description": group.description,
+                    "of_runs": True,
+                }
+                for group in CLASS_GROUPS.values()
+            ),
         ],
         "protocols": [protocol for kind in KINDS for protocol in kind.list_protocols()],
     }

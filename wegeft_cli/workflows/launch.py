@@ -223,7 +223,8 @@ def explain_failure(failures: Mapping[int, ProcessFailure]) -> int:
             else "the newest checkpoint is whole: --resume auto goes on",
         )
     message = _message(first)
-    if rank == 0 and message is not None:
+    # The first process tells its faults itself, and so one that all of them met.
+    if message is not None and 0 in failures and message == _message(failures[0]):
         return first.exitcode
     what = f"exit code {first.exitcode}" if message is None else message
     kind = UserError if first.exitcode == UserError.exit_code else MachineError

@@ -151,6 +151,7 @@ class RunListener:
             self._model,
             self._inputs.tokenizer,
             self._inputs.tasks,
+            groups=self._recipe.train.eval_tasks,
             batch_size=self._recipe.eval.batch_size,
             accelerator=self._accelerator,
             check_stop=check,

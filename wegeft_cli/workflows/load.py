@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         computing = find_dtype(section)
         options["quantization_config"] = build_quantization(kind, computing)
         dtype = str(computing).removeprefix("torch.")
-    model = load_model(
+    load = partial(
+        load_model,
         section.name_or_path,
         revision=section.revision,
         dtype=dtype,
@@ -43,6 +45,13 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         trust_remote_code=section.trust_remote_code,
         **options,
     )
+    if "distributed_config" in options:
+        # FSDP2 is a second's import, for those who share a base.
+        from wegeft_cli.models.shares import load_share
+
+        model = load_share(load)
+    else:
+        model = load()
     keep_trainable(model)
     return model
 

@@ -17,6 +17,7 @@ from wegeft_cli.checkpoints.adapter import (
     AdapterFiles,
     load_adapter_files,
     read_adapter_type,
+    read_quantization,
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.files import (
@@ -190,7 +191,7 @@ def merge(
             file=str(foreign[0][0]),
             hint="several adapters, or a weight, need WeGeFT adapters of a language model",
         )
-    if dequantize and foreign:
+    if dequantize and is_whole(dirs[0]):
         raise _only_alone()
     texts = {PROVENANCE_NAME: json.dumps(provenance, indent=2) + "\n"}
     texts[CARD_NAME] = write_merged_card(dirs, shares, name_or_path, revision, output.name)
@@ -205,29 +206,27 @@ def merge(
             )
             model, processor, num_folded = fold_whole(section, dirs[0], dtype, reporter)
             num_tensors = _write_folder(model, processor, form)
-        elif foreign:
-            reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
-            if recipe is not None and (quantised := name_quantization(recipe.model)) is not None:
-                reporter.warn(
-                    f"it was trained on a base quantised as {quantised} and is merged into the "
-                    "16-bit base; how far that is from what was trained is not measured"
-                )
-            num_tensors, num_folded = _merge_by_peft(name_or_path, revision, dirs[0], form)
         else:
-            read = [(load_adapter_files(folder), w) for folder, w in zip(dirs, shares, strict=True)]
-            base_dir = fetch_base_folder(name_or_path, revision)
-            _check_bases(base_dir, dirs, read, reporter)
-            manifests = [files.manifest for files, _ in read]
+            base_dir = _find_base(name_or_path, revision, is_own=not foreign)
+            if not foreign:
+                files = [load_adapter_files(folder) for folder in dirs]
+                read = list(zip(files, shares, strict=True))
+                _check_bases(base_dir, dirs, read, reporter)
             # Whichever of them was trained on a quantised base, in whatever order they are named.
-            manifest = next((m for m in manifests if m.base_quantization), manifests[0])
-            quantization, dequantize = choose_weights(manifest, base_dir, dequantize)
+            recorded = next(filter(None, map(read_quantization, dirs)), None)
+            if foreign and recorded is None and recipe is not None:
+                recorded = name_quantization(recipe.model)  # an older baseline tells nothing
+            quantization, dequantize = choose_weights(recorded, base_dir, dequantize)
             if dequantize and shares != [1.0]:
                 raise _only_alone()
-            trained_base = describe_base(manifest, recipe, base_dir)
+            trained_base = describe_base(recorded, recipe, base_dir)
             if dequantize:
                 reporter.note(f"merged into the dequantised weights ({quantization}), in memory")
                 model, num_folded = fold_dequantised(trained_base, dirs[0])
-                num_tensors = _write_model(model, str(base_dir), None, form)
+                num_tensors = _write_model(model, str(base_dir), form)
+            elif foreign:
+                reporter.note(f"a {kind} adapter is merged by PEFT, in memory")
+                num_tensors, num_folded = _merge_by_peft(str(base_dir), dirs[0], form)
             else:
                 num_tensors, num_folded = _merge_own(base_dir, dirs, read, form, reporter)
             if quantization is not None and shares == [1.0]:
@@ -260,7 +259,7 @@ def merge(
 
 def _only_alone() -> UserError:
     return UserError(
-        "only one WeGeFT adapter, with weight 1, is folded into dequantised weights",
+        "only one adapter of a language model, with weight 1, is folded into dequantised weights",
         key="--dequantize",
         hint="merge into the 16-bit base: without --dequantize, and with --base where the base's "
         "own files are quantised",
@@ -288,6 +287,12 @@ def _name(folder: Path, kind: str) -> str:
 
 def _trusts(recipe: Recipe | None) -> bool:
     return recipe is not None and recipe.model.trust_remote_code
+
+
+def _find_base(name_or_path: str, revision: str | None, *, is_own: bool) -> Path:
+    """Give the base's folder; PEFT merges into a GGUF file's weights too."""
+    file = Path(name_or_path).expanduser()
+    return file if file.is_file() and not is_own else fetch_base_folder(name_or_path, revision)
 
 
 def _check_bases(
@@ -356,22 +361,20 @@ def _merge_in_memory(
             stored = parameters[name]
             exact = stored.to(torch.promote_types(stored.dtype, torch.float32))
             stored.copy_(edit(exact, 0))
-    return _write_model(model, str(base_dir), None, form), len(edits)
+    return _write_model(model, str(base_dir), form), len(edits)
 
 
-def _merge_by_peft(
-    name_or_path: str, revision: str | None, adapter_dir: Path, form: _Form
-) -> tuple[int, int]:
+def _merge_by_peft(name_or_path: str, adapter_dir: Path, form: _Form) -> tuple[int, int]:
     from wegeft_cli.interop.baselines import load_peft, merge_peft
 
-    model = load_model(name_or_path, revision=revision, trust_remote_code=form.trusts)
+    model = load_model(name_or_path, trust_remote_code=form.trusts)
     merged, num_folded = merge_peft(load_peft(model, adapter_dir))
-    return _write_model(merged, name_or_path, revision, form), num_folded
+    return _write_model(merged, name_or_path, form), num_folded
 
 
-def _write_model(model: Any, name_or_path: str, revision: str | None, form: _Form) -> int:
+def _write_model(model: Any, name_or_path: str, form: _Form) -> int:
     """Write a whole model with its base's tokenizer; give the number of its tensors."""
-    tokenizer = load_tokenizer(name_or_path, revision=revision, trust_remote_code=form.trusts)
+    tokenizer = load_tokenizer(name_or_path, trust_remote_code=form.trusts)
     return _write_folder(model, tokenizer, form)
 
 

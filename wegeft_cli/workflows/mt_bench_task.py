@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation import mt_bench
-from wegeft_cli.evaluation.chat_prompts import has_chat_template, write_chat_prompts
+from wegeft_cli.evaluation import mt_bench_judging as judging
+from wegeft_cli.evaluation.chat_prompts import ChatPrompts, has_chat_template, write_chat_prompts
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.judging import Judge
 from wegeft_cli.evaluation.scoring import TaskScore, normal_interval
-from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
-from wegeft_cli.workflows.judges import choose_judge, collect_verdicts, name_answerer
+from wegeft_cli.workflows.jobs import Asked, TaskRequest
+from wegeft_cli.workflows.judged import JudgedTask, to_lines
+from wegeft_cli.workflows.judges import collect_verdicts, name_answerer
 
-TASK = "mt_bench"
 _ALPACA = "fastchat_alpaca"
 _PROTOCOLS = {
     "fastchat": "FastChat's single-answer grading: two turns, temperature by category, 1,024 "
@@ -26,6 +25,9 @@ _PROTOCOLS = {
     _ALPACA: "fastchat, in FastChat's conversation template `alpaca` whatever the model brings.",
 }
 _HIGHEST = 10
+_TASK = JudgedTask(
+    "mt_bench", _PROTOCOLS, f"{mt_bench.FOLDER}/question.jsonl", 160, other_names=("mt-bench",)
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class MtBenchJob:
     max_new_tokens: int
     seed: int
     judge: Judge | None
-    files: mt_bench.JudgeFiles | None
+    files: judging.JudgeFiles | None
     options: Mapping[str, Any]
 
     @property
     def name(self) -> str:
         """The task's name."""
-        return TASK
+        return _TASK.name
 
     @property
     def protocol_name(self) -> str:
@@ -58,7 +60,7 @@ class MtBenchJob:
     def key(self) -> Mapping[str, Any]:
         """All that the answers depend on besides the model; the judge is none of it."""
         return {
-            "task": TASK,
+            "task": _TASK.name,
             "protocol": self.protocol,
             "data_sha256": self.questions.sha256,
             "max_new_tokens": self.max_new_tokens,
@@ -74,7 +76,8 @@ class MtBenchJob:
             for question in self.questions.rows:
                 text = question.turns[turn]
                 histories[question.index].append({"role": "user", "content": text})
-            prompts, digest, is_chat = self._write_prompts(tokenizer, histories)
+            prompts, is_chat = self._write_prompts(tokenizer, histories)
+            digest = prompts.template_hash
             answers, settings, added = self._answer_turn(
                 model, tokenizer, prompts, turn, asked, is_chat=is_chat
             )
@@ -99,31 +102,29 @@ class MtBenchJob:
     def score_samples(self, path: Path) -> TaskScore:
         """Score a judgment file as it is, or let the judge rate an answer file."""
         if self.options.get("is_judged"):
-            return self._summarise(mt_bench.read_judgments(path, self.questions), {}, {})
+            return self._summarise(judging.read_judgments(path, self.questions), {}, {})
         answers = mt_bench.read_answers(path, self.questions)
         return self._score(answers, path.stem, Asked(1))
 
     def _write_prompts(
         self, tokenizer: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
-    ) -> tuple[dict[int, str], str, bool]:
-        """Prompts, the template's hash, and whether they hold their special tokens already."""
+    ) -> tuple[ChatPrompts, bool]:
+        """Prompts, and whether they hold their special tokens already."""
         if self.protocol != _ALPACA and has_chat_template(tokenizer):
-            prompts, digest = write_chat_prompts(
-                tokenizer, histories, protocol=self.protocol, other=_ALPACA
-            )
-            return prompts, digest, True
+            told = write_chat_prompts(tokenizer, histories, protocol=self.protocol, other=_ALPACA)
+            return told, True
         eos = tokenizer.eos_token or ""
         prompts = {
             index: mt_bench.alpaca_conversation(history, eos)
             for index, history in histories.items()
         }
-        return prompts, _ALPACA, False
+        return ChatPrompts(prompts, _ALPACA, []), False
 
     def _answer_turn(
         self,
         model: Any,
         tokenizer: Any,
-        prompts: Mapping[int, str],
+        prompts: ChatPrompts,
         turn: int,
         asked: Asked,
         *,
@@ -134,17 +135,18 @@ class MtBenchJob:
 
         answers: dict[int, str] = {}
         settings: dict[str, Any] = {}
-        num_tokens, num_before = 0, turn * len(prompts)
+        num_tokens, num_before = 0, turn * len(prompts.texts)
         for temperature in sorted({question.temperature for question in self.questions.rows}):
             indices = [q.index for q in self.questions.rows if q.temperature == temperature]
             num_done = num_before + len(answers)
             written, settings = write_answers(
                 model,
                 tokenizer,
-                {mt_bench.NUM_TURNS * index + turn: prompts[index] for index in indices},
+                {mt_bench.NUM_TURNS * index + turn: prompts.texts[index] for index in indices},
                 Decoding(self.max_new_tokens, temperature=temperature, seed=self.seed),
                 asked,
                 add_special_tokens=not is_chat,
+                turn_ends=prompts.turn_ends,
                 on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
             )
             for number, answer in written.items():
@@ -156,13 +158,13 @@ class MtBenchJob:
         self, answers: Mapping[int, tuple[str, str]], model_id: str, asked: Asked
     ) -> TaskScore:
         rows = mt_bench.answer_rows(self.questions, answers, model_id)
-        files = {"mt_bench-answers.jsonl": _to_lines(rows)}
+        files = {"mt_bench-answers.jsonl": to_lines(rows)}
         if self.judge is None or self.files is None:
             return self._summarise(None, answers, files)
-        requests = mt_bench.judge_requests(self.questions, answers, self.files)
+        requests = judging.judge_requests(self.questions, answers, self.files)
         words = collect_verdicts(self.judge, requests, asked)
-        judgments = mt_bench.judgment_rows(requests, words, model_id, self.judge.model)
-        files["mt_bench-judgments.jsonl"] = _to_lines(judgments)
+        judgments = judging.judgment_rows(requests, words, model_id, self.judge.model)
+        files["mt_bench-judgments.jsonl"] = to_lines(judgments)
         return self._summarise(judgments, answers, files)
 
     def _summarise(
@@ -174,7 +176,7 @@ class MtBenchJob:
         ratings = {(row["question_id"], row["turn"]): row["score"] for row in judgments or ()}
         told = None
         if judgments is not None:
-            told = mt_bench.summarise_ratings(self.questions, judgments)
+            told = judging.summarise_ratings(self.questions, judgments)
         rated = [value / _HIGHEST for value in ratings.values() if value >= 0]
         samples = [
             {
@@ -193,7 +195,7 @@ class MtBenchJob:
             for turn in range(mt_bench.NUM_TURNS)
         ]
         return TaskScore(
-            task=TASK,
+            task=_TASK.name,
             protocol=self.protocol,
             score=sum(rated) / len(rated) if rated else None,
             num_correct=None,
@@ -226,64 +228,25 @@ def read_mt_bench(request: TaskRequest) -> MtBenchJob:
         UserError: If files are missing or damaged, or the options do not go together.
         ExceptionGroup: If there are several such faults.
     """
-    protocol = request.protocol
-    if protocol is None:
-        wished = request.settings.protocol
-        protocol = wished if wished in _PROTOCOLS else "fastchat"
-    _check(TASK, protocol, True)
-    folder = request.data_dir
-    if folder is None and request.settings.data_dir is not None:
-        folder = Path(request.settings.data_dir).expanduser()
-    judge = choose_judge(request.options)
-    is_named = TASK in request.settings.tasks
-    limit = request.limit or (request.settings.limit if is_named else None)
-    questions = mt_bench.load_questions(folder, limit)
-    length = request.max_new_tokens or (request.settings.max_new_tokens if is_named else None)
+    wishes = _TASK.read(request)
+    questions = mt_bench.load_questions(wishes.data_dir, wishes.limit)
+    files = None
+    if wishes.judge is not None:
+        files = judging.load_judge_files(wishes.data_dir, questions)
     return MtBenchJob(
         questions,
-        protocol,
-        length or mt_bench.MAX_NEW_TOKENS,
+        wishes.protocol,
+        wishes.max_new_tokens or mt_bench.MAX_NEW_TOKENS,
         int(request.options.get("seed") or 0),
-        judge,
-        mt_bench.load_judge_files(folder, questions) if judge is not None else None,
+        wishes.judge,
+        files,
         request.options,
     )
-
-
-def _check(task: str, protocol: str, must: bool) -> None:
-    if must and protocol not in _PROTOCOLS:
-        raise UserError(
-            f"`{protocol}` does not score the task `{TASK}`",
-            key="protocol",
-            hint=f"use one of {', '.join(_PROTOCOLS)}",
-        )
 
 
 def _judge_of(judgments: Sequence[Mapping[str, Any]] | None) -> str | None:
     return str(judgments[0].get("judge", ["?"])[0]) if judgments else None
 
 
-def _to_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-MT_BENCH = TaskKind(
-    "mt_bench",
-    lambda name: name.lower() in (TASK, "mt-bench"),
-    read_mt_bench,
-    lambda: [
-        {
-            "name": TASK,
-            "file": f"{mt_bench.FOLDER}/question.jsonl",
-            "kind": "judged",
-            "num_rows": 160,
-            "protocols": list(_PROTOCOLS),
-        }
-    ],
-    _check,
-    lambda: [
-        {"name": name, "description": f"For {TASK}: {text}", "fixed": None, "task": TASK}
-        for name, text in _PROTOCOLS.items()
-    ],
-)
+MT_BENCH = _TASK.as_kind(read_mt_bench)
 """Answers of two turns, rated by a judge."""

@@ -23,6 +23,7 @@ from wegeft_cli.generators.saved import find_saved_modules
 from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
 from wegeft_cli.models.heads import HeadSpec, find_head_modules
+from wegeft_cli.recipe.budget import find_phase_fault
 from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
@@ -268,16 +269,21 @@ def check_learning(recipe: Recipe, device: torch.device | None) -> None:
 
 
 def check_run_schedule(recipe: Recipe, num_steps: int) -> None:
-    """Check that the schedule can be walked over the run's steps.
+    """Check that the schedules, the rate's and AdaLoRA's, can be walked over the run's steps.
 
     Args:
         recipe: The recipe.
         num_steps: Optimizer steps of the run.
 
     Raises:
-        UserError: If it cannot.
+        UserError: If one cannot.
     """
     train = recipe.train
+    if recipe.adapter.type == "adalora":
+        fault = find_phase_fault(recipe.adapter.peft, num_steps)
+        if fault is not None:
+            key, message, hint = fault
+            raise UserError(message, key=key, hint=hint)
     check_schedule(
         train.lr_scheduler_type,
         train.lr_scheduler_kwargs,

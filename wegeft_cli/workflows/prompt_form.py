@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.chat import Template, build_template
+from wegeft_cli.data.chat import Template, build_template, find_turn_ends
 from wegeft_cli.data.messages import check_text, read_conversation, read_tools
 from wegeft_cli.data.templates import AUTO, CHAT, TEMPLATES, PairTemplate, check_template
 from wegeft_cli.data.turns import Message
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
 
-_MARK = "answer"
 _ASKS = ("prompt", "instruction", "question", "text")
 _TALKS = ("messages", "conversations")
 
@@ -64,32 +63,9 @@ class PromptForm:
         tools = {"tools": question["tools"]} if question.get("tools") else {}
         return str(apply(messages, True, **tools))
 
-    def find_end_ids(self, model: Any, tokenizer: Any) -> list[int]:
-        """Find every token that ends an answer in this form.
-
-        Args:
-            model: Its generation config may name several.
-            tokenizer: Its end of text, and the special token that its chat template closes a turn
-                with (some tokenizers name another one as their end of text).
-
-        Returns:
-            The ids; there may be none.
-        """
-        own = model.generation_config.eos_token_id
-        found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-        return list(dict.fromkeys([*filter(_is_id, found), *self._find_turn_end(tokenizer)]))
-
-    def _find_turn_end(self, tokenizer: Any) -> Iterable[int]:
-        if self.template.apply is None:
-            return []
-        asked = {"role": "user", "content": "question"}
-        try:
-            text = self.template.apply([asked, {"role": "assistant", "content": _MARK}], False)
-        except UserError:
-            return []
-        tail = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
-        added = tokenizer.added_tokens_decoder
-        return [token for token in tail[:1] if token in added and added[token].special]
+    def find_turn_ends(self, tokenizer: Any) -> list[int]:
+        """Find what ends a turn in this form; nothing does where it writes no conversations."""
+        return find_turn_ends(self.template, tokenizer)
 
     def _fill(self, question: Mapping[str, Any], system: str | None) -> str:
         what = "a conversation" if "messages" in question else "a system prompt"
@@ -217,7 +193,3 @@ def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
             continue
         return name
     return None
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int)

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wegeft_cli.checkpoints.manifest import AdapterManifest
 from wegeft_cli.checkpoints.strict_json import parse_json
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.fold import fold_generators
-from wegeft_cli.generators.inject import remove_generators
+from wegeft_cli.generators.inject import get_generators, remove_generators
+from wegeft_cli.interop.baselines import merge_peft
 from wegeft_cli.interop.quantise import dequantise, name_kind
 from wegeft_cli.models.base import load_model, load_tokenizer
 from wegeft_cli.recipe.schema import ModelSection, Recipe
-from wegeft_cli.workflows.adapters import load_adapter
 from wegeft_cli.workflows.load import find_dtype, load_base, quantise_as
-from wegeft_cli.workflows.memory import GIB, measure_available
 from wegeft_cli.workflows.reporter import Reporter
 
 # What both models read when they are compared: words, numbers and a list, about a hundred tokens.
@@ -31,11 +29,11 @@ _TEXT = (
 )
 
 
-def describe_base(manifest: AdapterManifest, recipe: Recipe | None, base_dir: Path) -> ModelSection:
+def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -> ModelSection:
     """Tell how the base of an adapter was loaded while it was trained.
 
     Args:
-        manifest: The adapter's; it records how the base was quantised.
+        recorded: How it was quantised, as the adapter tells.
         recipe: The run's, where the adapter belongs to a run.
         base_dir: The base's folder.
 
@@ -46,16 +44,16 @@ def describe_base(manifest: AdapterManifest, recipe: Recipe | None, base_dir: Pa
     section = replace(section, name_or_path=str(base_dir), revision=None)
     # Files that are quantised themselves tell transformers so.
     stored = _stored_kind(base_dir)
-    return quantise_as(section, manifest.base_quantization if stored is None else None)
+    return quantise_as(section, recorded if stored is None else None)
 
 
 def choose_weights(
-    manifest: AdapterManifest, base_dir: Path, dequantize: bool
+    recorded: str | None, base_dir: Path, dequantize: bool
 ) -> tuple[str | None, bool]:
     """Decide what an adapter is folded into.
 
     Args:
-        manifest: The adapter's; it records how the base was quantised while training.
+        recorded: How the base was quantised while training, as the adapter tells.
         base_dir: The base's folder, whose files may be quantised themselves.
         dequantize: Whether dequantised weights were asked for.
 
@@ -69,13 +67,13 @@ def choose_weights(
     stored = _stored_kind(base_dir)
     if stored is not None:
         return stored, True
-    if dequantize and manifest.base_quantization is None:
+    if dequantize and recorded is None:
         raise UserError(
             "this adapter was trained on a base that was not quantised",
             key="--dequantize",
             hint="leave it out",
         )
-    return manifest.base_quantization, dequantize
+    return recorded, dequantize
 
 
 def fold_dequantised(section: ModelSection, adapter_dir: Path) -> tuple[Any, int]:
@@ -89,9 +87,14 @@ def fold_dequantised(section: ModelSection, adapter_dir: Path) -> tuple[Any, int
         The dense model, in the type that the quantised base computed in, and how many of its
         tensors the adapter changed.
     """
+    # What a model needs is imported with it: a merge by streaming has none.
+    from wegeft_cli.workflows.open_classifier import put_adapter
+
     model: Any = load_base(section)
     dequantise(model, find_dtype(section))
-    load_adapter(model, adapter_dir)
+    model = put_adapter(model, adapter_dir, section)
+    if get_generators(model) is None:
+        return merge_peft(model)
     num_folded = fold_generators(model, keep_base=False)
     remove_generators(model)
     return model, num_folded
@@ -116,6 +119,9 @@ def compare_logits(
         `kl_divergence` from the trained to the merged model in nats per token, `same_token` (share
         of positions whose likeliest token is the same) and `num_tokens`; None if not measured.
     """
+    from wegeft_cli.workflows.memory import GIB, measure_available
+    from wegeft_cli.workflows.open_classifier import put_adapter
+
     needed = sum(path.stat().st_size for path in merged_dir.glob("*.safetensors")) / GIB
     device, available = measure_available()
     if device == "cpu" and needed > available:
@@ -127,8 +133,7 @@ def compare_logits(
     trusts = section.trust_remote_code
     tokenizer = load_tokenizer(section.name_or_path, trust_remote_code=trusts)
     ids = torch.tensor([tokenizer(_TEXT).input_ids])
-    model = load_base(section)
-    load_adapter(model, adapter_dir)
+    model = put_adapter(load_base(section), adapter_dir, section)
     trained = _read_logits(model.eval(), ids)
     del model
     merged = _read_logits(load_model(str(merged_dir), trust_remote_code=trusts), ids)

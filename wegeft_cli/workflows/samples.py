@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.chat import build_template
+from wegeft_cli.data.chat import build_template, find_turn_ends
 from wegeft_cli.data.templates import AUTO, TEMPLATES
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.generate import generate_texts
@@ -28,6 +28,7 @@ class SamplePrompts:
         add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
         max_new_tokens: Longest answer in tokens.
         batch_size: Prompts at a time.
+        turn_ends: Tokens that end a turn in the chat template.
     """
 
     prompts: list[str]
@@ -35,6 +36,7 @@ class SamplePrompts:
     add_special_tokens: bool
     max_new_tokens: int
     batch_size: int
+    turn_ends: Sequence[int] = ()
 
 
 def build_prompts(
@@ -81,6 +83,7 @@ def build_prompts(
         add_special_tokens=template.apply is None,
         max_new_tokens=recipe.eval.max_new_tokens or _MAX_NEW_TOKENS,
         batch_size=recipe.eval.batch_size,
+        turn_ends=find_turn_ends(template, tokenizer),
     )
 
 
@@ -119,5 +122,6 @@ def answer_prompts(
                 max_new_tokens=asked.max_new_tokens,
                 batch_size=asked.batch_size,
                 add_special_tokens=asked.add_special_tokens,
+                turn_ends=asked.turn_ends,
             ).new_texts
     return list(zip(asked.prompts, answers, strict=True)) if is_main else []

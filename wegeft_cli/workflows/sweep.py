@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import (
-    lock_folder,
     remove_leftover_files,
     write_bytes_atomic,
     write_text_atomic,
 )
 from wegeft_cli.checkpoints.json_values import to_finite
+from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.interop.plots import draw_sweep
 from wegeft_cli.recipe.load import recipe_to_yaml

@@ -99,7 +99,8 @@ def open_target(
         # The run may have come from somebody else, and its recipe with it.
         warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
     if adapter_dir is None:
-        model, tokenizer = _load(section)
+        with telling_target(path):
+            model, tokenizer = _load(section)
         before = base or read_provenance(Path(path))
         return OpenedTarget("model", model, tokenizer, before, section)
     from wegeft_cli.workflows.adapters import tell_base
@@ -124,6 +125,40 @@ def open_target(
 
         model = load_peft(model, adapter_dir)
     return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)
+
+
+@contextmanager
+def telling_target(path: str | Path) -> Iterator[None]:
+    """Say of a model that cannot be loaded that the user named it on the command line.
+
+    Args:
+        path: As typed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: The fault, told in the user's words.
+    """
+    try:
+        yield
+    except UserError as fault:
+        if fault.key != "model.name_or_path":
+            raise
+        gone = not Path(path).exists()
+        told = f"no folder {str(path)!r}"
+        if not gone:
+            told = fault.message
+        elif not fault.message.startswith(told):
+            told += f", and not to be had as a hub id: {fault.message}"
+        raise UserError(
+            told,
+            file=fault.file,
+            key="TARGET",
+            hint="give an adapter, run or model folder, or a hub id such as org/name"
+            if gone
+            else fault.hint,
+        ) from fault
 
 
 def resolve_target(
@@ -162,8 +197,10 @@ def resolve_target(
     section = replace(
         section, name_or_path=base or recorded_base, revision=None if base else revision
     )
-    if kind == PEFT_TYPE:
-        section = quantise_as(section, read_quantization(adapter_dir))
+    recorded = None if kind == INPLACE_TYPE else read_quantization(adapter_dir)
+    if kind == PEFT_TYPE or recorded is not None:
+        # Of a baseline that tells nothing, such as an older one, the run's recipe may.
+        section = quantise_as(section, recorded)
     return section, adapter_dir, kind
 
 

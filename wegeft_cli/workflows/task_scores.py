@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from wegeft_cli.evaluation.groups import group_means
 from wegeft_cli.evaluation.run import evaluate_task
 from wegeft_cli.training.rounds import is_sharded
 from wegeft_cli.workflows.tasks import Job
@@ -19,6 +20,7 @@ def score_tasks(
     tokenizer: Any,
     jobs: Mapping[str, Job],
     *,
+    groups: Sequence[str] = (),
     batch_size: int,
     accelerator: Accelerator,
     check_stop: Callable[[], None],
@@ -30,13 +32,15 @@ def score_tasks(
         model: The model on this process's device.
         tokenizer: Its tokenizer.
         jobs: Name -> the set and how it is asked.
+        groups: Names among which groups of these sets may be; each gets its mean.
         batch_size: Prompts at a time on each process.
         accelerator: This process's state.
         check_stop: Called between two batches, and two sets, on all processes at the same place.
         on_progress: Called with name, rows done and rows in all.
 
     Returns:
-        `eval_<name>` -> share of rows answered rightly, 0 to 1; the same on all processes.
+        `eval_<name>` -> share of rows answered rightly, 0 to 1, and of a group the unweighted mean
+        of its sets'; the same on all processes.
     """
     scores: dict[str, float] = {}
     shares_base = is_sharded(model)
@@ -70,4 +74,8 @@ def score_tasks(
             torch.distributed.all_reduce(total)
             num_correct = int(total)
         scores[f"eval_{name}"] = num_correct / len(rows)
+    shares = {name: scores[f"eval_{name}"] for name in jobs}
+    for name in groups:
+        for mean in group_means([name], shares):  # none where it is no group's name
+            scores[f"eval_{name}"] = mean["score"]
     return scores

@@ -73,9 +73,10 @@ class Job:
         questions = Questions.build(self.data, self.protocol, tokenizer, self.max_new_tokens)
         questions = replace(questions, decoding=replace(questions.decoding, seed=self.seed))
         if self.data.complaint is not None:
+            # Without the task's name: of the parts of one file it is told once.
             asked.warn(
-                f"{self.name}: {self.data.origin} is not the published set: {self.data.complaint}; "
-                "its score stands beside no published one"
+                f"{self.data.origin} is not the published set: {self.data.complaint}; its scores "
+                "stand beside no published ones"
             )
         log, share = asked.log, asked.share
         # Agreed upon before anyone goes on: the shares must be shares of the same rows.
@@ -170,10 +171,10 @@ def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
     """Read the test sets that are scored while training, by the settings of `eval`.
 
     Args:
-        recipe: The recipe; `train.eval_tasks` names the sets.
+        recipe: The recipe; `train.eval_tasks` names sets and groups of them.
 
     Returns:
-        Name as in the recipe -> its rows and protocol.
+        Name as in the recipe (of a group's members the task's) -> its rows and protocol.
 
     Raises:
         UserError: If a task or a protocol is unknown, or a set is missing or damaged.
@@ -183,7 +184,14 @@ def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
     data_dir = None if section.data_dir is None else Path(section.data_dir).expanduser()
     jobs: dict[str, Job] = {}
     faults: list[UserError] = []
-    for position, name in enumerate(recipe.train.eval_tasks):
+    named = [
+        (position, member)
+        for position, name in enumerate(recipe.train.eval_tasks)
+        for member in expand_groups([name])
+    ]
+    for position, name in named:
+        if name in jobs:
+            continue
         keys = {"--data-dir": "eval.data_dir", "protocol": "eval.protocol"}
         try:
             task = find_task(name)

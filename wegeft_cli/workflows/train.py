@@ -29,6 +29,7 @@ from wegeft_cli.workflows.begin import (
 from wegeft_cli.workflows.build import (
     build_learning,
     build_loss,
+    build_method,
     build_model,
     finish_head,
     pad_as_tokenizer,
@@ -106,8 +107,8 @@ def train(
         overrides: `key=value` texts that win over the file.
         resume: auto goes on from the run's newest whole checkpoint, a path from that checkpoint.
         dry_run: Check everything that is cheap and stop before the weights.
-        should_stop: Asked after every step, and between the batches of a validation; true saves a
-            checkpoint and leaves.
+        should_stop: Asked after every pass of a step, and between the batches of a validation; true
+            saves a checkpoint and leaves.
         reporter: Where words and progress go.
 
     Returns:
@@ -218,6 +219,7 @@ def _run(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
     loss = build_loss(model, recipe)
+    method, training_loss = build_method(model, recipe, loss, source.num_steps)
     with reporter.progress("training", source.num_steps) as advance:
         listener = RunListener(
             model,
@@ -234,12 +236,13 @@ def _run(
         return run_loop(
             model,
             parameters,
-            loss,
+            training_loss,
             optimizer,
             schedule,
             source,
             settings,
             accelerator=accelerator,
+            method=method,
             resume_from=Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None,
             hooks=listener.hooks(),
         )

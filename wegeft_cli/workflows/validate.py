@@ -111,7 +111,7 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
 def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
     """Tell of a task that does not exist, or that the recipe's protocol does not score."""
     try:
-        for member in expand_groups([name]) if is_own else [name]:
+        for member in expand_groups([name]):
             check_task(member, loaded.recipe.eval.protocol, must_fit=is_own)
     except UserError as fault:
         yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from wegeft_cli.interop import vllm
 from wegeft_cli.models.base import fetch_base_folder, load_tokenizer
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.adapters import check_base
-from wegeft_cli.workflows.target import OpenedTarget, resolve_target
+from wegeft_cli.workflows.load import name_quantization
+from wegeft_cli.workflows.target import OpenedTarget, resolve_target, telling_target
 
 
 class VllmTarget(OpenedTarget):
@@ -52,14 +53,32 @@ def open_in_vllm(
 ) -> OpenedTarget:
     """Start vLLM on what a command is to work on; arguments and errors as `open_target`.
 
-    A WeGeFT adapter goes in as its exact LoRA twin, which is written to a temporary folder.
+    A WeGeFT adapter goes in as its exact LoRA twin, which is written to a temporary folder. One of
+    a quantised base is refused.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     section, adapter_dir, kind = resolve_target(path, recipe, base=base)
-    folder = fetch_base_folder(section.name_or_path, section.revision)
+    if (quantised := name_quantization(section)) is not None:
+        # The twin is made of the dense weights, and the engine would load them: another model.
+        raise UserError(
+            f"this adapter was trained on a base in {quantised}, which vLLM is not given here",
+            file=str(path),
+            key="--backend",
+            hint="leave --backend out, or score what `wegeft merge` makes of it",
+        )
+    with telling_target(path) if adapter_dir is None else nullcontext():
+        folder = fetch_base_folder(section.name_or_path, section.revision)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    has_own = (Path(folder) / "generation_config.json").is_file()
     told: dict[str, Any] = {
-        "config": AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code),
+        "config": config,
+        # As `from_pretrained` of the other engine: without such a file, out of the model's config.
+        "generation_config": (
+            GenerationConfig.from_pretrained(folder)
+            if has_own
+            else GenerationConfig.from_model_config(config)
+        ),
         "dtype": section.dtype,
         "trust_remote_code": section.trust_remote_code,
     }

@@ -13,9 +13,6 @@ from wegeft_cli.generators.fold import fold_generators
 from wegeft_cli.generators.inject import remove_generators
 from wegeft_cli.models.base import load_model
 from wegeft_cli.recipe.schema import ModelSection
-from wegeft_cli.workflows.build import pad_as_tokenizer
-from wegeft_cli.workflows.classifier import load_processor
-from wegeft_cli.workflows.open_classifier import put_adapter, read_head_spec
 from wegeft_cli.workflows.reporter import Reporter
 
 
@@ -53,6 +50,11 @@ def fold_whole(
     Raises:
         UserError: If the adapter is damaged, or belongs to another base.
     """
+    # What a whole model needs is imported with it: a merge by streaming asks `is_whole` alone.
+    from wegeft_cli.workflows.build import pad_as_tokenizer
+    from wegeft_cli.workflows.classifier import load_processor
+    from wegeft_cli.workflows.open_classifier import put_adapter, read_head_spec
+
     kind, *_ = read_adapter_type(adapter_dir)
     head = None if read_head(adapter_dir) is None else read_head_spec(adapter_dir)[0]
     model: Any = load_model(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wegeft_cli.evaluation.asking import written_from_json, written_to_json
 from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.generate import Written, generate_texts
+from wegeft_cli.evaluation.generate import generate_texts
+from wegeft_cli.evaluation.written import Written
 from wegeft_cli.workflows.jobs import Asked
 
 
@@ -18,7 +19,9 @@ def write_answers(
     decoding: Decoding,
     asked: Asked,
     *,
+    draws: Mapping[int, int] | None = None,
     add_special_tokens: bool = True,
+    turn_ends: Sequence[int] = (),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[int, Written], dict[str, Any]]:
     """Answer prompts, this process its share of them.
@@ -26,11 +29,12 @@ def write_answers(
     Args:
         model: A transformers causal language model.
         tokenizer: Its tokenizer.
-        prompts: Number -> prompt. The number says which answer it is in the log, and which stream
-            of draws it gets.
+        prompts: Number -> prompt. The number says which answer it is in the log.
         decoding: How to write.
         asked: Batch size, log, share and engine.
+        draws: Number -> the number of its stream of draws; None takes the same.
         add_special_tokens: Off for what a chat template wrote.
+        turn_ends: Tokens that end a turn in that template.
         on_progress: Called with how many of these prompts are answered.
 
     Returns:
@@ -57,8 +61,9 @@ def write_answers(
         [prompts[number] for number in mine],
         batch_size=asked.batch_size,
         decoding=decoding,
-        numbers=mine,
+        numbers=mine if draws is None else [draws[number] for number in mine],
         add_special_tokens=add_special_tokens,
+        turn_ends=turn_ends,
         on_progress=lambda n, total: on_progress(min(len(done) + n * share.count, len(prompts))),
         on_written=keep,
     )

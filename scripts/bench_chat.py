@@ -1,0 +1,75 @@
+"""Seconds per turn of a talk that goes on behind what was read, and of one that is read anew.
+
+Both ways ask the same questions of the quickstart's real small model; each takes its turn, the best
+of the repeats counts, and the answers must be the same, or the script fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from wegeft_cli.workflows.conversation import Conversation, open_conversation
+
+DEFAULT_MODEL = Path(".cache/quickstart/model")
+QUESTIONS = (
+    "Tell me about the city of Rome.",
+    "Which river flows through it?",
+    "What do people there like to eat?",
+    "How do I get there from Paris by train?",
+    "What should I see in two days?",
+    "Sum up what you told me.",
+)
+
+
+def hold(talk: Conversation, *, goes_on: bool) -> list[tuple[int, float, str]]:
+    """Hold the whole talk once.
+
+    Args:
+        talk: A conversation.
+        goes_on: Whether what was read stays read.
+
+    Returns:
+        Of each turn the prompt's tokens, the seconds, and the answer.
+    """
+    talk.reset()
+    turns = []
+    for question in QUESTIONS:
+        if not goes_on:
+            talk.forget_readings()
+        asked = [*talk.messages, {"role": "user", "content": question}]
+        text = talk.form.write({"messages": asked}, talk.system)
+        length = len(talk.opened.tokenizer(text, add_special_tokens=False)["input_ids"])
+        reply = talk.ask(question)
+        turns.append((length, reply.seconds, reply.text))
+        talk.keep(question, reply)
+        print(f"{goes_on=} {length} tokens, {reply.seconds:.1f} s", file=sys.stderr, flush=True)
+    return turns
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Seconds per turn of a talk.")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=2)
+    given = parser.parse_args()
+    talk = open_conversation(given.model, template="chat", max_new_tokens=given.max_new_tokens)
+    told = {
+        goes_on: [hold(talk, goes_on=goes_on) for _ in range(given.repeats)]
+        for goes_on in (False, True)
+    }
+    best = {
+        goes_on: [min(turn[1] for turn in turns) for turns in zip(*runs, strict=True)]
+        for goes_on, runs in told.items()
+    }
+    if len({tuple(text for _, _, text in run) for runs in told.values() for run in runs}) != 1:
+        sys.exit("the two ways answer differently")
+    print("turn  tokens of the prompt  read anew (s)  gone on (s)")
+    for turn, (length, _, _) in enumerate(told[True][0]):
+        print(f"{turn + 1:4}  {length:20}  {best[False][turn]:13.2f}  {best[True][turn]:11.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What a launched process runs: it loads its share of a base, and tells what that took.
+
+Arguments: the base's folder, and the folder for what is told.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from wegeft_cli.recipe.schema import ModelSection, TrainSection
+from wegeft_cli.workflows.load import load_base
+from wegeft_cli.workflows.sharding import build_sharding
+
+
+def count_mapped() -> int:
+    """Count mapped regions of safetensors files."""
+    return Path("/proc/self/maps").read_text().count(".safetensors")
+
+
+def refuse(*arguments, **options):
+    """Stand for the collectives that must not be used."""
+    raise AssertionError("gathered by a collective that copies")
+
+
+def main() -> None:
+    """Load whole, then the share; run both."""
+    accelerator = Accelerator(cpu=True)
+    section = ModelSection(name_or_path=sys.argv[1])
+    ids = torch.arange(4, 20)[None]
+    whole = load_base(section)
+    mapped_whole = count_mapped()
+    with torch.no_grad():
+        expected = whole(ids).logits
+    num_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    del whole
+    sharding = build_sharding(TrainSection(strategy="fsdp2"), accelerator)
+    shared = load_base(section, **sharding)
+    mapped_share = count_mapped()
+    own_bytes = sum(parameter.to_local().nbytes for parameter in shared.parameters())
+    for name in ("all_gather_into_tensor", "all_gather_single", "all_gather"):
+        setattr(torch.distributed, name, refuse)
+    with torch.no_grad():
+        logits = shared(ids).logits
+    told = {
+        "mapped": [mapped_whole, mapped_share],
+        "share": own_bytes / num_bytes,
+        "same": torch.equal(logits, expected),
+    }
+    path = Path(sys.argv[2]) / f"{accelerator.process_index}.json"
+    path.write_text(json.dumps(told))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+main()
