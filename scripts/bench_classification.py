@@ -85,24 +85,25 @@ def measure(
     *,
     seeds: tuple[int, ...],
     tuning_seeds: tuple[int, ...],
+    rate: float | None,
 ) -> dict[str, Any]:
-    """Choose each method's rate, then train every seed."""
+    """Choose each method's rate, unless one is given, then train every seed."""
     table: dict[str, Any] = {}
     for method in methods:
         rates = RATES[name].get(method, RATES[name][""])
         tried = {
-            rate: statistics.mean(
-                run(recipe, overrides, method, rate, seed, "validation")[0]["score"]
+            each: statistics.mean(
+                run(recipe, overrides, method, each, seed, "validation")[0]["score"]
                 for seed in tuning_seeds
             )
-            for rate in rates
+            for each in (rates if rate is None else ())
         }
-        rate = max(tried, key=lambda each: tried[each])
-        runs = [run(recipe, overrides, method, rate, seed, "test") for seed in seeds]
+        best = max(tried, key=lambda each: tried[each]) if rate is None else rate
+        runs = [run(recipe, overrides, method, best, seed, "test") for seed in seeds]
         scores = [score["score"] for score, _, _ in runs]
         table["commonest class"] = score_commonest(runs[0][0])
         table[method] = {
-            "learning_rate": rate,
+            "learning_rate": best,
             "validation_by_rate": tried,
             "scores": scores,
             "mean": statistics.mean(scores),
@@ -114,7 +115,7 @@ def measure(
         print(
             f"{name} {method}: {row['mean']:.1%} +- {row['deviation']:.1%}, "
             f"{row['trainable_parameters']:,} parameters, {row['cpu_seconds']:.1f} CPU s, "
-            f"lr {rate:g}",
+            f"lr {best:g}",
             flush=True,
         )
     print(f"{name} commonest class alone: {table['commonest class']:.1%}", flush=True)
@@ -129,20 +130,22 @@ def main() -> None:
     parser.add_argument("--num-rows", type=int, default=4000, help="training rows of BoolQ")
     parser.add_argument("--num-seeds", type=int, default=len(SEEDS))
     parser.add_argument("--num-tuning-seeds", type=int, default=len(TUNING_SEEDS))
+    parser.add_argument("--learning-rate", type=float, help="take this one, search none")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, help="write the JSON object here")
     options = parser.parse_args()
-    seeds = {
+    how: dict[str, Any] = {
+        "rate": options.learning_rate,
         "seeds": SEEDS[: options.num_seeds],
         "tuning_seeds": TUNING_SEEDS[: options.num_tuning_seeds],
     }
     if options.task == "digits":
-        table = measure("digits", "vit_digits", [], options.method, **seeds)
+        table = measure("digits", "vit_digits", [], options.method, **how)
     elif options.file is None:
         parser.error("boolq needs its file")
     else:
         overrides = prepare_boolq(options.file, Path(".cache/boolq"), options.num_rows)
-        table = measure("boolq", "roberta_glue", overrides, options.method, **seeds)
+        table = measure("boolq", "roberta_glue", overrides, options.method, **how)
     if options.output is not None:
         options.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
