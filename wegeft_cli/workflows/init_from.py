@@ -18,9 +18,10 @@ from wegeft_cli.checkpoints.inplace import describe_kind
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.generators.groups import assign_groups
 from wegeft_cli.generators.inject import get_generators, select_targets
 from wegeft_cli.generators.saved import find_saved_modules
-from wegeft_cli.generators.targets import Target, assign_groups, find_linears
+from wegeft_cli.generators.targets import Target, find_linears
 from wegeft_cli.recipe.schema import AdapterSection
 from wegeft_cli.workflows.adapters import check_fingerprint
 from wegeft_cli.workflows.naming import find_module_name, find_saved
