@@ -112,13 +112,16 @@ def _find_block(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _join_windows(output: Tensor, block: Any, height: int, width: int) -> Tensor | None:
-    """Undo a block's windows: joined, shifted back, without padding; None if it is not windowed.
+    """Undo a block's windows: joined, shifted back, without padding.
 
     Args:
         output: `[windows, window_size^2, d_out]`, row by row.
         block: Holds `window_size` and `shift_size`, as they were in the pass.
         height: Rows of tokens before they were padded.
         width: Columns.
+
+    Returns:
+        `[height, width, d_out]`; None if the output is not windowed.
     """
     size, shift = int(block.window_size), int(block.shift_size)
     rows, columns = math.ceil(height / size), math.ceil(width / size)

@@ -24,9 +24,9 @@ from wegeft_cli.generators.saved import find_saved_modules
 from wegeft_cli.models.base import build_meta_model, load_config
 from wegeft_cli.models.heads import HeadSpec, find_head_modules
 from wegeft_cli.recipe.budget import find_phase_fault
-from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.training.optim import check_optimizer
 from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
 
