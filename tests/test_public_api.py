@@ -1,7 +1,9 @@
 """The package's own names: light to import, all there, and of use without the command line."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_every_name_is_there():
-    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 23
+    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 24
     for name in wegeft_cli.__all__:
         assert getattr(wegeft_cli, name) is not None
         assert name in dir(wegeft_cli)
@@ -60,3 +62,13 @@ def test_an_own_loop_as_the_package_documents_it(llama_dir, tmp_path):
     wegeft_cli.unfold_generators(again)
     wegeft_cli.remove_generators(again)
     assert wegeft_cli.get_generators(again) is None
+
+
+def test_the_pages_import_what_there_is():
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    found: set[str] = set()
+    for page in [*pages, Path(__file__).parents[1] / "README.md"]:
+        for names in re.findall(r"^from wegeft_cli import (.+)$", page.read_text(), re.MULTILINE):
+            found |= {name.strip() for name in names.split(",")}
+    assert len(found) >= 15
+    assert found <= set(wegeft_cli.__all__)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from wegeft_cli.workflows.inspect import inspect
     from wegeft_cli.workflows.merge import merge
     from wegeft_cli.workflows.plan import plan
+    from wegeft_cli.workflows.preview import preview
     from wegeft_cli.workflows.report import report
     from wegeft_cli.workflows.sweep import sweep
     from wegeft_cli.workflows.train import train
@@ -60,6 +61,7 @@ _HOMES = {
     "merge": "wegeft_cli.workflows.merge",
     "evaluate": "wegeft_cli.workflows.evaluate",
     "plan": "wegeft_cli.workflows.plan",
+    "preview": "wegeft_cli.workflows.preview",
     "generate": "wegeft_cli.workflows.generate",
     "inspect": "wegeft_cli.workflows.inspect",
     "ablate": "wegeft_cli.workflows.ablate",
@@ -84,6 +86,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "plan",
+    "preview",
     "remove_generators",
     "report",
     "save_adapter",

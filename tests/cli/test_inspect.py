@@ -56,7 +56,9 @@ def test_report_says_where_the_page_is(wegeft, place_with_run):
     found = json.loads(wegeft("report", place_with_run.run, "-o", page, "--json").stdout)
     assert found["output"] == str(page)
     assert page.is_file()
-    assert "page: " in wegeft("report", place_with_run.run, "-o", page, "--no-inspect").stdout
+    told = wegeft("report", place_with_run.run, "-o", page, "--no-inspect").stdout
+    assert "page: " in told
+    assert "report: 1 run, 0 scores" in told
 
 
 @pytest.mark.parametrize(

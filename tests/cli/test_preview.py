@@ -72,3 +72,12 @@ def test_bad_rows_are_refused_with_their_place(wegeft, place):
     assert result.exit_code == EXIT_USER
     assert "tiny.jsonl:1" in result.stderr
     assert result.stdout == ""
+
+
+def test_eighty_columns_hold_the_table_of_sources(wegeft, place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    # A fate that some row had is a column; the others take no room.
+    for options, fates in (([], []), (["data.max_length=8"], ["cut", "cut", "away"])):
+        lines = wegeft("preview", place.recipe, *options).stdout.splitlines()
+        (header,) = [line for line in lines if line.split()[:2] == ["source", "rows"]]
+        assert header.split() == ["source", "rows", *fates, "template"]

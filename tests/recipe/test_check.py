@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.recipe.check import CHOICES, OPTIMIZERS_ELSEWHERE, check_recipe
+from wegeft_cli.recipe.check import check_recipe
 from wegeft_cli.recipe.keys import kind_at, parse_key
 from wegeft_cli.recipe.schema import (
     DataSection,
@@ -15,6 +15,7 @@ from wegeft_cli.recipe.schema import (
     ModelSection,
     Recipe,
 )
+from wegeft_cli.recipe.values import CHOICES, OPTIMIZERS_ELSEWHERE
 
 SOUND = Recipe(
     model=ModelSection(name_or_path="a/b"), data=DataSection(train=[DataSource(path="x.json")])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.check import CHOICES
+from wegeft_cli.recipe.values import CHOICES
 from wegeft_cli.training.loop import LoopHooks
 from wegeft_cli.training.optim import build_optimizer, check_optimizer, list_optimizer_options
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from wegeft_cli.checkpoints.resume import load_checkpoint, save_checkpoint
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.check import CHOICES
+from wegeft_cli.recipe.values import CHOICES
 from wegeft_cli.training.loop import LoopHooks
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.schedules import build_schedule

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.check import CHOICES
+from wegeft_cli.recipe.values import CHOICES
 from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.training.schedules import build_schedule, check_schedule, count_warmup_steps
 

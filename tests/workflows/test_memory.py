@@ -8,9 +8,9 @@ from torch import nn
 
 from wegeft_cli.data.collate import collate_rows
 from wegeft_cli.models.base import load_config, load_model
-from wegeft_cli.recipe.check import CHOICES
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import TrainSection
+from wegeft_cli.recipe.values import CHOICES
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optim import build_optimizer
 from wegeft_cli.workflows.build import inject_adapter

@@ -9,7 +9,8 @@ from wegeft_cli.data.pipeline import build_datasets
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base import load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.preview import count_lengths, preview
+from wegeft_cli.workflows.histogram import count_lengths
+from wegeft_cli.workflows.preview import preview
 
 TURNS = [
     {"role": "user", "content": "Two plus two?"},

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from classifiers import write_bert, write_recipe, write_texts
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Model
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.workflows.evaluate import evaluate
 from wegeft_cli.workflows.merge import merge
+from wegeft_cli.workflows.plan import plan
 from wegeft_cli.workflows.train import train
 
 FLOAT32 = 1e-4
@@ -86,3 +87,35 @@ def test_a_base_without_its_pooler_is_refused_until_that_learns(recipe, tmp_path
     assert "modules_to_save: [bert.pooler.dense]" in caught.value.hint
     result = train(recipe(rows, "second"), [*options, "adapter.modules_to_save=[pooler]"])
     assert result.status == "finished"
+
+
+def write_gpt2(folder, tokenizer):
+    """A decoder whose configuration names no pad token."""
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **tokens)
+    GPT2Model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_plan_knows_the_memory_of_a_decoder_without_pad_token(
+    recipe, tmp_path, build_tokenizer
+):
+    base = write_gpt2(tmp_path / "gpt2", build_tokenizer(pad="<pad>"))
+    path = recipe(pairs(str))
+    options = [f"model.name_or_path={base}", "adapter.target_modules=[c_attn]"]
+    planned = plan(path, options)
+    assert planned.unknown == []
+    assert planned.memory_gib["total"] > 0
+    result = train(path, [*options, "train.max_steps=2"])
+    assert result.estimated_memory_gib == pytest.approx(planned.memory_gib["total"], rel=0.2)
+
+
+def test_a_validation_larger_than_a_step_counts_in_the_plan(recipe):
+    long = [{"text": "word " * 60, "label": n % 2} for n in range(64)]
+    path = recipe(long)
+    small = plan(path, ["train.per_device_eval_batch_size=1"])
+    large = plan(path, ["train.per_device_eval_batch_size=64"])
+    assert small.memory_gib["validation"] == 0
+    assert large.memory_gib["validation"] > 0
+    assert large.memory_gib["total"] > small.memory_gib["total"]

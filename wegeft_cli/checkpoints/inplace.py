@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +26,37 @@ INPLACE_TYPE = "WEGEFT_INPLACE"
 """`peft_type` of these adapters; PEFT knows no such method."""
 
 _PREFIX = "base_model.model."
+
+
+def describe_kind(kind: str) -> str:
+    """Give an adapter's kind as a user knows it.
+
+    Args:
+        kind: Its `peft_type`.
+
+    Returns:
+        The words for a message.
+    """
+    if kind == INPLACE_TYPE:
+        return "the base's own weights, trained by full, bitfit or linear_probe"
+    return f"a {kind} adapter"
+
+
+def refuse_method(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
+    """Refuse an adapter of another method.
+
+    Args:
+        adapter_dir: Its folder.
+        kind: Its `peft_type`.
+        reason: What only others can do.
+        hint: What to do with one of PEFT's; one of the base's own weights is merged.
+
+    Raises:
+        UserError: Always.
+    """
+    if kind == INPLACE_TYPE:
+        hint = "`wegeft merge` makes a model of it; `wegeft eval --compare-base` scores both"
+    raise UserError(f"this is {describe_kind(kind)}; {reason}", file=str(adapter_dir), hint=hint)
 
 
 @dataclass(frozen=True)

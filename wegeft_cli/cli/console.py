@@ -51,6 +51,11 @@ def tell(text: str, **options: Any) -> None:
     get_console(stderr=True).print(text, highlight=False, soft_wrap=True, **options)
 
 
+def count(number: int, thing: str) -> str:
+    """Give a number of things in words: 1 run, 2 runs."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, and nothing else there."""
     # ASCII, so that a file name in no encoding goes through too.

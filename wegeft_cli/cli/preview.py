@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,7 +41,9 @@ def preview(
     overrides: OverridesArgument = None,
     rows: Annotated[
         int,
-        typer.Option("--rows", metavar="N", min=0, help="So many first rows of each source."),
+        typer.Option(
+            "--rows", metavar="N", min=0, help="So many first rows of each source, or class."
+        ),
     ] = 2,
     row: Annotated[
         int | None,
@@ -53,12 +56,18 @@ def preview(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show rows as tokens with what is learned, and what became of all; no weights are needed."""
+    """Show rows as the model reads them, and what became of all; no weights are needed."""
+    from wegeft_cli.workflows.class_preview import ClassPreview
     from wegeft_cli.workflows.preview import preview as run
 
     result = run(recipe, overrides or [], num_rows=rows, row=row, reporter=RichReporter())
     if as_json:
         print_json(result.to_json())
+        return
+    if isinstance(result, ClassPreview):
+        from wegeft_cli.cli.class_preview import print_classes
+
+        print_classes(result)
         return
     has_colours = _has_colours()
     if result.rows:
@@ -156,8 +165,7 @@ def _show_sources(result: Preview) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    columns = {
-        "num_rows": "rows",
+    fates = {
         "num_truncated": "cut",
         "num_empty": "empty",
         "num_unmarked": "unmarked",
@@ -165,17 +173,21 @@ def _show_sources(result: Preview) -> None:
         "num_filtered": "filtered",
         "num_boundary_merged": "joined",
     }
+    # A fate that no row had is no column: a narrow terminal has no room for all of them.
+    met = {n: title for n, title in fates.items() if any(s[n] for s in result.sources)}
+    columns = {"num_rows": "rows", **met}
     table = Table("source", *columns.values(), "template", box=SIMPLE)
     for column in table.columns[1:-1]:
         column.justify = "right"
     for source in result.sources:
         template = f"{source['template']} {source['template_hash']}"
         counts = (f"{source[name]:,}" for name in columns)
-        table.add_row(_plain(source["path"]), *counts, _plain(template))
+        table.add_row(plain(source["path"]), *counts, plain(template))
     show(table)
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
+    """Give a text from outside as it is: no markup, control characters made visible."""
     from rich.text import Text
 
     return Text(_make_visible(text), overflow="fold")
@@ -192,15 +204,10 @@ def _show_figures(result: Preview) -> None:
         highlight=False,
     )
     is_cut = result.uncut_lengths != result.lengths
-    lengths = Table("tokens before the cut" if is_cut else "tokens", "rows", "", box=SIMPLE)
-    for column in lengths.columns[:2]:
-        column.justify = "right"
-    most = max(bar["rows"] for bar in result.uncut_histogram)
-    for bar in result.uncut_histogram:
-        width = round(_BAR_WIDTH * bar["rows"] / most) if bar["rows"] else 0
-        drawn = "█" * max(width, 1) if bar["rows"] else ""
-        lengths.add_row(f"{bar['start']}-{bar['stop'] - 1}", f"{bar['rows']:,}", drawn)
-    show(lengths)
+    show_bars(
+        ("tokens before the cut" if is_cut else "tokens", "rows"),
+        [(tell_span(bar), bar["rows"]) for bar in result.uncut_histogram],
+    )
     told = result.uncut_lengths
     show(
         f"{'before the cut ' if is_cut else ''}half have at most {told['p50']} tokens, 95% at most "
@@ -216,6 +223,32 @@ def _show_figures(result: Preview) -> None:
     for setting, waste in result.waste.items():
         padding.add_row(*_describe_waste(setting, waste, result))
     show(padding)
+
+
+def tell_span(bar: dict[str, int]) -> str:
+    """Give the lengths of a histogram's bar: one number, or from which to which."""
+    first, last = bar["start"], bar["stop"] - 1
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def show_bars(titles: tuple[str, str], counts: Sequence[tuple[str, int]]) -> None:
+    """Show counts as a table of bars.
+
+    Args:
+        titles: Of the names, and of the counts.
+        counts: Each name with its count.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    bars = Table(*titles, "", box=SIMPLE)
+    for column in bars.columns[:2]:
+        column.justify = "right"
+    most = max(count for _, count in counts)
+    for name, count in counts:
+        width = round(_BAR_WIDTH * count / most) if count else 0
+        bars.add_row(plain(name), f"{count:,}", "█" * max(width, 1) if count else "")
+    show(bars)
 
 
 def _describe_waste(setting: str, waste: dict[str, Any], result: Preview) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.console import RichReporter, count, print_json, show
 from wegeft_cli.cli.options import JsonOption
 
 
@@ -62,7 +62,7 @@ def report(
         print_json(result.to_json())
         return
     show(
-        f"[green]report[/]: {len(result.runs)} runs, {result.num_scores} scores, "
-        f"{result.num_answers} answers, {result.num_bytes / 2**20:.1f} MiB"
+        f"[green]report[/]: {count(len(result.runs), 'run')}, {count(result.num_scores, 'score')}, "
+        f"{count(result.num_answers, 'answer')}, {result.num_bytes / 2**20:.1f} MiB"
     )
     show(f"page: {result.output}", highlight=False, soft_wrap=True, markup=False)

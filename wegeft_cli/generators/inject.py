@@ -12,6 +12,7 @@ from torch import nn
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.edit import LinearEdit
 from wegeft_cli.generators.equations import Side
+from wegeft_cli.generators.groups import Share, assign_groups, pattern_matches
 from wegeft_cli.generators.module import (
     AdapterGenerators,
     Generators,
@@ -26,13 +27,10 @@ from wegeft_cli.generators.saved import (
 )
 from wegeft_cli.generators.targets import (
     ROOT_NAME,
-    Share,
     Target,
-    assign_groups,
     check_dense,
     check_untied,
     find_targets,
-    pattern_matches,
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.autograd import low_rank_edit
 from wegeft_cli.generators.equations import Side
-from wegeft_cli.generators.targets import Share, Target
+from wegeft_cli.generators.groups import Share
+from wegeft_cli.generators.targets import Target
 
 if TYPE_CHECKING:
     from wegeft_cli.generators.edit import LinearEdit

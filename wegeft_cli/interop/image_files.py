@@ -7,6 +7,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from wegeft_cli.errors import UserError
 
 _THUMBNAIL = 160  # pixels of the longer edge
@@ -34,6 +38,27 @@ def read_image(path: Path) -> Any:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read this image: {error}", file=str(path), key="--image") from None
+
+
+def make_array(picture: Any) -> np.ndarray:
+    """Give a picture's values, uint8: [3, height, width] of colours, [1, height, width] of grey."""
+    values = np.asarray(picture)
+    return values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+
+
+def make_picture(values: Tensor) -> Any:
+    """Give values as a picture.
+
+    Args:
+        values: [channels, height, width] from 0 to 1; what lies beyond is cut.
+
+    Returns:
+        A Pillow image, grey of one channel.
+    """
+    from PIL import Image
+
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def make_thumbnail(picture: Any) -> str:

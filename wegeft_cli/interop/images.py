@@ -130,6 +130,28 @@ def check_images(sources: Sequence[Path | bytes], *, limit: int = 5) -> list[Use
     return faults
 
 
+def read_size(source: Path | bytes) -> tuple[tuple[int, int], str]:
+    """Read an image's header, and none of its pixels.
+
+    Args:
+        source: A path, or the file's bytes.
+
+    Returns:
+        (Width, height) in pixels as they are stored, and Pillow's name of the mode, such as RGB.
+
+    Raises:
+        UserError: If it is no image that can be read, or Pillow is missing.
+    """
+    image_module = _import_pillow()
+    try:
+        with image_module.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source
+        ) as image:
+            return image.size, image.mode
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+        raise _unreadable(source, error) from error
+
+
 def _import_pillow() -> Any:
     try:
         from PIL import Image

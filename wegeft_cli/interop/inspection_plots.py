@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,18 +139,29 @@ def _draw_maps(maps: Mapping[str, Any]) -> bytes:
         return _to_png(_make_figure(1, 1))
     thumbnail = base64.b64decode(maps["thumbnail"].partition(",")[2])
     pixels = imread(io.BytesIO(thumbnail), format="png")
-    across = min(_MAPS_ACROSS, max(len(module["maps"]) for module in rows))
-    figure = _make_figure(1.3 * (across + 1), 1.45 * len(rows))
+    height, width = pixels.shape[:2]
+    grey = pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=-1)
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)  # a map's patches lie over their pixels
+    most = max(len(module["maps"]) for module in rows)
+    across = min(_MAPS_ACROSS, most)
+    figure = _make_figure(1.3 * (across + 1), 1.45 * len(rows) + 0.25)
     for line, module in enumerate(rows):
         axes = figure.add_subplot(len(rows), across + 1, line * (across + 1) + 1)
-        axes.imshow(pixels)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"{module['label']}", fontsize=5)
         axes.set_axis_off()
         for number, values in enumerate(module["maps"][:across]):
             axes = figure.add_subplot(len(rows), across + 1, line * (across + 1) + number + 2)
-            axes.imshow(values, vmin=0, vmax=1, cmap="magma")
+            axes.imshow(0.5 * grey, cmap="gray", vmin=0, vmax=1)
+            # What was cut is left clear: the image shows through.
+            heat = [[value or math.nan for value in row] for row in values]
+            axes.imshow(heat, vmin=0, vmax=1, cmap="magma", alpha=0.75, extent=place)
             axes.set_title(str(number), fontsize=5)
             axes.set_axis_off()
+    figure.suptitle(
+        f"directions 0 to {across - 1} of {most}; coloured: one half and more of a map's range",
+        fontsize=7,
+    )
     return _to_png(figure)
 
 

@@ -1,149 +1,23 @@
-"""Rules of a recipe: closed choices, ranges, and what contradicts what; no files, no network."""
+"""Rules of a recipe: each value by itself, and what contradicts what; no files, no network."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.budget import check_budget
-from wegeft_cli.recipe.classifying import METRICS, check_classifying
-from wegeft_cli.recipe.engines import explain_engine
+from wegeft_cli.recipe.classifying import check_classifying
 from wegeft_cli.recipe.grid import check_grid
-from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.measuring import check_measuring
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
-
-PEFT_TYPES = (
-    "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
-    "hra", "fourierft", "vblora", "randlora", "c3a", "miss", "road", "delora", "waveft",
-)  # fmt: skip
-"""PEFT's methods that adapt linears by name: what `adapter.type` can be beside wegeft."""
-
-INPLACE_TYPES = ("full", "bitfit", "linear_probe")
-"""Methods that train some of the base's own parameters, or all of them."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("causal_lm", "sequence_classification", "image_classification"),
-    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "model.quant_method": ("bitsandbytes", "torchao"),
-    "adapter.type": ("wegeft", *INPLACE_TYPES, *PEFT_TYPES),
-    "adapter.share": ("module_type", "input_dim", "none"),
-    "adapter.side": ("input", "output"),
-    "adapter.init": ("phi_zero", "psi_zero"),
-    "adapter.view": ("auto", "activation", "weight"),
-    "data.train[].format": (
-        "auto", "instruction", "prompt_completion", "messages", "conversations", "text",
-        "metamath", "codefeedback", "wizardlm",
-    ),
-    "data.loss_on": ("completion", "assistant", "all"),
-    "data.packing": ("none", "bfd"),
-    "data.problem_type": ("single_label_classification", "regression"),
-    "data.image_transform": ("crop_flip", "crop", "resize"),
-    "train.lr_scheduler_type": (
-        "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
-        "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-        "warmup_stable_decay",
-    ),
-    "train.optim": (
-        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop",
-        "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
-        "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
-        "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
-        "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
-    ),
-    "train.mixed_precision": ("none", "bf16", "fp16"),
-    "train.strategy": ("replicated", "fsdp2", "hsdp"),
-    "eval.metric": ("auto", *METRICS),
-}  # fmt: skip
-"""Closed choices by key; `[]` stands for every position of a list."""
-CHOICES["data.validation[].format"] = CHOICES["data.train[].format"]
-CHOICES["data.test[].format"] = CHOICES["data.train[].format"]
-
-OPTIMIZERS_ELSEWHERE: dict[str, str] = {
-    "adamw_torch_xla": "torch_xla",
-    "adamw_torch_npu_fused": "torch_npu",
-    "adamw_apex_fused": "apex",
-    "adamw_anyprecision": "torchdistx",
-    "adamw_torch_4bit": "torchao",
-    "adamw_torch_8bit": "torchao",
-    "galore_adamw": "galore_torch",
-    "galore_adamw_8bit": "galore_torch",
-    "galore_adafactor": "galore_torch",
-    "galore_adamw_layerwise": "galore_torch",
-    "galore_adamw_8bit_layerwise": "galore_torch",
-    "galore_adafactor_layerwise": "galore_torch",
-    "lomo": "lomo_optim",
-    "adalomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "schedule_free_radam": "schedulefree",
-    "schedule_free_adamw": "schedulefree",
-    "schedule_free_sgd": "schedulefree",
-    "apollo_adamw": "apollo_torch",
-    "apollo_adamw_layerwise": "apollo_torch",
-    "stable_adamw": "torch_optimi",
-}
-"""Transformers' names of optimizers that this version does not build: name -> package needed."""
-
-PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-"""Attention kernels (transformers' names) that tell packed rows apart by their positions."""
-
-_Fault: TypeAlias = tuple[str, str, str | None]  # key, message, hint
-_Range: TypeAlias = tuple[str, Callable[[float], bool]]
-
-_COUNT: _Range = ("at least 1", lambda value: value >= 1)
-_ABOVE_ZERO: _Range = ("above 0", lambda value: value > 0)
-_NOT_NEGATIVE: _Range = ("at least 0", lambda value: value >= 0)
-_SHARE: _Range = ("between 0 and 1", lambda value: 0 <= value <= 1)
-_BELOW_ONE: _Range = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-_EVERY: _Range = (
-    "0, a share of the steps below 1, or a whole number of steps",
-    lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+from wegeft_cli.recipe.values import (
+    INPLACE_TYPES,
+    PACKING_ATTENTION,
+    Fault,
+    check_values,
+    find_values,
 )
-_RANGES: dict[str, _Range] = {
-    "seed": ("between 0 and 4294967295", lambda value: 0 <= value < 2**32),
-    "adapter.r": _COUNT,
-    "adapter.alpha": _ABOVE_ZERO,
-    "adapter.dropout": _BELOW_ONE,
-    "data.train[].limit": _COUNT,
-    "data.validation[].limit": _COUNT,
-    "data.test[].limit": _COUNT,
-    "data.image_size": _COUNT,
-    "model.drop_path_rate": _BELOW_ONE,
-    "data.validation_fraction": _BELOW_ONE,
-    "data.max_length": _COUNT,
-    "data.train[].weight": _ABOVE_ZERO,
-    "data.shuffle_buffer_size": _COUNT,
-    "train.per_device_train_batch_size": _COUNT,
-    "train.per_device_eval_batch_size": _COUNT,
-    "train.gradient_accumulation_steps": _COUNT,
-    "train.num_train_epochs": _ABOVE_ZERO,
-    "train.max_steps": ("-1 or at least 1", lambda value: value == -1 or value >= 1),
-    "train.learning_rate": _ABOVE_ZERO,
-    "train.lr_ratio": _ABOVE_ZERO,
-    "train.neftune_noise_alpha": _ABOVE_ZERO,
-    "train.ema_decay": ("above 0 and below 1", lambda value: 0 < value < 1),
-    "train.max_skipped_steps": _NOT_NEGATIVE,
-    "train.warmup_ratio": _SHARE,
-    "train.warmup_steps": _NOT_NEGATIVE,
-    "train.weight_decay": _NOT_NEGATIVE,
-    "train.max_grad_norm": _NOT_NEGATIVE,
-    "train.adam_beta1": _BELOW_ONE,
-    "train.adam_beta2": _BELOW_ONE,
-    "train.adam_epsilon": _ABOVE_ZERO,
-    "train.eval_steps": _EVERY,
-    "train.save_steps": _EVERY,
-    "train.save_total_limit": _COUNT,
-    "train.ddp_timeout": _COUNT,
-    "train.fsdp_size": _COUNT,
-    "train.check_steps": _NOT_NEGATIVE,
-    "train.logging_steps": _COUNT,
-    "train.early_stopping_patience": _COUNT,
-    "eval.batch_size": _COUNT,
-    "eval.max_new_tokens": _COUNT,
-    "eval.limit": _COUNT,
-}
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
 ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
@@ -174,7 +48,7 @@ def check_recipe(
     Returns:
         Every rule that is broken, in the order of the schema's sections; empty if all hold.
     """
-    rules = (_check_values, _check_model, _check_adapter, _check_data, _check_train)
+    rules = (check_values, _check_model, _check_adapter, _check_data, _check_train)
     more = (check_budget, check_measuring, check_classifying)
     found = [fault for rule in (*rules, *more) for fault in rule(recipe)]
     found.extend(check_grid(recipe.sweep))
@@ -184,45 +58,7 @@ def check_recipe(
     return [UserError(message, file=where(key), key=key, hint=hint) for key, message, hint in found]
 
 
-def _find_values(recipe: Recipe, pattern: str) -> Iterator[tuple[str, Any]]:
-    """Go through the values that a key pattern stands for, with their keys."""
-    if "[]" not in pattern:
-        yield pattern, _get_value(recipe, pattern)
-        return
-    head, _, name = pattern.partition("[].")
-    for position, item in enumerate(_get_value(recipe, head)):
-        yield f"{head}[{position}].{name}", getattr(item, name)
-
-
-def _get_value(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for part in parse_key(key):
-        value = getattr(value, str(part))
-    return value
-
-
-def _check_values(recipe: Recipe) -> Iterator[_Fault]:
-    """Choices and ranges, each by itself."""
-    for pattern, choices in CHOICES.items():
-        for key, value in _find_values(recipe, pattern):
-            if key == "train.optim" and value in OPTIMIZERS_ELSEWHERE:
-                package = OPTIMIZERS_ELSEWHERE[value]
-                message = f"`{value}` is a transformers name that needs {package}; it is not "
-                yield key, message + "available in this version", f"use one of {', '.join(choices)}"
-            elif key == "train.strategy" and (refused := explain_engine(value)) is not None:
-                reason, _ = refused
-                yield key, f"`{value}` is refused: {reason}", f"use one of {', '.join(choices)}"
-            elif value not in choices:
-                near = find_nearest(value, choices)
-                hint = f"did you mean `{near}`?" if near else None
-                yield key, f"must be one of {', '.join(choices)}; got {value!r}", hint
-    for pattern, (words, holds) in _RANGES.items():
-        for key, value in _find_values(recipe, pattern):
-            if value is not None and not holds(value):
-                yield key, f"must be {words}; got {value}", None
-
-
-def _check_model(recipe: Recipe) -> Iterator[_Fault]:
+def _check_model(recipe: Recipe) -> Iterator[Fault]:
     if not recipe.model.name_or_path:
         yield "model.name_or_path", "is required and empty", "name a model folder or a hub id"
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
@@ -234,7 +70,7 @@ def _check_model(recipe: Recipe) -> Iterator[_Fault]:
         yield "model.quant_method", message, "set `model.load_in_8bit: true`, or remove it"
 
 
-def _check_quantised(recipe: Recipe) -> Iterator[_Fault]:
+def _check_quantised(recipe: Recipe) -> Iterator[Fault]:
     """A quantised base has no weight entries to drop or to multiply with."""
     model, adapter = recipe.model, recipe.adapter
     asked = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
@@ -252,7 +88,7 @@ def _check_quantised(recipe: Recipe) -> Iterator[_Fault]:
         yield "adapter.view", message, f"use `auto` or `activation`, or remove `{asked}`"
 
 
-def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
+def _check_adapter(recipe: Recipe) -> Iterator[Fault]:
     adapter = recipe.adapter
     yield from _check_targets(adapter)
     yield from _check_groups(adapter)
@@ -276,7 +112,7 @@ def _check_adapter(recipe: Recipe) -> Iterator[_Fault]:
         yield from _check_other_method(adapter)
 
 
-def _check_targets(adapter: AdapterSection) -> Iterator[_Fault]:
+def _check_targets(adapter: AdapterSection) -> Iterator[Fault]:
     key, targets = "adapter.target_modules", adapter.target_modules
     hint = "name them ([q_proj, v_proj]), write one regular expression, or `all-linear`"
     if isinstance(targets, str):
@@ -291,7 +127,7 @@ def _check_targets(adapter: AdapterSection) -> Iterator[_Fault]:
         yield key, "names no module", hint
 
 
-def _check_groups(adapter: AdapterSection) -> Iterator[_Fault]:
+def _check_groups(adapter: AdapterSection) -> Iterator[Fault]:
     if adapter.groups is None:
         return
     if adapter.share != AdapterSection.share:
@@ -308,7 +144,7 @@ def _check_groups(adapter: AdapterSection) -> Iterator[_Fault]:
             yield "adapter.groups", message, "list patterns over full module names"
 
 
-def _check_inplace(recipe: Recipe) -> Iterator[_Fault]:
+def _check_inplace(recipe: Recipe) -> Iterator[Fault]:
     """What trains the base's own parameters takes them as they lie in memory."""
     kind = recipe.adapter.type
     if recipe.model.dtype in ("bfloat16", "float16"):
@@ -335,7 +171,7 @@ def _check_inplace(recipe: Recipe) -> Iterator[_Fault]:
         yield "adapter.type", message, "use another type, or set `task`"
 
 
-def _check_other_method(adapter: AdapterSection) -> Iterator[_Fault]:
+def _check_other_method(adapter: AdapterSection) -> Iterator[Fault]:
     if adapter.dropout > 0:
         yield (
             "adapter.dropout",
@@ -354,10 +190,10 @@ def _check_other_method(adapter: AdapterSection) -> Iterator[_Fault]:
             yield f"adapter.peft.{name}", f"is set by `{right}`", f"use `{right}`"
 
 
-def _check_data(recipe: Recipe) -> Iterator[_Fault]:
+def _check_data(recipe: Recipe) -> Iterator[Fault]:
     data = recipe.data
     for pattern in ("data.train[].path", "data.validation[].path", "data.test[].path"):
-        for key, path in _find_values(recipe, pattern):
+        for key, path in find_values(recipe, pattern):
             if not path:
                 yield key, "is required and empty", "name a file, a folder or a hub data set"
     if data.validation and data.validation_fraction > 0:
@@ -369,7 +205,7 @@ def _check_data(recipe: Recipe) -> Iterator[_Fault]:
         yield from _check_streaming(recipe)
 
 
-def _check_weights(recipe: Recipe) -> Iterator[_Fault]:
+def _check_weights(recipe: Recipe) -> Iterator[Fault]:
     data = recipe.data
     weighted = [source.weight is not None for source in data.train]
     if any(weighted) and not all(weighted):
@@ -387,7 +223,7 @@ def _check_weights(recipe: Recipe) -> Iterator[_Fault]:
         yield "data.train[0].weight", message, "remove the weights, or set `data.packing: none`"
 
 
-def _check_padding(recipe: Recipe) -> Iterator[_Fault]:
+def _check_padding(recipe: Recipe) -> Iterator[Fault]:
     """What is done against padding: packing, or steps of rows of one length."""
     data, attention = recipe.data, recipe.model.attn_implementation
     if data.packing != "none" and attention not in (None, *PACKING_ATTENTION):
@@ -404,7 +240,7 @@ def _check_padding(recipe: Recipe) -> Iterator[_Fault]:
             yield key, message, "keep one of the two"
 
 
-def _check_streaming(recipe: Recipe) -> Iterator[_Fault]:
+def _check_streaming(recipe: Recipe) -> Iterator[Fault]:
     """What needs all rows before the first step does not go with reading them while training."""
     data = recipe.data
     if recipe.train.max_steps < 1:
@@ -432,7 +268,7 @@ def _check_streaming(recipe: Recipe) -> Iterator[_Fault]:
             yield f"{key}.path", message, "write it as JSONL, one object per line"
 
 
-def _check_train(recipe: Recipe) -> Iterator[_Fault]:
+def _check_train(recipe: Recipe) -> Iterator[Fault]:
     train = recipe.train
     if train.lr_ratio != 1 and recipe.adapter.type != "wegeft":
         message = (
@@ -456,7 +292,7 @@ def _check_train(recipe: Recipe) -> Iterator[_Fault]:
         yield from _check_sharded(recipe)
 
 
-def _check_sharded(recipe: Recipe) -> Iterator[_Fault]:
+def _check_sharded(recipe: Recipe) -> Iterator[Fault]:
     """What needs a layer's weights whole and at any time does not go with sharing them."""
     key, strategy = "train.strategy", recipe.train.strategy
     model, adapter = recipe.model, recipe.adapter

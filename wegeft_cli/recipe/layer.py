@@ -11,7 +11,6 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.check import CHOICES
 from wegeft_cli.recipe.document import Document, has_interpolation, iterate_entries
 from wegeft_cli.recipe.engines import explain_engine
 from wegeft_cli.recipe.keys import (
@@ -27,6 +26,7 @@ from wegeft_cli.recipe.keys import (
     section_kinds,
     strip_optional,
 )
+from wegeft_cli.recipe.values import CHOICES
 
 DROPPED: Any = object()
 """Stands for a value that is at fault and already told."""

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
-from wegeft_cli.recipe.check import INPLACE_TYPES, ONLY_ADDED, ONLY_WEGEFT, check_recipe
+from wegeft_cli.recipe.check import ONLY_ADDED, ONLY_WEGEFT, check_recipe
 from wegeft_cli.recipe.document import (
     Document,
     has_interpolation,
@@ -26,6 +26,7 @@ from wegeft_cli.recipe.layer import Findings, Layer, LayerReader, describe
 from wegeft_cli.recipe.merged import Merged
 from wegeft_cli.recipe.override import apply_override
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.version import VERSION
 
 _EXTENDS = "extends"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wegeft_cli.checkpoints.adapter import (
+    AdapterFiles,
     load_adapter_files,
     read_adapter_type,
     resolve_adapter_dir,
 )
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.paired import mcnemar_exact
@@ -20,14 +22,17 @@ from wegeft_cli.evaluation.scoring import TaskScore, result_dict
 from wegeft_cli.generators.inject import disable_generators, remove_generators
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.workflows.adapters import attach_files
+from wegeft_cli.workflows.class_ablate import open_split, without_head
+from wegeft_cli.workflows.class_scores import refuse_foreign
 from wegeft_cli.workflows.edit import edit_files
 from wegeft_cli.workflows.elements import KINDS, Element, list_elements
 from wegeft_cli.workflows.evaluate import read_jobs
-from wegeft_cli.workflows.jobs import Asked, TaskRequest
+from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
+from wegeft_cli.workflows.open_classifier import is_classifier
 from wegeft_cli.workflows.pictures import check_output, check_plots, save_ablation, write_json
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
-from wegeft_cli.workflows.target import open_target
+from wegeft_cli.workflows.target import OpenedTarget, open_target
 
 DEFAULT_DIRECTIONS = 16
 
@@ -53,12 +58,14 @@ def ablate(
     A part off is the adapter that `edit(drop=[part])` would write. The rows are the same every
     time, so answers are compared one by one: `lost` became wrong without the part, `gained` became
     right, and `p_value` is that of the exact sign test of the two (McNemar). With many parts some
-    p-values are small by chance.
+    p-values are small by chance. `base` is the base alone; of a classifier, whose base has no head
+    for these classes, it is the base with the head that was learned.
 
     Args:
         adapter: An adapter or run folder; None takes the newest finished run under runs/.
         by: group, layer, module, direction, or saved (modules that were trained whole).
-        task: Task by name; None takes the first of the run's recipe.
+        task: Task by name, or of a classifier test or validation; None takes the first of the
+            run's recipe.
         protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with `<set>/test.json`.
         limit: Only the first so many rows.
@@ -88,36 +95,52 @@ def ablate(
     adapter_dir = resolve_adapter_dir(find_run(adapter))
     kind, _, _ = read_adapter_type(adapter_dir)
     if kind != PEFT_TYPE:
-        message = f"this is a {kind} adapter; only WeGeFT's parts can be switched off"
-        raise UserError(message, file=str(adapter_dir))
+        hint = "train it by adapter.type: wegeft to switch parts off"
+        reason = "only WeGeFT's parts can be switched off"
+        refuse_method(adapter_dir, kind, reason, hint=hint)
     files = load_adapter_files(adapter_dir)
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:
         raise UserError(f"the adapter has no {by} to switch off", key="--ablate")
     recipe = find_recipe_of(adapter_dir)
-    settings = recipe.eval if recipe is not None else EvalSection()
-    names = [task] if task is not None else list(settings.tasks)[:1]
-    request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings)
-    job = read_jobs(names, request)[0]
-    size = batch_size or settings.batch_size
-    opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
-    model, tokenizer = opened.model, opened.tokenizer
+    score: Callable[[str], TaskScore]
+    classifies = is_classifier(adapter_dir, recipe)
+    if classifies:
+        refuse_foreign({"protocol": protocol, "max_new_tokens": max_new_tokens})
+        model, score = open_split(
+            adapter_dir,
+            recipe,
+            split=task,
+            data_dir=data_dir,
+            limit=limit,
+            batch_size=batch_size,
+            base=base,
+            reporter=reporter,
+        )
+        elements = without_head(elements, model)
+    else:
+        settings = recipe.eval if recipe is not None else EvalSection()
+        names = [task] if task is not None else list(settings.tasks)[:1]
+        request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings)
+        job = read_jobs(names, request)[0]
+        opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
+        model = opened.model
+        score = _asking(job, opened, batch_size or settings.batch_size, reporter)
 
-    def score(title: str) -> TaskScore:
-        with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
-            asked = Asked(size, lambda done, total: advance(done), reporter.warn, title=title)
-            try:
-                return job.run(model, tokenizer, asked)
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    "out of memory while generating", key="--batch-size", hint="lower it"
-                ) from error
+    def switch(files: AdapterFiles) -> None:
+        remove_generators(model)
+        attach_files(model, files, adapter_dir)
+        model.eval()
 
     whole = score("whole")
     if whole.score is None:
         raise UserError(f"{job.name} gives no score of its own to compare", key="--task")
-    with disable_generators(model):
+    if classifies:
+        switch(_without_factors(files))
         without = score("base")
+    else:
+        with disable_generators(model):
+            without = score("base")
     result: dict[str, Any] = {
         "adapter": str(adapter_dir),
         "by": by,
@@ -129,13 +152,11 @@ def ablate(
     for element in elements:
         remaining = edit_files(files, [(element, 0.0)])
         if remaining.manifest.modules:
-            remove_generators(model)
-            attach_files(model, remaining, adapter_dir)
-            model.eval()
+            switch(remaining)
             found = score(element.text)
         elif remaining.saved_modules:
-            reporter.warn(f"{element.text} is all that the adapter changes by factors: passed over")
-            continue
+            switch(_without_factors(files))  # what it trained whole stays
+            found = score(element.text)
         else:
             found = without
         result["parts"].append(_compare(element, found, whole))
@@ -145,6 +166,30 @@ def ablate(
     if plots is not None:
         result["plots"] = [str(path) for path in save_ablation(result, plots)]
     return result
+
+
+def _asking(
+    job: EvalJob, opened: OpenedTarget, batch_size: int, reporter: Reporter
+) -> Callable[[str], TaskScore]:
+    """Give what scores a language model as it then is, given a title."""
+
+    def score(title: str) -> TaskScore:
+        with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
+            asked = Asked(batch_size, lambda done, total: advance(done), reporter.warn, title=title)
+            try:
+                return job.run(opened.model, opened.tokenizer, asked)
+            except torch.OutOfMemoryError as error:
+                raise MachineError(
+                    "out of memory while generating", key="--batch-size", hint="lower it"
+                ) from error
+
+    return score
+
+
+def _without_factors(files: AdapterFiles) -> AdapterFiles:
+    """Give the adapter with every psi at zero: what it trained whole is all that it changes."""
+    factors = {group: (phi, torch.zeros_like(psi)) for group, (phi, psi) in files.factors.items()}
+    return AdapterFiles(files.manifest, factors, files.saved_modules)
 
 
 def _compare(element: Element, found: TaskScore, whole: TaskScore) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from wegeft_cli.generators.inplace import select_parameters, unfreeze
 from wegeft_cli.interop.liger import apply_liger
 from wegeft_cli.models.drop_path import add_drop_path, check_drop_path
 from wegeft_cli.models.heads import HeadSpec, check_loaded, find_head_modules, make_fresh
-from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.training.classes import ClassLoss
 from wegeft_cli.training.compiling import compile_layers
 from wegeft_cli.training.loop import LoopSettings

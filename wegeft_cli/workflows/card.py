@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.version import VERSION
 from wegeft_cli.workflows.card_facts import Facts, read_facts
 

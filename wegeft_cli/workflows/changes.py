@@ -16,6 +16,7 @@ from wegeft_cli.checkpoints.adapter import (
     read_adapter_type,
     resolve_adapter_dir,
 )
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.lora import load_lora_files
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE, ModuleEntry
 from wegeft_cli.checkpoints.rows import read_rows
@@ -151,10 +152,9 @@ def open_changes(
         pairs = load_lora_files(adapter_dir)
         parts = [Part(name, name) for name in pairs]
     else:
-        raise UserError(
-            f"this is a {kind} adapter; only WeGeFT's and plain LoRA can be looked into",
-            file=str(adapter_dir),
-        )
+        reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
+        hint = "`wegeft eval --compare-base` tells what it does"
+        refuse_method(adapter_dir, kind, reason, hint=hint)
     with tell_base(base, adapter_dir):
         base_dir = fetch_base_folder(base or recorded, None if base else revision)
         stored = list_tensors(base_dir)

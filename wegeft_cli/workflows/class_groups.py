@@ -12,12 +12,14 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.class_groups import CLASS_GROUPS, ClassGroup, Member
 from wegeft_cli.evaluation.scoring import wilson_interval
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.workflows.class_evaluate import PROTOCOL, SPLITS, evaluate_classes
+from wegeft_cli.workflows.class_evaluate import PROTOCOL, evaluate_classes
 from wegeft_cli.workflows.class_scores import refuse_foreign
+from wegeft_cli.workflows.class_splits import SPLITS
 from wegeft_cli.workflows.open_classifier import is_classifier
-from wegeft_cli.workflows.reporter import Reporter
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment, find_recipe_of
 from wegeft_cli.workflows.score_files import choose_samples_path, choose_scores_path, write_line
+from wegeft_cli.workflows.share import leave_group, this_share
 from wegeft_cli.workflows.target import find_target
 
 
@@ -82,12 +84,21 @@ def evaluate_group(
     """
     refuse_foreign(foreign)
     runs = _assign(group, targets)
+    share = this_share()
+    if share.index:
+        reporter = SilentReporter()
     results: list[dict[str, Any]] = []
     lines: list[str] = []
     for member in group.members:
         path, recipe = runs[member.name]
         (row, *_), _, samples = evaluate_classes(
-            path, recipe, splits=splits, limit=limit, batch_size=batch_size, reporter=reporter
+            path,
+            recipe,
+            splits=splits,
+            limit=limit,
+            batch_size=batch_size,
+            share=share,
+            reporter=reporter,
         )
         results.append(_count_by(member, row, path))
         lines += [write_line({**line, "task": member.name}) for line in samples]
@@ -101,9 +112,11 @@ def evaluate_group(
         "targets": [row["target"] for row in results],
         **describe_environment(),
     }
-    write_text_atomic(samples_path, "".join(lines))
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    write_text_atomic(output or choose_scores_path(samples_path), text)
+    if share.index == 0:
+        write_text_atomic(samples_path, "".join(lines))
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_text_atomic(output or choose_scores_path(samples_path), text)
+    leave_group(share)
     return result
 
 

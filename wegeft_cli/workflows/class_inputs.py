@@ -15,6 +15,7 @@ from wegeft_cli.interop.trackers import check_trackers
 from wegeft_cli.models.drop_path import check_drop_path
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.build import pad_as_tokenizer
 from wegeft_cli.workflows.class_batches import ClassBatches
 from wegeft_cli.workflows.class_data import ClassData, read_class_data
 from wegeft_cli.workflows.classifier import build_collator, check_metrics, load_processor
@@ -39,7 +40,7 @@ from wegeft_cli.workflows.prepare import (
 )
 from wegeft_cli.workflows.rehearsal import prepare_skeleton
 from wegeft_cli.workflows.reporter import Reporter
-from wegeft_cli.workflows.survey import survey_passes
+from wegeft_cli.workflows.survey import find_validation_shape, survey_passes
 
 
 def read_class_inputs(
@@ -73,6 +74,7 @@ def read_class_inputs(
     check_class_model(recipe, config, skeleton, data)
     if is_text:
         check_context(config, recipe)
+        pad_as_tokenizer(skeleton, processor)
     section = with_head(recipe.adapter, skeleton, recipe.task)
     if not resuming:
         check_init_from(section, skeleton, recipe_dir)
@@ -96,7 +98,8 @@ def read_class_inputs(
     estimated = None
     if accelerator.is_main_process:
         shapes = survey_passes(recipe, data, plan).find_largest()
-        memory, _ = estimate_memory(recipe, config, model, shapes)
+        evaluated = find_validation_shape(recipe, data)
+        memory, _ = estimate_memory(recipe, config, model, shapes, validation=evaluated)
         estimated = memory["total"]
         for warning in tell_fit(recipe, estimated, *measure_available()):
             reporter.warn(warning)

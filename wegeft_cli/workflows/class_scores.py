@@ -11,11 +11,12 @@ from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.class_evaluate import PROTOCOL, evaluate_classes
+from wegeft_cli.workflows.class_splits import SPLITS
 from wegeft_cli.workflows.compare import compare_scores
-from wegeft_cli.workflows.launch import is_in_group
-from wegeft_cli.workflows.reporter import Reporter
+from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import describe_environment
 from wegeft_cli.workflows.score_files import choose_samples_path, choose_scores_path, write_line
+from wegeft_cli.workflows.share import leave_group, this_share
 
 
 def evaluate_classifier(
@@ -55,6 +56,9 @@ def evaluate_classifier(
         ExceptionGroup: If there are several faults.
     """
     refuse_foreign(foreign)
+    share = this_share()
+    if share.index:
+        reporter = SilentReporter()
     results, base_results, lines = evaluate_classes(
         path,
         recipe,
@@ -64,6 +68,7 @@ def evaluate_classifier(
         batch_size=batch_size,
         compare_base=compare_base,
         base=base,
+        share=share,
         reporter=reporter,
     )
     result: dict[str, Any] = {"results": results}
@@ -85,14 +90,43 @@ def evaluate_classifier(
         ]
     samples_path = choose_samples_path(path, output, [row["task"] for row in results], PROTOCOL)
     result |= {"samples_path": str(samples_path), "target": str(path), **describe_environment()}
-    write_text_atomic(samples_path, "".join(write_line(line) for line in lines))
-    output = output or choose_scores_path(samples_path)
-    write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if share.index == 0:
+        write_text_atomic(samples_path, "".join(write_line(line) for line in lines))
+        output = output or choose_scores_path(samples_path)
+        write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    leave_group(share)
     return result
 
 
+def refuse_samples(samples: Path, names: Sequence[str]) -> None:
+    """Refuse to score a classifier's answers from a file.
+
+    Args:
+        samples: The file, as given.
+        names: The tasks, as typed.
+
+    Raises:
+        UserError: If the file or the tasks are a classifier's.
+    """
+    if _is_of_classifier(samples) or (names and set(names) <= set(SPLITS)):
+        raise UserError(
+            "answers of a classifier are scored as it gives them, not out of a file",
+            key="--samples",
+            hint="score the run: wegeft eval RUN --task test; its samples file tells each row",
+        )
+
+
+def _is_of_classifier(samples: Path) -> bool:
+    try:
+        with samples.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
+    except (OSError, ValueError, RecursionError):
+        return False  # what reads the file tells
+    return isinstance(first, dict) and first.get("protocol") == PROTOCOL
+
+
 def refuse_foreign(foreign: Mapping[str, Any]) -> None:
-    """Refuse options that say nothing to a classifier, and several processes.
+    """Refuse options that say nothing to a classifier.
 
     Args:
         foreign: Options by name.
@@ -112,9 +146,3 @@ def refuse_foreign(foreign: Mapping[str, Any]) -> None:
             if value
         ]
     )
-    if is_in_group():
-        raise UserError(
-            "a classifier is scored by one process",
-            key="--num-processes",
-            hint="leave it out, and start the command without a launcher",
-        )

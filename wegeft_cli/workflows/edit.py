@@ -22,6 +22,7 @@ from wegeft_cli.checkpoints.adapter import (
 )
 from wegeft_cli.checkpoints.files import check_unused_folder
 from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json, read_head
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE, AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.workflows.elements import Element, find_element
@@ -253,8 +254,8 @@ def _write(
 def _check_kind(adapter_dir: Path) -> None:
     kind, _, _ = read_adapter_type(adapter_dir)
     if kind != PEFT_TYPE:
-        message = f"this is a {kind} adapter; only WeGeFT's can be edited"
-        raise UserError(message, file=str(adapter_dir))
+        hint = "train it by adapter.type: wegeft to edit it"
+        refuse_method(adapter_dir, kind, "only WeGeFT's parts can be edited", hint=hint)
 
 
 def _read_card(adapter_dir: Path) -> str:

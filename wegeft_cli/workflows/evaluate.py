@@ -18,7 +18,7 @@ from wegeft_cli.recipe.schema import EvalSection, Recipe
 from wegeft_cli.workflows.answer_log import drop_logs
 from wegeft_cli.workflows.ask_jobs import Asking
 from wegeft_cli.workflows.class_groups import evaluate_group, find_class_group
-from wegeft_cli.workflows.class_scores import evaluate_classifier
+from wegeft_cli.workflows.class_scores import evaluate_classifier, refuse_samples
 from wegeft_cli.workflows.compare import compare_scores
 from wegeft_cli.workflows.jobs import EvalJob, TaskRequest
 from wegeft_cli.workflows.kinds import list_tasks, read_task
@@ -125,6 +125,8 @@ def evaluate(
             key="TARGET",
             hint=f"several are for --task {' or '.join(CLASS_GROUPS)}",
         )
+    if samples is not None:
+        refuse_samples(samples, tasks)
     path = None if samples is not None else find_target(targets[0] if targets else None)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()

@@ -22,6 +22,7 @@ from wegeft_cli.checkpoints.adapter import (
 )
 from wegeft_cli.checkpoints.files import atomic_folder, check_free_space, check_unused_folder
 from wegeft_cli.checkpoints.head import read_head
+from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.layout import DTYPE_NAMES, TORCH_DTYPES
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.checkpoints.shards import list_tensors, tensor_bytes
@@ -213,11 +214,10 @@ def _export_adapter(
     check_unused_folder(output)
     kind, recorded_base, recorded_revision = read_adapter_type(adapter_dir)
     if kind != PEFT_TYPE:
-        raise UserError(
-            f"this is a {kind} adapter; only a WeGeFT adapter has a LoRA twin",
-            file=str(adapter_dir),
-            hint="merge it and export the model" if format == "gguf" else None,
-        )
+        own = "PEFT reads it as it is"
+        hint = "merge it and export the model" if format == "gguf" else own
+        reason = "only a WeGeFT adapter has a LoRA twin"
+        refuse_method(adapter_dir, kind, reason, hint=hint)
     files = load_adapter_files(adapter_dir)
     if (quantised := files.manifest.base_quantization) is not None:
         reporter.warn(

@@ -14,8 +14,8 @@ from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import get_generators
 from wegeft_cli.interop.quantise import find_kind
 from wegeft_cli.models.heads import HeadSpec
-from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.training.loop import LoopResult
 from wegeft_cli.training.state import Progress
 from wegeft_cli.version import VERSION

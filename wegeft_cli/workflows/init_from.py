@@ -14,12 +14,14 @@ from wegeft_cli.checkpoints.adapter import (
     resolve_adapter_dir,
 )
 from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.checkpoints.inplace import describe_kind
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
 from wegeft_cli.data.sources import find_local
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.generators.groups import assign_groups
 from wegeft_cli.generators.inject import get_generators, select_targets
 from wegeft_cli.generators.saved import find_saved_modules
-from wegeft_cli.generators.targets import Target, assign_groups, find_linears
+from wegeft_cli.generators.targets import Target, find_linears
 from wegeft_cli.recipe.schema import AdapterSection
 from wegeft_cli.workflows.adapters import check_fingerprint
 from wegeft_cli.workflows.naming import find_module_name, find_saved
@@ -164,7 +166,7 @@ def _check_kind(type_: str, adapter_dir: Path) -> None:
     kind, _, _ = read_adapter_type(adapter_dir)
     if (kind == PEFT_TYPE) != (type_ == "wegeft"):
         raise UserError(
-            f"{str(adapter_dir)!r} is a {kind} adapter, and adapter.type is {type_!r}",
+            f"{str(adapter_dir)!r} is {describe_kind(kind)}, and adapter.type is {type_!r}",
             key=_KEY,
             hint="give an adapter of the same method, or leave it out",
         )

@@ -24,6 +24,22 @@ from wegeft_cli.workflows.classifier import load_processor
 
 
 @dataclass(frozen=True)
+class FoundClassifier:
+    """What is known of a classifier before it is loaded.
+
+    Args:
+        adapter_dir: Its adapter; None of a model that stands alone.
+        head: What it tells apart.
+        recipe: The run's recipe, or one that holds what is known without it; its `model` is what
+            will be loaded: the adapter's base, or the model.
+    """
+
+    adapter_dir: Path | None
+    head: HeadSpec
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
 class OpenedClassifier:
     """A classifier to ask.
 
@@ -66,40 +82,29 @@ def is_classifier(path: str | Path, recipe: Recipe | None) -> bool:
     return False
 
 
-def open_classifier(
-    path: str | Path,
-    recipe: Recipe | None,
-    *,
-    base: str | None = None,
-    warn: Callable[[str], None] = lambda text: None,
-) -> OpenedClassifier:
-    """Load a classifier.
+def find_classifier(
+    path: str | Path, recipe: Recipe | None, *, base: str | None = None
+) -> FoundClassifier:
+    """Find out what a classifier is, without loading it.
 
     Args:
         path: An adapter, run or model folder.
         recipe: The run's recipe, where it belongs to a run.
         base: The base's folder or hub id, where it is not as recorded.
-        warn: Told where nothing can tell whether the base is the adapter's.
 
     Returns:
-        The classifier.
+        What is known of it.
 
     Raises:
-        UserError: If it is none of these, is damaged, or its base is another one.
+        UserError: If it is none of these, or is damaged.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
         config = load_config(str(folder))
-        task = find_task(config)
-        problem = getattr(config, "problem_type", None) or "single_label_classification"
-        labels = () if problem == "regression" else read_labels(config)
-        head = HeadSpec(task, labels, problem, keeps_base_head=True)
+        head = _head_of_config(config, find_task(config))
         known = recipe or _recipe_of_head(head, {})
         section = replace(known.model, name_or_path=str(folder), revision=None)
-        model = _load(section, head)
-        return OpenedClassifier(
-            model, load_processor(section, task), head, replace(known, model=section)
-        )
+        return FoundClassifier(None, head, replace(known, model=section))
     adapter_dir = resolve_adapter_dir(folder)
     head, values = read_head_spec(adapter_dir)
     known = recipe or _recipe_of_head(head, values)
@@ -107,12 +112,38 @@ def open_classifier(
     section = replace(
         known.model, name_or_path=base or recorded, revision=None if base else revision
     )
-    with tell_base(base, adapter_dir):
+    return FoundClassifier(adapter_dir, head, replace(known, model=section))
+
+
+def load_classifier(
+    found: FoundClassifier,
+    *,
+    base: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> OpenedClassifier:
+    """Load a classifier.
+
+    Args:
+        found: What it is.
+        base: The base as the user named it, for the message where it is another one.
+        warn: Told where nothing can tell whether the base is the adapter's.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        UserError: If it is damaged, or its base is another one.
+    """
+    head, section = found.head, found.recipe.model
+    if found.adapter_dir is None:
+        model = _load(section, head)
+        return OpenedClassifier(model, load_processor(section, head.task), head, found.recipe)
+    with tell_base(base, found.adapter_dir):
         model = _load(section, head)
         processor = load_processor(section, head.task)
     pad_as_tokenizer(model, processor)
-    model = put_adapter(model, adapter_dir, section, warn=warn)
-    return OpenedClassifier(model.eval(), processor, head, replace(known, model=section))
+    model = put_adapter(model, found.adapter_dir, section, warn=warn)
+    return OpenedClassifier(model.eval(), processor, head, found.recipe)
 
 
 def read_head_spec(adapter_dir: Path) -> tuple[HeadSpec, dict[str, Any]]:
@@ -188,6 +219,12 @@ def _load(section: ModelSection, head: HeadSpec) -> nn.Module:
         trust_remote_code=section.trust_remote_code,
         head=head,
     )
+
+
+def _head_of_config(config: Any, task: str) -> HeadSpec:
+    problem = getattr(config, "problem_type", None) or "single_label_classification"
+    labels = () if problem == "regression" else read_labels(config)
+    return HeadSpec(task, labels, problem, keeps_base_head=True)
 
 
 def _recipe_of_head(head: HeadSpec, values: dict[str, Any]) -> Recipe:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from wegeft_cli.data.collate import Row, collate_packs, collate_rows
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.check import PACKING_ATTENTION
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import PACKING_ATTENTION
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.precision import autocast
 

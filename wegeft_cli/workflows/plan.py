@@ -18,6 +18,7 @@ from wegeft_cli.models.base import load_tokenizer
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.build import pad_as_tokenizer
 from wegeft_cli.workflows.class_data import ClassData, read_class_data, without_data
 from wegeft_cli.workflows.classifier import load_processor
 from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
@@ -135,8 +136,10 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
     check_template(recipe.data.template)
     check_learning(recipe, None)  # the run may be for another machine
-    data, unknown, head = _read(loaded)
+    data, unknown, head, tokenizer = _read(loaded)
     config, skeleton = build_skeleton(recipe.model, head)
+    if head is not None:
+        pad_as_tokenizer(skeleton, tokenizer)
     base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     if recipe.task != "image_classification":
         check_context(config, recipe)
@@ -153,10 +156,7 @@ def _plan(loaded: LoadedRecipe) -> Plan:
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
     shapes = survey.find_largest() if survey is not None else [assume_longest(recipe)]
-    # A classifier's validation is a plain forward pass over short rows: no logits of a vocabulary.
-    held_out = None
-    if isinstance(data, PreparedData):
-        held_out = find_validation_shape(recipe, data)
+    held_out = None if data is None else find_validation_shape(recipe, data)
     memory, reason = estimate_memory(recipe, config, model, shapes, validation=held_out)
     if reason is not None:
         unknown.append(f"memory: {reason}")
@@ -197,12 +197,13 @@ def _plan(loaded: LoadedRecipe) -> Plan:
 
 def _read(
     loaded: LoadedRecipe,
-) -> tuple[PreparedData | ClassData | None, list[str], HeadSpec | None]:
-    """Read the data where it can be reached, and with them what a classifier's head is to be."""
+) -> tuple[PreparedData | ClassData | None, list[str], HeadSpec | None, Any]:
+    """Read the data where it can be reached, and of a classifier its head and its tokenizer."""
     recipe = loaded.recipe
     if recipe.task == "causal_lm":
-        return (*_read_data(loaded), None)
+        return (*_read_data(loaded), None, None)
     config = load_base_config(recipe.model)
+    tokenizer = None
     try:
         is_text = recipe.task == "sequence_classification"
         tokenizer = load_processor(recipe.model, recipe.task) if is_text else None
@@ -214,8 +215,8 @@ def _read(
         told.append(f"classes: the head is counted with {len(head.labels) or 1}, as in the base")
         data = None
     if data is None:
-        return None, told, head
-    return data, [], data.head
+        return None, told, head, tokenizer
+    return data, [], data.head, tokenizer
 
 
 def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:

@@ -17,16 +17,16 @@ from wegeft_cli.data.mixture import Mixture
 from wegeft_cli.data.order import StepPlan
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generators.equations import count_parameters
+from wegeft_cli.generators.groups import assign_groups, group_widths
 from wegeft_cli.generators.inject import select_targets
 from wegeft_cli.generators.inplace import select_parameters
 from wegeft_cli.generators.saved import find_saved_modules
-from wegeft_cli.generators.targets import assign_groups, group_widths
 from wegeft_cli.models.base import build_meta_model, load_config
 from wegeft_cli.models.heads import HeadSpec, find_head_modules
 from wegeft_cli.recipe.budget import find_phase_fault
-from wegeft_cli.recipe.check import INPLACE_TYPES
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe, TrainSection
+from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.training.optim import check_optimizer
 from wegeft_cli.training.schedules import check_schedule, count_warmup_steps
 

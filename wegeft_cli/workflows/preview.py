@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from wegeft_cli.data.pack import pack_rows
 from wegeft_cli.data.pipeline import PreparedData, build_datasets
@@ -18,14 +15,13 @@ from wegeft_cli.models.base import load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.workflows.batches import build_source
+from wegeft_cli.workflows.class_preview import ClassPreview, preview_classes
+from wegeft_cli.workflows.histogram import count_lengths
 from wegeft_cli.workflows.prepare import build_step_plan, tell_places
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.walk import PreviewRow, RowWalker
 
-_NUM_BARS = 12
 _UNCUT_LENGTH = 2**20
-# Widths that a bar of the histogram may have: 1, 2, 5, 10, 20, 50, ...
-_STEPS = (1, 2, 5)
 
 
 @dataclass(frozen=True)
@@ -84,18 +80,19 @@ def preview(
     num_rows: int = 2,
     row: int | None = None,
     reporter: Reporter | None = None,
-) -> Preview:
+) -> Preview | ClassPreview:
     """Read, render and tokenise a recipe's training rows as `train` does; no weights are needed.
 
     Args:
         recipe_path: A recipe file, or the name of a shipped one.
         overrides: `key=value` texts that win over the file.
-        num_rows: So many first rows of each source are shown, those left out too.
+        num_rows: So many first rows of each source are shown, those left out too; of a classifier
+            of each class, 20 in all at most.
         row: Show the row of this number in the training set alone, from 0.
         reporter: Where words go.
 
     Returns:
-        The rows and the figures.
+        The rows and the figures: a `ClassPreview` where the recipe's task is no language model's.
 
     Raises:
         UserError: If the recipe, the tokenizer or the data is at fault, or there is no such row.
@@ -106,13 +103,11 @@ def preview(
     for note in loaded.notes:
         reporter.note(note)
     with tell_places(loaded):
-        if loaded.recipe.task != "causal_lm":
-            raise UserError(
-                f"a preview shows the tokens of language rows; this is {loaded.recipe.task}",
-                key="task",
-                hint="wegeft plan tells rows and steps, wegeft train --dry-run checks every row",
-            )
-        result = _preview(loaded, num_rows, row)
+        result: Preview | ClassPreview
+        if loaded.recipe.task == "causal_lm":
+            result = _preview(loaded, num_rows, row)
+        else:
+            result = preview_classes(loaded, num_rows, row)
     for warning in result.warnings:
         reporter.warn(warning)
     return result
@@ -201,25 +196,6 @@ def _describe_source(source: SourceReport) -> dict[str, Any]:
         "template": name,
         "template_hash": digest,
     }
-
-
-def count_lengths(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Count rows by their length, in at most so many bars of one round width.
-
-    Args:
-        lengths: Tokens of each row, int `[rows]`, at least one.
-
-    Returns:
-        The bars in order, from the shortest row's to the longest row's; empty ones between too.
-    """
-    low, high = int(lengths.min()), int(lengths.max())
-    widths = (step * 10**power for power in itertools.count() for step in _STEPS)
-    width = next(w for w in widths if high // w - low // w < _NUM_BARS)
-    edges = range(low // width * width, high + width + 1, width)
-    counts, _ = np.histogram(lengths, bins=np.array([*edges]))
-    bars = zip(itertools.pairwise(edges), counts.tolist(), strict=True)
-    found = [{"start": start, "stop": stop, "rows": rows} for (start, stop), rows in bars]
-    return [bar for bar in found if bar["start"] <= high]
 
 
 def _find_setting(recipe: Recipe) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,9 +24,7 @@ from wegeft_cli.workflows.class_rehearsal import (
     count_class_flops,
     find_head,
 )
-
-HEAP_BLOCK_BYTES = 32 * 2**20
-"""glibc serves blocks up to this size from its heap, larger ones by pages of their own."""
+from wegeft_cli.workflows.ledger import Ledger
 
 # Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
 # kernel that it has no mask for: the same kernel under a name of our own.
@@ -168,6 +163,8 @@ def rehearse_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
         RuntimeError: If the model cannot be run without numbers; its message tells why.
     """
     with _without_numbers(model, recipe, shape):
+        if recipe.task == "image_classification":
+            return _measure_validation(model, recipe, shape)  # as a step: blocks are not alike
         try:
             parent, name = _find_layers(model)
         except LookupError:
@@ -182,10 +179,9 @@ def rehearse_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
 
 def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
     with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)), torch.no_grad():
-        head = model.get_output_embeddings()
-        is_plain = is_plain_head(head) and _gives_plain_logits(model, head)
+        head, is_plain = _find_head(model, recipe)
         with (
-            _Ledger([*model.parameters(), *model.buffers()]) as ledger,
+            Ledger([*model.parameters(), *model.buffers()]) as ledger,
             autocast("cpu", recipe.train.mixed_precision),
         ):
             _compute_loss(model, head, recipe, shape, is_plain)
@@ -254,65 +250,20 @@ def _signature(layer: nn.Module, index: int, model: Any) -> Any:
     )
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors alive, and remembers the most.
-
-    Args:
-        ignored: Tensors that are counted elsewhere.
-    """
-
-    def __init__(self, ignored: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.blocks = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in ignored}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._add(value)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        in_block = size if size < HEAP_BLOCK_BYTES else 0
-        self.live += size
-        self.blocks += in_block
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size, in_block)
-
-    def _drop(self, key: int, size: int, in_block: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-        self.blocks -= in_block
-
-
 def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     """Run forward and backward and count."""
     at_head: list[tuple[int, int]] = []
     with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
-        is_causal = recipe.task == "causal_lm"
-        head = model.get_output_embeddings() if is_causal else find_head(model)
-        is_plain = is_causal and is_plain_head(head) and _gives_plain_logits(model, head)
+        head, is_plain = _find_head(model, recipe)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        with _Ledger([*model.parameters(), *model.buffers(), *grads]) as ledger:
+        with Ledger([*model.parameters(), *model.buffers(), *grads]) as ledger:
             handle = head.register_forward_pre_hook(
                 lambda *_: at_head.append((ledger.live, ledger.blocks))
             )
             with autocast("cpu", recipe.train.mixed_precision):
-                if is_causal:
-                    loss = _compute_loss(model, head, recipe, shape, is_plain)
-                else:
-                    loss = compute_class_loss(model, recipe, shape)
+                loss = _compute_loss(model, head, recipe, shape, is_plain)
             handle.remove()
             top = ledger.peak
             loss.backward()
@@ -325,10 +276,20 @@ def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     )
 
 
+def _find_head(model: Any, recipe: Recipe) -> tuple[nn.Module, bool]:
+    """The head, and whether it is plain: one linear whose output are the model's logits."""
+    if recipe.task != "causal_lm":
+        return find_head(model), False
+    head = model.get_output_embeddings()
+    return head, is_plain_head(head) and _gives_plain_logits(model, head)
+
+
 def _compute_loss(
     model: Any, head: Any, recipe: Recipe, shape: BatchShape, is_plain: bool
 ) -> Tensor:
     """The loss as `CausalLoss` computes it, without what it finds out from numbers."""
+    if recipe.task != "causal_lm":
+        return compute_class_loss(model, recipe, shape)
     size = (shape.num_sequences, shape.length)
     ids = torch.zeros(size, dtype=torch.int64)
     positions = torch.arange(shape.num_labels)

@@ -10,6 +10,7 @@ from wegeft_cli.data.order import StepPlan
 from wegeft_cli.data.pack import sum_packs
 from wegeft_cli.data.pipeline import PreparedData
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.workflows.class_data import ClassData
 from wegeft_cli.workflows.packing import lays_packs_flat
 from wegeft_cli.workflows.prepare import PlannedData
 from wegeft_cli.workflows.rehearsal import BatchShape
@@ -100,7 +101,7 @@ def assume_longest(recipe: Recipe) -> BatchShape:
     return BatchShape(size, length, size * max(1, length - 1), size > 1 or is_packed)
 
 
-def find_validation_shape(recipe: Recipe, data: PreparedData) -> BatchShape | None:
+def find_validation_shape(recipe: Recipe, data: PreparedData | ClassData) -> BatchShape | None:
     """Give the largest batch of a validation, its first: the longest rows come first.
 
     Args:

@@ -101,7 +101,7 @@ def open_target(
     if adapter_dir is None:
         with telling_target(path):
             model, tokenizer = _load(section)
-        before = base or _read_provenance(Path(path))
+        before = base or read_provenance(Path(path))
         return OpenedTarget("model", model, tokenizer, before, section)
     from wegeft_cli.workflows.adapters import tell_base
 
@@ -291,7 +291,8 @@ def _switched_off(model: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _read_provenance(folder: Path) -> str | None:
+def read_provenance(folder: Path) -> str | None:
+    """Give the base that a merged folder tells it came from; None where it tells none."""
     try:
         values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
         return str(values["base_model_name_or_path"])

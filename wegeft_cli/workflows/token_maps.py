@@ -7,10 +7,8 @@ what lies below one half is cut.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,18 @@ from torch import Tensor, nn
 from wegeft_cli.checkpoints.adapter import AdapterFiles
 from wegeft_cli.errors import UserError
 from wegeft_cli.generators.targets import find_linears
-from wegeft_cli.interop.image_files import make_thumbnail
+from wegeft_cli.interop.image_files import make_array, make_picture, make_thumbnail
 from wegeft_cli.models.backbone import load_backbone
-from wegeft_cli.models.base import quiet_transformers
+from wegeft_cli.models.base import load_image_processor
+from wegeft_cli.models.heads import image_options
 from wegeft_cli.workflows.adapters import attach_files
 from wegeft_cli.workflows.changes import Changes
+from wegeft_cli.workflows.classifier import build_transform
 from wegeft_cli.workflows.naming import find_module_name
+from wegeft_cli.workflows.open_classifier import find_classifier, is_classifier
+from wegeft_cli.workflows.planes import lay_out, recorded
 from wegeft_cli.workflows.reporter import Reporter
+from wegeft_cli.workflows.run_folder import find_recipe_of
 
 _CUT = 0.5
 _DIGITS = 4
@@ -43,36 +46,38 @@ def draw_maps(
         reporter: Where progress goes.
 
     Returns:
-        Of each image: image, thumbnail (a PNG as data URI), modules: label, grid [rows, columns],
-        maps [r][rows][columns], 0 or 0.5 to 1; where a module's output is not one vector a patch,
-        no maps, and the reason.
+        Of each image: image, thumbnail (what the model sees of it, a PNG as data URI), modules:
+        label, grid [rows, columns], maps [r][rows][columns], 0 or 0.5 to 1; where a module's output
+        is not one vector a patch, no maps, and the reason.
 
     Raises:
         UserError: If the adapter or its base is none for images.
     """
     if changes.files is None:
         raise UserError("maps are drawn of WeGeFT adapters", key="--image")
-    model, processor = _load(changes)
+    model, see = _load(changes)
     # The maps are the encoder's: a head that was trained whole has no say.
     manifest = replace(changes.files.manifest, modules_to_save=())
     factors_alone = AdapterFiles(manifest, changes.files.factors, {})
     attach_files(model, factors_alone, changes.adapter_dir)
     model.eval()
     directions = _find_directions(changes)
+    names = _find_names(model, changes)
     found = []
     with reporter.progress("drawing maps", len(pictures)) as advance:
         for number, (path, picture) in enumerate(pictures, start=1):
-            pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
-            with torch.no_grad(), _recorded(model, changes) as outputs:
-                model(pixel_values=pixels.to(next(model.parameters()).dtype))
+            seen = see(picture)
+            with torch.no_grad(), recorded(model, names) as recording:
+                pixels = seen.pixels[None].to(next(model.parameters()).dtype)
+                model(pixel_values=pixels, **image_options(model, pixels.shape[-1]))
             grid = _find_grid(model.config, pixels)
+            kind = model.config.model_type  # type: ignore[union-attr]
             modules = [
-                _make_maps(label, outputs[module], rows, C, grid)
+                _make_maps(label, *lay_out(recording, module, grid, kind), rows, C)  # type: ignore[arg-type]
                 for label, module, rows, C in directions
             ]
-            found.append(
-                {"image": str(path), "thumbnail": make_thumbnail(picture), "modules": modules}
-            )
+            thumbnail = make_thumbnail(seen.show())
+            found.append({"image": str(path), "thumbnail": thumbnail, "modules": modules})
             advance(number)
     return found
 
@@ -104,28 +109,17 @@ def _find_directions(changes: Changes) -> list[tuple[str, str, Any, Tensor]]:
 
 
 def _make_maps(
-    label: str, output: Tensor | None, rows: Any, C: Tensor, grid: tuple[int, int] | None
+    label: str, plane: Tensor | None, reason: str | None, rows: Any, C: Tensor
 ) -> dict[str, Any]:
-    reason = None
-    if output is None:
-        reason = "the module took no part in the forward pass"
-    elif output.ndim != 3 or output.shape[0] != 1:
-        reason = "its output is cut into windows"
-    else:
-        tokens = output.shape[1]
-        square = math.isqrt(tokens)
-        if grid is None or tokens < math.prod(grid):
-            grid = (square, square) if square**2 == tokens else None
-        if grid is None:
-            reason = f"its {tokens} outputs are no grid of patches"
-    if reason is not None or output is None or grid is None:
+    if plane is None:
         return {"label": label, "grid": None, "maps": [], "reason": reason}
-    patches = output[0, output.shape[1] - math.prod(grid) :].double()
+    height, width, _ = plane.shape
+    patches = plane.reshape(height * width, -1).double()
     if rows is not None:
         patches = torch.cat([patches[:, start:stop] for start, stop in rows], dim=1)
-    maps = normalise(patches @ C).T.reshape(-1, *grid)
+    maps = normalise(patches @ C).T.reshape(-1, height, width)
     rounded = [[[round(v, _DIGITS) for v in line] for line in one] for one in maps.tolist()]
-    return {"label": label, "grid": list(grid), "maps": rounded, "reason": None}
+    return {"label": label, "grid": [height, width], "maps": rounded, "reason": None}
 
 
 def _find_grid(config: Any, pixels: Tensor) -> tuple[int, int] | None:
@@ -137,39 +131,63 @@ def _find_grid(config: Any, pixels: Tensor) -> tuple[int, int] | None:
     return pixels.shape[-2] // height, pixels.shape[-1] // width
 
 
-@contextmanager
-def _recorded(model: nn.Module, changes: Changes) -> Iterator[dict[str, Tensor | None]]:
-    """Keep the output of every adapted module, by its name in the files, while the block runs."""
-    outputs: dict[str, Tensor | None] = dict.fromkeys((part.module for part in changes.parts), None)
+def _find_names(model: nn.Module, changes: Changes) -> dict[str, str]:
+    """Give the name in the model of each adapted module, by its name in the files."""
     linears = find_linears(model)
-    handles = []
-    for stored in outputs:
-        name = find_module_name(model, stored, linears)
-
-        def keep(module: nn.Module, args: Any, output: Tensor, stored: str = stored) -> None:
-            outputs[stored] = output.detach()
-
+    names = {}
+    for part in changes.parts:
+        name = find_module_name(model, part.module, linears)
         assert name is not None  # attach_files has found it
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+        names[part.module] = name
+    return names
 
 
-def _load(changes: Changes) -> tuple[nn.Module, Any]:
-    from transformers import AutoImageProcessor
+@dataclass(frozen=True)
+class _Seen:
+    """What the model sees of an image.
 
+    Args:
+        pixels: `[channels, height, width]`, scaled.
+        mean: What was taken off each channel.
+        std: What each channel was divided by.
+    """
+
+    pixels: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def show(self) -> Any:
+        """Give it as a picture: the maps lie over what was cut out, not over the file's image."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return make_picture(self.pixels.float() * std + mean)
+
+
+def _load(changes: Changes) -> tuple[nn.Module, Callable[[Any], _Seen]]:
+    """Load the base without its head, and what makes its input of an image.
+
+    A classifier's adapter tells how its images were cut and scaled; of others the base's processor
+    does.
+    """
     folder = str(changes.base_dir)
     try:
-        with quiet_transformers():
-            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        lines = str(error).strip().splitlines()
+        processor = load_image_processor(folder)
+    except UserError as error:
         raise UserError(
-            f"the base is no model of images: {lines[0] if lines else error}",
-            file=folder,
-            key="--image",
+            f"the base is no model of images: {error.message}", file=folder, key="--image"
         ) from None
-    return load_backbone(changes.base_dir), processor
+    model = load_backbone(changes.base_dir)
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    mode = "L" if len(mean) == 1 else "RGB"
+    recipe = find_recipe_of(changes.adapter_dir)
+    if is_classifier(changes.adapter_dir, recipe):
+        found = find_classifier(changes.adapter_dir, recipe, base=folder)
+        transform = build_transform(found.recipe, processor, model.config)
+        return model, lambda picture: _Seen(transform(picture.convert(mode)), mean, std)
+
+    def see(picture: Any) -> _Seen:
+        channels = {"input_data_format": "channels_first"} if mode == "L" else {}
+        given = make_array(picture.convert(mode))
+        made = processor(images=given, return_tensors="pt", **channels)["pixel_values"]
+        return _Seen(made[0], mean, std)
+
+    return model, see

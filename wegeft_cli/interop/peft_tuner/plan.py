@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from wegeft_cli.checkpoints.manifest import ModuleEntry, entries_as_json, entries_from_json
 from wegeft_cli.checkpoints.naming import spell_name
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.targets import Target, assign_groups, check_untied
+from wegeft_cli.generators.groups import assign_groups
+from wegeft_cli.generators.targets import Target, check_untied
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
 
 # Full module name -> its group, or with the rows of a fused projection its groups.
