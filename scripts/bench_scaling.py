@@ -177,7 +177,7 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
         loss = loss_function(model, batch) / batch.num_label_tokens
         loss.backward()
         if not variant.alone:
-            sum_gradients(learned, loss.detach(), False, accelerator)
+            sum_gradients(learned, loss.detach(), accelerator, stop=False, is_cut=False)
         clip_gradients(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -78,12 +78,6 @@ def test_sound(recipe):
             "set `train.eval_steps`",
         ),
         (
-            change(TASKS, train={"metric_for_best_model": "eval_gsm8"}),
-            "train.metric_for_best_model",
-            "eval_gsm8k and eval_boolq",
-            "did you mean `eval_gsm8k`?",
-        ),
-        (
             change(VALIDATED, train={"metric_for_best_model": "eval_gsm8k"}),
             "train.metric_for_best_model",
             "there is eval_loss",

@@ -13,7 +13,8 @@ from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.class_groups import name_data
+from wegeft_cli.recipe.schema import DataSource, Recipe
+from wegeft_cli.workflows.class_groups import find_members
 from wegeft_cli.workflows.evaluate import evaluate
 from wegeft_cli.workflows.kinds import check_task
 from wegeft_cli.workflows.train import train
@@ -108,8 +109,28 @@ def test_what_is_missing_doubled_or_foreign_is_told_before_anything_is_loaded(ru
     ],
 )
 def test_the_shipped_recipes_tell_their_set(recipe, group, expected):
-    words = name_data(load_recipe(recipe, need_data=False).recipe)
-    assert [member.name for member in CLASS_GROUPS[group].find_members(words)] == [expected]
+    loaded = load_recipe(recipe, need_data=False).recipe
+    assert [m.name for m in find_members(CLASS_GROUPS[group], loaded, ())] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("group", "data", "expected"),
+    [
+        # What is scored decides, and of that the word nearest to the rows.
+        ("glue", {"train": "/d/mnli/train.jsonl", "test": "/d/my_own/test.jsonl"}, []),
+        ("glue", {"train": "/d/mnli/a.jsonl", "validation": "/d/rte/b.jsonl"}, ["rte"]),
+        ("fgvc", {"test": "/home/ann/dogs/fgvc/cars/test.json"}, ["cars"]),
+        ("fgvc", {"test": "/data/dogs.json", "validation": "/data/cars.json"}, ["dogs"]),
+    ],
+)
+def test_the_scored_rows_tell_the_set(group, data, expected):
+    recipe = Recipe()
+    for split, path in data.items():
+        setattr(recipe.data, split, [DataSource(path=path)])
+    assert [m.name for m in find_members(CLASS_GROUPS[group], recipe, ())] == expected
+    splits = ["validation"] if "validation" in data else ()
+    named = [m.name for m in find_members(CLASS_GROUPS[group], recipe, splits)]
+    assert named == (["cars"] if group == "fgvc" and splits else expected)
 
 
 def test_a_recipe_that_names_the_group_is_told_what_it_is(llama_dir):

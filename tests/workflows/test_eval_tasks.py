@@ -83,6 +83,11 @@ def test_scoring_leaves_no_mark_on_the_training(write_recipe, read_adapter, lear
     ("changes", "key", "message"),
     [
         (["train.eval_tasks=[bolq]"], "train.eval_tasks[0]", "no task is called"),
+        (
+            ["train.metric_for_best_model=eval_bolq"],
+            "train.metric_for_best_model",
+            "there is eval_boolq",
+        ),
         (["train.eval_tasks=[piqa]"], "eval.data_dir", "no test set"),
         (["train.eval_tasks=[mawps]", "eval.data_dir=null"], "eval.data_dir", "needs a folder"),
         (["eval.protocol=gft"], "eval.protocol", "no protocol"),

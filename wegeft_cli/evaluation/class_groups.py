@@ -33,21 +33,21 @@ class ClassGroup:
         """All sets."""
         return tuple(member for part in self.parts.values() for member in part)
 
-    def find_members(self, words: Iterable[str]) -> list[Member]:
-        """The sets that go by one of some names, whatever their case, dashes and underscores.
+    def find_member(self, words: Iterable[str]) -> Member | None:
+        """The set that the first of some names to name one names.
 
         Args:
-            words: Such as the folders of a path.
+            words: Such as the folders of a path; case, dashes and underscores do not count.
 
         Returns:
-            Every set that is named.
+            That set; None if no word names one.
         """
-        said = {_plain(word) for word in words}
-        return [
-            member
+        by_name = {
+            _plain(name): member
             for member in self.members
-            if said & {_plain(name) for name in (member.name, *member.aliases)}
-        ]
+            for name in (member.name, *member.aliases)
+        }
+        return next((by_name[plain] for plain in map(_plain, words) if plain in by_name), None)
 
     def mean(self, scores: Mapping[str, float]) -> dict[str, object]:
         """The group's score.

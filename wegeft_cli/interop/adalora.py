@@ -51,6 +51,11 @@ class RankBudget:
             # Between two cuts a rank can grow again: PEFT would save the adapter without it.
             self._config.rank_pattern = None
 
+    def finish(self) -> None:
+        """Choose the ranks for good where the step that was to do so was skipped."""
+        if not self.is_final and self._allocator.ipt:
+            self._tuner.update_and_allocate(self._config.total_step - self._config.tfinal)
+
     @property
     def is_final(self) -> bool:
         """Whether the ranks are chosen for good."""

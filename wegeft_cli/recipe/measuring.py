@@ -51,7 +51,8 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
     if _has_rows(recipe):
         metrics += [f"eval_{name}" for name in list_metrics(recipe)]
     hint = "set `data.validation` or `data.validation_fraction`"
-    if metric != _LOSS and metric not in metrics:
+    # What the sets of `train.eval_tasks` are called, and which a group has, is known elsewhere.
+    if metric != _LOSS and metric not in metrics and not train.eval_tasks:
         # All begin with eval_: what follows tells them apart.
         words = {name.removeprefix("eval_"): name for name in metrics}
         near = words.get(find_nearest(metric.removeprefix("eval_"), list(words)) or "")

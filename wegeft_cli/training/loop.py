@@ -235,6 +235,7 @@ def run_loop(
             return mean_loss(model, loss_function, batches, accelerator, hooks.should_stop)
 
     def validate() -> bool:
+        nonlocal saved_step
         try:
             metrics = measure(
                 model, validation_loss, lambda: hooks.evaluate(progress.step), average, accelerator
@@ -242,6 +243,7 @@ def run_loop(
         except ValidationStopped:
             return False
         progress.validation_due = False
+        saved_step = None  # what was saved ahead of it does not tell of it
         if not metrics:
             return False
         result.validation[progress.step] = metrics
@@ -308,6 +310,8 @@ def run_loop(
             if progress.num_skipped > max_skipped_steps:
                 raise _diverged(progress, loss_sum / num_labels, grad_norm)
         optimizer.zero_grad(set_to_none=True)
+        if method is not None and progress.step == source.num_steps:
+            method.finish()
         if _is_due(progress.step, settings.check_steps):
             check_agreement(progress.step, parameters, accelerator)
         progress.num_tokens += source.num_tokens(step)

@@ -55,6 +55,10 @@ class MethodState(Protocol):
         """Do what is to be done after a step that moved the parameters; gradients are there."""
         ...
 
+    def finish(self) -> None:
+        """Do what the last step, skipped or not, is to leave done."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """Give the state's tensors."""
         ...

@@ -11,7 +11,7 @@ from wegeft_cli.checkpoints.files import write_text_atomic
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.class_groups import CLASS_GROUPS, ClassGroup, Member
 from wegeft_cli.evaluation.scoring import wilson_interval
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema import DataSource, Recipe
 from wegeft_cli.workflows.class_evaluate import PROTOCOL, evaluate_classes
 from wegeft_cli.workflows.class_scores import refuse_foreign
 from wegeft_cli.workflows.class_splits import SPLITS
@@ -61,8 +61,8 @@ def evaluate_group(
 ) -> dict[str, Any]:
     """Score a classifier of each set, and take their mean.
 
-    Which set a run is of is read off its data: the `name` of its sources, or a folder on their
-    path.
+    Which set a run is of is read off the sources that are scored: their `name`, or else the deepest
+    part of their path that names one.
 
     Args:
         group: The sets.
@@ -83,7 +83,7 @@ def evaluate_group(
         ExceptionGroup: If there are several faults.
     """
     refuse_foreign(foreign)
-    runs = _assign(group, targets)
+    runs = _assign(group, targets, splits)
     share = this_share()
     if share.index:
         reporter = SilentReporter()
@@ -121,7 +121,7 @@ def evaluate_group(
 
 
 def _assign(
-    group: ClassGroup, targets: Sequence[str | Path]
+    group: ClassGroup, targets: Sequence[str | Path], splits: Sequence[str]
 ) -> dict[str, tuple[str | Path, Recipe | None]]:
     """Find out which set each run is of, before any is loaded."""
     runs: dict[str, tuple[str | Path, Recipe | None]] = {}
@@ -132,7 +132,7 @@ def _assign(
         if not is_classifier(path, recipe):
             faults.append(UserError("this is no classifier", file=str(target), key="--task"))
             continue
-        found = [] if recipe is None else group.find_members(name_data(recipe))
+        found = [] if recipe is None else find_members(group, recipe, splits)
         if len(found) != 1:
             told = " and ".join(member.name for member in found) or "none"
             faults.append(
@@ -140,8 +140,8 @@ def _assign(
                     f"its data names {told} of the sets of `{group.name}`",
                     file=str(target),
                     key="--task",
-                    hint="`data.test` or `data.validation` of its recipe is to have one of them as "
-                    "`name`, or as a folder of `path`",
+                    hint="what its recipe scores, `data.test` or else `data.validation`, is to have "
+                    "one of them as `name`, or as a folder of `path`",
                 )
             )
         elif found[0].name in runs:
@@ -164,21 +164,28 @@ def _assign(
     return runs
 
 
-def name_data(recipe: Recipe) -> set[str]:
-    """Give all names by which a recipe's sources may tell their set.
+def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> list[Member]:
+    """Find the sets of a group that a run's scored sources are of.
 
     Args:
-        recipe: The recipe.
+        group: The sets.
+        recipe: The run's.
+        splits: As asked for; none takes the first of test and validation that the recipe has.
 
     Returns:
-        Names of hub parts and splits, the folders on every path, and file names without endings.
+        Each set once, by the sources' order. Of a source its `name` is asked first, then the split,
+        the file's name and the folders of its path, the deepest first: a folder above them all may
+        have any name.
     """
-    words: set[str] = set()
-    for source in (*recipe.data.test, *recipe.data.validation, *recipe.data.train):
-        words |= {source.name or "", source.split or ""}
-        path = PurePosixPath(str(source.path or "").replace("\\", "/"))
-        words |= {*path.parts[:-1], path.name.partition(".")[0]}
-    return words - {""}
+    scored = (getattr(recipe.data, split) for split in splits or SPLITS)
+    found = [group.find_member(_name_source(source)) for source in next(filter(None, scored), ())]
+    return list(dict.fromkeys(member for member in found if member is not None))
+
+
+def _name_source(source: DataSource) -> list[str]:
+    path = PurePosixPath(str(source.path or "").replace("\\", "/"))
+    folders = reversed(path.parts[:-1])
+    return [source.name or "", source.split or "", path.name.partition(".")[0], *folders]
 
 
 def _count_by(member: Member, row: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.evaluation.groups import expand_groups
+from wegeft_cli.evaluation.groups import GROUPS, expand_groups
 from wegeft_cli.evaluation.protocols import PROTOCOLS, EvalProtocol, find_protocol
 from wegeft_cli.evaluation.scoring import TaskScore, read_samples, score_outputs
 from wegeft_cli.evaluation.tasks import TASKS, Task, TaskData, find_task, load_task_data
+from wegeft_cli.recipe.keys import find_nearest
 from wegeft_cli.recipe.schema import EvalSection, Recipe
 from wegeft_cli.workflows.jobs import Asked, TaskKind, TaskRequest
 
@@ -174,10 +175,11 @@ def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
         recipe: The recipe; `train.eval_tasks` names sets and groups of them.
 
     Returns:
-        Name as in the recipe (of a group's members the task's) -> its rows and protocol.
+        Task -> its rows and protocol; what is named twice, or alone and in a group, comes once.
 
     Raises:
-        UserError: If a task or a protocol is unknown, or a set is missing or damaged.
+        UserError: If a task or a protocol is unknown, a set is missing or damaged, or what is
+            watched is not measured.
         ExceptionGroup: If there are several such faults.
     """
     section = recipe.eval
@@ -190,20 +192,44 @@ def read_eval_tasks(recipe: Recipe) -> dict[str, Job]:
         for member in expand_groups([name])
     ]
     for position, name in named:
-        if name in jobs:
-            continue
         keys = {"--data-dir": "eval.data_dir", "protocol": "eval.protocol"}
         try:
             task = find_task(name)
+            if task.name in jobs:
+                continue
             protocol = find_protocol(choose_protocol(task, section.protocol), task)
             data = load_task_data(task, data_dir=data_dir, limit=section.limit)
             protocol.check_data(data)
-            jobs[name] = Job(data, protocol, section.max_new_tokens)
+            jobs[task.name] = Job(data, protocol, section.max_new_tokens)
         except UserError as fault:
             fault.key = keys.get(fault.key or "", f"train.eval_tasks[{position}]")
             faults.append(fault)
     raise_all(faults)
+    check_watched(recipe)
     return jobs
+
+
+def check_watched(recipe: Recipe) -> None:
+    """Refuse a watched metric that no test set of `train.eval_tasks` gives, nor the validation.
+
+    Args:
+        recipe: The recipe; without `train.eval_tasks` its own rules have told.
+
+    Raises:
+        UserError: If `train.metric_for_best_model` is not measured, or a task is unknown.
+    """
+    train = recipe.train
+    members = [find_task(name).name for name in expand_groups(train.eval_tasks)]
+    groups = [name.lower() for name in train.eval_tasks if name.lower() in GROUPS]
+    scores = [f"eval_{name}" for name in dict.fromkeys([*groups, *members])]
+    if not scores or train.metric_for_best_model in ("eval_loss", *scores):
+        return
+    near = find_nearest(train.metric_for_best_model, scores)
+    raise UserError(
+        f"{train.metric_for_best_model!r} is not measured: there is {' and '.join(scores)}",
+        key="train.metric_for_best_model",
+        hint=f"did you mean `{near}`?" if near else "name its task in `train.eval_tasks`",
+    )
 
 
 def _owns(name: str) -> bool:

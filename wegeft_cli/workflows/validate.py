@@ -16,6 +16,7 @@ from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import load_sweep
 from wegeft_cli.workflows.kinds import check_task, find_folder
+from wegeft_cli.workflows.tasks import check_watched
 
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _HUB = "not found here; it would be taken from the hub, which is not asked"
@@ -105,6 +106,11 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
         yield from _check_task(name, f"eval.tasks[{position}]", loaded, is_own=True)
     for position, name in enumerate(loaded.recipe.train.eval_tasks):
         yield from _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
+    try:
+        check_watched(loaded.recipe)
+    except UserError as fault:
+        if fault.key == "train.metric_for_best_model":  # an unknown task has been told
+            yield _place(fault, fault.key, loaded)
     yield from _check_settings(loaded)
 
 
