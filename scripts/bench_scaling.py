@@ -284,7 +284,7 @@ def main() -> None:
         f"{arguments.processes} process(es) of one thread, d {arguments.hidden}, 4 layers, r 16, "
         f"{arguments.tokens} tokens each in rows of 256, float32, {arguments.rounds} rounds\n"
     )
-    print("| | step ms | of base | computed | KB sent | computed | step's peak MiB |")
+    print("| | step ms | of base | computed | KB a step | computed | step's peak MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for line in lines:
         work = "" if line["ratio_computed"] is None else f"{line['ratio_computed']:.2f}"
