@@ -90,7 +90,7 @@ def test_help_benchmark_times_both_commands(repository: Path) -> None:
 
 @pytest.mark.slow
 def test_scaling_counts_the_bytes_that_are_computed() -> None:
-    """The gradients once, whatever the depth, with a float each for the loss and the stop."""
+    """The gradients once, whatever the depth, with a float each for the loss and two wishes."""
     script = Path(__file__).parents[2] / "scripts" / "bench_scaling.py"
     options = ["--hidden", "64", "--tokens", "1024", "--rounds", "1", "--json"]
     done = subprocess.run(

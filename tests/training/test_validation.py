@@ -100,6 +100,26 @@ def test_a_stop_is_saved_before_a_validation_that_may_take_long(make_model, make
     assert order == ["save", "validation", "save"]
 
 
+def test_a_step_that_is_cut_keeps_the_validation_before_it(make_model, make_source, run):
+    """It was saved ahead of that validation, as due: what is saved now is not."""
+    told, saved = [], []
+    hooks = LoopHooks(
+        evaluate=lambda step: {"eval_task": -float(step)},  # no step is better than the first
+        on_validation=lambda step, metrics: told.append(step),
+        on_save=lambda step, snapshot, is_best: saved.append(snapshot),
+        should_stop=lambda: told == [1, 2],
+    )
+    settings = {"metric_for_best_model": "eval_task", "greater_is_better": True}
+    settings |= {"eval_steps": 1, "save_before_validation": True}
+    source = make_source(num_steps=3, micro_batch=1)
+    assert run(make_model(), source, hooks=hooks, **settings).num_steps == 2
+    assert saved[-1].state["progress"]["validation_due"] is False
+    hooks.should_stop = lambda: False
+    source = make_source(num_steps=3, micro_batch=1)
+    run(make_model(), source, hooks=hooks, resume_from=saved[-1], **settings)
+    assert told == [1, 2, 3]
+
+
 def test_a_kill_in_a_long_validation_costs_the_validation_alone(
     make_model, make_source, run, factors_of
 ):

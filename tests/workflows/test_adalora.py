@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.interop.baselines import load_peft
+from wegeft_cli.training import loop
 from wegeft_cli.workflows.merge import merge
 from wegeft_cli.workflows.plan import plan
 from wegeft_cli.workflows.train import train
@@ -39,6 +40,22 @@ def test_ranks_fall_to_r_on_average(write_recipe, read_metrics):
     free = write_recipe("free", adapter={"type": "adalora", "r": 2, "peft": {"orth_reg_weight": 0}})
     with_term, without = (read_metrics(r.run_dir)[0]["loss"] for r in (short, train(free)))
     assert with_term > without + 0.1  # half of the mean distance from orthogonal factors
+
+
+def test_a_last_step_that_is_skipped_leaves_the_ranks_chosen(write_recipe, monkeypatch):
+    sound = loop.is_sound
+    calls = []
+
+    def is_sound(*args):
+        calls.append(args)
+        return sound(*args) and len(calls) < 6
+
+    monkeypatch.setattr(loop, "is_sound", is_sound)
+    result = train(write_recipe(adapter={"type": "adalora", "r": 2}))
+    assert (len(calls), result.num_skipped) == (6, 1)
+    config = json.loads((result.adapter_dir / "adapter_config.json").read_text())
+    assert sum(map(sum, config["rank_pattern"].values())) == 2 * NUM_LAYERS
+    assert ranks_of(result.adapter_dir) == 2 * NUM_LAYERS
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])

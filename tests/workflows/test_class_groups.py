@@ -13,7 +13,7 @@ from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import DataSource, Recipe
+from wegeft_cli.recipe.schema import DataSection, DataSource, Recipe
 from wegeft_cli.workflows.class_groups import find_members
 from wegeft_cli.workflows.evaluate import evaluate
 from wegeft_cli.workflows.kinds import check_task
@@ -124,9 +124,8 @@ def test_the_shipped_recipes_tell_their_set(recipe, group, expected):
     ],
 )
 def test_the_scored_rows_tell_the_set(group, data, expected):
-    recipe = Recipe()
-    for split, path in data.items():
-        setattr(recipe.data, split, [DataSource(path=path)])
+    sources = {split: [DataSource(path=path)] for split, path in data.items()}
+    recipe = Recipe(data=DataSection(**sources))
     assert [m.name for m in find_members(CLASS_GROUPS[group], recipe, ())] == expected
     splits = ["validation"] if "validation" in data else ()
     named = [m.name for m in find_members(CLASS_GROUPS[group], recipe, splits)]

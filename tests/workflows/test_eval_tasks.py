@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.workflows.tasks import read_eval_tasks
 from wegeft_cli.workflows.train import train
+from wegeft_cli.workflows.validate import validate_recipe
 
 TIMEOUT_SECONDS = 240
 STEPS = 40
@@ -61,6 +64,15 @@ def test_a_group_scores_its_sets_and_their_mean(write_recipe, learning, read_met
     learning["eval"] = {"data_dir": str(data_dir), "max_new_tokens": 3}
     learning["train"] |= {"eval_tasks": ["gsm8k", "math10k"], "per_device_train_batch_size": 3}
     learning["train"] |= {"metric_for_best_model": "eval_math10k", "load_best_model_at_end": True}
+    # A member may be watched, and one that is named beside its group is asked once.
+    named = ["train.metric_for_best_model=eval_svamp", "train.eval_tasks=[math10k,SVAMP]"]
+    watched = write_recipe("watched", **learning)
+    validate_recipe(watched, named)
+    with pytest.raises(UserError, match="there is eval_math10k and eval_gsm8k"):
+        validate_recipe(watched, [*named, "train.metric_for_best_model=eval_boolq"])
+    assert list(read_eval_tasks(load_recipe(watched, named).recipe)) == [
+        "gsm8k", "aqua", "mawps", "svamp",
+    ]  # fmt: skip
     result = train(write_recipe(**learning))
     last = read_metrics(result.run_dir)[-1]
     scores = {name: last[f"eval_{name}"] for name in ("gsm8k", "mawps", "svamp", "aqua")}

@@ -140,8 +140,8 @@ def _assign(
                     f"its data names {told} of the sets of `{group.name}`",
                     file=str(target),
                     key="--task",
-                    hint="what its recipe scores, `data.test` or else `data.validation`, is to have "
-                    "one of them as `name`, or as a folder of `path`",
+                    hint="what its recipe scores, `data.test` or else `data.validation`, is to "
+                    "have one of them as `name`, or as a folder of `path`",
                 )
             )
         elif found[0].name in runs:
