@@ -129,7 +129,7 @@ def merge_stored(
             one, two = (W @ phi, psi) if side == "input" else (phi, psi @ W)
             target.addmm_(one, two, alpha=scale)
         if target.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
-            view[index] = target
+            view[index] = target.to(view.dtype)
     return merged
 
 
