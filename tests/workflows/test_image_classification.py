@@ -324,3 +324,12 @@ def test_an_edited_adapter_keeps_its_classes(recipe, tmp_path, images_dir):
     assert same["per_class"] == before["per_class"]
     restored = edit(tmp_path / "same", output=tmp_path / "back", restore=True).output_dir
     assert (restored / "head.json").is_file()
+
+
+def test_a_start_from_an_adapter_of_another_base_is_refused(recipe, tmp_path):
+    adapter_dir = train(recipe("first"), ["train.max_steps=1"]).adapter_dir
+    start = [f"adapter.init_from={adapter_dir}", "train.max_steps=1"]
+    assert train(recipe("same"), start).status == "finished"
+    other = write_vit(tmp_path / "other", intermediate_size=40)
+    with pytest.raises(UserError, match="base"):
+        train(recipe("other"), [*start, f"model.name_or_path={other}"])

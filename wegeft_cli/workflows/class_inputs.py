@@ -11,7 +11,7 @@ from torch import nn
 from wegeft_cli.data.tokens import copy_backend
 from wegeft_cli.errors import raise_all
 from wegeft_cli.interop.images import check_images
-from wegeft_cli.interop.trackers import check_trackers
+from wegeft_cli.models.base import find_base_folder
 from wegeft_cli.models.drop_path import check_drop_path
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
@@ -19,28 +19,19 @@ from wegeft_cli.workflows.build import pad_as_tokenizer
 from wegeft_cli.workflows.class_batches import ClassBatches
 from wegeft_cli.workflows.class_data import ClassData, read_class_data
 from wegeft_cli.workflows.classifier import build_collator, check_metrics, load_processor
+from wegeft_cli.workflows.foresee import check_surroundings, foresee
 from wegeft_cli.workflows.init_from import check_init_from
-from wegeft_cli.workflows.inputs import RunInputs, list_trackers
-from wegeft_cli.workflows.memory import (
-    count_checkpoint_bytes,
-    estimate_memory,
-    list_learned,
-    measure_available,
-    tell_fit,
-)
+from wegeft_cli.workflows.inputs import RunInputs
 from wegeft_cli.workflows.prepare import (
     build_skeleton,
     build_step_plan,
     check_context,
-    check_learning,
     check_run_schedule,
     load_base_config,
     plan_groups,
     with_head,
 )
-from wegeft_cli.workflows.rehearsal import prepare_skeleton
 from wegeft_cli.workflows.reporter import Reporter
-from wegeft_cli.workflows.survey import find_validation_shape, survey_passes
 
 
 def read_class_inputs(
@@ -62,9 +53,7 @@ def read_class_inputs(
         ExceptionGroup: If several things are.
     """
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    trackers = list_trackers(recipe.logging.report_to)
-    check_trackers(trackers)
-    check_learning(recipe, accelerator.device)
+    trackers = check_surroundings(recipe, accelerator.device)
     processor = load_processor(recipe.model, recipe.task)
     is_text = recipe.task == "sequence_classification"
     data = read_class_data(
@@ -77,7 +66,8 @@ def read_class_inputs(
         pad_as_tokenizer(skeleton, processor)
     section = with_head(recipe.adapter, skeleton, recipe.task)
     if not resuming:
-        check_init_from(section, skeleton, recipe_dir)
+        base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
+        check_init_from(section, skeleton, recipe_dir, base_dir=base_dir)
     groups = plan_groups(skeleton, section, recipe.task)
     plan = build_step_plan(recipe, data, accelerator.num_processes)
     collator = build_collator(recipe, processor, config, skeleton)
@@ -94,22 +84,16 @@ def read_class_inputs(
         held_out = [] if data.validation is None else data.validation.shown
         raise_all(check_images([*data.train.shown, *held_out]))
     _tell(data, recipe, reporter)
-    model = prepare_skeleton(skeleton, recipe)
-    estimated = None
-    if accelerator.is_main_process:
-        shapes = survey_passes(recipe, data, plan).find_largest()
-        evaluated = find_validation_shape(recipe, data)
-        memory, _ = estimate_memory(recipe, config, model, shapes, validation=evaluated)
-        estimated = memory["total"]
-        for warning in tell_fit(recipe, estimated, *measure_available()):
-            reporter.warn(warning)
+    estimated, checkpoint_bytes = foresee(
+        recipe, config, skeleton, data, plan, is_main=accelerator.is_main_process, reporter=reporter
+    )
     return RunInputs(
         processor,
         source,
         data.report,
         groups,
         estimated,
-        count_checkpoint_bytes(recipe, list_learned(model)),
+        checkpoint_bytes,
         {},
         None,
         trackers,

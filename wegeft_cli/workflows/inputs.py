@@ -14,37 +14,27 @@ from wegeft_cli.data.pipeline import build_datasets
 from wegeft_cli.data.report import DataReport
 from wegeft_cli.interop.liger import check_liger
 from wegeft_cli.interop.quantise import check_quantization
-from wegeft_cli.interop.trackers import check_trackers
 from wegeft_cli.models.base import find_base_folder, load_tokenizer, pad_token_id
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.training.source import StepSource
 from wegeft_cli.workflows.batches import build_source
 from wegeft_cli.workflows.class_data import ClassReport
+from wegeft_cli.workflows.foresee import check_surroundings, foresee
 from wegeft_cli.workflows.init_from import check_init_from
 from wegeft_cli.workflows.load import name_quantization
-from wegeft_cli.workflows.memory import (
-    count_checkpoint_bytes,
-    estimate_memory,
-    list_learned,
-    measure_available,
-    tell_fit,
-)
 from wegeft_cli.workflows.prepare import (
     GroupPlan,
     build_skeleton,
     build_step_plan,
     check_context,
-    check_learning,
     check_run_schedule,
     plan_groups,
 )
-from wegeft_cli.workflows.rehearsal import prepare_skeleton
 from wegeft_cli.workflows.reporter import Reporter
 from wegeft_cli.workflows.same_data import digest_inputs
 from wegeft_cli.workflows.samples import SamplePrompts, build_prompts
 from wegeft_cli.workflows.streamed import build_streamed_source
-from wegeft_cli.workflows.survey import find_validation_shape, survey_passes
 from wegeft_cli.workflows.tasks import Job, read_eval_tasks
 
 
@@ -122,9 +112,7 @@ def read_inputs(
         ExceptionGroup: If several things are.
     """
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    trackers = list_trackers(recipe.logging.report_to)
-    check_trackers(trackers)
-    check_learning(recipe, accelerator.device)
+    trackers = check_surroundings(recipe, accelerator.device)
     config, skeleton = build_skeleton(recipe.model)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
@@ -155,17 +143,10 @@ def read_inputs(
     check_run_schedule(recipe, source.num_steps)
     prompts = build_prompts(recipe, tokenizer, recipe_dir, report.template)
     _tell(report, reporter)
-    model = prepare_skeleton(skeleton, recipe)
-    estimated = None
-    if accelerator.is_main_process:
-        shapes = survey_passes(recipe, data, plan).find_largest()
-        held_out = find_validation_shape(recipe, data)
-        memory, _ = estimate_memory(recipe, config, model, shapes, validation=held_out)
-        estimated = memory["total"]
-        for warning in tell_fit(recipe, estimated, *measure_available()):
-            reporter.warn(warning)
+    estimated, checkpoint_bytes = foresee(
+        recipe, config, skeleton, data, plan, is_main=accelerator.is_main_process, reporter=reporter
+    )
     digests = digest_inputs(recipe.data, tokenizer, recipe_dir)
-    checkpoint_bytes = count_checkpoint_bytes(recipe, list_learned(model))
     return RunInputs(
         tokenizer,
         source,
@@ -178,12 +159,6 @@ def read_inputs(
         trackers,
         digests,
     )
-
-
-def list_trackers(report_to: Any) -> tuple[str, ...]:
-    """Read `logging.report_to`: none, a name, or a list of names."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to)
-    return tuple(name for name in dict.fromkeys(names) if name != "none")
 
 
 def _tell(report: DataReport, reporter: Reporter) -> None:
