@@ -28,7 +28,7 @@ CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 KITTI_DISTANCES = (-100.0, 8.0, 20.0, 999.0)
 NO_VEHICLE = 1000.0
 FIRST_NO_VEHICLE = 3  # types 0 to 2 of KITTI are car, van and truck
-ENDS = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}
+ENDS = {"JPEG": ".jpg", "PNG": ".png"}  # of what is written as it is stored
 
 Row = Mapping[str, Any]
 
@@ -163,14 +163,15 @@ def export_task(task: Task, reader: Reader, folder: Path) -> dict[str, int]:
 
 
 def write_image(data: bytes, path: Path, factor: int) -> Path:
-    """Write an image's stored bytes under its kind's ending; give the file."""
-    if factor != 1:
-        with Image.open(io.BytesIO(data)) as image:
-            values = np.asarray(image).astype(np.uint8) * factor
-        stream = io.BytesIO()
-        Image.fromarray(values).save(stream, format="PNG")
-        data = stream.getvalue()
-    path = path.with_suffix(ENDS[data[:2]])
+    """Write an image's stored bytes under its kind's ending, another kind as PNG; give the file."""
+    with Image.open(io.BytesIO(data)) as image:
+        kind = image.format or ""
+        if factor != 1 or kind not in ENDS:
+            values = np.asarray(image if factor != 1 else image.convert("RGB")) * np.uint8(factor)
+            stream = io.BytesIO()
+            Image.fromarray(values.astype(np.uint8)).save(stream, format="PNG")
+            data, kind = stream.getvalue(), "PNG"
+    path = path.with_suffix(ENDS[kind])
     path.write_bytes(data)
     return path
 

@@ -113,22 +113,34 @@ def test_the_shipped_recipes_tell_their_set(recipe, group, expected):
     assert [m.name for m in find_members(CLASS_GROUPS[group], loaded, ())] == [expected]
 
 
+def name_members(group, recipe, splits=()):
+    found = find_members(CLASS_GROUPS[group], recipe, splits)
+    return [None if member is None else member.name for member in found]
+
+
+def test_rows_of_another_set_beside_a_sets_own_are_seen():
+    sources = [DataSource(path=f"/d/{name}/test.jsonl") for name in ("rte", "my_own")]
+    recipe = Recipe(data=DataSection(test=sources))
+    assert name_members("glue", recipe) == ["rte", None]
+
+
 @pytest.mark.parametrize(
     ("group", "data", "expected"),
     [
         # What is scored decides, and of that the word nearest to the rows.
-        ("glue", {"train": "/d/mnli/train.jsonl", "test": "/d/my_own/test.jsonl"}, []),
+        ("glue", {"train": "/d/mnli/train.jsonl", "test": "/d/my_own/test.jsonl"}, [None]),
         ("glue", {"train": "/d/mnli/a.jsonl", "validation": "/d/rte/b.jsonl"}, ["rte"]),
         ("fgvc", {"test": "/home/ann/dogs/fgvc/cars/test.json"}, ["cars"]),
         ("fgvc", {"test": "/data/dogs.json", "validation": "/data/cars.json"}, ["dogs"]),
+        ("vtab", {"test": "/data/vtab/flowers/test.json"}, ["flowers102"]),
     ],
 )
 def test_the_scored_rows_tell_the_set(group, data, expected):
     sources = {split: [DataSource(path=path)] for split, path in data.items()}
     recipe = Recipe(data=DataSection(**sources))
-    assert [m.name for m in find_members(CLASS_GROUPS[group], recipe, ())] == expected
+    assert name_members(group, recipe) == expected
     splits = ["validation"] if "validation" in data else ()
-    named = [m.name for m in find_members(CLASS_GROUPS[group], recipe, splits)]
+    named = name_members(group, recipe, splits)
     assert named == (["cars"] if group == "fgvc" and splits else expected)
 
 

@@ -111,6 +111,43 @@ def test_the_plan_knows_the_memory_of_a_decoder_without_pad_token(
     assert result.estimated_memory_gib == pytest.approx(planned.memory_gib["total"], rel=0.2)
 
 
+def score_alone_and_together(run_dir):
+    """Confidences of rows of unequal length, one at a time and in one batch."""
+    scored = []
+    for size in (1, 8):
+        out = run_dir / f"by-{size}.json"
+        result = evaluate(run_dir, tasks=["test"], batch_size=size, output=out)
+        lines = Path(result["samples_path"]).read_text().splitlines()
+        scored.append([json.loads(line)["confidence"] for line in lines])
+    return scored
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>", "</s>"])
+def test_a_decoder_reads_no_padding(recipe, tmp_path, build_tokenizer, pad):
+    """The configuration names another token than the tokenizer, or neither names one."""
+    tokenizer = build_tokenizer(pad=pad)
+    base = write_gpt2(tmp_path / "gpt2", tokenizer)
+    if pad is not None:
+        path = base / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 0}))
+        assert tokenizer.pad_token_id != 0
+    rows = [{"text": "word " * (1 + n), "label": n % 2} for n in range(8)]
+    options = [f"model.name_or_path={base}", "adapter.target_modules=[c_attn]"]
+    run_dir = train(recipe(rows), [*options, "train.max_steps=4"]).run_dir
+    alone, together = score_alone_and_together(run_dir)
+    assert len(set(alone)) == len(rows)
+    assert alone == pytest.approx(together, abs=1e-5)
+
+
+def test_a_decoder_without_anything_to_pad_with_is_refused(recipe, tmp_path, build_tokenizer):
+    tokenizer = build_tokenizer(pad=None)
+    tokenizer.eos_token = None
+    base = write_gpt2(tmp_path / "gpt2", tokenizer)
+    options = [f"model.name_or_path={base}", "adapter.target_modules=[c_attn]"]
+    with pytest.raises(UserError, match="neither a padding token nor an end of text"):
+        train(recipe(pairs(str)), options)
+
+
 def test_a_validation_larger_than_a_step_counts_in_the_plan(recipe):
     long = [{"text": "word " * 60, "label": n % 2} for n in range(64)]
     path = recipe(long)

@@ -253,15 +253,16 @@ def _print_against(against: dict[str, Any]) -> None:
 
 def _print_ablation(result: dict[str, Any]) -> None:
     whole, base = result["whole"], result["base"]
+    metric = whole.get("metric", "accuracy")  # of texts it is always the share of right answers
     show(
-        f"{whole['task']} ({whole['protocol']}): whole {whole['score']:.1%}, base "
-        f"{base['score']:.1%}, {whole['n']} rows",
+        f"{whole['task']} ({whole['protocol']}): {metric} of the whole {whole['score']:.1%}, of "
+        f"the base {base['score']:.1%}, {whole['n']} rows",
         highlight=False,
         markup=False,
     )
     _show_table(
         f"without one {result['by']}; lost and gained are rows, p of their sign test",
-        ["part", "score", "change", "lost", "gained", "p"],
+        ["part", metric, "change", "lost", "gained", "p"],
         [
             [
                 row["part"],

@@ -100,7 +100,7 @@ _VTAB = {
         Member("cifar100", ("cifar",)),
         Member("caltech101"),
         Member("dtd"),
-        Member("flowers102", ("oxford_flowers102",)),
+        Member("flowers102", ("oxford_flowers102", "flowers")),
         Member("pets", ("oxford_iiit_pet",)),
         Member("svhn", ("svhn_cropped",)),
         Member("sun397"),

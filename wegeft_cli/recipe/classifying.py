@@ -102,5 +102,6 @@ def _refuse(recipe: Recipe, keys: tuple[str, ...]) -> Iterator[Fault]:
         value = getattr(getattr(recipe, section), name)
         if value != getattr(defaults[section], name):
             shown = str(value).lower() if isinstance(value, bool) else repr(value)
-            message = f"{shown:.60} is not read by `task` {recipe.task!r}"
+            what = "" if isinstance(value, list | dict) else f"{shown:.60} "
+            message = f"{what}is not read by `task` {recipe.task!r}"
             yield key, message, "remove it"

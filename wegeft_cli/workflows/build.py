@@ -191,9 +191,12 @@ def build_method(
 
 
 def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Tell a text classifier how its rows are padded: decoders find a row's last token by it."""
+    """Tell a text classifier how its rows are padded: decoders find a row's last token by it.
+
+    The tokenizer pads, so its word counts, whatever the configuration says.
+    """
     pad = getattr(tokenizer, "pad_token_id", None)
-    if getattr(model.config, "pad_token_id", None) is None and pad is not None:
+    if pad is not None:
         model.config.pad_token_id = pad
 
 

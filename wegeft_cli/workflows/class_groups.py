@@ -133,8 +133,9 @@ def _assign(
             faults.append(UserError("this is no classifier", file=str(target), key="--task"))
             continue
         found = [] if recipe is None else find_members(group, recipe, splits)
-        if len(found) != 1:
-            told = " and ".join(member.name for member in found) or "none"
+        if len(found) != 1 or found[0] is None:
+            names = ["something else" if member is None else member.name for member in found]
+            told = " and ".join(names) if any(found) else "none"
             faults.append(
                 UserError(
                     f"its data names {told} of the sets of `{group.name}`",
@@ -164,7 +165,7 @@ def _assign(
     return runs
 
 
-def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> list[Member]:
+def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> list[Member | None]:
     """Find the sets of a group that a run's scored sources are of.
 
     Args:
@@ -173,13 +174,13 @@ def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> li
         splits: As asked for; none takes the first of test and validation that the recipe has.
 
     Returns:
-        Each set once, by the sources' order. Of a source its `name` is asked first, then the split,
-        the file's name and the folders of its path, the deepest first: a folder above them all may
-        have any name.
+        Each set once, by the sources' order, and None for a source that is of none. Of a source
+        its `name` is asked first, then the split, the file's name and the folders of its path, the
+        deepest first: a folder above them all may have any name.
     """
     scored = (getattr(recipe.data, split) for split in splits or SPLITS)
     found = [group.find_member(_name_source(source)) for source in next(filter(None, scored), ())]
-    return list(dict.fromkeys(member for member in found if member is not None))
+    return list(dict.fromkeys(found))
 
 
 def _name_source(source: DataSource) -> list[str]:

@@ -103,7 +103,8 @@ def _find_splits(
 def _find_in(data_dir: Path, name: str, like: DataSource) -> list[DataSource]:
     if not data_dir.is_dir():
         raise UserError(f"no such folder: {str(data_dir)!r}", key="--data-dir")
-    source = replace(like, name=None, limit=None, split=name)
+    # Another folder has its own pictures: where the recipe's lie says nothing of them.
+    source = replace(like, name=None, limit=None, split=name, image_dir=None)
     for suffix in KINDS:
         file = data_dir / f"{name}{suffix}"
         if file.is_file():

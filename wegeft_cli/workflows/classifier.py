@@ -32,17 +32,28 @@ def load_processor(section: ModelSection, task: str) -> Any:
         task: The recipe's task.
 
     Returns:
-        Either.
+        Either. A tokenizer without a padding token pads a classifier's rows with its end of text,
+        as the language models' own examples do.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or a classifier's tokenizer has nothing to pad with.
     """
     load = load_image_processor if task == "image_classification" else load_tokenizer
-    return load(
+    loaded = load(
         section.name_or_path,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
+    if task == "sequence_classification" and loaded.pad_token_id is None:
+        if loaded.eos_token is None:
+            raise UserError(
+                "the tokenizer has neither a padding token nor an end of text, and rows of unequal "
+                "length need one",
+                key="model.name_or_path",
+                hint="set pad_token in the folder's tokenizer_config.json",
+            )
+        loaded.pad_token = loaded.eos_token
+    return loaded
 
 
 def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransform:

@@ -137,7 +137,9 @@ def load_classifier(
     head, section = found.head, found.recipe.model
     if found.adapter_dir is None:
         model = _load(section, head)
-        return OpenedClassifier(model, load_processor(section, head.task), head, found.recipe)
+        processor = load_processor(section, head.task)
+        pad_as_tokenizer(model, processor)
+        return OpenedClassifier(model, processor, head, found.recipe)
     with tell_base(base, found.adapter_dir):
         model = _load(section, head)
         processor = load_processor(section, head.task)
