@@ -64,7 +64,7 @@ def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]
         columns["base"] = [_percent(base["score"]) for _, base, _ in told]
         columns["gain"] = [_gain(base["score"], row["score"]) for row, base, _ in told]
     if any(test is not None for _, _, test in told):
-        columns["p"] = ["" if test is None else f"{test['p_value']:.2g}" for _, _, test in told]
+        columns["p"] = ["" if test is None else _show_p(test["p_value"]) for _, _, test in told]
     return columns
 
 
@@ -208,3 +208,8 @@ def _interval(bounds: Sequence[float] | None, *, sign: str = "") -> str:
         return "-"
     low, high = (f"{100 * bound:{sign}.1f}" for bound in bounds)
     return f"{low} to {high}" if sign else f"{low}-{high}"
+
+
+def _show_p(value: float) -> str:
+    """Give a p-value as a narrow terminal has room for; the JSON has all of it."""
+    return "<0.001" if value < 0.001 else f"{value:.2g}"
