@@ -144,6 +144,22 @@ def test_the_comparison_is_shown(place: Path, capsys: pytest.CaptureFixture[str]
     assert "generated with other settings" in shown
 
 
+def test_a_gain_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {
+        "task": "quickstart", "protocol": "quickstart", "num_correct": 92, "n": 200, "score": 0.46,
+        "ci95": [0.39, 0.53], "n_invalid": 0,
+    }  # fmt: skip
+    base = {**row, "num_correct": 5, "score": 0.025}
+    tests = [{"task": "quickstart", "protocol": "quickstart", "p_value": 1.7e-24}]
+    result = {"results": [row], "base_results": [base], "comparison": tests, "groups": []}
+    print_scores(result)
+    shown = capsys.readouterr().out
+    assert "+43.5" in shown
+    assert "<0.001" in shown
+    assert "…" not in shown
+
+
 def test_the_list_shows_tasks_groups_and_protocols() -> None:
     told = json.loads(run("eval", "--list", "--json"))
     names = {task["name"] for task in told["tasks"]}
