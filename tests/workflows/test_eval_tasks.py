@@ -62,7 +62,7 @@ def test_a_group_scores_its_sets_and_their_mean(write_recipe, learning, read_met
     ]
     learning["data"] = {"template": "alpaca", "max_length": 220}
     learning["eval"] = {"data_dir": str(data_dir), "max_new_tokens": 3}
-    learning["train"] |= {"eval_tasks": ["gsm8k", "math10k"], "per_device_train_batch_size": 3}
+    learning["train"] |= {"eval_tasks": ["gsm8k", "Math10k"], "per_device_train_batch_size": 3}
     learning["train"] |= {"metric_for_best_model": "eval_math10k", "load_best_model_at_end": True}
     # A member may be watched, and one that is named beside its group is asked once.
     named = ["train.metric_for_best_model=eval_svamp", "train.eval_tasks=[math10k,SVAMP]"]

@@ -4,8 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from classifiers import write_bert, write_recipe, write_texts
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2Model
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Model,
+)
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.workflows.evaluate import evaluate
@@ -111,15 +117,17 @@ def test_the_plan_knows_the_memory_of_a_decoder_without_pad_token(
     assert result.estimated_memory_gib == pytest.approx(planned.memory_gib["total"], rel=0.2)
 
 
-def score_alone_and_together(run_dir):
-    """Confidences of rows of unequal length, one at a time and in one batch."""
-    scored = []
-    for size in (1, 8):
-        out = run_dir / f"by-{size}.json"
-        result = evaluate(run_dir, tasks=["test"], batch_size=size, output=out)
-        lines = Path(result["samples_path"]).read_text().splitlines()
-        scored.append([json.loads(line)["confidence"] for line in lines])
-    return scored
+def read_lines(run_dir, batch_size, *, model="target"):
+    """Lines of the samples file: of the run, or of its base beside it."""
+    result = evaluate(
+        run_dir,
+        tasks=["test"],
+        batch_size=batch_size,
+        output=run_dir / f"by-{batch_size}.json",
+        compare_base=model == "base",
+    )
+    lines = map(json.loads, Path(result["samples_path"]).read_text().splitlines())
+    return [line for line in lines if line["model"] == model]
 
 
 @pytest.mark.parametrize("pad", [None, "<pad>", "</s>"])
@@ -134,8 +142,29 @@ def test_a_decoder_reads_no_padding(recipe, tmp_path, build_tokenizer, pad):
     rows = [{"text": "word " * (1 + n), "label": n % 2} for n in range(8)]
     options = [f"model.name_or_path={base}", "adapter.target_modules=[c_attn]"]
     run_dir = train(recipe(rows), [*options, "train.max_steps=4"]).run_dir
-    alone, together = score_alone_and_together(run_dir)
+    alone, together = ([line["confidence"] for line in read_lines(run_dir, n)] for n in (1, 8))
     assert len(set(alone)) == len(rows)
+    assert alone == pytest.approx(together, abs=1e-5)
+
+
+def test_a_base_that_is_compared_reads_no_padding_either(recipe, tmp_path, build_tokenizer):
+    tokenizer = build_tokenizer(pad="<pad>")
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=len(tokenizer), pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, **names,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    rows = [{"text": "word " * (1 + n), "label": ["no", "yes"][n % 2]} for n in range(8)]
+    options = [f"model.name_or_path={tmp_path / 'gpt2'}", "adapter.target_modules=[c_attn]"]
+    run_dir = train(recipe(rows), [*options, "train.max_steps=1"]).run_dir
+    alone, together = (
+        {line["index"]: line["confidence"] for line in read_lines(run_dir, size, model="base")}
+        for size in (1, 8)
+    )
+    assert len(set(alone.values())) == len(rows)
     assert alone == pytest.approx(together, abs=1e-5)
 
 

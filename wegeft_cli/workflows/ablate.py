@@ -16,7 +16,7 @@ from wegeft_cli.checkpoints.adapter import (
 )
 from wegeft_cli.checkpoints.inplace import refuse_method
 from wegeft_cli.checkpoints.manifest import PEFT_TYPE
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.paired import mcnemar_exact
 from wegeft_cli.evaluation.scoring import TaskScore, result_dict
 from wegeft_cli.generators.inject import disable_generators, remove_generators
@@ -29,6 +29,7 @@ from wegeft_cli.workflows.elements import KINDS, Element, list_elements
 from wegeft_cli.workflows.evaluate import read_jobs
 from wegeft_cli.workflows.jobs import Asked, EvalJob, TaskRequest
 from wegeft_cli.workflows.open_classifier import is_classifier
+from wegeft_cli.workflows.out_of_memory import telling_memory
 from wegeft_cli.workflows.pictures import check_output, check_plots, save_ablation, write_json
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
 from wegeft_cli.workflows.run_folder import find_recipe_of, find_run
@@ -176,12 +177,8 @@ def _asking(
     def score(title: str) -> TaskScore:
         with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
             asked = Asked(batch_size, lambda done, total: advance(done), reporter.warn, title=title)
-            try:
+            with telling_memory():
                 return job.run(opened.model, opened.tokenizer, asked)
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    "out of memory while generating", key="--batch-size", hint="lower it"
-                ) from error
 
     return score
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import MachineError
 from wegeft_cli.evaluation.decoding import Decoding
 from wegeft_cli.evaluation.scoring import TaskScore
 from wegeft_cli.workflows.answer_log import AnswerLog
 from wegeft_cli.workflows.jobs import Asked, EvalJob
+from wegeft_cli.workflows.out_of_memory import telling_memory
 from wegeft_cli.workflows.reporter import Reporter
 from wegeft_cli.workflows.run_folder import describe_environment
 from wegeft_cli.workflows.share import Share
@@ -65,8 +65,6 @@ class Asking:
         title: str,
         key: Mapping[str, Any],
     ) -> TaskScore:
-        import torch
-
         log = AnswerLog(self.logs, key, self.share.index)
         num_known = self.share.agree(len(log.read()))
         if num_known:
@@ -84,17 +82,14 @@ class Asking:
                 title=title,
             )
             try:
-                return job.run(model, tokenizer, asked)
+                with telling_memory():
+                    return job.run(model, tokenizer, asked)
             except KeyboardInterrupt:
                 self.reporter.note(
                     f"{job.name}: the answers so far are kept ({log.folder}): the same command "
                     "goes on with them"
                 )
                 raise
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    "out of memory while generating", key="--batch-size", hint="lower it"
-                ) from error
 
     def _warn(self, text: str) -> None:
         """Tell the user once what holds for both models, or for several tasks."""

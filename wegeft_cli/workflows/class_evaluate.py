@@ -11,7 +11,6 @@ import torch
 
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.scoring import wilson_interval
-from wegeft_cli.models.base import load_model
 from wegeft_cli.models.heads import HeadSpec, read_labels
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.classes import Answers, ClassLoss
@@ -85,7 +84,7 @@ def evaluate_classes(
     samples: list[dict[str, Any]] = []
     base_results = None
     if alone is not None:
-        base_results = _score_splits(alone.load(opened.processor), rows, asking, "base", samples)
+        base_results = _score_splits(load_classifier(alone), rows, asking, "base", samples)
     results = _score_splits(opened, rows, asking, "target", samples)
     return results, base_results, samples
 
@@ -141,26 +140,7 @@ class Asking:
         return score_answers(Answers(list(every), list(every.values()), labels), opened.head)
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A base whose own head tells the classes apart.
-
-    Args:
-        recipe: Tells where it is, and how it is asked.
-        head: Its head.
-    """
-
-    recipe: Recipe
-    head: HeadSpec
-
-    def load(self, processor: Any) -> OpenedClassifier:
-        """Load it."""
-        section = self.recipe.model
-        model = load_model(section.name_or_path, revision=section.revision, head=self.head)
-        return OpenedClassifier(model.eval(), processor, self.head, self.recipe)
-
-
-def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> _Base:
+def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> FoundClassifier:
     """Find the base alone, before anything is loaded; its own head must know the same classes."""
     section = found.recipe.model
     if found.adapter_dir is None:
@@ -181,7 +161,7 @@ def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> _B
             hint="train a linear probe of it instead: adapter.type=linear_probe",
         )
     head = replace(found.head, labels=read_labels(config), keeps_base_head=True)
-    return _Base(replace(found.recipe, model=section), head)
+    return FoundClassifier(None, head, replace(found.recipe, model=section))
 
 
 def _score_splits(

@@ -22,8 +22,8 @@ from wegeft_cli.workflows.generate import (
     GREEDY,
     default_new_tokens,
     describe_target,
-    telling_memory,
 )
+from wegeft_cli.workflows.out_of_memory import telling_memory
 from wegeft_cli.workflows.prompt_form import PromptForm, choose_form
 from wegeft_cli.workflows.run_folder import find_recipe_of
 from wegeft_cli.workflows.target import OpenedTarget, find_target, open_target

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.checkpoints.files import disk_errors, write_text_atomic
-from wegeft_cli.errors import MachineError, UserError, raise_all
+from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.decoding import Decoding, draw_number
 from wegeft_cli.evaluation.generate import find_context, generate_texts
 from wegeft_cli.evaluation.written import Generations
 from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.workflows.out_of_memory import telling_memory
 from wegeft_cli.workflows.prompt_form import PromptForm, choose_form, tell_question
 from wegeft_cli.workflows.questions import MAX_FAULTS, Question, read_questions
 from wegeft_cli.workflows.reporter import Reporter, SilentReporter
@@ -183,26 +184,6 @@ def _shown(
         return
     with reporter.progress(f"{who}: generating", count) as advance:
         yield advance
-
-
-@contextmanager
-def telling_memory() -> Iterator[None]:
-    """Tell in the user's words that the device's memory is full.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MachineError: In the place of torch's error.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            "out of memory while generating", key="--batch-size", hint="lower it"
-        ) from error
 
 
 def default_new_tokens(model: Any) -> int:

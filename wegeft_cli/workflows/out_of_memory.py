@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from wegeft_cli.errors import MachineError
@@ -10,6 +13,24 @@ from wegeft_cli.training.meters import measure_peak_memory_gib
 
 # torch's CPU allocator and CUDA's own calls raise plain RuntimeErrors.
 _WORDS = ("can't allocate memory", "not enough memory", "CUDA error: out of memory")
+
+
+@contextmanager
+def telling_memory() -> Iterator[None]:
+    """Tell in the user's words that the device's memory is full while a model writes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MachineError: In the place of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "out of memory while generating", key="--batch-size", hint="lower it"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -75,7 +75,6 @@ def score_tasks(
             num_correct = int(total)
         scores[f"eval_{name}"] = num_correct / len(rows)
     shares = {name: scores[f"eval_{name}"] for name in jobs}
-    for name in groups:
-        for mean in group_means([name], shares):  # none where it is no group's name
-            scores[f"eval_{name}"] = mean["score"]
+    for mean in group_means(groups, shares):
+        scores[f"eval_{mean['group']}"] = mean["score"]
     return scores
