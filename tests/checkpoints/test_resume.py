@@ -12,6 +12,7 @@ from wegeft_cli.checkpoints.resume import (
     find_newest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    tidy_checkpoints,
 )
 from wegeft_cli.errors import MachineError, UserError
 
@@ -46,6 +47,23 @@ def newest_step(folder):
         checkpoint.tensors["adapter"]["phi"], make_tensors(checkpoint.step)["adapter"]["phi"]
     )
     return checkpoint.step
+
+
+def test_what_killed_processes_left_goes_without_a_further_save(tmp_path):
+    """But not an old checkpoint that nothing has replaced."""
+    folder, kept = tmp_path / "c", tmp_path / "kept"
+    tidy_checkpoints(folder)
+    shutil.copytree(save(folder, 2), kept)
+    save(folder, 2)
+    shutil.copytree(kept, folder / ".trash-step-00000002-0a")  # as between two renames
+    shutil.copytree(kept, folder / ".trash-step-00000001-0b")
+    (folder / ".trash-step-00000001-0b" / "manifest.json").unlink()
+    (folder / ".tmp-step-00000003-0c").mkdir()
+    tidy_checkpoints(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    (folder / "step-00000002").rename(folder / ".trash-step-00000002-0d")
+    tidy_checkpoints(folder)
+    assert newest_step(folder) == 2
 
 
 def test_it_reads_back_equal(tmp_path, names_in):

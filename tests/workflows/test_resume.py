@@ -86,6 +86,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert resumed.validation_loss == whole.validation_loss
 
 
+def test_a_run_that_saves_no_more_leaves_no_remains(write_recipe):
+    """Its last checkpoint was being replaced when it was killed, and its adapter was not there."""
+    run_dir = train(write_recipe(train={"max_steps": 2})).run_dir
+    shutil.rmtree(run_dir / "adapter")
+    train(run_dir / "recipe.yaml", resume="auto")  # notes that no validation is due any more
+    (last,) = (run_dir / "checkpoints").iterdir()
+    remains = last.parent / f".trash-{last.name}-0a"
+    shutil.copytree(last, remains)
+    manifest = json.loads((remains / "manifest.json").read_text())
+    (remains / "manifest.json").write_text(json.dumps({**manifest, "serial": 0}))
+    shutil.rmtree(run_dir / "adapter")
+    assert train(run_dir / "recipe.yaml", resume="auto").adapter_dir.is_dir()
+    assert list(last.parent.iterdir()) == [last]
+
+
 @pytest.mark.slow
 def test_stopped_at_every_step(write_recipe, stop_after, read_adapter, read_metrics):
     settings = {"train": {"logging_steps": 4}, "adapter": {"dropout": 0.1}}

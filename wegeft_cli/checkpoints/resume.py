@@ -120,6 +120,28 @@ def save_checkpoint(
     return final
 
 
+def tidy_checkpoints(checkpoints_dir: Path) -> None:
+    """Remove what a killed process left half written or half removed, where no save follows.
+
+    An old checkpoint that was set aside stays until a newer one is there.
+
+    Args:
+        checkpoints_dir: Folder of all checkpoints; only one process may save there at a time.
+
+    Raises:
+        MachineError: If the machine cannot read the disk.
+    """
+    if not checkpoints_dir.is_dir():
+        return
+    manifests, _ = _read_manifests(checkpoints_dir)
+    newest = max((m.serial for p, m in manifests.items() if _FOLDER.fullmatch(p.name)), default=0)
+    with disk_errors(checkpoints_dir):
+        remove_leftovers(checkpoints_dir, ".tmp-")
+        for path in list(checkpoints_dir.glob(".trash-*")):
+            if path not in manifests or manifests[path].serial < newest:
+                remove_leftovers(checkpoints_dir, path.name)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and verify every byte of it.
 

@@ -9,7 +9,7 @@ from wegeft_cli.checkpoints.adapter import BASE_NAME, quantization_to_json
 from wegeft_cli.checkpoints.files import atomic_folder
 from wegeft_cli.checkpoints.head import HEAD_NAME, head_to_json
 from wegeft_cli.checkpoints.inplace import InplaceManifest, save_inplace_files
-from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint
+from wegeft_cli.checkpoints.resume import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generators.inject import get_generators
 from wegeft_cli.interop.quantise import find_kind
@@ -57,6 +57,7 @@ def write_adapter(
         MachineError: If the disk fails.
     """
     best = _find_best(recipe, folder, result, reporter)
+    tidy_checkpoints(folder.checkpoints_dir)  # no save follows, which would do it
     step = result.num_steps if best is None else best.step
     if best is not None:
         tensors = best.tensors.get("ema") or best.tensors["parameters"]
