@@ -82,6 +82,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,7 @@ class Package:
         chain = self.longest_chain()
         members = {name: set(names) for names in self.components for name in names}
         places = []
-        for name, follower in zip(chain, chain[1:], strict=False):
+        for name, follower in pairwise(chain):
             lines = [line for to, line in self.imports[name].items() if to in members[follower]]
             places.append(Place(self.by_name[name].file, min(lines), f"imports {follower}"))
         return [*places, Place(self.by_name[chain[-1]].file, 1, "the last one")]
