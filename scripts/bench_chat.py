@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from wegeft_cli.workflows.conversation import Conversation, open_conversation
+from wegeft_cli.inference.chat import Conversation, open_conversation
 
 DEFAULT_MODEL = Path(".cache/quickstart/model")
 QUESTIONS = (

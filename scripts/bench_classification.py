@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.runs.train import train
 
 METHODS = ("wegeft", "lora", "bitfit", "linear_probe", "full")
 RATES = {

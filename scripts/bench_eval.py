@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.tasks import TASKS, load_task_data
-from wegeft_cli.models.base import load_model, load_tokenizer
+from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.models.loading import load_model, load_tokenizer
 
 DEFAULT_MODEL = Path(".cache/quickstart/model")
 DEFAULT_DATA = Path(".cache/quickstart/data")

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wegeft_cli import inject_generators, inspect, save_adapter
-from wegeft_cli.training.meters import measure_peak_memory_gib
+from wegeft_cli.models.device_memory import measure_peak_memory_gib
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -72,10 +72,10 @@ def make_adapter(base_dir: Path, folder: Path, twin: Path) -> None:
     """Write an adapter with factors that are not zero, and its LoRA twin."""
     import torch
 
-    from wegeft_cli.generators.inject import inject_generators
-    from wegeft_cli.models.base import build_meta_model, load_config
-    from wegeft_cli.workflows.adapters import save_adapter
-    from wegeft_cli.workflows.export import ExportOptions, export
+    from wegeft_cli.exporting.export import ExportOptions, export
+    from wegeft_cli.methods.wegeft.inject import inject_generators
+    from wegeft_cli.methods.wegeft.save_load import save_adapter
+    from wegeft_cli.models.loading import build_meta_model, load_config
 
     model = build_meta_model(load_config(str(base_dir)))
     generators = inject_generators(model, rank=RANK, target_modules=TARGETS)

@@ -148,14 +148,14 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
     import numpy as np
     import torch
 
-    from wegeft_cli.data.collate import collate_rows
-    from wegeft_cli.generators.inject import inject_generators
-    from wegeft_cli.interop.baselines import inject_peft
+    from wegeft_cli.data.batches.collate import collate_rows
+    from wegeft_cli.distributed.sharding import build_sharding
+    from wegeft_cli.methods.peft import inject_peft
+    from wegeft_cli.methods.wegeft.inject import inject_generators
+    from wegeft_cli.models.loading import load_base
     from wegeft_cli.recipe.schema import ModelSection, TrainSection
     from wegeft_cli.training.gradients import clip_gradients, sum_gradients
     from wegeft_cli.training.loss import CausalLoss
-    from wegeft_cli.workflows.load import load_base
-    from wegeft_cli.workflows.sharding import build_sharding
 
     sharding = build_sharding(TrainSection(strategy=variant.strategy), accelerator)
     model: Any = load_base(ModelSection(name_or_path=folder), **sharding)

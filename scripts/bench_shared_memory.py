@@ -132,13 +132,13 @@ def measure(arguments: argparse.Namespace) -> None:
     import torch
     from accelerate import Accelerator
 
-    from wegeft_cli.data.collate import collate_rows
-    from wegeft_cli.generators.inject import inject_generators
+    from wegeft_cli.data.batches.collate import collate_rows
+    from wegeft_cli.distributed.sharding import build_sharding
+    from wegeft_cli.methods.wegeft.inject import inject_generators
+    from wegeft_cli.models.loading import load_base
     from wegeft_cli.recipe.schema import ModelSection, TrainSection
     from wegeft_cli.training.gradients import sum_gradients
     from wegeft_cli.training.loss import CausalLoss
-    from wegeft_cli.workflows.load import load_base
-    from wegeft_cli.workflows.sharding import build_sharding
 
     accelerator = Accelerator(cpu=True)
     peak = Peak()

@@ -131,8 +131,8 @@ def write_recipe(recipe: Mapping[str, Any], folder: Path) -> Path:
 
 def encode_rows(recipe_path: Path) -> Any:
     """Tokenise the recipe's rows as this package does; all variants train on these."""
-    from wegeft_cli.data.pipeline import build_datasets
-    from wegeft_cli.models.base import load_tokenizer
+    from wegeft_cli.data.text.dataset import build_datasets
+    from wegeft_cli.models.loading import load_tokenizer
     from wegeft_cli.recipe.load import load_recipe
 
     recipe = load_recipe(recipe_path).recipe
@@ -151,7 +151,7 @@ def scale_pack_batch(lengths: Any, batch_size: int, max_length: int) -> int:
     Returns:
         Packs of a batch, at least 1.
     """
-    from wegeft_cli.data.pack import pack_rows
+    from wegeft_cli.data.batches.packing import pack_rows
 
     packs = pack_rows(lengths, max_length)
     return max(1, round(batch_size * len(packs) / len(lengths)))
@@ -184,8 +184,8 @@ def train_here(arguments: argparse.Namespace, label: str, folder: Path) -> Measu
     """Train a variant by this package, as `wegeft train` does, in this process."""
     import torch
 
-    from wegeft_cli.training.meters import measure_peak_memory_gib
-    from wegeft_cli.workflows import train as workflow
+    from wegeft_cli.models.device_memory import measure_peak_memory_gib
+    from wegeft_cli.runs import train as workflow
 
     recipe = make_recipe(arguments, label, folder)
     path = write_recipe(recipe, folder)
@@ -224,7 +224,7 @@ def train_by_trl(arguments: argparse.Namespace, label: str, folder: Path) -> Mea
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from wegeft_cli.training.meters import measure_peak_memory_gib
+    from wegeft_cli.models.device_memory import measure_peak_memory_gib
 
     rows = encode_rows(write_recipe(make_recipe(arguments, label, folder), folder))
     pairs = [rows.row(i) for i in range(len(rows))]

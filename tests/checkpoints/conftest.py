@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.checkpoints.adapter import save_adapter_files
-from wegeft_cli.checkpoints.manifest import AdapterManifest, ModuleEntry
+from wegeft_cli.artifacts.adapter import save_adapter_files
+from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
 
 RANK = 2
 WIDTH = 16

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wegeft_cli.checkpoints.adapter import (
-    find_newest_run,
+from wegeft_cli.artifacts.adapter import (
     load_adapter_files,
     read_adapter_type,
     resolve_adapter_dir,
     save_adapter_files,
 )
+from wegeft_cli.artifacts.run_directory import find_newest_run
 from wegeft_cli.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.checkpoints.exchange import exchange_folders, heal_folder
-from wegeft_cli.checkpoints.files import atomic_folder
+from wegeft_cli.storage.atomic import atomic_folder, exchange_folders, heal_folder
 
 
 def fill(folder, text):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wegeft_cli.checkpoints.files import (
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.storage.atomic import (
     atomic_file,
     atomic_folder,
     check_free_space,
@@ -24,7 +25,6 @@ from wegeft_cli.checkpoints.files import (
     write_bytes_atomic,
     write_text_atomic,
 )
-from wegeft_cli.errors import MachineError, UserError
 
 
 @contextmanager

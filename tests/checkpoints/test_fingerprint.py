@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wegeft_cli.checkpoints.fingerprint import fingerprint_base, list_tensors
-from wegeft_cli.checkpoints.shards import encode_header, file_order, read_shard
+from wegeft_cli.artifacts.fingerprint import fingerprint_base, list_tensors
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.safetensors_reader import encode_header, file_order, read_shard
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
-from wegeft_cli.checkpoints.lock import LOCK_NAME, lock_folder
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.lock import LOCK_NAME, lock_folder
 
 
 def test_a_locked_folder_names_its_holder(tmp_path):

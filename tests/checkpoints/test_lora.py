@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wegeft_cli.checkpoints.lora import load_lora_files
+from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.errors import UserError
 
 MODULE = "model.layers.0.self_attn.q_proj"

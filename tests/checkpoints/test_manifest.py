@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from wegeft_cli.checkpoints.manifest import AdapterManifest, Edit, ModuleEntry
+from wegeft_cli.artifacts.manifest import AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.errors import UserError
 
 
@@ -76,7 +76,7 @@ def test_groups_list_their_modules(manifest):
 
 
 def test_it_needs_no_torch():
-    program = "import sys, wegeft_cli.checkpoints.manifest; sys.exit('torch' in sys.modules)"
+    program = "import sys, wegeft_cli.artifacts.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

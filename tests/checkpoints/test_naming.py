@@ -2,7 +2,7 @@
 
 import pytest
 
-from wegeft_cli.checkpoints.naming import match_stored_names, spell_name
+from wegeft_cli.artifacts.stored_names import match_stored_names, spell_name
 
 
 @pytest.mark.parametrize("there", ["transformer.h.0.attn", "h.0.attn"])

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from wegeft_cli.checkpoints.resume import (
+from wegeft_cli.artifacts.checkpoint import (
     find_newest_checkpoint,
     load_checkpoint,
     save_checkpoint,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.cli.console import get_console
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 120
 # One thread: these models are too small to share, and the tests' machine may be busy.

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
-from wegeft_cli.cli.asking import make_harmless
+from wegeft_cli.cli.arguments import make_harmless
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 TEMPLATE = (

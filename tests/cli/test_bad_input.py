@@ -576,7 +576,7 @@ def test_samples_that_contradict_the_rest(refuse, place, data_dir, words, part):
 def test_a_full_disk_while_training_keeps_what_was_saved(
     wegeft, place, monkeypatch: pytest.MonkeyPatch
 ):
-    from wegeft_cli.checkpoints import files
+    from wegeft_cli.storage import atomic as files
 
     settle = files._settle
 

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
-from wegeft_cli.cli.scores import print_comparison, print_scores
-from wegeft_cli.evaluation.groups import GROUPS
+from wegeft_cli.cli.tables import print_comparison, print_scores
+from wegeft_cli.evaluation.benchmarks.groups import GROUPS
 
 GOLD = {"gsm8k": "3.0", "aqua": "B", "mawps": "3.0", "svamp": "3.0", "multiarith": "3.0"}
 FOLDERS = {"gsm8k": "gsm8k", "aqua": "AQuA", "mawps": "mawps", "svamp": "SVAMP",

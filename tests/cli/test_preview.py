@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from wegeft_cli.cli.preview import draw_tokens
+from wegeft_cli.cli.commands.preview import draw_tokens
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
-from wegeft_cli.workflows.tokens import TokenPiece
+from wegeft_cli.planning.row_viewer import TokenPiece
 
 ESCAPE = re.compile("\x1b\\[[0-9;]*m")
 

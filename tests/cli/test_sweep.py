@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from wegeft_cli.artifacts.run_results import RunOutcome, average
 from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
-from wegeft_cli.workflows import sweep as workflow
-from wegeft_cli.workflows.outcomes import RunOutcome, average
-from wegeft_cli.workflows.sweep import SweepResult
+from wegeft_cli.runs import sweep as workflow
+from wegeft_cli.runs.sweep import SweepResult
 
 GRID = "sweep={train.learning_rate: [0.01, 0.02], seed: [1, 2]}"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from wegeft_cli.cli.train import tell_summary
-from wegeft_cli.workflows.train import TrainResult
+from wegeft_cli.cli.commands.train import tell_summary
+from wegeft_cli.runs.train import TrainResult
 
 PLAIN = TrainResult(Path("runs/a"), Path("runs/a/adapter"), "finished", 10, 1.0, 5)
 

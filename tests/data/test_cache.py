@@ -17,9 +17,11 @@ import pytest
 from tokenizers import AddedToken, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from wegeft_cli.data import cache, chat, parts
-from wegeft_cli.data.encode import EncodedDataset
-from wegeft_cli.data.pipeline import PreparedData, build_datasets
+from wegeft_cli.data.text import cache
+from wegeft_cli.data.text import chat_template as chat
+from wegeft_cli.data.text import dataset as parts
+from wegeft_cli.data.text.dataset import PreparedData, build_datasets
+from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 WriteRows = Callable[..., Path]
@@ -263,11 +265,12 @@ def test_the_code_and_the_libraries_are_ingredients(
         assert prepare(section, tokenizer).report.num_from_cache == 0
     assert prepare(section, tokenizer).report.num_from_cache == 1
     code = tmp_path / "code"
-    shutil.copytree(Path(cache.__file__).parent, code)
+    shutil.copytree(Path(cache.__file__).parents[1], code)
     digest = cache.digest_code(code)
-    assert digest == cache.digest_code(Path(cache.__file__).parent)
+    assert digest == cache.digest_code(Path(cache.__file__).parents[1])
     other = shutil.copytree(code, tmp_path / "other")
-    (other / "turns.py").write_text((other / "turns.py").read_text() + "\n")
+    turns = other / "text" / "chat_rendering.py"
+    turns.write_text(turns.read_text() + "\n")
     assert cache.digest_code(other) != digest
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.data.collate import IGNORED, Batch, Row, collate_packs, collate_rows
+from wegeft_cli.data.batches.collate import IGNORED, Batch, Row, collate_packs, collate_rows
 
 PAD = 2
 # Float32 sums in another order over a two-layer model.

@@ -11,14 +11,14 @@ import pytest
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from wegeft_cli.data.encode import (
+from wegeft_cli.data.text.chat_rendering import Rendered, Segment, render_chat
+from wegeft_cli.data.text.encode import (
     EncodedDataset,
     EncodeReport,
     concatenate_datasets,
     encode_rows,
 )
-from wegeft_cli.data.tokens import build_encoder
-from wegeft_cli.data.turns import Rendered, Segment, render_chat
+from wegeft_cli.data.text.tokenizer import build_encoder
 from wegeft_cli.errors import UserError
 
 BOS, EOS = 0, 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.formats import FORMATS, find_format, read_row
+from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
 from wegeft_cli.errors import UserError
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from wegeft_cli.data.images import read_images
+from wegeft_cli.data.labelled.images import read_images
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSource
 

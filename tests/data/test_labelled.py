@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from wegeft_cli.data.labelled import read_label, read_number, read_texts
+from wegeft_cli.data.labelled.texts import read_label, read_number, read_texts
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSource
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wegeft_cli.data.labels import Labels, build_labels
+from wegeft_cli.data.labelled.labels import Labels, build_labels
 from wegeft_cli.errors import UserError
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.formats import FORMATS, find_format, read_row
-from wegeft_cli.data.messages import read_conversation
+from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
+from wegeft_cli.data.sources.messages import read_conversation
 from wegeft_cli.errors import UserError
 
 TALK = [

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wegeft_cli.data.mixture import Mixture
-from wegeft_cli.data.order import StepPlan
+from wegeft_cli.data.batches.mixture import Mixture
+from wegeft_cli.data.batches.sampler import StepPlan
 
 BIG_AND_SMALL = Mixture((70, 10), (1.0, 1.0))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wegeft_cli.data.order import StepPlan
+from wegeft_cli.data.batches.sampler import StepPlan
 
 
 def make_plan(**changes: Any) -> StepPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wegeft_cli.data.pack import pack_rows, sum_packs
+from wegeft_cli.data.batches.packing import pack_rows, sum_packs
 
 
 def best_fit(lengths: list[int], max_length: int) -> list[list[int]]:

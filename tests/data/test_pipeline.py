@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from wegeft_cli.data import formats
-from wegeft_cli.data.encode import EncodedDataset
-from wegeft_cli.data.mixture import Mixture
-from wegeft_cli.data.pipeline import PreparedData, build_datasets
-from wegeft_cli.data.templates import template_hash
+from wegeft_cli.data.batches.mixture import Mixture
+from wegeft_cli.data.sources import formats
+from wegeft_cli.data.text.dataset import PreparedData, build_datasets
+from wegeft_cli.data.text.encode import EncodedDataset
+from wegeft_cli.data.text.templates import template_hash
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, DataSource
 

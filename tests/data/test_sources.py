@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wegeft_cli.data import files
-from wegeft_cli.data.sources import Rows, digest_source, load_rows, stream_rows
+from wegeft_cli.data.sources import files
+from wegeft_cli.data.sources.loading import Rows, digest_source, load_rows, stream_rows
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.recipe.schema import DataSource
 

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from wegeft_cli.data import files, stream
-from wegeft_cli.data.pipeline import build_datasets
-from wegeft_cli.data.stream import RowStream, open_stream
+from wegeft_cli.data.sources import files
+from wegeft_cli.data.text import streaming as stream
+from wegeft_cli.data.text.dataset import build_datasets
+from wegeft_cli.data.text.streaming import RowStream, open_stream
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, DataSource
 

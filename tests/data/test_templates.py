@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.templates import (
+from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.templates import (
     TEMPLATES,
     check_template,
     is_template_file,
     render_row,
     template_hash,
 )
-from wegeft_cli.data.turns import Rendered
 from wegeft_cli.errors import UserError
 
 I16 = "                "  # the sixteen spaces of LLM-Adapters' source

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.templates import render_row
-from wegeft_cli.data.turns import Rendered
+from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.templates import render_row
 from wegeft_cli.errors import UserError
 
 CALL = {"name": "add"}

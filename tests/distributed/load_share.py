@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from wegeft_cli.distributed.sharding import build_sharding
+from wegeft_cli.models.loading import load_base
 from wegeft_cli.recipe.schema import ModelSection, TrainSection
-from wegeft_cli.workflows.load import load_base
-from wegeft_cli.workflows.sharding import build_sharding
 
 
 def count_mapped() -> int:

@@ -7,7 +7,7 @@ import sys
 
 from accelerate import Accelerator
 
-from wegeft_cli.workflows import train as train_module
+from wegeft_cli.runs import train as train_module
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import sys
 
 from accelerate import Accelerator
 
-from wegeft_cli.training import loop
-from wegeft_cli.workflows import train as train_module
+from wegeft_cli.runs import train as train_module
+from wegeft_cli.training import trainer as loop
 
 
 def diverge(clip_gradients):

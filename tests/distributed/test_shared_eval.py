@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 240
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wegeft_cli.evaluation.tasks import TASKS, TaskData, load_task_data
+from wegeft_cli.evaluation.text.loading import TASKS, TaskData, load_task_data
 
 WriteSet = Callable[..., Path]
 

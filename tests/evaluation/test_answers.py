@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from wegeft_cli.evaluation.answers import (
+from wegeft_cli.evaluation.text.answer_extraction import (
     first_hash_digits,
     first_hash_number,
     first_letter,

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
-from wegeft_cli.evaluation.groups import GROUPS, MEAN
+from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
+from wegeft_cli.evaluation.benchmarks.groups import GROUPS, MEAN
 
 
 def test_the_groups_are_the_papers() -> None:

@@ -9,8 +9,8 @@ from math import comb
 import pytest
 
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.evaluation.code_problems import Problem
-from wegeft_cli.evaluation.code_protocols import (
+from wegeft_cli.evaluation.code.problems import Problem
+from wegeft_cli.evaluation.code.protocols import (
     CODE_PROTOCOLS,
     cut_at_stop,
     find_code_protocol,
@@ -18,8 +18,8 @@ from wegeft_cli.evaluation.code_protocols import (
     first_block_of_chat,
     normalise_lora_ga,
 )
-from wegeft_cli.evaluation.code_scoring import CodeSample, pass_at_k, run_samples, summarise
-from wegeft_cli.evaluation.sandbox.run import Outcome
+from wegeft_cli.evaluation.code.scoring import CodeSample, pass_at_k, run_samples, summarise
+from wegeft_cli.sandbox.run import Outcome
 
 LORA_GA_PROMPT_HASH = "ee94655945b2cd6e"
 

@@ -10,12 +10,12 @@ from tokenizers import processors
 from transformers import BloomConfig, BloomForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.protocols import PROTOCOLS
-from wegeft_cli.evaluation.run import evaluate_task
-from wegeft_cli.evaluation.scoring import result_dict, score_outputs
-from wegeft_cli.evaluation.tasks import TaskData
-from wegeft_cli.evaluation.written import Generations
+from wegeft_cli.evaluation.answers import evaluate_task
+from wegeft_cli.evaluation.score import result_dict, score_outputs
+from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
+from wegeft_cli.generation.completion import Generations
+from wegeft_cli.generation.engine import generate_texts
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "", "B" * 17]
 NUM_NEW = 12

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from wegeft_cli.evaluation.groups import GROUPS, MEAN, expand_groups, group_means
-from wegeft_cli.evaluation.sets import TASKS
+from wegeft_cli.evaluation.benchmarks.groups import GROUPS, MEAN, expand_groups, group_means
+from wegeft_cli.evaluation.text.test_sets import TASKS
 
 
 def test_the_groups_are_the_papers() -> None:

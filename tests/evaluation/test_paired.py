@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from wegeft_cli.evaluation.paired import compare_paired, mcnemar_exact
+from wegeft_cli.statistics import compare_paired, mcnemar_exact
 
 
 def by_enumeration(only_a: int, only_b: int) -> float:

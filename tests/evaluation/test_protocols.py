@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.templates import TEMPLATES, render_row
+from wegeft_cli.data.text.templates import TEMPLATES, render_row
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.asking import Questions
-from wegeft_cli.evaluation.protocols import PROTOCOLS, find_protocol
-from wegeft_cli.evaluation.scoring import score_outputs
-from wegeft_cli.evaluation.tasks import TASKS, TaskData, TaskRow, load_task_data
+from wegeft_cli.evaluation.answers import Questions
+from wegeft_cli.evaluation.score import score_outputs
+from wegeft_cli.evaluation.text.loading import TASKS, TaskData, TaskRow, load_task_data
+from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS, find_protocol
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "

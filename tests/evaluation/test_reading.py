@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.reading import Reading
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.kv_cache import Reading
 
 NUM_NEW = 18  # a round and a bit
 TALK = ["a question", " the next one", " and a third, the longest", " end"]

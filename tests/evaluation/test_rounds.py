@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.drawing import RowWise
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.rounds import can_join, can_leave
-from wegeft_cli.evaluation.written import Written
+from wegeft_cli.generation.completion import Written
+from wegeft_cli.generation.continuous_batching import can_join, can_leave
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.sampling import RowWise
 
 PROMPTS = ["a", "a rather long prompt, the longest", "two words", "B" * 17, "?", "seven", "ab" * 11]
 VOCABULARY = 259

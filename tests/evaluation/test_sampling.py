@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding, draw_number
-from wegeft_cli.evaluation.drawing import RowWise
-from wegeft_cli.evaluation.ends import cut_at_stop
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.written import Generations
+from wegeft_cli.generation.completion import Generations
+from wegeft_cli.generation.decoding import Decoding, draw_number
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.sampling import RowWise
+from wegeft_cli.generation.stopping import cut_at_stop
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "B" * 17]
 NUM_NEW = 20  # a round and a bit

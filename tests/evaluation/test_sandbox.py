@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import wegeft_cli
-from wegeft_cli.evaluation.sandbox.run import Program, Sandbox, open_sandbox
-from wegeft_cli.evaluation.sandbox.walls import Limits
+from wegeft_cli.sandbox.isolation import Limits
+from wegeft_cli.sandbox.run import Program, Sandbox, open_sandbox
 
 PROGRAMS = runpy.run_path(str(Path(__file__).with_name("hostile.py")))
 HOSTILE, LINGERING = PROGRAMS["HOSTILE"], PROGRAMS["LINGERING"]
 NOBODY = 65534
-CHECK = "from wegeft_cli.evaluation.sandbox.run import *\nwith open_sandbox(timeout=1): print('up')"
+CHECK = "from wegeft_cli.sandbox.run import *\nwith open_sandbox(timeout=1): print('up')"
 
 
 def program(source: str, tests: str = PROGRAMS["TESTS"]) -> Program:
@@ -150,7 +150,7 @@ def test_limits_are_those_that_were_given(tmp_path: Path) -> None:
 def test_a_wall_that_does_not_hold_is_named(tmp_path: Path) -> None:
     # Real root may always fork; here the limit is too high for what the attempt tries.
     sandbox = Sandbox(tmp_path, timeout=5, limits=None)
-    from wegeft_cli.evaluation.sandbox import attempts
+    from wegeft_cli.sandbox import escape_tests as attempts
 
     tried = attempts.as_program(Limits(processes=2))
     assert sandbox.run(tried).detail.startswith("AssertionError: processes: it does not hold")
@@ -162,7 +162,7 @@ def run_elsewhere(command: list[str], copied: Path) -> subprocess.CompletedProce
     for part in ("__init__.py", "errors.py", "version.py", "evaluation/__init__.py"):
         (copied / "wegeft_cli" / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / part, copied / "wegeft_cli" / part)
-    shutil.copytree(folder / "evaluation/sandbox", copied / "wegeft_cli/evaluation/sandbox")
+    shutil.copytree(folder / "sandbox", copied / "wegeft_cli/sandbox")
     environment = {"PYTHONPATH": str(copied), "PATH": os.environ["PATH"], "TMPDIR": "/tmp"}
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd="/", timeout=120

@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.protocols import PROTOCOLS
-from wegeft_cli.evaluation.scoring import (
-    read_samples,
-    result_dict,
-    score_outputs,
-    wilson_interval,
-)
-from wegeft_cli.evaluation.tasks import TaskData
+from wegeft_cli.evaluation.score import read_samples, result_dict, score_outputs
+from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
+from wegeft_cli.statistics import wilson_interval
 
 INTERVAL_TOLERANCE = 5e-4  # the textbook values have three digits
 MakeData = Callable[..., TaskData]
@@ -132,7 +128,7 @@ def test_a_missing_file_of_samples_is_told(make_data: MakeData, tmp_path: Path) 
 
 def test_scoring_loads_no_heavy_package() -> None:
     code = (
-        "import sys, wegeft_cli.evaluation.scoring;"
+        "import sys, wegeft_cli.evaluation.score;"
         "print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

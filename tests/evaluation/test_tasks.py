@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.tasks import TASKS, TaskData, find_task, load_task_data
+from wegeft_cli.evaluation.text.loading import TASKS, TaskData, find_task, load_task_data
 
 ASK = "Please choose the correct answer to the question: "
 

@@ -35,32 +35,31 @@ from tests.fuzz.damage import (
     damage_yaml,
     json_damage,
 )
-from wegeft_cli.checkpoints.adapter import (
+from wegeft_cli.artifacts.adapter import (
     BASE_NAME,
-    find_newest_run,
     load_adapter_files,
     quantization_to_json,
     read_adapter_type,
     read_quantization,
     resolve_adapter_dir,
 )
-from wegeft_cli.checkpoints.fingerprint import fingerprint_base
-from wegeft_cli.checkpoints.resume import find_newest_checkpoint, load_checkpoint
-from wegeft_cli.data.formats import FORMATS, find_format, read_row
-from wegeft_cli.data.sources import load_rows
+from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint, load_checkpoint
+from wegeft_cli.artifacts.fingerprint import fingerprint_base
+from wegeft_cli.artifacts.run_directory import RunFolder, find_newest_run, find_recipe_of
+from wegeft_cli.artifacts.run_results import read_last_line
+from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
+from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.scoring import read_samples
-from wegeft_cli.evaluation.tasks import find_task, load_task_data
-from wegeft_cli.models.base import build_meta_model, load_config, load_model, load_tokenizer
+from wegeft_cli.evaluation.score import read_samples
+from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.inference.loaded_model import open_target
+from wegeft_cli.inference.prompt_files import read_questions
+from wegeft_cli.inference.prompt_format import choose_form
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.models.loading import build_meta_model, load_config, load_model, load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSource
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.outcomes import read_last_line
-from wegeft_cli.workflows.prompt_form import choose_form
-from wegeft_cli.workflows.questions import read_questions
-from wegeft_cli.workflows.run_folder import RunFolder, find_recipe_of
-from wegeft_cli.workflows.target import open_target
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 NUM_DAMAGES = int(os.environ.get("WEGEFT_FUZZ_DAMAGES", "16"))
 SEED = 0

@@ -17,15 +17,15 @@ import pytest
 import torch
 import yaml
 
-from wegeft_cli.checkpoints.adapter import load_adapter_files, read_adapter_type
-from wegeft_cli.checkpoints.fingerprint import fingerprint_base
-from wegeft_cli.checkpoints.resume import load_checkpoint
+from wegeft_cli.artifacts.adapter import load_adapter_files, read_adapter_type
+from wegeft_cli.artifacts.checkpoint import load_checkpoint
+from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import load_config, load_model, load_tokenizer
-from wegeft_cli.workflows.generate import generate
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.reporter import SilentReporter
-from wegeft_cli.workflows.train import train
+from wegeft_cli.inference.generate import generate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.models.loading import load_config, load_model, load_tokenizer
+from wegeft_cli.reporter import SilentReporter
+from wegeft_cli.runs.train import train
 
 INDEX = "model.safetensors.index.json"
 

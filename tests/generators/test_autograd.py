@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wegeft_cli.generators.autograd import _MASK_ROWS, low_rank_edit, project_weight
+from wegeft_cli.methods.wegeft.autograd import _MASK_ROWS, low_rank_edit, project_weight
 
 EXACT = 1e-12  # float64, one or two products
 

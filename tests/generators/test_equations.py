@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wegeft_cli.generators import equations
+from wegeft_cli.methods.wegeft import equations
 
 # All formulas are a handful of float64 products of numbers near one.
 EXACT = 1e-10

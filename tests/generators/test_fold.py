@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wegeft_cli.generators.fold import merge_stored
+from wegeft_cli.methods.wegeft.folding import merge_stored
 
 ROWS = ((2, 7), (11, 16))
 NUM_ROWS = 10

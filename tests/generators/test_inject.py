@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.fold import fold_generators, unfold_generators
-from wegeft_cli.generators.inject import (
+from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+from wegeft_cli.methods.wegeft.inject import (
     disable_generators,
     get_generators,
     inject_generators,

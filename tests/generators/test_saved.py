@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.fold import fold_generators, unfold_generators
-from wegeft_cli.generators.inject import (
+from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+from wegeft_cli.methods.wegeft.inject import (
     disable_generators,
     get_generators,
     inject_generators,
     remove_generators,
     use_generators,
 )
-from wegeft_cli.generators.saved import find_saved_modules
-from wegeft_cli.generators.targets import find_linears
+from wegeft_cli.methods.wegeft.targets import find_linears
+from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
 TARGETS = ["q_proj", "v_proj"]
 # Outside the layers, inside them, an embedding, a norm, a linear: all that a language model has.

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from wegeft_cli.generators import spectrum
-from wegeft_cli.generators.equations import delta_weight, lora_twin
+from wegeft_cli.methods.wegeft import spectrum
+from wegeft_cli.methods.wegeft.equations import delta_weight, lora_twin
 
 EXACT = 1e-9  # float64, through factorisations
 SIDES = ("input", "output")

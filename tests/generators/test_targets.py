@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.groups import assign_groups, group_widths
-from wegeft_cli.generators.inject import select_targets
-from wegeft_cli.generators.targets import find_targets
+from wegeft_cli.methods.wegeft.inject import select_targets
+from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
+from wegeft_cli.methods.wegeft.targets import find_targets
 
 
 def faults_of(error: BaseException) -> list[UserError]:

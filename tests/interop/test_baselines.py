@@ -10,15 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import lora_twin
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop.baselines import (
-    inject_peft,
-    load_peft,
-    merge_peft,
-    save_peft,
-    start_from_peft,
-)
+from wegeft_cli.methods.peft import inject_peft, load_peft, merge_peft, save_peft, start_from_peft
+from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.inject import inject_generators
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 # Two float32 layers by another road: 2.8e-7 was measured on a base of small weights.

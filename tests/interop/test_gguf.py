@@ -22,11 +22,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop.gguf_layers import read_layers
-from wegeft_cli.workflows.adapters import save_adapter
-from wegeft_cli.workflows.export import ExportOptions, export
-from wegeft_cli.workflows.merge import merge
+from wegeft_cli.exporting.export import ExportOptions, export
+from wegeft_cli.exporting.gguf_layers import read_layers
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import save_adapter
 
 NUM_TOKENS = 12
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.interop.harness import load_harness_task
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.lm_eval.bridge import load_harness_task
 
 # The harness and what it imports take seconds to load, and warn of their own affairs.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -108,7 +108,7 @@ def test_two_tasks_stand_in_one_result_with_the_likelihoods_of_their_definition(
 
 
 def test_the_limit_holds_and_the_model_stays_in_training(folder, llama_dir):
-    from wegeft_cli.interop.harness import run_harness
+    from wegeft_cli.evaluation.lm_eval.bridge import run_harness
 
     model = AutoModelForCausalLM.from_pretrained(llama_dir).train()
     model.model.layers[0].eval()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.interop.images import ImageTransform, check_images, decode_image, short_side
+from wegeft_cli.models.image_processor import ImageTransform, check_images, decode_image, short_side
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
 FLOAT32 = 1e-5

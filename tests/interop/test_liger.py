@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.interop.liger import apply_liger
-from wegeft_cli.workflows.train import train
+from wegeft_cli.models.kernels import apply_liger
+from wegeft_cli.runs.train import train
 
 
 @pytest.fixture

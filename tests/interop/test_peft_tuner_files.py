@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.interop.conftest import FACTOR_STD, PEFT_MARKS, draw_factors, factors_of
-from wegeft_cli.checkpoints.adapter import load_adapter_files
-from wegeft_cli.checkpoints.fingerprint import fingerprint_base
+from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.interop.peft import WegeftConfig
-from wegeft_cli.workflows.adapters import load_adapter, save_adapter
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.merge import merge
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
 
 pytestmark = PEFT_MARKS
 PEFT_KEYS = {"inference_mode", "peft_version"}

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.interop.conftest import PEFT_MARKS, Mlp, draw_factors, factors_of
-from wegeft_cli.generators.inject import inject_generators
 from wegeft_cli.interop.peft import WegeftConfig
 from wegeft_cli.interop.peft_tuner.model import WegeftModel
 from wegeft_cli.interop.peft_tuner.register import register
+from wegeft_cli.methods.wegeft.inject import inject_generators
 
 pytestmark = PEFT_MARKS
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from tests.interop.conftest import PEFT_MARKS, VOCABULARY, draw_factors, factors_of
-from wegeft_cli.generators.inject import inject_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 
 pytestmark = PEFT_MARKS
 # A second forward pass sums in the same order.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from wegeft_cli.interop.plots import draw_sweep
+from wegeft_cli.runs.sweep_plot import draw_sweep
 
 NUMBERS = [{"train.learning_rate": 10.0**-n, "adapter.share": s} for n in (3, 4) for s in "ab"]
 WORDS = [

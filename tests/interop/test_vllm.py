@@ -19,14 +19,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.checkpoints.adapter import CONFIG_NAME
+from wegeft_cli.artifacts.adapter import CONFIG_NAME
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.drawing import stream_seed
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop import vllm
-from wegeft_cli.workflows.adapters import save_adapter
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.generation import vllm_engine as vllm
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.sampling import stream_seed
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import save_adapter
 
 EOS = 2
 

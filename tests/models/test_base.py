@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import (
+from wegeft_cli.models.loading import (
     build_meta_model,
     fetch_base_folder,
     find_base_folder,

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.evaluation.protocols import PROTOCOLS
-from wegeft_cli.evaluation.tasks import TASKS
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.text.loading import TASKS
+from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately "
 ALPACA = INTRO + "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.evaluation.protocols import PROTOCOLS
-from wegeft_cli.evaluation.scoring import score_outputs
-from wegeft_cli.evaluation.tasks import TASKS, load_task_data
+from wegeft_cli.evaluation.score import score_outputs
+from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
+from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 
 BARE = "%s\n"
 ALPACA = """\

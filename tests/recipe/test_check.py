@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.recipe.check import check_recipe
 from wegeft_cli.recipe.keys import kind_at, parse_key
-from wegeft_cli.recipe.schema import (
-    DataSection,
-    DataSource,
-    ModelSection,
-    Recipe,
-)
+from wegeft_cli.recipe.rules import check_recipe
+from wegeft_cli.recipe.schema import DataSection, DataSource, ModelSection, Recipe
 from wegeft_cli.recipe.values import CHOICES, OPTIMIZERS_ELSEWHERE
 
 SOUND = Recipe(

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from wegeft_cli.recipe.check import check_recipe
 from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.rules import check_recipe
 from wegeft_cli.recipe.schema import DataSource, ModelSection, Recipe
 
 SOUND = Recipe(model=ModelSection(name_or_path="m"))

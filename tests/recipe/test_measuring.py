@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from wegeft_cli.recipe.check import check_recipe
-from wegeft_cli.recipe.measuring import check_measuring
+from wegeft_cli.recipe.rules import check_measuring, check_recipe
 from wegeft_cli.recipe.schema import DataSource, Recipe
 
 VALIDATED = {"data": {"validation": [DataSource(path="x.jsonl")]}, "train": {"eval_steps": 10}}

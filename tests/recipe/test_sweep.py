@@ -7,11 +7,11 @@ import itertools
 import pytest
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.grid import MAX_RUNS, count_runs, name_run, name_value, short_names
 from wegeft_cli.recipe.keys import format_key, parse_key
 from wegeft_cli.recipe.load import load_recipe, recipe_to_yaml
 from wegeft_cli.recipe.sweep import load_sweep
-from wegeft_cli.workflows.validate import validate_recipe
 
 GRID = """\
 adapter: {r: 8, alpha: "${adapter.r}"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.validate import validate_recipe
+from wegeft_cli.planning.validate import validate_recipe
 
 
 def test_missing_inputs_are_no_fault(write):
@@ -80,7 +80,7 @@ def test_settings_of_optimizer_and_schedule_are_tried(write):
 
 
 def test_a_recipe_without_such_settings_needs_no_torch(write):
-    code = "import sys; from wegeft_cli.workflows.validate import validate_recipe as v; "
+    code = "import sys; from wegeft_cli.planning.validate import validate_recipe as v; "
     code += "v(sys.argv[1]); sys.exit('torch' in sys.modules)"
     path = write("seed: 1\n", sound=True)
     assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import RobertaConfig, ViTConfig
 
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.catalog import list_recipes, read_recipe_text
 from wegeft_cli.recipe.load import load_recipe, recipe_to_yaml
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.validate import validate_recipe
 
 NAMES = [recipe.name for recipe in list_recipes()]
 LANGUAGE = ["commonsense", "math10k", "metamath", "codefeedback", "wizardlm", "alpaca"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.data.collate import collate_rows
+from wegeft_cli.data.batches.collate import collate_rows
 from wegeft_cli.training.loss import CausalLoss
 
 NUM_ROWS = 10

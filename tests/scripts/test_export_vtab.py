@@ -12,7 +12,7 @@ import pytest
 from classifiers import write_vit
 from PIL import Image
 
-from wegeft_cli.workflows.preview import preview
+from wegeft_cli.planning.preview import preview
 
 NUM_TRAIN, NUM_TEST = 2005, 31
 

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.data.collate import Batch, collate_rows
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.training.loop import LoopHooks, LoopResult, LoopSettings, run_loop
+from wegeft_cli.data.batches.collate import Batch, collate_rows
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.training.loss import CausalLoss
-from wegeft_cli.training.optim import build_optimizer
-from wegeft_cli.training.schedules import build_schedule
-from wegeft_cli.training.state import Snapshot
+from wegeft_cli.training.optimizer import build_optimizer
+from wegeft_cli.training.scheduler import build_schedule
+from wegeft_cli.training.snapshot import Snapshot
+from wegeft_cli.training.trainer import LoopHooks, LoopResult, LoopSettings, run_loop
 
 Row = tuple[np.ndarray, np.ndarray]
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

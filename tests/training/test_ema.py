@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wegeft_cli.training.loop import LoopHooks
+from wegeft_cli.training.trainer import LoopHooks
 
 # A sum of a few float32 products against the same in double precision.
 ROUNDING = 1e-6

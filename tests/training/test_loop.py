@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.training.loop import LoopHooks
+from wegeft_cli.training.trainer import LoopHooks
 
 # Sums of the same float64 numbers in another order; the loss itself rounds each logit to float32,
 # the same way however the rows are cut, but for the odd logit that lies on the edge.

@@ -13,9 +13,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from wegeft_cli.data.collate import collate_rows
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.training import head, loss
+from wegeft_cli.data.batches.collate import collate_rows
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.training import chunked_cross_entropy as head
+from wegeft_cli.training import loss
 from wegeft_cli.training.loss import CausalLoss
 
 # The same sums in another order, in float64.

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.training.compiling import compile_layers
-from wegeft_cli.training.offload import offload_activations
-from wegeft_cli.workflows.train import train
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.models.kernels import compile_layers
+from wegeft_cli.runs.train import train
+from wegeft_cli.training.activation_offload import offload_activations
 
 # Inductor fuses products and sums: float32 in another order.
 OTHER_KERNELS = 1e-5
@@ -66,7 +66,7 @@ def test_the_key_offloads(write_recipe, monkeypatch, read_adapter_of):
         calls.append(1)
         return offload_activations(model, 1)
 
-    monkeypatch.setattr("wegeft_cli.training.loop.offload_activations", note)
+    monkeypatch.setattr("wegeft_cli.training.trainer.offload_activations", note)
     plain = train(write_recipe("plain"))
     assert not calls
     offloaded = train(write_recipe("offloaded", train={"activation_offload": True}))
@@ -95,7 +95,7 @@ def test_compiled_layers_give_the_same_gradients(model):
 
 def test_the_key_compiles(write_recipe, monkeypatch):
     compiled = []
-    monkeypatch.setattr("wegeft_cli.workflows.build.compile_layers", compiled.append)
+    monkeypatch.setattr("wegeft_cli.runs.build.compile_layers", compiled.append)
     train(write_recipe("plain", train={"max_steps": 1}))
     assert not compiled
     train(write_recipe("compiled", train={"max_steps": 1, "compile": True}))

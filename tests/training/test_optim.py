@@ -6,8 +6,8 @@ from torch import nn
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.values import CHOICES
-from wegeft_cli.training.loop import LoopHooks
-from wegeft_cli.training.optim import build_optimizer, check_optimizer, list_optimizer_options
+from wegeft_cli.training.optimizer import build_optimizer, check_optimizer, list_optimizer_options
+from wegeft_cli.training.trainer import LoopHooks
 
 CPU = torch.device("cpu")
 PEAK = 0.3

@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from wegeft_cli.data.collate import Batch, collate_packs
+from wegeft_cli.data.batches.collate import Batch, collate_packs
 from wegeft_cli.training.loss import CausalLoss
 
 # Float32 sums in another order, over a two-layer model.

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from wegeft_cli.checkpoints.resume import load_checkpoint, save_checkpoint
+from wegeft_cli.artifacts.checkpoint import load_checkpoint, save_checkpoint
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.values import CHOICES
-from wegeft_cli.training.loop import LoopHooks
 from wegeft_cli.training.neftune import add_neftune
-from wegeft_cli.training.schedules import build_schedule
-from wegeft_cli.training.state import Progress, Snapshot, capture_snapshot, restore_snapshot
+from wegeft_cli.training.scheduler import build_schedule
+from wegeft_cli.training.snapshot import Progress, Snapshot, capture_snapshot, restore_snapshot
+from wegeft_cli.training.trainer import LoopHooks
 
 NUM_STEPS, STOP = 7, 4
 

@@ -7,8 +7,8 @@ import torch
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.values import CHOICES
-from wegeft_cli.training.optim import build_optimizer
-from wegeft_cli.training.schedules import build_schedule, check_schedule, count_warmup_steps
+from wegeft_cli.training.optimizer import build_optimizer
+from wegeft_cli.training.scheduler import build_schedule, check_schedule, count_warmup_steps
 
 PEAK = 0.3
 NUM_STEPS = 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.training.loop import LoopHooks
+from wegeft_cli.training.trainer import LoopHooks
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01}
 

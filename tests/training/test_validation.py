@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from wegeft_cli.training.loop import LoopHooks
-from wegeft_cli.training.state import Progress
+from wegeft_cli.training.snapshot import Progress
+from wegeft_cli.training.trainer import LoopHooks
 from wegeft_cli.training.validation import note_best
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.02}

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.workflows.adapters import save_adapter
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import save_adapter
+from wegeft_cli.runs.train import train
 
 # These tell of the clock and of the process, not of the training.
 TIMINGS = ("tokens_per_second", "step_seconds", "peak_memory_gib")

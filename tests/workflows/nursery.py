@@ -16,7 +16,7 @@ import datasets
 import transformers.models.llama.modeling_llama
 import transformers.trainer
 
-import wegeft_cli.workflows.train
+import wegeft_cli.runs.train
 from wegeft_cli.cli.app import main
 
 LOADED = (datasets, transformers, wegeft_cli)

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from wegeft_cli.analysis.ablate import ablate
+from wegeft_cli.analysis.edit import edit
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.ablate import ablate
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.evaluate import evaluate
 
 TARGETS = ["q_proj", "down_proj"]
 

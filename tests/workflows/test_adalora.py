@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.interop.baselines import load_peft
-from wegeft_cli.training import loop
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.peft import load_peft
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs.train import train
+from wegeft_cli.training import trainer as loop
 
 FLOAT32 = 1e-5
 NUM_LAYERS = 6  # two decoder layers, three targets each

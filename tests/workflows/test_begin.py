@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from wegeft_cli.checkpoints.adapter import CONFIG_NAME
+from wegeft_cli.artifacts.adapter import CONFIG_NAME
+from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.distributed.signals import STOP_SIGNALS, StopRequest
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.workflows import begin
-from wegeft_cli.workflows.run_folder import RunFolder
-from wegeft_cli.workflows.stop import STOP_SIGNALS, StopRequest
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs import start as begin
+from wegeft_cli.runs.train import train
 
 PATIENCE_SECONDS = 240
 
@@ -31,11 +31,11 @@ def test_a_run_that_came_between_the_look_and_the_lock_is_left_alone(
 
     def look_and_be_overtaken(*args):
         found = look(*args)
-        monkeypatch.setattr("wegeft_cli.workflows.train.check_start", look)
+        monkeypatch.setattr("wegeft_cli.runs.train.check_start", look)
         train(recipe)
         return found
 
-    monkeypatch.setattr("wegeft_cli.workflows.train.check_start", look_and_be_overtaken)
+    monkeypatch.setattr("wegeft_cli.runs.train.check_start", look_and_be_overtaken)
     run_dir = tmp_path / "runs" / "tiny"
     with pytest.raises(UserError, match=r"already holds a run .*finished"):
         train(recipe)
@@ -235,7 +235,7 @@ def take_numpy_memory():
 
 @pytest.mark.parametrize("take", [take_torch_memory, take_numpy_memory])
 def test_out_of_memory_is_told_with_keys_and_values(write_recipe, monkeypatch, read_run, take):
-    monkeypatch.setattr("wegeft_cli.workflows.train.load_base", lambda recipe: take())
+    monkeypatch.setattr("wegeft_cli.runs.train.load_base", lambda recipe: take())
     recipe = write_recipe()
     with pytest.raises(MachineError, match=r"out of memory on .* at a peak of \d+\.\d\d") as told:
         train(recipe)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 # Unlike the training rows: their loss falls at first and rises while those are learned by heart.
 HELD_OUT = [

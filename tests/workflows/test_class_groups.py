@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.class_groups import CLASS_GROUPS
+from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
+from wegeft_cli.evaluation.benchmarks.model_groups import find_members
+from wegeft_cli.evaluation.benchmarks.registry import check_task
+from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSection, DataSource, Recipe
-from wegeft_cli.workflows.class_groups import find_members
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.kinds import check_task
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 NAMES = [member.name for member in CLASS_GROUPS["glue"].members]
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import load_tokenizer
-from wegeft_cli.workflows.preview import preview
-from wegeft_cli.workflows.train import train
+from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.planning.preview import preview
+from wegeft_cli.runs.train import train
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from classifiers import write_images, write_recipe, write_vit
 
-import wegeft_cli.workflows.class_evaluate as module
+import wegeft_cli.evaluation.benchmarks.classification as module
+from wegeft_cli.analysis.ablate import ablate
+from wegeft_cli.analysis.edit import edit
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.ablate import ablate
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.runs.train import train
 
 SPLITS = {
     "train": {"9": 6, "10": 6, "11": 6},

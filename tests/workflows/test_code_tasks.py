@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.code_problems import NUM_PUBLISHED, load_problems
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.code.problems import NUM_PUBLISHED, load_problems
+from wegeft_cli.evaluation.evaluate import evaluate
 
 ALLOWED = {"allow_code_execution": True}
 PROMPTS = [

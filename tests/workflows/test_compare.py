@@ -5,9 +5,9 @@ import json
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.paired import mcnemar_exact
-from wegeft_cli.workflows.compare import compare
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.compare import compare
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.statistics import mcnemar_exact
 
 RIGHT = [f"the correct answer is {str(n % 2 == 0).lower()}" for n in range(6)]
 WRONG = [f"the correct answer is {str(n % 2 == 1).lower()}" for n in range(6)]

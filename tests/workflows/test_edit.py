@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.checkpoints.adapter import load_adapter_files
+from wegeft_cli.analysis.edit import edit
+from wegeft_cli.artifacts.adapter import load_adapter_files
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import merged_weight
-from wegeft_cli.workflows.adapters import load_adapter
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.merge import merge
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.equations import merged_weight
+from wegeft_cli.methods.wegeft.save_load import load_adapter
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ROUNDING = 2e-6  # float32 factors, multiplied once more

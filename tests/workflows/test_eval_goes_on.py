@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from wegeft_cli.evaluation import generate
-from wegeft_cli.workflows.answer_log import AnswerLog
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.share import Share
+from wegeft_cli.distributed.processes import Share
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.response_cache import AnswerLog
+from wegeft_cli.generation import engine as generate
 
 TIMEOUT_SECONDS = 240
 NUM_ROWS = 12

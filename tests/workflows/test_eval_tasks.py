@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.benchmarks.text import read_eval_tasks
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.tasks import read_eval_tasks
-from wegeft_cli.workflows.train import train
-from wegeft_cli.workflows.validate import validate_recipe
+from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 240
 STEPS = 40

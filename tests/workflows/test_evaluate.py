@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.evaluate import evaluate, list_tasks
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate, list_tasks
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.runs.train import train
 
 # recipes.md, section 2, and what a number must tell of itself to be trusted.
 RESULT = {

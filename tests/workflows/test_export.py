@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.fold import fold_generators
-from wegeft_cli.workflows.adapters import save_adapter
-from wegeft_cli.workflows.export import ExportOptions, export
+from wegeft_cli.exporting.export import ExportOptions, export
+from wegeft_cli.methods.wegeft.folding import fold_generators
+from wegeft_cli.methods.wegeft.save_load import save_adapter
 
 pytestmark = [
     # What PEFT asks of transformers by names that are on their way out.
@@ -131,7 +131,7 @@ def test_a_base_whose_files_name_layers_otherwise(build_gpt2_dir, make_adapter, 
 
 
 def test_modules_trained_whole_come_along(llama_dir, ids, tmp_path, listener):
-    from wegeft_cli.generators.inject import inject_generators
+    from wegeft_cli.methods.wegeft.inject import inject_generators
 
     model = load(llama_dir)
     generators = inject_generators(
@@ -170,8 +170,8 @@ def test_parity_is_told_in_numbers(llama_dir, make_adapter, monkeypatch):
     card = (result.output_dir / "README.md").read_text()
     assert f"{told['results'][0]['max_difference']:.2e}" in card
     # Numbers that would show a fault: half the twin is half the effect away.
-    from wegeft_cli.generators import equations
-    from wegeft_cli.generators import twin as twin_module
+    from wegeft_cli.methods.wegeft import equations
+    from wegeft_cli.methods.wegeft import lora_equivalent as twin_module
 
     def halved(W, phi, psi, s, side):
         A, B = equations.lora_twin(W, phi, psi, s, side)

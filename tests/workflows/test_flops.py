@@ -8,16 +8,22 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from wegeft_cli.data.pipeline import build_datasets
-from wegeft_cli.models.base import build_meta_model, load_config, load_model, load_tokenizer
+from wegeft_cli.data.batches.sampler import build_step_plan
+from wegeft_cli.data.batches.text import build_source
+from wegeft_cli.data.text.dataset import build_datasets
+from wegeft_cli.methods.registry import inject_adapter
+from wegeft_cli.models.kernels import enable_checkpointing
+from wegeft_cli.models.loading import (
+    build_meta_model,
+    build_skeleton,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from wegeft_cli.planning.batch_shapes import survey_passes
+from wegeft_cli.planning.fake_step import count_run_flops, find_flop_rates, prepare_skeleton
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.training.loss import CausalLoss
-from wegeft_cli.workflows.batches import build_source
-from wegeft_cli.workflows.build import enable_checkpointing, inject_adapter
-from wegeft_cli.workflows.flops import count_run_flops, find_flop_rates
-from wegeft_cli.workflows.prepare import build_skeleton, build_step_plan
-from wegeft_cli.workflows.rehearsal import prepare_skeleton
-from wegeft_cli.workflows.survey import survey_passes
 
 # The first layer needs no gradient for its input, and the last product of a recomputed layer is
 # not computed again: both are counted as if they were, a share that shrinks with the layers.

@@ -9,15 +9,15 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.decoding import Decoding
-from wegeft_cli.evaluation.generate import generate_texts
-from wegeft_cli.evaluation.scoring import read_samples
-from wegeft_cli.evaluation.tasks import find_task, load_task_data
-from wegeft_cli.workflows.conversation import Reply, open_conversation
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.generate import generate
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.score import read_samples
+from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.inference.chat import Reply, open_conversation
+from wegeft_cli.inference.generate import generate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.runs.train import train
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"

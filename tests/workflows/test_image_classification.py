@@ -20,14 +20,14 @@ from transformers import (
     SwinForImageClassification,
 )
 
+from wegeft_cli.analysis.edit import edit
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.export import export
-from wegeft_cli.workflows.generate import generate
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.exporting.export import export
+from wegeft_cli.inference.generate import generate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs.train import train
 
 FLOAT32 = 1e-4
 METHODS = ("wegeft", "lora", "adalora", "bitfit", "linear_probe", "full")

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.inject import get_generators, inject_generators
-from wegeft_cli.models.base import load_model
+from wegeft_cli.methods.init_from import init_from_adapter
+from wegeft_cli.methods.wegeft.inject import get_generators, inject_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter
+from wegeft_cli.models.loading import load_model
+from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.schema import AdapterSection
-from wegeft_cli.workflows.adapters import load_adapter
-from wegeft_cli.workflows.init_from import init_from_adapter
-from wegeft_cli.workflows.train import train
-from wegeft_cli.workflows.validate import validate_recipe
+from wegeft_cli.runs.train import train
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from wegeft_cli.checkpoints.adapter import load_adapter_files
+from wegeft_cli.analysis.edit import edit
+from wegeft_cli.analysis.inspect import inspect
+from wegeft_cli.artifacts.adapter import load_adapter_files
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import delta_weight
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.inspect import inspect
+from wegeft_cli.methods.wegeft.equations import delta_weight
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 EXACT = 1e-8  # float64 through factorisations and Gram matrices
@@ -141,7 +141,7 @@ def test_a_reading_module_shows_the_input_embeddings_along_psi(llama_dir, make_a
 
 
 def test_large_shards_are_streamed_and_big_tables_cut(llama_dir, make_adapter, monkeypatch):
-    from wegeft_cli.workflows import vocabulary
+    from wegeft_cli.analysis import vocabulary
 
     folder, _ = make_adapter(llama_dir, target_modules=["down_proj"])
     whole = inspect(folder)["modules"][0]["tokens"]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.evaluation.mt_bench import TEMPERATURES
-from wegeft_cli.interop import judge as judge_module
-from wegeft_cli.workflows.evaluate import evaluate
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.judged import judge_client as judge_module
+from wegeft_cli.evaluation.judged.mt_bench_questions import TEMPERATURES
 
 KEY = "a-key-that-nobody-may-see"
 CATEGORIES = ["writing", "math", "stem", "coding"]
@@ -180,7 +180,7 @@ def test_without_a_judge_answers_are_written_and_nothing_is_sent(sets, llama_dir
 def test_each_category_is_answered_at_its_temperature_and_turn_two_sees_turn_one(
     sets, llama_dir, monkeypatch
 ):
-    from wegeft_cli.workflows import write_answers as module
+    from wegeft_cli.evaluation import answers as module
 
     seen = []
 
@@ -315,7 +315,7 @@ def test_alpaca_eval_counts_draws_and_words_that_rank_nothing(sets, llama_dir, s
 
 
 def test_gift_limits_prompt_and_answer_together(sets, llama_dir, monkeypatch):
-    from wegeft_cli.workflows import write_answers as module
+    from wegeft_cli.evaluation import answers as module
 
     totals = []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 # A dozen processes each: seconds on a quiet machine, minutes on a very busy one.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -5,9 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from wegeft_cli.cli.group import LAUNCHED, may_be_restarted, num_restarts, tell_launcher
-from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, MachineError, UserError
-from wegeft_cli.workflows.launch import (
+from wegeft_cli.distributed.failures import (
+    LAUNCHED,
+    is_lost_process,
+    may_be_restarted,
+    num_restarts,
+    tell_launcher,
+    tell_lost_process,
+)
+from wegeft_cli.distributed.launch import (
     LOST_PEER,
     Group,
     explain_failure,
@@ -15,7 +21,7 @@ from wegeft_cli.workflows.launch import (
     is_in_group,
     join_slurm,
 )
-from wegeft_cli.workflows.lost_process import is_lost_process, tell_lost_process
+from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, MachineError, UserError
 
 
 def fail(exitcode, message=None, timestamp=0):

@@ -6,27 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from wegeft_cli.data.collate import collate_rows
-from wegeft_cli.models.base import load_config, load_model
-from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import TrainSection
-from wegeft_cli.recipe.values import CHOICES
-from wegeft_cli.training.loss import CausalLoss
-from wegeft_cli.training.optim import build_optimizer
-from wegeft_cli.workflows.build import inject_adapter
-from wegeft_cli.workflows.memory import (
+from wegeft_cli.data.batches.collate import collate_rows
+from wegeft_cli.methods.registry import inject_adapter
+from wegeft_cli.models.loading import build_skeleton, load_config, load_model
+from wegeft_cli.planning.batch_shapes import BatchShape
+from wegeft_cli.planning.fake_step import prepare_skeleton, rehearse_step, rehearse_validation
+from wegeft_cli.planning.memory import (
     count_optimizer_bytes,
     estimate_memory,
     measure_available,
     tell_fit,
 )
-from wegeft_cli.workflows.prepare import build_skeleton
-from wegeft_cli.workflows.rehearsal import (
-    BatchShape,
-    prepare_skeleton,
-    rehearse_step,
-    rehearse_validation,
-)
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.schema import TrainSection
+from wegeft_cli.recipe.values import CHOICES
+from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.training.optimizer import build_optimizer
 
 # The hooks see what autograd saves; the estimate also counts what Python still holds when the head
 # is reached: the batch, the last hidden state, weights that autocast has cast.
@@ -227,7 +222,7 @@ def test_loading_counts_where_the_file_has_another_type(read_recipe, build_llama
     recipe = read_recipe("model.dtype=bfloat16")
     config = load_config(recipe.model.name_or_path)
     config.vocab_size = 2**20
-    from wegeft_cli.models.base import build_meta_model
+    from wegeft_cli.models.loading import build_meta_model
 
     model = prepare_skeleton(build_meta_model(config), recipe)
     shape = [BatchShape(1, 4, 2, False)]

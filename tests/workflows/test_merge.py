@@ -9,15 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wegeft_cli.checkpoints.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter import load_adapter_files
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.equations import delta_weight
-from wegeft_cli.generators.fold import fold_generators
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.workflows.adapters import save_adapter
-from wegeft_cli.workflows.export import ExportOptions, export
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.train import train
+from wegeft_cli.exporting.export import ExportOptions, export
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.equations import delta_weight
+from wegeft_cli.methods.wegeft.folding import fold_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import save_adapter
+from wegeft_cli.runs.train import train
 
 # The folded weight rounds once to float32, the adapter edits activations: two layers of that.
 FLOAT32 = 1e-5
@@ -148,7 +148,7 @@ def test_a_run_is_merged_beside_its_adapter(write_recipe, ids, tmp_path, monkeyp
 
 
 def test_a_lora_run_is_merged_by_peft(write_recipe, ids, llama_dir):
-    from wegeft_cli.interop.baselines import load_peft
+    from wegeft_cli.methods.peft import load_peft
 
     result = train(write_recipe(adapter={"type": "lora"}, train={"learning_rate": 0.05}))
     merged = merge(result.run_dir)
@@ -360,7 +360,7 @@ def test_the_source_is_never_touched_and_everything_of_it_comes_along(
 
 def test_a_failing_merge_leaves_no_half_folder(llama_dir, make_adapter, tmp_path, monkeypatch):
     folder, _ = make_adapter(llama_dir, target_modules=["down_proj"])
-    from wegeft_cli.workflows import edits
+    from wegeft_cli.merging import tensor_changes as edits
 
     calls = []
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from wegeft_cli.workflows.outcomes import (
+from wegeft_cli.artifacts.run_results import (
     RunOutcome,
     average,
     find_best,

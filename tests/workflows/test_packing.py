@@ -19,13 +19,13 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from wegeft_cli.data.encode import EncodedDataset
-from wegeft_cli.data.order import StepPlan
+from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.batches.text import PlannedBatches
+from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, ModelSection, Recipe, TrainSection
-from wegeft_cli.workflows.batches import PlannedBatches
-from wegeft_cli.workflows.packing import check_packing
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
+from wegeft_cli.tasks.causal_lm import check_packing
 
 # Float32 sums in another order, over some steps of training.
 FLOAT32 = 1e-5

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs.train import train
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -190,8 +190,8 @@ def test_operations_follow_the_rows(write_recipe, write_config):
 
 
 def test_what_does_not_fit_is_warned_of(write_recipe, listener, monkeypatch):
-    monkeypatch.setattr("wegeft_cli.workflows.plan.measure_available", lambda: ("cpu", 0.25))
-    monkeypatch.setattr("wegeft_cli.workflows.plan._measure_free_disk", lambda path: 1e-9)
+    monkeypatch.setattr("wegeft_cli.planning.plan.measure_available", lambda: ("cpu", 0.25))
+    monkeypatch.setattr("wegeft_cli.planning.plan._measure_free_disk", lambda path: 1e-9)
     told = plan(write_recipe(), reporter=listener)
     assert told.available_gib == 0.25
     memory, disk = listener.warnings

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from wegeft_cli.data.pipeline import build_datasets
+from wegeft_cli.data.text.dataset import build_datasets
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import load_tokenizer
+from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.planning.histogram import count_lengths
+from wegeft_cli.planning.preview import preview
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.histogram import count_lengths
-from wegeft_cli.workflows.preview import preview
 
 TURNS = [
     {"role": "user", "content": "Two plus two?"},
@@ -166,9 +166,9 @@ def test_it_reads_no_weights_and_leaves_nothing(write_recipe, build_llama_dir, t
 
 
 def test_slow_tokenizers_show_their_pieces(write_recipe, monkeypatch):
-    from wegeft_cli.data.encode import EncodedRow
-    from wegeft_cli.data.turns import Rendered, Segment
-    from wegeft_cli.workflows.tokens import RowSplitter
+    from wegeft_cli.data.text.chat_rendering import Rendered, Segment
+    from wegeft_cli.data.text.encode import EncodedRow
+    from wegeft_cli.planning.row_viewer import RowSplitter
 
     tokenizer = load_tokenizer(load_recipe(write_recipe()).recipe.model.name_or_path)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.checkpoints.resume import find_newest_checkpoint
+from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

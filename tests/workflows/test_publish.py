@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.publish import HubTarget
+from wegeft_cli.publishing.hub import HubTarget
 
 
 class StandIn(ThreadingHTTPServer):

@@ -10,20 +10,19 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wegeft_cli.checkpoints.adapter import read_quantization
+from wegeft_cli.artifacts.adapter import read_quantization
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop.quantise import dequantise, find_kind, keep_trainable
+from wegeft_cli.exporting.export import export
+from wegeft_cli.inference.loaded_model import fingerprint_target, open_target
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter
+from wegeft_cli.models.loading import build_skeleton, load_base, quantise_as
+from wegeft_cli.models.quantization import dequantise, find_kind, keep_trainable
+from wegeft_cli.planning.memory import count_base_bytes
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
-from wegeft_cli.workflows.adapters import load_adapter
-from wegeft_cli.workflows.export import export
-from wegeft_cli.workflows.load import load_base, quantise_as
-from wegeft_cli.workflows.memory import count_base_bytes
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.prepare import build_skeleton
-from wegeft_cli.workflows.target import fingerprint_target, open_target
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 KINDS = {
     "bitsandbytes_4bit": {"load_in_4bit": True},

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.interop import trackers
-from wegeft_cli.workflows import begin
-from wegeft_cli.workflows import train as train_module
-from wegeft_cli.workflows.listen import RunListener
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs import start as begin
+from wegeft_cli.runs import train as train_module
+from wegeft_cli.runs.callbacks import trackers
+from wegeft_cli.runs.callbacks.listener import RunListener
+from wegeft_cli.runs.train import train
 
 # The first validation stays the best; two steps make a line, so that the last has none.
 STOPS_EARLY = {
@@ -196,7 +196,7 @@ def test_an_earlier_versions_relative_paths_are_the_same_files(relative, stop_af
 
 def test_a_model_on_a_hub_keeps_its_name(write_recipe, tmp_path):
     from wegeft_cli.recipe.load import load_recipe
-    from wegeft_cli.workflows.paths import keep_recipe
+    from wegeft_cli.runs.resume_rules import keep_recipe
 
     sections = {"model": {"name_or_path": "some/model"}, "data": {"train": [{"path": "some/set"}]}}
     kept = keep_recipe(load_recipe(write_recipe(**sections)))

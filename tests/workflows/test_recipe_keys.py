@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from wegeft_cli.recipe.schema import DataSource, Recipe
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 VALIDATED: dict[str, Any] = {"data": {"validation_fraction": 0.4}}
 LORA: dict[str, Any] = {"adapter": {"type": "lora"}}

@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
+from wegeft_cli.analysis.report import report
+from wegeft_cli.artifacts.run_results import read_run
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.report import report
-from wegeft_cli.workflows.run_records import read_run
 
 
 def read_data(page: str) -> dict:
@@ -103,7 +103,7 @@ def test_runs_of_one_name_are_told_apart_and_few_samples_kept(pair, tmp_path):
 
 
 def test_an_evaluation_written_elsewhere_is_given_to_its_run(run_dir, tmp_path, data_dir):
-    from wegeft_cli.workflows.evaluate import evaluate
+    from wegeft_cli.evaluation.evaluate import evaluate
 
     plain = tmp_path / "plain"
     shutil.copytree(run_dir, plain, ignore=shutil.ignore_patterns("eval"))
@@ -152,7 +152,7 @@ def test_bad_asking_is_refused(run_dir, tmp_path):
 
 
 def test_an_ablation_in_the_folder_is_shown(run_dir, tmp_path, data_dir):
-    from wegeft_cli.workflows.ablate import ablate
+    from wegeft_cli.analysis.ablate import ablate
 
     copy = tmp_path / "ablated"
     shutil.copytree(run_dir, copy)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.workflows.report import report
+from wegeft_cli.analysis.report import report
 
 pytestmark = [pytest.mark.slow]
 FLAGS = [

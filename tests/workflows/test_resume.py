@@ -7,9 +7,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
+from wegeft_cli.storage.lock import lock_folder
 
 # The same gradients, summed in another order; AdamW divides what is near zero by what is.
 SAME_SUMS = 1e-3

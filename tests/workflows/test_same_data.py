@@ -6,12 +6,12 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from wegeft_cli.artifacts.run_directory import RunFolder
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import load_tokenizer
+from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.planning.data_fingerprint import digest_inputs
 from wegeft_cli.recipe.schema import DataSection, DataSource
-from wegeft_cli.workflows.run_folder import RunFolder
-from wegeft_cli.workflows.same_data import digest_inputs
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 OTHER = [{"prompt": f"other {n}", "completion": "rows"} for n in range(23)]
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from wegeft_cli.data.templates import TEMPLATES
+from wegeft_cli.data.text.templates import TEMPLATES
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import load_tokenizer
+from wegeft_cli.inference.prompt_format import build_prompts
+from wegeft_cli.models.loading import load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.samples import build_prompts
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

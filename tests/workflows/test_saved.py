@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.fold import fold_generators
-from wegeft_cli.generators.inject import disable_generators, inject_generators
-from wegeft_cli.interop.baselines import load_peft
-from wegeft_cli.workflows.adapters import load_adapter, save_adapter
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.peft import load_peft
+from wegeft_cli.methods.wegeft.folding import fold_generators
+from wegeft_cli.methods.wegeft.inject import disable_generators, inject_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs.train import train
 
 WEIGHTS = "adapter_model.safetensors"
 SAVED = ["lm_head", "embed_tokens", "input_layernorm"]

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.plan import plan
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs.train import train
 
 FLOAT32 = 1e-4
 

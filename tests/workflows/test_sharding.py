@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import TrainSection
-from wegeft_cli.workflows.sharding import build_sharding, check_launcher
 
 
 def sharding(num_processes, **keys):

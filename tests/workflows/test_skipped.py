@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.models.base import load_tokenizer
+from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.planning.preflight import read_inputs
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.inputs import read_inputs
-from wegeft_cli.workflows.reporter import SilentReporter
-from wegeft_cli.workflows.train import train
+from wegeft_cli.reporter import SilentReporter
+from wegeft_cli.runs.train import train
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wegeft_cli.data.pipeline import build_datasets
-from wegeft_cli.models.base import load_tokenizer, pad_token_id
+from wegeft_cli.data.batches.sampler import build_step_plan
+from wegeft_cli.data.batches.text import build_source, build_streamed_source
+from wegeft_cli.data.text.dataset import build_datasets
+from wegeft_cli.models.loading import load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.batches import build_source
-from wegeft_cli.workflows.prepare import build_step_plan
-from wegeft_cli.workflows.streamed import build_streamed_source
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
 
 NUM_STEPS = 8
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.checkpoints.lock import lock_folder
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.workflows import sweep as workflow
-from wegeft_cli.workflows.child import POLL_SECONDS, run_training
-from wegeft_cli.workflows.sweep import sweep
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs import sweep as workflow
+from wegeft_cli.runs.sweep import POLL_SECONDS, run_training, sweep
+from wegeft_cli.runs.train import train
+from wegeft_cli.storage.lock import lock_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,7 +214,7 @@ def test_a_stop_before_a_run_has_its_handlers_is_no_fault(write_recipe, monkeypa
         process.send_signal(number)
         return process
 
-    monkeypatch.setattr("wegeft_cli.workflows.child.subprocess.Popen", start_and_signal)
+    monkeypatch.setattr("wegeft_cli.runs.sweep.subprocess.Popen", start_and_signal)
     recipe = write_recipe()
     end = run_training(recipe, recipe.parent / "train.log", lambda: asked, lambda: None)
     assert end.status == ("interrupted" if asked else "failed")
@@ -293,7 +292,7 @@ def test_what_ends_the_sweep_itself_is_told_on_disk(
 
 
 def test_the_sweep_itself_loads_no_torch():
-    code = "import sys, wegeft_cli.workflows.sweep; print('torch' in sys.modules)"
+    code = "import sys, wegeft_cli.runs.sweep; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

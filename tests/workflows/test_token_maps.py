@@ -20,13 +20,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from wegeft_cli.analysis.inspect import inspect
+from wegeft_cli.analysis.token_maps import normalise
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.inject import inject_generators
-from wegeft_cli.interop.images import ImageTransform
-from wegeft_cli.workflows.adapters import load_adapter, save_adapter
-from wegeft_cli.workflows.inspect import inspect
-from wegeft_cli.workflows.token_maps import normalise
-from wegeft_cli.workflows.train import train
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
+from wegeft_cli.models.image_processor import ImageTransform
+from wegeft_cli.runs.train import train
 
 ROUNDED = 1e-4  # the maps are written with four digits
 CLEAR = 1e-3  # float32 along another order of sums, beside the four digits

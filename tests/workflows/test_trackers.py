@@ -13,11 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.interop import trackers as trackers_module
-from wegeft_cli.interop.trackers import Trackers
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.workflows.describe import describe_settings
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.callbacks import trackers as trackers_module
+from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.runs.describe import describe_settings
+from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 240
 VALIDATED = {
@@ -256,7 +256,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_run(
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("wegeft_cli.interop.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("wegeft_cli.runs.callbacks.trackers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed") as caught:
         train(write_recipe(logging={"report_to": "wandb"}))
     assert caught.value.key == "logging.report_to"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wegeft_cli.checkpoints.lock import lock_folder
-from wegeft_cli.checkpoints.resume import find_newest_checkpoint
+from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.workflows.train import train
+from wegeft_cli.runs.train import train
+from wegeft_cli.storage.lock import lock_folder
 
 # recipes.md, section 3: other tools read these names.
 METRICS = {
@@ -167,7 +167,7 @@ def test_the_optimizer_is_tried_before_a_row_is_read(write_recipe, monkeypatch, 
     def read(*_, **__):
         raise AssertionError("rows are read")
 
-    monkeypatch.setattr("wegeft_cli.workflows.inputs.build_datasets", read)
+    monkeypatch.setattr("wegeft_cli.planning.preflight.build_datasets", read)
     with pytest.raises(UserError) as caught:
         train(write_recipe(train=settings), dry_run=True)
     assert caught.value.key == key

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wegeft_cli.analysis.ablate import ablate
+from wegeft_cli.analysis.edit import edit
+from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.errors import UserError
-from wegeft_cli.workflows.ablate import ablate
-from wegeft_cli.workflows.edit import edit
-from wegeft_cli.workflows.evaluate import evaluate
-from wegeft_cli.workflows.export import export
-from wegeft_cli.workflows.generate import generate
-from wegeft_cli.workflows.inspect import inspect
-from wegeft_cli.workflows.merge import merge
-from wegeft_cli.workflows.train import train
+from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.exporting.export import export
+from wegeft_cli.inference.generate import generate
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.runs.train import train
 
 CASES = ["full-llama", "full-gpt2", "bitfit-gpt2"]
 

@@ -1,1 +1,1 @@
-"""What the user types and sees."""
+"""The command line."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wegeft_cli.cli import (
+from wegeft_cli.cli.commands import (
     chat,
     compare,
     edit,
@@ -30,13 +30,13 @@ from wegeft_cli.cli import (
     train,
     validate,
 )
-from wegeft_cli.cli import eval as eval_command
+from wegeft_cli.cli.commands import eval as eval_command
 from wegeft_cli.cli.console import print_fault, tell
-from wegeft_cli.cli.group import tell_launcher
 from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
+from wegeft_cli.distributed.failures import tell_launcher
+from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
-from wegeft_cli.workflows.follow import follow_starter
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from wegeft_cli.cli.commands.preview import plain, show_bars, tell_span
 from wegeft_cli.cli.console import show
-from wegeft_cli.cli.preview import plain, show_bars, tell_span
 
 if TYPE_CHECKING:
-    from wegeft_cli.workflows.class_preview import ClassPreview
+    from wegeft_cli.planning.class_preview import ClassPreview
 
 _MOST_CLASSES = 30
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from wegeft_cli.checkpoints.json_values import to_finite
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import to_finite
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,1 +1,1 @@
-"""Examples become batches: sources, row formats, templates, tokens and masks, order, collation."""
+"""Data: sources, text, labeled examples and batches."""

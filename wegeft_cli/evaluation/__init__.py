@@ -1,1 +1,1 @@
-"""Test sets, protocols, generation and scores."""
+"""Benchmarks, answers and scores."""

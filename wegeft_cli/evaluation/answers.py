@@ -1,181 +1,256 @@
-"""Reading an answer out of a text: what the published scorers read, and what they should."""
+"""Prompts are answered by the processes together; what was answered before is not asked again."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-NUMBER_TOLERANCE = 0.001
-"""Largest absolute difference at which two numbers count as equal."""
-
-_NUMBER = re.compile(r"-?\d+\.?\d*")
-_LETTER = re.compile(r"A|B|C|D|E")
-_HASH_DIGITS = re.compile(r"####\s*(\d+)")
-_HASH_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
-_METAMATH_TRIGGER = "The answer is: "
-_METAMATH_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
-_SIGNED = re.compile(r"(?P<minus>-[ ]?)?\$?(?P<digits>\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?)")
-_PAREN_LETTER = re.compile(r"\(([A-E])\)")
-_LONE_LETTER = re.compile(r"(?<![\w'])([A-E])(?![\w'])")
+from wegeft_cli.evaluation.benchmarks.base import Asked
+from wegeft_cli.evaluation.score import TaskScore, score_outputs
+from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.protocol import EvalProtocol, with_length
+from wegeft_cli.generation.completion import Generations, Written
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.inference.prompt_format import write_chat_prompts
 
 
-def text_after_last(text: str, trigger: str) -> str:
-    """What follows the last `trigger`, without leading blanks; empty where there is none."""
-    start = text.rfind(trigger)
-    return "" if start < 0 else text[start + len(trigger) :].lstrip()
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Mapping[int, str],
+    decoding: Decoding,
+    asked: Asked,
+    *,
+    draws: Mapping[int, int] | None = None,
+    add_special_tokens: bool = True,
+    turn_ends: Sequence[int] = (),
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[int, Written], dict[str, Any]]:
+    """Answer prompts, this process its share of them.
 
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Number -> prompt. The number says which answer it is in the log.
+        decoding: How to write.
+        asked: Batch size, log, share and engine.
+        draws: Number -> the number of its stream of draws; None takes the same.
+        add_special_tokens: Off for what a chat template wrote.
+        turn_ends: Tokens that end a turn in that template.
+        on_progress: Called with how many of these prompts are answered.
 
-def text_after_first(text: str, trigger: str) -> str:
-    """What follows the first `trigger`, without leading blanks; empty where there is none."""
-    start = text.find(trigger)
-    return "" if start < 0 else text[start + len(trigger) :].lstrip()
+    Returns:
+        Number -> answer, the same in every process, and the resolved settings.
 
-
-def text_between(text: str, trigger: str) -> str:
-    """What stands between the first and the second `trigger`, without blanks around it."""
-    parts = text.split(trigger)
-    return parts[1].strip() if len(parts) > 1 else ""
-
-
-def last_number(text: str) -> float | None:
-    """The last number of a text, commas dropped; None where there is none (or an endless one).
-
-    `2-1` reads as -1 and `1.2.3` as 3: the published regular expression takes a hyphen for a sign.
+    Raises:
+        UserError: If the model cannot take such prompts or answers.
     """
-    numbers = _NUMBER.findall(text.replace(",", ""))
-    return _finite(numbers[-1]) if numbers else None
+    log, share = asked.log, asked.share
+    known = share.agree({} if log is None else log.read())
+    done = {n: written_from_json(known[n]) for n in prompts if n in known}
+    # The longest first and then dealt out like cards: even shares.
+    left = sorted((n for n in prompts if n not in done), key=lambda n: (-len(prompts[n]), n))
+    mine = share.deal(left)
+    on_progress(len(done))
+
+    def keep(answers: Mapping[int, Written]) -> None:
+        if log is not None:
+            log.append({mine[place]: written_to_json(answer) for place, answer in answers.items()})
+
+    generations = (asked.write or generate_texts)(
+        model,
+        tokenizer,
+        [prompts[number] for number in mine],
+        batch_size=asked.batch_size,
+        decoding=decoding,
+        numbers=mine if draws is None else [draws[number] for number in mine],
+        add_special_tokens=add_special_tokens,
+        turn_ends=turn_ends,
+        on_progress=lambda n, total: on_progress(min(len(done) + n * share.count, len(prompts))),
+        on_written=keep,
+    )
+    written = share.gather(dict(zip(mine, generations.written, strict=True)))
+    return dict(sorted((done | written).items())), generations.settings
 
 
-def last_whole_number(text: str) -> float | None:
-    """The last number that is one: `2-1` reads as 1, `3 - 5` as 5, `-5` as -5, `1.2.3` as none.
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and how.
 
-    A hyphen is a sign where it neither joins nor follows a number or a word. Commas are dropped.
+    Args:
+        data: The rows.
+        protocol: Asks and reads.
+        prompts: Row index -> text that the model continues.
+        decoding: How answers are written.
+        template_hash: Of the prompt's template.
+        add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
+        turn_ends: Tokens that end the model's turn in its chat template.
     """
-    for match in reversed(list(_SIGNED.finditer(text))):
-        before, after = text[: match.start("digits")], text[match.end() :]
-        if before[-1:].isalpha() or before[-1:] in (".", "_") or re.match(r"\.\d", after):
-            continue  # v2, or a part of 1.2.3
-        number = _finite(match["digits"].replace(",", ""))
-        if number is not None:
-            is_negative = match["minus"] and _is_sign(text[: match.start()], match["minus"])
-            return -number if is_negative else number
-    return None
+
+    data: TaskData
+    protocol: EvalProtocol
+    prompts: dict[int, str]
+    decoding: Decoding
+    template_hash: str
+    add_special_tokens: bool
+    turn_ends: Sequence[int] = ()
+
+    @staticmethod
+    def build(
+        data: TaskData, protocol: EvalProtocol, tokenizer: Any, max_new_tokens: int | None = None
+    ) -> Questions:
+        """Write the prompts.
+
+        Args:
+            data: The rows.
+            protocol: It must score the task (`find_protocol`).
+            tokenizer: Holds the chat template, where the protocol asks in it.
+            max_new_tokens: Longest answer; None takes the protocol's.
+
+        Returns:
+            The questions.
+
+        Raises:
+            UserError: If the protocol asks in a chat template and there is none, or it refuses.
+        """
+        task = data.task
+        prompts = {row.index: protocol.prompt(task, row) for row in data.rows}
+        template_hash = protocol.template_hash(task)
+        is_chat = protocol.rule(task).is_chat
+        turn_ends: list[int] = []
+        if is_chat:
+            prompts, template_hash, turn_ends = write_chat_prompts(
+                tokenizer,
+                {index: [{"role": "user", "content": text}] for index, text in prompts.items()},
+                protocol=protocol.name,
+                other=task.default_protocol,
+            )
+        decoding = with_length(protocol.decoding(task), max_new_tokens)
+        return Questions(data, protocol, prompts, decoding, template_hash, not is_chat, turn_ends)
 
 
-def _is_sign(before: str, minus: str) -> bool:
-    """Whether a hyphen after `before` is a sign, and not a dash or a subtraction."""
-    last = before.rstrip(" ")[-1:]
-    if before[-1:].isalnum() or last.isdigit() or last == ")":
-        return False
-    return not (minus.endswith(" ") and last.isalnum())
+def ask_questions(
+    model: Any,
+    tokenizer: Any,
+    questions: Questions,
+    *,
+    batch_size: int,
+    indices: list[int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_written: Callable[[Mapping[int, Written]], None] | None = None,
+    write: Callable[..., Generations] = generate_texts,
+) -> tuple[dict[int, Written], dict[str, Any]]:
+    """Let a model answer.
 
+    Args:
+        model: A transformers causal language model, on any device.
+        tokenizer: Its tokenizer.
+        questions: What to ask.
+        batch_size: Prompts at a time, at least 1.
+        indices: Only these rows; None takes all.
+        on_progress: Called with (rows done, rows in all).
+        on_written: Called with answers as they come, by row index.
+        write: Writes the texts; as `generate_texts`.
 
-def first_letter(text: str) -> str | None:
-    """The first capital A to E anywhere in a text, also inside a word; None where there is none."""
-    match = _LETTER.search(text)
-    return match.group() if match else None
+    Returns:
+        Row index -> answer, and the resolved settings.
 
-
-def last_choice_letter(text: str) -> str | None:
-    """The last letter in parentheses, or else the last that stands by itself, but not the word A.
-
-    None where there is none.
+    Raises:
+        UserError: If the model cannot take such prompts or answers.
     """
-    if in_parentheses := _PAREN_LETTER.findall(text):
-        return str(in_parentheses[-1])
-    # "A man" is an article: what goes on in small letters is no answer.
-    alone = [match[1] for match in _LONE_LETTER.finditer(text) if not _is_article(text, match)]
-    return alone[-1] if alone else None
+    asked = list(questions.prompts) if indices is None else indices
+
+    def keep(answers: Mapping[int, Written]) -> None:
+        if on_written is not None:
+            on_written({asked[place]: answer for place, answer in answers.items()})
+
+    generations = write(
+        model,
+        tokenizer,
+        [questions.prompts[index] for index in asked],
+        batch_size=batch_size,
+        decoding=questions.decoding,
+        numbers=asked,
+        add_special_tokens=questions.add_special_tokens,
+        turn_ends=questions.turn_ends,
+        on_progress=on_progress,
+        on_written=keep,
+    )
+    return dict(zip(asked, generations.written, strict=True)), generations.settings
 
 
-def _is_article(text: str, match: re.Match[str]) -> bool:
-    opens = not text[: match.start()].strip() or text[: match.start()].rstrip()[-1] in ".!?\n"
-    return match[1] == "A" and opens and re.match(r"\s+[a-z]", text[match.end() :]) is not None
+def score_written(
+    questions: Questions, written: tuple[Mapping[int, Written], Mapping[str, Any]]
+) -> TaskScore:
+    """Score the answers to all rows.
 
+    Args:
+        questions: What was asked.
+        written: Row index -> answer, and the settings, as `ask_questions` gives them.
 
-def first_word_of(text: str, words: Sequence[str]) -> str | None:
-    """The first of some words anywhere in a text, capitals counting, also inside a word."""
-    match = re.search("|".join(map(re.escape, words)), text)
-    return match.group() if match else None
-
-
-def first_whole_word_of(text: str, words: Sequence[str]) -> str | None:
-    """The first of some words that stands by itself, capitals not counting; as in `words`."""
-    pattern = rf"\b({'|'.join(map(re.escape, words))})\b"
-    match = re.search(pattern, text, re.IGNORECASE)
-    return match.group().lower() if match else None
-
-
-def first_hash_digits(text: str) -> float | None:
-    """LoRA-GA's reading: the digits after the first `####` that digits follow.
-
-    `#### 2,125` reads as 2; `#### -10` and `#### $18` are none, which its code takes for 0.
+    Returns:
+        The score, with the resolved generation settings and the number of tokens written.
     """
-    match = _HASH_DIGITS.search(text)
-    return _finite(match.group(1)) if match else None
+    answers, settings = written
+    score = score_outputs(
+        questions.protocol,
+        questions.data,
+        {index: answer.new_text for index, answer in answers.items()},
+        full_texts={index: answer.text for index, answer in answers.items()},
+        prompts=questions.prompts,
+        template_hash=questions.template_hash,
+    )
+    return replace(
+        score,
+        generation={
+            **settings,
+            "num_truncated_prompts": sum(answer.is_truncated for answer in answers.values()),
+            "num_new_tokens": sum(len(answer.new_ids) for answer in answers.values()),
+        },
+    )
 
 
-def first_hash_number(text: str) -> float | None:
-    """The number after the first `####` that a number follows, with its sign and its commas."""
-    match = _HASH_NUMBER.search(text)
-    return _finite(match.group(1).replace(",", "")) if match else None
+def written_to_json(answer: Written) -> dict[str, Any]:
+    """An answer as JSON values."""
+    return asdict(answer)
 
 
-def metamath_number(text: str) -> float | None:
-    """MetaMath's reading: the first number after the last `The answer is: `, rounded.
+def written_from_json(value: Mapping[str, Any]) -> Written:
+    """The answer of such values."""
+    return Written(**value)
 
-    `1,234,567` reads as 1234, `$1,080.50` as 1080, `1.5` as 2 and `2.5` as 2 (to the even one),
-    `7/2` as 4. None where there is no number.
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    data: TaskData,
+    protocol: EvalProtocol,
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TaskScore:
+    """Let a model answer a test set and score what it wrote.
+
+    Args:
+        model: A transformers causal language model, on any device.
+        tokenizer: Its tokenizer.
+        data: The rows to ask.
+        protocol: How to ask and to score; it must score the task (`find_protocol`).
+        batch_size: Prompts at a time, at least 1.
+        max_new_tokens: Longest answer; None takes the protocol's.
+        on_progress: Called with (rows done, rows in all) as rows are done.
+
+    Returns:
+        The score, with the resolved generation settings and the number of tokens written.
+
+    Raises:
+        UserError: If the model cannot take such prompts or answers.
     """
-    _, found, answer = text.rpartition(_METAMATH_TRIGGER)
-    match = _METAMATH_NUMBER.search(answer.strip()) if found else None
-    if match is None:
-        return None
-    number = match.group().replace(",", "")
-    if "/" not in number:
-        value = _finite(number)
-        return None if value is None else float(round(value))
-    numerator, _, denominator = number.partition("/")
-    if not numerator.strip("+-"):
-        return None
-    whole = float(numerator) if float(denominator) == 0 else float(numerator) / float(denominator)
-    return float(round(whole)) if math.isfinite(whole) else None
-
-
-def metamath_number_fixed(text: str) -> float | None:
-    """The first number after the last `The answer is:`, whole and not rounded."""
-    _, found, answer = text.rpartition(_METAMATH_TRIGGER.rstrip())
-    if not found:
-        return None
-    fraction = re.match(r"\s*\$?(-?\d+)/(\d+)", answer)
-    if fraction and int(fraction[2]):
-        return int(fraction[1]) / int(fraction[2])
-    match = re.search(r"(-?)\$?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?", answer)
-    if match is None:
-        return None
-    return _finite(f"{match[1]}{match[2].replace(',', '')}{match[3] or ''}")
-
-
-def gold_number(answer: str) -> float | None:
-    """The number of a gold answer: the last one after `####`, or of the whole without that mark."""
-    return last_number(answer.rsplit("####", maxsplit=1)[-1])
-
-
-def plain_float(answer: str) -> float | None:
-    """The gold answer as Python's `float` reads it; None where it does not."""
-    return _finite(answer) if is_float(answer) else None
-
-
-def is_float(text: str) -> bool:
-    """Whether Python reads the text as a float."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _finite(text: str) -> float | None:
-    number = float(text)
-    return number if math.isfinite(number) else None
+    questions = Questions.build(data, protocol, tokenizer, max_new_tokens)
+    written = ask_questions(
+        model, tokenizer, questions, batch_size=batch_size, on_progress=on_progress
+    )
+    return score_written(questions, written)

@@ -1,1 +1,1 @@
-"""The base model: loading it, and knowing it without its weights."""
+"""Base models: loading, heads, quantization and kernels."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.stochastic_depth import check_drop_path
+from wegeft_cli.recipe.schema import AdapterSection
 
 _AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -157,3 +159,51 @@ def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
     own = own[0] if isinstance(own, list | tuple) else own
     takes = "interpolate_pos_encoding" in inspect.signature(base.forward).parameters
     return {"interpolate_pos_encoding": True} if takes and own != image_size else {}
+
+
+def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
+    """Draw the head anew where the base has none for these classes, and check the backbone.
+
+    Args:
+        model: As `load_model` gave it.
+        head: What its head is to be.
+        saved: `adapter.modules_to_save`.
+        seed: The head is a pure function of it.
+
+    Raises:
+        UserError: If a part of the backbone has no weights and is not trained.
+    """
+    names = find_head_modules(model)
+    missing = model.missing_weights
+    check_loaded(missing, names, saved)
+    if not head.keeps_base_head or any(name.split(".")[0] in names for name in missing):
+        make_fresh(model, names, seed)
+    if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
+        check_drop_path(model)
+
+
+def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Tell a text classifier how its rows are padded: decoders find a row's last token by it.
+
+    The tokenizer pads, so its word counts, whatever the configuration says.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is not None:
+        model.config.pad_token_id = pad
+
+
+def with_head(section: AdapterSection, model: nn.Module, task: str) -> AdapterSection:
+    """Add a classifier's head to the modules that learn whole: it is new, so it learns always.
+
+    Args:
+        section: The recipe's `adapter`.
+        model: The base before anything is put into it; the meta device will do.
+        task: The recipe's task.
+
+    Returns:
+        The section; of a language model as it is.
+    """
+    if task == "causal_lm":
+        return section
+    names = dict.fromkeys([*find_head_modules(model), *section.modules_to_save])
+    return replace(section, modules_to_save=list(names))

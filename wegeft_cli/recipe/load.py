@@ -13,20 +13,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
-from wegeft_cli.recipe.check import ONLY_ADDED, ONLY_WEGEFT, check_recipe
-from wegeft_cli.recipe.document import (
+from wegeft_cli.recipe.grid import count_runs
+from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
+from wegeft_cli.recipe.layers import Merged, apply_override
+from wegeft_cli.recipe.rules import ONLY_ADDED, ONLY_WEGEFT, check_recipe
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.typed_values import Findings, Layer, LayerReader, describe
+from wegeft_cli.recipe.values import INPLACE_TYPES
+from wegeft_cli.recipe.yaml_source import (
     Document,
     has_interpolation,
     iterate_entries,
     read_document,
 )
-from wegeft_cli.recipe.grid import count_runs
-from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
-from wegeft_cli.recipe.layer import Findings, Layer, LayerReader, describe
-from wegeft_cli.recipe.merged import Merged
-from wegeft_cli.recipe.override import apply_override
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.version import VERSION
 
 _EXTENDS = "extends"

@@ -11,7 +11,6 @@ from typing import Any
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.grid import list_combinations, name_run
 from wegeft_cli.recipe.keys import SWEEP, format_key, parse_key
-from wegeft_cli.recipe.layer import Findings
 from wegeft_cli.recipe.load import (
     LoadedRecipe,
     Settings,
@@ -19,6 +18,7 @@ from wegeft_cli.recipe.load import (
     read_settings,
     settle,
 )
+from wegeft_cli.recipe.typed_values import Findings
 
 
 @dataclass(frozen=True)

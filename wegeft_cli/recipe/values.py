@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from wegeft_cli.recipe.classifying import METRICS
-from wegeft_cli.recipe.engines import explain_engine
 from wegeft_cli.recipe.keys import find_nearest, parse_key
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.unsupported import explain_engine
+
+Fault: TypeAlias = tuple[str, str, str | None]
+"""Key, message, hint."""
+
+CLASS_METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation")
+REGRESSION_METRICS = ("pearson", "spearmanr")
+METRICS = (*CLASS_METRICS, *REGRESSION_METRICS)
+"""What `eval.metric` may name; higher is better in all of them."""
 
 PEFT_TYPES = (
     "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
@@ -83,8 +90,6 @@ OPTIMIZERS_ELSEWHERE: dict[str, str] = {
 
 PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Attention kernels (transformers' names) that tell packed rows apart by their positions."""
-
-Fault: TypeAlias = tuple[str, str, str | None]
 """Key, message, hint."""
 
 _Range: TypeAlias = tuple[str, Callable[[float], bool]]
@@ -194,3 +199,6 @@ def check_values(recipe: Recipe) -> Iterator[Fault]:
         for key, value in find_values(recipe, pattern):
             if value is not None and not holds(value):
                 yield key, f"must be {words}; got {value}", None
+
+
+"""Key, message, hint."""

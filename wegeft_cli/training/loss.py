@@ -8,7 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wegeft_cli.training.head import is_plain_head, select_head_input, sum_head_losses
+from wegeft_cli.training.chunked_cross_entropy import (
+    is_plain_head,
+    select_head_input,
+    sum_head_losses,
+)
 
 
 class TokenBatch(Protocol):

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from wegeft_cli.data.batches.base import Batch
+from wegeft_cli.data.batches.lockstep import any_asks, fill_rounds, in_rounds, is_sharded
 from wegeft_cli.training.ema import ParameterAverage
-from wegeft_cli.training.rounds import any_asks, fill_rounds, in_rounds, is_sharded
-from wegeft_cli.training.source import Batch
-from wegeft_cli.training.state import Progress
+from wegeft_cli.training.snapshot import Progress
 
 
 class ValidationStopped(Exception):  # noqa: N818 - a way out, no error

@@ -11,11 +11,11 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from wegeft_cli.checkpoints.fingerprint import fingerprint_base, list_tensors
-from wegeft_cli.checkpoints.manifest import FORMAT_VERSION, PEFT_TYPE, module_complaint
-from wegeft_cli.checkpoints.naming import match_stored_names
+from wegeft_cli.artifacts.fingerprint import fingerprint_base, list_tensors
+from wegeft_cli.artifacts.manifest import FORMAT_VERSION, PEFT_TYPE, module_complaint
+from wegeft_cli.artifacts.stored_names import match_stored_names
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.base import find_base_folder
+from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.version import VERSION
 
 _CHOICES = {

@@ -9,10 +9,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from wegeft_cli.generators.autograd import low_rank_edit
-from wegeft_cli.generators.edit import LinearEdit
-from wegeft_cli.generators.module import Generator, Generators, GeneratorSettings
-from wegeft_cli.generators.targets import Target
+from wegeft_cli.methods.wegeft.autograd import low_rank_edit
+from wegeft_cli.methods.wegeft.hooks import LinearEdit
+from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
+from wegeft_cli.methods.wegeft.targets import Target
 
 
 class FactorPair:

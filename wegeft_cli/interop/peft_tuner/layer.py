@@ -10,10 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from wegeft_cli.generators.equations import delta_weight
-from wegeft_cli.generators.fold import merge_stored
-from wegeft_cli.generators.module import GeneratorSettings
 from wegeft_cli.interop.peft_tuner.factors import Part, SummedPairs, WrappedEdit, is_dense
+from wegeft_cli.methods.wegeft.equations import delta_weight
+from wegeft_cli.methods.wegeft.folding import merge_stored
+from wegeft_cli.methods.wegeft.modules import GeneratorSettings
 
 
 class WegeftLinear(nn.Module, BaseTunerLayer):

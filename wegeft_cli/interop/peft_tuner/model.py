@@ -18,13 +18,13 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from wegeft_cli.generators.module import Generator, GeneratorSettings
-from wegeft_cli.generators.targets import Rows, Target
 from wegeft_cli.interop.peft_tuner.combine import sum_configs
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
 from wegeft_cli.interop.peft_tuner.factors import FactorPair, Part, is_dense
 from wegeft_cli.interop.peft_tuner.layer import WegeftLinear
 from wegeft_cli.interop.peft_tuner.plan import Plan, read_plan, search_plan
+from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
+from wegeft_cli.methods.wegeft.targets import Rows, Target
 
 _PHI, _PSI = "wegeft_phi_", "wegeft_psi_"
 

@@ -10,12 +10,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wegeft_cli.checkpoints.manifest import ModuleEntry, entries_as_json, entries_from_json
-from wegeft_cli.checkpoints.naming import spell_name
+from wegeft_cli.artifacts.manifest import ModuleEntry, entries_as_json, entries_from_json
+from wegeft_cli.artifacts.stored_names import spell_name
 from wegeft_cli.errors import UserError
-from wegeft_cli.generators.groups import assign_groups
-from wegeft_cli.generators.targets import Target, check_untied
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
+from wegeft_cli.methods.wegeft.sharing import assign_groups
+from wegeft_cli.methods.wegeft.targets import Target, check_untied
 
 # Full module name -> its group, or with the rows of a fused projection its groups.
 Plan = dict[str, list[tuple[str, Target]]]

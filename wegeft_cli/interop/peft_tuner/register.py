@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wegeft_cli.checkpoints.manifest import PEFT_TYPE
+from wegeft_cli.artifacts.manifest import PEFT_TYPE
 
 
 def register() -> None:

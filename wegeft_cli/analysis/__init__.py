@@ -1,0 +1,1 @@
+"""Inspection, ablation, editing and reports."""

@@ -1,0 +1,90 @@
+"""The files that `inspect` leaves when asked: its JSON object, and its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.storage.atomic import disk_errors, write_bytes_atomic, write_text_atomic
+from wegeft_cli.storage.json_files import to_finite
+
+_START = '{\n  "adapter": "'  # as these results begin
+
+
+def check_plots() -> None:
+    """Refuse early to draw pictures without matplotlib.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "pictures need matplotlib",
+            key="--plots",
+            hint="pip install 'wegeft-cli[plot]', or leave out --plots",
+        )
+
+
+def check_output(output: Path) -> None:
+    """Refuse early to replace a file that is no earlier result.
+
+    Args:
+        output: The file that is to be written.
+
+    Raises:
+        UserError: If it is a folder, or somebody's file.
+    """
+    if not output.exists():
+        return
+    with disk_errors(output, "read"):
+        text = "" if output.is_dir() else output.read_text(encoding="utf-8", errors="replace")
+    if output.is_dir() or (text and not text.startswith(_START)):
+        raise UserError(
+            "this is no earlier result, and nothing else is overwritten",
+            file=str(output),
+            key="--output",
+            hint="give another name",
+        )
+
+
+def write_json(output: Path, result: Mapping[str, Any]) -> None:
+    """Write a result, its numbers that are none as null."""
+    text = json.dumps(to_finite(dict(result)), indent=2, allow_nan=False)
+    write_text_atomic(output, text + "\n")
+
+
+def save_inspection(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw an inspection into PNG files.
+
+    Args:
+        result: What `inspect` found.
+        folder: Where they go; files of these names are replaced.
+
+    Returns:
+        The files.
+
+    Raises:
+        MachineError: If the disk fails.
+    """
+    from wegeft_cli.analysis.plots import draw_inspection
+
+    return _save(draw_inspection(result), folder)
+
+
+def save_ablation(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw an ablation into a PNG file; arguments and result as in `save_inspection`."""
+    from wegeft_cli.analysis.plots import draw_ablation
+
+    return _save({f"ablation-{result['by']}": draw_ablation(result)}, folder)
+
+
+def _save(pictures: Mapping[str, bytes], folder: Path) -> list[Path]:
+    paths = []
+    for name, data in pictures.items():
+        paths.append(folder / f"{name}.png")
+        write_bytes_atomic(paths[-1], data)
+    return paths

@@ -1,0 +1,172 @@
+"""Runs become one page that opens from disk: `wegeft report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.analysis.inspect import inspect
+from wegeft_cli.analysis.output_files import write_json
+from wegeft_cli.artifacts.adapter import WEIGHTS_NAME
+from wegeft_cli.artifacts.run_directory import find_run, now
+from wegeft_cli.artifacts.run_results import (
+    RunRecord,
+    add_evaluation,
+    name_apart,
+    read_json,
+    read_run,
+)
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+from wegeft_cli.version import VERSION
+
+INSPECTION_NAME = "inspection.json"
+_MARK = "<!doctype html>\n<!-- wegeft report -->"
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What was written.
+
+    Args:
+        output: The HTML file.
+        num_bytes: Its size.
+        runs: Names of the runs in it.
+        num_answers: Answers that can be browsed.
+        num_scores: Rows of evaluations.
+        inspected: Names of the runs whose adapter was looked into.
+    """
+
+    output: Path
+    num_bytes: int
+    runs: list[str]
+    num_answers: int
+    num_scores: int
+    inspected: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as a JSON object, paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def report(
+    runs: Sequence[str | Path] = (),
+    *,
+    output: Path | None = None,
+    title: str | None = None,
+    evaluations: Sequence[str | Path] = (),
+    look_inside: bool = True,
+    max_samples: int = 500,
+    reporter: Reporter | None = None,
+) -> ReportResult:
+    """Write one self-contained HTML page about one run, or several side by side.
+
+    It holds recipe, counts, curves, scores with their intervals, base against tuned, the answers
+    right and wrong, what `inspect` found, and the environment. It asks no network, and shows
+    whatever text the samples hold as text.
+
+    Args:
+        runs: Folders of training runs; none takes the newest finished run under runs/.
+        output: The file; None is report.html in the run's folder, or beside the first of several.
+        title: The page's title; None names the runs.
+        evaluations: Files of `wegeft eval --output` that lie outside the runs' folders.
+        look_inside: Put what `inspect` finds into the page; it is kept in the run's folder as
+            inspection.json and made anew where the adapter is newer.
+        max_samples: Answers kept of each model, task and protocol, at least 0.
+        reporter: Where words and progress go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If a folder is no run's, the packages of `wegeft-cli[report]` are missing, or the
+            file that stands there is no report.
+        MachineError: If the disk fails.
+    """
+    reporter = reporter or SilentReporter()
+    if find_spec("vl_convert") is None:
+        raise UserError(
+            "a report needs the packages of the extra `report`",
+            hint="pip install 'wegeft-cli[report]'",
+        )
+    if max_samples < 0:
+        raise UserError(f"must be at least 0, got {max_samples}", key="--samples")
+    paths = [find_run(path) for path in runs] or [find_run(None)]
+    records = [read_run(path, max_samples=max_samples) for path in paths]
+    if len({record.run_dir.resolve() for record in records}) < len(records):
+        raise UserError("names a run twice", key="RUN")
+    for file in evaluations:
+        add_evaluation(records, Path(file), max_samples=max_samples)
+    name_apart(records)
+    first = records[0].run_dir
+    output = output or (first if len(records) == 1 else first.parent) / "report.html"
+    _check_output(output)
+    for record in records:
+        _add_inspection(record, look_inside, reporter)
+
+    from wegeft_cli.analysis.report_page.render import render_page
+
+    text = render_page(
+        [_as_values(record) for record in records],
+        title=title or "Report: " + ", ".join(record.name for record in records),
+        made=f"wegeft-cli {VERSION}, {now()[:16].replace('T', ' ')} UTC",
+        mark=_MARK,
+    )
+    write_text_atomic(output, text)
+    return ReportResult(
+        output=output,
+        num_bytes=len(text.encode()),
+        runs=[record.name for record in records],
+        num_answers=sum(len(record.answers) for record in records),
+        num_scores=sum(len(record.scores) for record in records),
+        inspected=[record.name for record in records if record.inspection is not None],
+    )
+
+
+def _as_values(record: RunRecord) -> dict[str, Any]:
+    return {**record.__dict__, "run_dir": str(record.run_dir)}
+
+
+def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) -> None:
+    """Give a run what `inspect` finds, or a note that tells why not."""
+    weights = record.run_dir / "adapter" / WEIGHTS_NAME
+    if not look_inside:
+        record.notes.append("The adapter was not looked into (--no-inspect).")
+        return
+    if not weights.is_file():
+        record.notes.append("There is no adapter to look into.")
+        return
+    kept = record.run_dir / INSPECTION_NAME
+    if kept.is_file() and kept.stat().st_mtime >= weights.stat().st_mtime:
+        found = read_json(kept)
+        if isinstance(found.get("modules"), list) and "cosines" in found:
+            record.inspection = found
+            return
+    try:
+        record.inspection = inspect(record.run_dir, reporter=reporter)
+    except MachineError:
+        raise
+    except (UserError, ExceptionGroup) as fault:
+        record.notes.append(f"The adapter could not be looked into: {fault}")
+        reporter.warn(f"{record.name} is not inspected: {fault}")
+        return
+    write_json(kept, record.inspection)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse early to replace a file that is no report."""
+    if not output.exists():
+        return
+    with disk_errors(output, "read"):
+        text = "" if output.is_dir() else output.read_text(encoding="utf-8", errors="replace")
+    if output.is_dir() or (text and not text.startswith(_MARK)):
+        raise UserError(
+            "this is no report, and nothing else is overwritten",
+            file=str(output),
+            key="--output",
+            hint="give another name, such as report.html",
+        )

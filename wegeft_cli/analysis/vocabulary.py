@@ -1,0 +1,180 @@
+"""Directions in a language model's residual stream, as tokens: read from the base's files alone.
+
+A module that writes to the residual stream (`o_proj`, `down_proj`) adds `c` to what the final norm
+and the unembedding read, so with the norm's weight `g` the direct effect of `c` on the logits is
+`E (g * c)`, up to the norm's scale (nostalgebraist 2020, Elhage et al. 2021); a LayerNorm also
+takes the mean of `c` away. A module that reads the stream (`q_proj`, `up_proj`, ...) writes into a
+space without tokens of its own: of it, the input embeddings are shown that lie along what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.storage.safetensors_reader import TensorInfo
+from wegeft_cli.storage.tensors import block_rows, read_rows
+
+_WRITES = frozenset(
+    {"o_proj", "down_proj", "out_proj", "c_proj", "fc2", "fc_out", "dense", "dense_4h_to_h"}
+    | {"wo", "w2", "out_lin", "lin2", "linear2"}
+)
+_READS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj"}
+    | {"gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h"}
+    | {"query", "key", "value", "w1", "w3", "q_lin", "k_lin", "v_lin", "lin1"}
+)
+# In the name of an architecture.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_UNEMBEDDINGS = ("lm_head", "embed_out", "output")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+# Final norms stand outside the layers, so no number is in their names.
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "ln_out")
+_SHIFTED_NORMS = ("gemma",)  # their weight is stored as g - 1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What turns directions into tokens.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        unembedding: [vocabulary, hidden_size].
+        embedding: The same of the inputs; None where the files hold none.
+        norm: The final norm's weight, [hidden_size].
+        centred: Whether the norm takes the mean away (LayerNorm).
+        tokenizer: Gives the tokens' texts; None shows numbers.
+    """
+
+    hidden_size: int
+    unembedding: TensorInfo
+    embedding: TensorInfo | None
+    norm: Tensor
+    centred: bool
+    tokenizer: Any
+
+    def role_of(self, kind: str, shape: tuple[int, int]) -> str | None:
+        """Tell whether a module writes to the residual stream or reads it, by name and width."""
+        name = kind.partition(":")[0]
+        d_out, d_in = shape
+        if d_out == self.hidden_size and name in _WRITES:
+            return "writes"
+        if d_in == self.hidden_size and (name in _READS or d_out != self.hidden_size):
+            return "reads" if self.embedding is not None else None
+        return "writes" if d_out == self.hidden_size != d_in else None
+
+    def to_logits(self, directions: Tensor) -> Tensor:
+        """Carry residual directions, [m, hidden_size], through the final norm's linear part."""
+        if self.centred:
+            directions = directions - directions.mean(dim=1, keepdim=True)
+        return directions * self.norm.to(directions.dtype)
+
+    def name(self, token: int) -> str:
+        """Give a token's text."""
+        if self.tokenizer is None:
+            return f"#{token}"
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))
+
+
+def open_vocabulary(base_dir: Path, stored: dict[str, TensorInfo]) -> Vocabulary | str:
+    """Find a language model's unembedding, final norm and tokenizer in its folder.
+
+    Args:
+        base_dir: The base's folder.
+        stored: Its tensors.
+
+    Returns:
+        The vocabulary, or why there is none.
+    """
+    config = _read_config(base_dir)
+    names = " ".join(str(name) for name in config.get("architectures") or ())
+    config = config.get("text_config") or config
+    if not any(part in names for part in _LANGUAGE_MODELS):
+        return "the base is no causal language model"
+    embedding = _find(stored, _EMBEDDINGS)
+    unembedding = _find(stored, _UNEMBEDDINGS) or embedding
+    if unembedding is None or len(unembedding.shape) != 2:
+        return "the base's files hold no unembedding under a known name"
+    hidden_size = unembedding.shape[1]
+    norm = _find(stored, _NORMS)
+    if norm is None or norm.shape != (hidden_size,):
+        return "the base's files hold no final norm under a known name"
+    weight = read_rows(norm).double()
+    if str(config.get("model_type", "")).startswith(_SHIFTED_NORMS):
+        weight = weight + 1
+    norm_name = next(name for name, info in stored.items() if info is norm)
+    centred = norm_name.removesuffix("weight") + "bias" in stored
+    try:
+        tokenizer = load_tokenizer(str(base_dir))
+    except UserError:
+        tokenizer = None
+    return Vocabulary(hidden_size, unembedding, embedding, weight, centred, tokenizer)
+
+
+def rank_tokens(
+    info: TensorInfo, directions: Tensor, num_tokens: int, *, cosine: bool = False
+) -> list[tuple[list[tuple[int, float]], list[tuple[int, float]]]]:
+    """Find the tokens whose rows lie most along each direction, and most against it.
+
+    The table is streamed in blocks of rows, once for all directions.
+
+    Args:
+        info: The table, [vocabulary, hidden_size].
+        directions: [m, hidden_size].
+        num_tokens: How many at each end.
+        cosine: Compare angles instead of products: rows are normalised.
+
+    Returns:
+        Of each direction, (token, score) pairs: the highest first, and the lowest first.
+    """
+    num_tokens = min(num_tokens, info.shape[0])
+    best: list[Tensor] = [torch.empty(0, len(directions)) for _ in range(2)]
+    ids: list[Tensor] = [torch.empty(0, len(directions), dtype=torch.long) for _ in range(2)]
+    wanted = directions.float()
+    if cosine:
+        wanted = torch.nn.functional.normalize(wanted, dim=1)
+    step = block_rows(info.shape)
+    for start in range(0, info.shape[0], step):
+        rows = read_rows(info, start, start + step).float()
+        if cosine:
+            rows = torch.nn.functional.normalize(rows, dim=1)
+        scores = rows @ wanted.T
+        numbers = torch.arange(start, start + len(rows))[:, None].expand_as(scores)
+        for end, sign in enumerate((1.0, -1.0)):
+            values = torch.cat([best[end], sign * scores])
+            kept = torch.topk(values, min(num_tokens, len(values)), dim=0)
+            ids[end] = torch.cat([ids[end], numbers]).gather(0, kept.indices)
+            best[end] = kept.values
+    return [
+        (
+            list(zip(ids[0][:, m].tolist(), best[0][:, m].tolist(), strict=True)),
+            list(zip(ids[1][:, m].tolist(), (-best[1][:, m]).tolist(), strict=True)),
+        )
+        for m in range(len(directions))
+    ]
+
+
+def _read_config(base_dir: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((base_dir / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _find(stored: dict[str, TensorInfo], names: Sequence[str]) -> TensorInfo | None:
+    """Find a tensor by its module's last name, outside the numbered layers."""
+    for name in names:
+        for stored_name, info in stored.items():
+            parts = stored_name.split(".")
+            if parts[-2:] == [name, "weight"] and not any(part.isdigit() for part in parts):
+                return info
+    return None

@@ -1,0 +1,227 @@
+"""What an adapter changes in its base, module by module, from the files where they will do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.artifacts.adapter import (
+    AdapterFiles,
+    load_adapter_files,
+    read_adapter_type,
+    resolve_adapter_dir,
+)
+from wegeft_cli.artifacts.in_place_files import refuse_method
+from wegeft_cli.artifacts.lora_files import load_lora_files
+from wegeft_cli.artifacts.manifest import PEFT_TYPE, ModuleEntry
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.layer_names import find_module_name
+from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
+from wegeft_cli.methods.wegeft.spectrum import EXACT_WIDTH
+from wegeft_cli.methods.wegeft.targets import find_linears
+from wegeft_cli.models.loading import fetch_base_folder, load_backbone
+from wegeft_cli.storage.safetensors_reader import TensorInfo, list_tensors
+from wegeft_cli.storage.tensors import read_rows
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapted module, or the adapted rows of a fused one.
+
+    Args:
+        module: Its full dotted name in the base's files.
+        group: Whose pair changes it; of LoRA, its own name.
+        rows: Adapted rows; None is all.
+        transposed: Whether the weight is stored [d_in, d_out].
+    """
+
+    module: str
+    group: str
+    rows: tuple[tuple[int, int], ...] | None = None
+    transposed: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name, with its first row range where it is a part of a fused module."""
+        if self.rows is None:
+            return self.module
+        return f"{self.module}:{self.rows[0][0]}-{self.rows[0][1]}"
+
+    @property
+    def kind(self) -> str:
+        """What it is called in its layer."""
+        return self.label.rpartition(".")[2] if self.rows is None else self.label.split(".")[-1]
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer that it is in: the first number in its name."""
+        return find_layer(self.module)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """An adapter and the stored weights that it changes.
+
+    Args:
+        adapter_dir: Its folder.
+        peft_type: WEGEFT, or LORA.
+        base_dir: The base's folder.
+        stored: The base's tensors.
+        parts: What is changed, in the adapter's order.
+        files: A WeGeFT adapter's content; None of LoRA.
+        pairs: A LoRA adapter's scaled (B, A) by module; empty of WeGeFT.
+        loaded: Module -> weight, of a base whose files name its layers otherwise; else empty.
+    """
+
+    adapter_dir: Path
+    peft_type: str
+    base_dir: Path
+    stored: dict[str, TensorInfo]
+    parts: list[Part]
+    files: AdapterFiles | None
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    loaded: dict[str, Tensor]
+
+    def stored_shape(self, part: Part) -> tuple[int, ...] | None:
+        """Give the shape of the part's module as it is stored; None where the base has none."""
+        if part.module in self.loaded:
+            return tuple(self.loaded[part.module].shape)
+        info = self.stored.get(f"{part.module}.weight")
+        return None if info is None else info.shape
+
+    def load_weight(self, part: Part) -> Tensor:
+        """Read the part's weight, [d_out, d_in]: in float64, or in float32 where it is large."""
+        weight = self.loaded.get(part.module)
+        if weight is None:
+            weight = read_rows(self.stored[f"{part.module}.weight"])
+        is_small = weight.dtype == torch.float64 or min(weight.shape) <= EXACT_WIDTH
+        weight = weight.double() if is_small else weight.float()
+        weight = weight.T if part.transposed else weight
+        if part.rows is None:
+            return weight
+        return torch.cat([weight[start:stop] for start, stop in part.rows])
+
+    def factors(self, part: Part, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Give B [d_out, r] and A [r, d_in] of the part's change `delta_W = B A`, in float64.
+
+        The product with W is taken in the type that `load_weight` gives.
+        """
+        if self.files is None:
+            B, A = self.pairs[part.module]
+            return B.double(), A.double()
+        manifest = self.files.manifest
+        phi, psi = (factor.to(weight.dtype) for factor in self.files.factors[part.group])
+        A, B = lora_twin(weight, phi, psi, manifest.scale, manifest.side)  # type: ignore[arg-type]
+        return B.double(), A.double()
+
+
+def open_changes(
+    adapter: Path, *, base: str | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Changes:
+    """Read an adapter and find its base's weights.
+
+    Args:
+        adapter: An adapter or run folder, WeGeFT's or plain LoRA.
+        base: The base's folder or hub id, where it is not as recorded.
+        warn: Told where nothing can tell whether the base is the adapter's.
+
+    Returns:
+        The adapter beside its base.
+
+    Raises:
+        UserError: If the adapter is damaged or of another kind, the base is another one, or its
+            files lack a module.
+    """
+    adapter_dir = resolve_adapter_dir(adapter)
+    kind, recorded, revision = read_adapter_type(adapter_dir)
+    files: AdapterFiles | None = None
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    if kind == PEFT_TYPE:
+        files = load_adapter_files(adapter_dir)
+        parts = list(_list_parts(files))
+    elif kind == "LORA":
+        pairs = load_lora_files(adapter_dir)
+        parts = [Part(name, name) for name in pairs]
+    else:
+        reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
+        hint = "`wegeft eval --compare-base` tells what it does"
+        refuse_method(adapter_dir, kind, reason, hint=hint)
+    with tell_base(base, adapter_dir):
+        base_dir = fetch_base_folder(base or recorded, None if base else revision)
+        stored = list_tensors(base_dir)
+        if not stored:
+            raise UserError(
+                f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
+            )
+    if files is not None:
+        check_base(files.manifest, base_dir, adapter_dir, warn=warn)
+    loaded: dict[str, Tensor] = {}
+    if not all(f"{part.module}.weight" in stored for part in parts):
+        # transformers renames the layers of some families while it loads them.
+        loaded = _load_renamed(base_dir, [part.module for part in parts])
+    changes = Changes(adapter_dir, kind, base_dir, stored, parts, files, pairs, loaded)
+    for part in parts:
+        _check_part(changes, part)
+    return changes
+
+
+def find_layer(module: str) -> int | None:
+    """Give the number of the layer that a module is in, the first number in its name."""
+    found = _LAYER.search(module)
+    return int(found[1]) if found else None
+
+
+def _list_parts(files: AdapterFiles) -> Iterator[Part]:
+    def make(name: str, entry: ModuleEntry) -> Part:
+        return Part(name, entry.group, entry.rows, entry.transposed)
+
+    for name, entries in files.manifest.modules.items():
+        yield from (make(name, entry) for entry in entries)
+
+
+def _load_renamed(base_dir: Path, modules: Sequence[str]) -> dict[str, Tensor]:
+    """Load the base whole and give the weights of those of the modules that it has."""
+    model = load_backbone(base_dir)
+    linears = find_linears(model)
+    names = {stored: find_module_name(model, stored, linears) for stored in modules}
+    return {
+        stored: model.get_parameter(f"{name}.weight").detach()
+        for stored, name in names.items()
+        if name is not None
+    }
+
+
+def _check_part(changes: Changes, part: Part) -> None:
+    stored_shape = changes.stored_shape(part)
+    if stored_shape is None:
+        raise UserError(
+            f"has no tensor {part.module}.weight",
+            file=str(changes.base_dir),
+            hint="is this the adapter's base, and does it name its layers as the adapter does?",
+        )
+    shape = stored_shape[::-1] if part.transposed else stored_shape
+    rows = shape[0] if part.rows is None else sum(stop - start for start, stop in part.rows)
+    if changes.files is None:
+        B, A = changes.pairs[part.module]
+        fits = shape == (B.shape[0], A.shape[1])
+    else:
+        d = changes.files.factors[part.group][0].shape[0]
+        manifest = changes.files.manifest
+        fits = len(shape) == 2 and d == (shape[1] if manifest.side == "input" else rows)
+    if part.rows is not None and len(shape) == 2:
+        fits = fits and max(stop for _, stop in part.rows) <= shape[0]
+    if not fits:
+        raise UserError(
+            f"{part.module}.weight is {list(stored_shape)} in the base, which the adapter's pair "
+            "does not fit",
+            file=str(changes.base_dir),
+            hint="this adapter belongs to another base",
+        )

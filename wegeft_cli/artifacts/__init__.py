@@ -1,0 +1,1 @@
+"""The file formats: adapters, checkpoints and run directories."""

@@ -1,0 +1,157 @@
+"""Trained parameters of a base on disk: the two files of full, bitfit and linear_probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.artifacts.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.errors import UserError
+from wegeft_cli.storage.atomic import (
+    atomic_folder,
+    disk_errors,
+    save_tensors_atomic,
+    write_text_atomic,
+)
+from wegeft_cli.storage.json_files import parse_json, shorten
+from wegeft_cli.storage.safetensors_reader import load_tensors
+
+INPLACE_TYPE = "WEGEFT_INPLACE"
+"""`peft_type` of these adapters; PEFT knows no such method."""
+
+_PREFIX = "base_model.model."
+
+
+def describe_kind(kind: str) -> str:
+    """Give an adapter's kind as a user knows it.
+
+    Args:
+        kind: Its `peft_type`.
+
+    Returns:
+        The words for a message.
+    """
+    if kind == INPLACE_TYPE:
+        return "the base's own weights, trained by full, bitfit or linear_probe"
+    return f"a {kind} adapter"
+
+
+def refuse_method(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
+    """Refuse an adapter of another method.
+
+    Args:
+        adapter_dir: Its folder.
+        kind: Its `peft_type`.
+        reason: What only others can do.
+        hint: What to do with one of PEFT's; one of the base's own weights is merged.
+
+    Raises:
+        UserError: Always.
+    """
+    if kind == INPLACE_TYPE:
+        hint = "`wegeft merge` makes a model of it; `wegeft eval --compare-base` scores both"
+    raise UserError(f"this is {describe_kind(kind)}; {reason}", file=str(adapter_dir), hint=hint)
+
+
+@dataclass(frozen=True)
+class InplaceManifest:
+    """What is told of trained parameters beside them.
+
+    Args:
+        method: full, bitfit or linear_probe.
+        task_type: PEFT's name of the task; None for images.
+        base_model_name_or_path: The base.
+        revision: Its hub revision.
+        base_fingerprint: Its fingerprint, None if unknown.
+        wegeft_version: Version that wrote it.
+    """
+
+    method: str
+    task_type: str | None
+    base_model_name_or_path: str
+    revision: str | None
+    base_fingerprint: str | None
+    wegeft_version: str
+
+
+def save_inplace_files(
+    adapter_dir: Path,
+    manifest: InplaceManifest,
+    tensors: Mapping[str, Tensor],
+    *,
+    card: str,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        adapter_dir: The folder, new or empty.
+        manifest: Everything but the tensors.
+        tensors: Full parameter name in the model -> its trained value.
+        card: Text of README.md.
+        more: Further files, name -> text.
+
+    Raises:
+        UserError: If the folder holds something already.
+        MachineError: If the disk fails.
+    """
+    config = {"peft_type": INPLACE_TYPE, "format_version": 1, **asdict(manifest)}
+    with atomic_folder(adapter_dir) as folder:
+        # Cloned: tied parameters share one memory, which safetensors refuses.
+        kept = {_PREFIX + name: tensor.clone() for name, tensor in tensors.items()}
+        save_tensors_atomic(folder / WEIGHTS_NAME, kept)
+        for name, text in {CARD_NAME: card, **(more or {})}.items():
+            write_text_atomic(folder / name, text)
+        write_text_atomic(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def load_inplace_files(adapter_dir: Path) -> tuple[InplaceManifest, dict[str, Tensor]]:
+    """Read the folder.
+
+    Args:
+        adapter_dir: The folder.
+
+    Returns:
+        The manifest, and full parameter name -> value.
+
+    Raises:
+        UserError: If a file is missing, damaged or of another kind.
+    """
+    path, weights = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
+    with disk_errors(path, "read"):
+        values = parse_json(path.read_bytes(), file=str(path))
+    if not isinstance(values, dict) or values.get("peft_type") != INPLACE_TYPE:
+        raise UserError(f"is no {INPLACE_TYPE} adapter", file=str(path), key="peft_type")
+    known = {field.name for field in fields(InplaceManifest)}
+    missing = sorted(known - values.keys())
+    if missing or values.get("format_version") != 1:
+        what = f"lacks {', '.join(missing)}" if missing else "is of another format"
+        raise UserError(what, file=str(path), hint="a newer wegeft-cli may have written it")
+    for name in known:
+        is_free = name in ("task_type", "revision", "base_fingerprint")
+        if not isinstance(values[name], str) and not (is_free and values[name] is None):
+            message = f"must be a text, got {shorten(values[name])}"
+            raise UserError(message, file=str(path), key=name)
+    if not weights.is_file():
+        raise UserError("this file is missing", file=str(weights), hint="copy both files")
+    tensors = load_tensors(weights)
+    for name, tensor in tensors.items():
+        if not name.startswith(_PREFIX):
+            raise UserError(f"the tensor {shorten(name)} is no parameter's", file=str(weights))
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                "holds NaN or infinite values",
+                file=str(weights),
+                key=name,
+                hint="the training diverged or the file is damaged: take another adapter",
+            )
+    return (
+        InplaceManifest(**{name: values[name] for name in known}),
+        {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()},
+    )

@@ -1,0 +1,415 @@
+"""What the runs of a sweep left behind, read from their folders and averaged over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.artifacts.run_directory import METRICS_NAME, SAMPLES_NAME
+from wegeft_cli.errors import UserError
+from wegeft_cli.statistics import wilson_interval
+
+SEED = "seed"
+FINAL_LOSS = "final_loss"
+BEST = "best_"
+LOWER_IS_BETTER = "eval_loss"
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """One run of a sweep.
+
+    Args:
+        name: Its folder's name.
+        values: Dotted key -> value.
+        run_dir: Its folder.
+        status: waiting, running, finished, failed or interrupted.
+        error: Why it failed.
+        num_steps: Optimizer steps in its metrics; 0 before the first line.
+        figures: final_loss, best_<watched metric>, eval_loss and eval_<task> of the last
+            validation, peak_memory_gib, and the seconds of its steps; those that are known.
+    """
+
+    name: str
+    values: dict[str, Any]
+    run_dir: Path
+    status: str = "waiting"
+    error: str | None = None
+    num_steps: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the outcome as a JSON object."""
+        return {**asdict(self), "run_dir": str(self.run_dir)}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A figure over the seeds of one combination.
+
+    Args:
+        mean: Arithmetic mean.
+        std: Standard deviation with n - 1; None of one run.
+        n: Runs that gave the figure.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One combination without its seed.
+
+    Args:
+        values: Dotted key -> value.
+        num_runs: Seeds.
+        num_finished: Seeds whose run is finished; the figures are theirs.
+        figures: Name -> statistic.
+    """
+
+    values: dict[str, Any]
+    num_runs: int
+    num_finished: int
+    figures: dict[str, Statistic]
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Tell whether a run has come to its end and has its adapter."""
+    status = read_json(run_dir / "run.json").get("status")
+    return status == "finished" and (run_dir / "adapter").is_dir()
+
+
+def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None) -> RunOutcome:
+    """Read a run's figures.
+
+    Args:
+        before: The run.
+        metric: The metric that it watches: eval_loss, or `eval_<task>`.
+        status: How it ended.
+        error: Why it failed.
+
+    Returns:
+        The run with its figures; none are made up where its folder holds none.
+    """
+    lines = list(read_lines(before.run_dir / "metrics.jsonl"))
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
+    figures: dict[str, Any] = {}
+    if steps:
+        run = read_json(before.run_dir / "run.json")
+        figures[FINAL_LOSS] = run.get(FINAL_LOSS) if status == "finished" else steps[-1]["loss"]
+    watched = [line[metric] for line in validations if _is_number(line.get(metric))]
+    if watched:
+        figures[BEST + metric] = min(watched) if metric == LOWER_IS_BETTER else max(watched)
+    if validations:
+        figures.update({k: v for k, v in validations[-1].items() if k.startswith("eval_")})
+    if steps:
+        figures["peak_memory_gib"] = max(line.get("peak_memory_gib", 0.0) for line in steps)
+        ends = [0, *(line["step"] for line in steps)]
+        figures["seconds"] = math.fsum(
+            line.get("step_seconds", 0.0) * (line["step"] - start)
+            for start, line in zip(ends, steps, strict=False)
+        )
+    return RunOutcome(
+        before.name,
+        before.values,
+        before.run_dir,
+        status,
+        error,
+        steps[-1]["step"] if steps else 0,
+        {name: float(value) for name, value in figures.items() if _is_number(value)},
+    )
+
+
+def average(outcomes: Sequence[RunOutcome]) -> list[SweepRow]:
+    """Average the runs that differ in their seed alone, in the order of their first run."""
+    groups: dict[str, list[RunOutcome]] = {}
+    for outcome in outcomes:
+        key = json.dumps({k: v for k, v in outcome.values.items() if k != SEED}, sort_keys=True)
+        groups.setdefault(key, []).append(outcome)
+    rows = []
+    for members in groups.values():
+        finished = [member for member in members if member.status == "finished"]
+        names = dict.fromkeys(name for member in finished for name in member.figures)
+        rows.append(
+            SweepRow(
+                values={k: v for k, v in members[0].values.items() if k != SEED},
+                num_runs=len(members),
+                num_finished=len(finished),
+                figures={
+                    name: _describe([m.figures[name] for m in finished if name in m.figures])
+                    for name in names
+                },
+            )
+        )
+    return rows
+
+
+def find_best(rows: Sequence[SweepRow], metric: str) -> SweepRow | None:
+    """Find the row with the best mean of the watched metric.
+
+    Args:
+        rows: The rows; one that has a run that did not finish is passed over.
+        metric: The metric.
+
+    Returns:
+        The row; None where nothing was validated: a training loss tells of no other rows.
+    """
+    figure = BEST + metric
+    whole = [row for row in rows if row.num_finished == row.num_runs and figure in row.figures]
+    if not whole:
+        return None
+    sign = 1.0 if metric == LOWER_IS_BETTER else -1.0
+    return min(whole, key=lambda row: sign * row.figures[figure].mean)
+
+
+def read_last_line(run_dir: Path) -> dict[str, Any]:
+    """Read the last whole line of a run's metrics without reading all of them."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        values = _parse(line)
+        if "loss" in values:
+            return values
+    return {}
+
+
+def _describe(values: list[float]) -> Statistic:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Statistic(statistics.fmean(values), std, len(values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object; an empty one where there is none to read."""
+    try:
+        return _parse(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the JSON objects of a file's lines; lines that hold none are passed over."""
+    try:
+        with path.open("rb") as file:
+            yield from (values for line in file if (values := _parse(line)))
+    except OSError:
+        return
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# The curves of a report, with the names of metrics.jsonl.
+CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib")
+_MAX_POINTS = 800  # of one curve; more lines are thinned evenly
+
+
+@dataclass
+class RunRecord:
+    """A run's files, read.
+
+    Args:
+        name: Its folder's name; made longer by the caller where two are the same.
+        run_dir: Its folder.
+        run: Its run.json.
+        recipe: Text of its recipe.yaml; empty where there is none.
+        curves: Curve -> (step, value), thinned.
+        validation: Metric -> (step, value).
+        num_lines: Logged steps before they were thinned.
+        scores: Rows of evaluations: task, protocol, model (base or tuned), n, num_correct, score,
+            n_invalid, ci95, num_shown, source.
+        answers: The samples of these, the first so many of each row.
+        told: Answers while training: step, prompt, output.
+        inspection: What `wegeft inspect` found; None where it was not done.
+        ablations: What `wegeft inspect --ablate` found.
+        notes: What a reader should know, such as why there is no inspection.
+    """
+
+    name: str
+    run_dir: Path
+    run: dict[str, Any]
+    recipe: str
+    curves: dict[str, list[tuple[int, float]]]
+    validation: dict[str, list[tuple[int, float]]]
+    num_lines: int
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    told: list[dict[str, Any]] = field(default_factory=list)
+    inspection: dict[str, Any] | None = None
+    ablations: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path, *, max_samples: int) -> RunRecord:
+    """Read a run's folder.
+
+    Args:
+        path: The folder, or one inside it such as its adapter.
+        max_samples: Answers kept of each model, task and protocol.
+
+    Returns:
+        What is there.
+
+    Raises:
+        UserError: If it is no run's folder.
+    """
+    run_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
+    if run_dir is None:
+        what = "this folder holds no run.json" if path.is_dir() else "there is no such folder"
+        raise UserError(what, file=str(path), hint="give the folder of a training run")
+    lines = list(read_lines(run_dir / METRICS_NAME))
+    steps = [line for line in lines if "loss" in line and _is_number(line.get("step"))]
+    others = [line for line in lines if "loss" not in line and _is_number(line.get("step"))]
+    metrics = dict.fromkeys(key for line in others for key in line if key not in ("step", "epoch"))
+    record = RunRecord(
+        name=run_dir.resolve().name,
+        run_dir=run_dir,
+        run=read_json(run_dir / "run.json"),
+        recipe=_read_text(run_dir / "recipe.yaml"),
+        curves={name: _thin(_series(steps, name)) for name in CURVES},
+        validation={name: _thin(_series(others, name)) for name in metrics},
+        num_lines=len(steps),
+        told=list(read_lines(run_dir / SAMPLES_NAME))[-max_samples:],
+    )
+    for file in sorted((run_dir / "eval").glob("*-samples.jsonl")):
+        _add_answers(record, file, max_samples)
+    for file in sorted(run_dir.glob("ablation*.json")):
+        ablation = read_json(file)
+        if isinstance(ablation.get("parts"), list) and isinstance(ablation.get("whole"), dict):
+            record.ablations.append(ablation)
+    return record
+
+
+def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int) -> None:
+    """Give an evaluation that was written elsewhere to the run that it is of.
+
+    Args:
+        records: The runs.
+        file: What `wegeft eval --output` wrote.
+        max_samples: Answers kept of each model, task and protocol.
+
+    Raises:
+        UserError: If the file holds no results, its samples are gone, or it is of another run.
+    """
+    values = read_json(file)
+    if not isinstance(values.get("results"), list):
+        message = "holds no results of `wegeft eval --output`"
+        raise UserError(message, file=str(file), key="--eval")
+    target = Path(str(values.get("target"))).resolve()
+    for record in records:
+        run_dir = record.run_dir.resolve()
+        if target != run_dir and run_dir not in target.parents:
+            continue
+        told = Path(str(values.get("samples_path")))
+        samples = next((each for each in (told, file.parent / told.name) if each.is_file()), None)
+        if samples is None:
+            raise UserError(f"its samples {str(told)!r} are gone", file=str(file), key="--eval")
+        _add_answers(record, samples, max_samples)
+        return
+    raise UserError(
+        f"is of {str(values.get('target'))!r}, which is none of these runs",
+        file=str(file),
+        key="--eval",
+    )
+
+
+def name_apart(records: Sequence[RunRecord]) -> None:
+    """Give runs of one name longer ones, by as many folders as tell them apart."""
+    for record in records:
+        same = [other for other in records if other.name == record.name and other is not record]
+        if same:
+            for other in (record, *same):
+                other.name = str(other.run_dir)
+
+
+def read_scores(answers: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Sum up answers by model, task and protocol, as `wegeft eval` does.
+
+    Args:
+        answers: Lines of a samples file.
+        source: Where they came from.
+
+    Returns:
+        A row each.
+    """
+    grouped: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for answer in answers:
+        key = tuple(str(answer.get(name, "")) for name in ("task", "protocol", "model"))
+        grouped.setdefault(key, []).append(answer)  # type: ignore[arg-type]
+    rows = []
+    for (task, protocol, model), members in grouped.items():
+        num_correct, n = sum(bool(a["correct"]) for a in members), len(members)
+        rows.append(
+            {
+                "task": task,
+                "protocol": protocol,
+                "model": model,
+                "n": n,
+                "num_correct": num_correct,
+                "score": num_correct / n,
+                "n_invalid": sum(not a.get("valid", True) for a in members),
+                "ci95": list(wilson_interval(num_correct, n)),
+                "source": source,
+            }
+        )
+    return rows
+
+
+def _add_answers(record: RunRecord, file: Path, max_samples: int) -> None:
+    seen = {(row["task"], row["protocol"], row["model"]) for row in record.scores}
+    answers = []
+    for line in read_lines(file):
+        if not isinstance(line.get("correct"), bool):
+            continue
+        model = "tuned" if line.get("model") == "target" else str(line.get("model", ""))
+        if (line.get("task"), line.get("protocol"), model) in seen:
+            model = f"{model} ({file.stem.removesuffix('-samples')})"  # evaluated a second time
+        answers.append({**line, "model": model})
+    counts: dict[tuple[Any, ...], int] = {}
+    for row in read_scores(answers, file.name):
+        row["num_shown"] = min(row["n"], max_samples)
+        record.scores.append(row)
+    for answer in answers:
+        key = (answer.get("model"), answer.get("task"), answer.get("protocol"))
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] <= max_samples:
+            record.answers.append({**answer, "source": file.name})
+
+
+def _series(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], float(line[name])) for line in lines if _is_number(line.get(name))]
+
+
+def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Keep at most so many points, evenly, the first and the last among them."""
+    if len(points) <= _MAX_POINTS:
+        return points
+    gap = (len(points) - 1) / (_MAX_POINTS - 1)
+    return [points[round(number * gap)] for number in range(_MAX_POINTS)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,47 @@
+"""Names of layers in the files of a base, which may lack or have the model's prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from wegeft_cli.artifacts.adapter import AdapterFiles
+
+
+def spell_name(name: str, prefix: str) -> tuple[str, str, str]:
+    """Give a module name as it is, without the model's prefix, and with it.
+
+    Args:
+        name: The name.
+        prefix: The model's `base_model_prefix`; may be empty.
+
+    Returns:
+        The three names, the likeliest first.
+    """
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+
+
+def match_stored_names(
+    modules: Mapping[str, str], stored: Collection[str], prefix: str
+) -> dict[str, str]:
+    """Map a model's module names to those in the base's files.
+
+    GPT-2's files, for one, say `h.0.attn.c_attn` where the model says `transformer.h.0....`.
+
+    Args:
+        modules: Module name -> name of one of its tensors (`weight`).
+        stored: Names of the base's tensors; empty where they are not known.
+        prefix: The model's `base_model_prefix`.
+
+    Returns:
+        Module name -> its name in the files, or the same where they do not hold it.
+    """
+    return {
+        name: next((s for s in spell_name(name, prefix) if f"{s}.{tensor}" in stored), name)
+        for name, tensor in modules.items()
+    }
+
+
+def has_all_tensors(files: AdapterFiles, stored: Mapping[str, object]) -> bool:
+    """Tell whether the base's files hold every tensor that the adapter changes, by its name."""
+    changed = [*(f"{name}.weight" for name in files.manifest.modules), *files.saved_modules]
+    return all(name in stored for name in changed)

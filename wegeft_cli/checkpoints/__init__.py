@@ -1,1 +1,0 @@
-"""What stays on disk: adapters, checkpoints for resuming, and merged models."""

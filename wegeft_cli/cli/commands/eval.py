@@ -1,0 +1,192 @@
+"""`wegeft eval`: a model, or given outputs, become scores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wegeft_cli.cli.arguments import (
+    AllowCodeOption,
+    BaseOption,
+    DataDirOption,
+    JsonOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    JudgmentsOption,
+    LimitOption,
+    NumSamplesOption,
+    TargetsArgument,
+    TemperatureOption,
+    TrustTaskCodeOption,
+)
+from wegeft_cli.cli.console import RichReporter, print_json
+from wegeft_cli.cli.tables import print_scores, print_tasks
+from wegeft_cli.errors import UserError
+
+
+def evaluate(
+    context: typer.Context,
+    target: TargetsArgument = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Task or group by name, or of a classifier test or validation; may be repeated.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", metavar="NAME", help="Prompt, decoding and scoring rules."),
+    ] = None,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Prompts generated at a time."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", metavar="N", min=1, help="Longest answer; left out: the protocol's."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the JSON object to this file too."
+        ),
+    ] = None,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Score the base model too, side by side.")
+    ] = False,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples", metavar="FILE", help="Score these outputs (JSONL) without any model."
+        ),
+    ] = None,
+    base: BaseOption = None,
+    allow_leaky: Annotated[
+        bool,
+        typer.Option(
+            "--allow-leaky", help="Score sets, too, whose questions are known to leak; told."
+        ),
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", min=0, help="Of the draws, in protocols that draw."),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", metavar="NAME", help="What generates: transformers or vllm."),
+    ] = "transformers",
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes", metavar="N", min=1, help="Share the rows over so many processes."
+        ),
+    ] = None,
+    allow_code_execution: AllowCodeOption = False,
+    num_samples: NumSamplesOption = None,
+    temperature: TemperatureOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judgments: JudgmentsOption = None,
+    trust_task_code: TrustTaskCodeOption = False,
+    list_tasks: Annotated[
+        bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on test sets, by a named protocol, and log every sample."""
+    from wegeft_cli.evaluation import evaluate as workflow
+
+    if list_tasks:
+        print_tasks(workflow.list_tasks(), as_json)
+        return
+    if judgments is not None and samples is not None:
+        raise UserError(
+            "judgments are scored as they are, samples are outputs: one at a time",
+            key="--judgments",
+            hint="leave out one of the two",
+        )
+    given = samples if judgments is None else judgments
+    if num_processes is not None and given is None:
+        raise typer.Exit(_launch(context, num_processes))
+    from wegeft_cli.distributed.launch import join_slurm
+
+    join_slurm()
+    options = {
+        "allow_leaky": allow_leaky,
+        "seed": seed,
+        "allow_code_execution": allow_code_execution,
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "judge_url": judge_url,
+        "judge_model": judge_model,
+        "is_judged": judgments is not None,
+        "trust_task_code": trust_task_code,
+    }
+    result = workflow.evaluate(
+        target,
+        tasks=task or [],
+        protocol=protocol,
+        data_dir=data_dir,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        output=output,
+        compare_base=compare_base,
+        samples=given,
+        base=base,
+        backend=backend,
+        options=options,
+        reporter=RichReporter(),
+    )
+    if as_json:
+        print_json(result)
+        return
+    print_scores(result)
+
+
+def _launch(context: typer.Context, num_processes: int) -> int:
+    """Run this same command in many processes."""
+    from wegeft_cli.distributed.launch import Group, is_in_group, launch
+
+    if is_in_group():
+        raise UserError(
+            f"this process is one of {os.environ['WORLD_SIZE']} already",
+            key="--num-processes",
+            hint="leave it out under torchrun and accelerate launch",
+        )
+    return launch(["eval", *repeat_words(context, without="num_processes")], Group(num_processes))
+
+
+def repeat_words(context: typer.Context, *, without: str) -> list[str]:
+    """Write a command's arguments out again.
+
+    Args:
+        context: Holds what was typed.
+        without: The parameter to leave out.
+
+    Returns:
+        The words behind the command's name.
+    """
+    words: list[str] = []
+    named: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name == without or value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            named += map(str, values)
+        elif value is True:
+            words.append(parameter.opts[0])
+        else:
+            words += [word for one in values for word in (parameter.opts[0], str(one))]
+    return [*words, "--", *named]

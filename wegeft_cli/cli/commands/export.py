@@ -1,0 +1,116 @@
+"""`wegeft export`: an adapter or a model in a form that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wegeft_cli.cli.arguments import (
+    BaseOption,
+    JsonOption,
+    PublicOption,
+    PushOption,
+    RevisionOption,
+    hub_target,
+)
+from wegeft_cli.cli.console import RichReporter, print_json, show
+
+
+def export(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TARGET",
+            help="An adapter or run folder, or (gguf) a model folder; left out: the newest run.",
+        ),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="lora: the exact LoRA twin, for PEFT, vLLM, SGLang; gguf: for llama.cpp.",
+        ),
+    ] = "lora",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; left out: lora/ or gguf/ beside adapter/.",
+        ),
+    ] = None,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="float32, bfloat16 or float16, and q8_0 for a model as GGUF; left out: float32 "
+            "for an adapter, as stored for a model.",
+        ),
+    ] = None,
+    pad_rank: Annotated[
+        bool,
+        typer.Option(
+            "--pad-rank", help="Fill the rank up with zeros to the next that vLLM makes room for."
+        ),
+    ] = False,
+    pad_siblings: Annotated[
+        bool,
+        typer.Option(
+            "--pad-siblings",
+            help="Give zeros to what servers stack with an adapted layer: q, k, v; gate, up.",
+        ),
+    ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", metavar="TEXT", help="Ask this in the parity report; may be repeated."
+        ),
+    ] = None,
+    no_parity: Annotated[
+        bool, typer.Option("--no-parity", help="Do not load the base to measure parity.")
+    ] = False,
+    push_to_hub: PushOption = None,
+    is_public: PublicOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter as the exact LoRA twin, or an adapter or a model as GGUF."""
+    from wegeft_cli.exporting.export import ExportOptions
+    from wegeft_cli.exporting.export import export as run
+
+    result = run(
+        target,
+        format=format,
+        output=output,
+        base=base,
+        revision=revision,
+        options=ExportOptions(dtype, pad_rank, pad_siblings, prompt or (), not no_parity),
+        push=hub_target(push_to_hub, is_public),
+        reporter=RichReporter(),
+    )
+    if as_json:
+        print_json(result.to_json())
+        return
+    rank = "" if result.rank is None else f" of rank {result.rank}"
+    show(
+        f"[green]exported[/]: {result.num_tensors} tensors{rank}, "
+        f"{result.num_bytes / 2**20:,.1f} MiB in {result.seconds:.1f} s, "
+        f"peak memory {result.peak_memory_gib:.2f} GiB"
+    )
+    if result.parity is not None and result.parity["is_measured"]:
+        for row in result.parity["results"]:
+            show(
+                f"parity in {row['dtype']}: {row['pair']} differ by {row['max_difference']:.2g} at "
+                f"most, logits reach {row['max_logit']:.3g}",
+                highlight=False,
+            )
+    show(f"folder: {result.output_dir}", highlight=False, soft_wrap=True)
+    if result.url is not None:
+        show(f"hub: {result.url}", highlight=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""`wegeft generate`: prompts become answers, one or thousands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wegeft_cli.cli.arguments import (
+    AskOptions,
+    JsonOption,
+    TargetArgument,
+    is_piped,
+    make_harmless,
+    takes_ask_options,
+    write_piece,
+)
+from wegeft_cli.cli.console import RichReporter, get_console, note, print_json, show
+
+
+@takes_ask_options
+def generate(
+    target: TargetArgument = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="May be given several times."),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="Rows of prompts (.jsonl, .json, .csv, .parquet), or a text as one prompt; -: "
+            "standard input.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Only the first so many rows."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the answers as JSONL, one a line."
+        ),
+    ] = None,
+    *,
+    asking: AskOptions,
+    num_samples: Annotated[
+        int,
+        typer.Option("--num-samples", "-n", metavar="N", min=1, help="Answers to each prompt."),
+    ] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Prompts at a time."),
+    ] = None,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Let the base answer too, side by side.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a model answer; greedy, unless a temperature or another draw is asked for."""
+    from wegeft_cli.inference.generate import generate as run
+
+    if not prompt and file is None and is_piped():
+        file = "-"
+    quiet = as_json or output is not None
+    stream = None if quiet else _Stream(compare_base)
+    result = run(
+        target,
+        prompts=prompt or [],
+        file=file,
+        limit=limit,
+        template=asking.read_template(),
+        system=asking.system,
+        decoding=asking.read_decoding(),
+        num_samples=num_samples,
+        max_new_tokens=asking.max_new_tokens,
+        batch_size=batch_size,
+        compare_base=compare_base,
+        base=asking.base,
+        output=output,
+        reporter=RichReporter(),
+        on_text=stream,
+    )
+    if as_json:
+        print_json(result)
+        return
+    if stream is not None and stream.who is not None:
+        show("")
+    elif output is None:
+        _show_answers(result)
+    _tell_end(result)
+
+
+class _Stream:
+    """Writes a single answer as it comes; of two, each under its title."""
+
+    def __init__(self, has_titles: bool) -> None:
+        self.has_titles = has_titles
+        self.who: str | None = None
+
+    def __call__(self, who: str, piece: str) -> None:
+        if who != self.who:
+            if self.who is not None:
+                show("\n")
+            if self.has_titles:
+                show(who, style="bold")
+            self.who = who
+            piece = piece.lstrip() or piece
+        write_piece(piece)
+
+
+def _show_answers(result: dict[str, Any]) -> None:
+    rows = result["results"]
+    for row in rows:
+        if len(rows) > 1:
+            sample = f", answer {row['sample'] + 1}" if "sample" in row else ""
+            head = " ".join(row["prompt"].split())
+            head = head if len(head) <= 60 else head[:59] + "…"
+            show(_plain(f"[{row['index']}{sample}] {head}"), style="bold", highlight=False)
+        if "base_output" in row:
+            show("base", style="dim")
+            _show_text(row["base_output"])
+            show("tuned", style="dim")
+        _show_text(row["output"])
+        if len(rows) > 1:
+            show("")
+
+
+def _show_text(text: str) -> None:
+    write_piece(text.strip("\n") + "\n")
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(make_harmless(text), overflow="ellipsis", no_wrap=True)
+
+
+def _tell_end(result: dict[str, Any]) -> None:
+    rows = result["results"]
+    if result["output_path"] is not None:
+        show(
+            f"{len(rows)} answers: {result['output_path']}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    told = f"{result['num_new_tokens']:,} tokens in {result['seconds']:.1f} s, form "
+    told += f"{result['template']}, {_tell_settings(result['settings'])}"
+    if cut:
+        told += f"; {cut} of {len(rows)} not ended after {result['settings']['max_new_tokens']}"
+    if get_console(stderr=True).is_terminal or cut or result["output_path"] is not None:
+        note(told)
+
+
+def _tell_settings(settings: dict[str, Any]) -> str:
+    if not settings["do_sample"]:
+        return "greedy"
+    shown = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    values = {key: settings.get(key, off) for key, off in shown.items()}
+    parts = [f"{key} {value:g}" for key, value in values.items() if value != shown[key]]
+    return "drawn" + (f" ({', '.join(parts)})" if parts else "")

@@ -1,0 +1,325 @@
+"""`wegeft inspect`: what an adapter changes and how new it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wegeft_cli.cli.arguments import (
+    AdapterArgument,
+    BaseOption,
+    DataDirOption,
+    JsonOption,
+    LimitOption,
+)
+from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
+from wegeft_cli.errors import UserError
+
+_NUM_SHOWN = 20  # modules in a table
+_LEAST_COLUMNS = 4
+_NUM_TOLD = 4  # modules whose tokens are shown
+
+
+def inspect(
+    adapter: AdapterArgument = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OTHER", help="Compare with a second adapter."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            metavar="K",
+            min=1,
+            help="Singular directions of W that count as familiar; left out: the rank.",
+        ),
+    ] = None,
+    directions: Annotated[
+        str,
+        typer.Option(
+            "--directions",
+            metavar="KIND",
+            help="columns of C = W phi, or principal ones of the change.",
+        ),
+    ] = "columns",
+    num_directions: Annotated[
+        int,
+        typer.Option(
+            "--num-directions",
+            metavar="N",
+            min=0,
+            help="Directions of a module that are shown as tokens, the strongest first.",
+        ),
+    ] = 3,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens at each end of a direction.")
+    ] = 8,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="Draw the token-clustering maps of an image; may be given several times.",
+        ),
+    ] = None,
+    ablate: Annotated[
+        str | None,
+        typer.Option(
+            "--ablate",
+            metavar="KIND",
+            help="Score a task with one group, layer, module, direction or saved module off at a "
+            "time.",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="The task of --ablate.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", metavar="NAME", help="Prompt and scoring rules of --ablate."),
+    ] = None,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Prompts generated at a time."),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            "--top",
+            metavar="N",
+            min=1,
+            help="Largest directions that --ablate tries; 16 if not told.",
+        ),
+    ] = None,
+    base: BaseOption = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Folder for the pictures (PNG)."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the JSON object to this file too."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what an adapter changes: size, novelty, rank, tokens; or what matters (--ablate)."""
+    given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
+    for key, value in {**given, "--batch-size": batch_size, "--top": top}.items():
+        if value is not None and ablate is None:
+            raise UserError("belongs to --ablate", key=key, hint="add --ablate group")
+    if ablate is not None and (against is not None or image):
+        raise UserError("is done alone", key="--ablate", hint="leave out --against and --image")
+    if ablate is not None:
+        from wegeft_cli.analysis.ablate import ablate as run_ablation
+
+        ranking = run_ablation(
+            adapter,
+            by=ablate,
+            task=task,
+            protocol=protocol,
+            data_dir=data_dir,
+            limit=limit,
+            batch_size=batch_size,
+            top=top,
+            base=base,
+            plots=plots,
+            output=output,
+            reporter=RichReporter(),
+        )
+        print_json(ranking) if as_json else _print_ablation(ranking)
+        return
+    from wegeft_cli.analysis.inspect import inspect as run
+
+    result = run(
+        adapter,
+        base=base,
+        top_k=top_k,
+        directions=directions,
+        num_directions=num_directions,
+        num_tokens=tokens,
+        against=against,
+        images=image or [],
+        plots=plots,
+        output=output,
+        reporter=RichReporter(),
+    )
+    if as_json:
+        print_json(result)
+        return
+    _print_groups(result)
+    _print_modules(result)
+    _print_tokens(result)
+    if "against" in result:
+        _print_against(result["against"])
+    _print_plots(result)
+
+
+def _print_groups(result: dict[str, Any]) -> None:
+    _show_table(
+        f"change by group (familiar: in the {result['top_k']} leading singular directions of W)",
+        ["group", "modules", "||dW||/||W||", "familiar", "novel", "eff. rank"],
+        [
+            [
+                row["group"],
+                str(row["num_modules"]),
+                _percent(row["relative_change"]),
+                _percent(row["familiar"]),
+                _percent(row["novel"]),
+                f"{row['effective_rank']:.1f}",
+            ]
+            for row in result["groups"]
+        ],
+    )
+
+
+def _print_modules(result: dict[str, Any]) -> None:
+    rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
+    shown = rows[:_NUM_SHOWN]
+    more = f", {len(shown)} of {len(rows)}; --json has all" if len(rows) > len(shown) else ""
+    _show_table(
+        f"largest changes{more}",
+        ["module", "||dW||/||W||", "familiar", "eff. rank", "by chance", "least angle"],
+        [
+            [
+                row["label"],
+                _percent(row["relative_change"]),
+                _percent(row["familiar"]),
+                f"{row['effective_rank']:.1f}",
+                _percent(row["familiar_by_chance"]),
+                f"{row['principal_angles'][0]:.1f}°" if row["principal_angles"] else "-",
+            ]
+            for row in shown
+        ],
+    )
+
+
+def _print_tokens(result: dict[str, Any]) -> None:
+    reason = result["tokens"].get("reason")
+    if reason is not None:
+        show(f"no tokens: {reason}", style="dim", markup=False)
+        return
+    rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
+    writers = [row for row in rows if row.get("role") == "writes"][:_NUM_TOLD]
+    # On the input side all layers of a group read along the same psi: one of them is enough.
+    readers = list({row["group"]: row for row in rows[::-1] if row.get("role") == "reads"}.values())
+    readers = readers[::-1][:_NUM_TOLD]
+    for title, found, names in (
+        ("promoted and suppressed by what is written", writers, ("promoted", "suppressed")),
+        ("input tokens along and against what is read", readers, ("along", "against")),
+    ):
+        cells = [
+            [row["label"], str(told["direction"]), *(_join(told[name]) for name in names)]
+            for row in found
+            for told in row["tokens"]
+        ]
+        if cells:
+            _show_table(title, ["module", "direction", *names], cells, wrap=True)
+
+
+def _print_against(against: dict[str, Any]) -> None:
+    rows = sorted(against["modules"], key=lambda row: row["cosine"])
+    show(
+        f"against {against['adapter']}: cosine {against['cosine']:.3f}, size ratio "
+        f"{against['size_ratio']:.3f}, {len(rows)} modules in common, "
+        f"{len(against['only_here'])} only here, {len(against['only_there'])} only there",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    _show_table(
+        "least alike",
+        ["module", "cosine", "size ratio", "overlap left", "right"],
+        [
+            [
+                row["label"],
+                f"{row['cosine']:.3f}",
+                f"{row['size_ratio']:.3f}",
+                f"{row['overlap']:.3f}",
+                f"{row['overlap_right']:.3f}",
+            ]
+            for row in rows[:_NUM_SHOWN]
+        ],
+    )
+
+
+def _print_ablation(result: dict[str, Any]) -> None:
+    whole, base = result["whole"], result["base"]
+    metric = whole.get("metric", "accuracy")  # of texts it is always the share of right answers
+    show(
+        f"{whole['task']} ({whole['protocol']}): {metric} of the whole {whole['score']:.1%}, of "
+        f"the base {base['score']:.1%}, {whole['n']} rows",
+        highlight=False,
+        markup=False,
+    )
+    _show_table(
+        f"without one {result['by']}; lost and gained are rows, p of their sign test",
+        ["part", metric, "change", "lost", "gained", "p"],
+        [
+            [
+                row["part"],
+                f"{row['score']:.1%}",
+                f"{100 * row['change']:+.1f}",
+                str(row["lost"]),
+                str(row["gained"]),
+                f"{row['p_value']:.3f}",
+            ]
+            for row in result["parts"]
+        ],
+    )
+    _print_plots(result)
+
+
+def _print_plots(result: dict[str, Any]) -> None:
+    for path in result.get("plots", []):
+        show(f"plot: {path}", highlight=False, soft_wrap=True, markup=False, style="dim")
+
+
+def _show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, wrap: bool = False
+) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    names = max((len(row[0]) for row in rows), default=0)
+    num_shown = len(columns)
+    # A narrow terminal shows fewer figures, and then cut names, rather than cut figures.
+    while not wrap and num_shown > _LEAST_COLUMNS:
+        figures = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        if names + sum(figures[1:num_shown]) + 3 * num_shown <= get_console().width:
+            break
+        num_shown -= 1
+    columns, rows = columns[:num_shown], [row[:num_shown] for row in rows]
+    table = Table(box=SIMPLE, title=Text(title), title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        # Names are cut rather than figures where the terminal is narrow.
+        is_text = number == 0 or wrap
+        table.add_column(
+            Text(name),
+            justify="left" if is_text else "right",
+            no_wrap=not wrap or number == 0,
+            overflow="ellipsis" if number == 0 else "fold",
+            min_width=None if is_text else len(name),
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    show(table)
+
+
+def _percent(value: float) -> str:
+    return "-" if value != value else f"{100 * value:.2f}%"
+
+
+def _join(tokens: Sequence[dict[str, Any]]) -> str:
+    """Lay tokens side by side, their own blanks and line ends made visible."""
+    texts = (json.dumps(each["token"], ensure_ascii=False)[1:-1] for each in tokens)
+    return "  ".join(text.replace(" ", "␣") for text in texts)

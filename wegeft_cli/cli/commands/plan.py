@@ -1,0 +1,71 @@
+"""`wegeft plan`: what a recipe will cost, before any weight is read."""
+
+from __future__ import annotations
+
+from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
+from wegeft_cli.cli.console import RichReporter, print_json, show
+
+
+def plan(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
+) -> None:
+    """Count parameters, steps and memory; a folder that holds only config.json will do."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from wegeft_cli.planning.plan import plan as run
+
+    result = run(recipe, overrides or [], reporter=RichReporter())
+    if as_json:
+        print_json(result.to_json())
+        return
+    groups = Table("trainable group", "layers", "width", "parameters", box=SIMPLE)
+    for column in groups.columns[1:]:
+        column.justify = "right"
+    for group in result.groups:
+        width = "" if group.width is None else f"{group.width:,}"
+        groups.add_row(group.name, f"{group.num_layers}", width, f"{group.num_parameters:,}")
+    show(groups)
+    show(
+        f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
+        f"({result.trainable_parameters / result.base_parameters:.3%})"
+    )
+    if result.num_steps is not None:
+        rows = "" if result.num_rows is None else f" over {result.num_rows:,} rows"
+        show(f"{result.num_steps:,} optimizer steps{rows}")
+    if result.lengths is not None:
+        p50, p95, longest = (result.lengths[name] for name in ("p50", "p95", "max"))
+        show(f"tokens per row: half at most {p50:,}, 95% at most {p95:,}, the longest {longest:,}")
+    largest = result.largest_batch
+    show(
+        f"largest batch: {largest['sequences']:,} x {largest['length']:,} positions, "
+        f"{largest['labels']:,} labels"
+    )
+    if result.flops_per_step is not None and result.train_flops is not None:
+        show(
+            f"{_tell_flops(result.flops_per_step)} a step, {_tell_flops(result.train_flops)} in all"
+        )
+    memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
+    memory.columns[1].justify = "right"
+    for name, gib in result.memory_gib.items():
+        if name == "total":
+            memory.add_section()
+        if gib != 0:
+            memory.add_row(name.replace("_", " "), "unknown" if gib is None else f"{gib:.2f}")
+    memory.add_row(f"free on this {result.device} now", f"{result.available_gib:.2f}", style="dim")
+    show(memory)
+    disk = "" if result.disk_gib is None else f", {result.disk_gib:.2f} GiB at most"
+    show(
+        f"checkpoints: {result.checkpoint_gib:.2f} GiB each{disk}; {result.free_disk_gib:.0f} free"
+    )
+    for reason in result.unknown:
+        show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _tell_flops(value: float) -> str:
+    """Write a number of operations with the unit that keeps it short: `3.2 TFLOP`."""
+    units = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}FLOP"

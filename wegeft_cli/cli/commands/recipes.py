@@ -1,0 +1,64 @@
+"""`wegeft recipes`: the recipes that ship, to look at and to copy."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from wegeft_cli.cli.arguments import JsonOption
+from wegeft_cli.cli.console import get_console, print_json, show
+from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
+
+recipes_app = typer.Typer(
+    cls=HelpfulGroup, help="List, show and copy the recipes that ship.", no_args_is_help=True
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]
+
+
+@recipes_app.command("list", cls=HelpfulCommand)
+def list_all(as_json: JsonOption = False) -> None:
+    """List the shipped recipes with what each reproduces."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from wegeft_cli.recipe.catalog import list_recipes
+
+    recipes = list_recipes()
+    if as_json:
+        found = [{"name": r.name, "title": r.title, "path": str(r.path)} for r in recipes]
+        print_json({"recipes": found})
+        return
+    width = max((len(recipe.name) for recipe in recipes), default=0)
+    if not get_console().is_terminal:  # one line each, for grep
+        for recipe in recipes:
+            show(Text(f"{recipe.name:<{width}}  {recipe.title}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    for recipe in recipes:
+        table.add_row(Text(recipe.name, "bold", no_wrap=True), Text(recipe.title))
+    show(table)
+
+
+@recipes_app.command("show", cls=HelpfulCommand)
+def show_recipe(name: NameArgument) -> None:
+    """Print a recipe as it is written, header and all."""
+    from wegeft_cli.recipe.catalog import read_recipe_text
+
+    show(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("copy", cls=HelpfulCommand)
+def copy(
+    name: NameArgument,
+    destination: Annotated[
+        str | None,  # a Path would lose the slash that says folder
+        typer.Argument(metavar="DESTINATION", help="A file or folder; left out: here."),
+    ] = None,
+) -> None:
+    """Copy a recipe to edit it; nothing is overwritten."""
+    from wegeft_cli.recipe.catalog import copy_recipe
+
+    written = copy_recipe(name, destination or ".")
+    show(str(written), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,111 @@
+"""`wegeft sweep`: every combination of a recipe's `sweep` becomes a run, and all one table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
+from wegeft_cli.cli.console import RichReporter, get_console, note, print_json, show
+from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from wegeft_cli.artifacts.run_results import Statistic
+    from wegeft_cli.runs.sweep import SweepResult
+
+_GAP = 2  # cells between two columns
+
+
+def sweep(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every combination and train none.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train every combination of the recipe's sweep, and compare them; go on where it stopped."""
+    from wegeft_cli.distributed.signals import StopRequest
+
+    def tell_stop() -> None:
+        note("stopping: the run under way saves its step (Ctrl-C again leaves sooner)")
+
+    with StopRequest(tell_stop) as should_stop:
+        from wegeft_cli.runs.sweep import sweep as run
+
+        result = run(
+            recipe,
+            overrides or [],
+            dry_run=dry_run,
+            should_stop=should_stop,
+            reporter=RichReporter(),
+        )
+    if as_json:
+        print_json(result.to_json())
+    elif result.status == "checked":
+        show(f"[green]ready[/]: {len(result.runs)} runs, {len(result.rows)} without their seeds")
+    else:
+        _print_rows(result)
+        _print_end(result)
+    if result.status == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if result.status == "failed":
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_rows(result: SweepResult) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from wegeft_cli.artifacts.run_results import BEST
+    from wegeft_cli.recipe.grid import name_value, short_names
+
+    short = short_names(result.rows[0].values)
+    columns = {
+        name: [name_value(row.values[key]) for row in result.rows] for key, name in short.items()
+    }
+    columns["runs"] = [f"{row.num_finished}/{row.num_runs}" for row in result.rows]
+    names = dict.fromkeys(name for row in result.rows for name in row.figures)
+    if BEST + result.metric in names:
+        del names[result.metric]
+    for name in names:
+        title = {"peak_memory_gib": "GiB"}.get(name, name.replace("_", " "))
+        columns[title] = [_tell(name, row.figures.get(name)) for row in result.rows]
+    # A narrow terminal shows less rather than cut figures; --json and sweep.json hold all.
+    scores = [title for title in columns if title.startswith("eval ")]
+    for title in ("seconds", "GiB", "runs", "final loss", *reversed(scores)):
+        widths = [max(map(len, (name, *cells))) + _GAP + 1 for name, cells in columns.items()]
+        if sum(widths) > get_console().width:
+            columns.pop(title, None)
+    table = Table(box=SIMPLE)
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="left" if name in short.values() else "right")
+    for row, cells in zip(result.rows, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*cells, style="bold" if row.values == result.best else None)
+    show(table)
+
+
+def _tell(name: str, figure: Statistic | None) -> str:
+    """Write mean and standard deviation, to the digits that the figure deserves."""
+    if figure is None:
+        return "-"
+    digits = {"peak_memory_gib": 2, "seconds": 0}.get(name, 4)
+    mean = f"{figure.mean:,.{digits}f}"
+    return mean if figure.std is None else f"{mean} ± {figure.std:.{digits}f}"
+
+
+def _print_end(result: SweepResult) -> None:
+    plain: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
+    if result.best:
+        told = ", ".join(f"{key}={value}" for key, value in result.best.items())
+        show(f"best {result.metric}: {told}", **plain)
+    for run in result.runs:
+        if run.status == "failed":
+            show(f"failed: {run.name}: {run.error}", style="red", **plain)
+    if result.status == "interrupted":
+        num_left = sum(run.status != "finished" for run in result.runs)
+        show(f"interrupted, {num_left} runs to go; the same command goes on", **plain)
+    show(f"table: {result.output_dir / 'sweep.json'}", style="dim", **plain)
+    if result.plot is not None:
+        show(f"plot: {result.plot}", style="dim", **plain)

@@ -1,0 +1,201 @@
+"""`wegeft train`: a recipe becomes an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wegeft_cli.cli.arguments import (
+    JsonOption,
+    OverridesArgument,
+    PublicOption,
+    PushOption,
+    RecipeArgument,
+    hub_target,
+)
+from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.distributed.failures import LAUNCHED, may_be_restarted, num_restarts
+from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+
+if TYPE_CHECKING:
+    from wegeft_cli.runs.train import TrainResult
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Go on from the newest whole checkpoint of the run, or from one checkpoint.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and stop before the weights.")
+    ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Processes, one a GPU, on all machines together; left out: this one alone.",
+        ),
+    ] = None,
+    num_machines: Annotated[
+        int,
+        typer.Option(
+            "--num-machines",
+            metavar="N",
+            min=1,
+            help="Machines that share the processes; the command is started on each.",
+        ),
+    ] = 1,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST:PORT",
+            help="Where several machines meet: one of them, the same on all.",
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            metavar="N",
+            min=0,
+            help="Start all processes again from the newest checkpoint when one died.",
+        ),
+    ] = 0,
+    push_to_hub: PushOption = None,
+    is_public: PublicOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the recipe's adapter and write it to its output folder."""
+    from wegeft_cli.distributed.launch import Group, is_in_group, join_slurm, launch
+    from wegeft_cli.distributed.signals import StopRequest
+
+    if num_processes is not None and is_in_group():
+        raise UserError(
+            f"this process is one of {os.environ['WORLD_SIZE']} already",
+            key="--num-processes",
+            hint="leave it out under torchrun and accelerate launch",
+        )
+    if num_processes is None and (num_machines, rdzv_endpoint, max_restarts) != (1, None, 0):
+        raise UserError(
+            "--num-machines, --rdzv-endpoint and --max-restarts belong to a run of many processes",
+            key="--num-processes",
+            hint="give the number of processes too",
+        )
+    if num_processes is not None:
+        options = ["--resume", resume] if resume is not None else []
+        options += ["--dry-run"] if dry_run else []
+        options += ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
+        options += ["--public"] if is_public else []
+        options += ["--json"] if as_json else []
+        os.environ[LAUNCHED] = "1"
+        words = ["train", *options, "--", recipe, *(overrides or [])]
+        code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
+        raise typer.Exit(code)
+    join_slurm()
+    # One of many processes uploads; none trains for a repository that cannot be written.
+    push = hub_target(push_to_hub, is_public) if os.environ.get("RANK", "0") == "0" else None
+    if push is not None:
+        push.check()
+    if num_restarts() > 0:
+        resume = resume or "auto"
+
+    def tell_stop() -> None:
+        note("stopping: saving after the pass under way (Ctrl-C again leaves at once)")
+
+    with StopRequest(tell_stop) as should_stop:
+        from wegeft_cli.runs.train import train as run
+
+        result = run(
+            recipe,
+            overrides or [],
+            resume=resume,
+            dry_run=dry_run,
+            should_stop=should_stop,
+            reporter=RichReporter(),
+        )
+    url = None
+    if push is not None and result.adapter_dir is not None:
+        from wegeft_cli.publishing.hub import publish
+
+        url = publish(result.adapter_dir, push, RichReporter())
+    if as_json:
+        print_json(result.to_json() | ({} if url is None else {"url": url}))
+    elif result.status == "checked":
+        show(
+            f"[green]ready[/]: {result.num_steps} steps, "
+            f"{result.trainable_parameters:,} trainable parameters"
+        )
+        _show_summary(result)
+    elif result.status == "finished":
+        loss = "" if result.final_loss is None else f"final loss {result.final_loss:.4f}, "
+        show(
+            f"[green]finished[/]: {result.num_steps} steps, {loss}"
+            f"{result.trainable_parameters:,} trainable parameters"
+        )
+        _show_summary(result)
+        show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
+        if url is not None:
+            show(f"hub: {url}", highlight=False, soft_wrap=True)
+        folder = result.adapter_dir
+        is_classifier = folder is not None and (folder / "head.json").is_file()
+        task = "" if is_classifier else " --task NAME"
+        show(f"next: wegeft merge, wegeft eval{task}", style="dim", highlight=False)
+    if result.status == "interrupted":
+        if not as_json:
+            show(
+                f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
+                "go on with --resume auto"
+            )
+        # One that leaves with a fault would be started again.
+        raise typer.Exit(EXIT_DONE if may_be_restarted() else EXIT_INTERRUPTED)
+
+
+def _show_summary(result: TrainResult) -> None:
+    for line in tell_summary(result):
+        show(line, highlight=False, soft_wrap=True)
+
+
+def tell_summary(result: TrainResult) -> Iterator[str]:
+    """Say what else is worth knowing at the end of a run, in plain lines.
+
+    Args:
+        result: How it ended.
+
+    Yields:
+        The lines.
+    """
+    if result.best_step is not None and result.best_metric is not None:
+        is_kept = result.adapter_step == result.best_step
+        kept = "the adapter is of that step" if is_kept else "the adapter is of the last step"
+        yield f"best validation: {result.best_metric:.4f} at step {result.best_step}; {kept}"
+    if result.num_skipped:
+        yield (
+            f"skipped: {result.num_skipped} steps whose loss or gradient was not finite; "
+            f"their rows are in {result.run_dir / 'skipped'}"
+        )
+    figures = [
+        (result.peak_memory_gib, "GiB at most"),
+        (result.estimated_memory_gib, "GiB estimated"),
+    ]
+    memory = [f"{value:.2f} {words}" for value, words in figures if value is not None]
+    if memory:
+        yield f"memory: {', '.join(memory)}"
+    if result.waste is not None:
+        num_looked_at = result.waste.get("estimated_from_rows")
+        yield (
+            f"padding: {result.waste['padding_share']:.0%} of the positions hold no token; "
+            f"logits are computed at {result.waste['head_share']:.0%} of them"
+            + (f" (estimated from the first {num_looked_at} rows)" if num_looked_at else "")
+        )

@@ -1,0 +1,1 @@
+"""Batches: sampling, packing and collation."""

@@ -1,0 +1,273 @@
+"""The training loop's source of batches for classification: texts padded, images transformed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wegeft_cli.data.batches.base import ClassBatch
+from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.labelled.dataset import ClassRows
+from wegeft_cli.models.image_processor import ImageTransform
+
+_MAX_THREADS = 8
+_MAX_KEPT_BYTES = 2**26
+"""Pictures of a split that are kept, where they come out alike each time."""
+
+
+class Collator(Protocol):
+    """Makes the model's inputs of some rows."""
+
+    def submit(
+        self, rows: ClassRows, numbers: Sequence[int], seeds: Sequence[int] | None
+    ) -> Callable[[], dict[str, Any]]:
+        """Begin to make the inputs of rows.
+
+        Args:
+            rows: The split.
+            numbers: Which rows.
+            seeds: What random transforms are drawn from, with each row's number; None draws
+                nothing.
+
+        Returns:
+            A function that gives the inputs once they are made.
+        """
+        ...
+
+
+class TextCollator:
+    """Pads tokenised texts on the right.
+
+    Args:
+        tokenizer: Knows what each of its lists is padded with.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def submit(
+        self, rows: ClassRows, numbers: Sequence[int], seeds: Sequence[int] | None
+    ) -> Callable[[], dict[str, Any]]:
+        """Pad; see `Collator`."""
+        chosen = [rows.inputs[number] for number in numbers]
+        width = max(len(row["input_ids"]) for row in chosen)
+        pad = self._tokenizer.pad_token_id
+        fill = {"input_ids": 0 if pad is None else pad}
+        fill["token_type_ids"] = getattr(self._tokenizer, "pad_token_type_id", 0)
+        inputs: dict[str, Tensor] = {}
+        for name in chosen[0]:
+            padded = np.full((len(chosen), width), fill.get(name, 0), dtype=np.int64)
+            for i, row in enumerate(chosen):
+                padded[i, : len(row[name])] = row[name]
+            inputs[name] = torch.from_numpy(padded)
+        lengths = torch.tensor([len(row["input_ids"]) for row in chosen])
+        inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        return lambda: dict(inputs)
+
+
+class ImageCollator:
+    """Decodes and transforms images in threads: Pillow lets others run while it works.
+
+    Args:
+        transform: What becomes of an image.
+        options: What the model's forward takes beside the pixels.
+    """
+
+    def __init__(self, transform: ImageTransform, options: Mapping[str, Any]) -> None:
+        self._transform = transform
+        self._options = dict(options)
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
+        # Where nothing is random, small pictures of small sets are made once.
+        self._made: dict[tuple[int, int], Tensor] = {}
+        self._bytes_each = 4 * len(transform.mean) * transform.size**2
+
+    def submit(
+        self, rows: ClassRows, numbers: Sequence[int], seeds: Sequence[int] | None
+    ) -> Callable[[], dict[str, Any]]:
+        """Hand the images to the threads; see `Collator`."""
+        if self._transform.kind == "resize" and len(rows) * self._bytes_each < _MAX_KEPT_BYTES:
+            for number in numbers:
+                if (id(rows), number) not in self._made:
+                    made = self._transform.load(rows.inputs[number])
+                    self._made[id(rows), number] = made
+            kept = [self._made[id(rows), number] for number in numbers]
+            return lambda: {"pixel_values": torch.stack(kept), **self._options}
+        pending: list[Future[Tensor]] = [
+            self._threads.submit(
+                self._transform.load,
+                rows.inputs[number],
+                None if seeds is None else np.random.default_rng([*seeds, number]),
+            )
+            for number in numbers
+        ]
+        return lambda: {
+            "pixel_values": torch.stack([each.result() for each in pending]),
+            **self._options,
+        }
+
+
+class ClassBatches:
+    """Batches as a pure function of the step, the next step's images made while one is computed.
+
+    Args:
+        train: Training rows.
+        plan: Which rows each step takes.
+        collator: Makes inputs of rows.
+        validation: Validation rows, or None.
+        rank: This process.
+        eval_batch_size: Validation rows in one forward pass.
+    """
+
+    def __init__(
+        self,
+        train: ClassRows,
+        plan: StepPlan,
+        collator: Collator,
+        *,
+        validation: ClassRows | None,
+        rank: int,
+        eval_batch_size: int,
+    ) -> None:
+        self.num_steps = plan.num_steps
+        self._train = train
+        self._plan = plan
+        self._collator = collator
+        self._validation = validation
+        self._rank = rank
+        self._eval_batch_size = eval_batch_size
+        self._ahead: dict[int, list[Callable[[], ClassBatch]]] = {}
+
+    def micro_batches(self, step: int) -> Iterator[ClassBatch]:
+        """Give this process's batches of one optimizer step."""
+        pending = self._ahead.pop(step, None) or self._submit(step)
+        self._ahead.clear()
+        if step + 1 < self.num_steps:
+            self._ahead[step + 1] = self._submit(step + 1)
+        for make in pending:
+            yield make()
+
+    def rows_at(self, step: int) -> Iterator[dict[str, Any]]:
+        """Give this process's rows of one optimizer step, as a file of skipped rows shows them."""
+        for numbers in self._plan.step_indices(step, self._train.lengths)[self._rank]:
+            for number in numbers:
+                yield {
+                    "row": number,
+                    "input": show_input(self._train.shown[number]),
+                    "label": self._train.labels[number].item(),
+                }
+
+    def num_label_tokens(self, step: int) -> int:
+        """Count the labels of one optimizer step over all processes: one a row."""
+        return len(self._plan.global_batch(step))
+
+    def num_tokens(self, step: int) -> int:
+        """Count the tokens, or patches, of one optimizer step over all processes."""
+        return int(self._train.lengths[self._plan.global_batch(step)].sum())
+
+    def epoch_at(self, step: int) -> float:
+        """Tell how many passes over the data `step` steps make."""
+        return self._plan.epoch_of(step)
+
+    def validation_batches(self) -> Iterator[ClassBatch]:
+        """Give this process's share of the validation rows, longest first."""
+        if self._validation is None:
+            return
+        yield from iterate_batches(
+            self._validation,
+            self._collator,
+            batch_size=self._eval_batch_size,
+            rank=self._rank,
+            world_size=self._plan.world_size,
+        )
+
+    def waste(self) -> dict[str, Any]:
+        """Count the share of positions without a token; rows are not packed, heads see rows."""
+        order = self._plan.epoch_order(0)
+        lengths = self._train.lengths
+        positions = self._plan.count_positions(lengths)
+        return {
+            "padding_share": 1 - int(lengths[order].sum()) / positions,
+            "packed_sequences": None,
+            "head_share": len(order) / positions,
+        }
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Give nothing: a step's rows follow from its number."""
+        return {}
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        """Do nothing: a step's rows follow from its number."""
+
+    def _submit(self, step: int) -> list[Callable[[], ClassBatch]]:
+        micro = self._plan.step_indices(step, self._train.lengths)[self._rank]
+        # A row's crop and flip hang on the run's seed and the step alone: a run that goes on, or
+        # is cut into other batches, sees the same pictures.
+        seeds = (self._plan.seed, step)
+        return [
+            submit_batch(self._train, self._collator, numbers, seeds)
+            for numbers in micro
+            if numbers
+        ]
+
+
+def submit_batch(
+    rows: ClassRows, collator: Collator, numbers: Sequence[int], seeds: Sequence[int] | None
+) -> Callable[[], ClassBatch]:
+    """Begin to make a batch.
+
+    Args:
+        rows: The split.
+        collator: Makes inputs of rows.
+        numbers: Which rows.
+        seeds: As for `Collator.submit`.
+
+    Returns:
+        A function that gives the batch once it is made.
+    """
+    make = collator.submit(rows, numbers, seeds)
+    labels = torch.from_numpy(rows.labels[list(numbers)])
+    num_tokens = int(rows.lengths[list(numbers)].sum())
+    return lambda: ClassBatch(make(), labels, list(numbers), num_tokens)
+
+
+def iterate_batches(
+    rows: ClassRows, collator: Collator, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[ClassBatch]:
+    """Give a process's share of rows to be scored, longest first, one batch made ahead.
+
+    Args:
+        rows: The split.
+        collator: Makes inputs of rows.
+        batch_size: Rows of one batch.
+        rank: This process.
+        world_size: Processes.
+
+    Yields:
+        The batches.
+    """
+    mine = np.argsort(-rows.lengths, kind="stable")[rank::world_size].tolist()
+    starts = range(0, len(mine), batch_size)
+    ahead: Callable[[], ClassBatch] | None = None
+    for start in starts:
+        make = submit_batch(rows, collator, mine[start : start + batch_size], None)
+        if ahead is not None:
+            yield ahead()
+        ahead = make
+    if ahead is not None:
+        yield ahead()
+
+
+def show_input(value: Any) -> Any:
+    """Give what JSON can hold of a row's input: its texts, or its image's path."""
+    if isinstance(value, bytes):
+        return f"an image of {len(value)} bytes"
+    if isinstance(value, tuple):
+        return [text for text in value if text is not None]
+    return str(value)

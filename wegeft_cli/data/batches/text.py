@@ -1,0 +1,314 @@
+"""The training loop's source of batches: a data set, a plan of steps, and this process's share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
+from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
+from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.text.dataset import PreparedData
+from wegeft_cli.data.text.encode import EncodedDataset
+from wegeft_cli.data.text.streaming import Row, RowStream, open_stream
+from wegeft_cli.recipe.load import LoadedRecipe
+from wegeft_cli.recipe.schema import Recipe
+
+
+class PlannedBatches:
+    """Batches as a pure function of the step.
+
+    Args:
+        train: Training rows.
+        plan: Which rows each step takes; which packs, where rows are packed.
+        packs: Rows of each pack; None takes the rows one by one, padded. Validation rows are never
+            packed.
+        flat: Lay a batch's packs into one sequence.
+        validation: Validation rows, or None.
+        rank: This process.
+        eval_batch_size: Validation rows in one forward pass.
+        pad_token_id: What fills up short rows.
+    """
+
+    def __init__(
+        self,
+        train: EncodedDataset,
+        plan: StepPlan,
+        *,
+        packs: Sequence[Sequence[int]] | None = None,
+        flat: bool = False,
+        validation: EncodedDataset | None,
+        rank: int,
+        eval_batch_size: int,
+        pad_token_id: int,
+    ) -> None:
+        self.num_steps = plan.num_steps
+        self._train = train
+        self._lengths = train.lengths
+        self._label_counts = train.label_counts
+        if packs is not None:
+            self._lengths = sum_packs(self._lengths, packs)
+            self._label_counts = sum_packs(self._label_counts, packs)
+        self._plan = plan
+        self._packs = packs
+        self._flat = flat
+        self._validation = validation
+        self._rank = rank
+        self._eval_batch_size = eval_batch_size
+        self._pad_token_id = pad_token_id
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Give this process's batches of one optimizer step."""
+        for numbers in self._plan.step_indices(step, self._lengths)[self._rank]:
+            if numbers:
+                yield self._collate_train(numbers)
+
+    def rows_at(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Give this process's rows of one optimizer step: number, ids and label mask of each."""
+        for numbers in self._plan.step_indices(step, self._lengths)[self._rank]:
+            for number in numbers:
+                for row in [number] if self._packs is None else self._packs[number]:
+                    yield (row, *self._train.row(row))
+
+    def num_label_tokens(self, step: int) -> int:
+        """Count the labelled tokens of one optimizer step over all processes."""
+        return int(self._label_counts[self._plan.global_batch(step)].sum())
+
+    def num_tokens(self, step: int) -> int:
+        """Count the tokens of one optimizer step over all processes, padding excluded."""
+        return int(self._lengths[self._plan.global_batch(step)].sum())
+
+    def epoch_at(self, step: int) -> float:
+        """Tell how many passes over the data `step` steps make."""
+        return self._plan.epoch_of(step)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Give this process's share of the validation rows, longest first."""
+        if self._validation is None:
+            return
+        order = np.argsort(-self._validation.lengths, kind="stable")
+        mine = order[self._rank :: self._plan.world_size]
+        for start in range(0, len(mine), self._eval_batch_size):
+            rows = mine[start : start + self._eval_batch_size].tolist()
+            yield self._collate(self._validation, rows)
+
+    def waste(self) -> dict[str, Any]:
+        """Count what one epoch computes for nothing, without building its batches.
+
+        Returns:
+            `padding_share`: positions that hold no token, of all; `packed_sequences`: the number of
+            packs, None without packing; `head_share`: positions that the output head computes, of
+            all.
+        """
+        order = self._plan.epoch_order(0)
+        num_tokens = int(self._lengths[order].sum())
+        positions = num_tokens
+        if self._packs is None or not self._flat:
+            positions = self._plan.count_positions(self._lengths)
+        return {
+            "padding_share": 1 - num_tokens / positions,
+            "packed_sequences": None if self._packs is None else len(self._packs),
+            "head_share": int(self._label_counts[order].sum()) / positions,
+        }
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Give nothing: a step's rows follow from its number."""
+        return {}
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        """Do nothing: a step's rows follow from its number."""
+
+    def _collate_train(self, numbers: list[int]) -> Batch:
+        if self._packs is None:
+            return self._collate(self._train, numbers)
+        packs = [[self._train.row(row) for row in self._packs[number]] for number in numbers]
+        return collate_packs(packs, pad_token_id=self._pad_token_id, flat=self._flat)
+
+    def _collate(self, dataset: EncodedDataset, rows: list[int]) -> Batch:
+        return collate_rows([dataset.row(i) for i in rows], pad_token_id=self._pad_token_id)
+
+
+def build_source(
+    recipe: Recipe, data: PreparedData, plan: StepPlan, *, rank: int, pad_token_id: int
+) -> PlannedBatches:
+    """Build the batches of a run whose rows are all at hand.
+
+    Args:
+        recipe: The recipe.
+        data: Its tokenised rows.
+        plan: What `build_step_plan` made of both.
+        rank: This process.
+        pad_token_id: What fills up short rows.
+
+    Returns:
+        The batches of this process.
+    """
+    return PlannedBatches(
+        data.train,
+        plan,
+        packs=data.packs,
+        flat=lays_packs_flat(recipe),
+        validation=data.validation,
+        rank=rank,
+        eval_batch_size=recipe.train.per_device_eval_batch_size,
+        pad_token_id=pad_token_id,
+    )
+
+
+class StreamedBatches:
+    """Batches of a stream, one step after the other; the steps behind are forgotten.
+
+    Every process reads the whole stream and takes its rows of each global batch, cut by length as
+    those of planned batches are. Where a pass over unweighted sources ends, a step takes what is
+    left of it.
+
+    Args:
+        stream: The training rows.
+        plan: Sizes of a step, and how many steps there are.
+        first: The batches of the stream's first rows as if they were all: they hold the validation
+            rows, and stand for the others where padding is estimated.
+        num_first: How many rows those are.
+        rank: This process.
+        pad_token_id: What fills up short rows.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        plan: StepPlan,
+        *,
+        first: PlannedBatches,
+        num_first: int,
+        rank: int,
+        pad_token_id: int,
+    ) -> None:
+        self.num_steps = plan.num_steps
+        self._stream = stream
+        self._plan = plan
+        self._first = first
+        self._num_first = num_first
+        self._rank = rank
+        self._pad_token_id = pad_token_id
+        self._step = -1
+        self._rows: list[Row] = []
+        # Where the stream stands before each step that can still be asked about, and passes done.
+        self._places = {0: (stream.state(), stream.num_passes)}
+
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """Give this process's batches of one optimizer step."""
+        for rows in self._shares(step):
+            if rows:
+                yield collate_rows(rows, pad_token_id=self._pad_token_id)
+
+    def rows_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+        """Give this process's rows of the step under way: no number, ids and label mask of each."""
+        for rows in self._shares(step):
+            yield from ((None, ids, mask) for ids, mask in rows)
+
+    def num_label_tokens(self, step: int) -> int:
+        """Count the labelled tokens of one optimizer step over all processes."""
+        return sum(int(mask.sum()) for _, mask in self._rows_of(step))
+
+    def num_tokens(self, step: int) -> int:
+        """Count the tokens of one optimizer step over all processes, padding excluded."""
+        return sum(len(ids) for ids, _ in self._rows_of(step))
+
+    def epoch_at(self, step: int) -> float:
+        """Tell how many whole passes over the data were done when the last row was read.
+
+        What part of a pass `step` steps make is not known: a stream's length is not.
+        """
+        return float(self._place(step)[1])
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Give this process's share of the validation rows, longest first."""
+        return self._first.validation_batches()
+
+    def waste(self) -> dict[str, Any]:
+        """Estimate what is computed for nothing, as `PlannedBatches.waste`, by the first rows.
+
+        `estimated_from_rows` tells by how many: rows as they stand, whatever the sources' weights.
+        """
+        return {**self._first.waste(), "estimated_from_rows": self._num_first}
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Give where the stream stands before a step: the next one, or the one under way."""
+        return self._place(step)[0]
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        """Go to where another run's stream stood before a step.
+
+        Args:
+            step: The step that comes next.
+            state: What `state_at` gave for it.
+        """
+        if state:
+            self._stream.seek(state)
+        self._step, self._rows = step - 1, []
+        self._places = {step: (self._stream.state(), self._stream.num_passes)}
+
+    def _place(self, step: int) -> tuple[dict[str, Any], int]:
+        if step not in self._places:
+            raise ValueError(f"a stream at step {self._step} does not know step {step}")
+        return self._places[step]
+
+    def _shares(self, step: int) -> list[list[Row]]:
+        """This process's rows of a step, by micro-batch."""
+        rows = self._rows_of(step)
+        lengths = np.array([len(ids) for ids, _ in rows])
+        alone = replace(
+            self._plan, num_rows=len(rows), shuffle=False, max_steps=1, group_lengths=None
+        )
+        shares = alone.step_indices(0, lengths)[self._rank]
+        return [[rows[i] for i in numbers] for numbers in shares]
+
+    def _rows_of(self, step: int) -> list[Row]:
+        """The rows of the step under way, or of the next one, which then is."""
+        if step == self._step + 1:
+            self._rows = self._stream.take(self._plan.global_batch_size)
+            self._step = step
+            here = self._places[step]
+            self._places = {step: here, step + 1: (self._stream.state(), self._stream.num_passes)}
+        if step != self._step or not self._rows:
+            raise ValueError(f"a stream at step {self._step} has no rows of step {step}")
+        return self._rows
+
+
+def build_streamed_source(
+    loaded: LoadedRecipe,
+    tokenizer: Any,
+    data: PreparedData,
+    plan: StepPlan,
+    *,
+    rank: int,
+    pad_token_id: int,
+) -> StreamedBatches:
+    """Build the batches of a recipe with `data.streaming`.
+
+    Args:
+        loaded: The recipe.
+        tokenizer: The model's tokenizer.
+        data: What `build_datasets` made of the first rows.
+        plan: What `build_step_plan` made of both.
+        rank: This process.
+        pad_token_id: What fills up short rows.
+
+    Returns:
+        The batches of this process.
+
+    Raises:
+        UserError: If a source cannot be streamed.
+        ExceptionGroup: If there are several such faults.
+    """
+    recipe = loaded.recipe
+    return StreamedBatches(
+        open_stream(recipe.data, tokenizer, loaded.path.parent, recipe.seed),
+        plan,
+        first=build_source(recipe, data, plan, rank=rank, pad_token_id=pad_token_id),
+        num_first=len(data.train),
+        rank=rank,
+        pad_token_id=pad_token_id,
+    )

@@ -1,0 +1,229 @@
+"""Row formats: which columns a row must have, and how named corpora filter and read theirs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wegeft_cli.data.sources.messages import (
+    check_text,
+    join_conversations,
+    read_conversation,
+    read_tools,
+)
+from wegeft_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The published selection of a corpus: which rows, how many of them, what of each.
+
+    Args:
+        keeps: Whether a row is used at all.
+        instruction: The column that asks.
+        shorten: The part of the row that is learned.
+        length_below: Rows of so many tokens or more are left out (before EOS, BOS counted).
+        num_train: The first so many rows that remain are trained on, in file order.
+        num_validation: The next so many are for validation.
+    """
+
+    keeps: Callable[[Mapping[str, str]], bool]
+    instruction: str
+    shorten: Callable[[Mapping[str, str]], str]
+    length_below: int
+    num_train: int
+    num_validation: int
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The fields of a row, and the template that `auto` gives it.
+
+    Args:
+        required: Fields that every row has.
+        template: What `auto` is for it; for conversations always the chat template.
+        optional: Fields that a row may have.
+        corpus: The published selection, of a named corpus.
+        others: (field, another name under which files have it).
+    """
+
+    required: tuple[str, ...]
+    template: str
+    optional: tuple[str, ...] = ()
+    corpus: Corpus | None = None
+    others: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields, the required ones first."""
+        return self.required + self.optional
+
+    def find_columns(self, columns: Collection[str], renames: Mapping[str, str]) -> dict[str, str]:
+        """Complete the renames by the other names of fields that are not there."""
+        found = {
+            field: other
+            for field, other in self.others
+            if field not in columns and other in columns
+        }
+        return {**found, **renames}
+
+
+def _first_code_block(row: Mapping[str, str]) -> str:
+    """The answer up to and with its first fenced block."""
+    return "```".join(row["answer"].split("```")[:2]) + "```"
+
+
+def _is_helpful(row: Mapping[str, str]) -> bool:
+    output = row["output"].lower()
+    return "sorry" not in output and "as an ai" not in output
+
+
+FORMATS: dict[str, RowFormat] = {
+    # In the order of detection.
+    "messages": RowFormat(("messages",), "chat", ("tools",)),
+    "conversations": RowFormat(
+        ("conversations",), "chat", ("system", "tools"), others=(("conversations", "conversation"),)
+    ),
+    "instruction": RowFormat(("instruction", "output"), "alpaca", ("input",)),
+    "prompt_completion": RowFormat(("prompt", "completion"), "plain"),
+    "text": RowFormat(("text",), "plain"),
+    # The filters and sizes of the LoRA-GA code base, whose loaders do not shuffle.
+    "metamath": RowFormat(
+        ("query", "response", "type"),
+        "metamath",
+        corpus=Corpus(
+            lambda row: "GSM" in row["type"],
+            "query",
+            lambda row: row["response"].split("\nThe answer is:")[0],
+            512,
+            100_000,
+            10_000,
+        ),
+    ),
+    "codefeedback": RowFormat(
+        ("query", "answer"),
+        "lora_ga",
+        corpus=Corpus(
+            lambda row: "```" in row["answer"], "query", _first_code_block, 1024, 100_000, 10_000
+        ),
+    ),
+    "wizardlm": RowFormat(
+        ("instruction", "output"),
+        "lora_ga",
+        corpus=Corpus(_is_helpful, "instruction", lambda row: row["output"], 1024, 52_000, 18_000),
+    ),
+}
+"""Every row format by name."""
+
+
+def find_format(name: str, columns: Collection[str], renames: Mapping[str, str]) -> str:
+    """Settle a source's row format and check that its columns are there.
+
+    Args:
+        name: A name out of `FORMATS`, or `auto`.
+        columns: Column names of the source.
+        renames: The format's field -> the source's column.
+
+    Returns:
+        The format's name.
+
+    Raises:
+        UserError: If the name is unknown, no format fits, or a rename names what does not exist;
+            `key` is relative to the source (`format`, `columns`).
+    """
+    found = f"columns found: {', '.join(columns)}"
+    for field, column in renames.items():
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f"did you mean {near[0]}?" if near else None
+            raise UserError(
+                f"no column {column!r} to read as `{field}`; {found}", key="columns", hint=hint
+            )
+    if name == "auto":
+        fitting = [
+            key
+            for key, form in FORMATS.items()
+            if form.corpus is None
+            and {*columns, *form.find_columns(columns, renames)}.issuperset(form.required)
+        ]
+        # A format whose fields the renames name is the one that is meant.
+        fitting.sort(key=lambda key: not set(renames).issubset(FORMATS[key].fields))
+        if not fitting:
+            raise UserError(
+                f"no row format fits; {found}",
+                key="columns",
+                hint="say which columns to read, e.g. columns: {prompt: question, completion: "
+                "answer}, or set `format`",
+            )
+        name = fitting[0]
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        raise UserError(
+            f"no row format {name!r}; there are auto, {', '.join(FORMATS)}",
+            key="format",
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+    foreign = [field for field in renames if field not in FORMATS[name].fields]
+    if foreign:
+        raise UserError(
+            f"format {name} has no field {foreign[0]!r}; its fields are "
+            f"{', '.join(FORMATS[name].fields)}",
+            key="columns",
+        )
+    return name
+
+
+def read_row(
+    row: Mapping[str, Any], row_format: RowFormat, renames: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Check a row and keep its format's fields.
+
+    Args:
+        row: The row as the file has it.
+        row_format: What it must hold.
+        renames: The format's field -> the file's column.
+
+    Returns:
+        The fields under the format's names (a corpus row as instruction and output; every
+        conversation as `messages`, and `learned` and `tools` where it has them), or none if the
+        corpus leaves the row out.
+
+    Raises:
+        UserError: If a field is missing, null or of a wrong type.
+    """
+    given: dict[str, tuple[str, Any]] = {}
+    for name in row_format.fields:
+        column = renames.get(name, name)
+        value = row.get(column)
+        if value is not None:
+            given[name] = column, value
+        elif name in row_format.required:
+            if column in row:
+                raise UserError(f"`{column}` is null")
+            raise UserError(f"no `{column}`; the row has {', '.join(row) or 'no fields'}")
+    if row_format.template == "chat" or isinstance(given.get("prompt", ("", ""))[1], list):
+        return _read_talk(given)
+    fields = {name: check_text(column, value) for name, (column, value) in given.items()}
+    corpus = row_format.corpus
+    if corpus is None:
+        return fields
+    if not corpus.keeps(fields):
+        return None
+    return {"instruction": fields[corpus.instruction], "output": corpus.shorten(fields)}
+
+
+def _read_talk(given: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    if "prompt" in given:
+        return join_conversations(given["prompt"][1], given["completion"][1])
+    name = "messages" if "messages" in given else "conversations"
+    talk = read_conversation(*given[name])
+    if "system" in given:
+        system = check_text(*given["system"])
+        if system.strip() and talk["messages"][0]["role"] != "system":
+            talk["messages"].insert(0, {"role": "system", "content": system})
+            if "learned" in talk:
+                talk["learned"].insert(0, None)
+    tools = read_tools(*given["tools"]) if "tools" in given else []
+    return {**talk, "tools": tools} if tools else talk

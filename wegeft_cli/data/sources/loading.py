@@ -1,0 +1,280 @@
+"""Rows come from a file, a folder or the hub: all at once, or one after the other."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.sources.files import KINDS, find_kind, find_suffix
+from wegeft_cli.data.sources.hub import open_hub
+from wegeft_cli.errors import MachineError, UserError, raise_all
+from wegeft_cli.recipe.schema import DataSource
+
+MAX_FAULTS = 5
+"""So many bad rows of one source are told at a time."""
+
+_SHARD = re.compile(r"-\d+-of-\d+")
+_HASH_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a source, in their order.
+
+    Args:
+        rows: One dict per row.
+        origin: The file or folder read, or the hub id with its split.
+        sha256: Digest of the local bytes; none for the hub.
+        parts: (first row, file name, line numbers or none) of each file.
+    """
+
+    rows: list[dict[str, Any]]
+    origin: str
+    sha256: str | None
+    parts: tuple[tuple[int, str, Sequence[int] | None], ...]
+
+    def place(self, index: int) -> str:
+        """Where the row stands: `file:line`, or `file: row N`, both counted from 1."""
+        starts = [start for start, _, _ in self.parts]
+        start, file, lines = self.parts[bisect.bisect_right(starts, index) - 1]
+        if lines is None:
+            return f"{file}: row {index - start + 1}"
+        return f"{file}:{lines[index - start]}"
+
+
+@dataclass
+class _Part:
+    """Rows of one file, and where there are lines those in which they stand."""
+
+    file: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[int] | None = None
+
+
+def load_rows(source: DataSource, *, recipe_dir: Path | None) -> Rows:
+    """Read the rows of a source.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe; relative paths are tried there after the working folder.
+
+    Returns:
+        At least one row, at most `source.limit`.
+
+    Raises:
+        UserError: If nothing is there, or what is there cannot be read; with file and line.
+        ExceptionGroup: If several rows are bad.
+    """
+    files = find_files(source, recipe_dir)
+    rows = _load_hub(source, recipe_dir) if files is None else _load_files(files, source)
+    if not rows.rows:
+        raise UserError("there are no rows", file=rows.origin)
+    return rows
+
+
+def stream_rows(
+    source: DataSource, *, recipe_dir: Path | None, skip: int = 0
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Read the rows of a source one after the other; what lies behind is forgotten.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+        skip: So many first rows are only counted.
+
+    Yields:
+        Where the row stands, and the row; None in its place for one that was only counted.
+
+    Raises:
+        UserError: If nothing is there, it cannot be read row by row, or a row is bad.
+        MachineError: If the hub breaks off.
+    """
+    files = find_files(source, recipe_dir)
+    rows = _stream_hub(source, recipe_dir, skip) if files is None else _stream_files(files, skip)
+    yield from itertools.islice(rows, source.limit)
+
+
+def digest_source(source: DataSource, *, recipe_dir: Path | None) -> str | None:
+    """Tell what a source holds without turning it into rows.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+
+    Returns:
+        The digest that `load_rows` gives local files; of a hub data set the fingerprint of the
+        version on this machine, or None if it has none.
+
+    Raises:
+        UserError: If nothing is there, or it cannot be read.
+    """
+    files = find_files(source, recipe_dir)
+    if files is None:
+        table, _ = open_hub(source, recipe_dir)
+        fingerprint = getattr(table, "_fingerprint", None)
+        return f"{fingerprint} {len(table)}" if fingerprint else None
+    digests = []
+    for file in files:
+        digest = hashlib.sha256()
+        with _opened(file) as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        digests.append(digest.hexdigest())
+    return _join_digests(digests)
+
+
+def find_local(path: str, recipe_dir: Path | None) -> Path | None:
+    """Find a path from the working folder, then from the recipe's; none if it is in neither."""
+    given = Path(path).expanduser()
+    for folder in (Path(), recipe_dir):
+        if folder is not None and path and (folder / given).exists():
+            return folder / given
+    return None
+
+
+def find_files(source: DataSource, recipe_dir: Path | None) -> list[Path] | None:
+    """The local files of a source in their order; none if it is not on this machine.
+
+    Args:
+        source: The recipe's entry.
+        recipe_dir: Folder of the recipe, as in `load_rows`.
+
+    Returns:
+        The file, or those of the folder's split.
+
+    Raises:
+        UserError: If the folder does not hold the split, or holds it twice.
+    """
+    local = find_local(source.path, recipe_dir)
+    if local is None:
+        return None
+    return _split_files(local, source.split) if local.is_dir() else [local]
+
+
+def _opened(file: Path) -> io.BufferedReader:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", file=str(file)) from error
+
+
+def _load_files(files: Sequence[Path], source: DataSource) -> Rows:
+    parts: list[_Part] = []
+    digests: list[str] = []
+    remaining = source.limit
+    for file in files:
+        with _opened(file) as stream:
+            data = stream.read()
+        digests.append(hashlib.sha256(data).hexdigest())
+        parts.append(_load_part(file, data, remaining))
+        if remaining is not None:
+            remaining -= len(parts[-1].rows)
+    starts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
+    return Rows(
+        [row for part in parts for row in part.rows],
+        str(files[0] if len(files) == 1 else files[0].parent),
+        _join_digests(digests),
+        tuple((start, part.file, part.lines) for start, part in zip(starts, parts, strict=False)),
+    )
+
+
+def _load_part(file: Path, data: bytes, limit: int | None) -> _Part:
+    kind = find_kind(file)
+    part = _Part(str(file), lines=[] if kind.has_lines else None)
+    faults: list[UserError] = []
+    rows = kind.read(io.BytesIO(data), str(file), 0)
+    while len(part.rows) != limit and len(faults) < MAX_FAULTS:
+        row = next(rows, None)
+        if row is None:
+            break
+        if isinstance(row.value, UserError):
+            faults.append(row.value)
+        elif row.value is not None:
+            part.rows.append(row.value)
+            if part.lines is not None:
+                part.lines.append(row.number)
+    raise_all(faults)
+    return part
+
+
+def _stream_files(files: Sequence[Path], skip: int) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    for file in files:
+        kind = find_kind(file)
+        if not kind.can_stream:
+            raise UserError(
+                "a JSON list is read as a whole and cannot be streamed",
+                file=str(file),
+                hint="write it as JSONL, one object per line",
+            )
+        with _opened(file) as stream:
+            for row in kind.read(stream, str(file), skip):
+                if isinstance(row.value, UserError):
+                    raise row.value
+                skip -= row.value is None
+                yield kind.place(str(file), row.number), row.value
+
+
+def _join_digests(digests: Sequence[str]) -> str:
+    """One file's digest is its own; several are told by the digest of their digests, in order."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The files of one split: `train.json`, or shards as `train-00000-of-00002.parquet`."""
+    readable = sorted(file for file in folder.iterdir() if find_suffix(file) in KINDS)
+    chosen = []
+    for file in readable:
+        stem = file.name.removesuffix(find_suffix(file))
+        if stem == split or (stem.startswith(split) and _SHARD.fullmatch(stem.removeprefix(split))):
+            chosen.append(file)
+    if not chosen:
+        names = ", ".join(file.name for file in readable) or "none that can be read"
+        raise UserError(
+            f"no file for the split {split!r}; files found: {names}",
+            file=str(folder),
+            hint="set `split`, or name the file itself in `path`",
+        )
+    kinds = {find_suffix(file) for file in chosen}
+    if len(kinds) > 1:
+        raise UserError(
+            f"the split {split!r} is there more than once: "
+            f"{', '.join(file.name for file in chosen)}",
+            file=str(folder),
+            hint="name the file itself in `path`",
+        )
+    return chosen
+
+
+def _load_hub(source: DataSource, recipe_dir: Path | None) -> Rows:
+    table, origin = open_hub(source, recipe_dir)
+    if source.limit is not None:
+        table = table.select(range(min(source.limit, len(table))))
+    return Rows(table.to_list(), origin, None, ((0, origin, None),))
+
+
+def _stream_hub(
+    source: DataSource, recipe_dir: Path | None, skip: int
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    table, origin = open_hub(source, recipe_dir, streaming=True)
+    rows = iter(table)
+    for number in itertools.count(1):
+        try:
+            row = next(rows, None)
+        except Exception as error:  # whatever the network and the loader meet on the way
+            raise MachineError(
+                f"the hub data set broke off at row {number}: {error}",
+                file=origin,
+                hint="go on with --resume auto when the hub can be reached",
+            ) from error
+        if row is None:
+            return
+        yield f"{origin}: row {number}", None if number <= skip else dict(row)

@@ -1,0 +1,1 @@
+"""Text rows: templates, tokens, masks, caching and streaming."""

@@ -1,0 +1,143 @@
+"""Chat templates become renderers: the tokenizer's own, or a user's Jinja file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.text.chat_rendering import ApplyChatTemplate
+from wegeft_cli.data.text.templates import CHAT, is_template_file, template_hash
+from wegeft_cli.errors import UserError
+
+_MARK = "answer"
+
+
+class Template(NamedTuple):
+    """A template ready to use.
+
+    Args:
+        name: As the recipe has it.
+        digest: Its fingerprint.
+        apply: The renderer, if it is for conversations.
+        text: Its Jinja text, if it is for conversations; of several named ones all, as JSON.
+    """
+
+    name: str
+    digest: str
+    apply: ApplyChatTemplate | None
+    text: str | None = None
+
+    @property
+    def tells_the_day(self) -> bool:
+        """Whether it can write today's date, so that the same row reads otherwise tomorrow."""
+        return self.text is not None and "strftime_now" in self.text
+
+
+def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Template:
+    """Make a template ready.
+
+    Args:
+        name: A name out of `TEMPLATES`, or the path of a Jinja file.
+        tokenizer: Renders conversations, in transformers' sandboxed Jinja.
+        recipe_dir: Folder of the recipe, for relative paths.
+
+    Returns:
+        The template; its renderer is none where no conversation is written.
+
+    Raises:
+        UserError: If the file cannot be read, or the tokenizer has no chat template.
+    """
+    text = None
+    if is_template_file(name):
+        text = _read_template(name, recipe_dir)
+    elif name != CHAT:
+        return Template(name, template_hash(name), None)
+    elif not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template",
+            key="data.template",
+            hint="use an instruction-tuned model's tokenizer, or data.template: my.jinja",
+        )
+    shown = tokenizer.chat_template if text is None else text
+    if not isinstance(shown, str):
+        # Of named templates each row takes its own: those with tools `tool_use`.
+        shown = json.dumps(shown, sort_keys=True)
+    return Template(name, template_hash(shown), _build_chat_renderer(tokenizer, text, name), shown)
+
+
+def find_turn_ends(template: Template, tokenizer: Any) -> list[int]:
+    """Find what a chat template closes the assistant's turn with.
+
+    Some tokenizers name another token as their end of text: Gemma's turns end in `<end_of_turn>`,
+    Llama 3's in `<|eot_id|>`.
+
+    Args:
+        template: A template; one that writes no conversations has no turns.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        The special token behind the answer, if there is one.
+    """
+    if template.apply is None:
+        return []
+    asked = {"role": "user", "content": "question"}
+    try:
+        text = template.apply([asked, {"role": "assistant", "content": _MARK}], False)
+    except UserError:
+        return []
+    tail = tokenizer(text.rpartition(_MARK)[2], add_special_tokens=False)["input_ids"]
+    added = tokenizer.added_tokens_decoder
+    return [token for token in tail[:1] if token in added and added[token].special]
+
+
+def _read_template(name: str, recipe_dir: Path | None) -> str:
+    file = find_local(name, recipe_dir)
+    if file is None:
+        raise UserError(f"no such template file: {name!r}", key="data.template")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the template cannot be read: {error}", file=str(file), key="data.template"
+        ) from error
+
+
+def _build_chat_renderer(tokenizer: Any, text: str | None, name: str) -> ApplyChatTemplate:
+    import jinja2
+
+    def apply(
+        messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
+    ) -> str:
+        try:
+            template = tokenizer.get_chat_template(text, tools)
+        except ValueError as error:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(
+                f"of the tokenizer's chat templates ({names}) none is for a conversation "
+                f"{'with' if tools else 'without'} tools: there is no `default`",
+                key="data.template",
+                hint="write one as data.template: my.jinja",
+            ) from error
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not Jinja: {error.message}",
+                file=f"{name}:{error.lineno}",
+                key="data.template",
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            # What a template finds wrong with a conversation, or stumbles over.
+            raise UserError(f"the chat template refuses the conversation: {error}") from error
+        return rendered
+
+    return apply

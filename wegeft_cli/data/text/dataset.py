@@ -1,0 +1,434 @@
+"""The recipe's data section becomes tokenised data sets and a report of what became of the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wegeft_cli.data.batches.mixture import Mixture
+from wegeft_cli.data.batches.packing import pack_rows
+from wegeft_cli.data.sources.files import find_suffix
+from wegeft_cli.data.sources.loading import MAX_FAULTS, Rows, digest_source, find_files, load_rows
+from wegeft_cli.data.text.cache import (
+    DamagedEntryError,
+    build_key,
+    discard_entry,
+    read_entry,
+    write_entry,
+)
+from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_template import Template, build_template
+from wegeft_cli.data.text.encode import (
+    EncodedDataset,
+    EncodeReport,
+    concatenate_datasets,
+    encode_rows,
+)
+from wegeft_cli.data.text.row_renderer import SourceForm, add_key, build_form
+from wegeft_cli.data.text.statistics import DataReport, SourceReport, build_report, list_reasons
+from wegeft_cli.data.text.streaming import RowStream, open_source
+from wegeft_cli.data.text.templates import AUTO, CHAT, check_template, is_template_file
+from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.recipe.schema import DataSection, DataSource
+
+NUM_LOOKED_AT = 1000
+"""So many rows of a stream are looked at before training."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows and what became of them.
+
+    Args:
+        train: Training rows; of a stream its first ones, which stand for the others where lengths
+            are estimated.
+        validation: Validation rows, if there are any.
+        report: What became of the rows.
+        mixture: Which training rows an epoch takes, if the sources have weights and are not
+            streamed.
+        sources: What became of each training source's rows.
+        packs: With `data.packing`, the numbers of each pack's training rows.
+    """
+
+    train: EncodedDataset
+    validation: EncodedDataset | None
+    report: DataReport
+    mixture: Mixture | None = None
+    sources: tuple[SourceReport, ...] = ()
+    packs: list[list[int]] | None = None
+
+
+def build_datasets(
+    section: DataSection,
+    *,
+    tokenizer: Any,
+    recipe_dir: Path | None,
+    need_validation: bool = True,
+) -> PreparedData:
+    """Read, render and tokenise the recipe's data; of a stream, its first rows.
+
+    Args:
+        section: The recipe's `data`.
+        tokenizer: The model's tokenizer.
+        recipe_dir: Folder of the recipe, for relative paths.
+        need_validation: Whether validation rows are read at all; what `validation_fraction` holds
+            out stays out of training either way.
+
+    Returns:
+        The data sets and the report.
+
+    Raises:
+        UserError: If a source cannot be read or has nothing to learn, or a row is bad; with the
+            file, the row or line, and the key.
+        ExceptionGroup: If there are several such faults.
+    """
+    if not section.train:
+        raise UserError(
+            "no data to train on", key="data.train", hint="add an entry: - path: rows.jsonl"
+        )
+    check_template(section.template)
+    builder = Builder(section, tokenizer, build_encoder(tokenizer), recipe_dir)
+    groups = {"train": section.train, "validation": section.validation if need_validation else []}
+    parts: dict[str, list[Part]] = {"train": [], "validation": []}
+    faults: list[UserError] = []
+    for group, sources in groups.items():
+        for number, source in enumerate(sources):
+            key = f"data.{group}[{number}]"
+            try:
+                if section.streaming and group == "train":
+                    part = _look_at_stream(builder, source, key, NUM_LOOKED_AT // len(sources) + 1)
+                else:
+                    part = build_part(builder, source, group)
+            except* UserError as caught:
+                found = (each for each in caught.exceptions if isinstance(each, UserError))
+                faults += [add_key(fault, key) for fault in found]
+            else:
+                parts[group].append(part)
+    raise_all(faults)
+    train = concatenate_datasets([part.dataset for part in parts["train"]])
+    train, validation = _split_off(train, section.validation_fraction)
+    if parts["validation"]:
+        validation = concatenate_datasets([part.dataset for part in parts["validation"]])
+    if not need_validation:
+        validation = None
+    report = build_report(
+        train,
+        validation,
+        [part.report for part in parts["train"]],
+        [part.report for part in parts["validation"]],
+        max_length=section.max_length,
+    )
+    counts = [len(part.dataset) for part in parts["train"]]
+    mixture = None if section.streaming else _build_mixture(section, counts, len(train))
+    reports = tuple(part.report for part in parts["train"])
+    packs = None
+    if section.packing != "none":
+        packs = pack_rows(train.lengths, section.max_length)
+    return PreparedData(train, validation, report, mixture, reports, packs)
+
+
+def _look_at_stream(builder: Builder, source: DataSource, key: str, num_rows: int) -> Part:
+    """The first rows of a streamed source: enough to know its faults and its lengths."""
+    opened = open_source(
+        source,
+        builder.section,
+        tokenizer=builder.tokenizer,
+        recipe_dir=builder.recipe_dir,
+        key=key,
+    )
+    stream = RowStream(
+        [opened],
+        encoder=builder.encoder,
+        max_length=builder.section.max_length,
+        seed=0,
+        buffer_size=None,
+    )
+    rows = stream.take(num_rows)
+    dataset = EncodedDataset(
+        np.concatenate([ids for ids, _ in rows]),
+        np.concatenate([mask for _, mask in rows]),
+        np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
+    )
+    return Part(dataset, replace(opened.report(), notes=tell_day(opened.form)))
+
+
+def _split_off(
+    dataset: EncodedDataset, fraction: float
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Hold out the last floor(fraction x rows) rows."""
+    if fraction <= 0:
+        return dataset, None
+    # The decimal that the recipe shows: 0.29 x 100 is below 29 in binary.
+    held_out = math.floor(Fraction(str(fraction)) * len(dataset))
+    if not held_out:
+        raise UserError(
+            f"{fraction} of {len(dataset)} rows is no row",
+            key="data.validation_fraction",
+            hint="raise it, or set it to 0",
+        )
+    start = len(dataset) - held_out
+    return dataset.take(0, start), dataset.take(start, len(dataset))
+
+
+def _build_mixture(section: DataSection, counts: list[int], num_rows: int) -> Mixture | None:
+    """The mixture of weighted sources, of which the first `num_rows` rows are trained on."""
+    weights = [source.weight for source in section.train if source.weight is not None]
+    if not weights:
+        return None
+    kept = []
+    for number, count in enumerate(counts):
+        kept.append(min(count, num_rows))
+        num_rows -= kept[-1]
+        if not kept[-1]:
+            raise UserError(
+                f"{section.validation_fraction} of all rows takes every row of "
+                f"data.train[{number}], which has a weight",
+                key="data.validation_fraction",
+                hint="name validation rows in `data.validation`",
+            )
+    mixture = Mixture(tuple(kept), tuple(weights))
+    for number, quota in enumerate(mixture.quotas):
+        if not quota:
+            raise UserError(
+                f"{weights[number]} of {sum(weights):g} of {mixture.num_rows} rows is no row",
+                key=f"data.train[{number}].weight",
+                hint="raise it, or leave the source out",
+            )
+    return mixture
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, tokenised, and what became of its rows."""
+
+    dataset: EncodedDataset
+    report: SourceReport
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What all sources share.
+
+    Args:
+        section: The recipe's `data`.
+        tokenizer: The model's tokenizer.
+        encoder: What `build_encoder` made of it.
+        recipe_dir: Folder of the recipe, for relative paths.
+    """
+
+    section: DataSection
+    tokenizer: Any
+    encoder: Encoder
+    recipe_dir: Path | None
+
+
+def build_part(builder: Builder, source: DataSource, group: str) -> Part:
+    """Read, render and tokenise one source, or take it from the cache.
+
+    Args:
+        builder: What all sources share.
+        source: The recipe's entry.
+        group: train or validation.
+
+    Returns:
+        The tokenised source.
+
+    Raises:
+        UserError: If it cannot be read or has nothing to learn, or a row is bad; with the file, and
+            the row or line.
+        ExceptionGroup: If several rows are bad.
+    """
+    folder = builder.section.cache_dir
+    if folder is None:
+        return _encode_source(builder, source, group)
+    cache = Path(folder).expanduser()
+    notes: list[str] = []
+    digest = digest_source(source, recipe_dir=builder.recipe_dir)
+    if digest is None or not builder.tokenizer.is_fast:
+        reason = (
+            "the hub names no version of it"
+            if digest is None
+            else "the tokenizer is no fast one, so there is nothing to know it by"
+        )
+        notes.append(f"not kept in data.cache_dir: {reason}")
+        return _add_notes(_encode_source(builder, source, group), notes)
+    key = _find_key(builder, source, group, digest)
+    try:
+        entry = read_entry(cache, key)
+    except DamagedEntryError as error:
+        entry = None
+        discard_entry(cache, key)
+        notes.append(f"the rows kept in {cache / key} are damaged and are built anew: {error}")
+    if entry is not None:
+        facts = entry.facts
+        report = SourceReport(
+            source,
+            tuple(facts["template"]),
+            EncodeReport(**facts["encoded"]),
+            num_rows=facts["num_rows"],
+            sha256=facts["sha256"],
+            num_filtered=facts["num_filtered"],
+            from_cache=True,
+            notes=tuple(facts["notes"]),
+            places=_choose_places(facts["places"], source, builder.recipe_dir),
+        )
+        return Part(entry.dataset, report)
+    part = _encode_source(builder, source, group)
+    if part.report.sha256 is not None:
+        # Of the bytes that became these rows: the file may have changed since it was looked at.
+        key = _find_key(builder, source, group, part.report.sha256)
+    try:
+        write_entry(cache, key, part.dataset, _tell_facts(part.report))
+    except OSError as error:
+        notes.append(f"not kept in data.cache_dir: {error}")
+    return _add_notes(part, notes)
+
+
+def _add_notes(part: Part, notes: Sequence[str]) -> Part:
+    return Part(part.dataset, replace(part.report, notes=(*part.report.notes, *notes)))
+
+
+def _tell_facts(report: SourceReport) -> dict[str, Any]:
+    return {
+        "template": list(report.template),
+        "encoded": asdict(report.encoded),
+        "num_rows": report.num_rows,
+        "sha256": report.sha256,
+        "num_filtered": report.num_filtered,
+        "notes": list(report.notes),
+        "places": dict(report.places),
+    }
+
+
+def _choose_places(
+    places: Mapping[str, str], source: DataSource, recipe_dir: Path | None
+) -> dict[str, str]:
+    """Leave out places in files that have since moved: the cache knows files by what they hold."""
+    files = tuple(f"{file}:" for file in find_files(source, recipe_dir) or ())
+    return {fate: place for fate, place in places.items() if place.startswith(files)}
+
+
+def _find_key(builder: Builder, source: DataSource, group: str, digest: str) -> str:
+    files = find_files(source, builder.recipe_dir)
+    return build_key(
+        source,
+        builder.section,
+        digest=digest,
+        kinds=[] if files is None else [find_suffix(file) for file in files],
+        group=group,
+        tokenizer=builder.tokenizer,
+        chat=_find_chat_template(builder),
+    )
+
+
+def _find_chat_template(builder: Builder) -> Template | None:
+    """The template that the source's conversations would be written by, if it held any."""
+    name = builder.section.template
+    if name in (AUTO, CHAT) and builder.tokenizer.chat_template:
+        return build_template(CHAT, builder.tokenizer, builder.recipe_dir)
+    if is_template_file(name):
+        return build_template(name, builder.tokenizer, builder.recipe_dir)
+    return None
+
+
+def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
+    section = builder.section
+    rows = load_rows(source, recipe_dir=builder.recipe_dir)
+    form = build_form(
+        source,
+        section,
+        rows.rows[0],
+        tokenizer=builder.tokenizer,
+        recipe_dir=builder.recipe_dir,
+    )
+    fields = _read_rows(rows, form)
+    corpus = form.row_format.corpus
+    window = None
+    if corpus is not None:
+        total = corpus.num_train + corpus.num_validation
+        window = (0, corpus.num_train) if group == "train" else (corpus.num_train, total)
+    length_below = corpus.length_below if corpus else None
+    longest = builder.encoder.count_characters(max(section.max_length, length_below or 0))
+    dataset, encoded = encode_rows(
+        _render_rows(rows, fields, form, longest),
+        encoder=builder.encoder,
+        max_length=section.max_length,
+        length_below=length_below,
+        window=window,
+    )
+    num_used = len(dataset) + encoded.num_dropped
+    report = SourceReport(
+        source,
+        (form.template.name, form.template.digest),
+        encoded,
+        num_rows=len(rows.rows),
+        sha256=rows.sha256,
+        num_filtered=len(rows.rows) - num_used if corpus else 0,
+        notes=tell_day(form),
+        places={
+            fate: rows.place(fields[position][0])
+            for fate, position in encoded.first_dropped.items()
+        },
+    )
+    if not len(dataset):
+        raise UserError(_tell_nothing_left(report, section), file=rows.origin)
+    return Part(dataset, report)
+
+
+def tell_day(form: SourceForm) -> tuple[str, ...]:
+    """Warn of a template that writes today's date."""
+    if not (form.is_talk and form.template.tells_the_day):
+        return ()
+    return (
+        "the chat template writes today's date into every row, so a run on another day, a resumed "
+        "one too, learns from other rows",
+    )
+
+
+def _tell_nothing_left(report: SourceReport, section: DataSection) -> str:
+    reasons = list_reasons(report, f"data.max_length {section.max_length}")
+    told = ", ".join(reasons) or "the corpus's rule keeps none"
+    return f"none of the {report.num_rows} rows has anything to learn: {told}"
+
+
+def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]:
+    """Check every row before any is tokenised: (index, fields) of those that are used."""
+    used: list[tuple[int, dict[str, Any]]] = []
+    faults: list[UserError] = []
+    for index, row in enumerate(rows.rows):
+        try:
+            fields = form.read(row)
+        except UserError as fault:
+            fault.file = rows.place(index)
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+            continue
+        if fields is not None:
+            used.append((index, fields))
+    raise_all(faults)
+    return used
+
+
+def _render_rows(
+    rows: Rows, used: Sequence[tuple[int, dict[str, Any]]], form: SourceForm, max_characters: int
+) -> Iterator[Rendered]:
+    faults: list[UserError] = []
+    for index, fields in used:
+        try:
+            yield form.render(fields, max_characters=max_characters)
+        except UserError as fault:
+            if fault.key is not None:
+                raise  # the recipe is at fault, not this row
+            fault.file = rows.place(index)
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+    raise_all(faults)

@@ -1,0 +1,311 @@
+"""Texts become token ids and label masks, in flat arrays that hold a whole data set."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from wegeft_cli.data.text.chat_rendering import Rendered, Segment
+from wegeft_cli.data.text.tokenizer import SPARE_TOKENS, Encoder, Tokens
+from wegeft_cli.errors import UserError
+
+DROPPED = ("empty", "unmarked", "cut_away")
+"""Fates of rows that hold nothing to learn."""
+CHUNK_ROWS = 2000
+"""Rows tokenised in one call: enough to keep the tokenizer's threads busy."""
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """Tokenised rows, one behind the other.
+
+    Args:
+        ids: Token ids, int32 `[total]`.
+        label_mask: Whether a token is learned, bool `[total]`; never a row's first token, which
+            nothing before it predicts.
+        offsets: Where each row begins, int64 `[n + 1]`; the last is the total.
+    """
+
+    ids: np.ndarray
+    label_mask: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's (ids, label mask), views of the whole."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[part], self.label_mask[part]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int64 `[n]`."""
+        return np.diff(self.offsets)
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Learned tokens of each row, int64 `[n]`."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        # No row is empty; and no array of one number per token is built, as a running sum would be.
+        return np.add.reduceat(self.label_mask, self.offsets[:-1], dtype=np.int64)
+
+    def take(self, start: int, stop: int) -> EncodedDataset:
+        """The rows from `start` up to but without `stop`."""
+        begin, end = self.offsets[start], self.offsets[stop]
+        offsets = self.offsets[start : stop + 1] - begin
+        return EncodedDataset(self.ids[begin:end], self.label_mask[begin:end], offsets)
+
+
+def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
+    """All rows of the data sets in their order; at least one data set."""
+    if len(datasets) == 1:
+        return datasets[0]  # which may be larger than memory: a cached one is read from its file
+    lengths = np.concatenate([dataset.lengths for dataset in datasets])
+    return EncodedDataset(
+        np.concatenate([dataset.ids for dataset in datasets]),
+        np.concatenate([dataset.label_mask for dataset in datasets]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows given.
+
+    Args:
+        num_too_long: Rows left out by `length_below`.
+        num_empty: Rows dropped because their completion is blank.
+        num_unmarked: Rows dropped because they say of every answer that it is not learned.
+        num_cut_away: Rows dropped because the cut left nothing of the completion.
+        num_truncated: Rows kept that were cut to `max_length`.
+        num_boundary_merged: Rows kept in which a token holds characters of the prompt and of the
+            completion.
+        longest: Tokens of the longest row before the cut.
+        num_overlong: Rows so long that only their beginning was tokenised; `longest` counts that.
+        first_dropped: The first row of each fate that drops one, counted from 0 over those given.
+    """
+
+    num_too_long: int = 0
+    num_empty: int = 0
+    num_unmarked: int = 0
+    num_cut_away: int = 0
+    num_truncated: int = 0
+    num_boundary_merged: int = 0
+    longest: int = 0
+    num_overlong: int = 0
+    first_dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows dropped because they hold nothing to learn."""
+        return self.num_empty + self.num_unmarked + self.num_cut_away
+
+    def add(self, row: EncodedRow, position: int) -> EncodeReport:
+        """The report with one row more, the one at a position of those given."""
+        first = self.first_dropped
+        if row.fate in DROPPED and row.fate not in first:
+            first = {**first, row.fate: position}
+        return EncodeReport(
+            self.num_too_long + (row.fate == "too_long"),
+            self.num_empty + (row.fate == "empty"),
+            self.num_unmarked + (row.fate == "unmarked"),
+            self.num_cut_away + (row.fate == "cut_away"),
+            self.num_truncated + (row.is_kept and row.is_truncated),
+            self.num_boundary_merged + (row.is_kept and row.is_merged),
+            max(self.longest, row.num_tokens),
+            self.num_overlong + row.is_overlong,
+            first,
+        )
+
+
+class EncodedRow(NamedTuple):
+    """A row as tokens, or why there are none.
+
+    Args:
+        fate: kept, too_long (by `length_below`), empty (a blank completion), unmarked (it says
+            itself that no answer is learned), cut_away (nothing to learn is left of it).
+        ids: Token ids, at most `max_length`; none unless kept.
+        label_mask: For each whether it is learned, one byte each.
+        num_tokens: Tokens before the cut; 0 if it is not counted.
+        is_overlong: Whether only its beginning was tokenised.
+        is_truncated: Whether it was cut.
+        is_merged: Whether a token holds characters of the prompt and of the completion.
+    """
+
+    fate: str
+    ids: Sequence[int] = ()
+    label_mask: bytes | bytearray = b""
+    num_tokens: int = 0
+    is_overlong: bool = False
+    is_truncated: bool = False
+    is_merged: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is something to learn."""
+        return self.fate == "kept"
+
+
+def encode_each(
+    rendered: Iterable[Rendered],
+    *,
+    encoder: Encoder,
+    max_length: int,
+    length_below: int | None = None,
+) -> Iterator[EncodedRow]:
+    """Tokenise rows one after the other and mark the learned tokens.
+
+    A row's whole text is tokenised once, and the learned tokens are found by the characters they
+    hold. A token that holds characters on both sides of the boundary is learned (masking it would
+    leave the first piece of the answer unlearned). Of a text that is far too long only the part is
+    tokenised from which the first `max_length` tokens come, so a row of many megabytes takes
+    neither the time nor the memory of its tokens.
+
+    Args:
+        rendered: The rows' texts.
+        encoder: What `build_encoder` made of the tokenizer.
+        max_length: Tokens kept of a row, from the left, EOS counted.
+        length_below: Leave rows out that have so many tokens or more (EOS not counted).
+
+    Yields:
+        Every row, kept or not.
+
+    Raises:
+        UserError: If EOS is to be appended and the tokenizer has none.
+    """
+    num_needed = max(max_length, length_below or 0)
+    for row, is_cut, tokens in _encode_chunks(rendered, encoder, num_needed):
+        if row.add_special_tokens and tokens.ids[:2] == [encoder.bos, encoder.bos]:
+            # The text already began with BOS as text.
+            tokens = _drop_first(tokens)
+        if length_below is not None and (is_cut or len(tokens.ids) >= length_below):
+            yield EncodedRow("too_long")
+        elif row.is_unmarked:
+            yield EncodedRow("unmarked")
+        elif row.is_blank:
+            yield EncodedRow("cut_away" if is_cut else "empty")
+        else:
+            if row.append_eos and not is_cut:
+                _append_eos(tokens, encoder.eos)
+            yield _cut_row(tokens, is_cut, max_length)
+
+
+def _cut_row(tokens: Tokens, is_cut: bool, max_length: int) -> EncodedRow:
+    num_tokens = len(tokens.ids)
+    ids = tokens.ids[:max_length]
+    mask = bytearray(len(ids))
+    for first, last in tokens.spans:
+        last = min(last, len(ids))
+        mask[first:last] = b"\1" * (last - first)
+    mask[:1] = b"\0"
+    if not any(mask):
+        return EncodedRow("cut_away", num_tokens=num_tokens, is_overlong=is_cut)
+    is_truncated = is_cut or num_tokens > max_length
+    return EncodedRow("kept", ids, mask, num_tokens, is_cut, is_truncated, tokens.is_merged)
+
+
+def encode_rows(
+    rendered: Iterable[Rendered],
+    *,
+    encoder: Encoder,
+    max_length: int,
+    length_below: int | None = None,
+    window: tuple[int, int] | None = None,
+) -> tuple[EncodedDataset, EncodeReport]:
+    """Tokenise rows into one data set.
+
+    Args:
+        rendered: The rows' texts.
+        encoder: What `build_encoder` made of the tokenizer.
+        max_length: Tokens kept of a row, from the left, EOS counted.
+        length_below: Leave rows out that have so many tokens or more (EOS not counted).
+        window: Keep only the rows from the first number up to the second, counted after
+            `length_below`.
+
+    Returns:
+        The kept rows and what became of the others.
+
+    Raises:
+        UserError: If EOS is to be appended and the tokenizer has none.
+    """
+    ids = array("i")
+    label_mask = bytearray()
+    lengths: list[int] = []
+    report = EncodeReport()
+    num_passed = 0
+    rows = encode_each(rendered, encoder=encoder, max_length=max_length, length_below=length_below)
+    for position, row in enumerate(rows):
+        if window is not None and row.fate != "too_long":
+            num_passed += 1
+            if num_passed > window[1]:
+                break
+            if num_passed <= window[0]:
+                continue
+        report = report.add(row, position)
+        if row.is_kept:
+            ids.extend(row.ids)
+            label_mask += row.label_mask
+            lengths.append(len(row.ids))
+    dataset = EncodedDataset(
+        np.array(ids, dtype=np.int32),
+        np.frombuffer(label_mask, dtype=np.bool_),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+    )
+    return dataset, report
+
+
+def _encode_chunks(
+    rendered: Iterable[Rendered], encoder: Encoder, num_tokens: int
+) -> Iterator[tuple[Rendered, bool, Tokens]]:
+    """Each row, whether characters behind its first `num_tokens` tokens were cut, its tokens."""
+    limit = encoder.count_characters(num_tokens)
+    rows = ((_shorten(row, limit), row) for row in rendered)
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        for _, group in itertools.groupby(chunk, key=lambda pair: pair[0].add_special_tokens):
+            alike = list(group)
+            encoded = encoder.encode([short for short, _ in alike])
+            for (short, row), tokens in zip(alike, encoded, strict=True):
+                if short is row or len(tokens.ids) >= num_tokens + SPARE_TOKENS:
+                    yield short, short is not row, tokens
+                else:
+                    # The tokenizer takes characters away, as one that joins spaces does.
+                    whole = row if row.render_whole is None else row.render_whole()
+                    yield whole, False, next(encoder.encode([whole]))
+
+
+def _shorten(row: Rendered, limit: int) -> Rendered:
+    """The row without what lies behind `limit` characters; itself if nothing does."""
+    if sum(len(segment.text) for segment in row.segments) <= limit:
+        return row
+    segments = []
+    for segment in row.segments:
+        segments.append(Segment(segment.text[:limit], segment.trained))
+        limit -= len(segment.text)
+        if limit <= 0:
+            break
+    return replace(row, segments=tuple(segments))
+
+
+def _drop_first(tokens: Tokens) -> Tokens:
+    spans = [(max(first - 1, 0), last - 1) for first, last in tokens.spans]
+    return Tokens(tokens.ids[1:], spans, tokens.is_merged)
+
+
+def _append_eos(tokens: Tokens, eos: int | None) -> None:
+    if eos is None:
+        raise UserError(
+            "the tokenizer has no end-of-text token, so the model would never learn to stop",
+            key="model.name_or_path",
+            hint="set `eos_token` in the model's tokenizer_config.json",
+        )
+    if tokens.ids[-1:] != [eos]:
+        tokens.ids.append(eos)
+    tokens.spans.append((len(tokens.ids) - 1, len(tokens.ids)))

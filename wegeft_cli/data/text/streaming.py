@@ -1,0 +1,380 @@
+"""Training rows are read and tokenised while training: little of them is ever in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wegeft_cli.data.batches.shuffle import shuffled
+from wegeft_cli.data.sources.loading import stream_rows
+from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.encode import DROPPED, EncodedRow, EncodeReport, encode_each
+from wegeft_cli.data.text.row_renderer import SourceForm, add_key, build_form
+from wegeft_cli.data.text.statistics import SourceReport, list_reasons
+from wegeft_cli.data.text.templates import check_template
+from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.recipe.schema import DataSection, DataSource
+
+CHUNK_ROWS = 256
+"""Rows tokenised in one call: enough for the tokenizer's threads, little to hold."""
+
+Row = tuple[np.ndarray, np.ndarray]
+"""A row's token ids, int32 `[length]`, and label mask, bool `[length]`."""
+
+
+class RowStream:
+    """Tokenised training rows without end, the same ones in every process.
+
+    Unweighted sources are gone through one behind the other, pass after pass. Of weighted ones each
+    is gone through for itself, and the next row is drawn from the one that lags most behind its
+    share of the rows read.
+
+    Args:
+        sources: The sources in their order.
+        encoder: The tokenizer made ready.
+        max_length: Tokens kept of a row.
+        seed: The run's seed.
+        buffer_size: Rows drawn from at a time, over all sources; None leaves them as they stand.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamedSource],
+        *,
+        encoder: Encoder,
+        max_length: int,
+        seed: int,
+        buffer_size: int | None,
+    ) -> None:
+        self.sources = sources
+        self._encoder = encoder
+        self._max_length = max_length
+        self._max_characters = encoder.count_characters(max_length)
+        weights = [each.source.weight for each in sources if each.source.weight is not None]
+        groups = [[each] for each in sources] if weights else [list(sources)]
+        shares = [weight / sum(weights) for weight in weights] or [1.0]
+        self._chains = [
+            Chain(
+                group,
+                number=number,
+                share=share,
+                seed=seed,
+                buffer_size=buffer_size and max(1, round(buffer_size * share)),
+            )
+            for number, (group, share) in enumerate(zip(groups, shares, strict=True))
+        ]
+        # Rows with the state behind each; None stands where a pass over all sources ends.
+        self._ready: deque[tuple[Row, list[dict[str, int]]] | None] = deque()
+        self._state = [chain.state() for chain in self._chains]
+
+    @property
+    def num_passes(self) -> int:
+        """Whole passes over the rows; of weighted sources, over the one with the fewest."""
+        return min(chain["pass"] for chain in self._state)
+
+    def take(self, count: int) -> list[Row]:
+        """Give the next rows.
+
+        Args:
+            count: How many, at least 1.
+
+        Returns:
+            So many rows, or what is left of a pass over unweighted sources; at least one.
+
+        Raises:
+            UserError: If a row is bad, with its place, or in a whole pass there is nothing to
+                learn.
+            MachineError: If the hub breaks off.
+        """
+        rows: list[Row] = []
+        while len(rows) < count:
+            while not self._ready:
+                self._fill()
+            following = self._ready.popleft()
+            if following is not None:
+                row, self._state = following
+                rows.append(row)
+            elif rows:
+                break
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """Give where the next row stands, as JSON."""
+        return {"chains": self._state}
+
+    def seek(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken; rows before it are counted, not tokenised.
+
+        Args:
+            state: What `state` gave, of a stream of the same recipe.
+        """
+        for chain, position in zip(self._chains, state["chains"], strict=True):
+            chain.seek(position)
+        self._ready.clear()
+        self._state = [chain.state() for chain in self._chains]
+
+    def _fill(self) -> None:
+        """Tokenise the next rows, at most up to the end of a chain's pass."""
+        drawn: list[tuple[Chain, Drawn, list[dict[str, int]]]] = []
+        ended = None
+        while len(drawn) < CHUNK_ROWS and ended is None:
+            chain = self._find_next_chain()
+            row = chain.take()
+            if row is None:
+                ended = chain
+            else:
+                drawn.append((chain, row, [each.state() for each in self._chains]))
+        rendered = (row.source.render(row, self._max_characters) for _, row, _ in drawn)
+        encoded = encode_each(rendered, encoder=self._encoder, max_length=self._max_length)
+        for (chain, row, state), result in zip(drawn, encoded, strict=True):
+            row.source.count(result, row.place)
+            if result.is_kept:
+                chain.num_kept += 1
+                ids = np.array(result.ids, dtype=np.int32)
+                self._ready.append(((ids, np.frombuffer(result.label_mask, np.bool_)), state))
+        if ended is not None:
+            ended.end_pass()
+            if len(self._chains) == 1:
+                self._ready.append(None)
+
+    def _find_next_chain(self) -> Chain:
+        total = sum(chain.taken for chain in self._chains) + 1
+        return max(self._chains, key=lambda chain: chain.share * total - chain.taken)
+
+
+def open_source(
+    source: DataSource, section: DataSection, *, tokenizer: Any, recipe_dir: Path | None, key: str
+) -> StreamedSource:
+    """Open one source and settle by its first row how the others are read.
+
+    Args:
+        source: The recipe's entry.
+        section: The recipe's `data`.
+        tokenizer: The model's tokenizer.
+        recipe_dir: Folder of the recipe, for relative paths.
+        key: The entry's key in the recipe.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: If it cannot be read row by row, is empty, or its first row fits no format; with
+            file and key.
+    """
+    try:
+        rows = (row for _, row in stream_rows(source, recipe_dir=recipe_dir))
+        first_row = next(rows, None)
+        if first_row is None:
+            raise UserError("there are no rows", file=source.path)
+        form = build_form(source, section, first_row, tokenizer=tokenizer, recipe_dir=recipe_dir)
+    except UserError as fault:
+        raise add_key(fault, key) from fault.__cause__
+    return StreamedSource(source, form, key, recipe_dir)
+
+
+def open_stream(
+    section: DataSection, tokenizer: Any, recipe_dir: Path | None, seed: int
+) -> RowStream:
+    """Open the training sources as one stream.
+
+    Args:
+        section: The recipe's `data`.
+        tokenizer: The model's tokenizer.
+        recipe_dir: Folder of the recipe, for relative paths.
+        seed: The run's seed.
+
+    Returns:
+        The stream, at its first row.
+
+    Raises:
+        UserError: If a source cannot be streamed.
+        ExceptionGroup: If several cannot.
+    """
+    check_template(section.template)
+    opened: list[StreamedSource] = []
+    faults: list[UserError] = []
+    for number, source in enumerate(section.train):
+        key = f"data.train[{number}]"
+        try:
+            opened.append(
+                open_source(source, section, tokenizer=tokenizer, recipe_dir=recipe_dir, key=key)
+            )
+        except UserError as fault:
+            faults.append(fault)
+    raise_all(faults)
+    return RowStream(
+        opened,
+        encoder=build_encoder(tokenizer),
+        max_length=section.max_length,
+        seed=seed,
+        buffer_size=section.shuffle_buffer_size if section.shuffle else None,
+    )
+
+
+# Streams of orders apart from those of epochs, steps and mixtures: chain, pass and block follow.
+_BLOCK_STREAM = 3 << 62
+_CHAIN_SHIFT, _PASS_SHIFT = 48, 32
+
+
+class Drawn(NamedTuple):
+    """A row as its file has it, whose it is and where it stands."""
+
+    source: StreamedSource
+    place: str
+    value: dict[str, Any]
+
+
+class StreamedSource:
+    """One source of a stream, and what became of its rows so far.
+
+    Args:
+        source: The recipe's entry.
+        form: How its rows become text.
+        key: The recipe's key.
+        recipe_dir: Folder of the recipe, for relative paths.
+    """
+
+    def __init__(
+        self, source: DataSource, form: SourceForm, key: str, recipe_dir: Path | None
+    ) -> None:
+        self.source = source
+        self.form = form
+        self.key = key
+        self.num_rows = 0
+        self.encoded = EncodeReport()
+        self.places: dict[str, str] = {}
+        self._recipe_dir = recipe_dir
+
+    def rows(self, skip: int) -> Iterator[Drawn | None]:
+        """Read the rows once; of the first `skip` only None is given."""
+        try:
+            for place, value in stream_rows(self.source, recipe_dir=self._recipe_dir, skip=skip):
+                yield None if value is None else Drawn(self, place, value)
+        except UserError as fault:
+            raise add_key(fault, self.key) from fault.__cause__
+
+    def render(self, row: Drawn, max_characters: int) -> Rendered:
+        """Write a row as text."""
+        try:
+            fields = self.form.read(row.value)
+            if fields is None:
+                raise ValueError(f"a corpus cannot be streamed: {self.source}")
+            return self.form.render(fields, max_characters=max_characters)
+        except UserError as fault:
+            if fault.key is None:
+                fault.file = row.place
+            raise add_key(fault, self.key) from fault.__cause__
+
+    def count(self, row: EncodedRow, place: str) -> None:
+        """Count what became of a row."""
+        if row.fate in DROPPED:
+            self.places.setdefault(row.fate, place)
+        self.encoded = self.encoded.add(row, self.num_rows)
+        self.num_rows += 1
+
+    def report(self) -> SourceReport:
+        """Tell what became of the rows so far."""
+        template = (self.form.template.name, self.form.template.digest)
+        return SourceReport(
+            self.source,
+            template,
+            self.encoded,
+            num_rows=self.num_rows,
+            streaming=True,
+            places=self.places,
+        )
+
+
+class Chain:
+    """Sources one behind the other, pass after pass, in an order drawn block by block.
+
+    Args:
+        sources: The sources.
+        number: Which chain of the stream, for the order.
+        share: Of the stream's rows, above 0; those of all chains sum to 1.
+        seed: The run's seed.
+        buffer_size: Rows of a block; None leaves them as they stand.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamedSource],
+        *,
+        number: int,
+        share: float,
+        seed: int,
+        buffer_size: int | None,
+    ) -> None:
+        self.share = share
+        self.taken = 0
+        self._sources = sources
+        self._stream = _BLOCK_STREAM | number << _CHAIN_SHIFT
+        self._seed = seed
+        self._buffer_size = buffer_size
+        self.seek({"pass": 0, "row": 0, "taken": 0})
+
+    def state(self) -> dict[str, int]:
+        """Where the next row stands: passes done, rows done of this one, and rows in all."""
+        return {"pass": self._pass, "row": self._row, "taken": self.taken}
+
+    def seek(self, state: Mapping[str, int]) -> None:
+        """Go to where a state was taken."""
+        self._pass, self._row, self.taken = state["pass"], state["row"], state["taken"]
+        self.is_whole_pass = self._row == 0
+        self.num_kept = 0
+        self._rows = self._read_pass(self._row)
+
+    def take(self) -> Drawn | None:
+        """Draw the next row; None at the end of a pass, behind which the next one begins."""
+        drawn = next(self._rows, None)
+        if drawn is None:
+            self._pass, self._row = self._pass + 1, 0
+            self._rows = self._read_pass(0)
+        else:
+            self._row += 1
+            self.taken += 1
+        return drawn
+
+    def end_pass(self) -> None:
+        """Check that the pass that ended gave anything at all."""
+        if self.is_whole_pass and not self.num_kept:
+            raise UserError(
+                "none of the rows has anything to learn: "
+                + ", ".join(
+                    reason
+                    for source in self._sources
+                    for reason in list_reasons(source.report(), "data.max_length")
+                ),
+                file=", ".join(source.source.path for source in self._sources),
+                key=self._sources[0].key,
+            )
+        self.is_whole_pass = True
+        self.num_kept = 0
+
+    def _read_pass(self, row: int) -> Iterator[Drawn]:
+        size = self._buffer_size
+        if size is None:
+            yield from self._read_sources(row)
+            return
+        block, done = divmod(row, size)
+        rows = self._read_sources(block * size)
+        while buffer := list(itertools.islice(rows, size)):
+            stream = self._stream | self._pass << _PASS_SHIFT | block
+            for i in shuffled(len(buffer), seed=self._seed, stream=stream)[done:]:
+                yield buffer[i]
+            buffer.clear()  # before the next block is read: only one is held
+            block, done = block + 1, 0
+
+    def _read_sources(self, skip: int) -> Iterator[Drawn]:
+        for source in self._sources:
+            for drawn in source.rows(skip):
+                if drawn is None:
+                    skip -= 1
+                else:
+                    yield drawn

@@ -1,0 +1,239 @@
+"""A row becomes text: every prompt form by name, byte for byte, and which part of it is learned."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from wegeft_cli.data.text.chat_rendering import (
+    ApplyChatTemplate,
+    Message,
+    Rendered,
+    Segment,
+    render_chat,
+)
+from wegeft_cli.errors import UserError
+
+AUTO = "auto"
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class PairTemplate:
+    """A prompt and a completion around a row's instruction and output.
+
+    Args:
+        prompt: Text before the completion, with `{instruction}`.
+        completion: What is learned, with `{output}`.
+        prompt_with_input: The prompt of rows with an `input`; none means such rows do not fit.
+        answer_mark: What stands for GSM8K's `####` in the completion.
+        asked_as: The prompt that the authors' scorer asks, where it is not the one of training.
+    """
+
+    prompt: str
+    completion: str = "{output}"
+    prompt_with_input: str | None = None
+    answer_mark: str | None = None
+    asked_as: str | None = None
+
+    def question(self, *, as_trained: bool = False) -> str:
+        """The prompt that a scorer asks, with `{instruction}`."""
+        return self.prompt if as_trained or self.asked_as is None else self.asked_as
+
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+# LLM-Adapters indents the prompt as its source code stands, blank line included.
+_INDENT = " " * 16
+_LLM_ADAPTERS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    f"the request.  \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n{_INDENT}\n"
+    f"{_INDENT}### Response:\n{_INDENT}"
+)
+# Its scorers leave out one space and the blank line's, and end in the indent.
+_LLM_ADAPTERS_ASKED = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    f"the request. \n\n{_INDENT}### Instruction:\n{_INDENT}{{instruction}}\n\n"
+    f"{_INDENT}### Response:\n{_INDENT}"
+)
+# MetaMath's eval_gsm8k.py.
+_METAMATH_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response: Let's think step by step."
+)
+_GSM8K = (
+    "{instruction}\nAnswer the above question. First think step by step and then answer the final "
+    "number.\n"
+)
+
+TEMPLATES: dict[str, PairTemplate | None] = {
+    "alpaca": PairTemplate(_ALPACA, prompt_with_input=_ALPACA_WITH_INPUT),
+    "plain": PairTemplate("{instruction}"),
+    CHAT: None,
+    "commonsense": PairTemplate("{instruction}\n"),
+    "question_answer": PairTemplate("Question: {instruction}\nAnswer:", " {output}"),
+    "llm_adapters": PairTemplate(_LLM_ADAPTERS, asked_as=_LLM_ADAPTERS_ASKED),
+    "gsm8k_wegeft": PairTemplate(_GSM8K, answer_mark="The answer is:"),
+    "gsm8k_gift": PairTemplate(_GSM8K, answer_mark="The final answer is: "),
+    # LoRA-GA joins x and y by a space and masks the tokens of x: the space is learned. Its scorers,
+    # and LoRA-Pro's, put that space behind the question.
+    "metamath": PairTemplate(
+        "Q: {instruction}\nA: ", " {output}", asked_as="Q: {instruction}\nA:  "
+    ),
+    "lora_ga": PairTemplate(_ALPACA, " {output}", asked_as=f"{_ALPACA} "),
+    "metamath_alpaca": PairTemplate(_METAMATH_ALPACA, " {output}"),
+}
+"""Every template by name; none stands for the tokenizer's own chat template."""
+
+
+def is_template_file(template: str) -> bool:
+    """Whether `data.template` names a user's own Jinja file."""
+    return PurePath(template).suffix in {".jinja", ".j2"}
+
+
+def check_template(template: str) -> None:
+    """Refuse a template name that does not exist, with the nearest one as the hint."""
+    if template in {AUTO, *TEMPLATES} or is_template_file(template):
+        return
+    near = difflib.get_close_matches(template, TEMPLATES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "or the path of a .jinja file"
+    raise UserError(
+        f"no template {template!r}; there are auto, {', '.join(sorted(TEMPLATES))}",
+        key="data.template",
+        hint=hint,
+    )
+
+
+def template_hash(name_or_text: str) -> str:
+    """Fingerprint of a prompt form, to tell two results apart.
+
+    Args:
+        name_or_text: A template's name, or a chat template's Jinja text.
+
+    Returns:
+        The first 16 hex digits of the SHA-256 of the form's own text.
+    """
+    template = TEMPLATES.get(name_or_text)
+    if template is None:
+        text = name_or_text
+    else:
+        parts = (template.prompt, template.completion, template.prompt_with_input)
+        text = "\0".join(part or "" for part in (*parts, template.answer_mark))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def render_row(
+    row: Mapping[str, Any],
+    *,
+    template: str,
+    loss_on: str,
+    apply_chat_template: ApplyChatTemplate | None = None,
+    max_characters: int | None = None,
+) -> Rendered:
+    """Write a row as text and say which part of it is learned.
+
+    Args:
+        row: `instruction`, `input` (may be left out), `output`; or `prompt`, `completion`; or
+            `messages` with `learned` (for each message whether it is, or None), `num_prompt` (of
+            so many first messages only `all` learns what does not say so itself) and `tools` where
+            there are any; or `text`. Texts are learned as a whole.
+        template: A name out of `TEMPLATES`, `auto`, or the path of a Jinja file (whose text
+            `apply_chat_template` applies).
+        loss_on: completion (of a conversation: its last assistant turn), assistant (every
+            assistant turn), all.
+        apply_chat_template: Renders a conversation; needed for `chat` and Jinja files.
+        max_characters: What lies behind so many will be cut away: turns there are not looked for.
+
+    Returns:
+        The pieces of text.
+
+    Raises:
+        UserError: If the row does not fit the template (with `key` set), or the template does not
+            show the row's answer (without).
+    """
+    check_template(template)
+    if template == AUTO:
+        template = _choose_template(row)
+    pair = TEMPLATES.get(template)
+    if pair is None:
+        if "text" in row:
+            raise _misfit("text", template, "auto")
+        if apply_chat_template is None:
+            raise ValueError("a chat template needs apply_chat_template")
+        if row.get("tools"):
+            apply_chat_template = functools.partial(apply_chat_template, tools=row["tools"])
+        messages = row["messages"] if "messages" in row else _as_messages(row)
+        flags = list(row.get("learned") or [None] * len(messages))
+        if loss_on != "all":
+            num_prompt = row.get("num_prompt", 0)
+            flags[:num_prompt] = [bool(flag) for flag in flags[:num_prompt]]
+        return render_chat(messages, flags, loss_on, apply_chat_template, max_characters)
+    if "messages" in row:
+        raise _misfit("messages", template, CHAT)
+    if "text" in row:
+        if template != "plain":
+            raise _misfit("text", template, "auto")
+        return Rendered((Segment(row["text"], True),))
+    return _render_pair(row, pair, template, loss_on)
+
+
+def _choose_template(row: Mapping[str, Any]) -> str:
+    if "messages" in row:
+        return CHAT
+    return "alpaca" if "instruction" in row else "plain"
+
+
+def _misfit(rows: str, template: str, better: str) -> UserError:
+    return UserError(
+        f"rows of `{rows}` do not fit the template {template!r}",
+        key="data.template",
+        hint=f"use data.template: {better}",
+    )
+
+
+def _pair_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The row's (instruction, input, output), under either pair of names."""
+    if "prompt" in row:
+        return row["prompt"], "", row["completion"]
+    return row["instruction"], row.get("input") or "", row["output"]
+
+
+def _render_pair(
+    row: Mapping[str, Any], template: PairTemplate, name: str, loss_on: str
+) -> Rendered:
+    instruction, extra, output = _pair_fields(row)
+    form = template.prompt
+    if extra.strip():
+        if template.prompt_with_input is None:
+            raise UserError(
+                f"the template {name!r} has no place for `input`, got {extra[:40]!r}",
+                hint="use data.template: alpaca, or leave `input` empty",
+            )
+        form = template.prompt_with_input
+    if template.answer_mark is not None:
+        output = output.replace("####", template.answer_mark)
+    # The values go in by one call: braces inside a row are never read as fields.
+    prompt = form.format(instruction=instruction, input=extra)
+    completion = template.completion.format(output=output)
+    return Rendered((Segment(prompt, loss_on == "all"), Segment(completion, True)))
+
+
+def _as_messages(row: Mapping[str, Any]) -> list[Message]:
+    instruction, extra, output = _pair_fields(row)
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": output},
+    ]

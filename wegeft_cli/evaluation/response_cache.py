@@ -1,0 +1,79 @@
+"""Answers kept while an evaluation runs, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.storage.atomic import disk_errors, remove_folder
+
+_KEY_NAME = "key.json"
+
+
+class AnswerLog:
+    """The answers of one job, a line each, appended and flushed as they come.
+
+    A job's folder is named by the hash of everything its answers depend on: another model, test
+    file, protocol, length or version finds another folder and starts anew. Each process appends to
+    a file of its own, and reads those of all, so that a run goes on with another number of them.
+
+    Args:
+        folder: Where the logs of an evaluation lie.
+        key: All that the answers depend on, as JSON values.
+        process_index: This process's number.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], process_index: int = 0) -> None:
+        text = json.dumps(key, sort_keys=True)
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._path = self.folder / f"{process_index}.jsonl"
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if process_index == 0:
+                (self.folder / _KEY_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """Give the answers of all processes: index -> what `append` was given.
+
+        A line that a kill cut off is left out: that row is asked again.
+        """
+        answers: dict[int, dict[str, Any]] = {}
+        with disk_errors(self.folder, "read"):
+            for path in sorted(self.folder.glob("*.jsonl")):
+                for line in path.read_bytes().split(b"\n"):
+                    try:
+                        value = json.loads(line)
+                        answers[value["index"]] = value["answer"]
+                    except (ValueError, KeyError, TypeError):
+                        continue
+        return answers
+
+    def append(self, answers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keep answers; they have reached the disk when this returns."""
+        lines = [
+            json.dumps({"index": index, "answer": answer}) + "\n"
+            for index, answer in answers.items()
+        ]
+        with disk_errors(self._path), self._path.open("ab") as file:
+            # What a kill cut off must not run into the next line.
+            if file.tell() and not _ends_line(self._path):
+                file.write(b"\n")
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def drop_logs(folder: Path) -> None:
+    """Remove the logs of an evaluation whose result is written."""
+    if folder.is_dir():
+        remove_folder(folder)

@@ -1,0 +1,1 @@
+"""Text benchmarks: test sets, protocols and answer extraction."""

@@ -1,0 +1,181 @@
+"""Reading an answer out of a text: what the published scorers read, and what they should."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+NUMBER_TOLERANCE = 0.001
+"""Largest absolute difference at which two numbers count as equal."""
+
+_NUMBER = re.compile(r"-?\d+\.?\d*")
+_LETTER = re.compile(r"A|B|C|D|E")
+_HASH_DIGITS = re.compile(r"####\s*(\d+)")
+_HASH_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+_METAMATH_TRIGGER = "The answer is: "
+_METAMATH_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
+_SIGNED = re.compile(r"(?P<minus>-[ ]?)?\$?(?P<digits>\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?)")
+_PAREN_LETTER = re.compile(r"\(([A-E])\)")
+_LONE_LETTER = re.compile(r"(?<![\w'])([A-E])(?![\w'])")
+
+
+def text_after_last(text: str, trigger: str) -> str:
+    """What follows the last `trigger`, without leading blanks; empty where there is none."""
+    start = text.rfind(trigger)
+    return "" if start < 0 else text[start + len(trigger) :].lstrip()
+
+
+def text_after_first(text: str, trigger: str) -> str:
+    """What follows the first `trigger`, without leading blanks; empty where there is none."""
+    start = text.find(trigger)
+    return "" if start < 0 else text[start + len(trigger) :].lstrip()
+
+
+def text_between(text: str, trigger: str) -> str:
+    """What stands between the first and the second `trigger`, without blanks around it."""
+    parts = text.split(trigger)
+    return parts[1].strip() if len(parts) > 1 else ""
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, commas dropped; None where there is none (or an endless one).
+
+    `2-1` reads as -1 and `1.2.3` as 3: the published regular expression takes a hyphen for a sign.
+    """
+    numbers = _NUMBER.findall(text.replace(",", ""))
+    return _finite(numbers[-1]) if numbers else None
+
+
+def last_whole_number(text: str) -> float | None:
+    """The last number that is one: `2-1` reads as 1, `3 - 5` as 5, `-5` as -5, `1.2.3` as none.
+
+    A hyphen is a sign where it neither joins nor follows a number or a word. Commas are dropped.
+    """
+    for match in reversed(list(_SIGNED.finditer(text))):
+        before, after = text[: match.start("digits")], text[match.end() :]
+        if before[-1:].isalpha() or before[-1:] in (".", "_") or re.match(r"\.\d", after):
+            continue  # v2, or a part of 1.2.3
+        number = _finite(match["digits"].replace(",", ""))
+        if number is not None:
+            is_negative = match["minus"] and _is_sign(text[: match.start()], match["minus"])
+            return -number if is_negative else number
+    return None
+
+
+def _is_sign(before: str, minus: str) -> bool:
+    """Whether a hyphen after `before` is a sign, and not a dash or a subtraction."""
+    last = before.rstrip(" ")[-1:]
+    if before[-1:].isalnum() or last.isdigit() or last == ")":
+        return False
+    return not (minus.endswith(" ") and last.isalnum())
+
+
+def first_letter(text: str) -> str | None:
+    """The first capital A to E anywhere in a text, also inside a word; None where there is none."""
+    match = _LETTER.search(text)
+    return match.group() if match else None
+
+
+def last_choice_letter(text: str) -> str | None:
+    """The last letter in parentheses, or else the last that stands by itself, but not the word A.
+
+    None where there is none.
+    """
+    if in_parentheses := _PAREN_LETTER.findall(text):
+        return str(in_parentheses[-1])
+    # "A man" is an article: what goes on in small letters is no answer.
+    alone = [match[1] for match in _LONE_LETTER.finditer(text) if not _is_article(text, match)]
+    return alone[-1] if alone else None
+
+
+def _is_article(text: str, match: re.Match[str]) -> bool:
+    opens = not text[: match.start()].strip() or text[: match.start()].rstrip()[-1] in ".!?\n"
+    return match[1] == "A" and opens and re.match(r"\s+[a-z]", text[match.end() :]) is not None
+
+
+def first_word_of(text: str, words: Sequence[str]) -> str | None:
+    """The first of some words anywhere in a text, capitals counting, also inside a word."""
+    match = re.search("|".join(map(re.escape, words)), text)
+    return match.group() if match else None
+
+
+def first_whole_word_of(text: str, words: Sequence[str]) -> str | None:
+    """The first of some words that stands by itself, capitals not counting; as in `words`."""
+    pattern = rf"\b({'|'.join(map(re.escape, words))})\b"
+    match = re.search(pattern, text, re.IGNORECASE)
+    return match.group().lower() if match else None
+
+
+def first_hash_digits(text: str) -> float | None:
+    """LoRA-GA's reading: the digits after the first `####` that digits follow.
+
+    `#### 2,125` reads as 2; `#### -10` and `#### $18` are none, which its code takes for 0.
+    """
+    match = _HASH_DIGITS.search(text)
+    return _finite(match.group(1)) if match else None
+
+
+def first_hash_number(text: str) -> float | None:
+    """The number after the first `####` that a number follows, with its sign and its commas."""
+    match = _HASH_NUMBER.search(text)
+    return _finite(match.group(1).replace(",", "")) if match else None
+
+
+def metamath_number(text: str) -> float | None:
+    """MetaMath's reading: the first number after the last `The answer is: `, rounded.
+
+    `1,234,567` reads as 1234, `$1,080.50` as 1080, `1.5` as 2 and `2.5` as 2 (to the even one),
+    `7/2` as 4. None where there is no number.
+    """
+    _, found, answer = text.rpartition(_METAMATH_TRIGGER)
+    match = _METAMATH_NUMBER.search(answer.strip()) if found else None
+    if match is None:
+        return None
+    number = match.group().replace(",", "")
+    if "/" not in number:
+        value = _finite(number)
+        return None if value is None else float(round(value))
+    numerator, _, denominator = number.partition("/")
+    if not numerator.strip("+-"):
+        return None
+    whole = float(numerator) if float(denominator) == 0 else float(numerator) / float(denominator)
+    return float(round(whole)) if math.isfinite(whole) else None
+
+
+def metamath_number_fixed(text: str) -> float | None:
+    """The first number after the last `The answer is:`, whole and not rounded."""
+    _, found, answer = text.rpartition(_METAMATH_TRIGGER.rstrip())
+    if not found:
+        return None
+    fraction = re.match(r"\s*\$?(-?\d+)/(\d+)", answer)
+    if fraction and int(fraction[2]):
+        return int(fraction[1]) / int(fraction[2])
+    match = re.search(r"(-?)\$?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?", answer)
+    if match is None:
+        return None
+    return _finite(f"{match[1]}{match[2].replace(',', '')}{match[3] or ''}")
+
+
+def gold_number(answer: str) -> float | None:
+    """The number of a gold answer: the last one after `####`, or of the whole without that mark."""
+    return last_number(answer.rsplit("####", maxsplit=1)[-1])
+
+
+def plain_float(answer: str) -> float | None:
+    """The gold answer as Python's `float` reads it; None where it does not."""
+    return _finite(answer) if is_float(answer) else None
+
+
+def is_float(text: str) -> bool:
+    """Whether Python reads the text as a float."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None

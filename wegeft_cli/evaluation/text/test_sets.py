@@ -1,0 +1,255 @@
+"""The published test sets, an entry each: what the answers are, where the rows come from, how many.
+
+A set is added by one entry of `_ALL_TASKS`; a set with a form of its own also gets a builder in
+`originals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from wegeft_cli.data.sources.hub import HubSource
+from wegeft_cli.evaluation.text import source_formats as originals
+
+Kind = Literal["choice", "number", "letter"]
+"""What an answer is: one of a set's words, a number, or a letter A to E."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The last rows of a training file, held out to choose hyperparameters on."""
+
+    description: str
+    take: Callable[[int], int]
+    """Rows of the file -> how many of them, from the end."""
+    file: str = "train"
+    """Name of the file without its ending."""
+
+
+LAST_TENTH = Part("the last floor(n / 10) rows of train: WeGeFT's tuning split", lambda n: n // 10)
+LAST_300 = Part("the last 300 rows of train: GIFT's and pyreft's tuning split", lambda n: 300)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One test set."""
+
+    name: str
+    """What the user types."""
+    folder: str
+    """The set's folder in the LLM-Adapters layout; accepted as a name, too."""
+    kind: Kind
+    words: tuple[str, ...] = ()
+    """The answer words of a choice."""
+    hub: HubSource | None = None
+    """None: only from a folder."""
+    build: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None
+    """Instruction and answer of a row in the set's original form; None: LLM-Adapters rows alone."""
+    own_protocol: str | None = None
+    """The one protocol that scores this set; None: every protocol with a rule for it."""
+    default_protocol: str = "wegeft"
+    """The protocol where none is named."""
+    part: Part | None = None
+    """Which rows, where they are not the set's test file."""
+    num_published: int | None = None
+    """Rows of the published set."""
+    published_sha256: Mapping[str, str] = field(default_factory=dict)
+    """File name -> SHA-256 (or how it begins) of the published file."""
+    leak: str | None = None
+    """What of this set lies in the training data of those who report it."""
+
+    @property
+    def file(self) -> str:
+        """Where the rows lie under --data-dir."""
+        return f"{self.folder}/{'test' if self.part is None else self.part.file}.json"
+
+
+def _numbered(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{number}" for number in range(1, count + 1))
+
+
+def _choice(
+    name: str, folder: str, words: tuple[str, ...], hub: HubSource, build: Any, n: int, **more: Any
+) -> Task:
+    return Task(name, folder, "choice", words, hub, build, num_published=n, **more)
+
+
+_TRUTH = ("true", "false")
+_GSM8K_SHA256 = {
+    "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test.jsonl": "3730d312f6e3",
+}
+_WITHDRAWN = "LLM-Adapters itself withdraws this set for models tuned on math_10k"
+
+_ALL_TASKS = (
+    # Validation splits stand where the test labels are hidden: LLM-Adapters' test.json are these.
+    _choice(
+        "boolq",
+        "boolq",
+        _TRUTH,
+        HubSource("google/boolq", "validation"),
+        originals.build_boolq,
+        3270,
+    ),
+    _choice(
+        "piqa",
+        "piqa",
+        _numbered("solution", 2),
+        HubSource("baber/piqa", "validation"),
+        originals.build_piqa,
+        1838,
+    ),
+    _choice(
+        "siqa",
+        "social_i_qa",
+        _numbered("answer", 3),
+        HubSource("lighteval/siqa", "validation"),
+        originals.build_siqa,
+        1954,
+    ),
+    _choice(
+        "hellaswag",
+        "hellaswag",
+        _numbered("ending", 4),
+        HubSource("Rowan/hellaswag", "validation"),
+        originals.build_hellaswag,
+        10042,
+    ),
+    _choice(
+        "winogrande",
+        "winogrande",
+        _numbered("option", 2),
+        HubSource("allenai/winogrande", "validation", "winogrande_xl"),
+        originals.build_winogrande,
+        1267,
+        published_sha256={
+            "test.json": "6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9"
+        },
+    ),
+    _choice(
+        "arc_easy",
+        "ARC-Easy",
+        _numbered("answer", 5),
+        HubSource("allenai/ai2_arc", "test", "ARC-Easy"),
+        originals.build_arc,
+        2376,
+        published_sha256={
+            "test.json": "3f32a84716ca6d57d38728bf80cc8117aecd17445c2cf29a68b571b810eb82dc"
+        },
+    ),
+    _choice(
+        "arc_challenge",
+        "ARC-Challenge",
+        _numbered("answer", 5),
+        HubSource("allenai/ai2_arc", "test", "ARC-Challenge"),
+        originals.build_arc,
+        1172,
+    ),
+    _choice(
+        "openbookqa",
+        "openbookqa",
+        _numbered("answer", 4),
+        HubSource("allenai/openbookqa", "test", "main"),
+        originals.build_arc,
+        500,
+    ),
+    Task(
+        "gsm8k",
+        "gsm8k",
+        "number",
+        hub=HubSource("openai/gsm8k", "test", "main"),
+        build=originals.build_gsm8k,
+        num_published=1319,
+        published_sha256=_GSM8K_SHA256,
+    ),
+    Task(
+        "svamp",
+        "SVAMP",
+        "number",
+        hub=HubSource("ChilleD/SVAMP", "test"),
+        build=originals.build_svamp,
+        num_published=1000,
+    ),
+    Task(
+        "aqua",
+        "AQuA",
+        "letter",
+        hub=HubSource("deepmind/aqua_rat", "test", "raw"),
+        build=originals.build_aqua,
+        num_published=254,
+    ),
+    # The hub's MAWPS has other rows than LLM-Adapters': the two must not be mixed.
+    Task(
+        "mawps",
+        "mawps",
+        "number",
+        num_published=238,
+        published_sha256={
+            "test.json": "c1a708979cbf2b3df9ac4020baacf3e8e73fcf089e1de7dd1b305b810bfaa15f"
+        },
+    ),
+    Task(
+        "multiarith",
+        "MultiArith",
+        "number",
+        num_published=600,
+        published_sha256={
+            "test.json": "a40f426807c8a563802c2a5b66bda3bcd1eba9c099038fd1199f0dd57de5fd28"
+        },
+        leak=f"5 of its 600 questions are in MAWPS' training set; {_WITHDRAWN}",
+    ),
+    Task(
+        "addsub",
+        "AddSub",
+        "number",
+        num_published=395,
+        leak=f"327 of its 395 questions are in MAWPS' training set; {_WITHDRAWN}",
+    ),
+    Task(
+        "singleeq",
+        "SingleEq",
+        "number",
+        num_published=508,
+        leak=f"3 of its 508 questions are in MAWPS' training set; {_WITHDRAWN}",
+    ),
+    # What the authors choose hyperparameters on; their numbers are no test scores.
+    Task(
+        "gsm8k_tune",
+        "gsm8k",
+        "number",
+        hub=HubSource("openai/gsm8k", "train", "main"),
+        build=originals.build_gsm8k,
+        default_protocol="wegeft_tune",
+        part=LAST_TENTH,
+        num_published=747,
+        published_sha256=_GSM8K_SHA256,
+    ),
+    Task(
+        "gsm8k_tune_gift",
+        "gsm8k",
+        "number",
+        hub=HubSource("openai/gsm8k", "train", "main"),
+        build=originals.build_gsm8k,
+        default_protocol="gift_tune",
+        part=LAST_300,
+        num_published=300,
+        published_sha256=_GSM8K_SHA256,
+    ),
+    _choice(
+        "boolq_tune",
+        "boolq",
+        _TRUTH,
+        HubSource("google/boolq", "train"),
+        originals.build_boolq,
+        942,
+        part=LAST_TENTH,
+        published_sha256={
+            "train.json": "5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83"
+        },
+    ),
+    Task("quickstart", "quickstart", "number", own_protocol="quickstart"),
+)
+
+TASKS: Mapping[str, Task] = {task.name: task for task in _ALL_TASKS}

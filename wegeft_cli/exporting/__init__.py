@@ -1,0 +1,1 @@
+"""Exporting adapters and models to LoRA and GGUF."""

@@ -1,0 +1,389 @@
+"""An adapter becomes its exact LoRA twin, an adapter or a model becomes a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.artifacts.adapter import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_adapter_files,
+    read_adapter_type,
+    resolve_adapter_dir,
+)
+from wegeft_cli.artifacts.head_file import read_head
+from wegeft_cli.artifacts.in_place_files import refuse_method
+from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
+from wegeft_cli.errors import UserError
+from wegeft_cli.exporting.lora import TwinPlan, plan_twin
+from wegeft_cli.exporting.parity import PROMPTS, measure_parity
+from wegeft_cli.methods.wegeft.lora_equivalent import Twin
+from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
+from wegeft_cli.models.device_memory import measure_peak_memory_gib
+from wegeft_cli.models.loading import fetch_base_folder
+from wegeft_cli.publishing.hub import HubTarget, publish
+from wegeft_cli.publishing.model_card import write_twin_card
+from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
+from wegeft_cli.storage.safetensors_reader import list_tensors, tensor_bytes
+from wegeft_cli.storage.safetensors_writer import DTYPE_NAMES, write_tensors
+from wegeft_cli.storage.tensors import TORCH_DTYPES
+from wegeft_cli.version import VERSION
+
+PARITY_NAME = "parity.json"
+FORMATS = ("lora", "gguf")
+
+_PREFIX = "base_model.model."
+_NAMES_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is to be written.
+
+    Args:
+        dtype: float32, bfloat16 or float16 (a model as GGUF: q8_0 too); None is float32 for an
+            adapter, and as stored for a model.
+        pad_rank: Fill the rank up with zeros to the next one that vLLM makes room for.
+        pad_siblings: Give zeros to what servers stack with an adapted layer (q, k, v; gate, up).
+        prompts: What the parity report asks; empty takes its own.
+        parity: Whether to measure parity, for which the base is loaded.
+    """
+
+    dtype: str | None = None
+    pad_rank: bool = False
+    pad_siblings: bool = False
+    prompts: Sequence[str] = ()
+    parity: bool = True
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written.
+
+    Args:
+        output_dir: The folder.
+        format: lora or gguf.
+        kind: adapter or model.
+        num_tensors: Tensors in the file.
+        num_bytes: Their bytes.
+        seconds: How long it took, the parity report included.
+        peak_memory_gib: Highest resident memory of the process, in GiB.
+        rank: The pairs' rank; None for a model.
+        parity: The report, as parity.json holds it; None where there is none.
+        url: Where it was pushed to; None for nowhere.
+    """
+
+    output_dir: Path
+    format: str
+    kind: str
+    num_tensors: int
+    num_bytes: int
+    seconds: float = 0.0
+    peak_memory_gib: float = 0.0
+    rank: int | None = None
+    parity: dict[str, Any] | None = field(default=None)
+    url: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as a JSON object, paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def export(
+    target: str | Path | None = None,
+    *,
+    format: str,
+    output: Path | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    options: ExportOptions | None = None,
+    push: HubTarget | None = None,
+    reporter: Reporter | None = None,
+) -> ExportResult:
+    """Write an adapter, or a model, in a form that other tools read.
+
+    lora: the exact LoRA twin, `B = s W phi, A = psi` with scaling 1 (output side `B = s phi,
+    A = psi W`), which stock PEFT, vLLM and SGLang read. gguf: the same twin as llama.cpp reads it,
+    or a whole model where the target is a model folder.
+
+    Args:
+        target: An adapter or run folder, or (gguf) a model folder; None takes the newest finished
+            run.
+        format: lora or gguf.
+        output: Folder to write, new or empty; None is one named after the format beside the
+            adapter.
+        base: The base's folder or hub id, where it is not as recorded.
+        revision: The base's hub revision, where it is not as recorded.
+        options: How it is to be written.
+        push: Where the folder goes on a hub.
+        reporter: Where words and progress go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If the target is damaged or cannot be written so, the base is another one, or
+            the output is not empty.
+        MachineError: If the disk is too small or fails.
+    """
+    reporter, options = reporter or SilentReporter(), options or ExportOptions()
+    start = time.perf_counter()
+    if format not in FORMATS:
+        raise UserError(f"got {format!r}", key="--format", hint=f"one of {', '.join(FORMATS)}")
+    path = Path(target) if target is not None else None
+    is_model = path is not None and ((path / "config.json").is_file() or not path.exists())
+    allowed = [*DTYPE_NAMES, *(["q8_0"] if is_model and format == "gguf" else [])]
+    if options.dtype is not None and options.dtype not in allowed:
+        message = f"got {options.dtype!r}"
+        raise UserError(message, key="--dtype", hint=f"one of {', '.join(allowed)}")
+    if push is not None:
+        push.check()
+    if is_model:
+        assert target is not None
+        result = _export_model(str(target), format, output, revision, options, reporter)
+    else:
+        adapter_dir = resolve_adapter_dir(find_run(target))
+        if read_head(adapter_dir) is not None:
+            raise UserError(
+                "this is a classifier's adapter, whose head no other tool reads beside a LoRA pair",
+                file=str(adapter_dir),
+                hint="write the whole model: `wegeft merge`",
+            )
+        output = output or _default_output(adapter_dir, format)
+        result = _export_adapter(adapter_dir, format, output, base, revision, options, reporter)
+    url = publish(result.output_dir, push, reporter) if push is not None else None
+    return replace(
+        result,
+        seconds=time.perf_counter() - start,
+        peak_memory_gib=measure_peak_memory_gib(torch.device("cpu")),
+        url=url,
+    )
+
+
+def _export_model(
+    target: str,
+    format: str,
+    output: Path | None,
+    revision: str | None,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> ExportResult:
+    if format != "gguf":
+        raise UserError(
+            f"{target!r} is a model: only an adapter has a LoRA twin",
+            key="--format",
+            hint="give the adapter or the run, or --format gguf",
+        )
+    from wegeft_cli.exporting.gguf_model import write_model_gguf
+
+    model_dir = fetch_base_folder(target, revision)
+    output = output or model_dir.resolve().with_name(f"{model_dir.resolve().name}-gguf")
+    check_unused_folder(output)
+    infos = list_tensors(model_dir)
+    if not infos:
+        raise UserError("this folder holds no safetensors", file=str(model_dir))
+    check_free_space(output, sum(info.num_bytes for info in infos.values()), "the GGUF file")
+    with atomic_folder(output) as folder, reporter.progress("exporting", len(infos)) as advance:
+        num_tensors = write_model_gguf(
+            folder / "model.gguf", model_dir, infos, dtype=options.dtype, on_tensor=advance
+        )
+        num_bytes = (folder / "model.gguf").stat().st_size
+    return ExportResult(output, format, "model", num_tensors, num_bytes)
+
+
+def _export_adapter(
+    adapter_dir: Path,
+    format: str,
+    output: Path,
+    base: str | None,
+    revision: str | None,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> ExportResult:
+    check_unused_folder(output)
+    kind, recorded_base, recorded_revision = read_adapter_type(adapter_dir)
+    if kind != PEFT_TYPE:
+        own = "PEFT reads it as it is"
+        hint = "merge it and export the model" if format == "gguf" else own
+        reason = "only a WeGeFT adapter has a LoRA twin"
+        refuse_method(adapter_dir, kind, reason, hint=hint)
+    files = load_adapter_files(adapter_dir)
+    if (quantised := files.manifest.base_quantization) is not None:
+        reporter.warn(
+            f"this adapter was trained on a base quantised as {quantised}; parity is measured on "
+            "the 16-bit base, and served on that it answers otherwise than it was trained "
+            "(`wegeft merge` measures by how much)"
+        )
+    name_or_path = base or recorded_base
+    revision = revision or (None if base else recorded_revision)
+    recipe = find_recipe_of(adapter_dir)
+    trusts = recipe is not None and recipe.model.trust_remote_code
+    with tell_base(base, adapter_dir):
+        base_dir = fetch_base_folder(name_or_path, revision)
+        check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
+        plan = plan_twin(
+            files,
+            base_dir,
+            adapter_dir,
+            pad_rank=options.pad_rank,
+            pad_siblings=options.pad_siblings,
+            trust_remote_code=trusts,
+        )
+    reads_more = not plan.is_pairs_alone
+    if format == "gguf" and reads_more:
+        raise UserError(
+            "llama.cpp reads LoRA pairs alone, and this adapter also changes biases or whole "
+            "modules",
+            file=str(adapter_dir),
+            hint="wegeft merge, then wegeft export MERGED --format gguf",
+        )
+    if reads_more:
+        reporter.warn("it holds more than LoRA pairs: PEFT reads it, vLLM and SGLang do not")
+    dtype = DTYPE_NAMES[options.dtype or "float32"]
+    shapes = _plan_tensors(plan)
+    num_bytes = sum(tensor_bytes(dtype, shape) for shape in shapes.values())
+    check_free_space(output, num_bytes, "the export")
+    with atomic_folder(output) as folder:
+        if format == "gguf":
+            from wegeft_cli.exporting.gguf_adapter import write_adapter_gguf
+
+            with reporter.progress("exporting", len(plan.members)) as advance:
+                num_tensors = write_adapter_gguf(
+                    folder / "adapter.gguf",
+                    base_dir,
+                    {
+                        name: (plan.linears[name].d_out, plan.linears[name].d_in)
+                        for name in plan.members
+                    },
+                    plan.make,
+                    rank=plan.rank,
+                    dtype=options.dtype or "float32",
+                    base_name=name_or_path,
+                    on_layer=advance,
+                )
+            num_bytes = (folder / "adapter.gguf").stat().st_size
+            return ExportResult(output, format, "adapter", num_tensors, num_bytes, rank=plan.rank)
+        metadata = {
+            "format": "pt",
+            "wegeft_version": VERSION,
+            "base_fingerprint": files.manifest.base_fingerprint or "unknown",
+        }
+        saved = {f"{_PREFIX}{name}": tensor for name, tensor in plan.files.saved_modules.items()}
+        layout = {name: (dtype, shape) for name, shape in shapes.items()}
+        layout |= {name: (_NAMES_OF[t.dtype], tuple(t.shape)) for name, t in saved.items()}
+        with reporter.progress("exporting", len(layout)) as advance:
+            maker = _Maker(plan, saved, advance)
+            num_bytes = write_tensors(folder / WEIGHTS_NAME, layout, maker, metadata)
+        config = _make_config(plan, name_or_path, revision)
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        parity: dict[str, Any] = {"is_measured": False, "reason": "switched off (--no-parity)"}
+        if options.parity:
+            reporter.note("measuring parity: the base is loaded")
+            parity = measure_parity(
+                base_dir,
+                adapter_dir,
+                folder,
+                prompts=options.prompts or PROMPTS,
+                trust_remote_code=trusts,
+            )
+            if not parity["is_measured"]:
+                reporter.warn(f"parity is not measured: {parity['reason']}")
+        (folder / PARITY_NAME).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
+        card = write_twin_card(
+            adapter_dir,
+            name_or_path,
+            revision,
+            title=output.resolve().name,
+            rank=plan.rank,
+            num_modules=len(plan.members),
+            num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            for_servers=plan.is_pairs_alone,
+            parity=parity,
+        )
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    return ExportResult(
+        output, format, "adapter", len(layout), num_bytes, rank=plan.rank, parity=parity
+    )
+
+
+class _Maker:
+    """Gives the twin's tensors by name; the pair of one layer is computed once for its two.
+
+    Args:
+        plan: The plan.
+        saved: Modules that were trained whole, by their tensors' names in the file.
+        advance: Told how many tensors are done.
+    """
+
+    def __init__(
+        self, plan: TwinPlan, saved: Mapping[str, Tensor], advance: Callable[[int], None]
+    ) -> None:
+        self.plan = plan
+        self.saved = saved
+        self.advance = advance
+        self.num_done = 0
+        self.name, self.twin = "", Twin(torch.empty(0), torch.empty(0))
+
+    def __call__(self, full_name: str) -> Tensor:
+        self.num_done += 1
+        self.advance(self.num_done)
+        if full_name in self.saved:
+            return self.saved[full_name]
+        name, _, part = full_name.removeprefix(_PREFIX).rpartition(".lora_")
+        if name != self.name:
+            self.name, self.twin = name, self.plan.make(name)
+        if part == "A.weight":
+            return self.twin.A
+        if part == "B.weight":
+            return self.twin.B
+        return self.twin.bias if self.twin.bias is not None else torch.zeros(len(self.twin.B))
+
+
+def _plan_tensors(plan: TwinPlan) -> dict[str, tuple[int, ...]]:
+    """Give name and shape of every tensor of the pairs, as PEFT calls them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in plan.members:
+        target = plan.linears[name]
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (plan.rank, target.d_in)
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (target.d_out, plan.rank)
+        if plan.biased:  # PEFT's switch is one for all layers
+            shapes[f"{_PREFIX}{name}.lora_B.bias"] = (target.d_out,)
+    return shapes
+
+
+def _make_config(plan: TwinPlan, name_or_path: str, revision: str | None) -> dict[str, Any]:
+    """Give the adapter's config: all that readers ask for, everything else at PEFT's defaults."""
+    manifest = plan.files.manifest
+    return {
+        "peft_type": "LORA",
+        "task_type": manifest.task_type,
+        "base_model_name_or_path": name_or_path,
+        "revision": revision,
+        "inference_mode": True,
+        "r": plan.rank,
+        "lora_alpha": plan.rank,
+        "lora_dropout": 0.0,
+        "target_modules": plan.find_targets(),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": plan.is_transposed,
+        "modules_to_save": list(manifest.modules_to_save) or None,
+        **({"lora_bias": True} if plan.biased else {}),
+    }
+
+
+def _default_output(adapter_dir: Path, format: str) -> Path:
+    is_in_run = adapter_dir.name == "adapter"
+    return adapter_dir.parent / (format if is_in_run else f"{adapter_dir.name}-{format}")

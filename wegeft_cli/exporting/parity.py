@@ -1,0 +1,133 @@
+"""How far a LoRA twin and a merge are from the adapter they came from, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter
+from wegeft_cli.models.loading import load_model, load_tokenizer
+
+PROMPTS = (
+    "The capital of France is",
+    "A farmer has 17 sheep and buys 25 more. How many sheep does the farmer have now?",
+    "def add(a, b):\n    return",
+    "Question: Why is the sky blue?\nAnswer:",
+)
+"""What is asked where nobody gave prompts."""
+
+_SPARE = 1.3  # logits, factors and a kept copy of the folded weights need room beside the model
+_GIB = 2**30
+
+
+def measure_parity(
+    base_dir: Path,
+    adapter_dir: Path,
+    twin_dir: Path,
+    *,
+    prompts: Sequence[str],
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Compare the logits of adapter, LoRA twin (by stock PEFT) and merge on the same prompts.
+
+    In float32, and in the base's own type where that is another and float32 is not all there is.
+
+    Args:
+        base_dir: The base's folder.
+        adapter_dir: The adapter's.
+        twin_dir: The twin's.
+        prompts: Texts; every position of each counts.
+        trust_remote_code: Run code that comes with the base.
+
+    Returns:
+        The report: `is_measured`, and either `reason` or prompts, positions and results.
+    """
+    report: dict[str, Any] = {"is_measured": False, "prompts": list(prompts)}
+    try:
+        tokenizer = load_tokenizer(str(base_dir), trust_remote_code=trust_remote_code)
+        rows = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]
+        rows = [row for row in rows if row.numel()]
+        if not rows:
+            return report | {"reason": "the prompts hold no token"}
+        results: list[dict[str, Any]] = []
+        effects: list[dict[str, Any]] = []
+        stored: str | None = None
+        for dtype in ("float32", "auto"):
+            model = _load(base_dir, dtype, trust_remote_code)
+            told = str(next(model.parameters()).dtype).removeprefix("torch.")
+            if dtype == "auto" and told == "float32":
+                break
+            stored = told
+            base, adapter, merged, twin = _compute(model, adapter_dir, twin_dir, rows)
+            effects.append({"dtype": told, "effect": float((adapter - base).abs().max())})
+            results += [
+                {"dtype": told, "pair": f"adapter and {name}", **_compare(adapter, other)}
+                for name, other in (("LoRA twin in PEFT", twin), ("merged", merged))
+            ]
+            del model
+    except MachineError as error:
+        return report | {"reason": error.message}
+    except UserError as error:
+        if error.key not in ("adapter.type", "model.name_or_path"):
+            raise
+        return report | {"reason": error.message}
+    report |= {
+        "is_measured": True,
+        "num_positions": sum(row.numel() for row in rows),
+        "stored_dtype": stored,
+        "effects": effects,
+        "results": results,
+    }
+    return report
+
+
+def _load(base_dir: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
+    num_bytes = sum(path.stat().st_size for path in base_dir.glob("*.safetensors"))
+    needed = _SPARE * num_bytes * (2 if dtype == "float32" else 1)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MachineError(
+            f"the base needs about {needed / _GIB:.1f} GiB of memory, {free / _GIB:.1f} are free"
+        )
+    return load_model(str(base_dir), dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _compute(
+    model: nn.Module, adapter_dir: Path, twin_dir: Path, rows: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the logits of base, adapter, merge and twin, [positions, vocabulary] in float32."""
+    from wegeft_cli.methods.peft import load_peft
+
+    load_adapter(model, adapter_dir)
+    with disable_generators(model):
+        base = _logits(model, rows)
+    adapter = _logits(model, rows)
+    fold_generators(model)
+    merged = _logits(model, rows)
+    unfold_generators(model)
+    remove_generators(model)
+    twin = _logits(load_peft(model, twin_dir), rows)
+    return base, adapter, merged, twin
+
+
+def _logits(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=row).logits[0].float() for row in rows])
+
+
+def _compare(one: Tensor, two: Tensor) -> dict[str, float]:
+    difference = (one - two).abs()
+    return {
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
+        "max_logit": float(one.abs().max()),
+        "same_top_token": float((one.argmax(-1) == two.argmax(-1)).float().mean()),
+    }

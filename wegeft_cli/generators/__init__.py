@@ -1,1 +1,0 @@
-"""The method: weight changes generated from the frozen weights themselves."""

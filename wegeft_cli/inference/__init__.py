@@ -1,0 +1,1 @@
+"""Loaded models, prompts, generation and chat."""

@@ -1,0 +1,320 @@
+"""A talk with a model: turn after turn, with its adapter on or off."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.artifacts.run_directory import find_recipe_of
+from wegeft_cli.data.sources.messages import check_text
+from wegeft_cli.data.text.chat_rendering import Message
+from wegeft_cli.errors import UserError
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import find_context, generate_texts
+from wegeft_cli.generation.kv_cache import Reading
+from wegeft_cli.inference.generate import GREEDY, default_new_tokens, describe_target
+from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
+from wegeft_cli.inference.prompt_format import PromptForm, choose_form
+from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.storage.atomic import write_text_atomic
+
+_NARROWS = ("top_k", "top_p", "min_p")
+_SETTINGS = ("temperature", *_NARROWS, "repetition_penalty", "max_new_tokens", "seed")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a turn.
+
+    Args:
+        text: The answer, without white space around it.
+        finish_reason: `stop`, `length`, or `interrupted`.
+        num_new_tokens: Tokens written; of an interrupted answer None.
+        seconds: How long it took.
+        num_left_out: Oldest messages that had no room in the model's context.
+    """
+
+    text: str
+    finish_reason: str
+    num_new_tokens: int | None
+    seconds: float
+    num_left_out: int = 0
+
+
+@dataclass
+class Conversation:
+    """What was said so far, and how the next answer is made.
+
+    Args:
+        opened: The model.
+        form: In which form it is asked.
+        about: One line for the user: what answers.
+        decoding: How tokens are chosen; each answer draws from another stream.
+        system: The system message.
+        messages: The turns, user and assistant by turns.
+    """
+
+    opened: OpenedTarget
+    form: PromptForm
+    about: str
+    decoding: Decoding = GREEDY
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    _num_answers: int = 0
+    # What was read stays read, by the tuned model and by its base: each turn goes on behind it.
+    _readings: dict[bool, Reading] = field(default_factory=lambda: defaultdict(Reading))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer."""
+        return self.decoding.max_new_tokens
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether the adapter can be switched off."""
+        return self.opened.kind == "adapter"
+
+    def ask(
+        self, question: str, *, tuned: bool = True, on_text: Callable[[str], None] | None = None
+    ) -> Reply:
+        """Let the model answer after all that was said; nothing is kept of it yet.
+
+        A Ctrl-C ends the answer, not the talk.
+
+        Args:
+            question: The user's turn.
+            tuned: With the adapter; else the base alone.
+            on_text: Takes the answer piece by piece.
+
+        Returns:
+            The answer.
+
+        Raises:
+            UserError: If the question alone is too long for the model's context, cannot be
+                written, or the form refuses it.
+            MachineError: If the memory does not do.
+        """
+        check_text("question", question)
+        text, num_left_out = self._fit(question)
+        pieces: list[str] = []
+
+        def take(piece: str) -> None:
+            # Some forms leave the space before the answer to the model.
+            piece = piece if pieces else piece.lstrip()
+            if piece:
+                pieces.append(piece)
+                if on_text is not None:
+                    on_text(piece)
+
+        number = self._num_answers
+        self._num_answers += 1
+        start = time.monotonic()
+        try:
+            with (
+                nullcontext((self.opened.model, self.opened.tokenizer))
+                if tuned
+                else self.opened.base_alone() as (model, tokenizer),
+                telling_memory(),
+            ):
+                written = generate_texts(
+                    model,
+                    tokenizer,
+                    [text],
+                    batch_size=1,
+                    decoding=self.decoding,
+                    numbers=[number],
+                    add_special_tokens=not self.form.holds_turns,
+                    turn_ends=self.form.find_turn_ends(tokenizer),
+                    on_text=take,
+                    reading=self._readings[tuned],
+                )
+        except KeyboardInterrupt:
+            seconds = time.monotonic() - start
+            return Reply("".join(pieces).strip(), "interrupted", None, seconds, num_left_out)
+        return Reply(
+            written.new_texts[0].strip(),
+            written.finish_reasons[0],
+            written.num_new_tokens,
+            time.monotonic() - start,
+            num_left_out,
+        )
+
+    def keep(self, question: str, reply: Reply) -> None:
+        """Make a question and its answer part of what was said."""
+        self.messages.append({"role": "user", "content": question})
+        self.messages.append({"role": "assistant", "content": reply.text})
+
+    def reset(self) -> None:
+        """Forget what was said; the system message stays."""
+        self.messages.clear()
+        self.forget_readings()
+
+    def forget_readings(self) -> None:
+        """Let the next turn be read from its beginning, and give back the caches' memory."""
+        self._readings.clear()
+
+    def take_back(self) -> str | None:
+        """Forget the last question and its answer.
+
+        Returns:
+            The question; None if there is none.
+        """
+        if not self.messages:
+            return None
+        question = str(self.messages[-2]["content"])
+        del self.messages[-2:]
+        return question
+
+    def set_system(self, text: str | None) -> None:
+        """Set the system message, or with None take it away.
+
+        Args:
+            text: The message.
+
+        Raises:
+            UserError: If the form has no place for one, or refuses it.
+        """
+        if text is not None:
+            check_text("system", text)
+            self.form.write({"instruction": "question"}, text)
+        self.system = text
+
+    def set_value(self, key: str, text: str) -> None:
+        """Change one setting for the answers to come.
+
+        Args:
+            key: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
+                max_new_tokens or seed.
+            text: The value as typed.
+
+        Raises:
+            UserError: If there is no such setting, or the value is out of range.
+        """
+        if key not in _SETTINGS:
+            known = ", ".join(_SETTINGS)
+            raise UserError(f"no setting {key!r}", key="/set", hint=f"there are {known}")
+        kind = int if key in ("top_k", "max_new_tokens", "seed") else float
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise UserError(f"{text!r} is no {what}", key=f"/set {key}") from None
+        values: dict[str, Any] = {key: value}
+        if key == "max_new_tokens":
+            self._check_length(int(value))
+        elif key in _NARROWS and not self.decoding.do_sample:
+            values["temperature"] = 1.0  # what narrows a draw asks for one
+        self.decoding = replace(self.decoding, **values)
+
+    def save(self, path: Path) -> None:
+        """Write what was said as one row of `messages`, which `wegeft train` reads.
+
+        Args:
+            path: A file that is not there yet.
+
+        Raises:
+            UserError: If nothing was said, or something stands there.
+        """
+        if not self.messages:
+            raise UserError("nothing was said yet", key="/save")
+        if path.exists():
+            raise UserError("there is something already", file=str(path), hint="give another name")
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        row = {"messages": [*system, *self.messages]}
+        write_text_atomic(path, json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _check_length(self, value: int) -> None:
+        context = find_context(self.opened.model)
+        if value < 1 or (context is not None and value >= context):
+            raise UserError(
+                f"{value} is out of range",
+                key="max_new_tokens",
+                hint="give 1 or more" + ("" if context is None else f", at most {context - 1}"),
+            )
+
+    def _fit(self, question: str) -> tuple[str, int]:
+        """Write the prompt with as many of the last turns as the context has room for."""
+        if not self.form.holds_turns:
+            text = self.form.write({"instruction": question}, self.system)
+            self._check_room(text)
+            return text, 0
+        context = find_context(self.opened.model)
+        for first in range(0, len(self.messages) + 1, 2):
+            asked = [*self.messages[first:], {"role": "user", "content": question}]
+            text = self.form.write({"messages": asked}, self.system)
+            if context is None or self._count(text) + self.max_new_tokens <= context:
+                return text, first
+        self._check_room(text)
+        raise AssertionError("unreachable")
+
+    def _check_room(self, text: str) -> None:
+        context, length = find_context(self.opened.model), self._count(text)
+        if context is not None and length + self.max_new_tokens > context:
+            raise UserError(
+                f"{length} tokens, and {self.max_new_tokens} for the answer, are more than the "
+                f"model reads ({context})",
+                hint="shorten the question or the system message, or lower max_new_tokens",
+            )
+
+    def _count(self, text: str) -> int:
+        special = not self.form.holds_turns
+        return len(self.opened.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def open_conversation(
+    target: str | Path | None = None,
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    decoding: Decoding = GREEDY,
+    max_new_tokens: int | None = None,
+    base: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Conversation:
+    """Load a model to talk with.
+
+    Args:
+        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
+        template: The form in which it is asked; None takes that of its training.
+        system: The system message.
+        decoding: How tokens are chosen, and the seed of the draws.
+        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+            smaller context.
+        base: The base's folder or hub id, where it is not as recorded.
+        warn: Told where something may be wrong.
+
+    Returns:
+        The conversation, in which nothing was said.
+
+    Raises:
+        UserError: If the target, the form or a setting is at fault.
+    """
+    path = find_target(target)
+    recipe = find_recipe_of(path)
+    opened = open_target(path, recipe, base=base, warn=warn)
+    form = choose_form(template, path, recipe, opened.tokenizer)
+    length = max_new_tokens or default_new_tokens(opened.model)
+    decoding = replace(decoding, max_new_tokens=length)
+    talk = Conversation(opened, form, describe_target(opened, path, form), decoding)
+    talk._check_length(length)
+    talk.set_system(system)
+    return talk
+
+
+def describe_decoding(talk: Conversation) -> dict[str, Any]:
+    """Give the settings that the next answer is made with.
+
+    Args:
+        talk: The conversation.
+
+    Returns:
+        Name -> value.
+    """
+    told = talk.decoding.settings()
+    return {name: value for name, value in told.items() if name != "num_beams"}

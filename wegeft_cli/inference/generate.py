@@ -1,0 +1,289 @@
+"""Prompts become answers: of an adapter, a run or a model, and of its base on request."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.artifacts.environment import describe_environment
+from wegeft_cli.artifacts.run_directory import find_recipe_of
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.generation.completion import Generations
+from wegeft_cli.generation.decoding import Decoding, draw_number
+from wegeft_cli.generation.engine import find_context, generate_texts
+from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
+from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
+from wegeft_cli.inference.prompt_format import PromptForm, choose_form, tell_question
+from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+
+DEFAULT_NEW_TOKENS = 512
+GREEDY = Decoding(DEFAULT_NEW_TOKENS)
+_OUTPUT_START = '{"index": '
+
+
+def generate(
+    target: str | Path | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    file: str | Path | None = None,
+    limit: int | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    decoding: Decoding = GREEDY,
+    num_samples: int = 1,
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    compare_base: bool = False,
+    base: str | None = None,
+    output: Path | None = None,
+    reporter: Reporter | None = None,
+    on_text: Callable[[str, str], None] | None = None,
+) -> dict[str, Any]:
+    """Let a model answer.
+
+    The same question, seed and sample number give the same answer, however the questions are
+    batched (to the rounding of a batched matrix product), and the one that `wegeft eval` gets under
+    a protocol with the same prompt and decoding.
+
+    Args:
+        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
+        prompts: What is asked.
+        file: Questions from a file instead: rows (JSON, JSONL, CSV, Parquet), or any other file's
+            whole text as one question; `-` is standard input.
+        limit: Only the first so many rows.
+        template: The form in which the model is asked; None takes that of its training.
+        system: A system message for every conversation that has none.
+        decoding: How tokens are chosen, and the seed of the draws.
+        num_samples: Answers to each question, drawn one by one; more than one only if sampled.
+        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+            smaller context.
+        batch_size: Prompts at a time; None takes the recipe's `eval.batch_size`.
+        compare_base: Let the base answer too.
+        base: The base's folder or hub id, where it is not as recorded.
+        output: Write the answers to this file too, one JSON object per line.
+        reporter: Where words and progress go.
+        on_text: Takes (`base`, `tuned` or `model`, piece) of a single answer as it is written;
+            `model` where nothing tells that it was tuned.
+
+    Returns:
+        The JSON object of `wegeft generate`.
+
+    Raises:
+        UserError: If the target, a question, a setting or the output file is at fault.
+        ExceptionGroup: If several are.
+        MachineError: If the memory does not do.
+    """
+    reporter = reporter or SilentReporter()
+    if num_samples > 1 and not decoding.do_sample:
+        raise UserError(
+            "several answers to a question are all the same where nothing is drawn",
+            key="--num-samples",
+            hint="add --temperature 1, or ask for one",
+        )
+    if output is not None:
+        _check_output(output)
+    questions = read_questions(prompts, file, limit)
+    path = find_target(target)
+    recipe = find_recipe_of(path)
+    settings = recipe.eval if recipe is not None else EvalSection()
+    opened = open_target(path, recipe, base=base, warn=reporter.warn)
+    form = choose_form(template, path, recipe, opened.tokenizer)
+    texts = _write_prompts(questions, form, system)
+    count = len(texts) * num_samples
+    job = _Job(
+        texts=[text for text in texts for _ in range(num_samples)],
+        numbers=[draw_number(q.index, n) for q in questions for n in range(num_samples)],
+        form=form,
+        decoding=replace(
+            decoding, max_new_tokens=max_new_tokens or default_new_tokens(opened.model)
+        ),
+        batch_size=min(batch_size or settings.batch_size, count),
+    )
+    stream = on_text if count == 1 else None
+    start = time.monotonic()
+    base_written = None
+    if compare_base:
+        with opened.base_alone() as (model, tokenizer):
+            base_written = job.run(model, tokenizer, "base", reporter, stream)
+    is_tuned = opened.kind == "adapter" or opened.base is not None
+    who = "tuned" if is_tuned else "model"
+    written = job.run(opened.model, opened.tokenizer, who, reporter, stream)
+    seconds = time.monotonic() - start
+    if written.settings["num_truncated_prompts"]:
+        reporter.warn(
+            f"{written.settings['num_truncated_prompts']} of {count} prompts are longer than the "
+            "model's context has room for: they lost their beginnings"
+        )
+    results = _build_results(questions, num_samples, job.texts, written, base_written)
+    if output is not None:
+        lines = (json.dumps(row, ensure_ascii=False) for row in results)
+        write_text_atomic(output, "".join(line + "\n" for line in lines))
+    return {
+        "target": str(path),
+        "kind": opened.kind,
+        "template": form.name,
+        "template_hash": form.template.digest,
+        "system": system,
+        "seed": decoding.seed if decoding.do_sample else None,
+        "settings": written.settings,
+        "results": results,
+        "num_new_tokens": written.num_new_tokens,
+        "seconds": seconds,
+        "output_path": None if output is None else str(output),
+        **describe_environment(),
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Texts to go on from, and how."""
+
+    texts: list[str]
+    numbers: list[int]
+    form: PromptForm
+    decoding: Decoding
+    batch_size: int
+
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        who: str,
+        reporter: Reporter,
+        on_text: Callable[[str, str], None] | None,
+    ) -> Generations:
+        with _shown(reporter, who, len(self.texts), on_text) as advance, telling_memory():
+            return generate_texts(
+                model,
+                tokenizer,
+                self.texts,
+                batch_size=self.batch_size,
+                decoding=self.decoding,
+                numbers=self.numbers,
+                add_special_tokens=not self.form.holds_turns,
+                turn_ends=self.form.find_turn_ends(tokenizer),
+                on_progress=lambda done, total: advance(done),
+                on_text=None if on_text is None else lambda piece: on_text(who, piece),
+            )
+
+
+@contextmanager
+def _shown(
+    reporter: Reporter, who: str, count: int, on_text: Callable[[str, str], None] | None
+) -> Iterator[Callable[..., None]]:
+    """Show how far it is, where no text shows it."""
+    if on_text is not None:
+        yield lambda done: None
+        return
+    with reporter.progress(f"{who}: generating", count) as advance:
+        yield advance
+
+
+def default_new_tokens(model: Any) -> int:
+    """Give the longest answer where nothing was said: half of a small context stays for it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tokens.
+    """
+    context = find_context(model)
+    return DEFAULT_NEW_TOKENS if context is None else min(DEFAULT_NEW_TOKENS, max(1, context // 2))
+
+
+def describe_target(opened: OpenedTarget, path: str | Path, form: PromptForm) -> str:
+    """Say in a line what answers, and in which form it is asked.
+
+    Args:
+        opened: The model.
+        path: Where it came from.
+        form: The form.
+
+    Returns:
+        The line.
+    """
+    return f"{opened.kind} {path}, asked in the form {form.name} ({form.why})"
+
+
+def _write_prompts(
+    questions: Sequence[Question], form: PromptForm, system: str | None
+) -> list[str]:
+    texts: list[str] = []
+    faults: list[UserError] = []
+    for question in questions:
+        try:
+            texts.append(form.write(question.asked, system))
+        except UserError as fault:
+            if fault.key is not None:  # of the form as a whole
+                raise
+            fault.file = f"question {question.index}"
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+    raise_all(faults)
+    return texts
+
+
+def _build_results(
+    questions: Sequence[Question],
+    num_samples: int,
+    texts: Sequence[str],
+    written: Generations,
+    base_written: Generations | None,
+) -> list[dict[str, Any]]:
+    results = []
+    for position in range(len(texts)):
+        question, sample = questions[position // num_samples], position % num_samples
+        answer = written.written[position]
+        base = None if base_written is None else base_written.written[position]
+        results.append(
+            {
+                "index": question.index,
+                **({} if question.row_id is None else {"id": question.row_id}),
+                **({"sample": sample} if num_samples > 1 else {}),
+                "prompt": tell_question(question.asked),
+                "text": texts[position],
+                "output": answer.new_text,
+                "finish_reason": answer.finish_reason,
+                "num_new_tokens": len(answer.new_ids),
+                "truncated": answer.is_truncated,
+                **(
+                    {}
+                    if base is None
+                    else {"base_output": base.new_text, "base_finish_reason": base.finish_reason}
+                ),
+            }
+        )
+    return results
+
+
+def _check_output(output: Path) -> None:
+    """Find out before the work begins that the file cannot be written, or is someone's own."""
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    if output.is_dir() or not place.is_dir():
+        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
+        raise UserError(
+            what, file=str(output), key="--output", hint="give a file such as answers.jsonl"
+        )
+    if not output.exists():
+        return
+    with disk_errors(output, "read"):
+        text = output.read_text(encoding="utf-8", errors="replace")
+    if text and not text.startswith(_OUTPUT_START):
+        raise UserError(
+            "this file holds no earlier answers, and nothing else is overwritten",
+            file=str(output),
+            key="--output",
+            hint="give another name",
+        )

@@ -1,0 +1,196 @@
+"""A classifier from its run, its adapter or its model folder, with what tells how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wegeft_cli.artifacts.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.artifacts.head_file import read_head
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.registry import put_adapter
+from wegeft_cli.methods.wegeft.save_load import tell_base
+from wegeft_cli.models.heads import HeadSpec, find_task, pad_as_tokenizer, read_labels
+from wegeft_cli.models.loading import load_config, load_model
+from wegeft_cli.recipe.schema import DataSection, ModelSection, Recipe
+from wegeft_cli.tasks.classification import load_processor
+
+
+@dataclass(frozen=True)
+class FoundClassifier:
+    """What is known of a classifier before it is loaded.
+
+    Args:
+        adapter_dir: Its adapter; None of a model that stands alone.
+        head: What it tells apart.
+        recipe: The run's recipe, or one that holds what is known without it; its `model` is what
+            will be loaded: the adapter's base, or the model.
+    """
+
+    adapter_dir: Path | None
+    head: HeadSpec
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class OpenedClassifier:
+    """A classifier to ask.
+
+    Args:
+        model: In evaluation mode, on the CPU.
+        processor: Its tokenizer or image processor.
+        head: What it tells apart.
+        recipe: The run's recipe, or one that holds what is known without it.
+    """
+
+    model: nn.Module
+    processor: Any
+    head: HeadSpec
+    recipe: Recipe
+
+
+def is_classifier(path: str | Path, recipe: Recipe | None) -> bool:
+    """Tell whether what a command is to work on classifies.
+
+    Args:
+        path: An adapter, run or model folder, or a hub id.
+        recipe: The run's recipe, where it belongs to a run.
+
+    Returns:
+        Whether it does; what cannot be read is taken for a language model, whose loading tells.
+    """
+    if recipe is not None:
+        return recipe.task != "causal_lm"
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        try:
+            return find_task(load_config(str(folder))) != "causal_lm"
+        except UserError:
+            return False
+    if folder.is_dir():
+        try:
+            return read_head(resolve_adapter_dir(folder)) is not None
+        except UserError:
+            return False
+    return False
+
+
+def find_classifier(
+    path: str | Path, recipe: Recipe | None, *, base: str | None = None
+) -> FoundClassifier:
+    """Find out what a classifier is, without loading it.
+
+    Args:
+        path: An adapter, run or model folder.
+        recipe: The run's recipe, where it belongs to a run.
+        base: The base's folder or hub id, where it is not as recorded.
+
+    Returns:
+        What is known of it.
+
+    Raises:
+        UserError: If it is none of these, or is damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        config = load_config(str(folder))
+        head = _head_of_config(config, find_task(config))
+        known = recipe or _recipe_of_head(head, {})
+        section = replace(known.model, name_or_path=str(folder), revision=None)
+        return FoundClassifier(None, head, replace(known, model=section))
+    adapter_dir = resolve_adapter_dir(folder)
+    head, values = read_head_spec(adapter_dir)
+    known = recipe or _recipe_of_head(head, values)
+    _, recorded, revision = read_adapter_type(adapter_dir)
+    section = replace(
+        known.model, name_or_path=base or recorded, revision=None if base else revision
+    )
+    return FoundClassifier(adapter_dir, head, replace(known, model=section))
+
+
+def load_classifier(
+    found: FoundClassifier,
+    *,
+    base: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> OpenedClassifier:
+    """Load a classifier.
+
+    Args:
+        found: What it is.
+        base: The base as the user named it, for the message where it is another one.
+        warn: Told where nothing can tell whether the base is the adapter's.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        UserError: If it is damaged, or its base is another one.
+    """
+    head, section = found.head, found.recipe.model
+    if found.adapter_dir is None:
+        model = _load(section, head)
+        processor = load_processor(section, head.task)
+        pad_as_tokenizer(model, processor)
+        return OpenedClassifier(model, processor, head, found.recipe)
+    with tell_base(base, found.adapter_dir):
+        model = _load(section, head)
+        processor = load_processor(section, head.task)
+    pad_as_tokenizer(model, processor)
+    model = put_adapter(model, found.adapter_dir, section, warn=warn)
+    return OpenedClassifier(model.eval(), processor, head, found.recipe)
+
+
+def read_head_spec(adapter_dir: Path) -> tuple[HeadSpec, dict[str, Any]]:
+    """Read what a classifier's adapter tells of its head.
+
+    Args:
+        adapter_dir: The adapter's folder.
+
+    Returns:
+        The head, and all that `head.json` holds.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    values = read_head(adapter_dir)
+    if values is None:
+        raise UserError(
+            "this adapter has no head.json, which tells a classifier's classes",
+            file=str(adapter_dir),
+            hint="copy the adapter's folder as a whole",
+        )
+    labels = tuple(str(name) for name in values["labels"])
+    return HeadSpec(values["task"], labels, values["problem_type"]), values
+
+
+def _load(section: ModelSection, head: HeadSpec) -> nn.Module:
+    return load_model(
+        section.name_or_path,
+        revision=section.revision,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        head=head,
+    )
+
+
+def _head_of_config(config: Any, task: str) -> HeadSpec:
+    problem = getattr(config, "problem_type", None) or "single_label_classification"
+    labels = () if problem == "regression" else read_labels(config)
+    return HeadSpec(task, labels, problem, keeps_base_head=True)
+
+
+def _recipe_of_head(head: HeadSpec, values: dict[str, Any]) -> Recipe:
+    """Give a recipe that holds what is known of an adapter or model outside of its run."""
+    data = DataSection(
+        problem_type=head.problem_type,
+        image_size=values.get("image_size"),
+        image_transform=values.get("image_transform", DataSection.image_transform),
+        max_length=values.get("max_length", DataSection.max_length),
+    )
+    return Recipe(task=head.task, data=data)

@@ -1,0 +1,162 @@
+"""A target opened in vLLM: its base in the engine, its adapter as a LoRA that requests name."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter_files
+from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.errors import UserError
+from wegeft_cli.generation import vllm_engine as vllm
+from wegeft_cli.inference.loaded_model import OpenedTarget, resolve_target, telling_target
+from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.save_load import check_base
+from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.storage.atomic import save_tensors_atomic, write_text_atomic
+from wegeft_cli.storage.safetensors_reader import list_tensors
+
+
+class VllmTarget(OpenedTarget):
+    """A model in vLLM; its base is the same engine asked without the adapter."""
+
+    @contextmanager
+    def base_alone(self) -> Iterator[tuple[Any, Any]]:
+        """Give the base model inside the block."""
+        if self.kind != "adapter":
+            raise UserError(
+                "a merged model's base would need a second engine",
+                key="--compare-base",
+                hint="give the adapter, or score the base by itself and use `wegeft compare`",
+            )
+        yield self.model.without_lora(), self.tokenizer
+
+
+def open_in_vllm(
+    path: str | Path,
+    recipe: Recipe | None,
+    *,
+    base: str | None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> OpenedTarget:
+    """Start vLLM on what a command is to work on; arguments and errors as `open_target`.
+
+    A WeGeFT adapter goes in as its exact LoRA twin, which is written to a temporary folder. One of
+    a quantised base is refused.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    section, adapter_dir, kind = resolve_target(path, recipe, base=base)
+    if (quantised := name_quantization(section)) is not None:
+        # The twin is made of the dense weights, and the engine would load them: another model.
+        raise UserError(
+            f"this adapter was trained on a base in {quantised}, which vLLM is not given here",
+            file=str(path),
+            key="--backend",
+            hint="leave --backend out, or score what `wegeft merge` makes of it",
+        )
+    with telling_target(path) if adapter_dir is None else nullcontext():
+        folder = fetch_base_folder(section.name_or_path, section.revision)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    has_own = (Path(folder) / "generation_config.json").is_file()
+    told: dict[str, Any] = {
+        "config": config,
+        # As `from_pretrained` of the other engine: without such a file, out of the model's config.
+        "generation_config": (
+            GenerationConfig.from_pretrained(folder)
+            if has_own
+            else GenerationConfig.from_model_config(config)
+        ),
+        "dtype": section.dtype,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
+    if adapter_dir is None:
+        model = vllm.open_model(str(folder), **told)
+        return VllmTarget("model", model, tokenizer, None, section, None, vllm.write_texts)
+    scratch = None
+    if kind == PEFT_TYPE:
+        files = load_adapter_files(adapter_dir)
+        check_base(files.manifest, folder, adapter_dir, warn=warn)
+        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-twin-")), files.manifest.r
+        # The engine reads it when the first request names it, so it lives as long as the model.
+        scratch = lora_dir
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        write_twin(adapter_dir, folder, lora_dir)
+    elif kind == "LORA":
+        lora_dir = adapter_dir
+        rank = int(json.loads((adapter_dir / CONFIG_NAME).read_text(encoding="utf-8"))["r"])
+    else:
+        raise UserError(
+            f"vLLM serves LoRA adapters, and this one is {kind}",
+            key="--backend",
+            hint="leave --backend out, or merge the adapter first",
+        )
+    model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
+    if scratch is not None:
+        weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    return VllmTarget("adapter", model, tokenizer, None, section, adapter_dir, vllm.write_texts)
+
+
+def write_twin(adapter_dir: Path, base_dir: Path, output_dir: Path) -> None:
+    """Write the exact LoRA twin of an adapter, as vLLM reads it.
+
+    `B = s W phi, A = psi` on the input side, `B = s phi, A = psi W` on the output side, with
+    scaling 1 (`lora_alpha` is the rank).
+
+    Args:
+        adapter_dir: The adapter's folder.
+        base_dir: The base's folder, with safetensors.
+        output_dir: Folder to write.
+
+    Raises:
+        UserError: If the adapter changes what a LoRA cannot: modules trained whole, rows of a fused
+            projection, transposed weights.
+    """
+    files = load_adapter_files(adapter_dir)
+    manifest = files.manifest
+    odd = [
+        n for n, es in manifest.modules.items() if len(es) != 1 or es[0].rows or es[0].transposed
+    ]
+    if files.saved_modules or odd:
+        what = "modules trained whole" if files.saved_modules else f"parts of {odd[0]}"
+        raise UserError(
+            f"this adapter changes {what}, which its LoRA twin cannot say",
+            file=str(adapter_dir),
+            key="--backend",
+            hint="leave --backend out, or merge the adapter first",
+        )
+    stored = list_tensors(base_dir)
+    tensors: dict[str, Tensor] = {}
+    for name, (entry,) in manifest.modules.items():
+        place = stored[f"{name}.weight"].shard
+        with safe_open(place, framework="pt") as shard:
+            weight = shard.get_tensor(f"{name}.weight").float()
+        phi, psi = (factor.float() for factor in files.factors[entry.group])
+        down, up = lora_twin(weight, phi, psi, manifest.scale, manifest.side)  # type: ignore[arg-type]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_dir),
+        "r": manifest.r,
+        "lora_alpha": manifest.r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in manifest.modules}),
+        "inference_mode": True,
+    }
+    save_tensors_atomic(output_dir / WEIGHTS_NAME, tensors)
+    write_text_atomic(output_dir / CONFIG_NAME, json.dumps(config, indent=2) + "\n")

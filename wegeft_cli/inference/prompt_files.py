@@ -1,0 +1,122 @@
+"""What `wegeft generate` is asked: prompts as typed, the rows of a file, or a text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.sources.files import find_suffix
+from wegeft_cli.data.sources.loading import load_rows
+from wegeft_cli.data.sources.messages import check_text
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.inference.prompt_format import read_question
+from wegeft_cli.recipe.schema import DataSource
+from wegeft_cli.storage.atomic import disk_errors
+
+MAX_FAULTS = 5
+"""Told at once; more would hide the first."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing that is asked.
+
+    Args:
+        index: Its position in what was given, from 0.
+        asked: As `read_question` gives it.
+        row_id: The row's own `id`, if it has one.
+    """
+
+    index: int
+    asked: dict[str, Any]
+    row_id: str | int | None = None
+
+
+def read_questions(
+    prompts: Sequence[str], file: str | Path | None, limit: int | None
+) -> list[Question]:
+    """Read everything that is asked.
+
+    Args:
+        prompts: Texts, one question each.
+        file: Questions from a file instead: rows, or any other file's whole text as one question;
+            `-` is standard input.
+        limit: Only the first so many rows.
+
+    Returns:
+        The questions.
+
+    Raises:
+        UserError: If nothing is asked, the file cannot be read, or a row is at fault.
+        ExceptionGroup: If several rows are.
+    """
+    if prompts and file is not None:
+        raise UserError(
+            "prompts and a file at the same time", key="--file", hint="give one of the two"
+        )
+    if prompts:
+        return [Question(n, read_question({"prompt": text})) for n, text in enumerate(prompts)]
+    if file is None:
+        raise UserError("nothing is asked", key="--prompt", hint='such as --prompt "Who are you?"')
+    if str(file) != "-" and find_suffix(Path(file)):
+        return _read_rows(Path(file), limit)
+    text = _read_text(str(file)).rstrip("\n")
+    if not text.strip():
+        raise UserError(
+            "nothing is asked: it is empty",
+            file="standard input" if str(file) == "-" else str(file),
+            hint='such as --prompt "Who are you?"',
+        )
+    return [Question(0, read_question({"prompt": text}))]
+
+
+def _read_text(file: str) -> str:
+    data = sys.stdin.buffer.read() if file == "-" else _read_bytes(Path(file))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {data[error.start]:#04x} is not UTF-8", file=file, hint="save it as UTF-8"
+        ) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    _check_file(path)
+    with disk_errors(path, "read"):
+        return path.read_bytes()
+
+
+def _read_rows(path: Path, limit: int | None) -> list[Question]:
+    _check_file(path)
+    rows = load_rows(DataSource(path=str(path), limit=limit), recipe_dir=None)
+    questions: list[Question] = []
+    faults: list[UserError] = []
+    for index, row in enumerate(rows.rows):
+        try:
+            row_id = row.get("id")
+            if isinstance(row_id, str):
+                check_text("id", row_id)
+            questions.append(
+                Question(index, read_question(row), row_id if _is_name(row_id) else None)
+            )
+        except UserError as fault:
+            fault.file = rows.place(index)
+            faults.append(fault)
+            if len(faults) == MAX_FAULTS:
+                break
+    raise_all(faults)
+    return questions
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not there before it is taken for a hub's name."""
+    if not path.is_file():
+        what = "this is a folder" if path.is_dir() else "no such file"
+        raise UserError(what, file=str(path), key="--file")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)

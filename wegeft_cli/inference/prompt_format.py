@@ -1,0 +1,324 @@
+"""The form in which a model is asked: as its training rows were, by its chat template, or plain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wegeft_cli.data.sources.messages import check_text, read_conversation, read_tools
+from wegeft_cli.data.text.chat_rendering import Message
+from wegeft_cli.data.text.chat_template import Template, build_template, find_turn_ends
+from wegeft_cli.data.text.templates import AUTO, CHAT, TEMPLATES, PairTemplate, check_template
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.schema import Recipe
+
+_ASKS = ("prompt", "instruction", "question", "text")
+_TALKS = ("messages", "conversations")
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """A template, asked for what comes before the answer.
+
+    Args:
+        template: As rows are written with it.
+        why: What settled it, in words: the run, the tokenizer, the option.
+    """
+
+    template: Template
+    why: str
+
+    @property
+    def name(self) -> str:
+        """The template's name."""
+        return self.template.name
+
+    @property
+    def holds_turns(self) -> bool:
+        """Whether it writes conversations; else each question stands alone."""
+        return self.template.apply is not None
+
+    def write(self, question: Mapping[str, Any], system: str | None = None) -> str:
+        """Write what the model reads.
+
+        Args:
+            question: `messages` (and `tools`), or `instruction` and perhaps `input`.
+            system: Set before a conversation that begins with no system message of its own.
+
+        Returns:
+            The text up to where the answer begins.
+
+        Raises:
+            UserError: If the template has no place for what is given, or refuses it.
+        """
+        apply = self.template.apply
+        if apply is None:
+            return self._fill(question, system)
+        messages = list(question.get("messages") or [_as_message(question)])
+        if system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        tools = {"tools": question["tools"]} if question.get("tools") else {}
+        return str(apply(messages, True, **tools))
+
+    def find_turn_ends(self, tokenizer: Any) -> list[int]:
+        """Find what ends a turn in this form; nothing does where it writes no conversations."""
+        return find_turn_ends(self.template, tokenizer)
+
+    def _fill(self, question: Mapping[str, Any], system: str | None) -> str:
+        what = "a conversation" if "messages" in question else "a system prompt"
+        if "messages" in question or system is not None:
+            raise UserError(
+                f"the prompt form {self.name!r} has no place for {what}",
+                key="--template",
+                hint=f"give --template {CHAT}, if the model knows one",
+            )
+        pair = TEMPLATES[self.name]
+        assert isinstance(pair, PairTemplate)
+        extra = question.get("input") or ""
+        form = pair.prompt
+        if extra.strip():
+            if pair.prompt_with_input is None:
+                raise UserError(
+                    f"the prompt form {self.name!r} has no place for `input`, got {extra[:40]!r}",
+                    key="--template",
+                    hint="give --template alpaca, or leave `input` empty",
+                )
+            form = pair.prompt_with_input
+        return form.format(instruction=question["instruction"], input=extra)
+
+
+def choose_form(
+    name: str | None, target: str | Path, recipe: Recipe | None, tokenizer: Any
+) -> PromptForm:
+    """Settle in which form a model is asked.
+
+    Args:
+        name: A template's name or Jinja file, as typed; None or `auto` takes the one that the run
+            was trained with, else the tokenizer's chat template, else the text as it stands.
+        target: What the model was loaded from.
+        recipe: The run's recipe, where it belongs to one.
+        tokenizer: Renders conversations.
+
+    Returns:
+        The form.
+
+    Raises:
+        UserError: If there is no such template, or it cannot be read.
+    """
+    if name is not None and name != AUTO:
+        try:
+            check_template(name)
+            return PromptForm(build_template(name, tokenizer, None), "--template")
+        except UserError as fault:
+            fault.key = "--template"
+            raise
+    trained = _find_trained(target, recipe)
+    if trained is not None and (trained != CHAT or tokenizer.chat_template):
+        return PromptForm(build_template(trained, tokenizer, None), "as in training")
+    if tokenizer.chat_template:
+        return PromptForm(build_template(CHAT, tokenizer, None), "the tokenizer's")
+    return PromptForm(build_template("plain", tokenizer, None), "there is no chat template")
+
+
+def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what a row asks; what it answers is left out.
+
+    Args:
+        row: With `messages` (or `conversations`), or `prompt`, `instruction` (with `input`),
+            `question` or `text`.
+
+    Returns:
+        `messages` without the last turn if that is the assistant's (and `tools`), or `instruction`
+        and `input`.
+
+    Raises:
+        UserError: If it asks nothing, or a field is no text.
+    """
+    talks = [name for name in (*_TALKS, "prompt") if isinstance(row.get(name), list)]
+    if talks:
+        messages = read_conversation(talks[0], row[talks[0]])["messages"]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise UserError(f"`{talks[0]}` asks nothing: it holds an answer alone")
+        tools = read_tools("tools", row["tools"]) if row.get("tools") else []
+        return {"messages": messages, **({"tools": tools} if tools else {})}
+    name = next((name for name in _ASKS if row.get(name) is not None), None)
+    if name is None:
+        raise UserError(
+            f"no `messages`, `prompt`, `instruction`, `question` or `text`; the row has "
+            f"{', '.join(map(str, row)) or 'no fields'}"
+        )
+    extra = row.get("input") if name == "instruction" else None
+    return {
+        "instruction": check_text(name, row[name]),
+        "input": "" if extra is None else check_text("input", extra),
+    }
+
+
+def tell_question(question: Mapping[str, Any]) -> str:
+    """Give a question's last words, to show which one it is.
+
+    Args:
+        question: As `read_question` gives it.
+
+    Returns:
+        The instruction, or the last message.
+    """
+    messages: Sequence[Message] = question.get("messages", ())
+    return str(messages[-1]["content"] if messages else question["instruction"])
+
+
+def _as_message(question: Mapping[str, Any]) -> Message:
+    extra = question.get("input") or ""
+    text = question["instruction"]
+    return {"role": "user", "content": f"{text}\n\n{extra}" if extra.strip() else text}
+
+
+def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
+    """The template of the training rows: the recipe's, or of `auto` the first that they took."""
+    if recipe is None:
+        return None
+    if recipe.data.template != AUTO:
+        return recipe.data.template
+    for folder in (Path(target), Path(target).parent):
+        try:
+            values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            name = str(values["data"]["template"]).partition(", ")[0]
+            check_template(name)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, UserError):
+            continue
+        return name
+    return None
+
+
+Turns = Sequence[Mapping[str, str]]
+"""Messages with role and content, the user's last."""
+
+
+class ChatPrompts(NamedTuple):
+    """Prompts in a chat template.
+
+    They hold the special tokens: encode them with `add_special_tokens` off.
+    """
+
+    texts: dict[int, str]
+    """By the conversations' numbers."""
+    template_hash: str
+    turn_ends: list[int]
+    """Tokens that end the model's turn."""
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def write_chat_prompts(
+    tokenizer: Any, conversations: Mapping[int, Turns], *, protocol: str, other: str
+) -> ChatPrompts:
+    """Write conversations as the model was taught to read them, up to where it answers.
+
+    Args:
+        tokenizer: Holds the chat template.
+        conversations: By whatever number.
+        protocol: Who asks so, for the fault.
+        other: Which protocol asks otherwise, for its hint.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        UserError: If there is no chat template, or it refuses a conversation.
+    """
+    try:
+        chat = build_template(CHAT, tokenizer, None)
+    except UserError as fault:
+        raise UserError(
+            fault.message,
+            key="protocol",
+            hint=f"`{protocol}` asks in the model's own chat template: use an instruction-tuned "
+            f"model, or the protocol `{other}`",
+        ) from fault
+    assert chat.apply is not None
+    texts = {
+        number: chat.apply([dict(turn) for turn in turns], True)
+        for number, turns in conversations.items()
+    }
+    return ChatPrompts(texts, chat.digest, find_turn_ends(chat, tokenizer))
+
+
+_MAX_NEW_TOKENS = 128
+"""Longest answer where `eval.max_new_tokens` does not say."""
+
+
+@dataclass(frozen=True)
+class SamplePrompts:
+    """What is asked, and how.
+
+    Args:
+        prompts: As in the recipe.
+        texts: As the model reads them.
+        add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Prompts at a time.
+        turn_ends: Tokens that end a turn in the chat template.
+    """
+
+    prompts: list[str]
+    texts: list[str]
+    add_special_tokens: bool
+    max_new_tokens: int
+    batch_size: int
+    turn_ends: Sequence[int] = ()
+
+
+def build_prompts(
+    recipe: Recipe, tokenizer: Any, recipe_dir: Path, data_templates: str
+) -> SamplePrompts | None:
+    """Write the recipe's prompts as the training rows are written.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: Renders conversations.
+        recipe_dir: Folder of the recipe, for a template's path.
+        data_templates: Templates that the training rows took, with commas between them; the first
+            one holds where the recipe says `auto`.
+
+    Returns:
+        The prompts; None where there are none.
+
+    Raises:
+        UserError: If the template cannot be read, or refuses a prompt.
+    """
+    prompts = recipe.logging.sample_prompts
+    if not prompts:
+        return None
+    name = recipe.data.template
+    if name == AUTO:
+        name = data_templates.split(", ")[0]
+    template = build_template(name, tokenizer, recipe_dir)
+    pair = TEMPLATES.get(name)
+    texts = []
+    for position, prompt in enumerate(prompts):
+        if template.apply is not None:
+            message = {"role": "user", "content": prompt}
+            try:
+                texts.append(template.apply([message], True))
+            except UserError as fault:
+                fault.key = f"logging.sample_prompts[{position}]"
+                raise
+        else:
+            assert pair is not None
+            texts.append(pair.prompt.format(instruction=prompt, input=""))
+    return SamplePrompts(
+        list(prompts),
+        texts,
+        add_special_tokens=template.apply is None,
+        max_new_tokens=recipe.eval.max_new_tokens or _MAX_NEW_TOKENS,
+        batch_size=recipe.eval.batch_size,
+        turn_ends=find_turn_ends(template, tokenizer),
+    )

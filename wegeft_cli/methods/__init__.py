@@ -1,0 +1,1 @@
+"""What is learned: WeGeFT, PEFT's methods and training in place."""

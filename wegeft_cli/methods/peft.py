@@ -1,0 +1,347 @@
+"""PEFT's methods as baselines in the same recipe: build, save and load by their PEFT names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.recipe.adalora_rules import first_rank
+
+# Recipe names that are settings of another method rather than methods of their own.
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("lora", {"use_dora": True}),
+    "rslora": ("lora", {"use_rslora": True}),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}),
+}
+# AdaLoRA must be told its steps when it is built; `RankBudget` then tells the run's.
+_UNKNOWN_STEPS = 2**31
+# What a start from another adapter may differ in: the record, and what acts while training alone.
+# Which layers there are is told by the tensors, whatever words named them.
+_FREE_TO_DIFFER = frozenset({
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type",
+    "peft_version", "revision", "runtime_config", "target_modules", "task_type",
+})  # fmt: skip
+
+
+def inject_peft(
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float | None,
+    target_modules: str | Sequence[str],
+    options: Mapping[str, Any],
+    modules_to_save: Sequence[str] = (),
+    task_type: str | None = "CAUSAL_LM",
+) -> nn.Module:
+    """Wrap a model in a PEFT method.
+
+    Args:
+        model: The base model.
+        name: A PEFT method (lora, adalora, ia3, vera, ...) or dora, rslora, pissa.
+        rank: Given as `r` where the method has one; AdaLoRA's `target_r`, see `first_rank`.
+        alpha: Given as `<method>_alpha` where the method has one; None takes 2 r.
+        target_modules: As in a recipe; `all-linear` is PEFT's word too.
+        options: Keys of the method's own config; they win over the ones above.
+        modules_to_save: Modules to train whole, by the end of their names; PEFT trains them in the
+            base's type, and does not adapt what lies in them.
+        task_type: PEFT's name of the task; None where it has none.
+
+    Returns:
+        The PEFT model, in training order.
+
+    Raises:
+        UserError: If PEFT is not installed, or knows no such method or option, or a module cannot
+            be trained whole.
+        ExceptionGroup: If several modules cannot.
+    """
+    config = _build_config(name, rank, alpha, target_modules, options, task_type)
+    import peft
+
+    if modules_to_save:
+        if not hasattr(config, "modules_to_save"):
+            message = f"PEFT's {name!r} trains no module whole"
+            raise UserError(message, key="adapter.modules_to_save", hint="leave it empty")
+        # Full names: PEFT takes any module whose name ends with the text, and says nothing of a
+        # text that ends none, or of a tied module.
+        config.modules_to_save = find_saved_modules(model, modules_to_save)
+
+    try:
+        with _without_future_warnings():
+            # On a model without weights nothing is drawn or computed from them (PiSSA's SVD).
+            is_empty = any(parameter.is_meta for parameter in model.parameters())
+            return peft.get_peft_model(model, config, low_cpu_mem_usage=is_empty)
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
+
+
+def load_peft(model: nn.Module, adapter_dir: Path) -> nn.Module:
+    """Put a PEFT adapter from its folder onto a base model.
+
+    Args:
+        model: The base model.
+        adapter_dir: A folder with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The PEFT model in evaluation mode.
+
+    Raises:
+        UserError: If PEFT is not installed or cannot read the folder.
+    """
+    peft = _import_peft()
+    if not (adapter_dir / "adapter_model.safetensors").is_file():
+        raise UserError("the adapter has no adapter_model.safetensors", file=str(adapter_dir))
+    _check_runs_nothing(adapter_dir)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = peft.PeftModel.from_pretrained(model, str(adapter_dir)).eval()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever odd values of the config run into
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
+    # Of weights that are not there PEFT only warns, and would go on with fresh ones.
+    if any("missing adapter keys" in str(warning.message) for warning in caught):
+        raise UserError(
+            "the weights are not those that adapter_config.json speaks of",
+            file=str(adapter_dir / "adapter_model.safetensors"),
+            hint="this file belongs to another adapter: copy both files again",
+        )
+    return loaded
+
+
+def _check_runs_nothing(adapter_dir: Path) -> None:
+    """Refuse settings by which PEFT would import a module, or run a tokenizer's code, of a config.
+
+    Args:
+        adapter_dir: The folder.
+
+    Raises:
+        UserError: If there are such settings.
+    """
+    path = adapter_dir / "adapter_config.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # PEFT tells
+    for key in ("megatron_config", "tokenizer_kwargs"):
+        if isinstance(values, dict) and values.get(key):
+            raise UserError(
+                "by this setting code could run that the adapter names",
+                file=str(path),
+                key=key,
+                hint="set it to null, if you trust the adapter",
+            )
+
+
+def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) -> None:
+    """Write a PEFT model's adapter as PEFT does, into a folder that exists."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_model_name_or_path
+    with warnings.catch_warnings():
+        # AdaLoRA may leave a layer no rank at all; PEFT suspects an engine that shards.
+        warnings.filterwarnings("ignore", r".*LoRA tensor\(s\) have invalid shape")
+        # Embeddings are never trained here; "auto" would ask a hub whether they were resized.
+        model.save_pretrained(
+            str(adapter_dir), safe_serialization=True, save_embedding_layers=False
+        )
+
+
+def merge_peft(model: Any) -> tuple[nn.Module, int]:
+    """Fold a PEFT model's adapter into its base, as PEFT does, and take PEFT off.
+
+    Args:
+        model: The PEFT model.
+
+    Returns:
+        The base with folded weights, and how many layers were folded or replaced.
+
+    Raises:
+        UserError: If the method cannot be merged.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    num_folded = sum(
+        hasattr(module, "merged_adapters") or isinstance(module, ModulesToSaveWrapper)
+        for module in model.modules()
+    )
+    try:
+        return model.merge_and_unload(safe_merge=True), num_folded
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"PEFT cannot merge this method: {reason}") from error
+
+
+def check_peft_start(
+    name: str, *, rank: int, alpha: float | None, options: Mapping[str, Any], adapter_dir: Path
+) -> None:
+    """Check, before there is a model, that a method can start from an adapter.
+
+    Args:
+        name: The method, as for `inject_peft`.
+        rank: As for `inject_peft`.
+        alpha: As for `inject_peft`.
+        options: As for `inject_peft`.
+        adapter_dir: The adapter's folder.
+
+    Raises:
+        UserError: If the adapter is of another method, or a setting differs.
+        ExceptionGroup: If several settings differ.
+    """
+    config = _build_config(name, rank, alpha, "all-linear", options, "CAUSAL_LM")
+    import peft
+
+    try:
+        theirs = peft.PeftConfig.from_pretrained(str(adapter_dir))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"PEFT cannot read the adapter: {reason}", file=str(adapter_dir)) from error
+    if theirs.peft_type != config.peft_type:
+        raise UserError(
+            f"{str(adapter_dir)!r} is a {theirs.peft_type.value} adapter, "
+            f"and adapter.type is {name!r}",
+            key="adapter.init_from",
+        )
+    keys = {"r": "adapter.r", f"{_method_of(name)}_alpha": "adapter.alpha"}
+    raise_all(
+        [
+            UserError(
+                f"{field} is {_plain(value)!r}, in the adapter of adapter.init_from "
+                f"{_plain(getattr(theirs, field, None))!r}",
+                key=keys.get(field, f"adapter.peft.{field}"),
+                hint="a start from an adapter keeps its settings",
+            )
+            for field, value in vars(config).items()
+            if field not in _FREE_TO_DIFFER
+            and "dropout" not in field
+            and _plain(value) != _plain(getattr(theirs, field, None))
+        ]
+    )
+
+
+def start_from_peft(model: Any, adapter_dir: Path) -> None:
+    """Put an adapter's tensors into a fresh PEFT model of the same settings.
+
+    Args:
+        model: What `inject_peft` gave.
+        adapter_dir: The adapter's folder; see `check_peft_start`.
+
+    Raises:
+        UserError: If the adapter is unreadable, or has other layers or shapes.
+        ExceptionGroup: If several differ.
+    """
+    import peft
+
+    try:
+        tensors = peft.utils.load_peft_weights(str(adapter_dir), device="cpu")
+    except (ValueError, OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = sorted(own.keys() | tensors.keys())
+    differing = [
+        (name, [list(t[name].shape) if name in t else None for t in (own, tensors)])
+        for name in names
+    ]
+    differing = [(name, shapes) for name, shapes in differing if shapes[0] != shapes[1]]
+    if differing:
+        name, (ours, theirs) = differing[0]
+        raise UserError(
+            f"{len(differing)} of {len(names)} tensors differ from those of {str(adapter_dir)!r}; "
+            f"the first is {name}: {ours or 'not'} here, {theirs or 'not'} there",
+            key="adapter.init_from",
+            hint="give the same adapter.target_modules and adapter.modules_to_save",
+        )
+    peft.set_peft_model_state_dict(model, tensors)
+
+
+def _plain(value: Any) -> Any:
+    """Give a setting as JSON keeps it, so that what was read equals what was written."""
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if not isinstance(value, tuple) else list(value)
+    return getattr(value, "value", value)
+
+
+def _method_of(name: str) -> str:
+    return _VARIANTS.get(name, (name, {}))[0]
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Keep quiet that PEFT asks transformers by names that are on their way out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "the baselines need the package peft",
+            key="adapter.type",
+            hint="pip install 'wegeft-cli[peft]'",
+        ) from error
+    return peft
+
+
+def _build_config(
+    name: str,
+    rank: int,
+    alpha: float | None,
+    target_modules: str | Sequence[str],
+    options: Mapping[str, Any],
+    task_type: str | None,
+) -> Any:
+    _import_peft()
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    method, preset = _VARIANTS.get(name, (name, {}))
+    configs = {
+        str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    if method not in configs:
+        raise UserError(f"PEFT has no method {name!r}", key="adapter.type")
+    config_class = configs[method]
+    fields = config_class.__dataclass_fields__
+    unknown = [key for key in options if key not in fields]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        raise UserError(
+            f"{config_class.__name__} has no option {unknown[0]!r}",
+            key=f"adapter.peft.{unknown[0]}",
+            hint=f"did you mean `{near[0]}`?"
+            if near
+            else "its options: " + ", ".join(sorted(fields)),
+        )
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    offered = {
+        "r": rank,
+        "target_modules": targets,
+        "task_type": task_type,
+        f"{method}_alpha": 2 * rank if alpha is None else alpha,
+    }
+    if method == "adalora":
+        offered |= {"target_r": rank, "init_r": first_rank(rank, options)}
+        offered |= {"lora_alpha": offered["adalora_alpha"], "total_step": _UNKNOWN_STEPS}
+        del offered["r"]  # it has none, and warns of one
+    if method == "oft":  # takes the one or the other
+        offered |= {"r": 0} if options.get("oft_block_size") else {"oft_block_size": 0}
+    values = {key: value for key, value in offered.items() if key in fields}
+    try:
+        return config_class(**{**values, **preset, **options})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0], key="adapter.peft") from error

@@ -1,0 +1,1 @@
+"""WeGeFT: weight changes generated from the frozen weights themselves."""

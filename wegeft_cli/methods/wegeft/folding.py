@@ -1,0 +1,168 @@
+"""Folding the change into the base's weights, and taking it out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.wegeft.equations import Side, delta_weight
+from wegeft_cli.methods.wegeft.inject import get_generators
+from wegeft_cli.methods.wegeft.modules import Generator
+from wegeft_cli.methods.wegeft.targets import Rows, Target
+
+# Rows of a weight folded at a time. The streaming merge takes the same blocks, so that both give
+# the same bits: a matrix product may round differently when it is cut differently.
+FOLD_ROWS = 1024
+
+
+def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
+    """Add the active adapter's change to the base weights: W <- W + delta_W, at no cost afterwards.
+
+    The sum is taken in float32 (float64 for a float64 base) and cast back to the base's type. A
+    module that was trained whole takes the place of the base's own.
+
+    Args:
+        model: A model with an active adapter.
+        keep_base: Keep the old weights in memory so that `unfold_generators` restores them bit for
+            bit.
+
+    Returns:
+        How many tensors were changed.
+
+    Raises:
+        UserError: If nothing is active, something is folded already, or the base is quantised.
+    """
+    owner = get_generators(model)
+    if owner is None or owner.active is None:
+        raise UserError("the model has no active adapter to fold")
+    if owner.folded is not None:
+        raise UserError(f"adapter {owner.folded!r} is folded already")
+    adapter = owner[owner.active]
+    for members in adapter.groups.values():
+        for target in members:
+            weight = model.get_submodule(target.name).weight
+            if type(weight) is not nn.Parameter or not weight.is_floating_point():
+                raise UserError(
+                    f"the weight of {target.name!r} is quantised and cannot be folded",
+                    hint="merge into the 16-bit base instead",
+                )
+    changed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for group, members in adapter.groups.items():
+            for target in members:
+                _fold_target(model, target, adapter[group], adapter.settings.side, changed)
+        saved = owner.saved_of(owner.active)
+        for name, trained in (saved.named_tensors() if saved is not None else {}).items():
+            parameter = model.get_parameter(name)
+            changed[name] = parameter.detach().clone()
+            parameter.copy_(trained)
+    owner.kept = changed if keep_base else {}
+    owner.folded = owner.active
+    return len(changed)
+
+
+def unfold_generators(model: nn.Module) -> None:
+    """Put the base weights back as they were before `fold_generators`, bit for bit.
+
+    Args:
+        model: A model with a folded adapter.
+
+    Raises:
+        UserError: If nothing is folded, or the old weights were not kept.
+    """
+    owner = get_generators(model)
+    if owner is None or owner.folded is None:
+        raise UserError("the model has no folded adapter")
+    if not owner.kept:
+        raise UserError(
+            "the base weights were not kept",
+            hint="fold with keep_base=True, or load the base again",
+        )
+    with torch.no_grad():
+        for name, tensor in owner.kept.items():
+            model.get_parameter(name).copy_(tensor)
+    owner.kept = {}
+    owner.folded = None
+
+
+def merge_stored(
+    stored: Tensor,
+    phi: Tensor,
+    psi: Tensor,
+    scale: float,
+    side: Side,
+    *,
+    rows: Rows | None = None,
+    transposed: bool = False,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Fold the change into one tensor as it is stored: a weight, or (1-d) a bias.
+
+    Args:
+        stored: Weight [d_out, d_in] ([d_in, d_out] where `transposed`), or bias [d_out].
+        phi: First factor, [d, r].
+        psi: Second factor, [r, d].
+        scale: s.
+        side: Which side is edited.
+        rows: Edited output rows of a fused projection; None means all.
+        transposed: Whether the weight is stored the other way round (Conv1D).
+        into: What the change is added to, where several adapters change one tensor: each change is
+            that of the stored tensor. None adds it to a copy of `stored`; `stored` itself is right
+            for the last change of it.
+
+    Returns:
+        The folded tensor, shape and type of `stored`; computed in float32, or float64 where
+        `stored` is float64.
+    """
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    phi, psi = phi.to(stored.device, dtype), psi.to(stored.device, dtype)
+    merged = stored.clone() if into is None else into
+    turned = transposed and merged.ndim == 2
+    source, view = (stored.t(), merged.t()) if turned else (stored, merged)
+    for index in _row_blocks(view.shape[0], rows, side):
+        W, target = source[index].to(dtype), view[index].to(dtype)
+        if W.ndim == 1:  # a bias, which only the output side maps: as it maps each column of W
+            target += delta_weight(W, phi, psi, scale, side)
+        else:
+            # delta_weight and the sum in one pass over the memory, which is what a merge waits for.
+            one, two = (W @ phi, psi) if side == "input" else (phi, psi @ W)
+            target.addmm_(one, two, alpha=scale)
+        if target.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+            view[index] = target.to(view.dtype)
+    return merged
+
+
+def _row_blocks(num_rows: int, rows: Rows | None, side: Side) -> list[slice | Tensor]:
+    """Cut the edited rows into blocks that are folded one by one."""
+    ranges = rows if rows is not None else ((0, num_rows),)
+    if side == "output":
+        # The output side mixes all edited rows of a group: no block of them stands alone.
+        return [torch.cat([torch.arange(start, stop) for start, stop in ranges])]
+    return [
+        slice(max(start, begin), min(begin + FOLD_ROWS, stop))
+        for start, stop in ranges
+        # Cut where the streaming merge cuts: at multiples of FOLD_ROWS, whatever the range.
+        for begin in range(start - start % FOLD_ROWS, stop, FOLD_ROWS)
+    ]
+
+
+def _fold_target(
+    model: nn.Module, target: Target, generator: Generator, side: Side, changed: dict[str, Tensor]
+) -> None:
+    linear = model.get_submodule(target.name)
+    for kind in ("weight", "bias"):
+        parameter = getattr(linear, kind)
+        if parameter is None or (kind == "bias" and side == "input"):
+            continue
+        changed.setdefault(f"{target.name}.{kind}", parameter.detach().clone())
+        merged = merge_stored(
+            parameter.detach(),
+            generator.phi.detach(),
+            generator.psi.detach(),
+            generator.scale,
+            side,
+            rows=target.rows,
+            transposed=target.transposed,
+        )
+        parameter.copy_(merged)

@@ -1,0 +1,263 @@
+"""Putting generators into a model, switching them, and taking them out again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.wegeft.equations import Side
+from wegeft_cli.methods.wegeft.hooks import LinearEdit
+from wegeft_cli.methods.wegeft.modules import (
+    AdapterGenerators,
+    Generators,
+    GeneratorSettings,
+    Init,
+    View,
+)
+from wegeft_cli.methods.wegeft.sharing import Share, assign_groups, pattern_matches
+from wegeft_cli.methods.wegeft.targets import (
+    ROOT_NAME,
+    Target,
+    check_dense,
+    check_untied,
+    find_targets,
+)
+from wegeft_cli.methods.wegeft.trained_modules import (
+    check_saved_modules,
+    find_saved_modules,
+    wrap_saved_modules,
+)
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+
+
+def inject_generators(
+    model: nn.Module,
+    *,
+    rank: int = 64,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    share: Share = "module_type",
+    groups: Mapping[str, Sequence[str]] | None = None,
+    side: Side = "input",
+    init: Init = "phi_zero",
+    dropout: float = 0.0,
+    view: View = "auto",
+    modules_to_save: Sequence[str] = (),
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Generators:
+    """Give a model generators: W' = W (I + s phi psi) in the named linears, the base frozen.
+
+    The model is changed in place: it owns the generators as `model.wegeft`, the named layers apply
+    them, and every other parameter stops learning. At this point its outputs are the base's, bit
+    for bit. A second call with another `adapter_name` adds a second adapter and makes it active.
+
+    Args:
+        model: A model with `torch.nn.Linear` or Conv1D layers, quantised ones too.
+        rank: r, at least 1.
+        alpha: The scale is alpha / r; None means 2 r (the published scale of 2).
+        target_modules: Names, one regular expression, or `all-linear`; see `find_targets`.
+        share: Who shares one pair: module_type, input_dim or none.
+        groups: Explicit map, group -> patterns; replaces `share`. With `all-linear`, only what a
+            pattern matches is adapted.
+        side: input edits W (I + s phi psi), output (I + s phi psi) W and the bias with it.
+        init: phi_zero or psi_zero.
+        dropout: Dropout on the entries of W while training, 0 <= p < 1.
+        view: auto, activation or weight; all compute the same function.
+        modules_to_save: Modules to train whole beside the generators, by the end of their names: a
+            float32 copy of each learns and computes in its place while this adapter is active, in
+            the base's type; the base's own stays as it is.
+        seed: The factors are a pure function of (seed, group name).
+        adapter_name: Letters, digits, _ and -.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If a target or a module to save matches nothing, a group has two widths, a module
+            to save is tied to another or overlaps a target, or settings contradict.
+        ExceptionGroup: If there are several such faults.
+    """
+    if rank < 1:
+        raise UserError(f"the rank must be at least 1, got {rank}", key="adapter.r")
+    targets = select_targets(model, target_modules, groups)
+    assigned = assign_groups(targets, share=share, groups=groups, side=side)
+    settings = GeneratorSettings(
+        rank=rank,
+        alpha=2.0 * rank if alpha is None else alpha,
+        side=side,
+        init=init,
+        dropout=dropout,
+        view=view,
+        share="groups" if groups is not None else share,
+    )
+    return attach_generators(
+        model,
+        assigned,
+        settings,
+        saved_modules=find_saved_modules(model, modules_to_save, targets),
+        seed=seed,
+        adapter_name=adapter_name,
+    )
+
+
+def select_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> list[Target]:
+    """Find the targets; with explicit groups and `all-linear`, those that a pattern matches."""
+    targets = find_targets(model, target_modules)
+    if groups is not None and target_modules == "all-linear":
+        targets = _matched_by(groups, targets, model)
+    check_untied(model, targets)
+    return targets
+
+
+def _matched_by(
+    groups: Mapping[str, Sequence[str]], targets: Sequence[Target], model: nn.Module
+) -> list[Target]:
+    patterns = [pattern for members in groups.values() for pattern in members]
+    # Rows of a fused projection exist only where a pattern names them.
+    parts = [t for pattern in patterns if ":" in pattern for t in find_targets(model, [pattern])]
+    fused = {target.name for target in parts}
+    whole = [
+        target
+        for target in targets
+        if target.name not in fused and any(pattern_matches(p, target) for p in patterns)
+    ]
+    return [*whole, *parts] or list(targets)
+
+
+def attach_generators(
+    model: nn.Module,
+    assigned: Mapping[str, Sequence[Target]],
+    settings: GeneratorSettings,
+    *,
+    saved_modules: Sequence[str] = (),
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> Generators:
+    """Attach one adapter's generators to known targets; the lower half of `inject_generators`.
+
+    Args:
+        model: The base model.
+        assigned: Group name -> targets, each group of one width.
+        settings: Rank, scale, side and the rest.
+        saved_modules: Full names of the modules that are trained whole.
+        seed: The factors are a pure function of (seed, group name).
+        adapter_name: Letters, digits, _ and -; new to this model.
+
+    Returns:
+        The generators at the model's root, with the new adapter active.
+
+    Raises:
+        UserError: If the settings contradict, the name is taken, or a layer cannot be adapted or
+            trained whole.
+    """
+    _check_settings(settings, adapter_name)
+    targets = [target for members in assigned.values() for target in members]
+    check_untied(model, targets)
+    check_saved_modules(model, saved_modules, targets)
+    if settings.dropout > 0 or settings.view == "weight":
+        check_dense(model, targets, "adapter.dropout" if settings.dropout > 0 else "adapter.view")
+    if not assigned:
+        raise UserError("no linear layer is adapted", key="adapter.target_modules")
+    owner = get_generators(model)
+    if owner is None:
+        model.requires_grad_(False)
+        owner = Generators()
+        model.add_module(ROOT_NAME, owner)
+    if adapter_name in owner.adapters:
+        raise UserError(f"the model already has an adapter {adapter_name!r}")
+    if owner.folded is not None:
+        raise UserError(f"adapter {owner.folded!r} is folded", hint="unfold_generators first")
+    first = next(iter(next(iter(assigned.values()))))
+    device = next(model.get_submodule(first.name).parameters()).device
+    adapter = AdapterGenerators(settings, assigned, seed=seed, device=device)
+    owner.adapters[adapter_name] = adapter
+    for group, members in adapter.groups.items():
+        for target in members:
+            edit = owner.edits.get(target.name)
+            if edit is None:
+                edit = LinearEdit(owner, transposed=target.transposed)
+                edit.attach(model.get_submodule(target.name))
+                owner.edits[target.name] = edit
+            edit.add(adapter_name, adapter[group], target, settings)
+    wrap_saved_modules(model, owner, adapter_name, saved_modules)
+    use_generators(model, adapter_name)
+    return owner
+
+
+def get_generators(model: nn.Module) -> Generators | None:
+    """Give the generators at the model's root, or None where there are none."""
+    owner = getattr(model, ROOT_NAME, None)
+    return owner if isinstance(owner, Generators) else None
+
+
+def use_generators(model: nn.Module, adapter_name: str) -> None:
+    """Make one adapter the active one: only it changes the layers, only what is its own learns.
+
+    Args:
+        model: A model with generators.
+        adapter_name: Which.
+
+    Raises:
+        KeyError: If there is no such adapter.
+    """
+    owner = _need_generators(model)
+    owner[adapter_name]  # there must be one
+    if owner.folded not in (None, adapter_name):
+        raise ValueError(f"adapter {owner.folded!r} is folded: unfold_generators first")
+    for parts in (owner.adapters, owner.saved):
+        for name, part in parts.items():
+            part.requires_grad_(name == adapter_name)
+    owner.active = adapter_name
+
+
+@contextmanager
+def disable_generators(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone inside the block; a folded adapter stays folded."""
+    with _need_generators(model).turned_off():
+        yield
+
+
+def remove_generators(model: nn.Module) -> None:
+    """Take all generators out: the model is the plain base again (folded changes stay folded)."""
+    owner = _need_generators(model)
+    for edit in owner.edits.values():
+        edit.detach()
+    for switch in owner.switches.values():
+        switch.detach()
+    delattr(model, ROOT_NAME)
+
+
+def _need_generators(model: nn.Module) -> Generators:
+    owner = get_generators(model)
+    if owner is None:
+        raise ValueError("the model has no generators: call inject_generators first")
+    return owner
+
+
+def _check_settings(settings: GeneratorSettings, adapter_name: str) -> None:
+    if not 0 <= settings.dropout < 1:
+        raise UserError(
+            f"dropout must be at least 0 and below 1, got {settings.dropout}",
+            key="adapter.dropout",
+        )
+    if settings.dropout > 0 and settings.view == "activation":
+        raise UserError(
+            "dropout acts on the entries of the weight, which the activation view never touches",
+            key="adapter.view",
+            hint="use `view: auto` or `weight`, or `dropout: 0`",
+        )
+    if not math.isfinite(settings.alpha):
+        raise UserError(f"alpha must be finite, got {settings.alpha}", key="adapter.alpha")
+    if not _ADAPTER_NAME.fullmatch(adapter_name):
+        raise UserError(f"adapter name {adapter_name!r} may hold only letters, digits, _ and -")

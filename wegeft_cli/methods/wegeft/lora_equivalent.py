@@ -1,0 +1,74 @@
+"""The exact LoRA pair of one adapted layer: `delta_W = B A`, whatever rows and groups it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wegeft_cli.methods.wegeft.equations import Side, lora_twin
+from wegeft_cli.methods.wegeft.targets import Rows
+
+
+@dataclass(frozen=True)
+class Twin:
+    """LoRA's numbers for one layer, with scaling 1: `y = W x + b + B (A x) + bias`.
+
+    Args:
+        A: [r, d_in].
+        B: [d_out, r].
+        bias: What the output side adds to the layer's bias, [d_out]; None adds nothing.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
+
+
+def make_twin(
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Sequence[tuple[Tensor, Tensor, Rows | None]],
+    scale: float,
+    side: Side,
+    rank: int,
+) -> Twin:
+    """Compute the twin of one layer in float32, or float64 where the weight is float64.
+
+    Each group that adapts some rows of a fused layer takes its own ranks: A is stacked, and B is
+    zero outside a group's rows and beyond the ranks that are needed.
+
+    Args:
+        weight: Frozen weight, [d_out, d_in].
+        bias: The layer's bias, [d_out], or None.
+        pairs: (phi, psi, rows) of each group that adapts it; no row belongs to two.
+        scale: s.
+        side: Which side is edited.
+        rank: Rank of the result, at least the sum of the pairs'.
+
+    Returns:
+        The twin.
+
+    Raises:
+        ValueError: If the rank is too small.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    d_out, d_in = weight.shape
+    A = torch.zeros(rank, d_in, dtype=dtype)
+    B = torch.zeros(d_out, rank, dtype=dtype)
+    shift = torch.zeros(d_out, dtype=dtype) if side == "output" and bias is not None else None
+    start = 0
+    for phi, psi, rows in pairs:
+        stop = start + phi.shape[1]
+        if stop > rank:
+            raise ValueError(f"the pairs have more than {rank} ranks")
+        phi, psi = phi.to(dtype), psi.to(dtype)
+        index = torch.cat([torch.arange(a, b) for a, b in rows or ((0, d_out),)])
+        part = weight[index].to(dtype) if rows is not None else weight.to(dtype)
+        A[start:stop], B[index, start:stop] = lora_twin(part, phi, psi, scale, side)
+        if shift is not None and bias is not None:
+            shift[index] = scale * (phi @ (psi @ bias[index].to(dtype)))
+        start = stop
+    return Twin(A, B, shift)

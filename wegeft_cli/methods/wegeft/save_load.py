@@ -1,0 +1,325 @@
+"""Adapters between a model in memory and their files: `save_adapter` and `load_adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from wegeft_cli.artifacts.adapter import (
+    CONFIG_NAME,
+    AdapterFiles,
+    load_adapter_files,
+    resolve_adapter_dir,
+    save_adapter_files,
+)
+from wegeft_cli.artifacts.fingerprint import fingerprint_base
+from wegeft_cli.artifacts.in_place_files import InplaceManifest
+from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
+from wegeft_cli.methods.wegeft.layer_names import find_members, find_saved, find_stored_names
+from wegeft_cli.methods.wegeft.modules import AdapterGenerators, Generators, GeneratorSettings
+from wegeft_cli.models.loading import find_base_folder
+from wegeft_cli.version import VERSION
+
+
+def save_adapter(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    *,
+    base_model_name_or_path: str,
+    revision: str | None = None,
+    base_fingerprint: str | None = None,
+    target_modules: str | Iterable[str] = (),
+    task_type: str | None = "CAUSAL_LM",
+    init_from: str | None = None,
+    base_quantization: str | None = None,
+    adapter_name: str = "default",
+    card: str | None = None,
+    more_files: Mapping[str, str] | None = None,
+) -> AdapterManifest:
+    """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
+
+    Modules that it trained whole are written too, in the type that they were trained in.
+
+    Args:
+        model: A model with generators.
+        adapter_dir: Folder to write; it must be new or empty.
+        base_model_name_or_path: The base that the adapter belongs to: a folder or a hub id.
+        revision: The base's hub revision.
+        base_fingerprint: The base's fingerprint where it is known; None computes it from the base's
+            files if they are on this machine.
+        target_modules: What was asked for, for the record; empty lists the kinds of layers.
+        task_type: PEFT's name of the task.
+        init_from: The adapter whose factors were the start, for the record.
+        base_quantization: How the base is quantised, for the record.
+        adapter_name: Which adapter.
+        card: Text of README.md; None writes a short one.
+        more_files: Further files of the folder, name -> text.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        UserError: If the folder holds something already.
+        MachineError: If the disk fails.
+    """
+    owner = get_generators(model)
+    if owner is None:
+        raise ValueError("the model has no generators: call inject_generators first")
+    base_dir = find_base_folder(base_model_name_or_path, revision)
+    if base_fingerprint is None and base_dir is not None:
+        base_fingerprint = fingerprint_base(base_dir)
+    saved = owner.saved_of(adapter_name)
+    tensors = {} if saved is None else saved.get_tensors()
+    names = find_stored_names(model, dict.fromkeys(owner.edits, "weight"), base_dir)
+    saved_names = {}
+    if saved is not None:
+        parts = {name: next(iter(m.named_parameters()))[0] for name, m in saved.by_name().items()}
+        saved_names = find_stored_names(model, parts, base_dir)
+    manifest = build_manifest(
+        owner[adapter_name],
+        names,
+        modules_to_save=tuple(saved_names.values()),
+        init_from=init_from,
+        base_quantization=base_quantization,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        base_fingerprint=base_fingerprint,
+        target_modules=target_modules,
+        task_type=task_type,
+    )
+    if card is None:
+        card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
+    save_adapter_files(
+        Path(adapter_dir),
+        manifest,
+        owner[adapter_name].get_factors(),
+        saved_modules={
+            f"{stored}{full_name.removeprefix(name)}": tensor
+            for name, stored in saved_names.items()
+            for full_name, tensor in tensors.items()
+            if full_name.startswith(f"{name}.")
+        },
+        card=card,
+        more=more_files,
+    )
+    return manifest
+
+
+def build_manifest(
+    adapter: AdapterGenerators,
+    names: Mapping[str, str],
+    *,
+    base_model_name_or_path: str,
+    revision: str | None,
+    base_fingerprint: str | None,
+    target_modules: str | Iterable[str],
+    task_type: str | None,
+    modules_to_save: Sequence[str] = (),
+    init_from: str | None = None,
+    base_quantization: str | None = None,
+) -> AdapterManifest:
+    """Describe an adapter in memory as its file states it.
+
+    Args:
+        adapter: The generators of one adapter.
+        names: Module name in the model -> in the base's checkpoint.
+        base_model_name_or_path: The base.
+        revision: Its hub revision.
+        base_fingerprint: Its fingerprint.
+        target_modules: What was asked for.
+        task_type: PEFT's name of the task.
+        modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
+        init_from: The adapter whose factors were the start.
+        base_quantization: How the base is quantised.
+
+    Returns:
+        The manifest.
+    """
+    settings = adapter.settings
+    modules: dict[str, list[ModuleEntry]] = {}
+    for group, members in adapter.groups.items():
+        for target in members:
+            entry = ModuleEntry(group, target.rows, target.transposed)
+            modules.setdefault(names[target.name], []).append(entry)
+    asked = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    return AdapterManifest(
+        task_type=task_type,
+        base_model_name_or_path=base_model_name_or_path,
+        revision=revision,
+        base_fingerprint=base_fingerprint,
+        r=settings.rank,
+        alpha=settings.alpha,
+        scale=settings.scale,
+        side=settings.side,
+        share=settings.share,
+        dropout=settings.dropout,
+        init=settings.init,
+        modules={name: tuple(entries) for name, entries in modules.items()},
+        target_modules=asked or kinds,
+        wegeft_version=VERSION,
+        modules_to_save=tuple(modules_to_save),
+        init_from=init_from,
+        base_quantization=base_quantization,
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    adapter_dir: str | Path,
+    *,
+    adapter_name: str = "default",
+    base_dir: str | Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Generators:
+    """Put an adapter from its files onto a model, active at once.
+
+    Args:
+        model: The base model.
+        adapter_dir: An adapter folder or a run folder.
+        adapter_name: Name under which the model knows it.
+        base_dir: The folder that the model was loaded from: its fingerprint is then compared with
+            the one that the adapter was trained on. None trusts the caller.
+        warn: Told where no comparison can be made.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If the files are damaged, or the base is another one.
+    """
+    folder = resolve_adapter_dir(Path(adapter_dir))
+    files = load_adapter_files(folder)
+    if base_dir is not None:
+        check_base(files.manifest, Path(base_dir), folder, warn=warn)
+    return attach_files(model, files, folder, adapter_name=adapter_name)
+
+
+def attach_files(
+    model: nn.Module, files: AdapterFiles, folder: Path, *, adapter_name: str = "default"
+) -> Generators:
+    """Put an adapter that was read already onto a model, active at once.
+
+    Args:
+        model: The base model.
+        files: The adapter.
+        folder: Where it came from, for the messages.
+        adapter_name: Name under which the model knows it.
+
+    Returns:
+        The generators at the model's root.
+
+    Raises:
+        UserError: If the model lacks one of its modules, or has one of another shape.
+    """
+    manifest = files.manifest
+    settings = GeneratorSettings(
+        rank=manifest.r,
+        alpha=manifest.alpha,
+        side=manifest.side,  # type: ignore[arg-type]
+        init=manifest.init,  # type: ignore[arg-type]
+        dropout=manifest.dropout,
+        share=manifest.share,  # type: ignore[arg-type]
+    )
+    groups = find_members(model, files, folder)
+    saved_modules, tensors = find_saved(model, files, folder)
+    owner = attach_generators(
+        model, groups, settings, saved_modules=saved_modules, adapter_name=adapter_name
+    )
+    owner[adapter_name].load_factors(files.factors)
+    saved = owner.saved_of(adapter_name)
+    if saved is not None:
+        saved.load_tensors(tensors)
+    return owner
+
+
+def check_base(
+    manifest: AdapterManifest | InplaceManifest,
+    base_dir: Path,
+    adapter_dir: Path,
+    *,
+    warn: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Refuse a base that differs from the one an adapter was trained on.
+
+    Args:
+        manifest: The adapter's manifest.
+        base_dir: The base's folder.
+        adapter_dir: The adapter's folder, for the message.
+        warn: Told where no comparison can be made.
+
+    Raises:
+        UserError: If both fingerprints are known and differ.
+    """
+    found = fingerprint_base(base_dir) if manifest.base_fingerprint is not None else None
+    hint = f"give the right one with --base (it was {manifest.base_model_name_or_path!r})"
+    base = f"the base in {str(base_dir)!r}"
+    check_fingerprint(manifest, found, base, adapter_dir, hint=hint, warn=warn)
+
+
+def check_fingerprint(
+    manifest: AdapterManifest | InplaceManifest,
+    found: str | None,
+    base: str,
+    adapter_dir: Path,
+    *,
+    hint: str,
+    warn: Callable[[str], None],
+) -> None:
+    """Compare a base's fingerprint with the one that an adapter was trained on.
+
+    Args:
+        manifest: The adapter's manifest.
+        found: The base's fingerprint; None if unknown.
+        base: Words for the base, for the messages.
+        adapter_dir: The adapter's folder, for the message.
+        hint: What to do where they differ.
+        warn: Told where no comparison can be made.
+
+    Raises:
+        UserError: If both fingerprints are known and differ.
+    """
+    expected = manifest.base_fingerprint
+    if expected is None or found is None:
+        which = (
+            "the adapter records no fingerprint" if expected is None else "it has no safetensors"
+        )
+        warn(f"whether {base} is the adapter's cannot be checked: {which}")
+    elif expected != found:
+        raise UserError(
+            f"{base} is not the one that this adapter was trained on: "
+            f"its fingerprint is {found[:19]}..., the adapter's {expected[:19]}...",
+            file=str(adapter_dir),
+            key="base_fingerprint",
+            hint=hint,
+        )
+
+
+@contextmanager
+def tell_base(base: str | None, adapter_dir: Path) -> Iterator[None]:
+    """Say of a base that cannot be loaded who named it: the option, or the adapter.
+
+    Args:
+        base: What `--base` gave.
+        adapter_dir: The adapter's folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: The fault, told in the user's words.
+    """
+    try:
+        yield
+    except UserError as fault:
+        if fault.key == "model.name_or_path" and base is not None:
+            fault.key = "--base"
+        elif fault.key == "model.name_or_path":
+            fault.file, fault.key = str(adapter_dir / CONFIG_NAME), "base_model_name_or_path"
+            fault.hint = "name the base's folder or hub id with --base"
+        raise

@@ -1,0 +1,321 @@
+"""Which linears of a model are adapted, and which rows of a fused one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.wegeft.equations import Side
+
+Rows = tuple[tuple[int, int], ...]
+
+# The name under which a model owns its generators; what lies there is not the base's.
+ROOT_NAME = "wegeft"
+
+# Heads that classify instead of predicting tokens; `all-linear` leaves them alone, as it does the
+# output embedding: they are trained whole or not at all.
+_HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "cls", "fc_norm"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted linear, or the named rows of a fused one.
+
+    Args:
+        name: Full dotted module name.
+        kind: What it is called in its layer (`q_proj`, `c_attn_q`).
+        d_in: Input width.
+        d_out: Output width of the adapted rows.
+        rows: Adapted output rows as [start, stop) ranges; None means all.
+        transposed: Whether the weight is stored [d_in, d_out] (transformers' Conv1D).
+    """
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+    rows: Rows | None = None
+    transposed: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name for messages and patterns: the module's, with the rows of a fused one."""
+        return self.name if self.rows is None else f"{self.name}:{self.kind.rsplit('_', 1)[-1]}"
+
+    def width(self, side: Side) -> int:
+        """Width that the pair works on: `d_in` on the input side, `d_out` on the output side."""
+        return self.d_in if side == "input" else self.d_out
+
+
+def find_linears(model: nn.Module) -> dict[str, Target]:
+    """List every linear layer of a model, whole; quantised ones too, and on any device (meta).
+
+    Args:
+        model: Any module; `torch.nn.Linear` with its subclasses and transformers' Conv1D count.
+
+    Returns:
+        Full module name -> the layer as a target, in the model's order.
+    """
+    # Imported where there is a model: a merge by streaming has none, and starts a second sooner.
+    from transformers.pytorch_utils import Conv1D
+
+    linears = {}
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        if name.startswith(f"{ROOT_NAME}."):
+            continue  # a linear that is trained whole
+        if isinstance(module, nn.Linear):
+            linears[name] = Target(name, kind, module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            d_in, d_out = module.weight.shape
+            linears[name] = Target(name, kind, d_in, d_out, transposed=True)
+    return linears
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[Target]:
+    """Find the linears that a recipe's `target_modules` names.
+
+    Args:
+        model: The base model (weights are not looked at).
+        target_modules: A list of names (a full name or its last parts; `name:part` or
+            `name:start-stop` for rows of a fused linear), `all-linear`, or one regular expression
+            that is matched against whole module names.
+
+    Returns:
+        The targets in the model's order.
+
+    Raises:
+        UserError: If a name or expression matches nothing, or rows overlap.
+        ExceptionGroup: If several names are at fault.
+    """
+    linears = find_linears(model)
+    if isinstance(target_modules, str):
+        return _match_expression(model, linears, target_modules)
+    found: list[Target] = []
+    faults: list[UserError] = []
+    for entry in target_modules:
+        base_name, _, part = entry.partition(":")
+        hits = [linears[name] for name in linears if ends_with(name, base_name)]
+        if not hits:
+            faults.append(_nothing_matches(base_name, linears))
+            continue
+        try:
+            found += [_cut_rows(model, hit, part) for hit in hits] if part else hits
+        except UserError as fault:
+            faults.append(fault)
+    raise_all(faults)
+    _check_overlap(found)
+    order = {name: place for place, name in enumerate(linears)}
+    return sorted(dict.fromkeys(found), key=lambda target: (order[target.name], target.rows or ()))
+
+
+def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
+    """Give the target of a known module name, as an adapter's files state it.
+
+    Args:
+        model: The base model.
+        name: Full dotted module name.
+        rows: Adapted rows of a fused linear; None means all.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: If the model has no such linear, or fewer rows.
+    """
+    whole = find_linears(model).get(name)
+    if whole is None:
+        raise UserError(
+            f"the model has no linear layer named {name!r}",
+            hint="the adapter belongs to another architecture",
+        )
+    if rows is None:
+        return whole
+    if max(stop for _, stop in rows) > whole.d_out:
+        raise UserError(f"rows {rows} of {name!r} exceed its {whole.d_out} outputs")
+    return _with_rows(whole, rows, "-".join(str(bound) for bound in rows[0]))
+
+
+def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse a target whose weight another module uses too: a fold would change both.
+
+    Args:
+        model: The base model.
+        targets: What is to be adapted.
+
+    Raises:
+        UserError: If a target's weight is tied, as an output head often is to the embedding.
+    """
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    for target in targets:
+        weight = model.get_submodule(target.name)._parameters.get("weight")
+        others = [name for name in users.get(id(weight), ()) if name != target.name]
+        if weight is not None and others:
+            raise UserError(
+                f"the weight of {target.name!r} is tied to {others[0]!r}: "
+                "a change of one would change the other",
+                key="adapter.target_modules",
+                hint="leave it out of the targets",
+            )
+
+
+def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
+    """Refuse a quantised target where the entries of its weight are needed.
+
+    Args:
+        model: The base model.
+        targets: What is to be adapted.
+        key: The recipe's key that needs them.
+
+    Raises:
+        UserError: If a target's weight is not of a floating type, or a tensor of a type of its own.
+    """
+    from torch.distributed.tensor import DTensor
+
+    for target in targets:
+        weight: Any = model.get_submodule(target.name).weight
+        # A weight that processes share (DTensor) is whole when its layer runs.
+        is_dense = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, DTensor)
+        if not is_dense or not weight.is_floating_point():
+            raise UserError(
+                f"the weight of {target.name!r} is quantised: it has no entries to drop or to "
+                "multiply with",
+                key=key,
+                hint="set dropout to 0 and the view to auto, or load the base in 16 bits",
+            )
+
+
+def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -> list[Target]:
+    if text == "all-linear":
+        heads = _find_heads(model)
+        return [target for name, target in linears.items() if name not in heads]
+    try:
+        expression = re.compile(text)
+    except re.error as error:
+        raise UserError(
+            f"{text!r} is no regular expression: {error}", key="adapter.target_modules"
+        ) from None
+    hits = [target for name, target in linears.items() if expression.fullmatch(name)]
+    if not hits:
+        fault = _nothing_matches(text, linears)
+        fault.hint = (
+            "one string is a regular expression over whole module names such as "
+            f"{next(iter(linears), 'a.b.q_proj')!r}; for names write a list: [{text}]"
+        )
+        raise fault
+    return hits
+
+
+def _find_heads(model: nn.Module) -> set[str]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {
+        name
+        for name, module in model.named_modules()
+        if (head is not None and module is head) or name.partition(".")[0] in _HEAD_NAMES
+    }
+
+
+def ends_with(name: str, last_parts: str) -> bool:
+    """Tell whether a full module name ends with whole parts, such as `q_proj` or `layers.1.q`."""
+    return name == last_parts or name.endswith("." + last_parts)
+
+
+def _nothing_matches(text: str, linears: Mapping[str, Target]) -> UserError:
+    kinds = list(dict.fromkeys(target.kind for target in linears.values()))
+    near = difflib.get_close_matches(text.rpartition(".")[2], kinds, n=1, cutoff=0.5)
+    return UserError(
+        f"target {text!r} matches no linear layer of the model",
+        key="adapter.target_modules",
+        hint=(f"did you mean {near[0]!r}? " if near else "") + f"it has {', '.join(kinds[:20])}",
+    )
+
+
+def _cut_rows(model: nn.Module, whole: Target, part: str) -> Target:
+    by_number = re.fullmatch(r"(\d+)-(\d+)", part)
+    if by_number:
+        start, stop = int(by_number[1]), int(by_number[2])
+        if not start < stop <= whole.d_out:
+            raise UserError(
+                f"rows {part!r} are not within the {whole.d_out} outputs of {whole.name!r}",
+                key="adapter.target_modules",
+            )
+        return _with_rows(whole, ((start, stop),), part)
+    parts = _fused_parts(getattr(model, "config", None), whole)
+    if part not in parts:
+        known = ", ".join(f"{whole.kind}:{name}" for name in parts) or "none known for this model"
+        raise UserError(
+            f"{whole.kind!r} has no part {part!r}",
+            key="adapter.target_modules",
+            hint=f"its parts are {known}; rows go by number too: {whole.kind}:0-{whole.d_out}",
+        )
+    return _with_rows(whole, parts[part], part)
+
+
+def _with_rows(whole: Target, rows: Rows, part: str) -> Target:
+    d_out = sum(stop - start for start, stop in rows)
+    return Target(whole.name, f"{whole.kind}_{part}", whole.d_in, d_out, rows, whole.transposed)
+
+
+def _fused_parts(config: Any, whole: Target) -> dict[str, Rows]:
+    """Name the row ranges inside a fused projection, from the family's layout in transformers."""
+    config = getattr(config, "text_config", None) or config
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if whole.kind == "gate_up_proj":
+        return _split_rows(("gate", "up"), [whole.d_out // 2] * 2, whole.d_out)
+    if whole.kind == "query_key_value":
+        if getattr(config, "model_type", None) not in ("gpt_neox", "bloom") or not heads:
+            return {}
+        # GPT-NeoX and BLOOM interleave: head 0's q, k, v, then head 1's.
+        width = whole.d_out // (3 * heads)
+        return {
+            part: tuple(((3 * h + i) * width, (3 * h + i + 1) * width) for h in range(heads))
+            for i, part in enumerate("qkv")
+        }
+    if whole.kind in ("qkv_proj", "c_attn", "qkv", "Wqkv", "in_proj"):
+        if heads and kv_heads != heads:
+            width = whole.d_out // (heads + 2 * kv_heads)
+            sizes = [heads * width, kv_heads * width, kv_heads * width]
+        else:
+            sizes = [whole.d_out // 3] * 3
+        return _split_rows(("q", "k", "v"), sizes, whole.d_out)
+    return {}
+
+
+def _split_rows(names: Sequence[str], sizes: Sequence[int], d_out: int) -> dict[str, Rows]:
+    if sum(sizes) != d_out:
+        return {}
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return {
+        name: ((start, start + size),)
+        for name, start, size in zip(names, starts, sizes, strict=True)
+    }
+
+
+def _check_overlap(targets: Sequence[Target]) -> None:
+    taken: dict[str, list[Target]] = {}
+    for target in dict.fromkeys(targets):
+        for other in taken.setdefault(target.name, []):
+            if _rows_meet(target, other):
+                raise UserError(
+                    f"{target.label!r} and {other.label!r} name the same rows",
+                    key="adapter.target_modules",
+                    hint="name each row of a fused projection once",
+                )
+        taken[target.name].append(target)
+
+
+def _rows_meet(one: Target, two: Target) -> bool:
+    if one.rows is None or two.rows is None:
+        return True
+    return any(a < d and c < b for a, b in one.rows for c, d in two.rows)

@@ -1,0 +1,508 @@
+"""The base model and its tokenizer, from a folder, a GGUF file or a hub."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
+from wegeft_cli.models.quantization import build_quantization, keep_trainable
+from wegeft_cli.recipe.schema import ModelSection
+from wegeft_cli.storage.containment import check_model_folder
+
+_NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_config(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model's configuration alone; a folder with only `config.json` will do.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers configuration.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _translated(name_or_path):
+        return AutoConfig.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
+
+
+def build_meta_model(
+    config: Any, *, trust_remote_code: bool = False, task: str = "causal_lm"
+) -> nn.Module:
+    """Build a model without weights (torch's meta device), for counts and checks.
+
+    Args:
+        config: A transformers configuration.
+        trust_remote_code: Run code that comes with the model.
+        task: What the model is for, as in a recipe.
+
+    Returns:
+        The model, all parameters on the meta device.
+
+    Raises:
+        UserError: If there is no model of the architecture for the task.
+    """
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            model: nn.Module = auto_class(task).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+            return model
+        except ValueError as error:
+            raise UserError(
+                f"{type(config).__name__} is no {name_task(task)}",
+                key="model.name_or_path",
+                hint=str(error).splitlines()[0],
+            ) from None
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"no model can be built from its config.json: {type(error).__name__}: {reason}",
+                key="model.name_or_path",
+                hint="the file is damaged, or of another version: fetch it again",
+            ) from error
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    head: HeadSpec | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load a model with its weights (safetensors or GGUF; pickles are refused).
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        dtype: auto (as in the checkpoint), float32, bfloat16 or float16.
+        attn_implementation: Attention kernel by its transformers name; None lets transformers
+            choose.
+        trust_remote_code: Run code that comes with the model.
+        head: Load a classifier with this head, whose weights are random where the checkpoint has
+            none of that shape; None loads a causal language model. The model then tells as
+            `missing_weights` which parameters the checkpoint does not hold.
+        **options: More of `from_pretrained`'s arguments: how it is quantised or sharded.
+
+    Returns:
+        The model in evaluation mode, on the CPU unless the options say otherwise.
+
+    Raises:
+        UserError: If there is no such model, or its weights are unreadable.
+    """
+    source = _source(name_or_path, revision)
+    if "gguf_file" not in source:
+        source["use_safetensors"] = True
+    if head is not None:
+        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        head.apply(config)
+        source |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with _translated(name_or_path), quiet_transformers():
+        model = auto_class("causal_lm" if head is None else head.task).from_pretrained(
+            **source,
+            dtype=_DTYPES.get(dtype, "auto"),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    if head is not None:
+        model, told = model
+        model.missing_weights = set(told["missing_keys"])
+    return model.eval()
+
+
+def load_image_processor(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load what tells how a model's images are scaled.
+
+    Args:
+        name_or_path: Model folder or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers image processor.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoImageProcessor
+
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not (path / "preprocessor_config.json").is_file():
+        raise UserError(
+            f"{name_or_path!r} holds no preprocessor_config.json, which tells how its images are "
+            "scaled",
+            key=_NAME,
+            hint="put it beside config.json: transformers' ViTImageProcessor(...).save_pretrained",
+        )
+    with _translated(name_or_path, what="image processor"), quiet_transformers():
+        return AutoImageProcessor.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run code that comes with the model.
+
+    Returns:
+        The transformers tokenizer.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _translated(name_or_path, what="tokenizer"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
+        )
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        # For some families transformers makes one out of nothing that knows special tokens alone.
+        raise UserError(
+            f"{name_or_path!r} holds no tokenizer",
+            key="model.name_or_path",
+            hint="put the tokenizer's files (tokenizer.json and its config) beside config.json",
+        )
+    return tokenizer
+
+
+def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | None:
+    """Find the folder on disk that holds a model's files: itself, or the hub cache's snapshot.
+
+    Args:
+        name_or_path: Model folder, GGUF file or hub id.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        The folder; None for a GGUF file, or for a hub id that is not in the cache.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or _is_path(name_or_path):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+        return None
+
+
+def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
+    """Give the folder with a model's safetensors, downloading them where they are on a hub.
+
+    Args:
+        name_or_path: Model folder or hub id.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        A folder that exists.
+
+    Raises:
+        UserError: If there is no such model, or it is a GGUF file.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or _is_path(name_or_path):
+        _source(name_or_path, revision)  # tells what is missing
+        raise UserError(
+            f"{name_or_path!r} is a single file; a folder with safetensors is needed",
+            hint="save the base once with transformers' save_pretrained and give that folder",
+        )
+    from huggingface_hub import snapshot_download
+
+    with _translated(name_or_path):
+        # The cache may hold only a part of it; offline, the hub's client gives what is there.
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Give an id to pad with. Masks come from lengths, so that any id will do: eos, or 0."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if candidate is not None:
+            return int(candidate)
+    raise AssertionError("unreachable")
+
+
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+
+
+def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
+    """Turn a name into from_pretrained's arguments, refusing a path that is not there."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(
+                f"{name_or_path!r} is a file, but neither a model folder nor a GGUF file",
+                key="model.name_or_path",
+            )
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        check_model_folder(path)
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"the folder {name_or_path!r} holds no config.json",
+                key="model.name_or_path",
+                hint="give the folder of a transformers model",
+            )
+        return {"pretrained_model_name_or_path": str(path)}
+    if _is_path(name_or_path):
+        raise UserError(
+            f"no folder {name_or_path!r}",
+            key="model.name_or_path",
+            hint="give a model folder or a hub id such as org/name",
+        )
+    return {"pretrained_model_name_or_path": name_or_path, "revision": revision or "main"}
+
+
+@contextmanager
+def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers and the hub raise for a missing or damaged model into one message.
+
+    Of a damaged file they raise whatever its values run into: TypeError, KeyError, and more.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # What panics in a library written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            hint = "it wants to run its own code: set model.trust_remote_code if you trust it"
+        elif isinstance(error, SafetensorError):
+            hint = "a safetensors file of it is damaged: fetch or write it again"
+        elif isinstance(error, OSError):
+            hint = "check the name, the revision, the network and your hub login, or give a folder"
+        elif isinstance(error, (ValueError, ImportError)):
+            hint = None
+        else:
+            reason = f"{type(error).__name__}: {reason}"
+            hint = "one of its files is damaged, or of another version: fetch it again"
+        raise UserError(
+            f"cannot load the {what} of {name_or_path!r}: {reason}",
+            key=_ATTENTION if _ATTENTION.rpartition(".")[2] in reason else _NAME,
+            hint=hint,
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notices out of the terminal while loading."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    _switch_bars(transformers_logging.disable_progress_bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        _switch_bars(transformers_logging.enable_progress_bar)
+
+
+def _switch_bars(switch: Callable[[], None]) -> None:
+    """Call a switch of the bars; where the environment has decided already, the hub only warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        switch()
+
+
+def load_backbone(base_dir: Path) -> nn.Module:
+    """Load a folder's model without a head.
+
+    Args:
+        base_dir: A model folder with safetensors.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If transformers cannot load it.
+    """
+    from transformers import AutoModel
+
+    try:
+        with quiet_transformers():
+            model: nn.Module = AutoModel.from_pretrained(
+                str(base_dir), use_safetensors=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        lines = str(error).strip().splitlines()
+        message = f"the base cannot be loaded: {lines[0] if lines else type(error).__name__}"
+        raise UserError(message, file=str(base_dir)) from error
+    return model.eval()
+
+
+def load_base(section: ModelSection, **options: Any) -> nn.Module:
+    """Load the frozen base.
+
+    Args:
+        section: The recipe's `model`.
+        **options: More of `from_pretrained`'s arguments.
+
+    Returns:
+        The model, on the CPU; a base that bitsandbytes quantises, on the process's device.
+
+    Raises:
+        UserError: If there is no such model, or a package that quantises it is missing.
+    """
+    kind = name_quantization(section)
+    dtype = section.dtype
+    if kind is not None:
+        # Types of the layers' products must be known before the weights are read.
+        computing = find_dtype(section)
+        options["quantization_config"] = build_quantization(kind, computing)
+        dtype = str(computing).removeprefix("torch.")
+    load = partial(
+        load_model,
+        section.name_or_path,
+        revision=section.revision,
+        dtype=dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+        **options,
+    )
+    if "distributed_config" in options:
+        # FSDP2 is a second's import, for those who share a base.
+        from wegeft_cli.models.fsdp import load_share
+
+        model = load_share(load)
+    else:
+        model = load()
+    keep_trainable(model)
+    return model
+
+
+def name_quantization(section: ModelSection) -> str | None:
+    """Name how a recipe quantises its base, as adapters and merges record it.
+
+    Args:
+        section: The recipe's `model`.
+
+    Returns:
+        `<package>_<bits>bit`; None for a base that is taken as it is.
+    """
+    if not (section.load_in_4bit or section.load_in_8bit):
+        return None
+    return f"{section.quant_method}_{4 if section.load_in_4bit else 8}bit"
+
+
+def quantise_as(section: ModelSection, kind: str | None) -> ModelSection:
+    """Give a section whose base is loaded as one was that an adapter was trained on.
+
+    Args:
+        section: A `model` section.
+        kind: What the adapter records; None, or another method's name, is taken as it is.
+
+    Returns:
+        The section.
+    """
+    method, _, bits = (kind or "").partition("_")
+    known = bits in ("4bit", "8bit")
+    return replace(
+        section,
+        load_in_4bit=bits == "4bit",
+        load_in_8bit=bits == "8bit",
+        quant_method=method if known else ModelSection.quant_method,
+    )
+
+
+def find_dtype(section: ModelSection) -> torch.dtype:
+    """Give the type of a base's dense weights: the recipe's, or the one that its files declare.
+
+    Args:
+        section: The recipe's `model`.
+
+    Returns:
+        A floating type.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    if section.dtype in _DTYPES:
+        return _DTYPES[section.dtype]
+    config = load_config(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    declared = getattr(config, "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.float32
+
+
+def load_base_config(section: ModelSection) -> Any:
+    """Load the configuration that the recipe's `model` names."""
+    return load_config(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def build_skeleton(section: ModelSection, head: HeadSpec | None = None) -> tuple[Any, nn.Module]:
+    """Build the base without weights.
+
+    Args:
+        section: The recipe's `model`.
+        head: A classifier's head; None builds a causal language model.
+
+    Returns:
+        Its configuration, and the model on torch's meta device.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    config = load_base_config(section)
+    if head is not None:
+        head.apply(config)
+    task = "causal_lm" if head is None else head.task
+    trusts = section.trust_remote_code
+    return config, build_meta_model(config, trust_remote_code=trusts, task=task)

@@ -1,0 +1,1 @@
+"""Checks and estimates made before any weight is read."""

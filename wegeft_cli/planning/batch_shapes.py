@@ -1,0 +1,143 @@
+"""The forward passes of a run, as shapes: how many rows, how long, how many labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
+from wegeft_cli.data.batches.sampler import PlannedData, StepPlan
+from wegeft_cli.data.labelled.dataset import ClassData
+from wegeft_cli.data.text.dataset import PreparedData
+from wegeft_cli.recipe.schema import Recipe
+
+MAX_STEPS = 4096
+"""Steps that are looked at; a longer run is told from its first so many."""
+
+
+@dataclass(frozen=True)
+class PassSurvey:
+    """The forward passes of a run's steps over all processes, as they will be cut.
+
+    Args:
+        sequences: Rows or packs of each pass, int64 `[passes]`.
+        lengths: Positions of each sequence, padding counted.
+        labels: Labelled positions of each pass.
+        is_padded: Whether its rows differ in length, bool `[passes]`.
+        num_steps: Optimizer steps that these passes make up.
+        num_steps_in_all: Optimizer steps of the run.
+        is_packed: Whether rows are packed.
+    """
+
+    sequences: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    is_padded: np.ndarray
+    num_steps: int
+    num_steps_in_all: int
+    is_packed: bool = False
+
+    def find_largest(self) -> list[BatchShape]:
+        """Give the passes that may take the most memory: most positions, and most labels."""
+        positions = self.sequences * self.lengths
+        chosen = {int(np.lexsort((self.labels, positions))[-1]): None}
+        chosen[int(np.lexsort((positions, self.labels))[-1])] = None
+        return [self.shape(number) for number in chosen]
+
+    def shape(self, number: int) -> BatchShape:
+        """Give one pass."""
+        return BatchShape(
+            num_sequences=int(self.sequences[number]),
+            length=int(self.lengths[number]),
+            num_labels=max(1, int(self.labels[number])),
+            is_masked=bool(self.is_padded[number]) or self.is_packed,
+        )
+
+
+def survey_passes(recipe: Recipe, data: PlannedData, plan: StepPlan) -> PassSurvey:
+    """Cut the rows into forward passes without building a batch.
+
+    Args:
+        recipe: The recipe.
+        data: Its tokenised rows; of a stream, its first ones.
+        plan: What `build_step_plan` made of both.
+
+    Returns:
+        The passes of at most `MAX_STEPS` steps.
+    """
+    lengths, labels = data.train.lengths, data.train.label_counts
+    packs = data.packs
+    if packs is not None:
+        lengths, labels = sum_packs(lengths, packs), sum_packs(labels, packs)
+    flat = packs is not None and lays_packs_flat(recipe)
+    passes: list[tuple[int, int, int, bool]] = []
+    num_steps = min(plan.num_steps, MAX_STEPS)
+    for step in range(num_steps):
+        for rank in plan.step_indices(step, lengths):
+            for numbers in filter(None, rank):
+                own = lengths[numbers]
+                size = (1, int(own.sum())) if flat else (len(numbers), int(own.max()))
+                passes.append((*size, int(labels[numbers].sum()), bool(own.min() < own.max())))
+    sequences, longest, labelled, is_padded = np.array(passes, dtype=np.int64).T
+    return PassSurvey(
+        sequences=sequences,
+        lengths=longest,
+        labels=labelled,
+        is_padded=is_padded.astype(bool),
+        num_steps=num_steps,
+        num_steps_in_all=plan.num_steps,
+        is_packed=packs is not None and not flat,
+    )
+
+
+def assume_longest(recipe: Recipe) -> BatchShape:
+    """Give the largest pass that can come, for rows that nobody has seen."""
+    size, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
+    is_packed = recipe.data.packing != "none" and not lays_packs_flat(recipe)
+    return BatchShape(size, length, size * max(1, length - 1), size > 1 or is_packed)
+
+
+def find_validation_shape(recipe: Recipe, data: PreparedData | ClassData) -> BatchShape | None:
+    """Give the largest batch of a validation, its first: the longest rows come first.
+
+    Args:
+        recipe: The recipe.
+        data: Its tokenised rows.
+
+    Returns:
+        The batch; None where nothing is held out.
+    """
+    if data.validation is None or not len(data.validation.lengths):
+        return None
+    size = recipe.train.per_device_eval_batch_size
+    longest = np.argsort(-data.validation.lengths, kind="stable")[:size]
+    lengths = data.validation.lengths[longest]
+    return BatchShape(
+        num_sequences=len(longest),
+        length=int(lengths.max()),
+        num_labels=max(1, int(data.validation.label_counts[longest].sum())),
+        is_masked=bool(lengths.min() < lengths.max()),
+    )
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of one forward pass.
+
+    Args:
+        num_sequences: Rows or packs.
+        length: Positions of each, padding counted.
+        num_labels: Positions whose loss is computed, at least 1.
+        is_masked: Whether an attention mask is needed: rows of unequal length, or packed ones.
+    """
+
+    num_sequences: int
+    length: int
+    num_labels: int
+    is_masked: bool
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of all sequences."""
+        return self.num_sequences * self.length

@@ -1,0 +1,192 @@
+"""`wegeft validate`: what can be known of a recipe without weights, data or network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.text.templates import check_template
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.evaluation.benchmarks.groups import expand_groups
+from wegeft_cli.evaluation.benchmarks.registry import check_task, find_folder
+from wegeft_cli.evaluation.benchmarks.text import check_watched
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.sweep import load_sweep
+
+_HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
+_HUB = "not found here; it would be taken from the hub, which is not asked"
+_LATER = "not found here; it must be there when it is used"
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that the recipe names and a run would read."""
+
+    key: str
+    path: str
+    found: bool
+    """Whether it is on this machine."""
+    note: str
+    """What it is, or what is missing; never a fault of the recipe."""
+
+
+@dataclass(frozen=True)
+class ValidateReport:
+    """A sound recipe, and what was looked at."""
+
+    recipe: str
+    """The file that was read."""
+    checked: tuple[str, ...]
+    """What holds, one sentence each."""
+    inputs: tuple[Input, ...]
+    """Model, data sets and test sets, and whether they are here."""
+    notes: tuple[str, ...]
+    """Foreign spellings that were read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the report as plain values, with `valid: true`."""
+        return {"valid": True, **asdict(self)}
+
+
+def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ValidateReport:
+    """Check a recipe: its keys and types, its rules, its names, and what of its inputs is here.
+
+    Args:
+        path: A recipe file, or the name of a shipped recipe.
+        overrides: `key=value` as on the command line.
+
+    Returns:
+        What was checked. Inputs that cannot be reached are told there and are no fault.
+
+    Raises:
+        UserError: If one thing is wrong.
+        ExceptionGroup: If several are.
+    """
+    loaded = load_recipe(path, overrides)
+    raise_all(list(check_names(loaded)))
+    num_keys = sum(not key.endswith("]") for key in loaded.places)
+    checked: tuple[str, ...] = (
+        f"{num_keys} keys are known and of the right type",
+        "choices, ranges and the rules between keys hold",
+        "template, tasks and protocol exist",
+        *(
+            ["optimizer and schedule take the settings given"]
+            if loaded.recipe.train.optim_args or loaded.recipe.train.lr_scheduler_kwargs
+            else []
+        ),
+    )
+    if loaded.recipe.sweep:
+        checked = (*checked, _check_sweep(path, overrides))
+    inputs = tuple(_find_inputs(loaded.recipe, loaded.path.parent))
+    return ValidateReport(str(loaded.path), checked, inputs, loaded.notes)
+
+
+def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Check names that other rooms give a meaning to.
+
+    They are the template, the tasks, the protocol, and the settings of optimizer and schedule.
+
+    Args:
+        loaded: The recipe, which knows the places.
+
+    Yields:
+        Each fault.
+    """
+    section = loaded.recipe.eval
+    try:
+        check_template(loaded.recipe.data.template)
+    except UserError as fault:
+        yield _place(fault, "data.template", loaded)
+    for position, name in enumerate(section.tasks):
+        yield from _check_task(name, f"eval.tasks[{position}]", loaded, is_own=True)
+    for position, name in enumerate(loaded.recipe.train.eval_tasks):
+        yield from _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
+    try:
+        check_watched(loaded.recipe)
+    except UserError as fault:
+        if fault.key == "train.metric_for_best_model":  # an unknown task has been told
+            yield _place(fault, fault.key, loaded)
+    yield from _check_settings(loaded)
+
+
+def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
+    """Tell of a task that does not exist, or that the recipe's protocol does not score."""
+    try:
+        for member in expand_groups([name]):
+            check_task(member, loaded.recipe.eval.protocol, must_fit=is_own)
+    except UserError as fault:
+        yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)
+
+
+def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Try the settings of optimizer and schedule; where there are none, torch stays out."""
+    train = loaded.recipe.train
+    if not (train.optim_args or train.lr_scheduler_kwargs):
+        return
+    from wegeft_cli.planning.preflight import check_learning
+
+    try:
+        check_learning(loaded.recipe, None)
+    except* UserError as group:
+        for fault in group.exceptions:
+            if isinstance(fault, UserError) and fault.key is not None:
+                yield _place(fault, fault.key, loaded)
+
+
+def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
+    """Check every combination of the sweep, and say how many there are."""
+    runs = load_sweep(path, overrides).runs
+    found = [fault for run in runs for fault in check_names(run.loaded)]
+    raise_all(list({str(fault): fault for fault in found}.values()))
+    return f"all of that holds for each of the {len(runs)} runs of `sweep`"
+
+
+def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
+    return UserError(fault.message, file=loaded.find_place(key), key=key, hint=fault.hint)
+
+
+def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
+    yield _find_model(recipe.model.name_or_path)
+    start = recipe.adapter.init_from
+    if start is not None:
+        place = find_local(start, recipe_dir)
+        note = _LATER if place is None else f"at {place}"
+        yield Input("adapter.init_from", start, place is not None, note)
+    for part in ("train", "validation"):
+        for position, source in enumerate(getattr(recipe.data, part)):
+            key = f"data.{part}[{position}].path"
+            local = find_local(source.path, recipe_dir)
+            if local is None:
+                yield Input(key, source.path, False, _explain_missing(source.path))
+            else:
+                yield Input(key, source.path, True, f"at {local}")
+    if recipe.eval.data_dir is not None:
+        for name in expand_groups(recipe.eval.tasks):
+            place_in = find_folder(name)
+            if place_in is None:
+                continue
+            folder = Path(recipe.eval.data_dir).expanduser() / place_in
+            found = folder.is_dir()
+            note = f"at {folder}" if found else _LATER
+            yield Input("eval.data_dir", str(folder), found, note)
+
+
+def _find_model(name_or_path: str) -> Input:
+    key, path = "model.name_or_path", Path(name_or_path).expanduser()
+    if path.is_file():
+        return Input(key, name_or_path, True, "a file")
+    if (path / "config.json").is_file():
+        return Input(key, name_or_path, True, "a model folder")
+    if path.is_dir():
+        return Input(key, name_or_path, False, "a folder without config.json")
+    return Input(key, name_or_path, False, _explain_missing(name_or_path))
+
+
+def _explain_missing(path: str) -> str:
+    is_hub_id = _HUB_ID.fullmatch(path) is not None and not Path(path).suffix.startswith(".json")
+    return _HUB if is_hub_id else _LATER

@@ -1,0 +1,172 @@
+"""A recipe becomes what the loop takes: the model with its adapter, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.methods.in_place import (select_parameters, unfreeze)
+from wegeft_cli.models.kernels import apply_liger
+from wegeft_cli.models.stochastic_depth import (add_drop_path, check_drop_path)
+from wegeft_cli.models.heads import (HeadSpec, check_loaded, find_head_modules, make_fresh)
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import INPLACE_TYPES
+from wegeft_cli.training.classification_loss import ClassLoss
+from wegeft_cli.models.kernels import compile_layers
+from wegeft_cli.training.trainer import LoopSettings
+from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.training.neftune import add_neftune
+from wegeft_cli.training.optimizer import build_optimizer
+from wegeft_cli.training.scheduler import (build_schedule, count_warmup_steps)
+from wegeft_cli.training.snapshot import MethodState
+from wegeft_cli.methods.init_from import init_from_adapter
+from wegeft_cli.tasks.causal_lm import check_packing
+from wegeft_cli.methods.registry import TASK_TYPES
+from wegeft_cli.planning.preflight import count_steps
+from wegeft_cli.models.heads import with_head
+from wegeft_cli.models.kernels import enable_checkpointing
+from wegeft_cli.methods.registry import inject_adapter
+
+
+
+def build_model(
+    base: nn.Module,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    base_fingerprint: str | None,
+    resuming: bool,
+    warn: Callable[[str], None],
+) -> nn.Module:
+    """Make a base ready to train: kernels, adapter, device, checkpointing, noise.
+
+    Args:
+        base: The loaded base; it is changed.
+        recipe: The recipe.
+        accelerator: This process's device and rank.
+        base_fingerprint: The base's, where it is known.
+        resuming: A checkpoint will give the factors: `adapter.init_from` is not read.
+        warn: Told what cannot be checked.
+
+    Returns:
+        The model on its device. Its factors are the same on every process.
+
+    Raises:
+        UserError: If the adapter, a kernel or packing does not fit the model.
+    """
+    train = recipe.train
+    if train.use_liger_kernel:
+        apply_liger(base)
+    set_seed(recipe.seed)
+    model = inject_adapter(base, recipe)
+    if recipe.model.drop_path_rate and not hasattr(base.config, "drop_path_rate"):
+        add_drop_path(base, recipe.model.drop_path_rate)
+    if recipe.adapter.init_from is not None and not resuming:
+        init_from_adapter(
+            model,
+            recipe.adapter.init_from,
+            recipe.adapter,
+            base_fingerprint=base_fingerprint,
+            warn=warn,
+        )
+    model.to(accelerator.device)
+    if train.gradient_checkpointing:
+        enable_checkpointing(model)
+    if recipe.task == "causal_lm":
+        check_packing(model, recipe)
+    if train.neftune_noise_alpha is not None:
+        add_neftune(model, train.neftune_noise_alpha)
+    if train.compile:
+        compile_layers(model)
+    return model
+
+
+def build_learning(
+    recipe: Recipe, parameters: Mapping[str, nn.Parameter], num_steps: int
+) -> tuple[Optimizer, LRScheduler, LoopSettings]:
+    """Build the optimizer, its schedule, and the loop's numbers.
+
+    Args:
+        recipe: The recipe.
+        parameters: What learns, by name.
+        num_steps: Optimizer steps of the run.
+
+    Returns:
+        All three.
+
+    Raises:
+        UserError: If the optimizer or the schedule does not take its settings.
+    """
+    train = recipe.train
+    optimizer = build_optimizer(
+        train.optim,
+        parameters,
+        learning_rate=train.learning_rate,
+        lr_ratio=train.lr_ratio,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        options=train.optim_args,
+    )
+    schedule = build_schedule(
+        train.lr_scheduler_type,
+        optimizer,
+        num_steps=num_steps,
+        warmup_steps=count_warmup_steps(num_steps, train.warmup_ratio, train.warmup_steps),
+        options=train.lr_scheduler_kwargs,
+    )
+    settings = LoopSettings(
+        max_grad_norm=train.max_grad_norm,
+        mixed_precision=train.mixed_precision,
+        logging_steps=train.logging_steps,
+        eval_steps=count_steps(train.eval_steps, num_steps),
+        save_steps=count_steps(train.save_steps, num_steps),
+        early_stopping_patience=train.early_stopping_patience,
+        max_skipped_steps=train.max_skipped_steps,
+        ema_decay=train.ema_decay,
+        check_steps=train.check_steps,
+        seed=recipe.seed,
+        activation_offload=train.activation_offload,
+        metric_for_best_model=train.metric_for_best_model,
+        greater_is_better=train.metric_for_best_model != "eval_loss",
+        save_best=train.load_best_model_at_end,
+        # To write answers takes much longer than to save.
+        save_before_validation=bool(train.eval_tasks or recipe.logging.sample_prompts),
+    )
+    return optimizer, schedule, settings
+
+
+def build_loss(model: nn.Module, recipe: Recipe) -> CausalLoss | ClassLoss:
+    """Build the loss of the recipe's task."""
+    if recipe.task == "causal_lm":
+        return CausalLoss(model)
+    return ClassLoss(is_regression=recipe.data.problem_type == "regression")
+
+
+def build_method(
+    model: nn.Module,
+    recipe: Recipe,
+    loss: Callable[[nn.Module, Any], Tensor],
+    num_steps: int,
+) -> tuple[MethodState | None, Callable[[nn.Module, Any], Tensor]]:
+    """Build what a method does beside the optimizer's steps.
+
+    Args:
+        model: The model as it will be trained.
+        recipe: The recipe.
+        loss: The task's loss.
+        num_steps: Optimizer steps of the run.
+
+    Returns:
+        What is done after each step, where something is, and the loss that is trained on.
+    """
+    if recipe.adapter.type != "adalora":
+        return None, loss
+    from wegeft_cli.methods.adalora import (OrthogonalLoss, RankBudget)
+
+    return RankBudget(model, num_steps), OrthogonalLoss(loss)

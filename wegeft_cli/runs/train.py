@@ -1,0 +1,336 @@
+"""A recipe becomes an adapter: recipe, inputs, model, loop, adapter, one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
+
+from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.recipe.load import (LoadedRecipe, load_recipe)
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.trainer import (LoopResult, run_loop)
+from wegeft_cli.training.snapshot import Snapshot
+from wegeft_cli.runs.start import (Start, begin_run, check_disk, check_start, may_go_on, note_base)
+from wegeft_cli.runs.build import (build_learning, build_loss, build_method, build_model)
+from wegeft_cli.models.heads import (finish_head, pad_as_tokenizer)
+from wegeft_cli.planning.class_inputs import read_class_inputs
+from wegeft_cli.runs.describe import (describe_end, describe_settings, describe_start)
+from wegeft_cli.runs.finalize import (recall_adapter_step, recall_result, write_adapter)
+from wegeft_cli.planning.preflight import (RunInputs, read_inputs)
+from wegeft_cli.runs.callbacks.listener import RunListener
+from wegeft_cli.models.loading import load_base
+from wegeft_cli.runs.resume_rules import keep_recipe
+from wegeft_cli.planning.preflight import (find_run_dir, tell_places)
+from wegeft_cli.reporter import (Reporter, SilentReporter)
+from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.distributed.sharding import (build_sharding, check_launcher)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        run_dir: Its folder.
+        adapter_dir: Its adapter; None where it was stopped or only checked.
+        status: finished, interrupted, or checked (a dry run).
+        num_steps: Optimizer steps done (of a dry run: to do).
+        final_loss: Mean loss of the last line of metrics.
+        trainable_parameters: What learned.
+        validation_loss: Loss of the last validation.
+        stopped_early: Whether patience ran out.
+        adapter_step: The step that the adapter is of.
+        best_step: The step of the best validation.
+        best_metric: What `train.metric_for_best_model` was there.
+        num_skipped: Steps whose loss or gradient was not finite.
+        estimated_memory_gib: The plan's estimate of the peak memory of one device.
+        peak_memory_gib: The measured one.
+        waste: `padding_share`, `packed_sequences` and `head_share` of an epoch's positions; of a
+            stream `estimated_from_rows` too, the first ones, which are all that was looked at.
+    """
+
+    run_dir: Path
+    adapter_dir: Path | None
+    status: str
+    num_steps: int
+    final_loss: float | None
+    trainable_parameters: int
+    validation_loss: float | None = None
+    stopped_early: bool = False
+    adapter_step: int | None = None
+    best_step: int | None = None
+    best_metric: float | None = None
+    num_skipped: int = 0
+    estimated_memory_gib: float | None = None
+    peak_memory_gib: float | None = None
+    waste: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the result as a JSON object, paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def train(
+    recipe_path: str | Path | LoadedRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Train a recipe's adapter.
+
+    Args:
+        recipe_path: A recipe file, the name of a shipped one, or a recipe that is read already.
+        overrides: `key=value` texts that win over the file.
+        resume: auto goes on from the run's newest whole checkpoint, a path from that checkpoint.
+        dry_run: Check everything that is cheap and stop before the weights.
+        should_stop: Asked after every pass of a step, and between the batches of a validation; true
+            saves a checkpoint and leaves.
+        reporter: Where words and progress go.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: If the recipe, the data, the model or the folder is at fault.
+        ExceptionGroup: If there are several such faults.
+        MachineError: If the machine failed: full disk, out of memory, divergence.
+    """
+    reporter = reporter or SilentReporter()
+    if isinstance(recipe_path, LoadedRecipe):
+        loaded = recipe_path
+    else:
+        loaded = load_recipe(recipe_path, overrides)
+    for note in loaded.notes:
+        reporter.note(note)
+    with tell_places(loaded):
+        return _train(loaded, resume, dry_run, should_stop, reporter)
+
+
+def _train(
+    loaded: LoadedRecipe,
+    resume: str | None,
+    dry_run: bool,
+    should_stop: Callable[[], bool],
+    reporter: Reporter,
+) -> TrainResult:
+    recipe = keep_recipe(loaded)
+    check_launcher()
+    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout))
+    is_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
+    sharding = build_sharding(recipe.train, accelerator)
+    folder = RunFolder(find_run_dir(recipe))
+    given = check_start(folder, recipe, resume, accelerator)
+    if resume is not None:  # before the first process writes what the others compare
+        accelerator.wait_for_everyone()
+    read = read_inputs if recipe.task == "causal_lm" else read_class_inputs
+    inputs = read(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
+    check_disk(folder, recipe, inputs)
+    if dry_run:
+        return _tell_checked(folder, inputs)
+    with begin_run(folder, recipe, resume, given, inputs, accelerator, reporter) as start:
+        if start.is_done:
+            return _tell_finished(recipe, folder, inputs, start, accelerator, reporter)
+        if accelerator.is_main_process:
+            folder.update(describe_start(recipe, inputs, accelerator))
+            known = start.fingerprint or start.earlier.get("base_fingerprint")
+            folder.update({"base_fingerprint": known})
+        with _tracked(recipe, inputs, folder, start, accelerator, reporter) as trackers:
+            if inputs.head is None:
+                base = load_base(recipe.model, **sharding)
+            else:
+                base = load_base(recipe.model, head=inputs.head)
+                finish_head(base, inputs.head, recipe.adapter.modules_to_save, recipe.seed)
+                pad_as_tokenizer(base, inputs.tokenizer)
+            if start.fingerprint is None:  # a hub's model is on this machine only now
+                note_base(start, recipe, folder, is_loaded=True)
+                if accelerator.is_main_process:
+                    folder.update({"base_fingerprint": start.fingerprint})
+            model = build_model(
+                base,
+                recipe,
+                accelerator,
+                base_fingerprint=start.fingerprint,
+                resuming=start.checkpoint is not None,
+                warn=reporter.warn,
+            )
+            result = _run(
+                model, recipe, inputs, folder, start, trackers, accelerator, should_stop, reporter
+            )
+            if accelerator.is_main_process:
+                result.validation = folder.read_validation()
+            ended = describe_end(result, accelerator)
+            if accelerator.is_main_process:
+                if result.status == "finished":
+                    ended["adapter_step"] = write_adapter(
+                        model,
+                        recipe,
+                        folder,
+                        result,
+                        start.fingerprint,
+                        reporter,
+                        head=inputs.head,
+                    )
+                folder.update(ended)
+            trackers.status = result.status
+        _leave_group(accelerator)
+    told = {"estimated_memory_gib": inputs.estimated_gib, "waste": inputs.waste, **ended}
+    return _tell_ended(folder, inputs, result, told)
+
+
+def _run(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: RunInputs,
+    folder: RunFolder,
+    start: Start,
+    trackers: Trackers,
+    accelerator: Accelerator,
+    should_stop: Callable[[], bool],
+    reporter: Reporter,
+) -> LoopResult:
+    """Train, with the run's folder, the trackers and the user listening."""
+    source, checkpoint = inputs.source, start.checkpoint
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
+    loss = build_loss(model, recipe)
+    method, training_loss = build_method(model, recipe, loss, source.num_steps)
+    with reporter.progress("training", source.num_steps) as advance:
+        listener = RunListener(
+            model,
+            recipe,
+            inputs,
+            loss,
+            folder,
+            trackers,
+            accelerator,
+            should_stop,
+            reporter,
+            advance,
+        )
+        return run_loop(
+            model,
+            parameters,
+            training_loss,
+            optimizer,
+            schedule,
+            source,
+            settings,
+            accelerator=accelerator,
+            method=method,
+            resume_from=Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None,
+            hooks=listener.hooks(),
+        )
+
+
+@contextmanager
+def _tracked(
+    recipe: Recipe,
+    inputs: RunInputs,
+    folder: RunFolder,
+    start: Start,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> Iterator[Trackers]:
+    """Open the run's trackers in the process that writes, and close them however it ends."""
+    trackers = Trackers(
+        inputs.trackers if accelerator.is_main_process else (),
+        project=recipe.logging.project,
+        run_name=recipe.logging.run_name or folder.path.resolve().name,
+        run_dir=folder.path,
+        earlier=start.earlier.get("trackers", {}),
+        step=start.step,
+        warn=reporter.warn,
+    )
+    if accelerator.is_main_process:
+        # One that is down now may be up again when the run next goes on.
+        folder.update({"trackers": {**start.earlier.get("trackers", {}), **trackers.ids}})
+    try:
+        trackers.log_config(describe_settings(recipe))
+        yield trackers
+    except KeyboardInterrupt:
+        trackers.status = "interrupted"
+        raise
+    finally:
+        trackers.finish()
+
+
+def _leave_group(accelerator: Accelerator) -> None:
+    """End a run of many processes together: one that leaves early takes the others down."""
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
+
+def _tell_checked(folder: RunFolder, inputs: RunInputs) -> TrainResult:
+    """Give the result of a dry run."""
+    return TrainResult(
+        folder.path,
+        None,
+        "checked",
+        inputs.source.num_steps,
+        None,
+        inputs.trainable,
+        estimated_memory_gib=inputs.estimated_gib,
+        waste=inputs.waste,
+    )
+
+
+def _tell_ended(
+    folder: RunFolder, inputs: RunInputs, result: LoopResult, told: Mapping[str, Any]
+) -> TrainResult:
+    """Give the result of a run that trained, and what its run.json tells beside it."""
+    is_finished = result.status == "finished"
+    return TrainResult(
+        run_dir=folder.path,
+        adapter_dir=folder.adapter_dir if is_finished else None,
+        status=result.status,
+        num_steps=result.num_steps,
+        final_loss=result.final_loss,
+        trainable_parameters=inputs.trainable,
+        validation_loss=next(reversed(result.validation.values()), {}).get("eval_loss"),
+        stopped_early=result.stopped_early,
+        adapter_step=told.get("adapter_step") if is_finished else None,
+        best_step=result.best_step,
+        best_metric=result.best_metric,
+        num_skipped=result.num_skipped,
+        estimated_memory_gib=told.get("estimated_memory_gib"),
+        peak_memory_gib=told.get("peak_memory_gib"),
+        waste=told.get("waste"),
+    )
+
+
+def _tell_finished(
+    recipe: Recipe,
+    folder: RunFolder,
+    inputs: RunInputs,
+    start: Start,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> TrainResult:
+    """Give the result of a run that has its adapter: there is nothing left to do."""
+    assert start.checkpoint is not None
+    reporter.note(f"{folder.path} is finished already")
+    result = recall_result(recipe, folder, start.checkpoint)
+    told = {**start.earlier, **describe_end(result, accelerator), "error": None}
+    # This process trained nothing: what it measures of itself is not the run's.
+    told["peak_memory_gib"] = start.earlier.get("peak_memory_gib")
+    if start.earlier.get("status") == "finished":
+        told["finished_at"] = start.earlier.get("finished_at")
+    else:  # killed between the adapter and run.json
+        told["adapter_step"] = recall_adapter_step(recipe, folder, result, reporter)
+    if accelerator.is_main_process:
+        folder.update(told)
+    return _tell_ended(folder, inputs, result, told)

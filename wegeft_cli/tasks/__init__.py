@@ -1,0 +1,1 @@
+"""Learning problems that a recipe can select, one file each."""

@@ -1,1 +1,0 @@
-"""One module per command: where the parts meet."""
