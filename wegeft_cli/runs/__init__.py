@@ -1,0 +1,1 @@
+"""Training runs: start, training, finalization and sweeps."""
