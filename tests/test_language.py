@@ -67,6 +67,7 @@ PAGES = {
     "CHANGELOG.md": 1,
     "docs/*.md": 16,
     "docs/decisions/*.md": 30,
+    "docs/cluster/*": 2,
     "recipes/*.yaml": 17,
 }
 
@@ -116,9 +117,9 @@ def find_faults(text: str) -> list[str]:
 
 
 def read_prose(path: Path) -> str:
-    """Return a page's own words: no inline code, no link targets, of a recipe only the comments."""
+    """Return the prose of a page without inline code and link targets, or a file's comments."""
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".yaml":
+    if path.suffix != ".md":
         return "\n".join(line.partition("#")[2] for line in text.splitlines())
     if path.name == "CHANGELOG.md":
         text = text.partition("## [Unreleased]")[2].partition("\n## [")[0]
