@@ -20,7 +20,7 @@ _IMAGES_ONLY = ("data.image_size", "data.image_transform", "model.drop_path_rate
 _NOT_FOR_IMAGES = ("train.neftune_noise_alpha", "train.group_by_length", "data.max_length")
 
 
-def list_metrics(recipe: Recipe) -> tuple[str, ...]:
+def validation_metrics(recipe: Recipe) -> tuple[str, ...]:
     """Name the figures that a recipe's classifier is measured by; none for a language model.
 
     Args:
@@ -34,7 +34,7 @@ def list_metrics(recipe: Recipe) -> tuple[str, ...]:
     return REGRESSION_METRICS if recipe.data.problem_type == "regression" else CLASS_METRICS
 
 
-def check_classifying(recipe: Recipe) -> Iterator[Fault]:
+def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     """Check what only some tasks read, and what classification needs.
 
     Args:
@@ -70,7 +70,7 @@ def check_classifying(recipe: Recipe) -> Iterator[Fault]:
             if source.weight is not None:
                 message = f"mixtures are for causal_lm; `task` is {recipe.task!r}"
                 yield f"{key}.weight", message, "remove it"
-        metric, known = recipe.eval.metric, list_metrics(recipe)
+        metric, known = recipe.eval.metric, validation_metrics(recipe)
         if metric in METRICS and metric not in known:
             message = f"{metric!r} does not measure a {recipe.data.problem_type}"
             yield "eval.metric", message, f"use one of {', '.join(known)}"

@@ -16,10 +16,9 @@ from wegeft_cli.recipe.catalog import find_recipe, hint_names
 from wegeft_cli.recipe.grid import count_runs
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
 from wegeft_cli.recipe.layers import Merged, apply_override
-from wegeft_cli.recipe.rules import ONLY_ADDED, ONLY_WEGEFT, check_recipe
+from wegeft_cli.recipe.rules import METHOD_RULES, check_recipe, load_rules
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.typed_values import Findings, Layer, LayerReader, describe
-from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.recipe.yaml_source import (
     Document,
     has_interpolation,
@@ -250,10 +249,9 @@ def _leave_out_foreign(merged: Merged, findings: Findings) -> None:
     """
     adapter = merged.values.get("adapter")
     kind = adapter.get("type") if isinstance(adapter, dict) else None
-    if ("adapter", "type") not in merged.chosen or kind in (None, "wegeft"):
+    if ("adapter", "type") not in merged.chosen or not isinstance(kind, str):
         return
-    names = [*ONLY_WEGEFT, "dropout", *(ONLY_ADDED if kind in INPLACE_TYPES else ())]
-    for path in (*(("adapter", name) for name in names), ("train", "lr_ratio")):
+    for path in map(parse_key, load_rules(METHOD_RULES).unread_keys(kind)):
         section = merged.values.get(path[0])
         if path in merged.chosen or not isinstance(section, dict) or path[1] not in section:
             continue

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.adalora_rules import check_budget
-from wegeft_cli.recipe.classification_rules import check_classifying, list_metrics
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest
 from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
 from wegeft_cli.recipe.values import (
-    INPLACE_TYPES,
     PACKING_ATTENTION,
     Fault,
     check_values,
@@ -20,18 +19,13 @@ from wegeft_cli.recipe.values import (
 )
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
-ONLY_WEGEFT = ("share", "groups", "side", "init", "view")
-"""Keys of `adapter` that only generators have."""
-ONLY_ADDED = ("r", "alpha", "target_modules")
-"""Keys of `adapter` that only methods have which add something to chosen layers."""
-_SET_ELSEWHERE = {
-    "r": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "target_modules": "adapter.target_modules",
-    "modules_to_save": "adapter.modules_to_save",
-    "peft_type": "adapter.type",
-    "task_type": "task",
-}
+TASK_RULES = "wegeft_cli.recipe.classification_rules"
+"""Module with `check_recipe(recipe)` and `validation_metrics(recipe)`, the rules of the tasks."""
+METHOD_RULES = "wegeft_cli.methods.rules"
+"""Module with `check_recipe(recipe)` and `unread_keys(method)`, the rules of the methods.
+
+Both are loaded by name, as plugins are: `recipe` is below `tasks` and `methods` and imports neither.
+"""
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")  # becomes a part of tensor names in the adapter file
 
 
@@ -49,13 +43,19 @@ def check_recipe(
         Every rule that is broken, in the order of the schema's sections; empty if all hold.
     """
     rules = (check_values, _check_model, _check_adapter, _check_data, _check_train)
-    more = (check_budget, check_measuring, check_classifying)
-    found = [fault for rule in (*rules, *more) for fault in rule(recipe)]
+    others = (load_rules(METHOD_RULES).check_recipe, check_measuring)
+    tasks = load_rules(TASK_RULES).check_recipe
+    found = [fault for rule in (*rules, *others, tasks) for fault in rule(recipe)]
     found.extend(check_grid(recipe.sweep))
     if need_data and not recipe.data.train:
         hint = "name a file or a hub data set: `data: {train: [{path: ...}]}`"
         found.append(("data.train", "is required and empty", hint))
     return [UserError(message, file=where(key), key=key, hint=hint) for key, message, hint in found]
+
+
+def load_rules(module: str) -> Any:
+    """Import `TASK_RULES` or `METHOD_RULES`."""
+    return importlib.import_module(module)
 
 
 def _check_model(recipe: Recipe) -> Iterator[Fault]:
@@ -80,9 +80,6 @@ def _check_quantised(recipe: Recipe) -> Iterator[Fault]:
     if model.name_or_path.endswith(".gguf"):
         message = "a GGUF file's weights are quantised already, and are read as dense ones"
         yield asked, message, "give the base's folder or hub id"
-    if adapter.dropout > 0 and adapter.type == "wegeft":
-        message = f"{adapter.dropout} acts on the weight's entries, which `{asked}` leaves none of"
-        yield "adapter.dropout", message, f"set it to 0, or remove `{asked}`"
     if adapter.view == "weight":
         message = f"`weight` multiplies with the weight, which `{asked}` leaves none of"
         yield "adapter.view", message, f"use `auto` or `activation`, or remove `{asked}`"
@@ -103,13 +100,6 @@ def _check_adapter(recipe: Recipe) -> Iterator[Fault]:
             "dropout acts on the weight's entries",
             "use view `weight` or `auto`, or dropout 0",
         )
-    if adapter.type in ("wegeft", *INPLACE_TYPES) and adapter.peft:
-        message = f"holds keys of a PEFT method, and `adapter.type` is `{adapter.type}`"
-        yield "adapter.peft", message, "remove it, or set `adapter.type`"
-    if adapter.type in INPLACE_TYPES:
-        yield from _check_inplace(recipe)
-    if adapter.type != "wegeft":
-        yield from _check_other_method(adapter)
 
 
 def _check_targets(adapter: AdapterSection) -> Iterator[Fault]:
@@ -142,52 +132,6 @@ def _check_groups(adapter: AdapterSection) -> Iterator[Fault]:
         if not patterns:
             message = f"the group {name!r} holds no pattern"
             yield "adapter.groups", message, "list patterns over full module names"
-
-
-def _check_inplace(recipe: Recipe) -> Iterator[Fault]:
-    """What trains the base's own parameters takes them as they lie in memory."""
-    kind = recipe.adapter.type
-    if recipe.model.dtype in ("bfloat16", "float16"):
-        message = f"{recipe.model.dtype!r} contradicts `adapter.type` {kind!r}: most steps on a "
-        hint = "use float32, and `train.mixed_precision: bf16` to compute in 16 bits"
-        yield "model.dtype", message + "16-bit weight are rounded away", hint
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(recipe.model, name):
-            message = f"contradicts `adapter.type` {kind!r}, which trains the base's own weights"
-            yield f"model.{name}", message, "remove it"
-    for name in ONLY_ADDED:
-        value = getattr(recipe.adapter, name)
-        if value != getattr(AdapterSection(), name):
-            message = f"{value!r} is not read by `adapter.type` {kind!r}, which adds no layer"
-            yield f"adapter.{name}", message, "remove it"
-    if recipe.adapter.init_from is not None:
-        message = f"starts generators or a PEFT method; `adapter.type` is {kind!r}"
-        yield "adapter.init_from", message, "merge that adapter, and name the result as the base"
-    if kind == "full" and recipe.adapter.modules_to_save:
-        message = "is nothing beside `adapter.type` 'full', which trains every module"
-        yield "adapter.modules_to_save", message, "leave it empty"
-    if kind == "linear_probe" and recipe.task == "causal_lm":
-        message = "'linear_probe' trains a classifier's head; `task` is 'causal_lm'"
-        yield "adapter.type", message, "use another type, or set `task`"
-
-
-def _check_other_method(adapter: AdapterSection) -> Iterator[Fault]:
-    if adapter.dropout > 0:
-        yield (
-            "adapter.dropout",
-            f"{adapter.dropout} acts on the frozen weight's entries, which only `wegeft` knows; "
-            f"`adapter.type` is {adapter.type!r}",
-            "set it to 0; a PEFT method's own goes under `adapter.peft` (`lora_dropout`)",
-        )
-    for name in ONLY_WEGEFT:
-        value = getattr(adapter, name)
-        if value != getattr(AdapterSection(), name):
-            message = f"{value!r} is read by `wegeft` alone; `adapter.type` is {adapter.type!r}"
-            yield f"adapter.{name}", message, "remove it"
-    for name in adapter.peft:
-        if name in _SET_ELSEWHERE:
-            right = _SET_ELSEWHERE[name]
-            yield f"adapter.peft.{name}", f"is set by `{right}`", f"use `{right}`"
 
 
 def _check_data(recipe: Recipe) -> Iterator[Fault]:
@@ -270,12 +214,6 @@ def _check_streaming(recipe: Recipe) -> Iterator[Fault]:
 
 def _check_train(recipe: Recipe) -> Iterator[Fault]:
     train = recipe.train
-    if train.lr_ratio != 1 and recipe.adapter.type != "wegeft":
-        message = (
-            f"{train.lr_ratio} is the rate of phi over that of psi, which only `wegeft` has; "
-            f"`adapter.type` is {recipe.adapter.type!r}"
-        )
-        yield "train.lr_ratio", message, "remove it"
     if train.warmup_ratio > 0 and train.warmup_steps > 0:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
@@ -303,12 +241,6 @@ def _check_sharded(recipe: Recipe) -> Iterator[Fault]:
     if model.name_or_path.endswith(".gguf"):
         message = f"`{strategy}` reads each process's share of safetensors, and this is a GGUF file"
         yield "model.name_or_path", message, f"give the base's folder or hub id, or {whole}"
-    if adapter.type != "wegeft":
-        message = (
-            f"`{strategy}` shares the base before the adapter is put in, which PEFT's "
-            f"{adapter.type!r} is not known to stand"
-        )
-        yield key, message, whole
     if recipe.train.compile:
         message = f"contradicts `{key}` `{strategy}`: what gathers a layer is not compiled"
         yield "train.compile", message, f"leave it out, or {whole}"
@@ -357,7 +289,7 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
     metric, key = train.metric_for_best_model, "train.metric_for_best_model"
     metrics = [_LOSS] * _has_rows(recipe) + [f"eval_{name}" for name in train.eval_tasks]
     if _has_rows(recipe):
-        metrics += [f"eval_{name}" for name in list_metrics(recipe)]
+        metrics += [f"eval_{name}" for name in load_rules(TASK_RULES).validation_metrics(recipe)]
     hint = "set `data.validation` or `data.validation_fraction`"
     # What the sets of `train.eval_tasks` are called, and which a group has, is known elsewhere.
     if metric != _LOSS and metric not in metrics and not train.eval_tasks:

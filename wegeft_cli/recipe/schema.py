@@ -308,3 +308,8 @@ class Recipe:
     logging: LoggingSection = field(default_factory=LoggingSection)
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     """What `wegeft sweep` tries: dotted key -> list of values, every combination one run."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the task puts a classification head on the base."""
+        return self.task != "causal_lm"
