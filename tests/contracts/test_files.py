@@ -12,6 +12,8 @@ import yaml
 from golden import check_golden
 from safetensors import safe_open
 
+import wegeft_cli
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
 
 # Keys whose values depend on git, on what a model of six steps answers, or on torch's own classes.
@@ -126,6 +128,48 @@ def test_before_training(recipe, wegeft):
             "eval --list": describe(wegeft("eval", "--list")),
         },
     )
+
+
+def test_before_anything_is_there(tmp_path, write_run, wegeft, build_llama_dir):
+    """`plan` and `validate` need neither weights nor data; what is unknown is null."""
+    model = {"name_or_path": str(build_llama_dir(weights=False))}
+    recipe = write_run["causal_lm"](tmp_path, "tiny", model=model)
+    (tmp_path / "tiny.jsonl").unlink()
+    found = {name: describe(wegeft(name, recipe)) for name in ("validate", "plan")}
+    check_golden("json_without_inputs", found)
+
+
+def test_results_in_python(recipe, run_dir, folder, data_dir):
+    """Public attributes of what the functions of the package return."""
+
+    def list_names(result: Any) -> list[str]:
+        if isinstance(result, dict):
+            return sorted(result)
+        kinds = [kind for kind in type(result).__mro__ if kind.__module__.startswith("wegeft_cli")]
+        names = {*getattr(result, "__dict__", ())}.union(*(vars(kind) for kind in kinds))
+        return sorted(name for name in names if not name.startswith(("_", "model_")))
+
+    asked: dict[str, Any] = {"tasks": ["boolq"], "data_dir": data_dir, "max_new_tokens": 2}
+    preview = wegeft_cli.preview(recipe)
+    edited = wegeft_cli.edit(run_dir, drop=["layer:0"], output=folder / "edit-python")
+    sweep = wegeft_cli.sweep(recipe, ["sweep.seed=[1,2]"], dry_run=True)
+    results = {
+        "load_recipe": wegeft_cli.load_recipe(recipe),
+        "train": wegeft_cli.train(recipe, [f"output_dir={folder}/dry"], dry_run=True),
+        "plan": wegeft_cli.plan(recipe),
+        "preview": preview,
+        "preview rows": preview.rows[0],
+        "preview tokens": preview.rows[0].tokens[0],
+        "sweep": sweep,
+        "sweep rows": sweep.rows[0],
+        "merge": wegeft_cli.merge(run_dir, output=folder / "merge-python"),
+        "edit": edited,
+        "evaluate": wegeft_cli.evaluate(run_dir, output=folder / "python.json", **asked),
+        "generate": wegeft_cli.generate(run_dir, prompts=["Hello"], max_new_tokens=2),
+        "inspect": wegeft_cli.inspect(run_dir),
+        "report": wegeft_cli.report([run_dir], output=folder / "python.html", look_inside=False),
+    }
+    check_golden("python_results", {name: list_names(each) for name, each in results.items()})
 
 
 def test_a_run(trained):

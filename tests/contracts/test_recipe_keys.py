@@ -14,6 +14,7 @@ from golden import check_golden, read_golden
 from wegeft_cli import UserError, load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
+RECIPES = Path(__file__).parents[2] / "recipes"
 ROW = re.compile(r"\| `([\w.\[\]]+)` \| (.+?) \| `(.*?)` \| ")
 BASE: dict[str, Any] = {
     "model": {"name_or_path": "base"},
@@ -95,6 +96,29 @@ def test_keys_and_defaults(read):
     for key, row in keys.items():
         row["read without it"] = get_value(recipe, key)
     check_golden("recipe_keys", keys)
+
+
+def test_shipped_recipes():
+    """Every shipped recipe, resolved: the keys that differ from their defaults."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert len(names) >= 17
+    pages = {key: row["read without it"] for key, row in read_golden("recipe_keys").items()}
+    found: dict[str, Any] = {}
+    for name in names:
+        recipe = load_recipe(name).recipe
+        values = {key: get_value(recipe, key) for key in pages if "[]" not in key}
+        for part in ("train", "validation", "test"):
+            sources = getattr(recipe.data, part)
+            values[f"data.{part}"] = [
+                {
+                    field: get_value(source, field)
+                    for key in pages
+                    if (field := key.removeprefix("data.train[].")) != key
+                }
+                for source in sources
+            ]
+        found[name] = {key: value for key, value in values.items() if value != pages[key]}
+    check_golden("shipped_recipes", found)
 
 
 def load_all_at_once(read: Read, keys: list[str], text: str) -> list[str]:
