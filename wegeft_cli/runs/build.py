@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from wegeft_cli.methods.wegeft.inject import inject_generators
-from wegeft_cli.methods.in_place import (select_parameters, unfreeze)
-from wegeft_cli.models.kernels import apply_liger
-from wegeft_cli.models.stochastic_depth import (add_drop_path, check_drop_path)
-from wegeft_cli.models.heads import (HeadSpec, check_loaded, find_head_modules, make_fresh)
+
+from wegeft_cli.methods.init_from import init_from_adapter
+from wegeft_cli.methods.registry import inject_adapter
+from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
+from wegeft_cli.models.stochastic_depth import add_drop_path
+from wegeft_cli.planning.preflight import count_steps
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.values import INPLACE_TYPES
+from wegeft_cli.tasks.causal_lm import check_packing
 from wegeft_cli.training.classification_loss import ClassLoss
-from wegeft_cli.models.kernels import compile_layers
-from wegeft_cli.training.trainer import LoopSettings
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import build_optimizer
-from wegeft_cli.training.scheduler import (build_schedule, count_warmup_steps)
+from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
 from wegeft_cli.training.snapshot import MethodState
-from wegeft_cli.methods.init_from import init_from_adapter
-from wegeft_cli.tasks.causal_lm import check_packing
-from wegeft_cli.methods.registry import TASK_TYPES
-from wegeft_cli.planning.preflight import count_steps
-from wegeft_cli.models.heads import with_head
-from wegeft_cli.models.kernels import enable_checkpointing
-from wegeft_cli.methods.registry import inject_adapter
-
+from wegeft_cli.training.trainer import LoopSettings
 
 
 def build_model(
@@ -167,6 +160,6 @@ def build_method(
     """
     if recipe.adapter.type != "adalora":
         return None, loss
-    from wegeft_cli.methods.adalora import (OrthogonalLoss, RankBudget)
+    from wegeft_cli.methods.adalora import OrthogonalLoss, RankBudget
 
     return RankBudget(model, num_steps), OrthogonalLoss(loss)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wegeft_cli.redaction import mask_secrets
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.training.trainer import LoopResult
-from wegeft_cli.models.device_memory import measure_peak_memory_gib
-from wegeft_cli.planning.preflight import RunInputs
-from wegeft_cli.runs.resume_rules import flatten
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import now
+from wegeft_cli.models.device_memory import measure_peak_memory_gib
+from wegeft_cli.planning.preflight import RunInputs
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.redaction import mask_secrets
+from wegeft_cli.runs.resume_rules import flatten
+from wegeft_cli.training.trainer import LoopResult
 
 
 def describe_start(recipe: Recipe, inputs: RunInputs, accelerator: Accelerator) -> dict[str, Any]:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import (BASE_NAME, quantization_to_json)
-from wegeft_cli.storage.atomic import atomic_folder
-from wegeft_cli.artifacts.head_file import (HEAD_NAME, head_to_json)
-from wegeft_cli.artifacts.in_place_files import (InplaceManifest, save_inplace_files)
-from wegeft_cli.artifacts.checkpoint import (Checkpoint, load_checkpoint, tidy_checkpoints)
-from wegeft_cli.errors import (MachineError, UserError)
+from wegeft_cli.artifacts.adapter import BASE_NAME, quantization_to_json
+from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
+from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
+from wegeft_cli.artifacts.in_place_files import InplaceManifest, save_inplace_files
+from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.methods.registry import TASK_TYPES
 from wegeft_cli.methods.wegeft.inject import get_generators
-from wegeft_cli.models.quantization import find_kind
+from wegeft_cli.methods.wegeft.save_load import save_adapter
 from wegeft_cli.models.heads import HeadSpec
+from wegeft_cli.models.quantization import find_kind
+from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.values import INPLACE_TYPES
-from wegeft_cli.training.trainer import LoopResult
-from wegeft_cli.training.snapshot import Progress
-from wegeft_cli.version import VERSION
-from wegeft_cli.methods.wegeft.save_load import save_adapter
-from wegeft_cli.runs.start import has_stopped_early
-from wegeft_cli.publishing.model_card import write_card
-from wegeft_cli.methods.registry import TASK_TYPES
 from wegeft_cli.reporter import Reporter
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.runs.start import has_stopped_early
+from wegeft_cli.storage.atomic import atomic_folder
+from wegeft_cli.training.snapshot import Progress
+from wegeft_cli.training.trainer import LoopResult
+from wegeft_cli.version import VERSION
 
 
 def write_adapter(

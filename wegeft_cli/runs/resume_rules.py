@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from wegeft_cli.storage.json_files import parse_json
-from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import Recipe
-from dataclasses import replace
+
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import is_template_file
-from wegeft_cli.recipe.load import LoadedRecipe
-from wegeft_cli.recipe.schema import (DataSource, Recipe)
-
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.schema import DataSource, Recipe
+from wegeft_cli.storage.json_files import parse_json
 
 # These change how long a run goes on and what it tells, never what an earlier step computed.
 _PROLONGING = ("train.num_train_epochs", "train.max_steps")

@@ -12,25 +12,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wegeft_cli.artifacts.adapter import (CONFIG_NAME, WEIGHTS_NAME)
-from wegeft_cli.storage.atomic import heal_folder
-from wegeft_cli.storage.atomic import check_free_space
+from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.storage.lock import lock_folder
-from wegeft_cli.artifacts.checkpoint import (Checkpoint, find_newest_checkpoint, load_checkpoint)
+from wegeft_cli.artifacts.run_directory import RunFolder, now
+from wegeft_cli.distributed.failures import is_lost_process, tell_lost_process
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.device_memory import is_out_of_memory, tell_out_of_memory
 from wegeft_cli.models.loading import find_base_folder
+from wegeft_cli.planning.data_fingerprint import check_same_data
+from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.runs.describe import describe_data
-from wegeft_cli.planning.preflight import RunInputs
-from wegeft_cli.distributed.failures import (is_lost_process, tell_lost_process)
-from wegeft_cli.models.device_memory import (is_out_of_memory, tell_out_of_memory)
-from wegeft_cli.planning.preflight import count_checkpoints
 from wegeft_cli.reporter import Reporter
+from wegeft_cli.runs.describe import describe_data
 from wegeft_cli.runs.resume_rules import check_same_recipe
-from wegeft_cli.artifacts.run_directory import (RunFolder, now)
-from wegeft_cli.planning.data_fingerprint import check_same_data
+from wegeft_cli.storage.atomic import check_free_space, heal_folder
+from wegeft_cli.storage.lock import lock_folder
 
 AUTO = "auto"
 

@@ -7,34 +7,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
-from wegeft_cli.storage.atomic import (remove_leftover_files, write_bytes_atomic, write_text_atomic)
-from wegeft_cli.storage.json_files import to_finite
-from wegeft_cli.storage.lock import lock_folder
-from wegeft_cli.errors import (UserError, raise_all)
-from wegeft_cli.runs.sweep_plot import draw_sweep
-from wegeft_cli.recipe.load import recipe_to_yaml
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.sweep import (LoadedSweep, SweepRun, load_sweep)
-from wegeft_cli.artifacts.run_results import (BEST, RunOutcome, SweepRow, average, find_best, is_finished, read_last_line, read_outcome)
-from wegeft_cli.runs.resume_rules import keep_recipe
-from wegeft_cli.reporter import (Reporter, SilentReporter)
-from wegeft_cli.runs.resume_rules import check_same_recipe
-from wegeft_cli.planning.validate import check_names
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from wegeft_cli.storage.atomic import disk_errors
-from wegeft_cli.errors import (EXIT_DONE, EXIT_INTERRUPTED)
-from wegeft_cli.distributed.signals import VARIABLE
-from wegeft_cli.distributed.signals import STOP_SIGNALS
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from wegeft_cli.artifacts.run_results import (
+    BEST,
+    RunOutcome,
+    SweepRow,
+    average,
+    find_best,
+    is_finished,
+    read_last_line,
+    read_outcome,
+)
+from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
+from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, raise_all
+from wegeft_cli.planning.validate import check_names
+from wegeft_cli.recipe.load import recipe_to_yaml
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
+from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.runs.resume_rules import check_same_recipe, keep_recipe
+from wegeft_cli.runs.sweep_plot import draw_sweep
+from wegeft_cli.storage.atomic import (
+    disk_errors,
+    remove_leftover_files,
+    write_bytes_atomic,
+    write_text_atomic,
+)
+from wegeft_cli.storage.json_files import to_finite
+from wegeft_cli.storage.lock import lock_folder
 
 _TABLE_NAME, _PLOT_NAME = "sweep.json", "sweep.png"
 _NOT_DRAWN = ("peak_memory_gib", "seconds")
@@ -289,6 +297,7 @@ def _draw(result: SweepResult, reporter: Reporter) -> Path | None:
 def _write(result: SweepResult) -> None:
     text = json.dumps(to_finite(result.to_json()), indent=2, allow_nan=False) + "\n"
     write_text_atomic(result.output_dir / _TABLE_NAME, text)
+
 
 LOG_NAME = "train.log"
 POLL_SECONDS = 0.25

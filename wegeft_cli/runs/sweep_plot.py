@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wegeft_cli.recipe.grid import (name_value, short_names)
+from wegeft_cli.recipe.grid import name_value, short_names
 
 _WIDTH, _HEIGHT = 4.5, 3.6  # inches of a panel
 _DPI = 150

@@ -13,25 +13,24 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
-from wegeft_cli.runs.callbacks.trackers import Trackers
-from wegeft_cli.recipe.load import (LoadedRecipe, load_recipe)
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.training.trainer import (LoopResult, run_loop)
-from wegeft_cli.training.snapshot import Snapshot
-from wegeft_cli.runs.start import (Start, begin_run, check_disk, check_start, may_go_on, note_base)
-from wegeft_cli.runs.build import (build_learning, build_loss, build_method, build_model)
-from wegeft_cli.models.heads import (finish_head, pad_as_tokenizer)
-from wegeft_cli.planning.class_inputs import read_class_inputs
-from wegeft_cli.runs.describe import (describe_end, describe_settings, describe_start)
-from wegeft_cli.runs.finalize import (recall_adapter_step, recall_result, write_adapter)
-from wegeft_cli.planning.preflight import (RunInputs, read_inputs)
-from wegeft_cli.runs.callbacks.listener import RunListener
-from wegeft_cli.models.loading import load_base
-from wegeft_cli.runs.resume_rules import keep_recipe
-from wegeft_cli.planning.preflight import (find_run_dir, tell_places)
-from wegeft_cli.reporter import (Reporter, SilentReporter)
 from wegeft_cli.artifacts.run_directory import RunFolder
-from wegeft_cli.distributed.sharding import (build_sharding, check_launcher)
+from wegeft_cli.distributed.sharding import build_sharding, check_launcher
+from wegeft_cli.models.heads import finish_head, pad_as_tokenizer
+from wegeft_cli.models.loading import load_base
+from wegeft_cli.planning.class_inputs import read_class_inputs
+from wegeft_cli.planning.preflight import RunInputs, find_run_dir, read_inputs, tell_places
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.runs.build import build_learning, build_loss, build_method, build_model
+from wegeft_cli.runs.callbacks.listener import RunListener
+from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.runs.describe import describe_end, describe_settings, describe_start
+from wegeft_cli.runs.finalize import recall_adapter_step, recall_result, write_adapter
+from wegeft_cli.runs.resume_rules import keep_recipe
+from wegeft_cli.runs.start import Start, begin_run, check_disk, check_start, may_go_on, note_base
+from wegeft_cli.training.snapshot import Snapshot
+from wegeft_cli.training.trainer import LoopResult, run_loop
 
 
 @dataclass(frozen=True)

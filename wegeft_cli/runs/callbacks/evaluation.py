@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from wegeft_cli.evaluation.benchmarks.groups import group_means
-from wegeft_cli.evaluation.answers import evaluate_task
 from wegeft_cli.data.batches.lockstep import is_sharded
+from wegeft_cli.evaluation.answers import evaluate_task
+from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.evaluation.benchmarks.text import Job
 
 

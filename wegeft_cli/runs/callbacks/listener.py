@@ -9,21 +9,21 @@ from accelerate import Accelerator
 from torch import nn
 
 from wegeft_cli.artifacts.checkpoint import save_checkpoint
-from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.reporter import Advance, Reporter
+from wegeft_cli.runs.callbacks.evaluation import score_tasks
+from wegeft_cli.runs.callbacks.sample_prompts import answer_prompts
+from wegeft_cli.runs.callbacks.skipped_steps import write_skipped
+from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.tasks.classification import gather_metrics
 from wegeft_cli.training.classification_loss import ClassLoss
-from wegeft_cli.training.trainer import LoopHooks
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.metrics import StepMetrics
 from wegeft_cli.training.snapshot import Snapshot
+from wegeft_cli.training.trainer import LoopHooks
 from wegeft_cli.training.validation import check_stop
-from wegeft_cli.tasks.classification import gather_metrics
-from wegeft_cli.planning.preflight import RunInputs
-from wegeft_cli.reporter import (Advance, Reporter)
-from wegeft_cli.artifacts.run_directory import RunFolder
-from wegeft_cli.runs.callbacks.sample_prompts import answer_prompts
-from wegeft_cli.runs.callbacks.skipped_steps import write_skipped
-from wegeft_cli.runs.callbacks.evaluation import score_tasks
 
 _SHOWN = 60
 """Characters of a prompt or an answer that the terminal shows."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from wegeft_cli.data.text.chat_template import (build_template, find_turn_ends)
-from wegeft_cli.data.text.templates import (AUTO, TEMPLATES)
-from wegeft_cli.errors import UserError
-from wegeft_cli.generation.engine import generate_texts
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.data.batches.lockstep import is_sharded
-from wegeft_cli.inference.prompt_format import SamplePrompts
 
+from wegeft_cli.data.batches.lockstep import is_sharded
+from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.inference.prompt_format import SamplePrompts
 
 
 def answer_prompts(

@@ -7,12 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
-from wegeft_cli.errors import UserError
-from wegeft_cli.redaction import mask_secrets
 
+from wegeft_cli.redaction import mask_secrets
 
 _MAX_TOLD = 160
 """Characters of a tracker's own words that a warning repeats."""
