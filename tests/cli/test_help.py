@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.main import get_command
 
-from wegeft_cli.cli.app import app
+from wegeft_cli.cli.app import HELP, app
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 PAGES = [
@@ -19,6 +19,7 @@ PAGES = [
 ]  # fmt: skip
 # What each page must leave unloaded; rich too, which would take longer than all the rest.
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "omegaconf", "yaml", "rich"]
+HEAVY += ["pydantic", "ctypes", "logging"]
 
 LOADED_SCRIPT = """
 import json, sys
@@ -28,33 +29,51 @@ try:
 except SystemExit as error:
     assert error.code == 0, error.code
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2])))
-print("LOADED", json.dumps(heavy))
+folder = "wegeft_cli.cli.commands."
+commands = sorted(name.removeprefix(folder) for name in sys.modules if name.startswith(folder))
+print("LOADED", json.dumps([heavy, commands]))
 """
 
 
 def test_every_command_has_a_page_here():
     pages = [[name] for name in get_command(app).commands]
+    assert [page[0] for page in pages] == list(HELP)
     pages += [["recipes", name] for name in get_command(app).commands["recipes"].commands]
     assert sorted(pages) == sorted(page for page in PAGES if page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=" ".join)
-def test_help_loads_nothing_heavy(page):
+def test_help_loads_nothing_heavy_and_no_other_command(page):
     command = [sys.executable, "-c", LOADED_SCRIPT, json.dumps(page), json.dumps(HEAVY)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage: " in done.stdout
-    assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert done.stdout.splitlines()[-1] == f"LOADED {json.dumps([[], page[:1]])}"
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_the_list_of_commands_repeats_each_commands_help(name):
+    assert get_command(app).commands[name].help == HELP[name]
+
+
+def test_completion_offers_commands_and_options(run_wegeft):
+    for line, offered in (
+        ("wegeft ", list(HELP)),
+        ("wegeft me", ["merge"]),
+        ("wegeft recipes ", ["list", "show", "copy"]),
+        ("wegeft merge --max", ["--max-shard-size"]),
+    ):
+        completing = {"_PYTHON _M WEGEFT_CLI_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        result = run_wegeft(env={**completing, "COMP_CWORD": str(len(line.split(" ")) - 1)})
+        assert result.stdout.split() == offered
 
 
 @pytest.mark.parametrize("page", PAGES, ids=" ".join)
 @pytest.mark.parametrize("columns", [60, 80, 200])
-def test_pages_name_everything_within_the_terminal(wegeft, monkeypatch, page, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    result = wegeft(*page, "--help")
-    assert result.exit_code == EXIT_DONE
+def test_pages_name_everything_within_the_terminal(run_wegeft, page, columns):
+    result = run_wegeft(*page, "--help", env={"COLUMNS": str(columns)})
+    assert result.returncode == EXIT_DONE
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= columns
-    assert {len(line) for line in lines if line.startswith(("╭", "│", "╰"))} == {min(columns, 100)}
     command = get_command(app)
     for name in page:
         command = command.commands[name]
@@ -65,7 +84,7 @@ def test_pages_name_everything_within_the_terminal(wegeft, monkeypatch, page, co
     for name in [*getattr(command, "commands", {}), *(name for p in options for name in p.opts)]:
         assert name in result.stdout
     for argument in arguments:
-        assert argument.metavar in lines[1]
+        assert argument.metavar in result.stdout.partition("\n\n")[0]
 
 
 def test_colours_are_for_terminals_alone(wegeft):

@@ -80,12 +80,14 @@ def test_all_views_in_the_benchmark_are_the_same_function(script: ModuleType) ->
         assert (plain - edited).abs().max() < FLOAT32_TOLERANCE
 
 
-def test_help_benchmark_times_both_commands(repository: Path) -> None:
+def test_help_benchmark_times_three_pages_and_the_bare_import(repository: Path) -> None:
     command = [sys.executable, "scripts/bench_help.py", "--repeats", "1", "--json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=repository)
     result = json.loads(done.stdout)
-    assert list(result["median_seconds"]) == ["wegeft --help", "import typer, rich"]
-    assert min(result["median_seconds"].values()) > 0
+    pages = ["wegeft --help", "wegeft train --help", "wegeft eval --help"]
+    assert list(result["median_seconds"]) == ["import typer, rich", *pages]
+    assert result["ratios"]["import typer, rich"] == 1
+    assert min(result["ratios"].values()) > 0
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import os
 import signal
 import sys
@@ -14,40 +13,60 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from wegeft_cli.cli.commands import (
-    chat,
-    compare,
-    edit,
-    export,
-    generate,
-    inspect,
-    merge,
-    plan,
-    preview,
-    recipes,
-    report,
-    sweep,
-    train,
-    validate,
-)
-from wegeft_cli.cli.commands import eval as eval_command
-from wegeft_cli.cli.console import print_fault, tell
-from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
-from wegeft_cli.distributed.failures import tell_launcher
+from wegeft_cli.cli.console import print_fault, print_message
+from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
 from wegeft_cli.version import VERSION
 
 _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
+HELP = {
+    "train": "Train the recipe's adapter and write it to the output folder.",
+    "sweep": "Train every combination of the recipe's `sweep` and compare them. Rerun to resume.",
+    "merge": "Merge adapters into their base model, one tensor at a time.",
+    "export": "Export an adapter as an exact LoRA equivalent, or an adapter or a model as GGUF.",
+    "eval": "Score a model on test sets by a named protocol and log every sample.",
+    "compare": "Compare two results row by row with McNemar's exact paired test.",
+    "generate": "Generate answers to prompts. Decoding is greedy unless a sampling option is set.",
+    "chat": "Chat with a model. /adapter compares it with its base; /help lists the commands.",
+    "inspect": "Show what an adapter changes: size, novelty, rank, tokens; or rank its parts.",
+    "report": "Write one self-contained HTML page: recipe, curves, scores, answers, weights.",
+    "edit": "Write an adapter with parts removed or scaled. The original is kept in it.",
+    "validate": "Check a recipe's keys, types, rules and names, and list which inputs exist.",
+    "plan": "Estimate parameters, steps and memory. A folder with only config.json is enough.",
+    "preview": "Show rows as the model reads them, and statistics of all rows, without weights.",
+    "recipes": "List, show and copy the shipped recipes.",
+}
+"""Each command with its help, so that `wegeft --help` imports none of them."""
+
+_FUNCTIONS = {"eval": "evaluate", "recipes": "recipes_app"}
+
+
+class RootGroup(Group):
+    """The root command; it imports a command's module when the command is used."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        homes = {
+            name: f"wegeft_cli.cli.commands.{name}:{_FUNCTIONS.get(name, name)}" for name in HELP
+        }
+        self.commands = LazyCommands(homes, guard)
+
+    def list_help(self) -> list[tuple[str, str]]:
+        """Return the name and the help of each command."""
+        return list(HELP.items())
+
+
 app = typer.Typer(
     name="wegeft",
-    cls=HelpfulGroup,
-    help="Fine-tune large pretrained models by WeGeFT: weight changes generated from the weights.",
+    cls=RootGroup,
+    help="Fine-tune large pretrained models with WeGeFT: weight changes generated from the "
+    "weights.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # it would load rich for every help page
+    rich_markup_mode=None,  # rich would take longer to import than the rest of a help page
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
@@ -68,13 +87,14 @@ def _options(
 
 
 def guard(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a command so that faults become messages and exit codes, whatever raised them.
+    """Wrap a command so that every exception becomes a message and an exit code.
 
-    WEGEFT_DEBUG=1 lets the traceback through.
+    WEGEFT_DEBUG=1 shows the traceback instead.
     """
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        _silence_imports()
         try:
             return command(*args, **kwargs)
         except (UserError, ExceptionGroup) as error:
@@ -82,23 +102,23 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             _leave_with(error)
         except KeyboardInterrupt:
-            _tell_interrupted()
+            _print_interrupted()
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except MemoryError:
             _leave_with(MachineError("out of memory"))
         except OSError as error:
             if os.environ.get("WEGEFT_DEBUG") == "1":
                 raise
-            _leave_with(_tell_os_error(error))
+            _leave_with(_os_error(error))
         except Exception as error:
-            tell_launcher(f"{type(error).__name__}: {error}")
+            _report_to_launcher(f"{type(error).__name__}: {error}")
             raise
 
     return guarded
 
 
 def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
-    """Print the user's faults and leave; a group that also holds a bug goes on as it is."""
+    """Print the faults and exit; re-raise a group that contains another exception."""
     if isinstance(error, UserError):
         faults: list[UserError] = [error]
     else:
@@ -108,22 +128,36 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
         faults = [fault for fault in _flatten(mine) if isinstance(fault, UserError)]
     for fault in faults:
         print_fault(fault)
-    tell_launcher("; ".join(str(fault) for fault in faults))
+    _report_to_launcher("; ".join(str(fault) for fault in faults))
     raise typer.Exit(max(fault.exit_code for fault in faults)) from None
 
 
-def _tell_interrupted() -> None:
+def _report_to_launcher(message: str) -> None:
+    from wegeft_cli.distributed.failures import tell_launcher
+
+    tell_launcher(message)
+
+
+def _silence_imports() -> None:
+    """Silence packages that warn, when imported, of kernels which this machine cannot run."""
+    import logging
+
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _print_interrupted() -> None:
     _ignore_interrupts()
-    tell("interrupted", style="yellow")
+    print_message("interrupted", style="yellow")
 
 
 def _ignore_interrupts() -> None:
-    """Let no further Ctrl-C spoil the way out with a traceback."""
+    """Ignore further Ctrl-C, which would end the process with a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _tell_os_error(error: OSError) -> UserError:
-    """Tell what no room below has told: a full disk under `> file`, a folder without rights."""
+def _os_error(error: OSError) -> UserError:
+    """Return the fault for an OSError that no other module has translated."""
     file = None if error.filename is None else str(error.filename)
     message = error.strerror or str(error)
     if isinstance(error, _PATH_ERRORS):
@@ -137,41 +171,18 @@ def _flatten(group: BaseException) -> list[BaseException]:
     return [group]
 
 
-app.command("train", cls=HelpfulCommand)(guard(train.train))
-app.command("sweep", cls=HelpfulCommand)(guard(sweep.sweep))
-app.command("merge", cls=HelpfulCommand)(guard(merge.merge))
-app.command("export", cls=HelpfulCommand)(guard(export.export))
-app.command("eval", cls=HelpfulCommand)(guard(eval_command.evaluate))
-app.command("compare", cls=HelpfulCommand)(guard(compare.compare))
-app.command("generate", cls=HelpfulCommand)(guard(generate.generate))
-app.command("chat", cls=HelpfulCommand)(guard(chat.chat))
-app.command("inspect", cls=HelpfulCommand)(guard(inspect.inspect))
-app.command("report", cls=HelpfulCommand)(guard(report.report))
-app.command("edit", cls=HelpfulCommand)(guard(edit.edit))
-app.command("validate", cls=HelpfulCommand)(guard(validate.validate))
-app.command("plan", cls=HelpfulCommand)(guard(plan.plan))
-app.command("preview", cls=HelpfulCommand)(guard(preview.preview))
-for registered in recipes.recipes_app.registered_commands:
-    if registered.callback is not None:
-        registered.callback = guard(registered.callback)
-app.add_typer(recipes.recipes_app, name="recipes")
-
-
 def main() -> None:
     """Run the command line."""
     follow_starter()
-    # What other packages will change one day is not the user's matter.
+    # Future changes of other packages do not concern the user.
     warnings.simplefilter("ignore", FutureWarning)
-    # At their import these warn of kernels that this machine cannot run and nobody asked for.
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
-    except KeyboardInterrupt:  # before a command had begun
-        _tell_interrupted()
+    except KeyboardInterrupt:  # before a command started
+        _print_interrupted()
         sys.exit(EXIT_INTERRUPTED)
     except SystemExit as leaving:
         if leaving.code == EXIT_INTERRUPTED:

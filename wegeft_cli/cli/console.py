@@ -10,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.storage.json_files import to_finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +45,7 @@ def show(*parts: Any, **options: Any) -> None:
     get_console().print(*parts, **options)
 
 
-def tell(text: str, **options: Any) -> None:
+def print_message(text: str, **options: Any) -> None:
     """Write a line on standard error, with rich's markup."""
     get_console(stderr=True).print(text, highlight=False, soft_wrap=True, **options)
 
@@ -58,27 +57,29 @@ def count(number: int, thing: str) -> str:
 
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, and nothing else there."""
+    from wegeft_cli.storage.json_files import to_finite
+
     # ASCII, so that a file name in no encoding goes through too.
     get_console().out(json.dumps(to_finite(value), allow_nan=False), highlight=False)
 
 
 def note(text: str) -> None:
     """Tell something worth knowing, on standard error."""
-    tell(_escape(text), style="dim")
+    print_message(_escape(text), style="dim")
 
 
 def warn(text: str) -> None:
     """Tell something that may be wrong, on standard error."""
-    tell(f"[yellow]warning:[/] {_escape(text)}")
+    print_message(f"[yellow]warning:[/] {_escape(text)}")
 
 
 def print_fault(fault: UserError) -> None:
     """Show one fault: where, which key, what is wrong, what to do next."""
     place = ": ".join(part for part in (fault.file, fault.key) if part)
     head = f"[bold]{_escape(place)}:[/] " if place else ""
-    tell(f"[red bold]error:[/] {head}{_escape(fault.message)}")
+    print_message(f"[red bold]error:[/] {head}{_escape(fault.message)}")
     if fault.hint:
-        tell(f"  [cyan]{_escape(fault.hint)}[/]")
+        print_message(f"  [cyan]{_escape(fault.hint)}[/]")
 
 
 def _escape(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -90,6 +89,8 @@ def follow_starter(environment: MutableMapping[str, str] | None = None) -> None:
     starter = environment.pop(VARIABLE, "")
     if not starter.isdigit() or sys.platform != "linux":
         return
+    import ctypes
+
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != int(starter):  # it died before it could be followed
         os.kill(os.getpid(), signal.SIGTERM)

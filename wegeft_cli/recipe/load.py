@@ -251,13 +251,15 @@ def _leave_out_foreign(merged: Merged, findings: Findings) -> None:
     kind = adapter.get("type") if isinstance(adapter, dict) else None
     if ("adapter", "type") not in merged.chosen or not isinstance(kind, str):
         return
-    for path in map(parse_key, load_rules(METHOD_RULES).unread_keys(kind)):
-        section = merged.values.get(path[0])
-        if path in merged.chosen or not isinstance(section, dict) or path[1] not in section:
+    for key in load_rules(METHOD_RULES).unread_keys(kind):
+        path = parse_key(key)
+        section_name, _, name = key.partition(".")
+        section = merged.values.get(section_name)
+        if path in merged.chosen or not isinstance(section, dict) or name not in section:
             continue
-        del section[path[1]]
+        del section[name]
         merged.places.pop(path, None)
-        findings.notes.append(f"`{format_key(path)}` is left out: {kind!r} does not read it")
+        findings.notes.append(f"`{key}` is ignored: {kind!r} does not read it")
 
 
 def _build_recipe(merged: Merged, findings: Findings) -> Recipe:

@@ -24,7 +24,7 @@ TASK_RULES = "wegeft_cli.recipe.classification_rules"
 METHOD_RULES = "wegeft_cli.methods.rules"
 """Module with `check_recipe(recipe)` and `unread_keys(method)`, the rules of the methods.
 
-Both are loaded by name, as plugins are: `recipe` is below `tasks` and `methods` and imports neither.
+`recipe` is below `tasks` and `methods`, so both are loaded by name, as plugins are.
 """
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")  # becomes a part of tensor names in the adapter file
 

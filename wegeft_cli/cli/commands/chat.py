@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @takes_ask_options
 def chat(target: TargetArgument = None, *, asking: AskOptions) -> None:
-    """Talk with a model; /adapter off, on or both compares it with its base, /help tells more."""
+    """Chat with a model. /adapter compares it with its base; /help lists the commands."""
     from wegeft_cli.cli.repl import Talk
     from wegeft_cli.inference.chat import open_conversation
 

@@ -17,7 +17,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one, on the same rows.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two results row by row, with McNemar's exact paired test."""
+    """Compare two results row by row with McNemar's exact paired test."""
     from wegeft_cli.evaluation.compare import compare as workflow
 
     result = workflow(a, b)

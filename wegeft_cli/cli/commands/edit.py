@@ -45,7 +45,7 @@ def edit(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an adapter without the named parts, or with them scaled; its original is kept in it."""
+    """Write an adapter with parts removed or scaled. The original is kept in it."""
     factors = dict(_read_factor(text) for text in scale or [])
     from wegeft_cli.analysis.edit import edit as run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +22,12 @@ from wegeft_cli.cli.arguments import (
     TrustTaskCodeOption,
 )
 from wegeft_cli.cli.console import RichReporter, print_json
+from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.cli.tables import print_scores, print_tasks
 from wegeft_cli.errors import UserError
 
 
 def evaluate(
-    context: typer.Context,
     target: TargetsArgument = None,
     task: Annotated[
         list[str] | None,
@@ -102,7 +101,7 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on test sets, by a named protocol, and log every sample."""
+    """Score a model on test sets by a named protocol and log every sample."""
     from wegeft_cli.evaluation import evaluate as workflow
 
     if list_tasks:
@@ -116,7 +115,7 @@ def evaluate(
         )
     given = samples if judgments is None else judgments
     if num_processes is not None and given is None:
-        raise typer.Exit(_launch(context, num_processes))
+        raise typer.Exit(relaunch(num_processes))
     from wegeft_cli.distributed.launch import join_slurm
 
     join_slurm()
@@ -151,42 +150,3 @@ def evaluate(
         print_json(result)
         return
     print_scores(result)
-
-
-def _launch(context: typer.Context, num_processes: int) -> int:
-    """Run this same command in many processes."""
-    from wegeft_cli.distributed.launch import Group, is_in_group, launch
-
-    if is_in_group():
-        raise UserError(
-            f"this process is one of {os.environ['WORLD_SIZE']} already",
-            key="--num-processes",
-            hint="leave it out under torchrun and accelerate launch",
-        )
-    return launch(["eval", *repeat_words(context, without="num_processes")], Group(num_processes))
-
-
-def repeat_words(context: typer.Context, *, without: str) -> list[str]:
-    """Write a command's arguments out again.
-
-    Args:
-        context: Holds what was typed.
-        without: The parameter to leave out.
-
-    Returns:
-        The words behind the command's name.
-    """
-    words: list[str] = []
-    named: list[str] = []
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if parameter.name == without or value is None or value is False:
-            continue
-        values = value if isinstance(value, list | tuple) else [value]
-        if parameter.param_type_name == "argument":
-            named += map(str, values)
-        elif value is True:
-            words.append(parameter.opts[0])
-        else:
-            words += [word for one in values for word in (parameter.opts[0], str(one))]
-    return [*words, "--", *named]

@@ -81,7 +81,7 @@ def export(
     is_public: PublicOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an adapter as the exact LoRA twin, or an adapter or a model as GGUF."""
+    """Export an adapter as an exact LoRA equivalent, or an adapter or a model as GGUF."""
     from wegeft_cli.exporting.export import ExportOptions
     from wegeft_cli.exporting.export import export as run
 

@@ -61,7 +61,7 @@ def generate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a model answer; greedy, unless a temperature or another draw is asked for."""
+    """Generate answers to prompts. Decoding is greedy unless a sampling option is set."""
     from wegeft_cli.inference.generate import generate as run
 
     if not prompt and file is None and is_piped():

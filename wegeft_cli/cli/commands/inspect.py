@@ -111,7 +111,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what an adapter changes: size, novelty, rank, tokens; or what matters (--ablate)."""
+    """Show what an adapter changes: size, novelty, rank, tokens; or rank its parts."""
     given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
     for key, value in {**given, "--batch-size": batch_size, "--top": top}.items():
         if value is not None and ablate is None:

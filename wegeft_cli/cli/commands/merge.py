@@ -73,7 +73,7 @@ def merge(
     is_public: PublicOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fold adapters into their base, tensor by tensor: the model is never held in memory."""
+    """Merge adapters into their base model, one tensor at a time."""
     from wegeft_cli.merging.merge import merge as run
 
     result = run(

@@ -9,7 +9,7 @@ from wegeft_cli.cli.console import RichReporter, print_json, show
 def plan(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
-    """Count parameters, steps and memory; a folder that holds only config.json will do."""
+    """Estimate parameters, steps and memory. A folder with only config.json is enough."""
     from rich.box import SIMPLE
     from rich.table import Table
 

@@ -55,7 +55,7 @@ def preview(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show rows as the model reads them, and what became of all; no weights are needed."""
+    """Show rows as the model reads them, and statistics of all rows, without weights."""
     from wegeft_cli.planning.class_preview import ClassPreview
     from wegeft_cli.planning.preview import preview as run
 

@@ -8,16 +8,20 @@ import typer
 
 from wegeft_cli.cli.arguments import JsonOption
 from wegeft_cli.cli.console import get_console, print_json, show
-from wegeft_cli.cli.help import HelpfulCommand, HelpfulGroup
+from wegeft_cli.cli.lazy import Command, Group
 
 recipes_app = typer.Typer(
-    cls=HelpfulGroup, help="List, show and copy the recipes that ship.", no_args_is_help=True
+    cls=Group,
+    help="List, show and copy the shipped recipes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]
 
 
-@recipes_app.command("list", cls=HelpfulCommand)
+@recipes_app.command("list", cls=Command)
 def list_all(as_json: JsonOption = False) -> None:
     """List the shipped recipes with what each reproduces."""
     from rich.table import Table
@@ -41,7 +45,7 @@ def list_all(as_json: JsonOption = False) -> None:
     show(table)
 
 
-@recipes_app.command("show", cls=HelpfulCommand)
+@recipes_app.command("show", cls=Command)
 def show_recipe(name: NameArgument) -> None:
     """Print a recipe as it is written, header and all."""
     from wegeft_cli.recipe.catalog import read_recipe_text
@@ -49,7 +53,7 @@ def show_recipe(name: NameArgument) -> None:
     show(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
 
 
-@recipes_app.command("copy", cls=HelpfulCommand)
+@recipes_app.command("copy", cls=Command)
 def copy(
     name: NameArgument,
     destination: Annotated[

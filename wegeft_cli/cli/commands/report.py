@@ -46,7 +46,7 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: recipe, curves, scores, samples, what was learned."""
+    """Write one self-contained HTML page: recipe, curves, scores, answers, weights."""
     from wegeft_cli.analysis.report import report as run
 
     result = run(

@@ -25,7 +25,7 @@ def sweep(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train every combination of the recipe's sweep, and compare them; go on where it stopped."""
+    """Train every combination of the recipe's `sweep` and compare them. Rerun to resume."""
     from wegeft_cli.distributed.signals import StopRequest
 
     def tell_stop() -> None:

@@ -17,7 +17,7 @@ from wegeft_cli.cli.arguments import (
     hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
-from wegeft_cli.distributed.failures import LAUNCHED, may_be_restarted, num_restarts
+from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -77,32 +77,21 @@ def train(
     is_public: PublicOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the recipe's adapter and write it to its output folder."""
-    from wegeft_cli.distributed.launch import Group, is_in_group, join_slurm, launch
+    """Train the recipe's adapter and write it to the output folder."""
+    from wegeft_cli.distributed.failures import LAUNCHED, may_be_restarted, num_restarts
+    from wegeft_cli.distributed.launch import join_slurm
     from wegeft_cli.distributed.signals import StopRequest
 
-    if num_processes is not None and is_in_group():
-        raise UserError(
-            f"this process is one of {os.environ['WORLD_SIZE']} already",
-            key="--num-processes",
-            hint="leave it out under torchrun and accelerate launch",
-        )
     if num_processes is None and (num_machines, rdzv_endpoint, max_restarts) != (1, None, 0):
         raise UserError(
-            "--num-machines, --rdzv-endpoint and --max-restarts belong to a run of many processes",
+            "--num-machines, --rdzv-endpoint and --max-restarts need --num-processes",
             key="--num-processes",
-            hint="give the number of processes too",
+            hint="set the number of processes too",
         )
     if num_processes is not None:
-        options = ["--resume", resume] if resume is not None else []
-        options += ["--dry-run"] if dry_run else []
-        options += ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
-        options += ["--public"] if is_public else []
-        options += ["--json"] if as_json else []
         os.environ[LAUNCHED] = "1"
-        words = ["train", *options, "--", recipe, *(overrides or [])]
-        code = launch(words, Group(num_processes, num_machines, rdzv_endpoint, max_restarts))
-        raise typer.Exit(code)
+        group = {"num_machines": num_machines, "rdzv_endpoint": rdzv_endpoint}
+        raise typer.Exit(relaunch(num_processes, max_restarts=max_restarts, **group))
     join_slurm()
     # One of many processes uploads; none trains for a repository that cannot be written.
     push = hub_target(push_to_hub, is_public) if os.environ.get("RANK", "0") == "0" else None

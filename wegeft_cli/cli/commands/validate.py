@@ -9,7 +9,7 @@ from wegeft_cli.cli.console import note, print_json, show
 def validate(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
-    """Check a recipe: keys, types, rules and names; tell which of its inputs are here."""
+    """Check a recipe's keys, types, rules and names, and list which inputs exist."""
     from rich.markup import escape
 
     from wegeft_cli.planning.validate import validate_recipe

@@ -1,0 +1,97 @@
+"""Command groups that import a command's module when the command is used, so that help is fast."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+
+def _with_flag_defaults(parameters: list[Any]) -> list[Any]:
+    """Set the default of flags such as --help: typer builds a slow pydantic adapter without it."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False) and parameter.default is None:
+            parameter.default = False
+    return parameters
+
+
+class Command(TyperCommand):
+    """A command whose usage line shows the arguments by their metavars."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, each flag with a default."""
+        return _with_flag_defaults(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words after the command's name: `[OPTIONS] RECIPE [KEY=VALUE]...`."""
+        found = [each for each in self.params if each.param_type_name == "argument"]
+        words = (each.metavar if each.required else f"[{each.metavar}]" for each in found)
+        dots = ("..." if each.nargs == -1 else "" for each in found)
+        return ["[OPTIONS]", *(f"{word}{end}" for word, end in zip(words, dots, strict=True))]
+
+
+class Group(TyperGroup):
+    """A group whose help shows the whole first paragraph of each command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters, each flag with a default."""
+        return _with_flag_defaults(super().get_params(ctx))
+
+    def list_help(self) -> list[tuple[str, str]]:
+        """Return the name and the help of each command."""
+        return [(name, command.help or "") for name, command in self.commands.items()]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(self.list_help())
+
+
+class LazyCommands(MutableMapping[str, Any]):
+    """Commands by name, each imported when it is first looked up.
+
+    Args:
+        homes: Command's name -> `module:attribute` of its function, or of its `typer.Typer`.
+        wrap: Wraps each function.
+    """
+
+    def __init__(self, homes: Mapping[str, str], wrap: Callable[..., Any]) -> None:
+        self._homes = dict(homes)
+        self._wrap = wrap
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            module, _, attribute = self._homes[name].partition(":")
+            found = getattr(importlib.import_module(module), attribute)
+            self._loaded[name] = self._build(name, found)
+        return self._loaded[name]
+
+    def _build(self, name: str, found: Any) -> Any:
+        app = found
+        if not isinstance(app, typer.Typer):
+            app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            app.command(name, cls=Command)(found)
+        command = get_command(app)
+        command.name = name
+        for leaf in getattr(command, "commands", {name: command}).values():
+            leaf.callback = self._wrap(leaf.callback)
+        return command
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._loaded[name] = command
+        self._homes.setdefault(name, "")
+
+    def __delitem__(self, name: str) -> None:
+        del self._homes[name]
+        self._loaded.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
