@@ -150,7 +150,7 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
 
     from wegeft_cli.data.batches.collate import collate_rows
     from wegeft_cli.distributed.sharding import build_sharding
-    from wegeft_cli.methods.peft import inject_peft
+    from wegeft_cli.methods.peft.models import inject_peft
     from wegeft_cli.methods.wegeft.inject import inject_generators
     from wegeft_cli.models.loading import load_base
     from wegeft_cli.recipe.schema import ModelSection, TrainSection

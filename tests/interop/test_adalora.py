@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.methods.adalora import OrthogonalLoss, RankBudget, regularise
-from wegeft_cli.methods.peft import inject_peft, load_peft, save_peft
+from wegeft_cli.methods.peft.models import inject_peft, load_peft, save_peft
+from wegeft_cli.methods.peft.rank_budget import OrthogonalLoss, RankBudget, regularise
 
 # The same float32 sums by another road.
 FLOAT32 = 1e-5

@@ -10,7 +10,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.peft import inject_peft, load_peft, merge_peft, save_peft, start_from_peft
+from wegeft_cli.methods.peft.models import (
+    inject_peft,
+    load_peft,
+    merge_peft,
+    save_peft,
+    start_from_peft,
+)
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.inject import inject_generators
 

@@ -205,14 +205,14 @@ def test_what_belongs_together_is_accepted():
     [
         ({"peft": {"total_step": 9}}, {}, "adapter.peft.total_step", "the run's number of steps"),
         ({"peft": {"target_r": 9}}, {}, "adapter.peft.target_r", "`adapter.r`"),
-        ({"peft": {"rank_pattern": {}}}, {}, "adapter.peft.rank_pattern", "what a run finds"),
+        ({"peft": {"rank_pattern": {}}}, {}, "adapter.peft.rank_pattern", "is a result of the run"),
         ({"r": 8, "peft": {"init_r": 8}}, {}, "adapter.peft.init_r", "at least 9; got 8"),
         ({"peft": {"tinit": 0.1}}, {}, "adapter.peft.tinit", "at least 0; got 0.1"),
         ({"peft": {"tfinal": -1}}, {}, "adapter.peft.tfinal", "at least 0; got -1"),
         ({"peft": {"deltaT": 0}}, {}, "adapter.peft.deltaT", "at least 1; got 0"),
         ({"peft": {"beta1": 1}}, {}, "adapter.peft.beta1", "above 0 and below 1"),
-        ({"init_from": "runs/x"}, {}, "adapter.init_from", "chosen already"),
-        ({}, {"ema_decay": 0.9}, "train.ema_decay", "takes away"),
+        ({"init_from": "runs/x"}, {}, "adapter.init_from", "already chosen"),
+        ({}, {"ema_decay": 0.9}, "train.ema_decay", "removes in between"),
         ({}, {"strategy": "fsdp2"}, "train.strategy", "'adalora'"),
     ],
 )

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
-from wegeft_cli.methods.peft import load_peft
+from wegeft_cli.methods.peft.models import load_peft
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs.train import train
 from wegeft_cli.training import trainer as loop
@@ -115,6 +115,6 @@ def test_the_merged_base_answers_as_the_adapter(write_recipe, llama_dir, ids):
 
 def test_phases_that_do_not_fit_are_told_before_the_weights(write_recipe):
     recipe = write_recipe(adapter={**ADAPTER, "peft": {"tinit": 4, "tfinal": 2}})
-    with pytest.raises(UserError, match="leave no step of 6 to take ranks away") as caught:
+    with pytest.raises(UserError, match="leave no step of 6 to reduce ranks") as caught:
         train(recipe, dry_run=True)
     assert caught.value.key == "adapter.peft.tfinal"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.merging.merge import merge
-from wegeft_cli.methods.peft import load_peft
+from wegeft_cli.methods.peft.models import load_peft
 from wegeft_cli.methods.wegeft.folding import fold_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter

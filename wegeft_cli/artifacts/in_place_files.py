@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.manifest import INPLACE_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import (
     atomic_folder,
@@ -21,9 +22,6 @@ from wegeft_cli.storage.atomic import (
 )
 from wegeft_cli.storage.json_files import parse_json, shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
-
-INPLACE_TYPE = "WEGEFT_INPLACE"
-"""`peft_type` of these adapters; PEFT knows no such method."""
 
 _PREFIX = "base_model.model."
 

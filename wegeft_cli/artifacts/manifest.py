@@ -15,6 +15,8 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.storage.json_files import parse_json, shorten
 
 PEFT_TYPE = "WEGEFT"
+INPLACE_TYPE = "WEGEFT_INPLACE"
+"""`peft_type` of adapters that hold the base's own parameters; PEFT has no such method."""
 FORMAT_VERSION = 1
 
 _ENTRY_KEYS = frozenset({"group", "rows", "transposed"})

@@ -104,7 +104,7 @@ def _compute(
     model: nn.Module, adapter_dir: Path, twin_dir: Path, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Give the logits of base, adapter, merge and twin, [positions, vocabulary] in float32."""
-    from wegeft_cli.methods.peft import load_peft
+    from wegeft_cli.methods.peft.models import load_peft
 
     load_adapter(model, adapter_dir)
     with disable_generators(model):

@@ -15,8 +15,7 @@ from wegeft_cli.artifacts.adapter import (
     read_quantization,
     resolve_adapter_dir,
 )
-from wegeft_cli.artifacts.in_place_files import INPLACE_TYPE
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.artifacts.manifest import INPLACE_TYPE, PEFT_TYPE
 from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.loaded_classifier import is_classifier
@@ -120,7 +119,7 @@ def open_target(
         own = section.name_or_path
         return OpenedTarget("adapter", model, tokenizer, own, section, adapter_dir)
     else:
-        from wegeft_cli.methods.peft import load_peft
+        from wegeft_cli.methods.peft.models import load_peft
 
         model = load_peft(model, adapter_dir)
     return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)

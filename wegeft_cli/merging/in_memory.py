@@ -7,8 +7,8 @@ from typing import Any
 
 from wegeft_cli.artifacts.adapter import read_adapter_type
 from wegeft_cli.artifacts.head_file import read_head
-from wegeft_cli.artifacts.in_place_files import INPLACE_TYPE, load_inplace_files
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.artifacts.in_place_files import load_inplace_files
+from wegeft_cli.artifacts.manifest import INPLACE_TYPE, PEFT_TYPE
 from wegeft_cli.methods.wegeft.folding import fold_generators
 from wegeft_cli.methods.wegeft.inject import remove_generators
 from wegeft_cli.models.loading import load_model
@@ -76,7 +76,7 @@ def fold_whole(
         num_folded = fold_generators(model, keep_base=False)
         remove_generators(model)
         return model, processor, num_folded
-    from wegeft_cli.methods.peft import merge_peft
+    from wegeft_cli.methods.peft.models import merge_peft
 
     merged, num_folded = merge_peft(model)
     return merged, processor, num_folded

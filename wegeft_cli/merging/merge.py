@@ -365,7 +365,7 @@ def _merge_in_memory(
 
 
 def _merge_by_peft(name_or_path: str, adapter_dir: Path, form: _Form) -> tuple[int, int]:
-    from wegeft_cli.methods.peft import load_peft, merge_peft
+    from wegeft_cli.methods.peft.models import load_peft, merge_peft
 
     model = load_model(name_or_path, trust_remote_code=form.trusts)
     merged, num_folded = merge_peft(load_peft(model, adapter_dir))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.peft import merge_peft
+from wegeft_cli.methods.peft.models import merge_peft
 from wegeft_cli.methods.wegeft.folding import fold_generators
 from wegeft_cli.methods.wegeft.inject import get_generators, remove_generators
 from wegeft_cli.models.loading import find_dtype, load_base, load_model, load_tokenizer, quantise_as

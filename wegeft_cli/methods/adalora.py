@@ -1,167 +1,88 @@
-"""AdaLoRA while it trains: PEFT's allocator takes ranks away, the loss keeps factors orthogonal."""
+"""AdaLoRA: a rank budget that shrinks while the model trains (Zhang et al., arXiv 2303.10512)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from wegeft_cli.methods.peft.method import PeftMethod
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.values import Fault
 
-from wegeft_cli.errors import UserError
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+_STEPS = ("tinit", "tfinal")
+_OWN = {
+    "target_r": "is set by `adapter.r`: the average rank that remains of a layer",
+    "total_step": "is the run's number of steps",
+    "rank_pattern": "is a result of the run",
+}
 
 
-class RankBudget:
-    """PEFT's allocator of ranks, called once after each step, and what it must remember.
+def first_rank(rank: int, options: Mapping[str, Any]) -> int:
+    """Return the initial rank of every layer: `adapter.peft.init_r`, else 1.5 times `adapter.r`."""
+    return options.get("init_r", (3 * rank + 1) // 2)  # type: ignore[no-any-return]
 
-    A layer's change is `B diag(E) A`; from `tinit` on entries of E are set to 0, the least
-    important of all layers first, until `adapter.r` are left of a layer on average. Importance is
-    a moving average of |weight x gradient|, of summed gradients: every process finds the same.
 
-    Args:
-        model: The PEFT model of AdaLoRA, which is changed.
-        num_steps: Optimizer steps of the run.
-    """
+class AdaLoraMethod(PeftMethod):
+    """PEFT's AdaLoRA with its allocator called after each step."""
 
-    def __init__(self, model: Any, num_steps: int) -> None:
-        self._tuner = model.base_model
-        self._name = self._tuner.trainable_adapter_name
-        self._config = model.peft_config[self._name]
-        self._config.total_step = num_steps
-        self._allocator = self._tuner.rankallocator
+    names = ("adalora",)
+    peft_types = ("ADALORA",)
+    takes_any_name = False
 
-    def after_step(self, step: int) -> None:
-        """Score every rank, and take away what this step's budget has no room for.
-
-        Args:
-            step: Optimizer steps done, with this one; its gradients are still there.
-        """
-        for name, parameter in self._tuner.model.named_parameters():
-            if "lora_" in name and parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # a layer that no row came through
-        last = self._config.total_step - self._config.tfinal
-        if not self.is_final and step >= last:
-            step = last  # the step itself may have been one that was skipped
-            if not self._allocator.ipt:
-                self._allocator.update_ipt(self._tuner.model)
-        self._tuner.update_and_allocate(step)
-        if step < last:
-            # Between two cuts a rank can grow again: PEFT would save the adapter without it.
-            self._config.rank_pattern = None
-
-    def finish(self) -> None:
-        """Choose the ranks for good where the step that was to do so was skipped."""
-        if not self.is_final and self._allocator.ipt:
-            self._tuner.update_and_allocate(self._config.total_step - self._config.tfinal)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the ranks are chosen for good."""
-        return self._config.rank_pattern is not None
-
-    def count_ranks(self) -> int:
-        """Count the ranks that are left, of all layers together."""
-        named = self._tuner.model.named_parameters()
-        return sum(int(p.count_nonzero()) for name, p in named if f"lora_E.{self._name}" in name)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Give the moving averages; there are none before the first step and once all is chosen."""
-        return {
-            f"{kind}/{name}": tensor
-            for kind in _AVERAGES
-            for name, tensor in getattr(self._allocator, kind).items()
-        }
-
-    def values(self) -> dict[str, Any]:
-        """Give the rest of the state, a JSON object."""
-        return {"total_step": self._config.total_step, "rank_pattern": self._config.rank_pattern}
-
-    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Put a saved state back.
-
-        Args:
-            tensors: What `tensors` gave.
-            values: What `values` gave.
-
-        Raises:
-            UserError: If the state is of a run with another number of steps.
-        """
-        if values["total_step"] != self._config.total_step:
-            raise UserError(
-                f"AdaLoRA's ranks were taken away over {values['total_step']} steps, and the run "
-                f"has {self._config.total_step} now",
-                key="--resume",
-                hint="keep the steps, or begin a new run",
+    def check(self, recipe: Recipe) -> Iterator[Fault]:
+        """Yield rules of the rank budget, and keys that contradict it."""
+        yield from super().check(recipe)
+        adapter = recipe.adapter
+        for name, reason in _OWN.items():
+            if name in adapter.peft:
+                yield f"adapter.peft.{name}", reason, "remove it"
+        for name, least in {"init_r": adapter.r + 1, "deltaT": 1, "tinit": 0, "tfinal": 0}.items():
+            value = adapter.peft.get(name, least)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                message = f"must be a whole number of at least {least}; got {value!r}"
+                hint = None
+                if name == "init_r":
+                    hint = "the budget shrinks from `init_r` to `adapter.r` on average"
+                yield f"adapter.peft.{name}", message, hint
+        for name in ("beta1", "beta2"):
+            value = adapter.peft.get(name, 0.85)
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                yield f"adapter.peft.{name}", f"must be above 0 and below 1; got {value!r}", None
+        if adapter.init_from is not None:
+            message = (
+                "starts from ranks that are already chosen, and 'adalora' begins by choosing them"
             )
-        self._config.rank_pattern = values["rank_pattern"]
-        self._allocator.reset_ipt()
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            parameter = self._tuner.model.get_parameter(name)
-            getattr(self._allocator, kind)[name] = tensor.to(parameter.device)
-            self._allocator.ipt[name] = torch.zeros_like(parameter)
+            yield "adapter.init_from", message, "remove it, or merge that adapter into the base"
+        if recipe.train.ema_decay is not None:
+            message = "averages over ranks that 'adalora' removes in between"
+            yield "train.ema_decay", message, "remove it, or use another `adapter.type`"
+
+    def check_schedule(self, section: AdapterSection, num_steps: int) -> Fault | None:
+        """Return a fault where the phases `tinit` and `tfinal` leave no step for the budget."""
+        options = section.peft
+        first, last = (options.get(name, 0) for name in _STEPS)
+        if first + last < num_steps:
+            return None
+        named = [name for name in _STEPS if options.get(name)] or ["tinit"]
+        message = f"tinit {first} and tfinal {last} leave no step of {num_steps} to reduce ranks"
+        return f"adapter.peft.{named[-1]}", message, "lower them, or train longer"
+
+    def stepper(
+        self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], num_steps: int
+    ) -> tuple[Any, Callable[[nn.Module, Any], Tensor]]:
+        """Return the rank budget, and the loss with the orthogonality term."""
+        from wegeft_cli.methods.peft.rank_budget import OrthogonalLoss, RankBudget
+
+        return RankBudget(model, num_steps), OrthogonalLoss(loss)
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Save the adapter with the ranks of an earlier step."""
+        from wegeft_cli.methods.peft.rank_budget import keep_ranks
+
+        keep_ranks(model, dict(state))
 
 
-def keep_ranks(model: Any, values: dict[str, Any]) -> None:
-    """Let an adapter be saved with the ranks that it had at an earlier step.
-
-    Args:
-        model: The PEFT model of AdaLoRA, with that step's parameters.
-        values: What `RankBudget.values` gave then.
-    """
-    model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = values["rank_pattern"]
-
-
-class OrthogonalLoss:
-    """A loss and AdaLoRA's regularisation, once a step, in training alone.
-
-    A step's loss becomes `sum / labels + weight x mean ||P^T P - I||`, the mean over all factors:
-    each batch adds the second term times its own labels.
-
-    Args:
-        loss: (model, batch) -> summed loss of the batch.
-    """
-
-    def __init__(self, loss: Callable[[nn.Module, Any], Tensor]) -> None:
-        self._loss = loss
-
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        """Give the summed loss of the batch with its share of the regularisation.
-
-        Args:
-            model: The PEFT model of AdaLoRA.
-            batch: With `num_label_tokens`.
-
-        Returns:
-            A scalar.
-        """
-        summed = self._loss(model, batch)
-        if not model.training or batch.num_label_tokens == 0:
-            return summed
-        return summed + batch.num_label_tokens * regularise(model).to(summed.dtype)
-
-
-def regularise(model: Any) -> Tensor:
-    """Give AdaLoRA's regularisation, as PEFT adds it to a loss that the model itself computes.
-
-    Args:
-        model: The PEFT model of AdaLoRA.
-
-    Returns:
-        `orth_reg_weight x mean ||A A^T - I||_F, ||B^T B - I||_F` over all layers, in float32.
-    """
-    name = model.base_model.trainable_adapter_name
-    factors = [
-        parameter if "lora_A" in key else parameter.T
-        for key, parameter in model.base_model.model.named_parameters()
-        if f"lora_A.{name}" in key or f"lora_B.{name}" in key
-    ]
-    with torch.autocast(factors[0].device.type, enabled=False):
-        norms = [
-            torch.linalg.matrix_norm(factor @ factor.T - torch.eye(len(factor)).to(factor))
-            for factor in factors
-        ]
-    weight: float = model.peft_config[name].orth_reg_weight
-    return weight * torch.stack(norms).mean()
+METHOD = AdaLoraMethod()

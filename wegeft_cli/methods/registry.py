@@ -1,69 +1,83 @@
-"""Moved."""
+"""Find a method by its name in a recipe, or by the `peft_type` of its adapters.
+
+The methods are the modules of this folder that define `METHOD`, and its packages with a
+`method.py` that does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+from wegeft_cli import methods
+from wegeft_cli.methods.base import Method
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.values import Fault
 
-from wegeft_cli.artifacts.adapter import read_adapter_type
-from wegeft_cli.artifacts.in_place_files import INPLACE_TYPE, load_inplace_files
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
-from wegeft_cli.errors import UserError
-from wegeft_cli.methods.in_place import put_parameters, select_parameters, unfreeze
-from wegeft_cli.methods.wegeft.inject import inject_generators
-from wegeft_cli.methods.wegeft.save_load import check_base, load_adapter
-from wegeft_cli.models.heads import (
-    with_head,
-)
-from wegeft_cli.models.loading import find_base_folder
-from wegeft_cli.recipe.schema import ModelSection, Recipe
-from wegeft_cli.recipe.values import INPLACE_TYPES
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "sequence_classification": "SEQ_CLS",
-    "image_classification": None,
-}
-"""PEFT's names of the tasks; it has none for images."""
+    from torch import nn
+
+    from wegeft_cli.recipe.schema import ModelSection
+
+_OTHER_MODULES = ("base", "registry", "init_from")
+
+
+def iterate_methods() -> Iterator[Method]:
+    """Yield every method of the folder."""
+    for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+        name = f"{module.name}.method" if module.ispkg else module.name
+        if name.rpartition(".")[2] in _OTHER_MODULES or (module.ispkg and find_spec(name) is None):
+            continue
+        method = getattr(importlib.import_module(name), "METHOD", None)
+        if isinstance(method, Method):
+            yield method
+
+
+def method_names() -> tuple[str, ...]:
+    """Return every value of `adapter.type` that a method claims."""
+    return tuple(name for method in iterate_methods() for name in method.names)
+
+
+def find_method(name: str) -> Method:
+    """Return the method of a recipe's `adapter.type`."""
+    return next(_claiming(lambda method: name in method.names))
+
+
+def method_of_adapter(peft_type: str) -> Method:
+    """Return the method that wrote adapters of a `peft_type`."""
+    return next(_claiming(lambda method: peft_type in method.peft_types))
+
+
+def _claiming(claims: Callable[[Method], bool]) -> Iterator[Method]:
+    """Yield the methods that claim something, and last the one that takes what is left."""
+    found = list(iterate_methods())
+    yield from (method for method in found if claims(method))
+    yield from (method for method in found if method.takes_any_name)
+
+
+def unread_keys(name: str) -> tuple[str, ...]:
+    """Return the dotted recipe keys that a method does not read."""
+    return find_method(name).unread_keys(name)
+
+
+def check_recipe(recipe: Recipe) -> Iterator[Fault]:
+    """Yield every rule of the recipe's method that the recipe breaks."""
+    yield from find_method(recipe.adapter.type).check(recipe)
 
 
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Put what learns into the base: generators, or a baseline's; a classifier's head with it."""
-    section = with_head(recipe.adapter, model, recipe.task)
-    if section.type in INPLACE_TYPES:
-        chosen = select_parameters(model, section.type, section.modules_to_save)
-        unfreeze(model, [name for names in chosen.values() for name in names])
-        return model
-    if section.type == "wegeft":
-        inject_generators(
-            model,
-            rank=section.r,
-            alpha=section.alpha,
-            target_modules=section.target_modules,
-            share=section.share,  # type: ignore[arg-type]
-            groups=section.groups,
-            side=section.side,  # type: ignore[arg-type]
-            init=section.init,  # type: ignore[arg-type]
-            dropout=section.dropout,
-            view=section.view,  # type: ignore[arg-type]
-            modules_to_save=section.modules_to_save,
-            seed=recipe.seed,
-        )
-        return model
-    from wegeft_cli.methods.peft import inject_peft
+    """Prepare a base for training by the recipe's method, a classification head included."""
+    from wegeft_cli.models.heads import with_head
 
-    return inject_peft(
-        model,
-        section.type,
-        rank=section.r,
-        alpha=section.alpha,
-        target_modules=section.target_modules,
-        options=section.peft,
-        modules_to_save=section.modules_to_save,
-        task_type=TASK_TYPES[recipe.task],
-    )
+    section = with_head(recipe.adapter, model, recipe.task)
+    method = find_method(section.type)
+    return method.inject(model, section, task_type=TASK_TYPES[recipe.task], seed=recipe.seed)
 
 
 def put_adapter(
@@ -73,35 +87,31 @@ def put_adapter(
     *,
     warn: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
-    """Put an adapter of any kind onto its base.
+    """Load an adapter of any method onto its base.
 
     Args:
-        model: The base, with a classifier's head where the adapter has one.
+        model: The base, with the classification head where the adapter has one.
         adapter_dir: The adapter's folder.
         section: Where the base came from.
-        warn: Told where nothing can tell whether the base is the adapter's.
+        warn: Called where the base cannot be compared with the adapter's.
 
     Returns:
-        The model: the same one, or PEFT's around it.
+        The model, or PEFT's wrapper of it.
 
     Raises:
         UserError: If the adapter is damaged, or belongs to another base.
     """
+    from wegeft_cli.artifacts.adapter import read_adapter_type
+    from wegeft_cli.models.loading import find_base_folder
+
     kind, *_ = read_adapter_type(adapter_dir)
     base_dir = find_base_folder(section.name_or_path, section.revision)
-    if kind == PEFT_TYPE:
-        load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
-        return model
-    if kind == INPLACE_TYPE:
-        manifest, tensors = load_inplace_files(adapter_dir)
-        if base_dir is not None:
-            check_base(manifest, base_dir, adapter_dir, warn=warn)
-        try:
-            put_parameters(model, tensors)
-        except UserError as fault:
-            fault.file = str(adapter_dir)
-            raise
-        return model
-    from wegeft_cli.methods.peft import load_peft
+    return method_of_adapter(kind).load(model, adapter_dir, base_dir=base_dir, warn=warn)
 
-    return load_peft(model, adapter_dir)
+
+TASK_TYPES = {
+    "causal_lm": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "image_classification": None,
+}
+"""PEFT's names of the tasks; it has none for images."""

@@ -39,7 +39,7 @@ from wegeft_cli.planning.memory import (
     tell_fit,
 )
 from wegeft_cli.planning.preflight import (
-    GroupPlan,
+    ParameterGroup,
     check_context,
     check_learning,
     check_run_schedule,
@@ -82,7 +82,7 @@ class Plan:
 
     trainable_parameters: int
     base_parameters: int
-    groups: list[GroupPlan]
+    groups: list[ParameterGroup]
     num_rows: int | None
     num_steps: int | None
     lengths: dict[str, int] | None

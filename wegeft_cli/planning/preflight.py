@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +25,9 @@ from wegeft_cli.data.text.statistics import DataReport
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.text import Job, read_eval_tasks
 from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
-from wegeft_cli.methods.in_place import select_parameters
+from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.methods.init_from import check_init_from
-from wegeft_cli.methods.registry import TASK_TYPES
-from wegeft_cli.methods.wegeft.equations import count_parameters
-from wegeft_cli.methods.wegeft.inject import select_targets
-from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
-from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.methods.registry import TASK_TYPES, find_method
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.kernels import check_liger
 from wegeft_cli.models.loading import (
@@ -53,10 +48,8 @@ from wegeft_cli.planning.memory import (
     measure_available,
     tell_fit,
 )
-from wegeft_cli.recipe.adalora_rules import find_phase_fault
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, Recipe, TrainSection
-from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
@@ -97,7 +90,7 @@ class RunInputs:
     tokenizer: Any
     source: RunSource
     report: DataReport | ClassReport
-    groups: list[GroupPlan]
+    groups: list[ParameterGroup]
     estimated_gib: float | None
     checkpoint_bytes: float
     tasks: dict[str, Job]
@@ -195,26 +188,8 @@ def _tell(report: DataReport, reporter: Reporter) -> None:
         reporter.warn(warning)
 
 
-_SAVED = "modules_to_save"
 # Steps enough for every warm-up and decay that a run could have.
 _MANY_STEPS = 10**9
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """One group's share of what learns.
-
-    Args:
-        name: The group; `modules_to_save` are the modules that are trained whole.
-        num_layers: Layers, or row parts of layers, that use it; of modules, how many.
-        width: d of its pair; None for a method without groups.
-        num_parameters: Learned parameters.
-    """
-
-    name: str
-    num_layers: int
-    width: int | None
-    num_parameters: int
 
 
 @contextmanager
@@ -248,44 +223,9 @@ def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
 
 def plan_groups(
     skeleton: nn.Module, section: AdapterSection, task: str = "causal_lm"
-) -> list[GroupPlan]:
-    """Count what learns, group by group, on a model without weights.
-
-    Args:
-        skeleton: The base on the meta device; it is not changed.
-        section: The recipe's `adapter`, see `with_head`.
-        task: The recipe's task.
-
-    Returns:
-        The groups; a PEFT method's counts are summed by kind of layer.
-
-    Raises:
-        UserError: If a target matches nothing, a group has two widths, or a module cannot be
-            trained whole.
-        ExceptionGroup: If there are several such faults.
-    """
-    if section.type in INPLACE_TYPES:
-        return _plan_inplace(skeleton, section)
-    if section.type != "wegeft":
-        return _plan_peft(skeleton, section, task)
-    targets = select_targets(skeleton, section.target_modules, section.groups)
-    assigned = assign_groups(
-        targets,
-        share=section.share,  # type: ignore[arg-type]
-        groups=section.groups,
-        side=section.side,  # type: ignore[arg-type]
-    )
-    widths = group_widths(assigned, section.side)  # type: ignore[arg-type]
-    groups = [
-        GroupPlan(name, len(members), widths[name], count_parameters(widths[name], section.r))
-        for name, members in assigned.items()
-    ]
-    saved = find_saved_modules(skeleton, section.modules_to_save, targets)
-    if saved:
-        modules = [skeleton.get_submodule(name) for name in saved]
-        total = sum(p.numel() for module in modules for p in module.parameters())
-        groups.append(GroupPlan(_SAVED, len(saved), None, total))
-    return groups
+) -> list[ParameterGroup]:
+    """Count the learned parameters by group on a model without weights, see `with_head`."""
+    return find_method(section.type).count(skeleton, section, TASK_TYPES[task])
 
 
 def check_context(config: Any, recipe: Recipe) -> None:
@@ -345,11 +285,10 @@ def check_run_schedule(recipe: Recipe, num_steps: int) -> None:
         UserError: If one cannot.
     """
     train = recipe.train
-    if recipe.adapter.type == "adalora":
-        fault = find_phase_fault(recipe.adapter.peft, num_steps)
-        if fault is not None:
-            key, message, hint = fault
-            raise UserError(message, key=key, hint=hint)
+    fault = find_method(recipe.adapter.type).check_schedule(recipe.adapter, num_steps)
+    if fault is not None:
+        key, message, hint = fault
+        raise UserError(message, key=key, hint=hint)
     check_schedule(
         train.lr_scheduler_type,
         train.lr_scheduler_kwargs,
@@ -364,58 +303,6 @@ def count_steps(value: float, num_steps: int) -> int:
     if 0 < value < 1:
         return max(1, math.ceil(value * num_steps))
     return int(value)
-
-
-def _plan_inplace(skeleton: nn.Module, section: AdapterSection) -> list[GroupPlan]:
-    named = dict(skeleton.named_parameters())
-    chosen = select_parameters(skeleton, section.type, section.modules_to_save)
-    return [
-        GroupPlan(
-            kind,
-            len({name.rpartition(".")[0] for name in names}),
-            None,
-            sum(named[name].numel() for name in names),
-        )
-        for kind, names in chosen.items()
-    ]
-
-
-def _plan_peft(skeleton: nn.Module, section: AdapterSection, task: str) -> list[GroupPlan]:
-    from wegeft_cli.methods.peft import inject_peft
-
-    model = inject_peft(
-        copy.deepcopy(skeleton),
-        section.type,
-        rank=section.r,
-        alpha=section.alpha,
-        target_modules=section.target_modules,
-        options=section.peft,
-        modules_to_save=section.modules_to_save,
-        task_type=TASK_TYPES[task],
-    )
-    counts: dict[str, tuple[int, int]] = {}
-    saved: set[str] = set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
-            parts = name.split(".")
-            kind = next((p for i, p in enumerate(parts) if _is_method_part(parts, i)), parts[-1])
-            if _SAVED in parts:  # ...lm_head.modules_to_save.default.weight
-                kind = _SAVED
-                saved.add(name.partition(f".{_SAVED}.")[0])
-            layers, total = counts.get(kind, (0, 0))
-            counts[kind] = (layers + 1, total + parameter.numel())
-    if saved:
-        counts[_SAVED] = (len(saved), counts[_SAVED][1])
-    if not counts:
-        raise UserError(f"{section.type!r} leaves nothing to learn", key="adapter.type")
-    return [GroupPlan(kind, n, None, total) for kind, (n, total) in counts.items()]
-
-
-def _is_method_part(parts: list[str], i: int) -> bool:
-    """Tell whether the part after `i` is the PEFT method's own (lora_A, ia3_l, vera_lambda_b)."""
-    method = ("lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_")
-    return i + 1 < len(parts) and parts[i + 1].startswith(method)
 
 
 def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:

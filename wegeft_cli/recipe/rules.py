@@ -21,7 +21,7 @@ from wegeft_cli.recipe.values import (
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
 TASK_RULES = "wegeft_cli.recipe.classification_rules"
 """Module with `check_recipe(recipe)` and `validation_metrics(recipe)`, the rules of the tasks."""
-METHOD_RULES = "wegeft_cli.methods.rules"
+METHOD_RULES = "wegeft_cli.methods.registry"
 """Module with `check_recipe(recipe)` and `unread_keys(method)`, the rules of the methods.
 
 `recipe` is below `tasks` and `methods`, so both are loaded by name, as plugins are.

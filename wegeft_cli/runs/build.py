@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.methods.init_from import init_from_adapter
-from wegeft_cli.methods.registry import inject_adapter
+from wegeft_cli.methods.registry import find_method, inject_adapter
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
 from wegeft_cli.models.stochastic_depth import add_drop_path
 from wegeft_cli.planning.preflight import count_steps
@@ -158,8 +158,4 @@ def build_method(
     Returns:
         What is done after each step, where something is, and the loss that is trained on.
     """
-    if recipe.adapter.type != "adalora":
-        return None, loss
-    from wegeft_cli.methods.adalora import OrthogonalLoss, RankBudget
-
-    return RankBudget(model, num_steps), OrthogonalLoss(loss)
+    return find_method(recipe.adapter.type).stepper(model, loss, num_steps)

@@ -5,26 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import BASE_NAME, quantization_to_json
 from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
-from wegeft_cli.artifacts.in_place_files import InplaceManifest, save_inplace_files
 from wegeft_cli.artifacts.run_directory import RunFolder
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.methods.registry import TASK_TYPES
-from wegeft_cli.methods.wegeft.inject import get_generators
-from wegeft_cli.methods.wegeft.save_load import save_adapter
+from wegeft_cli.methods.base import AdapterRecord
+from wegeft_cli.methods.registry import TASK_TYPES, find_method
 from wegeft_cli.models.heads import HeadSpec
-from wegeft_cli.models.quantization import find_kind
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.runs.start import has_stopped_early
-from wegeft_cli.storage.atomic import atomic_folder
 from wegeft_cli.training.snapshot import Progress
 from wegeft_cli.training.trainer import LoopResult
-from wegeft_cli.version import VERSION
 
 
 def write_adapter(
@@ -56,6 +49,7 @@ def write_adapter(
         UserError: If the folder holds something already.
         MachineError: If the disk fails.
     """
+    method = find_method(recipe.adapter.type)
     best = _find_best(recipe, folder, result, reporter)
     tidy_checkpoints(folder.checkpoints_dir)  # no save follows, which would do it
     step = result.num_steps if best is None else best.step
@@ -65,16 +59,14 @@ def write_adapter(
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-        if recipe.adapter.type == "adalora":
-            from wegeft_cli.methods.adalora import keep_ranks
-
-            keep_ranks(model, best.state["method"])
+        if best.state.get("method"):
+            method.restore(model, best.state["method"])
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     num_learned = sum(sizes[name] for name in learned)
     num_base = sum(sizes.values())
-    if recipe.adapter.type not in INPLACE_TYPES:
-        # What replaces a module of the base stands beside it in the model, as the generators do.
+    if not method.trains_in_place:
+        # Modules that are trained whole are beside the base's own in the model, as generators are.
         num_base -= num_learned
     card = write_card(
         recipe,
@@ -85,46 +77,8 @@ def write_adapter(
         validation=result.validation,
     )
     more = {} if head is None else {HEAD_NAME: describe_head(head, recipe)}
-    if recipe.adapter.type in INPLACE_TYPES:
-        manifest = InplaceManifest(
-            method=recipe.adapter.type,
-            task_type=TASK_TYPES[recipe.task],
-            base_model_name_or_path=recipe.model.name_or_path,
-            revision=recipe.model.revision,
-            base_fingerprint=fingerprint,
-            wegeft_version=VERSION,
-        )
-        trained = {
-            name: parameter.detach().cpu()
-            for name, parameter in model.named_parameters()
-            if name in learned
-        }
-        save_inplace_files(folder.adapter_dir, manifest, trained, card=card, more=more)
-        return step
-    if get_generators(model) is not None:
-        asked = recipe.adapter.target_modules
-        save_adapter(
-            model,
-            folder.adapter_dir,
-            base_model_name_or_path=recipe.model.name_or_path,
-            revision=recipe.model.revision,
-            base_fingerprint=fingerprint,
-            target_modules=asked if isinstance(asked, str) else tuple(asked),
-            init_from=recipe.adapter.init_from,
-            task_type=TASK_TYPES[recipe.task],
-            base_quantization=find_kind(model),
-            card=card,
-            more_files=more,
-        )
-        return step
-    from wegeft_cli.methods.peft import save_peft
-
-    if (kind := find_kind(model)) is not None:
-        more[BASE_NAME] = quantization_to_json(kind)
-    with atomic_folder(folder.adapter_dir) as temporary:
-        save_peft(model, temporary, base_model_name_or_path=recipe.model.name_or_path)
-        for name, text in {"README.md": card, **more}.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    record = AdapterRecord(recipe, TASK_TYPES[recipe.task], fingerprint, card, more)
+    method.save(model, folder.adapter_dir, record)
     return step
 
 

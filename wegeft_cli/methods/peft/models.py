@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.adalora import first_rank
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
-from wegeft_cli.recipe.adalora_rules import first_rank
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

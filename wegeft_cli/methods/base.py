@@ -1,0 +1,278 @@
+"""A method of fine-tuning: what `adapter.type` in a recipe or `peft_type` on disk selects.
+
+A method is one file in this folder, or a package with a `method.py`, that defines `METHOD`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.values import Fault
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MODULES_TO_SAVE = "modules_to_save"
+"""Name of the group of modules that are trained whole."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One group of learned parameters.
+
+    Args:
+        name: The group; `modules_to_save` holds the modules that are trained whole.
+        num_layers: Layers, or row ranges of layers, that use the group, or its modules.
+        width: d of the group's pair; None for a method without pairs.
+        num_parameters: Learned parameters.
+    """
+
+    name: str
+    num_layers: int
+    width: int | None
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What is stored beside an adapter's tensors.
+
+    Args:
+        recipe: The run's recipe.
+        task_type: PEFT's name of the task; None where PEFT has none.
+        base_fingerprint: The base's fingerprint, where it is known.
+        card: Text of README.md.
+        more_files: Further files, name -> text.
+    """
+
+    recipe: Recipe
+    task_type: str | None
+    base_fingerprint: str | None
+    card: str
+    more_files: Mapping[str, str] = field(default_factory=dict)
+
+
+_GENERATOR_KEYS = ("share", "groups", "side", "init", "view")  # keys of `adapter`
+LAYER_KEYS = ("r", "alpha", "target_modules")
+"""Keys of `adapter` that describe what is added to layers."""
+UNREAD_WITHOUT_GENERATORS = (
+    *(f"adapter.{name}" for name in (*_GENERATOR_KEYS, "dropout")),
+    "train.lr_ratio",
+)
+"""Dotted keys that only generators read."""
+
+
+def check_without_generators(recipe: Recipe) -> Iterator[Fault]:
+    """Yield every key of a recipe that only generators read, where it is set."""
+    adapter, train = recipe.adapter, recipe.train
+    if adapter.dropout > 0:
+        yield (
+            "adapter.dropout",
+            f"{adapter.dropout} acts on the frozen weight's entries, which only `wegeft` reads; "
+            f"`adapter.type` is {adapter.type!r}",
+            "set it to 0; a PEFT method's own goes under `adapter.peft` (`lora_dropout`)",
+        )
+    for name in _GENERATOR_KEYS:
+        value = getattr(adapter, name)
+        if value != getattr(AdapterSection(), name):
+            message = f"{value!r} is read by `wegeft` alone; `adapter.type` is {adapter.type!r}"
+            yield f"adapter.{name}", message, "remove it"
+    if train.lr_ratio != 1:
+        message = (
+            f"{train.lr_ratio} is the rate of phi over that of psi, which only `wegeft` has; "
+            f"`adapter.type` is {adapter.type!r}"
+        )
+        yield "train.lr_ratio", message, "remove it"
+    if train.strategy != "replicated":
+        message = (
+            f"`{train.strategy}` shards the base before the method prepares it, which is not "
+            f"tested with {adapter.type!r}"
+        )
+        yield "train.strategy", message, "set `train.strategy: replicated`"
+
+
+def check_no_peft_keys(recipe: Recipe) -> Iterator[Fault]:
+    """Yield `adapter.peft` where a method that is not PEFT's does not read it."""
+    if recipe.adapter.peft:
+        message = f"holds keys of a PEFT method, and `adapter.type` is `{recipe.adapter.type}`"
+        yield "adapter.peft", message, "remove it, or set `adapter.type`"
+
+
+class Method:
+    """A method of fine-tuning; a subclass overrides what the method does differently.
+
+    Module level of a method's file imports no torch, so that recipes are checked without it.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    """Values of `adapter.type`. A method with `takes_any_name` also takes the ones of no other."""
+    peft_types: ClassVar[tuple[str, ...]] = ()
+    """Values of `peft_type` in `adapter_config.json`."""
+    takes_any_name: ClassVar[bool] = False
+    """Whether names and types that no other method has are this one's."""
+    has_generators: ClassVar[bool] = False
+    """Whether the adapter is WeGeFT's: streamed merges, weights, editing and exact LoRA export."""
+    trains_in_place: ClassVar[bool] = False
+    """Whether the adapter holds the base's own parameters, and so cannot be switched off."""
+    is_lora: ClassVar[bool] = False
+    """Whether the adapter is a pair B A beside each layer, as PEFT stores LoRA."""
+    needs_package: ClassVar[bool] = False
+    """Whether only this package loads the adapter."""
+
+    def unread_keys(self, name: str) -> tuple[str, ...]:
+        """Return the dotted recipe keys that the method does not read."""
+        return ()
+
+    def check(self, recipe: Recipe) -> Iterator[Fault]:
+        """Yield every rule of the method that a recipe breaks."""
+        yield from ()
+
+    def check_schedule(self, section: AdapterSection, num_steps: int) -> Fault | None:
+        """Return the rule that a run of `num_steps` optimizer steps breaks, if any."""
+        return None
+
+    def count(
+        self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
+    ) -> list[ParameterGroup]:
+        """Count the learned parameters on a model without weights, which is not changed.
+
+        Args:
+            skeleton: The base on the meta device.
+            section: The recipe's `adapter`, a classification head among its `modules_to_save`.
+            task_type: PEFT's name of the task; None where PEFT has none.
+
+        Returns:
+            The groups.
+
+        Raises:
+            UserError: If nothing can be trained as the section says.
+            ExceptionGroup: If there are several such faults.
+        """
+        raise NotImplementedError
+
+    def inject(
+        self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
+    ) -> nn.Module:
+        """Prepare a base for training and return it, or PEFT's wrapper of it.
+
+        Args:
+            model: The base, which is changed.
+            section: The recipe's `adapter`, a classification head among its `modules_to_save`.
+            task_type: PEFT's name of the task; None where PEFT has none.
+            seed: Seed of the initial values.
+
+        Returns:
+            The model whose learned parameters require gradients, and no others.
+
+        Raises:
+            UserError: If the section does not fit the model.
+            ExceptionGroup: If there are several such faults.
+        """
+        raise NotImplementedError
+
+    def check_start(
+        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+    ) -> None:
+        """Check on a model without weights that training can start from an adapter.
+
+        Args:
+            skeleton: The base on the meta device.
+            section: The recipe's `adapter`.
+            start: The adapter's folder.
+            base_dir: The base's files, where they are on this machine.
+
+        Raises:
+            UserError: If the adapter is damaged, or a setting differs.
+            ExceptionGroup: If several settings differ.
+        """
+        raise NotImplementedError
+
+    def start_from(
+        self,
+        model: nn.Module,
+        start: Path,
+        base_fingerprint: str | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Copy an adapter's tensors into a freshly injected model.
+
+        Args:
+            model: What `inject` returned.
+            start: The adapter's folder, see `check_start`.
+            base_fingerprint: The model's own fingerprint, where it is known.
+            warn: Called where the base cannot be compared with the adapter's.
+
+        Raises:
+            UserError: If the adapter is damaged or does not fit.
+        """
+        raise NotImplementedError
+
+    def stepper(
+        self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], num_steps: int
+    ) -> tuple[Any, Callable[[nn.Module, Any], Tensor]]:
+        """Return what runs after each optimizer step (a `MethodState` or None) and the loss."""
+        return None, loss
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Apply the state of an earlier checkpoint before the adapter is saved."""
+
+    def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
+        """Write the adapter's folder, whole or not at all.
+
+        Args:
+            model: The trained model.
+            folder: The adapter's folder.
+            record: What is stored beside the tensors.
+
+        Raises:
+            UserError: If the folder holds something else.
+            MachineError: If the disk fails.
+        """
+        raise NotImplementedError
+
+    def load(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        base_dir: Path | None,
+        warn: Callable[[str], None],
+    ) -> nn.Module:
+        """Load an adapter onto its base.
+
+        Args:
+            model: The base, which is changed.
+            folder: The adapter's folder.
+            base_dir: The base's files, where they are on this machine.
+            warn: Called where the base cannot be compared with the adapter's.
+
+        Returns:
+            The model, or PEFT's wrapper of it.
+
+        Raises:
+            UserError: If the adapter is damaged or belongs to another base.
+        """
+        raise NotImplementedError
+
+    def disabled(self, model: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the model computes as its base."""
+        return nullcontext()
+
+    def fold(self, model: Any) -> tuple[nn.Module, int]:
+        """Fold a loaded adapter into the base's weights.
+
+        Args:
+            model: What `load` returned.
+
+        Returns:
+            The base alone, and how many of its tensors or layers changed.
+
+        Raises:
+            UserError: If the method cannot be merged.
+        """
+        raise NotImplementedError

@@ -1,0 +1,167 @@
+"""The methods of the PEFT package (lora, dora, ia3, vera, ...) in the same recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.base import (
+    MODULES_TO_SAVE,
+    UNREAD_WITHOUT_GENERATORS,
+    AdapterRecord,
+    Method,
+    ParameterGroup,
+    check_without_generators,
+)
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.values import PEFT_TYPES, Fault
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SET_ELSEWHERE = {
+    "r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "target_modules": "adapter.target_modules",
+    "modules_to_save": "adapter.modules_to_save",
+    "peft_type": "adapter.type",
+    "task_type": "task",
+}
+_PARAMETER_PREFIXES = (
+    "lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_",
+)  # fmt: skip
+
+
+class PeftMethod(Method):
+    """A method that PEFT implements, by its PEFT name or as a preset of LoRA."""
+
+    names = tuple(name for name in PEFT_TYPES if name != "adalora")
+    takes_any_name = True
+
+    def unread_keys(self, name: str) -> tuple[str, ...]:
+        """Return the keys that only generators read."""
+        return UNREAD_WITHOUT_GENERATORS
+
+    def check(self, recipe: Recipe) -> Iterator[Fault]:
+        """Yield keys of other methods, and options that have a recipe key already."""
+        yield from check_without_generators(recipe)
+        for name in recipe.adapter.peft:
+            if name in _SET_ELSEWHERE:
+                right = _SET_ELSEWHERE[name]
+                yield f"adapter.peft.{name}", f"is set by `{right}`", f"use `{right}`"
+
+    def count(
+        self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
+    ) -> list[ParameterGroup]:
+        """Count the learned parameters of PEFT's own model, summed by kind of layer."""
+        model = self.inject(copy.deepcopy(skeleton), section, task_type=task_type, seed=0)
+        counts: dict[str, tuple[int, int]] = {}
+        saved: set[str] = set()
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
+            parts = name.split(".")
+            followed = pairwise(parts)
+            kind = next((a for a, b in followed if b.startswith(_PARAMETER_PREFIXES)), parts[-1])
+            if MODULES_TO_SAVE in parts:  # ...lm_head.modules_to_save.default.weight
+                kind = MODULES_TO_SAVE
+                saved.add(name.partition(f".{MODULES_TO_SAVE}.")[0])
+            layers, total = counts.get(kind, (0, 0))
+            counts[kind] = (layers + 1, total + parameter.numel())
+        if saved:
+            counts[MODULES_TO_SAVE] = (len(saved), counts[MODULES_TO_SAVE][1])
+        if not counts:
+            raise UserError(f"{section.type!r} leaves nothing to learn", key="adapter.type")
+        return [ParameterGroup(kind, n, None, total) for kind, (n, total) in counts.items()]
+
+    def inject(
+        self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
+    ) -> nn.Module:
+        """Wrap the base in PEFT's model, whose initial values come from torch's global state."""
+        from wegeft_cli.methods.peft.models import inject_peft
+
+        return inject_peft(
+            model,
+            section.type,
+            rank=section.r,
+            alpha=section.alpha,
+            target_modules=section.target_modules,
+            options=section.peft,
+            modules_to_save=section.modules_to_save,
+            task_type=task_type,
+        )
+
+    def check_start(
+        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+    ) -> None:
+        """Compare the settings with those of the adapter's PEFT config."""
+        from wegeft_cli.methods.peft.models import check_peft_start
+
+        check_peft_start(
+            section.type,
+            rank=section.r,
+            alpha=section.alpha,
+            options=section.peft,
+            adapter_dir=start,
+        )
+
+    def start_from(
+        self,
+        model: nn.Module,
+        start: Path,
+        base_fingerprint: str | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Copy the adapter's tensors into PEFT's model."""
+        from wegeft_cli.methods.peft.models import start_from_peft
+
+        start_from_peft(model, start)
+
+    def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
+        """Write the adapter as PEFT does, and how the base was quantized beside it."""
+        from wegeft_cli.artifacts.adapter import BASE_NAME, CARD_NAME, quantization_to_json
+        from wegeft_cli.methods.peft.models import save_peft
+        from wegeft_cli.models.quantization import find_kind
+        from wegeft_cli.storage.atomic import atomic_folder
+
+        texts = {CARD_NAME: record.card, **record.more_files}
+        if (kind := find_kind(model)) is not None:
+            texts[BASE_NAME] = quantization_to_json(kind)
+        name_or_path = record.recipe.model.name_or_path
+        with atomic_folder(folder) as temporary:
+            save_peft(model, temporary, base_model_name_or_path=name_or_path)
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+
+    def load(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        base_dir: Path | None,
+        warn: Callable[[str], None],
+    ) -> nn.Module:
+        """Load the adapter by PEFT, in evaluation mode."""
+        from wegeft_cli.methods.peft.models import load_peft
+
+        return load_peft(model, folder)
+
+    def disabled(self, model: Any) -> AbstractContextManager[Any]:
+        """Return PEFT's own context."""
+        context: AbstractContextManager[Any] = model.disable_adapter()
+        return context
+
+    def fold(self, model: Any) -> tuple[nn.Module, int]:
+        """Fold by PEFT."""
+        from wegeft_cli.methods.peft.models import merge_peft
+
+        return merge_peft(model)
+
+
+METHOD = PeftMethod()

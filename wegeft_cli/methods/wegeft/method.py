@@ -1,0 +1,165 @@
+"""WeGeFT as a method: generators in the chosen projections, `W' = W (I + s phi psi)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.methods.base import (
+    MODULES_TO_SAVE,
+    AdapterRecord,
+    Method,
+    ParameterGroup,
+    check_no_peft_keys,
+)
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.recipe.values import Fault
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class WeGeFTMethod(Method):
+    """Two small linear maps (phi, psi) for each sharing group generate the weight changes."""
+
+    names = ("wegeft",)
+    peft_types = (PEFT_TYPE,)
+    has_generators = True
+    needs_package = True
+
+    def check(self, recipe: Recipe) -> Iterator[Fault]:
+        """Yield keys of PEFT's methods, and dropout on the entries of a quantized base."""
+        yield from check_no_peft_keys(recipe)
+        model, dropout = recipe.model, recipe.adapter.dropout
+        if dropout > 0 and (model.load_in_4bit or model.load_in_8bit):
+            key = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
+            message = f"{dropout} acts on the weight's entries, which `{key}` leaves none of"
+            yield "adapter.dropout", message, f"set it to 0, or remove `{key}`"
+
+    def count(
+        self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
+    ) -> list[ParameterGroup]:
+        """Count 2 d r parameters for each group, and the modules that are trained whole."""
+        from wegeft_cli.methods.wegeft.equations import count_parameters
+        from wegeft_cli.methods.wegeft.inject import select_targets
+        from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
+        from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+
+        targets = select_targets(skeleton, section.target_modules, section.groups)
+        assigned = assign_groups(
+            targets,
+            share=section.share,  # type: ignore[arg-type]
+            groups=section.groups,
+            side=section.side,  # type: ignore[arg-type]
+        )
+        widths = group_widths(assigned, section.side)  # type: ignore[arg-type]
+        groups = [
+            ParameterGroup(
+                name, len(members), widths[name], count_parameters(widths[name], section.r)
+            )
+            for name, members in assigned.items()
+        ]
+        saved = find_saved_modules(skeleton, section.modules_to_save, targets)
+        if saved:
+            modules = [skeleton.get_submodule(name) for name in saved]
+            total = sum(p.numel() for module in modules for p in module.parameters())
+            groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
+        return groups
+
+    def inject(
+        self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
+    ) -> nn.Module:
+        """Attach generators to the model."""
+        from wegeft_cli.methods.wegeft.inject import inject_generators
+
+        inject_generators(
+            model,
+            rank=section.r,
+            alpha=section.alpha,
+            target_modules=section.target_modules,
+            share=section.share,  # type: ignore[arg-type]
+            groups=section.groups,
+            side=section.side,  # type: ignore[arg-type]
+            init=section.init,  # type: ignore[arg-type]
+            dropout=section.dropout,
+            view=section.view,  # type: ignore[arg-type]
+            modules_to_save=section.modules_to_save,
+            seed=seed,
+        )
+        return model
+
+    def check_start(
+        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+    ) -> None:
+        """Compare rank, alpha, side, groups, layers and whole modules with the adapter's."""
+        from wegeft_cli.methods.wegeft.start import check_start
+
+        check_start(skeleton, section, start, base_dir)
+
+    def start_from(
+        self,
+        model: nn.Module,
+        start: Path,
+        base_fingerprint: str | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Load the adapter's factors and whole modules."""
+        from wegeft_cli.methods.wegeft.start import start_from
+
+        start_from(model, start, base_fingerprint, warn)
+
+    def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
+        """Write the factors and their manifest."""
+        from wegeft_cli.methods.wegeft.save_load import save_adapter
+        from wegeft_cli.models.quantization import find_kind
+
+        recipe = record.recipe
+        targets = recipe.adapter.target_modules
+        save_adapter(
+            model,
+            folder,
+            base_model_name_or_path=recipe.model.name_or_path,
+            revision=recipe.model.revision,
+            base_fingerprint=record.base_fingerprint,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            init_from=recipe.adapter.init_from,
+            task_type=record.task_type,
+            base_quantization=find_kind(model),
+            card=record.card,
+            more_files=record.more_files,
+        )
+
+    def load(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        base_dir: Path | None,
+        warn: Callable[[str], None],
+    ) -> nn.Module:
+        """Attach the adapter's generators."""
+        from wegeft_cli.methods.wegeft.save_load import load_adapter
+
+        load_adapter(model, folder, base_dir=base_dir, warn=warn)
+        return model
+
+    def disabled(self, model: Any) -> AbstractContextManager[Any]:
+        """Switch the generators off."""
+        from wegeft_cli.methods.wegeft.inject import disable_generators
+
+        return disable_generators(model)
+
+    def fold(self, model: Any) -> tuple[nn.Module, int]:
+        """Fold the generated changes into the weights and remove the generators."""
+        from wegeft_cli.methods.wegeft.folding import fold_generators
+        from wegeft_cli.methods.wegeft.inject import remove_generators
+
+        num_folded = fold_generators(model, keep_base=False)
+        remove_generators(model)
+        return model, num_folded
+
+
+METHOD = WeGeFTMethod()
