@@ -166,7 +166,7 @@ def test_a_full_destination_is_refused_or_replaced(tmp_path, names_in):
         (folder / "new").write_text("new")
     assert names_in(tmp_path / "out") == ["new"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="a file stands"), atomic_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="a file exists"), atomic_folder(tmp_path / "file"):
         pytest.fail("the body must not run")
     assert names_in(tmp_path) == ["file", "out"]
 

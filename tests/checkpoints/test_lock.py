@@ -33,7 +33,7 @@ def test_the_lock_goes_with_a_failed_body(tmp_path):
 def test_another_process_is_kept_out_and_a_killed_one_is_not_in_the_way(tmp_path):
     program = """
         import sys, pathlib
-        from wegeft_cli.checkpoints.lock import lock_folder
+        from wegeft_cli.storage.lock import lock_folder
         with lock_folder(pathlib.Path(sys.argv[1])):
             print("locked", flush=True)
             sys.stdin.read()

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.storage.safetensors_reader import read_shard
-from wegeft_cli.storage.tensors import read_rows
+from wegeft_cli.storage.safetensors_reader import read_rows, read_shard
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.merging import streaming as stream
 from wegeft_cli.merging.streaming import merge_stream
+from wegeft_cli.storage.safetensors_reader import BLOCK_BYTES, block_rows
 from wegeft_cli.storage.safetensors_writer import parse_size
-from wegeft_cli.storage.tensors import BLOCK_BYTES, block_rows
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -182,7 +182,7 @@ def test_memory_is_bounded_by_the_blocks(tmp_path):
 
 
 def test_casts_are_cut_into_blocks_too(base_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("wegeft_cli.storage.tensors.BLOCK_BYTES", 100)
+    monkeypatch.setattr("wegeft_cli.storage.safetensors_reader.BLOCK_BYTES", 100)
     monkeypatch.setattr(stream, "BLOCK_BYTES", 100)
     steps = []
     merge_stream(

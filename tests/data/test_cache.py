@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,7 @@ from wegeft_cli.data.text import dataset as parts
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.recipe.schema import DataSection, DataSource
+from wegeft_cli.storage.atomic import hold_folder
 
 WriteRows = Callable[..., Path]
 ROWS = [{"prompt": f"{i} + 1?", "completion": f" {i + 1}", "other": f" o{i}"} for i in range(8)]
@@ -304,7 +306,7 @@ def test_an_unfinished_entry_is_none(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_move", stop)
+        patch.setattr(np, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(section, tokenizer)
     assert entries(section) == []
@@ -313,36 +315,35 @@ def test_an_unfinished_entry_is_none(
 
 def test_what_killed_processes_left_is_removed_and_what_is_written_is_not(tmp_path: Path) -> None:
     dataset = EncodedDataset(np.ones(3, np.int32), np.ones(3, np.bool_), np.array([0, 3]))
-    dead = [tmp_path / ".unfinished-a", tmp_path / ".old-b"]
-    alive = tmp_path / ".unfinished-c"
+    dead = [tmp_path / ".tmp-one-a", tmp_path / ".trash-two-b"]
+    alive = tmp_path / ".tmp-three-c"
     for folder in (*dead, alive):
         folder.mkdir()
         (folder / "ids.npy").write_bytes(b"x")
     holder = os.open(alive, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     cache.write_entry(tmp_path, "one", dataset, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-c", "one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-three-c", "one"]
     assert (alive / "ids.npy").exists()
     os.close(holder)
     cache.write_entry(tmp_path, "two", dataset, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_an_entry_is_locked_while_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = EncodedDataset(np.ones(3, np.int32), np.ones(3, np.bool_), np.array([0, 3]))
-    real = cache._move
-
-    def move(unfinished: Path, entry: Path) -> None:
-        monkeypatch.setattr(cache, "_move", real)
-        cache.write_entry(tmp_path, "second", dataset, {})  # another writer, in the midst of it
-        real(unfinished, entry)
-
-    monkeypatch.setattr(cache, "_move", move)
-    cache.write_entry(tmp_path, "first", dataset, {})
-    assert cache.read_entry(tmp_path, "first") is not None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+def test_writers_wait_for_each_other_and_keep_the_first_entry(tmp_path: Path) -> None:
+    first = EncodedDataset(np.ones(3, np.int32), np.ones(3, np.bool_), np.array([0, 3]))
+    second = EncodedDataset(np.zeros(3, np.int32), np.ones(3, np.bool_), np.array([0, 3]))
+    with hold_folder(tmp_path):
+        writer = threading.Thread(target=cache.write_entry, args=(tmp_path, "one", first, {}))
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+        assert list(tmp_path.iterdir()) == []
+    writer.join()
+    cache.write_entry(tmp_path, "one", second, {})
+    entry = cache.read_entry(tmp_path, "one")
+    assert entry is not None
+    assert entry.dataset.ids.tolist() == [1, 1, 1]
 
 
 def test_a_file_system_without_locks_keeps_entries_and_removes_nothing(
@@ -354,9 +355,9 @@ def test_a_file_system_without_locks_keeps_entries_and_removes_nothing(
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    (tmp_path / ".unfinished-a").mkdir()
+    (tmp_path / ".tmp-two-a").mkdir()
     cache.write_entry(tmp_path, "one", dataset, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".unfinished-a", "one"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-two-a", "one"]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -16,12 +16,12 @@ from wegeft_cli.artifacts.run_results import (
     RunRecord,
     add_evaluation,
     name_apart,
-    read_json,
     read_run,
 )
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.version import VERSION
 
 INSPECTION_NAME = "inspection.json"
@@ -142,7 +142,7 @@ def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) ->
         return
     kept = record.run_dir / INSPECTION_NAME
     if kept.is_file() and kept.stat().st_mtime >= weights.stat().st_mtime:
-        found = read_json(kept)
+        found = read_object(kept)
         if isinstance(found.get("modules"), list) and "cosines" in found:
             record.inspection = found
             return

@@ -9,7 +9,6 @@ space without tokens of its own: of it, the input embeddings are shown that lie 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import load_tokenizer
-from wegeft_cli.storage.safetensors_reader import TensorInfo
-from wegeft_cli.storage.tensors import block_rows, read_rows
+from wegeft_cli.storage.json_files import read_object
+from wegeft_cli.storage.safetensors_reader import TensorInfo, block_rows, read_rows
 
 _WRITES = frozenset(
     {"o_proj", "down_proj", "out_proj", "c_proj", "fc2", "fc_out", "dense", "dense_4h_to_h"}
@@ -94,7 +93,7 @@ def open_vocabulary(base_dir: Path, stored: dict[str, TensorInfo]) -> Vocabulary
     Returns:
         The vocabulary, or why there is none.
     """
-    config = _read_config(base_dir)
+    config = read_object(base_dir / "config.json")
     names = " ".join(str(name) for name in config.get("architectures") or ())
     config = config.get("text_config") or config
     if not any(part in names for part in _LANGUAGE_MODELS):
@@ -160,14 +159,6 @@ def rank_tokens(
         )
         for m in range(len(directions))
     ]
-
-
-def _read_config(base_dir: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((base_dir / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _find(stored: dict[str, TensorInfo], names: Sequence[str]) -> TensorInfo | None:

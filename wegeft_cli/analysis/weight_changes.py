@@ -26,8 +26,7 @@ from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
 from wegeft_cli.methods.wegeft.spectrum import EXACT_WIDTH
 from wegeft_cli.methods.wegeft.targets import find_linears
 from wegeft_cli.models.loading import fetch_base_folder, load_backbone
-from wegeft_cli.storage.safetensors_reader import TensorInfo, list_tensors
-from wegeft_cli.storage.tensors import read_rows
+from wegeft_cli.storage.safetensors_reader import TensorInfo, list_tensors, read_rows
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 

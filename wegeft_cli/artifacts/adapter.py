@@ -21,7 +21,7 @@ from wegeft_cli.storage.atomic import (
     write_text_atomic,
 )
 from wegeft_cli.storage.containment import check_inside, check_links
-from wegeft_cli.storage.json_files import read_json, read_text_bytes, shorten
+from wegeft_cli.storage.json_files import read_json, read_object, read_text_bytes, shorten
 from wegeft_cli.storage.safetensors_reader import TensorInfo, load_tensors, read_shard
 
 CONFIG_NAME = "adapter_config.json"
@@ -342,12 +342,9 @@ def quantization_to_json(kind: str) -> str:
 
 
 def read_provenance(folder: Path) -> str | None:
-    """Give the base that a merged folder tells it came from; None where it tells none."""
-    try:
-        values = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
-        return str(values["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+    """Return the base that a merged folder was made from, or None if it does not record one."""
+    base = read_object(folder / PROVENANCE_NAME).get("base_model_name_or_path")
+    return None if base is None else str(base)
 
 
 PROVENANCE_NAME = "wegeft_merge.json"

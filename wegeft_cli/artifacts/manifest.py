@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.storage.json_files import parse_json, shorten
+from wegeft_cli.storage.json_files import is_number, parse_json, shorten
 
 PEFT_TYPE = "WEGEFT"
 INPLACE_TYPE = "WEGEFT_INPLACE"
@@ -218,15 +218,6 @@ def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
-
-
 def _text(value: Any) -> str | None:
     return None if isinstance(value, str) else "a text"
 
@@ -241,15 +232,15 @@ def _fingerprint(value: Any) -> str | None:
 
 
 def _rank(value: Any) -> str | None:
-    return None if _is_int(value, 1) and _is_number(value) else "a whole number of at least 1"
+    return None if _is_int(value, 1) and is_number(value) else "a whole number of at least 1"
 
 
 def _finite(value: Any) -> str | None:
-    return None if _is_number(value) else "a finite number"
+    return None if is_number(value) else "a finite number"
 
 
 def _fraction(value: Any) -> str | None:
-    return None if _is_number(value) and 0 <= value < 1 else "a number of at least 0 and below 1"
+    return None if is_number(value) and 0 <= value < 1 else "a number of at least 0 and below 1"
 
 
 def _one_of(*choices: str) -> Callable[[Any], str | None]:
@@ -278,7 +269,7 @@ def _edits(value: Any) -> str | None:
         isinstance(edit, dict)
         and set(edit) == {"part", "factor"}
         and isinstance(edit["part"], str)
-        and _is_number(edit["factor"])
+        and is_number(edit["factor"])
         for edit in value
     )
     return None if fits else "a list of {part, factor}"

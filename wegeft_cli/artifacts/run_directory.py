@@ -17,7 +17,7 @@ from wegeft_cli.storage.atomic import (
     write_bytes_atomic,
     write_text_atomic,
 )
-from wegeft_cli.storage.json_files import read_json, to_finite
+from wegeft_cli.storage.json_files import read_json, read_object, to_finite
 
 _RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
 METRICS_NAME = "metrics.jsonl"
@@ -102,21 +102,12 @@ class RunFolder:
             return run.exists() and self.read_status() not in ("failed", "interrupted", "running")
 
     def read_status(self) -> str | None:
-        """Give the status in run.json; None where there is no readable one."""
-        try:
-            values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        return values.get("status") if isinstance(values, dict) else None
+        """Return the status in run.json, or None if no status can be read."""
+        return read_object(self.path / "run.json").get("status")
 
     def adopt(self) -> dict[str, Any]:
         """Go on from the run.json that is there; what `update` writes is merged into it."""
-        path = self.path / "run.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            values = {}
-        self._values = values if isinstance(values, dict) else {}
+        self._values = read_object(self.path / "run.json")
         return self._values
 
     def write_recipe(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,12 @@ from typing import Any
 from wegeft_cli.artifacts.run_directory import METRICS_NAME, SAMPLES_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.statistics import wilson_interval
+from wegeft_cli.storage.json_files import (
+    is_number,
+    parse_object,
+    read_object,
+    read_object_lines,
+)
 
 SEED = "seed"
 FINAL_LOSS = "final_loss"
@@ -82,7 +88,7 @@ class SweepRow:
 
 def is_finished(run_dir: Path) -> bool:
     """Tell whether a run has come to its end and has its adapter."""
-    status = read_json(run_dir / "run.json").get("status")
+    status = read_object(run_dir / "run.json").get("status")
     return status == "finished" and (run_dir / "adapter").is_dir()
 
 
@@ -98,14 +104,14 @@ def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None
     Returns:
         The run with its figures; none are made up where its folder holds none.
     """
-    lines = list(read_lines(before.run_dir / "metrics.jsonl"))
+    lines = list(read_object_lines(before.run_dir / "metrics.jsonl"))
     steps = [line for line in lines if "loss" in line]
     validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     figures: dict[str, Any] = {}
     if steps:
-        run = read_json(before.run_dir / "run.json")
+        run = read_object(before.run_dir / "run.json")
         figures[FINAL_LOSS] = run.get(FINAL_LOSS) if status == "finished" else steps[-1]["loss"]
-    watched = [line[metric] for line in validations if _is_number(line.get(metric))]
+    watched = [line[metric] for line in validations if is_number(line.get(metric))]
     if watched:
         figures[BEST + metric] = min(watched) if metric == LOWER_IS_BETTER else max(watched)
     if validations:
@@ -124,7 +130,7 @@ def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None
         status,
         error,
         steps[-1]["step"] if steps else 0,
-        {name: float(value) for name, value in figures.items() if _is_number(value)},
+        {name: float(value) for name, value in figures.items() if is_number(value)},
     )
 
 
@@ -179,7 +185,7 @@ def read_last_line(run_dir: Path) -> dict[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines):
-        values = _parse(line)
+        values = parse_object(line)
         if "loss" in values:
             return values
     return {}
@@ -188,35 +194,6 @@ def read_last_line(run_dir: Path) -> dict[str, Any]:
 def _describe(values: list[float]) -> Statistic:
     std = statistics.stdev(values) if len(values) > 1 else None
     return Statistic(statistics.fmean(values), std, len(values))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file's JSON object; an empty one where there is none to read."""
-    try:
-        return _parse(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the JSON objects of a file's lines; lines that hold none are passed over."""
-    try:
-        with path.open("rb") as file:
-            yield from (values for line in file if (values := _parse(line)))
-    except OSError:
-        return
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 # The curves of a report, with the names of metrics.jsonl.
@@ -277,24 +254,24 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
     if run_dir is None:
         what = "this folder holds no run.json" if path.is_dir() else "there is no such folder"
         raise UserError(what, file=str(path), hint="give the folder of a training run")
-    lines = list(read_lines(run_dir / METRICS_NAME))
-    steps = [line for line in lines if "loss" in line and _is_number(line.get("step"))]
-    others = [line for line in lines if "loss" not in line and _is_number(line.get("step"))]
+    lines = list(read_object_lines(run_dir / METRICS_NAME))
+    steps = [line for line in lines if "loss" in line and is_number(line.get("step"))]
+    others = [line for line in lines if "loss" not in line and is_number(line.get("step"))]
     metrics = dict.fromkeys(key for line in others for key in line if key not in ("step", "epoch"))
     record = RunRecord(
         name=run_dir.resolve().name,
         run_dir=run_dir,
-        run=read_json(run_dir / "run.json"),
+        run=read_object(run_dir / "run.json"),
         recipe=_read_text(run_dir / "recipe.yaml"),
         curves={name: _thin(_series(steps, name)) for name in CURVES},
         validation={name: _thin(_series(others, name)) for name in metrics},
         num_lines=len(steps),
-        told=list(read_lines(run_dir / SAMPLES_NAME))[-max_samples:],
+        told=list(read_object_lines(run_dir / SAMPLES_NAME))[-max_samples:],
     )
     for file in sorted((run_dir / "eval").glob("*-samples.jsonl")):
         _add_answers(record, file, max_samples)
     for file in sorted(run_dir.glob("ablation*.json")):
-        ablation = read_json(file)
+        ablation = read_object(file)
         if isinstance(ablation.get("parts"), list) and isinstance(ablation.get("whole"), dict):
             record.ablations.append(ablation)
     return record
@@ -311,7 +288,7 @@ def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int
     Raises:
         UserError: If the file holds no results, its samples are gone, or it is of another run.
     """
-    values = read_json(file)
+    values = read_object(file)
     if not isinstance(values.get("results"), list):
         message = "holds no results of `wegeft eval --output`"
         raise UserError(message, file=str(file), key="--eval")
@@ -378,7 +355,7 @@ def read_scores(answers: Sequence[Mapping[str, Any]], source: str) -> list[dict[
 def _add_answers(record: RunRecord, file: Path, max_samples: int) -> None:
     seen = {(row["task"], row["protocol"], row["model"]) for row in record.scores}
     answers = []
-    for line in read_lines(file):
+    for line in read_object_lines(file):
         if not isinstance(line.get("correct"), bool):
             continue
         model = "tuned" if line.get("model") == "target" else str(line.get("model", ""))
@@ -397,7 +374,7 @@ def _add_answers(record: RunRecord, file: Path, max_samples: int) -> None:
 
 
 def _series(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(line["step"], float(line[name])) for line in lines if _is_number(line.get(name))]
+    return [(line["step"], float(line[name])) for line in lines if is_number(line.get(name))]
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

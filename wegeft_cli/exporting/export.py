@@ -35,9 +35,13 @@ from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_twin_card
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
-from wegeft_cli.storage.safetensors_reader import list_tensors, tensor_bytes
-from wegeft_cli.storage.safetensors_writer import DTYPE_NAMES, write_tensors
-from wegeft_cli.storage.tensors import TORCH_DTYPES
+from wegeft_cli.storage.safetensors_reader import (
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    list_tensors,
+    tensor_bytes,
+)
+from wegeft_cli.storage.safetensors_writer import write_tensors
 from wegeft_cli.version import VERSION
 
 PARITY_NAME = "parity.json"

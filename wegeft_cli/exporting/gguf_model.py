@@ -20,8 +20,7 @@ from wegeft_cli.exporting.gguf_layers import (
     to_numpy,
 )
 from wegeft_cli.exporting.gguf_vocab import add_vocab
-from wegeft_cli.storage.safetensors_reader import TensorInfo
-from wegeft_cli.storage.tensors import read_tensor
+from wegeft_cli.storage.safetensors_reader import TensorInfo, read_rows
 
 _STORED = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FREQUENCIES = "rope_freqs.weight"
@@ -80,7 +79,7 @@ def write_model_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for number, (name, info) in enumerate(kept.items(), start=1):
-        tensor = layers.order_rows(name.rpartition(".")[0], read_tensor(info))
+        tensor = layers.order_rows(name.rpartition(".")[0], read_rows(info))
         writer.write_tensor_data(to_numpy(tensor, types[name])[0])
         on_tensor(number)
     if frequencies is not None:

@@ -16,8 +16,7 @@ from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.methods.wegeft.lora_equivalent import Twin, make_twin
 from wegeft_cli.methods.wegeft.targets import Target, find_linears
 from wegeft_cli.models.loading import build_meta_model, load_config, load_model
-from wegeft_cli.storage.safetensors_reader import list_tensors
-from wegeft_cli.storage.tensors import read_tensor
+from wegeft_cli.storage.safetensors_reader import list_tensors, read_rows
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for (`--max-lora-rank`)."""
@@ -121,7 +120,7 @@ def plan_twin(
         model = build_meta_model(config, trust_remote_code=trust_remote_code)
 
         def read(name: str) -> Tensor | None:
-            return read_tensor(infos[name]) if name in infos else None
+            return read_rows(infos[name]) if name in infos else None
 
         names = tuple(files.manifest.modules)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from wegeft_cli.data.text.chat_template import Template, build_template, find_tu
 from wegeft_cli.data.text.templates import AUTO, CHAT, TEMPLATES, PairTemplate, check_template
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.storage.json_files import read_object
 
 _ASKS = ("prompt", "instruction", "question", "text")
 _TALKS = ("messages", "conversations")
@@ -186,8 +186,7 @@ def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
         return recipe.data.template
     for folder in (Path(target), Path(target).parent):
         try:
-            values = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            name = str(values["data"]["template"]).partition(", ")[0]
+            name = str(read_object(folder / "run.json")["data"]["template"]).partition(", ")[0]
             check_template(name)
         except (OSError, ValueError, LookupError, TypeError, RecursionError, UserError):
             continue

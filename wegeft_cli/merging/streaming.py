@@ -18,9 +18,18 @@ from wegeft_cli.storage.atomic import (
     check_unused_folder,
     disk_errors,
 )
-from wegeft_cli.storage.safetensors_reader import INDEX_NAME, SINGLE_NAME, TensorInfo, read_shards
-from wegeft_cli.storage.safetensors_writer import (
+from wegeft_cli.storage.safetensors_reader import (
+    BLOCK_BYTES,
     DTYPE_NAMES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TORCH_DTYPES,
+    TensorInfo,
+    block_rows,
+    read_exactly,
+    read_shards,
+)
+from wegeft_cli.storage.safetensors_writer import (
     Item,
     TensorEdit,
     copy_file,
@@ -29,7 +38,6 @@ from wegeft_cli.storage.safetensors_writer import (
     plan_outputs,
     write_config,
 )
-from wegeft_cli.storage.tensors import BLOCK_BYTES, TORCH_DTYPES, _read, block_rows
 
 __all__ = ["StreamReport", "TensorEdit", "merge_stream"]
 
@@ -180,7 +188,7 @@ def _stream_item(item: Item) -> Iterator[memoryview]:
         file.seek(source.start)
         for start in range(0, shape[0], num_rows):
             stop = min(start + num_rows, shape[0])
-            data = _read(file, (stop - start) * row_bytes, source.shard)
+            data = read_exactly(file, (stop - start) * row_bytes, source.shard)
             if item.edit is None and item.dtype == source.dtype:
                 yield memoryview(data)
             else:

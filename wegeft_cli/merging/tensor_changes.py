@@ -12,7 +12,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, merge_stored
 from wegeft_cli.methods.wegeft.targets import Rows
-from wegeft_cli.storage.tensors import block_rows
+from wegeft_cli.storage.safetensors_reader import block_rows
 
 
 @dataclass(frozen=True)

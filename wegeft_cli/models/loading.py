@@ -20,13 +20,10 @@ from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.storage.containment import check_model_folder
+from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, TORCH_DTYPES
 
 _NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {name: TORCH_DTYPES[stored] for name, stored in DTYPE_NAMES.items()}
 
 
 def load_config(
@@ -455,25 +452,14 @@ def quantise_as(section: ModelSection, kind: str | None) -> ModelSection:
     )
 
 
-def find_dtype(section: ModelSection) -> torch.dtype:
-    """Give the type of a base's dense weights: the recipe's, or the one that its files declare.
+def find_dtype(section: ModelSection, config: Any = None) -> torch.dtype:
+    """Return the type of a base's dense weights: the recipe's, else its configuration's.
 
-    Args:
-        section: The recipe's `model`.
-
-    Returns:
-        A floating type.
-
-    Raises:
-        UserError: If there is no such model.
+    `config` is the model's configuration; it is loaded if it is None and needed.
     """
     if section.dtype in _DTYPES:
         return _DTYPES[section.dtype]
-    config = load_config(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
+    config = load_base_config(section) if config is None else config
     declared = getattr(config, "dtype", None)
     return declared if isinstance(declared, torch.dtype) else torch.float32
 

@@ -24,6 +24,7 @@ from wegeft_cli.methods.wegeft.inject import get_generators
 from wegeft_cli.methods.wegeft.modules import AdapterGenerators, GeneratorSettings
 from wegeft_cli.methods.wegeft.targets import Target, find_linears
 from wegeft_cli.models.kernels import enable_checkpointing
+from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.planning.batch_shapes import BatchShape, PassSurvey
 from wegeft_cli.planning.class_fake_step import compute_class_loss, count_class_flops, find_head
 from wegeft_cli.recipe.schema import Recipe
@@ -164,7 +165,11 @@ def rehearse_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
 
 
 def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
-    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)), torch.no_grad():
+    with (
+        FakeTensorMode(),
+        _with_fakes(model, find_dtype(recipe.model, model.config)),
+        torch.no_grad(),
+    ):
         head, is_plain = _find_head(model, recipe)
         with (
             Ledger([*model.parameters(), *model.buffers()]) as ledger,
@@ -188,7 +193,7 @@ def rehearse_flops(model: Any, recipe: Recipe, shape: BatchShape) -> float:
     Raises:
         LookupError: If the model does not run without numbers.
     """
-    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
+    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe.model, model.config)):
         return count_class_flops(model, recipe, shape)
 
 
@@ -239,7 +244,7 @@ def _signature(layer: nn.Module, index: int, model: Any) -> Any:
 def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     """Run forward and backward and count."""
     at_head: list[tuple[int, int]] = []
-    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe, model)):
+    with FakeTensorMode(), _with_fakes(model, find_dtype(recipe.model, model.config)):
         head, is_plain = _find_head(model, recipe)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -333,18 +338,6 @@ def _make_fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     is_base = tensor.is_floating_point() and not tensor.requires_grad
     fake = torch.empty(tensor.shape, dtype=dtype if is_base else tensor.dtype)
     return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-
-
-def find_dtype(recipe: Recipe, skeleton: nn.Module) -> torch.dtype:
-    """Give the type of the base's weights: the recipe's, or the one that its config declares."""
-    if recipe.model.dtype != "auto":
-        return {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }[recipe.model.dtype]
-    declared = getattr(skeleton.config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else torch.float32
 
 
 HEAP_BLOCK_BYTES = 32 * 2**20

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.distributed.launch import num_sharing
+from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.planning.batch_shapes import BatchShape
-from wegeft_cli.planning.fake_step import find_dtype, rehearse_step, rehearse_validation
+from wegeft_cli.planning.fake_step import rehearse_step, rehearse_validation
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 
 GIB = 2**30
@@ -88,7 +89,7 @@ def estimate_memory(
     """
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     learned = list_learned(model)
-    dtype = find_dtype(recipe, model)
+    dtype = find_dtype(recipe.model, model.config)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     runtime = _measure_resident() + _STEP_BYTES
     known = {

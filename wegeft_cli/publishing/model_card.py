@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.run_directory import SCORES_END, find_recipe_of
-from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.values import INPLACE_TYPES
 from wegeft_cli.redaction import mask_secrets
-from wegeft_cli.storage.json_files import read_json
+from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.version import VERSION
 
 PAPER = (
@@ -414,20 +413,11 @@ def read_facts(adapter_dir: Path, base: str, revision: str | None) -> Facts:
     if recipe is None:
         return Facts(base, revision)
     run_dir = adapter_dir if (adapter_dir / "run.json").is_file() else adapter_dir.parent
-    run = _read_object(run_dir / "run.json")
+    run = read_object(run_dir / "run.json")
     scores: list[Mapping[str, Any]] = []
     for path in sorted((run_dir / "eval").glob(f"adapter*{SCORES_END}")):
-        scores += _read_scores(_read_object(path))
+        scores += _read_scores(read_object(path))
     return Facts(base, revision, recipe, run, scores)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A card must not fail for a damaged record."""
-    try:
-        values = read_json(path, allow_nan=True)
-    except UserError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_scores(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

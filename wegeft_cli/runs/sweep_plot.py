@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wegeft_cli.recipe.grid import name_value, short_names
+from wegeft_cli.storage.json_files import is_number
 
 _WIDTH, _HEIGHT = 4.5, 3.6  # inches of a panel
 _DPI = 150
@@ -60,7 +61,7 @@ def _choose_axis(values: Sequence[Mapping[str, Any]]) -> str | None:
     varied = [key for key, count in counts.items() if count > 1]
     if not varied:
         return None
-    return max(varied, key=lambda key: (all(_is_number(row[key]) for row in values), counts[key]))
+    return max(varied, key=lambda key: (all(is_number(row[key]) for row in values), counts[key]))
 
 
 def _group_lines(values: Sequence[Mapping[str, Any]], key: str | None) -> dict[str, list[int]]:
@@ -80,7 +81,7 @@ def _draw_panel(
     lines: Mapping[str, list[int]],
     points: Sequence[Point | None],
 ) -> None:
-    is_numeric = key is not None and all(_is_number(row[key]) for row in values)
+    is_numeric = key is not None and all(is_number(row[key]) for row in values)
     ticks = list(dict.fromkeys("" if key is None else name_value(row[key]) for row in values))
     for label, positions in lines.items():
         along, means, spreads = [], [], []
@@ -111,7 +112,3 @@ def _draw_panel(
     numbers = [row[key] for row in values if key]
     if min(numbers) > 0 and max(numbers) / min(numbers) >= _LOG_RATIO:
         axes.set_xscale("log")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -163,7 +163,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = path.resolve()
     with disk_errors(path):
         if path.exists() and not path.is_dir():
-            raise UserError("a file stands where the folder should go", file=str(path))
+            raise UserError("a file exists at the path of this folder", file=str(path))
         if not replace:
             check_unused_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         temp = path.parent / f".tmp-{path.name}-{secrets.token_hex(4)}"
         try:
             temp.mkdir()
-            with _held(temp):
+            with hold_folder(temp):
                 yield temp
                 _settle_folder(temp)
                 exchange_folders(temp, path)
@@ -218,8 +218,9 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
     for folder in parent.iterdir():
         if not folder.name.startswith(prefix) or folder.is_symlink() or not folder.is_dir():
             continue
-        with suppress(OSError), _held(folder, must=True):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError), hold_folder(folder) as is_held:
+            if is_held:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftover_files(parent: Path, names: Iterable[str]) -> None:
@@ -300,16 +301,21 @@ def hash_bytes(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
 
 
 @contextmanager
-def _held(folder: Path, *, must: bool = False) -> Iterator[None]:
-    """Mark a folder as in use by a living process; with `must`, raise OSError if one uses it."""
+def hold_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a folder with flock while the body runs, and yield whether that succeeded.
+
+    It fails if another process holds the folder (unless `wait`), and on file systems without
+    flock. The kernel releases the lock of a killed process.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
-            if must:
-                raise
-        yield
+            is_held = False
+        else:
+            is_held = True
+        yield is_held
     finally:
         os.close(descriptor)
 

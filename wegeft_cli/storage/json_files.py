@@ -1,10 +1,11 @@
-"""JSON from disk, read strictly: whatever is odd about it is one clear UserError."""
+"""JSON on disk: strict for files that must be right, lenient for records that may be damaged."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,15 @@ MAX_JSON_BYTES = 100_000_000
 
 
 def read_json(path: Path, *, allow_nan: bool = False) -> Any:
-    """Read a JSON file that somebody else may have written or damaged.
+    """Read a JSON file strictly; every defect is one UserError with its place.
 
-    Args:
-        path: The file.
-        allow_nan: Take NaN and Infinity, which Python writes and the standard does not know.
-
-    Returns:
-        Dicts, lists, strings, numbers, booleans and None.
-
-    Raises:
-        UserError: If it is missing, longer than any such file, no UTF-8, no JSON, or repeats a key.
+    `allow_nan` accepts NaN and Infinity, which Python writes and the standard forbids.
     """
     return parse_json(read_text_bytes(path), file=str(path), allow_nan=allow_nan)
 
 
 def read_text_bytes(path: Path) -> bytes:
-    """Read a text file whole, unless it is longer than any such file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        UserError: If it is missing, or longer than MAX_JSON_BYTES.
-    """
+    """Read a text file whole; raise UserError if it is missing or exceeds MAX_JSON_BYTES."""
     with disk_errors(path, "read"):
         if not path.is_file():
             raise UserError("this file is missing", file=str(path))
@@ -55,24 +38,15 @@ def read_text_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: str | bytes, *, file: str, allow_nan: bool = False) -> Any:
-    """Parse a JSON document that somebody else may have written or damaged.
+    """Parse a JSON document; raise UserError for no UTF-8, no JSON, or a repeated key.
 
-    Args:
-        data: The document; bytes are UTF-8.
-        file: Where it came from, for the error.
-        allow_nan: Take NaN and Infinity, which Python writes and the standard does not know.
-
-    Returns:
-        Dicts, lists, strings, numbers, booleans and None.
-
-    Raises:
-        UserError: If it is no UTF-8, no JSON, or repeats a key.
+    `file` is the place that the error names.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(
             text,
-            object_pairs_hook=_unique_keys,
+            object_pairs_hook=unique_keys,
             parse_constant=float if allow_nan else _refuse_constant,
         )
         # A lone surrogate parses, but can be neither printed nor written back.
@@ -85,18 +59,55 @@ def parse_json(data: str | bytes, *, file: str, allow_nan: bool = False) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object leniently: an empty one if it is missing or damaged."""
+    try:
+        return parse_object(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def read_object_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a JSON Lines file; lines without one are skipped."""
+    try:
+        with path.open("rb") as file:
+            yield from (values for line in file if (values := parse_object(line)))
+    except OSError:
+        return
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object leniently: an empty one if the text holds none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number (booleans are none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def shorten(value: object, *, limit: int = 60) -> str:
-    """Show a value in a message, cut to so many characters."""
+    """Return the `repr` of a value for a message, at most `limit` characters long."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object from its pairs (an `object_pairs_hook`); raise ValueError for a repeat."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shorten(doubled)} stands there twice")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {shorten(repeated)} twice")
     return values
 
 
@@ -105,14 +116,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def to_finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON has no word for, by null.
-
-    Args:
-        value: A JSON value; tuples are lists there.
-
-    Returns:
-        Its copy, None in their place.
-    """
+    """Copy a JSON value with NaN and infinity replaced by None, and tuples by lists."""
     if isinstance(value, dict):
         return {key: to_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

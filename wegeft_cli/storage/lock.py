@@ -1,4 +1,4 @@
-"""A folder's lock: one process at a time works in it."""
+"""Lock of a folder: one process at a time works in it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ from typing import Any
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.storage.json_files import parse_object
 
 LOCK_NAME = ".wegeft.lock"
 
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Keep a second process out of a folder for as long as the body runs.
+    """Hold a folder, made if missing, while the body runs; raise UserError if it is in use.
 
-    Args:
-        path: The folder; it is made if missing. The lock is a file in it that names its holder.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UserError: If another process holds the folder; the message names it.
+    The lock is a file in the folder that names its holder.
     """
     lock_path = path / LOCK_NAME
     with disk_errors(path):
@@ -46,18 +40,19 @@ def lock_folder(path: Path) -> Iterator[None]:
 
 
 def _take_lock(descriptor: int, lock_path: Path) -> None:
-    """Lock by flock where the file system has it, else by what the file says."""
+    """Lock by flock, and by the recorded holder on file systems without a working flock."""
     holder = _read_holder(descriptor)
+    is_here = holder.get("host") == socket.gethostname()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         taken = True
     except OSError:
-        # Without flock a holder on another machine cannot be asked whether it still lives.
-        taken = bool(holder) and (holder.get("host") != socket.gethostname() or _lives(holder))
+        # Without flock, a holder on another machine counts as alive: it cannot be checked.
+        taken = bool(holder) and (not is_here or _is_alive(holder))
     else:
-        # Some network file systems grant every flock: believe a living neighbour instead.
-        taken = holder.get("host") == socket.gethostname() and _lives(holder)
+        # Some network file systems grant every flock, so a live holder on this machine decides.
+        taken = is_here and _is_alive(holder)
     if taken:
         who = (
             f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('started')}"
@@ -67,7 +62,7 @@ def _take_lock(descriptor: int, lock_path: Path) -> None:
         raise UserError(
             f"this folder is in use by {who}",
             file=str(lock_path.parent),
-            hint=f"wait for it, choose another folder, or remove {LOCK_NAME} if it is long dead",
+            hint=f"wait for it, choose another folder, or remove {LOCK_NAME} if it has ended",
         )
     mine = {
         "pid": os.getpid(),
@@ -81,15 +76,11 @@ def _take_lock(descriptor: int, lock_path: Path) -> None:
 
 
 def _read_holder(descriptor: int) -> dict[str, Any]:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
-    except (ValueError, RecursionError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    return parse_object(os.pread(descriptor, 4096, 0))
 
 
-def _lives(holder: Mapping[str, Any]) -> bool:
-    """Tell whether the holder, a process of this machine other than this one, still runs."""
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """Return whether the holder, another process on this machine, still runs."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
@@ -99,12 +90,12 @@ def _lives(holder: Mapping[str, Any]) -> bool:
         pass
     except (OSError, OverflowError):
         return False
-    # The number may have gone to a new process since.
+    # The process id may have been reused since.
     return holder.get("ticks") == _start_ticks(pid)
 
 
 def _start_ticks(pid: int) -> str:
-    """When a process started, in ticks since boot; empty where there is no /proc."""
+    """Return when a process started, in clock ticks since boot; empty without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

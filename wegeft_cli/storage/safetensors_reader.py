@@ -7,9 +7,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,6 +48,17 @@ DTYPE_BITS = {
     "I64": 64,
     "U64": 64,
 }
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The floating-point types that tensors are computed with, by the format's name."""
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The types that a user can choose -> the format's name."""
+BLOCK_BYTES = 32 * 2**20
+"""Largest block of rows that is read at once, in bytes of float32."""
 # What adapters and checkpoints hold; the format knows more than torch can make everywhere.
 _PLAIN_DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -247,6 +260,42 @@ def _are_sizes(value: Any) -> bool:
 def _damaged(path: Path, what: str) -> UserError:
     hint = "fetch or write the file again"
     return UserError(f"this safetensors file is damaged: {what}", file=str(path), hint=hint)
+
+
+def block_rows(shape: Sequence[int]) -> int:
+    """Return the number of rows that make up at most BLOCK_BYTES in float32, at least one."""
+    return max(1, BLOCK_BYTES // (4 * max(1, math.prod(shape[1:]))))
+
+
+def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
+    """Read the rows [start, stop) of a stored tensor, by default all of them.
+
+    The result is [stop - start, ...] in the stored type; a number (no dimensions) has one row.
+    """
+    if info.dtype not in TORCH_DTYPES:
+        raise UserError(
+            f"a tensor in it is stored as {info.dtype}: a quantised base has no usable weights",
+            file=str(info.shard),
+            hint="name the unquantised base with --base",
+        )
+    num_rows = info.shape[0] if info.shape else 1
+    stop = num_rows if stop is None else min(stop, num_rows)
+    shape = (stop - start, *info.shape[1:]) if info.shape else ()
+    if math.prod(shape) == 0:
+        return torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
+    row_bytes = info.num_bytes // num_rows
+    with disk_errors(info.shard, "read"), info.shard.open("rb") as file:
+        file.seek(info.start + start * row_bytes)
+        data = read_exactly(file, (stop - start) * row_bytes, info.shard)
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).reshape(shape)
+
+
+def read_exactly(file: BufferedReader, num_bytes: int, path: Path) -> bytearray:
+    """Read `num_bytes` from an open file; raise UserError if it ends before."""
+    data = bytearray(num_bytes)
+    if file.readinto(data) != num_bytes:
+        raise UserError("this file changed while it was read", file=str(path))
+    return data
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from wegeft_cli.storage.json_files import read_json
 from wegeft_cli.storage.safetensors_reader import (
     INDEX_NAME,
     SINGLE_NAME,
+    TORCH_DTYPES,
     Shard,
     TensorInfo,
     encode_header,
@@ -28,9 +29,6 @@ from wegeft_cli.storage.safetensors_reader import (
     read_index,
     tensor_bytes,
 )
-from wegeft_cli.storage.tensors import TORCH_DTYPES
-
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Weights in other formats, which the edits do not reach, so they must not stand beside the merged.
 _OTHER_WEIGHTS = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from wegeft_cli.storage.json_files import is_number
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; lines also differ in dashes.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FDF", "#7F7F7F")
@@ -110,7 +111,7 @@ def draw_inspection(number: int, found: Mapping[str, Any]) -> list[Chart]:
         rows = [
             {"kind": row["kind"], "layer": _layer(row, place), "value": row[key]}
             for place, row in enumerate(modules)
-            if _is_number(row.get(key))
+            if is_number(row.get(key))
         ]
         if rows:
             name = f"inspect-{number}-{key}"
@@ -154,7 +155,7 @@ def _draw_cosines(name: str, cosines: Mapping[str, Any]) -> Chart:
         {"first": i, "second": j, "cosine": value}
         for i, line in enumerate(cosines["matrix"])
         for j, value in enumerate(line)
-        if _is_number(value)
+        if is_number(value)
     ]
     axis = {"type": "ordinal", "axis": {"labelOverlap": True, "labelAngle": 0}}
     spec = {
@@ -241,7 +242,3 @@ def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _layer(row: Mapping[str, Any], place: int) -> int:
     return place if row.get("layer") is None else row["layer"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

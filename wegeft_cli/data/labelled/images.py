@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from wegeft_cli.data.sources.hub import open_hub
 from wegeft_cli.data.sources.loading import MAX_FAULTS, find_local, load_rows
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
+from wegeft_cli.storage.json_files import read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings of the files that count as images in a folder."""
@@ -46,7 +46,7 @@ def read_images(source: DataSource, *, recipe_dir: Path | None) -> LabelledRows:
         if folder is not None:
             return _read_folder(folder, source)
     elif local.suffix == ".json":
-        values = _parse_json(local)
+        values = read_json(local)
         if isinstance(values, dict):
             return _read_pairs(local, values, source, recipe_dir)
     return _read_table(source, recipe_dir)
@@ -84,13 +84,6 @@ def _read_folder(folder: Path, source: DataSource) -> LabelledRows:
             hint=f"an image's name ends in {', '.join(IMAGE_SUFFIXES[:4])}, ...",
         )
     return _list_paths(pairs[: source.limit], str(folder), folder)
-
-
-def _parse_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read as JSON: {error}", file=str(path)) from error
 
 
 def _read_pairs(

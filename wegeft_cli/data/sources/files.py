@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import unique_keys
 
 MAX_ROW_BYTES = 64 * 2**20
 """No line or cell is longer: else a whole data set in one line would be read into memory."""
@@ -79,18 +80,9 @@ def _not_utf8(byte: int, place: str) -> UserError:
     return UserError(f"byte {byte:#04x} is not UTF-8", file=place, hint="save the file as UTF-8")
 
 
-def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    built = dict(pairs)
-    if len(built) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return built
-
-
 def _parse(text: str, file: str, first_line: int = 1) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_build_object)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         # The error counts lines from 1 within the text given.
         place = f"{file}:{error.lineno + first_line - 1}:{error.colno}"

@@ -286,8 +286,8 @@ def build_part(builder: Builder, source: DataSource, group: str) -> Part:
         key = _find_key(builder, source, group, part.report.sha256)
     try:
         write_entry(cache, key, part.dataset, _tell_facts(part.report))
-    except OSError as error:
-        notes.append(f"not kept in data.cache_dir: {error}")
+    except UserError as error:
+        notes.append(f"not kept in data.cache_dir: {error.message}")
     return _add_notes(part, notes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import nn
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.adalora import first_rank
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.storage.json_files import read_object
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -132,12 +132,9 @@ def _check_runs_nothing(adapter_dir: Path) -> None:
         UserError: If there are such settings.
     """
     path = adapter_dir / "adapter_config.json"
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return  # PEFT tells
+    values = read_object(path)  # PEFT itself reports a damaged file
     for key in ("megatron_config", "tokenizer_kwargs"):
-        if isinstance(values, dict) and values.get(key):
+        if values.get(key):
             raise UserError(
                 "by this setting code could run that the adapter names",
                 file=str(path),
