@@ -105,8 +105,8 @@ def test_every_imported_package_is_declared(repository: Path) -> None:
                 modules.add(node.module.partition(".")[0])
     modules -= {"wegeft_cli", *sys.stdlib_module_names}
     distributions = packages_distributions()
-    # The base install stays the short list that users know; these two come with it.
-    brought = {"jinja2": "torch", "pyarrow": "datasets"}
+    # The base install stays the short list that users know; this one comes with it.
+    brought = {"pyarrow": "datasets"}
     assert len(paths) >= 40
     assert {"torch", "yaml", "typer"} <= modules
     for module in modules:

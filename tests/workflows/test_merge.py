@@ -352,7 +352,7 @@ def test_the_source_is_never_touched_and_everything_of_it_comes_along(
         "chat_template.jinja", "LICENSE", "model.safetensors.index.json",
     }  # fmt: skip
     card = (result.output_dir / "README.md").read_text()
-    assert 'license: "apache-2.0"' in card
+    assert "license: apache-2.0" in card
     assert "# The base" not in card
     provenance = json.loads((result.output_dir / "wegeft_merge.json").read_text())
     assert provenance["adapters"] == [{"path": str(folder), "weight": 1.0}]
