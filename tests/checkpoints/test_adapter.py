@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wegeft_cli.artifacts.adapter import (
+    Adapter,
     load_adapter_files,
-    read_adapter_type,
     resolve_adapter_dir,
     save_adapter_files,
 )
@@ -175,19 +175,19 @@ def test_a_lora_adapter_is_told_as_such(adapter_dir):
 
 
 def test_the_kind_and_the_base_of_any_adapter(adapter_dir):
-    assert read_adapter_type(adapter_dir) == ("WEGEFT", "some/base", None)
+    assert _type(adapter_dir) == ("WEGEFT", "some/base", None)
     config = {"peft_type": "LORA", "base_model_name_or_path": "b", "revision": "main", "x": 1}
     (adapter_dir / CONFIG).write_text(json.dumps(config))
-    assert read_adapter_type(adapter_dir) == ("LORA", "b", "main")
+    assert _type(adapter_dir) == ("LORA", "b", "main")
     for key, value in (("peft_type", 3), ("base_model_name_or_path", None), ("revision", [])):
         (adapter_dir / CONFIG).write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError) as caught:
-            read_adapter_type(adapter_dir)
+            Adapter.open(adapter_dir)
         assert caught.value.key == key
     for text in ("[]", "{"):
         (adapter_dir / CONFIG).write_text(text)
         with pytest.raises(UserError, match="JSON"):
-            read_adapter_type(adapter_dir)
+            Adapter.open(adapter_dir)
 
 
 def test_an_adapter_is_found_from_its_run(adapter_dir, tmp_path):
@@ -239,3 +239,8 @@ def test_the_run_that_finished_last_is_found(tmp_path):
     assert find_newest_run(runs) == runs / "e_newest"
     make_run("g_odd", '{"status": "finished", "finished_at": [1]}', mtime=1)
     assert find_newest_run(runs) == runs / "e_newest"
+
+
+def _type(adapter_dir):
+    adapter = Adapter.open(adapter_dir)
+    return adapter.peft_type, adapter.base, adapter.revision

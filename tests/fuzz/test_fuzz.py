@@ -37,10 +37,9 @@ from tests.fuzz.damage import (
 )
 from wegeft_cli.artifacts.adapter import (
     BASE_NAME,
+    Adapter,
     load_adapter_files,
     quantization_to_json,
-    read_adapter_type,
-    read_quantization,
     resolve_adapter_dir,
 )
 from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint, load_checkpoint
@@ -150,7 +149,7 @@ small_json, any_json = json_damage(huge=False), json_damage()
 KINDS = [
     Kind("adapter config", "run/adapter", "adapter_config.json", any_json, load_adapter_files),
     Kind("adapter weights", "run/adapter", "*.safetensors", damage_safetensors, load_adapter_files),
-    Kind("adapter type", "run/adapter", "adapter_config.json", any_json, read_adapter_type,
+    Kind("adapter type", "run/adapter", "adapter_config.json", any_json, Adapter.open,
          always_told=False),
     Kind("base header", "base", "*.safetensors", damage_safetensors, fingerprint_base),
     Kind("base index", "sharded", "*.index.json", any_json, fingerprint_base),
@@ -202,7 +201,8 @@ KINDS = [
     Kind("tokenizer config", "base", "tokenizer_config.json", small_json,
          lambda f: load_tokenizer(str(f)), 0.3, False),
     Kind("LoRA config", "lora", "adapter_config.json", small_json, read_peft, 0.2, False),
-    Kind("LoRA base record", "quantised", BASE_NAME, any_json, read_quantization),
+    Kind("LoRA base record", "quantised", BASE_NAME, any_json,
+         lambda folder: Adapter.open(folder).quantization),
     Kind("LoRA weights", "lora", "*.safetensors", damage_safetensors, read_peft, 0.2, False),
 ]  # fmt: skip
 

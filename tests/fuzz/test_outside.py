@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from wegeft_cli.artifacts.adapter import load_adapter_files, read_adapter_type
+from wegeft_cli.artifacts.adapter import Adapter, load_adapter_files
 from wegeft_cli.artifacts.checkpoint import load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError
@@ -92,7 +92,7 @@ def test_a_shard_s_name_leads_nowhere_else(sharded, trained, tmp_path, name, rea
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "adapter config": ("adapter/adapter_config.json", load_adapter_files),
     "adapter weights": ("adapter/adapter_model.safetensors", load_adapter_files),
-    "adapter type": ("adapter/adapter_config.json", read_adapter_type),
+    "adapter type": ("adapter/adapter_config.json", Adapter.open),
     "checkpoint": ("checkpoints/step-00000001/state.json", load_checkpoint),
     "base fingerprint": ("base/model.safetensors", fingerprint_base),
     "base weights": ("base/model.safetensors", lambda folder: load_model(str(folder))),

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wegeft_cli.artifacts.adapter import read_quantization
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.export import export
 from wegeft_cli.inference.loaded_model import fingerprint_target, open_target
@@ -83,7 +83,7 @@ def test_a_quantised_base_trains_and_merges(write_recipe, base_dir, ids, listene
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
     assert losses[-1] < 0.9 * losses[0]
-    assert read_quantization(result.adapter_dir) == kind
+    assert Adapter.open(result.adapter_dir).quantization == kind
 
     told = {}
     for name, dequantize in (("base", False), ("dequantized", True)):
@@ -131,7 +131,7 @@ def test_a_baseline_tells_how_its_base_was_quantised(
     # Away from its run, whose recipe knows; stock PEFT reads it without a word (a warning fails).
     alone = tmp_path / "alone"
     shutil.copytree(result.adapter_dir, alone)
-    assert read_quantization(alone) == kind
+    assert Adapter.open(alone).quantization == kind
     assert PeftConfig.from_pretrained(alone).peft_type == "LORA"
     opened = open_target(alone, None, base=None)
     assert find_kind(opened.model) == kind
@@ -147,7 +147,7 @@ def test_a_baseline_tells_how_its_base_was_quantised(
     if kind != "bitsandbytes_8bit":
         assert told["dequantized"]["max"] < SAME_SUMS * told["dequantized"]["scale"]
     plain = train(write_recipe("plain", adapter={"type": "lora"}))
-    assert read_quantization(plain.adapter_dir) is None
+    assert Adapter.open(plain.adapter_dir).quantization is None
     assert not (plain.adapter_dir / "wegeft_base.json").exists()
 
 
@@ -198,7 +198,7 @@ def test_dropping_entries_of_a_quantised_weight_is_refused(base_dir):
 
 def test_a_dense_base_has_nothing_to_dequantise(base_dir, make_adapter, tmp_path):
     folder, _ = make_adapter(base_dir)
-    with pytest.raises(UserError, match="was not quantised") as caught:
+    with pytest.raises(UserError, match="was not quantized") as caught:
         merge(folder, output=tmp_path / "x", dequantize=True)
     assert caught.value.key == "--dequantize"
     assert not (tmp_path / "x").exists()

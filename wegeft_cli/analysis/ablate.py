@@ -13,13 +13,10 @@ from wegeft_cli.analysis.class_ablate import open_split, without_head
 from wegeft_cli.analysis.edit import edit_files
 from wegeft_cli.analysis.output_files import check_output, check_plots, save_ablation, write_json
 from wegeft_cli.artifacts.adapter import (
+    Adapter,
     AdapterFiles,
-    load_adapter_files,
-    read_adapter_type,
-    resolve_adapter_dir,
 )
 from wegeft_cli.artifacts.in_place_files import refuse_method
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
 from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import Asked, EvalJob, TaskRequest
@@ -28,6 +25,7 @@ from wegeft_cli.evaluation.evaluate import read_jobs
 from wegeft_cli.evaluation.score import TaskScore, result_dict
 from wegeft_cli.inference.loaded_classifier import is_classifier
 from wegeft_cli.inference.loaded_model import OpenedTarget, open_target
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.models.device_memory import telling_memory
@@ -93,13 +91,13 @@ def ablate(
         check_plots()
     if output is not None:
         check_output(output)
-    adapter_dir = resolve_adapter_dir(find_run(adapter))
-    kind, _, _ = read_adapter_type(adapter_dir)
-    if kind != PEFT_TYPE:
+    opened_adapter = Adapter.open(Path(find_run(adapter)))
+    adapter_dir, kind = opened_adapter.folder, opened_adapter.peft_type
+    if not method_of_adapter(kind).has_generators:
         hint = "train it by adapter.type: wegeft to switch parts off"
         reason = "only WeGeFT's parts can be switched off"
         refuse_method(adapter_dir, kind, reason, hint=hint)
-    files = load_adapter_files(adapter_dir)
+    files = opened_adapter.files
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:
         raise UserError(f"the adapter has no {by} to switch off", key="--ablate")

@@ -15,17 +15,18 @@ from wegeft_cli.analysis.adapter_parts import Element, find_element
 from wegeft_cli.artifacts.adapter import (
     CARD_NAME,
     ORIGINAL_NAME,
+    Adapter,
     AdapterFiles,
     load_adapter_files,
-    read_adapter_type,
     resolve_adapter_dir,
     save_adapter_files,
 )
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json, read_head
 from wegeft_cli.artifacts.in_place_files import refuse_method
-from wegeft_cli.artifacts.manifest import PEFT_TYPE, AdapterManifest, Edit, ModuleEntry
+from wegeft_cli.artifacts.manifest import AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.storage.atomic import check_unused_folder
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
@@ -252,8 +253,8 @@ def _write(
 
 
 def _check_kind(adapter_dir: Path) -> None:
-    kind, _, _ = read_adapter_type(adapter_dir)
-    if kind != PEFT_TYPE:
+    kind = Adapter.open(adapter_dir).peft_type
+    if not method_of_adapter(kind).has_generators:
         hint = "train it by adapter.type: wegeft to edit it"
         refuse_method(adapter_dir, kind, "only WeGeFT's parts can be edited", hint=hint)
 

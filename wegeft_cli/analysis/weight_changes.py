@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter import (
+    Adapter,
     AdapterFiles,
-    load_adapter_files,
-    read_adapter_type,
-    resolve_adapter_dir,
 )
 from wegeft_cli.artifacts.in_place_files import refuse_method
 from wegeft_cli.artifacts.lora_files import load_lora_files
-from wegeft_cli.artifacts.manifest import PEFT_TYPE, ModuleEntry
+from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
@@ -139,14 +138,15 @@ def open_changes(
         UserError: If the adapter is damaged or of another kind, the base is another one, or its
             files lack a module.
     """
-    adapter_dir = resolve_adapter_dir(adapter)
-    kind, recorded, revision = read_adapter_type(adapter_dir)
+    opened = Adapter.open(adapter)
+    adapter_dir, kind = opened.folder, opened.peft_type
+    method = method_of_adapter(kind)
     files: AdapterFiles | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    if kind == PEFT_TYPE:
-        files = load_adapter_files(adapter_dir)
+    if method.has_generators:
+        files = opened.files
         parts = list(_list_parts(files))
-    elif kind == "LORA":
+    elif method.is_lora:
         pairs = load_lora_files(adapter_dir)
         parts = [Part(name, name) for name in pairs]
     else:
@@ -154,7 +154,7 @@ def open_changes(
         hint = "`wegeft eval --compare-base` tells what it does"
         refuse_method(adapter_dir, kind, reason, hint=hint)
     with tell_base(base, adapter_dir):
-        base_dir = fetch_base_folder(base or recorded, None if base else revision)
+        base_dir = fetch_base_folder(base or opened.base, None if base else opened.revision)
         stored = list_tensors(base_dir)
         if not stored:
             raise UserError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.head_file import HEAD_NAME
+from wegeft_cli.artifacts.head_file import HEAD_NAME, read_head
 from wegeft_cli.artifacts.manifest import PEFT_TYPE, AdapterManifest
 from wegeft_cli.artifacts.run_directory import _read_run
 from wegeft_cli.errors import UserError, raise_all
@@ -21,7 +23,13 @@ from wegeft_cli.storage.atomic import (
     write_text_atomic,
 )
 from wegeft_cli.storage.containment import check_inside, check_links
-from wegeft_cli.storage.json_files import read_json, read_object, read_text_bytes, shorten
+from wegeft_cli.storage.json_files import (
+    parse_json,
+    read_json,
+    read_object,
+    read_text_bytes,
+    shorten,
+)
 from wegeft_cli.storage.safetensors_reader import TensorInfo, load_tensors, read_shard
 
 CONFIG_NAME = "adapter_config.json"
@@ -29,6 +37,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantised
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
+PROVENANCE_NAME = "wegeft_merge.json"  # in a merged model's folder
 
 _PHI = "base_model.wegeft_phi_"
 _PSI = "base_model.wegeft_psi_"
@@ -120,11 +129,12 @@ def _holds_only_adapter(folder: Path) -> bool:
     }
 
 
-def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
+def load_adapter_files(adapter_dir: Path, text: bytes | None = None) -> AdapterFiles:
     """Read an adapter's folder and check all of it.
 
     Args:
         adapter_dir: The folder.
+        text: The bytes of its `adapter_config.json`, where they have been read already.
 
     Returns:
         The adapter; its factors are finite and fit the manifest and each other.
@@ -142,7 +152,7 @@ def load_adapter_files(adapter_dir: Path) -> AdapterFiles:
     ]
     if not config_path.is_file():
         raise_all(missing)
-    text = read_text_bytes(config_path)
+    text = read_text_bytes(config_path) if text is None else text
     # The config first: an adapter of another kind may well keep its weights elsewhere.
     manifest = AdapterManifest.from_json(text, file=str(config_path))
     raise_all(missing)
@@ -267,77 +277,93 @@ def resolve_adapter_dir(path: Path) -> Path:
     )
 
 
-def read_adapter_type(adapter_dir: Path) -> tuple[str, str, str | None]:
-    """Tell an adapter's kind and base without reading the rest: WeGeFT's own or any of PEFT's.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of any method on disk; its `adapter_config.json` is read once.
 
     Args:
-        adapter_dir: The folder that holds `adapter_config.json`.
-
-    Returns:
-        Its `peft_type` (WEGEFT, LORA, ...), its base's name or path, and the base's revision.
-
-    Raises:
-        UserError: If the file is missing or damaged, or does not tell the kind or the base.
+        folder: The folder that holds `adapter_config.json`.
+        peft_type: WEGEFT, LORA, ...
+        base: The base's name or path.
+        revision: The base's hub revision.
+        config: All that `adapter_config.json` holds.
+        text: The file's bytes.
     """
-    check_links(adapter_dir)
-    path = adapter_dir / CONFIG_NAME
-    values = read_json(path, allow_nan=True)
-    if not isinstance(values, dict):
-        raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(path))
-    if "peft_type" not in values:
-        message = "is missing: this is no adapter's config"
-        raise UserError(message, file=str(path), key="peft_type")
-    for key in ("peft_type", "base_model_name_or_path"):
-        if not isinstance(values.get(key), str):
-            message = f"must be a text, got {shorten(values.get(key))}"
-            raise UserError(message, file=str(path), key=key)
-    revision = values.get("revision")
-    if revision is not None and not isinstance(revision, str):
-        message = f"must be a text or null, got {shorten(revision)}"
-        raise UserError(message, file=str(path), key="revision")
-    return values["peft_type"], values["base_model_name_or_path"], revision
 
+    folder: Path
+    peft_type: str
+    base: str
+    revision: str | None
+    config: Mapping[str, Any] = field(repr=False)
+    text: bytes = field(repr=False)
 
-def read_quantization(adapter_dir: Path) -> str | None:
-    """Tell how an adapter's base was quantised while it was trained.
+    @classmethod
+    def open(cls, path: Path) -> Adapter:
+        """Open an adapter folder, or the adapter of a run folder.
 
-    A WeGeFT adapter's `adapter_config.json` tells it. Of a baseline PEFT would warn of a key that
-    it does not know: a file of its own stands beside it, where the base was quantised.
+        Args:
+            path: The folder.
 
-    Args:
-        adapter_dir: The folder that holds `adapter_config.json`.
+        Returns:
+            The adapter; its tensors are read by `files`.
 
-    Returns:
-        What was recorded, such as `bitsandbytes_4bit`; None for a base that was not quantised, and
-        for a baseline from elsewhere.
+        Raises:
+            UserError: If there is no adapter, or its config is damaged or names no method or base.
+        """
+        folder = resolve_adapter_dir(path)
+        check_links(folder)
+        config_path = folder / CONFIG_NAME
+        text = read_text_bytes(config_path)
+        values = parse_json(text, file=str(config_path), allow_nan=True)
+        if not isinstance(values, dict):
+            raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(config_path))
+        if "peft_type" not in values:
+            message = "is missing: this is no adapter's config"
+            raise UserError(message, file=str(config_path), key="peft_type")
+        for key in ("peft_type", "base_model_name_or_path"):
+            if not isinstance(values.get(key), str):
+                message = f"must be a text, got {shorten(values.get(key))}"
+                raise UserError(message, file=str(config_path), key=key)
+        revision = values.get("revision")
+        if revision is not None and not isinstance(revision, str):
+            message = f"must be a text or null, got {shorten(revision)}"
+            raise UserError(message, file=str(config_path), key="revision")
+        base = values["base_model_name_or_path"]
+        return cls(folder, values["peft_type"], base, revision, values, text)
 
-    Raises:
-        UserError: If a file is missing or damaged.
-    """
-    path = adapter_dir / CONFIG_NAME
-    kind, *_ = read_adapter_type(adapter_dir)
-    if kind == PEFT_TYPE:
-        return AdapterManifest.from_json(read_text_bytes(path), file=str(path)).base_quantization
-    record = adapter_dir / BASE_NAME
-    if not record.is_file():
-        return None
-    values = read_json(record)
-    found = values.get("base_quantization") if isinstance(values, dict) else None
-    if not isinstance(found, str):
-        message = f"must be a text, got {shorten(found)}"
-        raise UserError(message, file=str(record), key="base_quantization")
-    return found
+    @cached_property
+    def head(self) -> dict[str, Any] | None:
+        """What `head.json` holds; None for a language model's adapter."""
+        return read_head(self.folder)
+
+    @cached_property
+    def files(self) -> AdapterFiles:
+        """The checked tensors and manifest of a WeGeFT adapter."""
+        return load_adapter_files(self.folder, self.text)
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """How the base was quantized in training (`bitsandbytes_4bit`); None where it was not.
+
+        A WeGeFT adapter's config records it. PEFT warns of keys that it does not know, so beside
+        an adapter of PEFT's the record is a file of its own.
+        """
+        if self.peft_type == PEFT_TYPE:
+            manifest = AdapterManifest.from_json(self.text, file=str(self.folder / CONFIG_NAME))
+            return manifest.base_quantization
+        record = self.folder / BASE_NAME
+        if not record.is_file():
+            return None
+        values = read_json(record)
+        found = values.get("base_quantization") if isinstance(values, dict) else None
+        if not isinstance(found, str):
+            message = f"must be a text, got {shorten(found)}"
+            raise UserError(message, file=str(record), key="base_quantization")
+        return found
 
 
 def quantization_to_json(kind: str) -> str:
-    """Write how a baseline's base was quantised as the text of `wegeft_base.json`.
-
-    Args:
-        kind: As `read_quantization` gives it.
-
-    Returns:
-        The text.
-    """
+    """Return the text of `wegeft_base.json`, see `Adapter.quantization`."""
     return json.dumps({"base_quantization": kind}, indent=2) + "\n"
 
 
@@ -345,6 +371,3 @@ def read_provenance(folder: Path) -> str | None:
     """Return the base that a merged folder was made from, or None if it does not record one."""
     base = read_object(folder / PROVENANCE_NAME).get("base_model_name_or_path")
     return None if base is None else str(base)
-
-
-PROVENANCE_NAME = "wegeft_merge.json"

@@ -16,17 +16,14 @@ from wegeft_cli.artifacts.adapter import (
     CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
-    load_adapter_files,
-    read_adapter_type,
-    resolve_adapter_dir,
+    Adapter,
 )
-from wegeft_cli.artifacts.head_file import read_head
 from wegeft_cli.artifacts.in_place_files import refuse_method
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
 from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.lora import TwinPlan, plan_twin
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.methods.wegeft.lora_equivalent import Twin
 from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
@@ -157,15 +154,15 @@ def export(
         assert target is not None
         result = _export_model(str(target), format, output, revision, options, reporter)
     else:
-        adapter_dir = resolve_adapter_dir(find_run(target))
-        if read_head(adapter_dir) is not None:
+        adapter = Adapter.open(Path(find_run(target)))
+        if adapter.head is not None:
             raise UserError(
                 "this is a classifier's adapter, whose head no other tool reads beside a LoRA pair",
-                file=str(adapter_dir),
+                file=str(adapter.folder),
                 hint="write the whole model: `wegeft merge`",
             )
-        output = output or _default_output(adapter_dir, format)
-        result = _export_adapter(adapter_dir, format, output, base, revision, options, reporter)
+        output = output or _default_output(adapter.folder, format)
+        result = _export_adapter(adapter, format, output, base, revision, options, reporter)
     url = publish(result.output_dir, push, reporter) if push is not None else None
     return replace(
         result,
@@ -207,7 +204,7 @@ def _export_model(
 
 
 def _export_adapter(
-    adapter_dir: Path,
+    adapter: Adapter,
     format: str,
     output: Path,
     base: str | None,
@@ -216,21 +213,21 @@ def _export_adapter(
     reporter: Reporter,
 ) -> ExportResult:
     check_unused_folder(output)
-    kind, recorded_base, recorded_revision = read_adapter_type(adapter_dir)
-    if kind != PEFT_TYPE:
+    adapter_dir, kind = adapter.folder, adapter.peft_type
+    if not method_of_adapter(kind).has_generators:
         own = "PEFT reads it as it is"
         hint = "merge it and export the model" if format == "gguf" else own
-        reason = "only a WeGeFT adapter has a LoRA twin"
+        reason = "only a WeGeFT adapter has an exact LoRA equivalent"
         refuse_method(adapter_dir, kind, reason, hint=hint)
-    files = load_adapter_files(adapter_dir)
+    files = adapter.files
     if (quantised := files.manifest.base_quantization) is not None:
         reporter.warn(
             f"this adapter was trained on a base quantised as {quantised}; parity is measured on "
             "the 16-bit base, and served on that it answers otherwise than it was trained "
             "(`wegeft merge` measures by how much)"
         )
-    name_or_path = base or recorded_base
-    revision = revision or (None if base else recorded_revision)
+    name_or_path = base or adapter.base
+    revision = revision or (None if base else adapter.revision)
     recipe = find_recipe_of(adapter_dir)
     trusts = recipe is not None and recipe.model.trust_remote_code
     with tell_base(base, adapter_dir):

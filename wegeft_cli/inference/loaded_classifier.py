@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import read_adapter_type, resolve_adapter_dir
-from wegeft_cli.artifacts.head_file import read_head
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import put_adapter
 from wegeft_cli.methods.wegeft.save_load import tell_base
@@ -25,15 +24,20 @@ class FoundClassifier:
     """What is known of a classifier before it is loaded.
 
     Args:
-        adapter_dir: Its adapter; None of a model that stands alone.
+        adapter: Its adapter; None for a model.
         head: What it tells apart.
         recipe: The run's recipe, or one that holds what is known without it; its `model` is what
             will be loaded: the adapter's base, or the model.
     """
 
-    adapter_dir: Path | None
+    adapter: Adapter | None
     head: HeadSpec
     recipe: Recipe
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The adapter's folder; None for a model."""
+        return None if self.adapter is None else self.adapter.folder
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def is_classifier(path: str | Path, recipe: Recipe | None) -> bool:
             return False
     if folder.is_dir():
         try:
-            return read_head(resolve_adapter_dir(folder)) is not None
+            return Adapter.open(folder).head is not None
         except UserError:
             return False
     return False
@@ -102,14 +106,15 @@ def find_classifier(
         known = recipe or _recipe_of_head(head, {})
         section = replace(known.model, name_or_path=str(folder), revision=None)
         return FoundClassifier(None, head, replace(known, model=section))
-    adapter_dir = resolve_adapter_dir(folder)
-    head, values = read_head_spec(adapter_dir)
+    adapter = Adapter.open(folder)
+    head, values = read_head_spec(adapter)
     known = recipe or _recipe_of_head(head, values)
-    _, recorded, revision = read_adapter_type(adapter_dir)
     section = replace(
-        known.model, name_or_path=base or recorded, revision=None if base else revision
+        known.model,
+        name_or_path=base or adapter.base,
+        revision=None if base else adapter.revision,
     )
-    return FoundClassifier(adapter_dir, head, replace(known, model=section))
+    return FoundClassifier(adapter, head, replace(known, model=section))
 
 
 def load_classifier(
@@ -132,36 +137,26 @@ def load_classifier(
         UserError: If it is damaged, or its base is another one.
     """
     head, section = found.head, found.recipe.model
-    if found.adapter_dir is None:
+    if found.adapter is None:
         model = _load(section, head)
         processor = load_processor(section, head.task)
         pad_as_tokenizer(model, processor)
         return OpenedClassifier(model, processor, head, found.recipe)
-    with tell_base(base, found.adapter_dir):
+    with tell_base(base, found.adapter.folder):
         model = _load(section, head)
         processor = load_processor(section, head.task)
     pad_as_tokenizer(model, processor)
-    model = put_adapter(model, found.adapter_dir, section, warn=warn)
+    model = put_adapter(model, found.adapter, section, warn=warn)
     return OpenedClassifier(model.eval(), processor, head, found.recipe)
 
 
-def read_head_spec(adapter_dir: Path) -> tuple[HeadSpec, dict[str, Any]]:
-    """Read what a classifier's adapter tells of its head.
-
-    Args:
-        adapter_dir: The adapter's folder.
-
-    Returns:
-        The head, and all that `head.json` holds.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    values = read_head(adapter_dir)
+def read_head_spec(adapter: Adapter) -> tuple[HeadSpec, dict[str, Any]]:
+    """Return a classifier's head, and all that its `head.json` holds."""
+    values = adapter.head
     if values is None:
         raise UserError(
-            "this adapter has no head.json, which tells a classifier's classes",
-            file=str(adapter_dir),
+            "this adapter has no head.json, which lists a classifier's classes",
+            file=str(adapter.folder),
             hint="copy the adapter's folder as a whole",
         )
     labels = tuple(str(name) for name in values["labels"])

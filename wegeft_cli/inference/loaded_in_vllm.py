@@ -15,11 +15,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter_files
-from wegeft_cli.artifacts.manifest import PEFT_TYPE
+from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import OpenedTarget, resolve_target, telling_target
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.save_load import check_base
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
@@ -52,21 +52,21 @@ def open_in_vllm(
 ) -> OpenedTarget:
     """Start vLLM on what a command is to work on; arguments and errors as `open_target`.
 
-    A WeGeFT adapter goes in as its exact LoRA twin, which is written to a temporary folder. One of
-    a quantised base is refused.
+    A WeGeFT adapter goes in as its exact LoRA equivalent, written to a temporary folder. An adapter
+    of a quantized base is refused.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    section, adapter_dir, kind = resolve_target(path, recipe, base=base)
-    if (quantised := name_quantization(section)) is not None:
-        # The twin is made of the dense weights, and the engine would load them: another model.
+    section, adapter = resolve_target(path, recipe, base=base)
+    if (quantized := name_quantization(section)) is not None:
+        # The equivalent is made from the dense weights, which are another model.
         raise UserError(
-            f"this adapter was trained on a base in {quantised}, which vLLM is not given here",
+            f"this adapter was trained on a base in {quantized}, which vLLM is not given here",
             file=str(path),
             key="--backend",
             hint="leave --backend out, or score what `wegeft merge` makes of it",
         )
-    with telling_target(path) if adapter_dir is None else nullcontext():
+    with telling_target(path) if adapter is None else nullcontext():
         folder = fetch_base_folder(section.name_or_path, section.revision)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     has_own = (Path(folder) / "generation_config.json").is_file()
@@ -82,41 +82,41 @@ def open_in_vllm(
         "trust_remote_code": section.trust_remote_code,
     }
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
-    if adapter_dir is None:
+    if adapter is None:
         model = vllm.open_model(str(folder), **told)
         return VllmTarget("model", model, tokenizer, None, section, None, vllm.write_texts)
     scratch = None
-    if kind == PEFT_TYPE:
-        files = load_adapter_files(adapter_dir)
-        check_base(files.manifest, folder, adapter_dir, warn=warn)
-        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-twin-")), files.manifest.r
+    method = method_of_adapter(adapter.peft_type)
+    if method.has_generators:
+        manifest = adapter.files.manifest
+        check_base(manifest, folder, adapter.folder, warn=warn)
+        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-lora-")), manifest.r
         # The engine reads it when the first request names it, so it lives as long as the model.
         scratch = lora_dir
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        write_twin(adapter_dir, folder, lora_dir)
-    elif kind == "LORA":
-        lora_dir = adapter_dir
-        rank = int(json.loads((adapter_dir / CONFIG_NAME).read_text(encoding="utf-8"))["r"])
+        write_lora_equivalent(adapter, folder, lora_dir)
+    elif method.is_lora:
+        lora_dir, rank = adapter.folder, int(adapter.config["r"])
     else:
         raise UserError(
-            f"vLLM serves LoRA adapters, and this one is {kind}",
+            f"vLLM serves LoRA adapters, and this one is {adapter.peft_type}",
             key="--backend",
             hint="leave --backend out, or merge the adapter first",
         )
     model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
-    return VllmTarget("adapter", model, tokenizer, None, section, adapter_dir, vllm.write_texts)
+    return VllmTarget("adapter", model, tokenizer, None, section, adapter, vllm.write_texts)
 
 
-def write_twin(adapter_dir: Path, base_dir: Path, output_dir: Path) -> None:
-    """Write the exact LoRA twin of an adapter, as vLLM reads it.
+def write_lora_equivalent(adapter: Adapter, base_dir: Path, output_dir: Path) -> None:
+    """Write the exact LoRA equivalent of an adapter, as vLLM reads it.
 
     `B = s W phi, A = psi` on the input side, `B = s phi, A = psi W` on the output side, with
     scaling 1 (`lora_alpha` is the rank).
 
     Args:
-        adapter_dir: The adapter's folder.
+        adapter: A WeGeFT adapter.
         base_dir: The base's folder, with safetensors.
         output_dir: Folder to write.
 
@@ -124,7 +124,7 @@ def write_twin(adapter_dir: Path, base_dir: Path, output_dir: Path) -> None:
         UserError: If the adapter changes what a LoRA cannot: modules trained whole, rows of a fused
             projection, transposed weights.
     """
-    files = load_adapter_files(adapter_dir)
+    files = adapter.files
     manifest = files.manifest
     odd = [
         n for n, es in manifest.modules.items() if len(es) != 1 or es[0].rows or es[0].transposed
@@ -132,8 +132,8 @@ def write_twin(adapter_dir: Path, base_dir: Path, output_dir: Path) -> None:
     if files.saved_modules or odd:
         what = "modules trained whole" if files.saved_modules else f"parts of {odd[0]}"
         raise UserError(
-            f"this adapter changes {what}, which its LoRA twin cannot say",
-            file=str(adapter_dir),
+            f"this adapter changes {what}, which no LoRA expresses",
+            file=str(adapter.folder),
             key="--backend",
             hint="leave --backend out, or merge the adapter first",
         )

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.adapter import (
-    read_adapter_type,
-    read_provenance,
-    read_quantization,
-    resolve_adapter_dir,
-)
-from wegeft_cli.artifacts.manifest import INPLACE_TYPE, PEFT_TYPE
+from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.loaded_classifier import is_classifier
+from wegeft_cli.methods.registry import method_of_adapter
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.storage.atomic import hash_bytes
@@ -42,7 +37,7 @@ class OpenedTarget:
         base: Where the base alone lies, for a model that is no adapter, or whose adapter took the
             place of its own weights; None if unknown, or not needed.
         section: How the model (of an adapter its base) was loaded.
-        adapter_dir: The adapter's folder, if it is one.
+        adapter: The adapter, if it is one.
         write: Writes texts in another engine, as `generate_texts`; None asks the model.
     """
 
@@ -51,14 +46,19 @@ class OpenedTarget:
     tokenizer: Any
     base: str | None = None
     section: ModelSection = field(default_factory=ModelSection)
-    adapter_dir: Path | None = None
+    adapter: Adapter | None = None
     write: Callable[..., Any] | None = None
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The adapter's folder, if it is one."""
+        return None if self.adapter is None else self.adapter.folder
 
     @contextmanager
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
         """Give the base model inside the block: the adapter switched off, or the base loaded."""
-        if self.kind == "adapter" and self.base is None:
-            with _switched_off(self.model):
+        if self.adapter is not None and self.base is None:
+            with method_of_adapter(self.adapter.peft_type).disabled(self.model):
                 yield self.model, self.tokenizer
             return
         if self.base is None:
@@ -92,37 +92,23 @@ def open_target(
     Raises:
         UserError: If the target is none of these, is damaged, or its base is another one.
     """
-    section, adapter_dir, kind = resolve_target(path, recipe, base=base)
+    section, adapter = resolve_target(path, recipe, base=base)
     if section.trust_remote_code:
         # The run may have come from somebody else, and its recipe with it.
         warn("code that comes with the model runs: the run's recipe says model.trust_remote_code")
-    if adapter_dir is None:
+    if adapter is None:
         with telling_target(path):
             model, tokenizer = _load(section)
         before = base or read_provenance(Path(path))
         return OpenedTarget("model", model, tokenizer, before, section)
+    from wegeft_cli.methods.registry import put_adapter
     from wegeft_cli.methods.wegeft.save_load import tell_base
 
-    with tell_base(base, adapter_dir):
+    with tell_base(base, adapter.folder):
         model, tokenizer = _load(section)
-    if kind == PEFT_TYPE:
-        from wegeft_cli.methods.wegeft.save_load import load_adapter
-        from wegeft_cli.models.loading import find_base_folder
-
-        base_dir = find_base_folder(section.name_or_path, section.revision)
-        load_adapter(model, adapter_dir, base_dir=base_dir, warn=warn)
-        model.eval()
-    elif kind == INPLACE_TYPE:
-        from wegeft_cli.methods.registry import put_adapter
-
-        model = put_adapter(model, adapter_dir, section, warn=warn).eval()
-        own = section.name_or_path
-        return OpenedTarget("adapter", model, tokenizer, own, section, adapter_dir)
-    else:
-        from wegeft_cli.methods.peft.models import load_peft
-
-        model = load_peft(model, adapter_dir)
-    return OpenedTarget("adapter", model, tokenizer, section=section, adapter_dir=adapter_dir)
+    model = put_adapter(model, adapter, section, warn=warn).eval()
+    own = section.name_or_path if method_of_adapter(adapter.peft_type).trains_in_place else None
+    return OpenedTarget("adapter", model, tokenizer, own, section, adapter)
 
 
 @contextmanager
@@ -161,7 +147,7 @@ def telling_target(path: str | Path) -> Iterator[None]:
 
 def resolve_target(
     path: str | Path, recipe: Recipe | None, *, base: str | None
-) -> tuple[ModelSection, Path | None, str | None]:
+) -> tuple[ModelSection, Adapter | None]:
     """Find out what a target is, without loading it.
 
     Args:
@@ -170,8 +156,7 @@ def resolve_target(
         base: The base's folder or hub id, where it is not as recorded.
 
     Returns:
-        How the model, or the adapter's base, is to be loaded; the adapter's folder and its
-        `peft_type`, both None for a model.
+        How the model, or the adapter's base, is loaded; and the adapter, None for a model.
 
     Raises:
         UserError: If the target is none of these, is a classifier, or is damaged.
@@ -189,17 +174,17 @@ def resolve_target(
     if (folder / "config.json").is_file() or not folder.exists():
         # A merged model is dense, whatever its run's base was while it learned.
         dense = quantise_as(section, None)
-        return replace(dense, name_or_path=str(path), revision=None), None, None
-    adapter_dir = resolve_adapter_dir(folder)
-    kind, recorded_base, revision = read_adapter_type(adapter_dir)
+        return replace(dense, name_or_path=str(path), revision=None), None
+    adapter = Adapter.open(folder)
     section = replace(
-        section, name_or_path=base or recorded_base, revision=None if base else revision
+        section, name_or_path=base or adapter.base, revision=None if base else adapter.revision
     )
-    recorded = None if kind == INPLACE_TYPE else read_quantization(adapter_dir)
-    if kind == PEFT_TYPE or recorded is not None:
-        # Of a baseline that tells nothing, such as an older one, the run's recipe may.
+    method = method_of_adapter(adapter.peft_type)
+    recorded = None if method.trains_in_place else adapter.quantization
+    if method.has_generators or recorded is not None:
+        # Where a PEFT adapter records nothing, as older ones do, the run's recipe decides.
         section = quantise_as(section, recorded)
-    return section, adapter_dir, kind
+    return section, adapter
 
 
 def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[str, str | None]:
@@ -275,13 +260,3 @@ def _load(section: ModelSection) -> tuple[Any, Any]:
         trust_remote_code=section.trust_remote_code,
     )
     return load_base(section).to(PartialState().device), tokenizer
-
-
-def _switched_off(model: Any) -> AbstractContextManager[Any]:
-    from wegeft_cli.methods.wegeft.inject import disable_generators, get_generators
-
-    if get_generators(model) is not None:
-        return disable_generators(model)
-    if hasattr(model, "disable_adapter"):
-        return model.disable_adapter()
-    return nullcontext()

@@ -1,4 +1,4 @@
-"""Merging an adapter that was trained on a quantised base: into which weights, and how far off."""
+"""Merging an adapter that was trained on a quantized base: into which weights, and how far off."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.peft.models import merge_peft
-from wegeft_cli.methods.wegeft.folding import fold_generators
-from wegeft_cli.methods.wegeft.inject import get_generators, remove_generators
+from wegeft_cli.merging.in_memory import fold_onto
+from wegeft_cli.methods.registry import put_adapter
 from wegeft_cli.models.loading import find_dtype, load_base, load_model, load_tokenizer, quantise_as
 from wegeft_cli.models.quantization import dequantise, name_kind
 from wegeft_cli.recipe.schema import ModelSection, Recipe
@@ -32,7 +32,7 @@ def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -
     """Tell how the base of an adapter was loaded while it was trained.
 
     Args:
-        recorded: How it was quantised, as the adapter tells.
+        recorded: How it was quantized, as the adapter tells.
         recipe: The run's, where the adapter belongs to a run.
         base_dir: The base's folder.
 
@@ -41,7 +41,7 @@ def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -
     """
     section = ModelSection() if recipe is None else recipe.model
     section = replace(section, name_or_path=str(base_dir), revision=None)
-    # Files that are quantised themselves tell transformers so.
+    # Files that are quantized themselves tell transformers so.
     stored = _stored_kind(base_dir)
     return quantise_as(section, recorded if stored is None else None)
 
@@ -52,12 +52,12 @@ def choose_weights(
     """Decide what an adapter is folded into.
 
     Args:
-        recorded: How the base was quantised while training, as the adapter tells.
-        base_dir: The base's folder, whose files may be quantised themselves.
+        recorded: How the base was quantized while training, as the adapter tells.
+        base_dir: The base's folder, whose files may be quantized themselves.
         dequantize: Whether dequantised weights were asked for.
 
     Returns:
-        How the base was quantised, None where it was not; and whether dequantised weights are
+        How the base was quantized, None where it was not; and whether dequantised weights are
         taken, as they must be where there are no others.
 
     Raises:
@@ -68,40 +68,32 @@ def choose_weights(
         return stored, True
     if dequantize and recorded is None:
         raise UserError(
-            "this adapter was trained on a base that was not quantised",
+            "this adapter was trained on a base that was not quantized",
             key="--dequantize",
             hint="leave it out",
         )
     return recorded, dequantize
 
 
-def fold_dequantised(section: ModelSection, adapter_dir: Path) -> tuple[Any, int]:
-    """Fold an adapter into the weights that the quantised base computed with, in memory.
+def fold_dequantized(section: ModelSection, adapter: Adapter) -> tuple[Any, int]:
+    """Fold an adapter into the weights that the quantized base computed with, in memory.
 
     Args:
-        section: How the base was loaded while training.
-        adapter_dir: The adapter's folder.
+        section: How the base was loaded in training.
+        adapter: The adapter.
 
     Returns:
-        The dense model, in the type that the quantised base computed in, and how many of its
+        The dense model, in the type that the quantized base computed in, and how many of its
         tensors the adapter changed.
     """
-    # What a model needs is imported with it: a merge by streaming has none.
-    from wegeft_cli.methods.registry import put_adapter
-
     model: Any = load_base(section)
     dequantise(model, find_dtype(section))
-    model = put_adapter(model, adapter_dir, section)
-    if get_generators(model) is None:
-        return merge_peft(model)
-    num_folded = fold_generators(model, keep_base=False)
-    remove_generators(model)
-    return model, num_folded
+    return fold_onto(model, adapter, section)
 
 
 @torch.no_grad()
 def compare_logits(
-    section: ModelSection, adapter_dir: Path, merged_dir: Path, reporter: Reporter
+    section: ModelSection, adapter: Adapter, merged_dir: Path, reporter: Reporter
 ) -> dict[str, float] | None:
     """Measure how far a merged model's logits are from those of the model that was trained.
 
@@ -109,7 +101,7 @@ def compare_logits(
 
     Args:
         section: How the base was loaded while training.
-        adapter_dir: The adapter's folder.
+        adapter: The adapter.
         merged_dir: The merged model's folder.
         reporter: Told where the memory does not allow it.
 
@@ -118,7 +110,6 @@ def compare_logits(
         `kl_divergence` from the trained to the merged model in nats per token, `same_token` (share
         of positions whose likeliest token is the same) and `num_tokens`; None if not measured.
     """
-    from wegeft_cli.methods.registry import put_adapter
     from wegeft_cli.planning.memory import GIB, measure_available
 
     needed = sum(path.stat().st_size for path in merged_dir.glob("*.safetensors")) / GIB
@@ -132,7 +123,7 @@ def compare_logits(
     trusts = section.trust_remote_code
     tokenizer = load_tokenizer(section.name_or_path, trust_remote_code=trusts)
     ids = torch.tensor([tokenizer(_TEXT).input_ids])
-    model = put_adapter(load_base(section), adapter_dir, section)
+    model = put_adapter(load_base(section), adapter, section)
     trained = _read_logits(model.eval(), ids)
     del model
     merged = _read_logits(load_model(str(merged_dir), trust_remote_code=trusts), ids)

@@ -17,6 +17,8 @@ from wegeft_cli.recipe.values import Fault
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from wegeft_cli.artifacts.adapter import Adapter
+
 MODULES_TO_SAVE = "modules_to_save"
 """Name of the group of modules that are trained whole."""
 
@@ -238,7 +240,7 @@ class Method:
     def load(
         self,
         model: nn.Module,
-        folder: Path,
+        adapter: Adapter,
         *,
         base_dir: Path | None,
         warn: Callable[[str], None],
@@ -247,7 +249,7 @@ class Method:
 
         Args:
             model: The base, which is changed.
-            folder: The adapter's folder.
+            adapter: The adapter.
             base_dir: The base's files, where they are on this machine.
             warn: Called where the base cannot be compared with the adapter's.
 
@@ -263,11 +265,12 @@ class Method:
         """Return a context in which the model computes as its base."""
         return nullcontext()
 
-    def fold(self, model: Any) -> tuple[nn.Module, int]:
+    def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold a loaded adapter into the base's weights.
 
         Args:
             model: What `load` returned.
+            adapter: The adapter that was loaded.
 
         Returns:
             The base alone, and how many of its tensors or layers changed.

@@ -24,6 +24,8 @@ from wegeft_cli.recipe.values import INPLACE_TYPES, Fault
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from wegeft_cli.artifacts.adapter import Adapter
+
 _KEY = "adapter.type"
 
 
@@ -209,7 +211,7 @@ class InPlaceMethod(Method):
     def load(
         self,
         model: nn.Module,
-        folder: Path,
+        adapter: Adapter,
         *,
         base_dir: Path | None,
         warn: Callable[[str], None],
@@ -218,15 +220,22 @@ class InPlaceMethod(Method):
         from wegeft_cli.artifacts.in_place_files import load_inplace_files
         from wegeft_cli.methods.wegeft.save_load import check_base
 
-        manifest, tensors = load_inplace_files(folder)
+        manifest, tensors = load_inplace_files(adapter.folder)
         if base_dir is not None:
-            check_base(manifest, base_dir, folder, warn=warn)
+            check_base(manifest, base_dir, adapter.folder, warn=warn)
         try:
             put_parameters(model, tensors)
         except UserError as fault:
-            fault.file = str(folder)
+            fault.file = str(adapter.folder)
             raise
         return model
+
+    def fold(self, model: nn.Module, adapter: Adapter) -> tuple[nn.Module, int]:
+        """Return the model as it is, and how many of its tensors were trained."""
+        from wegeft_cli.artifacts.adapter import WEIGHTS_NAME
+        from wegeft_cli.storage.safetensors_reader import read_shard
+
+        return model, len(read_shard(adapter.folder / WEIGHTS_NAME).tensors)
 
 
 METHOD = InPlaceMethod()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import read_adapter_type, resolve_adapter_dir
+from wegeft_cli.artifacts.adapter import Adapter, resolve_adapter_dir
 from wegeft_cli.artifacts.in_place_files import describe_kind
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.errors import UserError
@@ -71,7 +71,7 @@ def _find_adapter(path: str, recipe_dir: Path | None) -> Path:
 
 def _check_kind(name: str, adapter_dir: Path) -> None:
     """Tell WeGeFT's adapters from PEFT's; PEFT itself compares its own kinds."""
-    kind, _, _ = read_adapter_type(adapter_dir)
+    kind = Adapter.open(adapter_dir).peft_type
     if method_of_adapter(kind).has_generators != find_method(name).has_generators:
         raise UserError(
             f"{str(adapter_dir)!r} is {describe_kind(kind)}, and adapter.type is {name!r}",

@@ -10,7 +10,6 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wegeft_cli import methods
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.recipe.schema import ModelSection
 
 _OTHER_MODULES = ("base", "registry", "init_from")
@@ -82,7 +82,7 @@ def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def put_adapter(
     model: nn.Module,
-    adapter_dir: Path,
+    adapter: Adapter,
     section: ModelSection,
     *,
     warn: Callable[[str], None] = lambda text: None,
@@ -91,7 +91,7 @@ def put_adapter(
 
     Args:
         model: The base, with the classification head where the adapter has one.
-        adapter_dir: The adapter's folder.
+        adapter: The adapter.
         section: Where the base came from.
         warn: Called where the base cannot be compared with the adapter's.
 
@@ -101,12 +101,11 @@ def put_adapter(
     Raises:
         UserError: If the adapter is damaged, or belongs to another base.
     """
-    from wegeft_cli.artifacts.adapter import read_adapter_type
     from wegeft_cli.models.loading import find_base_folder
 
-    kind, *_ = read_adapter_type(adapter_dir)
     base_dir = find_base_folder(section.name_or_path, section.revision)
-    return method_of_adapter(kind).load(model, adapter_dir, base_dir=base_dir, warn=warn)
+    method = method_of_adapter(adapter.peft_type)
+    return method.load(model, adapter, base_dir=base_dir, warn=warn)
 
 
 TASK_TYPES = {

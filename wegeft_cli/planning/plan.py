@@ -15,6 +15,7 @@ from wegeft_cli.data.labelled.dataset import ClassData, read_class_data, without
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.models.heads import HeadSpec, pad_as_tokenizer, with_head
 from wegeft_cli.models.loading import build_skeleton, load_base_config, load_tokenizer
 from wegeft_cli.planning.batch_shapes import (
@@ -39,7 +40,6 @@ from wegeft_cli.planning.memory import (
     tell_fit,
 )
 from wegeft_cli.planning.preflight import (
-    ParameterGroup,
     check_context,
     check_learning,
     check_run_schedule,

@@ -24,6 +24,8 @@ from wegeft_cli.recipe.values import PEFT_TYPES, Fault
 if TYPE_CHECKING:
     from torch import nn
 
+    from wegeft_cli.artifacts.adapter import Adapter
+
 _SET_ELSEWHERE = {
     "r": "adapter.r",
     "lora_alpha": "adapter.alpha",
@@ -32,6 +34,7 @@ _SET_ELSEWHERE = {
     "peft_type": "adapter.type",
     "task_type": "task",
 }
+_OWN_FILES = ("lora", "dora", "rslora", "pissa", "adalora")  # beside this package
 _PARAMETER_PREFIXES = (
     "lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_",
 )  # fmt: skip
@@ -40,7 +43,7 @@ _PARAMETER_PREFIXES = (
 class PeftMethod(Method):
     """A method that PEFT implements, by its PEFT name or as a preset of LoRA."""
 
-    names = tuple(name for name in PEFT_TYPES if name != "adalora")
+    names = tuple(name for name in PEFT_TYPES if name not in _OWN_FILES)
     takes_any_name = True
 
     def unread_keys(self, name: str) -> tuple[str, ...]:
@@ -142,7 +145,7 @@ class PeftMethod(Method):
     def load(
         self,
         model: nn.Module,
-        folder: Path,
+        adapter: Adapter,
         *,
         base_dir: Path | None,
         warn: Callable[[str], None],
@@ -150,14 +153,14 @@ class PeftMethod(Method):
         """Load the adapter by PEFT, in evaluation mode."""
         from wegeft_cli.methods.peft.models import load_peft
 
-        return load_peft(model, folder)
+        return load_peft(model, adapter.folder)
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
         """Return PEFT's own context."""
         context: AbstractContextManager[Any] = model.disable_adapter()
         return context
 
-    def fold(self, model: Any) -> tuple[nn.Module, int]:
+    def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold by PEFT."""
         from wegeft_cli.methods.peft.models import merge_peft
 

@@ -21,6 +21,8 @@ from wegeft_cli.recipe.values import Fault
 if TYPE_CHECKING:
     from torch import nn
 
+    from wegeft_cli.artifacts.adapter import Adapter
+
 
 class WeGeFTMethod(Method):
     """Two small linear maps (phi, psi) for each sharing group generate the weight changes."""
@@ -135,15 +137,15 @@ class WeGeFTMethod(Method):
     def load(
         self,
         model: nn.Module,
-        folder: Path,
+        adapter: Adapter,
         *,
         base_dir: Path | None,
         warn: Callable[[str], None],
     ) -> nn.Module:
         """Attach the adapter's generators."""
-        from wegeft_cli.methods.wegeft.save_load import load_adapter
+        from wegeft_cli.methods.wegeft.save_load import load_adapter_onto
 
-        load_adapter(model, folder, base_dir=base_dir, warn=warn)
+        load_adapter_onto(model, adapter, base_dir=base_dir, warn=warn)
         return model
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
@@ -152,7 +154,7 @@ class WeGeFTMethod(Method):
 
         return disable_generators(model)
 
-    def fold(self, model: Any) -> tuple[nn.Module, int]:
+    def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold the generated changes into the weights and remove the generators."""
         from wegeft_cli.methods.wegeft.folding import fold_generators
         from wegeft_cli.methods.wegeft.inject import remove_generators

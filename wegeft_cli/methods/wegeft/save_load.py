@@ -10,6 +10,7 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter import (
     CONFIG_NAME,
+    Adapter,
     AdapterFiles,
     load_adapter_files,
     resolve_adapter_dir,
@@ -198,6 +199,15 @@ def load_adapter(
     if base_dir is not None:
         check_base(files.manifest, Path(base_dir), folder, warn=warn)
     return attach_files(model, files, folder, adapter_name=adapter_name)
+
+
+def load_adapter_onto(
+    model: nn.Module, adapter: Adapter, *, base_dir: Path | None, warn: Callable[[str], None]
+) -> Generators:
+    """Attach an opened adapter to a model, see `load_adapter`."""
+    if base_dir is not None:
+        check_base(adapter.files.manifest, base_dir, adapter.folder, warn=warn)
+    return attach_files(model, adapter.files, adapter.folder)
 
 
 def attach_files(
