@@ -1,29 +1,43 @@
-"""The published ways to ask and to score, by name; their numbers never share a column."""
+"""Text protocols by name; the modules of `evaluation/text/protocols/` define them."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.text.loading import Task
+from wegeft_cli.evaluation.text import protocols as package
 from wegeft_cli.evaluation.text.protocol import EvalProtocol, Prediction, Rule
-from wegeft_cli.evaluation.text.published import PROTOCOLS
+from wegeft_cli.evaluation.text.test_sets import Task
 
-__all__ = ["PROTOCOLS", "EvalProtocol", "Prediction", "Rule", "find_protocol"]
+__all__ = ["PROTOCOLS", "EvalProtocol", "Prediction", "Rule", "find_protocol", "load_protocols"]
+
+_ORDER = ("wegeft", "gift", "llm_adapters", "lora_ga", "metamath", "tuning", "chat", "quickstart")
+"""Order of the modules in lists; other modules follow by name."""
+
+
+def load_protocols() -> dict[str, EvalProtocol]:
+    """Return the protocols of all modules of the folder, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names.sort(key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    return {protocol.name: protocol for module in modules for protocol in module.PROTOCOLS}
+
+
+PROTOCOLS: Mapping[str, EvalProtocol] = load_protocols()
 
 
 def find_protocol(name: str | None, task: Task) -> EvalProtocol:
-    """The protocol of that name, if it scores the task.
+    """Return a protocol that scores a test set.
 
     Args:
-        name: Such as `gift`; None takes the task's own.
-        task: The set that is to be scored.
-
-    Returns:
-        The protocol.
+        name: The protocol's name. Default: the test set's own protocol.
+        task: The test set.
 
     Raises:
-        UserError: If there is no such protocol, or the two do not belong together.
+        UserError: If there is no such protocol, or it does not score the test set.
     """
     name = name or task.own_protocol or task.default_protocol
     if name not in PROTOCOLS:
