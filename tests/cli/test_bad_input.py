@@ -62,7 +62,7 @@ def test_every_fault_of_a_recipe_at_once_with_its_place(refuse, place, command):
     end = len(lines)
     for part in [
         f"{place.recipe}:{end - 2}:1: sede", "did you mean `seed`?",
-        f"{place.recipe}:{end - 1}:1: seed", "given twice",
+        f"{place.recipe}:{end - 1}:1: seed", "set twice",
         f"{place.recipe}:{end}:", "eval.limit", "'many'",
         "adapter.view", "contradicts", "adapter.dropout",
     ]:  # fmt: skip

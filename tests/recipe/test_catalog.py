@@ -47,7 +47,7 @@ def test_copy_goes_into_folder_or_file_and_loads_equal(tmp_path: Path):
 def test_copy_overwrites_nothing(tmp_path: Path):
     target = tmp_path / "mine.yaml"
     target.write_text("seed: 1\n")
-    with pytest.raises(UserError, match="nothing is overwritten"):
+    with pytest.raises(UserError, match="is not overwritten"):
         copy_recipe("quickstart", target)
     assert target.read_text() == "seed: 1\n"
     with pytest.raises(UserError, match="cannot be written"):

@@ -83,7 +83,7 @@ def file(tmp_path):
 def test_an_override_of_the_type_makes_the_recipe_its_own_baseline(file):
     lora = load_recipe(file, ["adapter.type=lora"])
     assert (lora.recipe.adapter.init, lora.recipe.adapter.r) == ("phi_zero", 16)
-    assert any("`adapter.init` is left out" in note for note in lora.notes)
+    assert any("`adapter.init` is ignored" in note for note in lora.notes)
     full = load_recipe(file, ["adapter.type=full"]).recipe.adapter
     assert (full.r, full.target_modules) == (64, "all-linear")
     assert load_recipe(file, ["adapter.type=wegeft"]).recipe.adapter.init == "psi_zero"

@@ -44,23 +44,23 @@ def test_sound(recipe):
 @pytest.mark.parametrize(
     ("recipe", "key", "message", "hint"),
     [
-        (change(train={"eval_steps": 5}), "train.eval_steps", "no validation data", "eval_tasks"),
+        (change(train={"eval_steps": 5}), "train.eval_steps", "validation data", "eval_tasks"),
         (
             change(train={"eval_tasks": ["a", "b", "a"]}),
             "train.eval_tasks[2]",
-            "second time",
+            "twice",
             "remove",
         ),
         (
             change(train={"load_best_model_at_end": True}),
             "train.load_best_model_at_end",
-            "no validation data",
+            "requires validation data",
             "data.validation",
         ),
         (
             change(TASKS, train={"load_best_model_at_end": True}),
             "train.load_best_model_at_end",
-            "no validation data",
+            "requires validation data",
             "train.metric_for_best_model: eval_gsm8k",
         ),
         (
@@ -79,13 +79,13 @@ def test_sound(recipe):
         (
             change(VALIDATED, train={"metric_for_best_model": "eval_gsm8k"}),
             "train.metric_for_best_model",
-            "there is eval_loss",
+            "measured: eval_loss",
             "train.eval_tasks",
         ),
         (
             change(train={"metric_for_best_model": "eval_gsm8k"}),
             "train.metric_for_best_model",
-            "there is nothing",
+            "measured: nothing",
             "train.eval_tasks",
         ),
         (change(logging={"report_to": "wandbb"}), "logging.report_to", "'wandbb'", "`wandb`"),

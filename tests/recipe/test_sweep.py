@@ -78,17 +78,17 @@ def test_overrides_set_what_is_tried(write):
         ("train.learning_rte: [1]", "train.learning_rte", "no key", "`train.learning_rate`"),
         ("learning_rate: [1]", "learning_rate", "no key", "`train.learning_rate`"),
         ("data.train.limit: [1]", "data.train.limit", "no key", "`data.train[0].limit`"),
-        ("output_dir: [a, b]", "output_dir", "cannot be swept", "folder of its own"),
-        ("extends: [a, b]", "extends", "cannot be swept", "folder of its own"),
-        ("sweep.seed: [1]", "sweep.seed", "cannot be swept", "folder of its own"),
+        ("output_dir: [a, b]", "output_dir", "cannot be swept", "its own folder"),
+        ("extends: [a, b]", "extends", "cannot be swept", "its own folder"),
+        ("sweep.seed: [1]", "sweep.seed", "cannot be swept", "its own folder"),
         ("train: [1]", "train", "is a section", "`train.per_device_train_batch_size`"),
-        ("'a b': [1]", "a b", "no dotted key", "train.learning_rate"),
+        ("'a b': [1]", "a b", "not a dotted key", "train.learning_rate"),
         ("seed: 4", "seed", "expected a list", "[...]"),
-        ("seed: []", "seed", "holds no value", "remove it"),
-        ("seed: [4, 5, 4]", "seed[2]", "4 is given twice", "keep one"),
+        ("seed: []", "seed", "has no value", "remove it"),
+        ("seed: [4, 5, 4]", "seed[2]", "4 is listed twice", "keep one"),
         ("seed: [4, x]", "seed[1]", "a whole number", ""),
         ("train.learning_rate: [1, on]", "train.learning_rate[1]", "got true", "bare `on`"),
-        ("train.learning_rate: ['${seed}']", "train.learning_rate[0]", "written out", "values"),
+        ("train.learning_rate: ['${seed}']", "train.learning_rate[0]", "literal values", "values"),
     ],
 )
 def test_what_cannot_be_tried_is_told_at_its_place(write, faults_of, line, key, message, hint):
@@ -139,7 +139,7 @@ def test_names_of_other_rooms_are_checked_in_each_combination(write):
 
 
 def test_no_sweep_and_too_much_of_it(write):
-    with pytest.raises(UserError, match="nothing to try") as caught:
+    with pytest.raises(UserError, match="has no sweep") as caught:
         load_sweep(write("seed: 1\n", sound=True))
     assert "sweep.seed=" in (caught.value.hint or "")
     many = list(range(MAX_RUNS + 1))

@@ -1,17 +1,19 @@
 """Optimizers by name: they descend, take their own options, and refuse what is not theirs."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.values import CHOICES
+from wegeft_cli.recipe.schema import Optimizer
 from wegeft_cli.training.optimizer import build_optimizer, check_optimizer, list_optimizer_options
 from wegeft_cli.training.trainer import LoopHooks
 
 CPU = torch.device("cpu")
 PEAK = 0.3
-NAMES = CHOICES["train.optim"]
+NAMES = get_args(Optimizer)
 PAGED = [name for name in NAMES if name.startswith("paged_")]
 HERE = [name for name in NAMES if name not in PAGED]
 

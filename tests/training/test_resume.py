@@ -1,6 +1,7 @@
 """A stopped run that goes on ends in the bits of a run that was never stopped."""
 
 from dataclasses import asdict
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 
 from wegeft_cli.artifacts.checkpoint import load_checkpoint, save_checkpoint
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.values import CHOICES
+from wegeft_cli.recipe.schema import Optimizer, Scheduler
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.scheduler import build_schedule
 from wegeft_cli.training.snapshot import Progress, Snapshot, capture_snapshot, restore_snapshot
@@ -21,13 +22,13 @@ NUM_STEPS, STOP = 7, 4
 SMALL = {"min_8bit_size": 1}
 OPTIMIZERS = {
     name: {"optim": name, **({"optim_args": SMALL} if name.endswith("8bit") else {})}
-    for name in CHOICES["train.optim"]
+    for name in get_args(Optimizer)
     if not name.startswith("paged_")  # these need a GPU
 }
 SCHEDULES = {
     name: {"schedule": name, "schedule_args": options, "warmup_steps": 2}
     for name, options in {
-        **{name: {} for name in CHOICES["train.lr_scheduler_type"]},
+        **{name: {} for name in get_args(Scheduler)},
         "cosine_with_min_lr": {"min_lr_rate": 0.1},
         "cosine_warmup_with_min_lr": {"min_lr": 0.01},
         "cosine_with_restarts": {"num_cycles": 2},

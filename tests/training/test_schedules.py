@@ -1,12 +1,13 @@
 """The learning rate at every step is the formula's."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.values import CHOICES
+from wegeft_cli.recipe.schema import Scheduler
 from wegeft_cli.training.optimizer import build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, check_schedule, count_warmup_steps
 
@@ -113,7 +114,7 @@ VALID = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES["train.lr_scheduler_type"])
+@pytest.mark.parametrize("name", get_args(Scheduler))
 @pytest.mark.parametrize("option", ["powr", "last_epoch", "num_training_steps", "num_stable_steps"])
 def test_an_unknown_option_is_told_with_the_right_ones(name, option):
     with pytest.raises(UserError, match=f"does not know {option}") as caught:

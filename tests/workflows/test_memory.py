@@ -1,6 +1,7 @@
 """The estimate of memory against what real models keep, real optimizers hold and real runs take."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ from wegeft_cli.planning.memory import (
     tell_fit,
 )
 from wegeft_cli.recipe.load import load_recipe
-from wegeft_cli.recipe.schema import TrainSection
-from wegeft_cli.recipe.values import CHOICES
+from wegeft_cli.recipe.schema import Optimizer, TrainSection
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optimizer import build_optimizer
 
@@ -170,7 +170,7 @@ def test_a_model_that_needs_numbers_leaves_its_figures_open(read_recipe):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in CHOICES["train.optim"] if not name.startswith("paged")),
+        *((name, {}) for name in get_args(Optimizer) if not name.startswith("paged")),
         ("sgd", {"momentum": 0.9}),
         ("rmsprop", {"momentum": 0.9, "centered": True}),
         ("adamw_torch", {"amsgrad": True}),
@@ -196,7 +196,7 @@ def test_optimizer_state_is_what_the_optimizer_holds(name, options):
 
 def test_every_optimizer_has_its_figure():
     weights = [torch.empty(64, 64)]
-    names = CHOICES["train.optim"]
+    names = get_args(Optimizer)
     assert len(names) > 10
     sizes = {n: count_optimizer_bytes(TrainSection(optim=n), weights) for n in names}
     assert sizes["paged_adamw_8bit"] == sizes["adamw_8bit"] < sizes["adamw_torch"]

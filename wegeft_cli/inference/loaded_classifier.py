@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from wegeft_cli.methods.registry import put_adapter
 from wegeft_cli.methods.wegeft.save_load import tell_base
 from wegeft_cli.models.heads import HeadSpec, find_task, pad_as_tokenizer, read_labels
 from wegeft_cli.models.loading import load_config, load_model
-from wegeft_cli.recipe.schema import DataSection, ModelSection, Recipe
+from wegeft_cli.recipe.schema import DataSection, ModelSection, ProblemType, Recipe, TaskName
 from wegeft_cli.tasks.classification import load_processor
 
 
@@ -183,9 +183,9 @@ def _head_of_config(config: Any, task: str) -> HeadSpec:
 def _recipe_of_head(head: HeadSpec, values: dict[str, Any]) -> Recipe:
     """Give a recipe that holds what is known of an adapter or model outside of its run."""
     data = DataSection(
-        problem_type=head.problem_type,
+        problem_type=cast(ProblemType, head.problem_type),
         image_size=values.get("image_size"),
         image_transform=values.get("image_transform", DataSection.image_transform),
         max_length=values.get("max_length", DataSection.max_length),
     )
-    return Recipe(task=head.task, data=data)
+    return Recipe(task=cast(TaskName, head.task), data=data)

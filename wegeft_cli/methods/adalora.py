@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from wegeft_cli.methods.peft.method import PeftMethod
+from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
-from wegeft_cli.recipe.values import Fault
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

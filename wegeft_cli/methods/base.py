@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
-from wegeft_cli.recipe.values import Fault
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -18,8 +18,8 @@ from wegeft_cli.methods.base import (
     check_no_peft_keys,
     check_without_generators,
 )
-from wegeft_cli.recipe.schema import AdapterSection, Recipe
-from wegeft_cli.recipe.values import INPLACE_TYPES, Fault
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import INPLACE_TYPES, AdapterSection, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from wegeft_cli import methods
 from wegeft_cli.methods.base import Method
+from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.values import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable

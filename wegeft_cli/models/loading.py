@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from torch import nn
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
-from wegeft_cli.recipe.schema import ModelSection
+from wegeft_cli.recipe.schema import ModelSection, QuantMethod
 from wegeft_cli.storage.containment import check_model_folder
 from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, TORCH_DTYPES
 
@@ -392,7 +392,7 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         UserError: If there is no such model, or a package that quantises it is missing.
     """
     kind = name_quantization(section)
-    dtype = section.dtype
+    dtype: str = section.dtype
     if kind is not None:
         # Types of the layers' products must be known before the weights are read.
         computing = find_dtype(section)
@@ -448,7 +448,7 @@ def quantise_as(section: ModelSection, kind: str | None) -> ModelSection:
         section,
         load_in_4bit=bits == "4bit",
         load_in_8bit=bits == "8bit",
-        quant_method=method if known else ModelSection.quant_method,
+        quant_method=cast(QuantMethod, method) if known else ModelSection.quant_method,
     )
 
 

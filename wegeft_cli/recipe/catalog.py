@@ -17,55 +17,36 @@ class RecipeInfo:
     """One shipped recipe."""
 
     name: str
-    """What `wegeft train` and `extends` call it."""
+    """The name for `wegeft train` and `extends`."""
     title: str
     """The first line of its header."""
     path: Path
 
 
 def list_recipes() -> list[RecipeInfo]:
-    """List the shipped recipes by name."""
+    """Return the shipped recipes, sorted by name."""
     paths = sorted(_find_folder().glob(f"*{_SUFFIX}"))
     return [RecipeInfo(path.stem, _read_title(path), path) for path in paths]
 
 
 def find_recipe(name: str) -> Path | None:
-    """Find a shipped recipe's file by its name, or None if no recipe is called so."""
+    """Return a shipped recipe's file, or None."""
     paths = {path.stem: path for path in _find_folder().glob(f"*{_SUFFIX}")}
     return paths.get(name)
 
 
 def read_recipe_text(name: str) -> str:
-    """Read a shipped recipe as it is written, header and all.
-
-    Args:
-        name: Its name, as `list_recipes` tells it.
-
-    Returns:
-        The YAML text.
-
-    Raises:
-        UserError: If no recipe is called so.
-    """
+    """Return the YAML text of a shipped recipe with its header."""
     path = find_recipe(name)
     if path is None:
-        raise UserError(f"no recipe is called {name!r}", hint=hint_names(name))
+        raise UserError(f"there is no shipped recipe {name!r}", hint=hint_names(name))
     return path.read_text(encoding="utf-8")
 
 
 def copy_recipe(name: str, destination: str | Path) -> Path:
-    """Copy a shipped recipe to edit it; nothing is overwritten.
+    """Copy a shipped recipe to a new file, or into a folder under its name; return the file.
 
-    Args:
-        name: Its name, as `list_recipes` tells it.
-        destination: The new file, or a folder that shall hold it under its own name.
-
-    Returns:
-        The new file.
-
-    Raises:
-        UserError: If no recipe is called so, the file is there already, or the path is wrong.
-        MachineError: If the disk fails.
+    An existing file is refused. A disk error raises `MachineError`.
     """
     text = read_recipe_text(name)
     target = Path(destination)
@@ -81,24 +62,24 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
         if is_mine:  # written in part
             target.unlink(missing_ok=True)
         elif target.exists():
-            message = "there is a file already, and nothing is overwritten"
-            raise UserError(message, file=str(target), hint="give another name") from None
+            message = "the file exists and is not overwritten"
+            raise UserError(message, file=str(target), hint="choose another name") from None
         message = f"cannot be written: {error.strerror}"
         is_machine = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
         kind = MachineError if is_machine else UserError
-        raise kind(message, file=str(target), hint="give another folder") from error
+        raise kind(message, file=str(target), hint="choose another folder") from error
     return target
 
 
 def hint_names(name: str) -> str:
-    """Say which shipped recipe a misspelt name may have meant, or which there are."""
+    """Return a hint with the nearest shipped recipe, or with all of them."""
     names = [path.stem for path in sorted(_find_folder().glob(f"*{_SUFFIX}"))]
     near = find_nearest(Path(name).name.removesuffix(_SUFFIX), names)
     return f"did you mean `{near}`?" if near else f"shipped recipes: {', '.join(names)}"
 
 
 def _find_folder() -> Path:
-    """Find the recipes: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the recipes: in an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "shipped"
     return installed if installed.is_dir() else package.parent / "recipes"

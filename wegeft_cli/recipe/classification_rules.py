@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from wegeft_cli.recipe.schema import DataSection, EvalSection, LoggingSection, Recipe, TrainSection
-from wegeft_cli.recipe.values import CLASS_METRICS, METRICS, REGRESSION_METRICS, Fault
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import (
+    CLASS_METRICS,
+    METRICS,
+    REGRESSION_METRICS,
+    DataSection,
+    EvalSection,
+    LoggingSection,
+    Recipe,
+    TrainSection,
+)
 
 _CAUSAL, _IMAGE = "causal_lm", "image_classification"
 _LANGUAGE_ONLY = (

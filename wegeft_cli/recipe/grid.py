@@ -1,4 +1,4 @@
-"""What a recipe's `sweep` holds: its combinations, their names, and the rules of it."""
+"""The grid of a recipe's `sweep`: its combinations, their names and its rules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from wegeft_cli.recipe.keys import SWEEP
 
 MAX_RUNS = 1000
-"""A sweep of more runs is taken for a mistake."""
+"""A sweep of more runs is refused as a mistake."""
 
 _Grid = Mapping[str, list[Any]]
 
@@ -23,26 +23,22 @@ _LONGEST_NAME = 200  # file systems take 255 bytes
 
 
 def count_runs(grid: _Grid) -> int:
-    """Count the combinations of a sweep; 0 where there is none."""
+    """Return the number of combinations; 0 without a sweep."""
     return math.prod(len(values) for values in grid.values()) if grid else 0
 
 
 def list_combinations(grid: _Grid) -> Iterator[dict[str, Any]]:
-    """Go through the combinations (dotted key -> value), the last key fastest; `seed` is last."""
+    """Yield the combinations (dotted key -> value), the last key fastest; `seed` is last."""
     keys = sorted(grid, key=lambda key: key == "seed")
     for values in itertools.product(*(grid[key] for key in keys)):
         yield dict(zip(keys, values, strict=True))
 
 
 def name_run(values: Mapping[str, Any]) -> str:
-    """Name a combination for its folder: `learning_rate=0.0002_seed=42`.
+    """Return a combination's folder name: `learning_rate=0.0002_seed=42`.
 
-    Args:
-        values: Dotted key -> value.
-
-    Returns:
-        A name that hangs on these keys and values alone, so that it stays when others are added to
-        the lists; what a file's name cannot hold becomes a part of its SHA-256.
+    It depends only on these keys and values, so it stays when others are added to the lists. A part
+    that a file name cannot contain is replaced by a part of its SHA-256.
     """
     names = short_names(values)
     name = "_".join(f"{names[key]}={name_value(value)}" for key, value in values.items())
@@ -50,7 +46,7 @@ def name_run(values: Mapping[str, Any]) -> str:
 
 
 def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Shorten dotted keys to their last part where that tells them apart."""
+    """Return each dotted key's last part where that is unique, else the key."""
     last = {key: re.sub(r"\[(\d+)\]", r".\1", key).rpartition(".")[2] for key in keys}
     return {
         key: re.sub(r"\[(\d+)\]", r".\1", key) if list(last.values()).count(name) > 1 else name
@@ -59,7 +55,7 @@ def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 
 def name_value(value: Any) -> str:
-    """Write a value as a part of a file's name; two values have one name only if they are equal."""
+    """Return a value as a part of a file name; different values have different names."""
     written = json.dumps(value, sort_keys=True)
     text = written
     if isinstance(value, str):
@@ -77,29 +73,22 @@ def name_value(value: Any) -> str:
 
 
 def check_grid(grid: _Grid) -> Iterator[tuple[str, str, str | None]]:
-    """Check a sweep by itself: nothing empty, nothing twice, not too much.
-
-    Args:
-        grid: Dotted key -> values.
-
-    Yields:
-        Each fault: key, message, hint.
-    """
+    """Yield the faults (key, message, hint) of empty, repeated and too many values."""
     for key, values in grid.items():
         if not values:
-            yield f"{SWEEP}.{key}", "holds no value", "list the values to try, or remove it"
+            yield f"{SWEEP}.{key}", "has no value", "add values to try, or remove it"
         names = [name_value(value) for value in values]
         for position, name in enumerate(names):
             if name in names[:position]:
-                message = f"{values[position]!r} is given twice"
+                message = f"{values[position]!r} is listed twice"
                 yield f"{SWEEP}.{key}[{position}]", message, "keep one of the two"
     if count_runs(grid) > MAX_RUNS:
-        message = f"{count_runs(grid):,} combinations, and {MAX_RUNS:,} are the most"
-        yield SWEEP, message, "try fewer values, or fewer keys at a time"
+        message = f"{count_runs(grid):,} combinations; at most {MAX_RUNS:,} are allowed"
+        yield SWEEP, message, "use fewer values or fewer keys"
 
 
 def _reads_otherwise(text: str) -> bool:
-    """Tell whether a text would be taken for a number, a truth value or null."""
+    """Return whether JSON reads a text as a number, a Boolean or null."""
     try:
         json.loads(text)
     except ValueError:

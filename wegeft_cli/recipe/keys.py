@@ -1,4 +1,4 @@
-"""Dotted recipe keys: how they are written, which there are, and which one a stray key meant."""
+"""Dotted recipe keys: syntax, types, spellings of other tools, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from wegeft_cli.recipe.schema import Recipe
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""A dotted key in pieces: `data.train[0].path` is `("data", "train", 0, "path")`."""
+"""A split dotted key: `data.train[0].path` is `("data", "train", 0, "path")`."""
 
 ALIASES = {
     "base_model": "model.name_or_path",
@@ -42,11 +42,11 @@ ALIASES = {
     "optimizer": "train.optim",
     "out_dir": "output_dir",
 }
-"""Other tools' spellings that mean exactly one key here: read at the top level and in the section
-that holds the key, and announced."""
+"""Other tools' spellings of exactly one key, read with a note at the top level and in the key's
+section."""
 
 _ALSO_READ_IN = {"data.max_length": ("model", "train")}
-"""Sections, besides its own, in which other tools keep such a key."""
+"""Further sections in which other tools have the key."""
 
 POINTERS = {
     "dataset": "data.train",
@@ -75,21 +75,21 @@ POINTERS = {
     "peft_type": "adapter.type",
     "finetuning_type": "adapter.type",
 }
-"""Other tools' spellings whose values differ: never read, but the fault names the key to use."""
+"""Other tools' spellings whose values differ: refused with the key to use."""
 
 SWEEP = "sweep"
-"""The section whose own keys are whole dotted keys: `sweep.train.learning_rate[1]` is
+"""The section whose keys are whole dotted keys: `sweep.train.learning_rate[1]` is
 `("sweep", "train.learning_rate", 1)`."""
 
 _SEGMENT = re.compile(r"([^.\[\]\s]+)((?:\[\d+\])*)")
 _SWEPT = re.compile(rf"{SWEEP}\.(.+?)(?:\[(\d+)\])?")
 _NEVER_SWEPT = ("output_dir", "extends", SWEEP)
 _LEAST_LIKENESS = 0.6  # difflib's own cutoff for a close match
-_SAME_SECTION_BONUS = 0.1  # of two equally near keys, the one in the same section
+_SAME_SECTION_BONUS = 0.1  # prefers the same section among equally near keys
 
 
 def format_key(path: KeyPath) -> str:
-    """Write a key path with dots and brackets: `data.train[0].path`."""
+    """Return a key path with dots and brackets: `data.train[0].path`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -97,22 +97,12 @@ def format_key(path: KeyPath) -> str:
 
 
 def format_pattern(path: KeyPath) -> str:
-    """Write a key path without list positions: `data.train[].path`."""
+    """Return a key path without list positions: `data.train[].path`."""
     return re.sub(r"\[\d+\]", "[]", format_key(path))
 
 
 def parse_key(text: str) -> KeyPath:
-    """Split a dotted key into its pieces.
-
-    Args:
-        text: Such as `data.train[0].path`.
-
-    Returns:
-        The pieces; list positions as integers.
-
-    Raises:
-        ValueError: If the text is no dotted key.
-    """
+    """Split `data.train[0].path` at its dots and brackets, or raise `ValueError`."""
     swept = _SWEPT.fullmatch(text)
     if swept is not None:
         name = format_key(parse_key(swept[1]))
@@ -128,7 +118,7 @@ def parse_key(text: str) -> KeyPath:
 
 
 def strip_optional(kind: Any) -> tuple[Any, bool]:
-    """Take `| None` off a type; tell whether it was there."""
+    """Return a type without `| None`, and whether null is allowed."""
     if get_origin(kind) in (Union, types.UnionType):
         inner = [part for part in get_args(kind) if part is not type(None)]
         return inner[0], True
@@ -136,14 +126,14 @@ def strip_optional(kind: Any) -> tuple[Any, bool]:
 
 
 @cache
-def section_kinds(section: type) -> dict[str, Any]:
-    """Map each key of a section to its type."""
-    hints = get_type_hints(section)
+def section_kinds(section: type, *, with_ranges: bool = False) -> dict[str, Any]:
+    """Return each key of a section with its type, with its range as `Annotated` on request."""
+    hints = get_type_hints(section, include_extras=with_ranges)
     return {field.name: hints[field.name] for field in fields(section)}
 
 
 def kind_at(path: KeyPath) -> Any | None:
-    """Find the type of the value at a key path, or None where the schema has no such key."""
+    """Return the type of the value at a key path, or None if the schema has no such key."""
     kind: Any = Recipe
     for part in path:
         kind, _ = strip_optional(kind)
@@ -162,14 +152,7 @@ def kind_at(path: KeyPath) -> Any | None:
 
 
 def find_alias(path: KeyPath) -> KeyPath | None:
-    """Find the key that a foreign spelling stands for, where it is read at all.
-
-    Args:
-        path: Where the spelling was written, e.g. `("sequence_len",)` or `("data", "cutoff_len")`.
-
-    Returns:
-        The path of the right key, or None.
-    """
+    """Return the key for another tool's spelling, such as `("data", "cutoff_len")`, or None."""
     if path[0] == SWEEP and len(path) == 2:
         right = _find_swept_alias(str(path[1]))
         return None if right is None else (SWEEP, format_key(right))
@@ -182,20 +165,13 @@ def find_alias(path: KeyPath) -> KeyPath | None:
 
 
 def explain_swept(name: str) -> tuple[str, str | None]:
-    """Say why a name under `sweep` is none of the keys that can be tried.
-
-    Args:
-        name: What was written in the place of a dotted key.
-
-    Returns:
-        What is wrong, and what to write.
-    """
+    """Return why a name under `sweep` is not a key to sweep, and a hint."""
     try:
         path = parse_key(name)
     except ValueError:
-        return f"{name!r} is no dotted key", "write one such as `train.learning_rate`"
+        return f"{name!r} is not a dotted key", "write one such as `train.learning_rate`"
     if path[0] in _NEVER_SWEPT:
-        return f"`{path[0]}` cannot be swept", "each run gets a folder of its own in `output_dir`"
+        return f"`{path[0]}` cannot be swept", "each run gets its own folder in `output_dir`"
     kind, _ = strip_optional(kind_at(path))
     if is_dataclass(kind) and isinstance(kind, type):
         first = next(iter(section_kinds(kind)))
@@ -205,7 +181,7 @@ def explain_swept(name: str) -> tuple[str, str | None]:
 
 
 def _swept_kind(name: str | int) -> Any | None:
-    """Give the type of what `sweep` says of a key: a list of the key's own type."""
+    """Return the type of a key under `sweep`: a list of the key's own type."""
     try:
         path = parse_key(str(name))
     except ValueError:
@@ -223,21 +199,14 @@ def _find_swept_alias(name: str) -> KeyPath | None:
 
 
 def find_nearest_key(path: KeyPath) -> str | None:
-    """Find the valid key that a stray one most likely meant, wherever in the schema it lives.
-
-    Args:
-        path: The stray key, with the place where it was written.
-
-    Returns:
-        The dotted key, or None if none is near.
-    """
+    """Return the valid key, in any section, that is most similar to an unknown one, or None."""
     name = str(path[-1]).lower().replace("-", "_")
     foreign = ALIASES.get(name) or POINTERS.get(name)
     if foreign is not None:
         return foreign
     parent = format_pattern(path[:-1])
     best, best_likeness = None, _LEAST_LIKENESS
-    for candidate in _schema_paths():
+    for candidate in list_keys():
         likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio()
         same_section = format_pattern(candidate[:-1]) == parent
         likeness += _SAME_SECTION_BONUS if same_section else 0.0
@@ -248,13 +217,14 @@ def find_nearest_key(path: KeyPath) -> str | None:
 
 
 def find_nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
-    """Find the word of a list that is spelt most like the given one, or None."""
+    """Return the most similarly spelled word, or None."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=_LEAST_LIKENESS)
     return near[0] if near else None
 
 
 @cache
-def _schema_paths() -> tuple[KeyPath, ...]:
+def list_keys() -> tuple[KeyPath, ...]:
+    """Return every key of the schema, with position 0 for entries of lists."""
     return tuple(_walk_schema(Recipe, ()))
 
 

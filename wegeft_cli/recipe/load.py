@@ -1,12 +1,12 @@
-"""A YAML file, what it extends and the overrides become one typed recipe."""
+"""Load a recipe: a YAML file, the files it extends, and overrides become one typed recipe."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,11 +14,21 @@ from omegaconf.errors import OmegaConfBaseException
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
 from wegeft_cli.recipe.grid import count_runs
-from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
-from wegeft_cli.recipe.layers import Merged, apply_override
+from wegeft_cli.recipe.keys import (
+    SWEEP,
+    KeyPath,
+    explain_swept,
+    find_alias,
+    format_key,
+    kind_at,
+    parse_key,
+    section_kinds,
+    strip_optional,
+)
+from wegeft_cli.recipe.merged import MergedValues
+from wegeft_cli.recipe.reader import DROPPED, FileValues, ReadErrors, ValueReader, describe
 from wegeft_cli.recipe.rules import METHOD_RULES, check_recipe, load_rules
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.typed_values import Findings, Layer, LayerReader, describe
 from wegeft_cli.recipe.yaml_source import (
     Document,
     has_interpolation,
@@ -32,18 +42,18 @@ _EXTENDS = "extends"
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe and what was noticed while reading it."""
+    """A recipe, and notes and places from reading it."""
 
     recipe: Recipe
     path: Path
-    """The file that was read; of a shipped recipe, the shipped file."""
+    """The file that was read; for a shipped recipe, the shipped file."""
     notes: tuple[str, ...] = ()
-    """Foreign spellings that were read: "`sequence_len` is read as `data.max_length`"."""
+    """For example "`sequence_len` is read as `data.max_length`"."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Where each key was set, by dotted key: `file:line:column`, or an override."""
 
     def find_place(self, key: str) -> str:
-        """Tell where a key was set, or the nearest key above it, or the file."""
+        """Return where a key or the nearest key around it was set, or the file."""
         while key:
             if key in self.places:
                 return self.places[key]
@@ -53,118 +63,91 @@ class LoadedRecipe:
 
 @dataclass
 class Settings:
-    """All layers of a recipe, and what reading them brought to light."""
+    """The merged values of a recipe, and the errors and notes of reading them."""
 
     file: Path
-    merged: Merged
-    findings: Findings
+    merged: MergedValues
+    errors: ReadErrors
 
-    def tell_places(self) -> dict[str, str]:
-        """Give the place of each key that was set."""
+    def places(self) -> dict[str, str]:
+        """Return the place of each key that was set."""
         return {format_key(path): place for path, place in self.merged.places.items()}
 
 
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, need_data: bool = True
 ) -> LoadedRecipe:
-    """Read a recipe, or tell everything that is wrong with it at once.
+    """Load a recipe, or raise all of its faults at once.
 
     Args:
         path: A YAML file, or the name of a shipped recipe.
-        overrides: `key=value` with dotted keys (`data.train[0].limit=5`) and YAML values; they win
-            over the file, the later over the earlier.
-        need_data: Whether `data.train` is required, as it is for a command that trains.
+        overrides: `key=value` with dotted keys (`data.train[0].limit=5`) and YAML values. They
+            replace values of the file; a later override replaces an earlier one.
+        need_data: Whether `data.train` is required, as for training.
 
     Returns:
-        The typed recipe, with every default filled in and every `${key}` resolved.
+        The typed recipe, with all defaults and every `${key}` resolved.
 
     Raises:
-        UserError: If one thing is wrong, with file, line, column, key and a hint.
-        ExceptionGroup: Of several `UserError`.
+        UserError: If the recipe has one fault: file, line, column, key, message and hint.
+        ExceptionGroup: If it has several; a group of `UserError`.
     """
     settings = read_settings(path, overrides)
-    recipe = settle(settings, need_data=need_data)
-    notes = settings.findings.notes
+    recipe = build_recipe(settings, need_data=need_data)
+    raise_all(settings.errors.faults)
+    notes = settings.errors.notes
     if recipe.sweep:
         num_runs = count_runs(recipe.sweep)
-        notes.append(f"`sweep` holds {num_runs} runs for `wegeft sweep`; this is the recipe alone")
-    return LoadedRecipe(recipe, settings.file, tuple(notes), settings.tell_places())
+        notes.append(f"`sweep` has {num_runs} runs for `wegeft sweep`; it is ignored here")
+    return LoadedRecipe(recipe, settings.file, tuple(notes), settings.places())
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Lay a file, what it extends and the overrides over one another.
+    """Merge a file, the files it extends and the overrides.
 
-    Args:
-        path: A YAML file, or the name of a shipped recipe.
-        overrides: `key=value`.
-
-    Returns:
-        The settings with the faults found so far, to be settled.
-
-    Raises:
-        UserError: If a file cannot be read; nothing can be said of the rest then.
-        ExceptionGroup: If there are other faults beside it.
+    A file that cannot be read raises at once, with the errors found so far.
     """
-    findings = Findings()
+    errors = ReadErrors()
     file = _find_file(path)
-    layers = _read_chain(file, (), findings)
-    merged = Merged(place=str(file))
-    for layer in layers or ():
-        merged.add_layer(layer)
+    files = _read_chain(file, (), errors)
+    merged = MergedValues(place=str(file))
+    for values in files or ():
+        merged.add_file(values)
     for override in overrides:
-        apply_override(override, merged, findings)
-    if layers is None:
-        # Half a recipe would break rules that the whole one keeps.
-        raise_all(findings.faults)
+        _apply_override(override, merged, errors)
+    if files is None:
+        # A part of a recipe could break rules that the whole recipe keeps.
+        raise_all(errors.faults)
     if not merged.values.get("output_dir"):
         merged.values["output_dir"] = f"runs/{file.stem}"
-    return Settings(file, merged, findings)
+    return Settings(file, merged, errors)
 
 
-def settle(settings: Settings, *, need_data: bool = True, raises: bool = True) -> Recipe:
-    """Make the typed recipe of settings, and check its rules.
+def build_recipe(settings: Settings, *, need_data: bool = True) -> Recipe:
+    """Return the typed recipe and add the faults of its rules to the errors of the settings.
 
-    Args:
-        settings: What was read; takes the faults.
-        need_data: Whether `data.train` is required.
-        raises: Whether faults are raised; otherwise they stay in the settings' findings.
-
-    Returns:
-        The recipe; not to be used if there are faults.
-
-    Raises:
-        UserError: If one thing is wrong.
-        ExceptionGroup: Of several `UserError`.
+    The recipe must not be used if there are errors.
     """
-    merged, findings = settings.merged, settings.findings
-    _leave_out_foreign(merged, findings)
-    recipe = _build_recipe(merged, findings)
+    merged, errors = settings.merged, settings.errors
+    _drop_unread_keys(merged, errors)
+    recipe = _to_recipe(merged, errors)
     for fault in check_recipe(recipe, where=merged.find_place, need_data=need_data):
         key = parse_key(fault.key or "")
-        is_misspelt = key not in merged.places and findings.is_misspelt(key)
-        if not findings.is_told(key) and not is_misspelt:
-            findings.faults.append(fault)
-    if raises:
-        raise_all(findings.faults)
+        is_misspelled = key not in merged.places and errors.is_suggested(key)
+        if not errors.has_failed(key) and not is_misspelled:
+            errors.faults.append(fault)
     return recipe
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Write a recipe so that `load_recipe` reads an equal one.
-
-    Args:
-        recipe: Any recipe.
-
-    Returns:
-        YAML with every key, defaults too, under one line that says what it is.
-    """
+    """Return YAML that `load_recipe` reads as an equal recipe, with every key."""
     values = escape_interpolation(asdict(recipe))
     header = f"# Resolved by wegeft-cli {VERSION}, every key with its value; it repeats the run.\n"
     return header + OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def _find_file(path: str | Path) -> Path:
-    """Find the recipe's file: as a path, else as a shipped recipe's name."""
+    """Return the file of a path or of a shipped recipe's name."""
     file = Path(path)
     if file.is_file():
         return file
@@ -179,18 +162,20 @@ def _find_file(path: str | Path) -> Path:
     raise UserError(message, file=str(path), hint=hint_names(str(path)))
 
 
-def _read_chain(file: Path, children: tuple[Path, ...], findings: Findings) -> list[Layer] | None:
-    """Read a file and what it extends, the eldest first; None if one of them is unreadable."""
-    document = _read_file(file, findings.faults)
+def _read_chain(
+    file: Path, children: tuple[Path, ...], errors: ReadErrors
+) -> list[FileValues] | None:
+    """Read a file and those it extends, the base first; None if one of them is unreadable."""
+    document = _read_file(file, errors.faults)
     if document is None:
         return None
-    parents: list[Layer] | None = []
-    extends = _take_extends(document, findings)
+    parents: list[FileValues] | None = []
+    extends = _take_extends(document, errors)
     if extends is not None:
         name, place = extends
-        parents = _read_parent(name, place, file, children, findings)
-    layer = LayerReader(document, findings).read_file(Recipe)
-    return None if parents is None else [*parents, layer]
+        parents = _read_parent(name, place, file, children, errors)
+    values = ValueReader(document, errors).read_file()
+    return None if parents is None else [*parents, values]
 
 
 def _read_file(file: Path, faults: list[UserError]) -> Document | None:
@@ -207,8 +192,8 @@ def _read_file(file: Path, faults: list[UserError]) -> Document | None:
     return read_document(text, label, faults)
 
 
-def _take_extends(document: Document, findings: Findings) -> tuple[str, str] | None:
-    """Take `extends` out of a file: the name in it and its place, or None."""
+def _take_extends(document: Document, errors: ReadErrors) -> tuple[str, str] | None:
+    """Remove `extends` from a document and return its name and place, or None."""
     for key, value in iterate_entries(document.node):
         if key.value != _EXTENDS:
             continue
@@ -216,36 +201,36 @@ def _take_extends(document: Document, findings: Findings) -> tuple[str, str] | N
         name, place = document.values.pop(_EXTENDS), document.place(key)
         if isinstance(name, str) and name:
             return name, place
-        if id(value) not in document.faulty:
+        if id(value) not in document.failed_nodes:
             message = f"expected the name or path of a recipe, got {describe(name)}"
-            findings.add((_EXTENDS,), message, place)
+            errors.add((_EXTENDS,), message, place)
     return None
 
 
 def _read_parent(
-    name: str, place: str, child: Path, children: tuple[Path, ...], findings: Findings
-) -> list[Layer] | None:
+    name: str, place: str, child: Path, children: tuple[Path, ...], errors: ReadErrors
+) -> list[FileValues] | None:
     file = child.parent / Path(name).expanduser()
     if not file.is_file():
         shipped = find_recipe(name)
         if shipped is None:
             message = f"no file {str(file)!r}, and no shipped recipe called {name!r}"
-            findings.add((_EXTENDS,), message, place, hint_names(name))
+            errors.add((_EXTENDS,), message, place, hint_names(name))
             return None
         file = shipped
     family = (*children, child)
     if file.resolve() in [member.resolve() for member in family]:
         message = " extends ".join(str(member) for member in (*family, file))
-        findings.add((_EXTENDS,), f"goes in a circle: {message}", place, "remove one of them")
+        errors.add((_EXTENDS,), f"is circular: {message}", place, "remove one of them")
         return None
-    return _read_chain(file, family, findings)
+    return _read_chain(file, family, errors)
 
 
-def _leave_out_foreign(merged: Merged, findings: Findings) -> None:
-    """Let an override of `adapter.type`, or a sweep of it, make a recipe its own baseline.
+def _drop_unread_keys(merged: MergedValues, errors: ReadErrors) -> None:
+    """Let an override or a sweep of `adapter.type` turn a recipe into its own baseline.
 
-    What the file says for its own method alone is left out, and told; what an override says, or a
-    file that names the other method itself, is for the rules to judge.
+    Keys of the file that the new method does not read are dropped, with a note. Keys that an
+    override sets stay, and so do those of a file that itself sets the method: the rules check them.
     """
     adapter = merged.values.get("adapter")
     kind = adapter.get("type") if isinstance(adapter, dict) else None
@@ -259,12 +244,13 @@ def _leave_out_foreign(merged: Merged, findings: Findings) -> None:
             continue
         del section[name]
         merged.places.pop(path, None)
-        findings.notes.append(f"`{key}` is ignored: {kind!r} does not read it")
+        errors.notes.append(f"`{key}` is ignored: {kind!r} does not read it")
 
 
-def _build_recipe(merged: Merged, findings: Findings) -> Recipe:
-    """Resolve `${key}` and turn nested settings into the typed recipe."""
+def _to_recipe(merged: MergedValues, errors: ReadErrors) -> Recipe:
+    """Resolve `${key}` and turn nested values into the typed recipe."""
     schema = OmegaConf.structured(Recipe)
+    invalid = [(path, _pop_value(merged.values, path)) for path in _find_invalid(merged.values)]
     config = OmegaConf.merge(schema, merged.values)
     unresolved = []
     for path in _find_interpolated(merged.values, ()):
@@ -275,37 +261,122 @@ def _build_recipe(merged: Merged, findings: Findings) -> Recipe:
         except OmegaConfBaseException as error:
             place = merged.find_place(format_key(path))
             written = _get_value(merged.values, path)
-            findings.add(path, f"{written!r} cannot be resolved: {_first_line(error)}", place)
+            errors.add(path, f"{written!r} cannot be resolved: {_first_line(error)}", place)
             unresolved.append(path)
-    for path in reversed(unresolved):  # from the back, so that list positions stay true
-        _get_value(merged.values, path[:-1]).pop(path[-1])
+    for path in reversed(unresolved):  # from the end, so that list positions stay valid
+        _pop_value(merged.values, path)
     if unresolved:
         config = OmegaConf.merge(schema, merged.values)
     recipe = OmegaConf.to_object(config)
     assert isinstance(recipe, Recipe)
+    # OmegaConf would stop at the first invalid choice: put them back for the rules to find all.
+    for path, value in invalid:
+        object.__setattr__(_get_value(recipe, path[:-1]), str(path[-1]), value)
     return recipe
 
 
-def _find_interpolated(value: Any, path: KeyPath) -> Iterator[KeyPath]:
-    if has_interpolation(value):
-        yield path
-    elif isinstance(value, (dict, list)):
-        for part, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _find_interpolated(item, (*path, part))
+def _find_invalid(values: dict[str, Any]) -> list[KeyPath]:
+    """Return the keys whose value is none of the key's choices."""
+    return [
+        path
+        for path, value in _walk({key: each for key, each in values.items() if key != SWEEP}, ())
+        if get_origin(kind := strip_optional(kind_at(path))[0]) is Literal
+        and value not in get_args(kind)
+        and not has_interpolation(value)
+    ]
+
+
+def _find_interpolated(values: Any, path: KeyPath) -> Iterator[KeyPath]:
+    return (here for here, value in _walk(values, path) if has_interpolation(value))
+
+
+def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield each value that is neither a map nor a list, with its key."""
+    if not isinstance(value, (dict, list)):
+        yield path, value
+        return
+    for part, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _walk(item, (*path, part))
 
 
 def _get_value(values: Any, path: KeyPath) -> Any:
     for part in path:
-        values = values[part]
+        is_item = isinstance(values, (dict, list))
+        values = values[part] if is_item else getattr(values, str(part))
     return values
+
+
+def _pop_value(values: Any, path: KeyPath) -> Any:
+    return _get_value(values, path[:-1]).pop(path[-1])
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
+def _apply_override(text: str, merged: MergedValues, errors: ReadErrors) -> None:
+    """Merge one `key=value`, whose value is YAML; errors name the override."""
+    label = f"override `{text}`"
+    key, equals, value = text.partition("=")
+    try:
+        path = parse_key(key.strip()) if equals else ()
+    except ValueError:
+        path = ()
+    if not path:
+        hint = "write key=value, e.g. train.learning_rate=2e-4"
+        errors.faults.append(UserError("is not key=value", file=label, hint=hint))
+        return
+    if path[0] == "extends":
+        message = "only a file can set what a recipe extends"
+        errors.add(path, message, label, "use that recipe instead, or write a file")
+        return
+    document = read_document(f"- {value}", label, errors.faults, at=path)
+    if document is None or len(document.values) != 1:
+        if document is not None:
+            errors.add(path, "has more than one value", label, "write a list as [a, b]")
+        errors.failed_keys.add(path)
+        return
+    right = find_alias(path)
+    if right is not None:
+        errors.notes.append(f"`{format_key(path)}` is read as `{format_key(right)}`")
+        path = right
+    item, node = document.values[0], document.node.value[0]
+    known = [stop for stop in range(1, len(path) + 1) if kind_at(path[:stop]) is None]
+    reader = ValueReader(document, errors)
+    if known:
+        _add_unknown_override(path[: known[0]], item, label, reader)
+        return
+    read = reader.read_value(kind_at(path), item, node, path, label)
+    settings = [] if read is DROPPED else [(path, read)]
+    settings.extend(reader.take_aliases())
+    for target, setting in settings:
+        merged.add_setting(target, setting, label, errors)
+        merged.chosen.add(target)
+    for target in (path, *reader.places):
+        merged.set_place(target, label)
+
+
+def _add_unknown_override(path: KeyPath, value: Any, label: str, reader: ValueReader) -> None:
+    """Record that the schema does not have an override's key."""
+    if path[0] == SWEEP and len(path) == 2:
+        message, hint = explain_swept(str(path[1]))
+        reader.errors.add(path, message, label, hint)
+        return
+    kind, _ = strip_optional(kind_at(path[:-1]) if path[:-1] else Recipe)
+    around = format_key(path[:-1])
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(path[-1], str):
+        reader.add_unknown(path, value, label, tuple(section_kinds(kind)))
+    elif isinstance(path[-1], int):
+        reader.errors.add(path, f"`{around}` is not a list", label, "remove the brackets")
+    elif get_origin(kind) is list:
+        message = f"`{around}` is a list: an entry is needed"
+        reader.errors.add(path, message, label, f"write `{around}[0].{path[-1]}`")
+    else:
+        reader.errors.add(path, f"`{around}` has no keys", label, f"write {around}=value")
+
+
 def escape_interpolation(value: Any) -> Any:
-    """Protect `${` in texts that are meant literally, as OmegaConf reads them back."""
+    """Escape `${` in literal texts, as OmegaConf reads them."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
     if isinstance(value, dict):

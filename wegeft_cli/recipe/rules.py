@@ -1,22 +1,27 @@
-"""Rules of a recipe: each value by itself, and what contradicts what; no files, no network."""
+"""Rules of a recipe: valid values and no contradictions. They read no files and no network."""
 
 from __future__ import annotations
 
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
-from wegeft_cli.recipe.keys import find_nearest
-from wegeft_cli.recipe.schema import AdapterSection, ModelSection, Recipe
-from wegeft_cli.recipe.values import (
+from wegeft_cli.recipe.keys import find_nearest, section_kinds, strip_optional
+from wegeft_cli.recipe.schema import (
     PACKING_ATTENTION,
-    Fault,
-    check_values,
-    find_values,
+    AdapterSection,
+    ModelSection,
+    Range,
+    Recipe,
 )
+from wegeft_cli.recipe.unsupported import explain_unsupported
+
+Fault: TypeAlias = tuple[str, str, str | None]
+"""Key, message, hint."""
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
 TASK_RULES = "wegeft_cli.recipe.classification_rules"
@@ -32,15 +37,9 @@ _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")  # becomes a part of tensor names in
 def check_recipe(
     recipe: Recipe, *, where: Callable[[str], str | None], need_data: bool = True
 ) -> list[UserError]:
-    """Check the rules that one recipe's values must keep.
+    """Return the fault of every rule that a recipe breaks.
 
-    Args:
-        recipe: The typed recipe.
-        where: Tells for a dotted key where it was set: `file:line:column`, an override, or None.
-        need_data: Whether training data are required, as they are for a command that trains.
-
-    Returns:
-        Every rule that is broken, in the order of the schema's sections; empty if all hold.
+    `where` returns the place where a dotted key was set. `need_data` requires training data.
     """
     rules = (check_values, _check_model, _check_adapter, _check_data, _check_train)
     others = (load_rules(METHOD_RULES).check_recipe, check_measuring)
@@ -48,7 +47,7 @@ def check_recipe(
     found = [fault for rule in (*rules, *others, tasks) for fault in rule(recipe)]
     found.extend(check_grid(recipe.sweep))
     if need_data and not recipe.data.train:
-        hint = "name a file or a hub data set: `data: {train: [{path: ...}]}`"
+        hint = "set a file or a hub dataset: `data: {train: [{path: ...}]}`"
         found.append(("data.train", "is required and empty", hint))
     return [UserError(message, file=where(key), key=key, hint=hint) for key, message, hint in found]
 
@@ -58,30 +57,60 @@ def load_rules(module: str) -> Any:
     return importlib.import_module(module)
 
 
+def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
+    """Yield the faults of values outside of their choices or ranges, in a section and below it."""
+    for name, declared in section_kinds(section.__class__, with_ranges=True).items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        kind, _ = strip_optional(declared)
+        if is_dataclass(value):
+            yield from check_values(value, f"{key}.")
+        elif isinstance(value, list):
+            for position, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from check_values(item, f"{key}[{position}].")
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            yield _explain_choice(key, value, get_args(kind))
+        elif get_origin(kind) is Annotated and value is not None:
+            allowed: Range = get_args(kind)[1]
+            if not allowed.holds(value):
+                yield key, f"must be {allowed.words}; got {value}", None
+
+
+def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
+    one_of = f"one of {', '.join(choices)}"
+    refused = explain_unsupported(str(value))
+    if refused is not None:
+        return key, f"`{value}` is not supported: {refused[0]}", f"use {one_of}"
+    near = find_nearest(str(value), choices)
+    return key, f"must be {one_of}; got {value!r}", f"did you mean `{near}`?" if near else None
+
+
 def _check_model(recipe: Recipe) -> Iterator[Fault]:
     if not recipe.model.name_or_path:
-        yield "model.name_or_path", "is required and empty", "name a model folder or a hub id"
+        yield "model.name_or_path", "is required and empty", "set a model folder or a hub id"
     if recipe.model.load_in_4bit and recipe.model.load_in_8bit:
         yield "model.load_in_8bit", "contradicts `model.load_in_4bit`", "keep one of the two"
     elif recipe.model.load_in_4bit or recipe.model.load_in_8bit:
-        yield from _check_quantised(recipe)
+        yield from _check_quantized(recipe)
     elif recipe.model.quant_method != ModelSection.quant_method:
-        message = f"{recipe.model.quant_method!r} is read with `load_in_8bit` alone"
+        message = f"{recipe.model.quant_method!r} requires `load_in_8bit`"
         yield "model.quant_method", message, "set `model.load_in_8bit: true`, or remove it"
 
 
-def _check_quantised(recipe: Recipe) -> Iterator[Fault]:
-    """A quantised base has no weight entries to drop or to multiply with."""
+def _check_quantized(recipe: Recipe) -> Iterator[Fault]:
+    """A quantized base has no dense weight to multiply with."""
     model, adapter = recipe.model, recipe.adapter
     asked = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
     if model.load_in_4bit and model.quant_method == "torchao":
-        message = "`torchao` quantises to 8 bits here, and `model.load_in_4bit` is set"
+        message = "`torchao` quantizes to 8 bits, and `model.load_in_4bit` is set"
         yield "model.quant_method", message, "use `bitsandbytes`, or `model.load_in_8bit`"
     if model.name_or_path.endswith(".gguf"):
-        message = "a GGUF file's weights are quantised already, and are read as dense ones"
-        yield asked, message, "give the base's folder or hub id"
+        message = (
+            "the weights of a GGUF file are already quantized, and are loaded as dense weights"
+        )
+        yield asked, message, "use the base's folder or hub id"
     if adapter.view == "weight":
-        message = f"`weight` multiplies with the weight, which `{asked}` leaves none of"
+        message = f"`weight` multiplies with the dense weight, which `{asked}` does not keep"
         yield "adapter.view", message, f"use `auto` or `activation`, or remove `{asked}`"
 
 
@@ -90,56 +119,61 @@ def _check_adapter(recipe: Recipe) -> Iterator[Fault]:
     yield from _check_targets(adapter)
     yield from _check_groups(adapter)
     if any(not name.strip() for name in adapter.modules_to_save):
-        yield "adapter.modules_to_save", "holds an empty name", "name modules such as `lm_head`"
+        yield (
+            "adapter.modules_to_save",
+            "contains an empty name",
+            "use module names such as `lm_head`",
+        )
     if adapter.init_from is not None and not adapter.init_from.strip():
-        yield "adapter.init_from", "is empty", "name an adapter or run folder, or leave it out"
+        yield "adapter.init_from", "is empty", "set an adapter or run folder, or remove it"
     if adapter.dropout > 0 and adapter.view == "activation":
         yield (
             "adapter.view",
             f"`activation` contradicts `adapter.dropout` {adapter.dropout}: "
-            "dropout acts on the weight's entries",
+            "dropout is applied to the entries of the weight",
             "use view `weight` or `auto`, or dropout 0",
         )
 
 
 def _check_targets(adapter: AdapterSection) -> Iterator[Fault]:
     key, targets = "adapter.target_modules", adapter.target_modules
-    hint = "name them ([q_proj, v_proj]), write one regular expression, or `all-linear`"
+    hint = "use a list ([q_proj, v_proj]), one regular expression, or `all-linear`"
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
-            yield key, f"{targets!r} is no regular expression: {error}", hint
+            yield key, f"{targets!r} is not a regular expression: {error}", hint
     is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not is_list and not isinstance(targets, str):
         yield key, f"must be a list of module names or one text; got {targets!r}", hint
     elif not targets or (is_list and "" in targets):
-        yield key, "names no module", hint
+        yield key, "selects no module", hint
 
 
 def _check_groups(adapter: AdapterSection) -> Iterator[Fault]:
     if adapter.groups is None:
         return
     if adapter.share != AdapterSection.share:
-        message = f"contradicts `adapter.share` {adapter.share!r}: groups replace it"
+        message = f"contradicts `adapter.share` {adapter.share!r}, which groups replace"
         yield "adapter.groups", message, "keep one of the two"
     if not adapter.groups:
-        yield "adapter.groups", "holds no group", "remove it, or name a group and its patterns"
+        yield "adapter.groups", "has no group", "remove it, or add a group and its patterns"
     for name, patterns in adapter.groups.items():
         if not _GROUP_NAME.fullmatch(name):
-            message = f"the group name {name!r} may hold only letters, digits, `_` and `-`"
+            message = f"the group name {name!r} may contain only letters, digits, `_` and `-`"
             yield "adapter.groups", message, None
         if not patterns:
-            message = f"the group {name!r} holds no pattern"
-            yield "adapter.groups", message, "list patterns over full module names"
+            message = f"the group {name!r} has no pattern"
+            yield "adapter.groups", message, "add patterns over full module names"
 
 
 def _check_data(recipe: Recipe) -> Iterator[Fault]:
     data = recipe.data
-    for pattern in ("data.train[].path", "data.validation[].path", "data.test[].path"):
-        for key, path in find_values(recipe, pattern):
-            if not path:
-                yield key, "is required and empty", "name a file, a folder or a hub data set"
+    for part in ("train", "validation", "test"):
+        for position, source in enumerate(getattr(data, part)):
+            if not source.path:
+                key = f"data.{part}[{position}].path"
+                yield key, "is required and empty", "set a file, a folder or a hub dataset"
     if data.validation and data.validation_fraction > 0:
         message = f"{data.validation_fraction} contradicts `data.validation`"
         yield "data.validation_fraction", message, "keep one of the two"
@@ -154,30 +188,34 @@ def _check_weights(recipe: Recipe) -> Iterator[Fault]:
     weighted = [source.weight is not None for source in data.train]
     if any(weighted) and not all(weighted):
         key = f"data.train[{weighted.index(False)}].weight"
-        yield key, "is missing: another training source has one", "give every source one, or none"
+        yield (
+            key,
+            "is missing: another training source has one",
+            "set it for every source or for none",
+        )
     for position, source in enumerate(data.validation):
         if source.weight is not None:
             key = f"data.validation[{position}].weight"
-            yield key, "weights mix what is learned from, not validation", "remove it"
+            yield key, "is only for training sources", "remove it"
     if any(weighted) and data.packing != "none":
         message = (
-            f"contradicts `data.packing` {data.packing!r}: a pack has the same rows in every "
-            "epoch, a mixture has not"
+            f"contradicts `data.packing` {data.packing!r}: packs are equal in all epochs, "
+            "a mixture does not"
         )
         yield "data.train[0].weight", message, "remove the weights, or set `data.packing: none`"
 
 
 def _check_padding(recipe: Recipe) -> Iterator[Fault]:
-    """What is done against padding: packing, or steps of rows of one length."""
+    """Yield the faults of packing and of grouping by length."""
     data, attention = recipe.data, recipe.model.attn_implementation
     if data.packing != "none" and attention not in (None, *PACKING_ATTENTION):
-        message = f"{data.packing!r} with {attention!r}: it is not known to keep packed rows apart"
+        message = f"{data.packing!r} with {attention!r}, which may not separate packed rows"
         hint = f"set `model.attn_implementation` to one of {', '.join(PACKING_ATTENTION)}"
         yield "data.packing", message, hint
     if recipe.train.group_by_length:
         key = "train.group_by_length"
         if data.packing != "none":
-            message = f"contradicts `data.packing` {data.packing!r}: packs are of one length"
+            message = f"contradicts `data.packing` {data.packing!r}: packs have equal lengths"
             yield key, message, "keep one of the two"
         if not data.shuffle:
             message = "contradicts `data.shuffle: false`: grouping changes the order of the rows"
@@ -185,30 +223,30 @@ def _check_padding(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _check_streaming(recipe: Recipe) -> Iterator[Fault]:
-    """What needs all rows before the first step does not go with reading them while training."""
+    """Streaming excludes settings that need all rows before the first step."""
     data = recipe.data
     if recipe.train.max_steps < 1:
-        message = "is needed with `data.streaming`: how many rows there are is not known beforehand"
+        message = "is required with `data.streaming`: the number of rows is not known in advance"
         yield "train.max_steps", message, "set the number of optimizer steps"
     if data.validation_fraction > 0:
         message = (
-            f"{data.validation_fraction} contradicts `data.streaming`: which rows are the last is "
-            "not known beforehand"
+            f"{data.validation_fraction} contradicts `data.streaming`: the last rows are not known "
+            "in advance"
         )
-        yield "data.validation_fraction", message, "name validation rows in `data.validation`"
+        yield "data.validation_fraction", message, "set validation sources in `data.validation`"
     if data.packing != "none":
-        message = f"{data.packing!r} contradicts `data.streaming`: packing chooses among all rows"
+        message = f"{data.packing!r} contradicts `data.streaming`: packing needs all rows"
         yield "data.packing", message, "set it to `none`"
     if recipe.train.group_by_length:
-        message = "contradicts `data.streaming`: grouping chooses among all rows"
+        message = "contradicts `data.streaming`: grouping needs all rows"
         yield "train.group_by_length", message, "set it to false"
     for position, source in enumerate(data.train):
         key = f"data.train[{position}]"
         if source.format in _CORPORA:
-            message = f"{source.format!r} takes a published part of the whole set"
+            message = f"{source.format!r} selects a published part of the whole dataset"
             yield f"{key}.format", message, "set `data.streaming: false`"
         if source.path.endswith(".json"):
-            message = f"{source.path!r} is read as a whole: a JSON array cannot be streamed"
+            message = f"{source.path!r} is a JSON array, which cannot be streamed"
             yield f"{key}.path", message, "write it as JSONL, one object per line"
 
 
@@ -218,55 +256,50 @@ def _check_train(recipe: Recipe) -> Iterator[Fault]:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
     if train.fsdp_size is not None and train.strategy != "hsdp":
-        message = f"{train.fsdp_size} is read with `train.strategy: hsdp` alone"
+        message = f"{train.fsdp_size} requires `train.strategy: hsdp`"
         yield "train.fsdp_size", message, "set the strategy, or remove it"
     if train.activation_offload and train.gradient_checkpointing:
-        message = "contradicts `train.gradient_checkpointing`, which leaves nothing to be moved"
+        message = (
+            "contradicts `train.gradient_checkpointing`, which keeps no activations to offload"
+        )
         yield "train.activation_offload", message, "keep one of the two"
     if train.compile and train.gradient_checkpointing:
-        message = "contradicts `train.gradient_checkpointing`: recomputed layers stay as they are"
+        message = "contradicts `train.gradient_checkpointing`: recomputed layers are not compiled"
         yield "train.compile", message, "keep one of the two"
     if train.strategy != "replicated":
         yield from _check_sharded(recipe)
 
 
 def _check_sharded(recipe: Recipe) -> Iterator[Fault]:
-    """What needs a layer's weights whole and at any time does not go with sharing them."""
+    """Sharded weights exclude settings that need a layer's whole weights at any time."""
     key, strategy = "train.strategy", recipe.train.strategy
     model, adapter = recipe.model, recipe.adapter
     whole = "set `train.strategy: replicated`"
     if model.load_in_4bit or model.load_in_8bit:
-        message = f"`{strategy}` shares dense weights, and the base is quantised"
-        yield key, message, f"{whole}: a quantised base is a quarter of its size"
+        message = f"`{strategy}` shards dense weights, and the base is quantized"
+        yield key, message, f"{whole}: a quantized base is a quarter of its size"
     if model.name_or_path.endswith(".gguf"):
-        message = f"`{strategy}` reads each process's share of safetensors, and this is a GGUF file"
-        yield "model.name_or_path", message, f"give the base's folder or hub id, or {whole}"
+        message = f"`{strategy}` reads shards of safetensors files, and this is a GGUF file"
+        yield "model.name_or_path", message, f"use the base's folder or hub id, or {whole}"
     if recipe.train.compile:
-        message = f"contradicts `{key}` `{strategy}`: what gathers a layer is not compiled"
-        yield "train.compile", message, f"leave it out, or {whole}"
+        message = f"contradicts `{key}` `{strategy}`: gathering a layer cannot be compiled"
+        yield "train.compile", message, f"remove it, or {whole}"
     if recipe.train.activation_offload:
-        message = f"contradicts `{key}` `{strategy}`: it would move gathered weights too"
+        message = f"contradicts `{key}` `{strategy}`: it would also offload gathered weights"
         yield "train.activation_offload", message, "use `train.gradient_checkpointing`"
     if adapter.modules_to_save:
-        message = f"`{strategy}` shares the modules that are to be trained whole"
-        yield "adapter.modules_to_save", message, f"leave it out, or {whole}"
+        message = f"`{strategy}` shards the modules that are trained whole"
+        yield "adapter.modules_to_save", message, f"remove it, or {whole}"
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-"""What `logging.report_to` may name."""
+"""The trackers that `logging.report_to` accepts."""
 
 _LOSS = "eval_loss"
 
 
 def check_measuring(recipe: Recipe) -> Iterator[Fault]:
-    """Check what a run measures, and what it watches of that.
-
-    Args:
-        recipe: The typed recipe.
-
-    Yields:
-        Each rule that is broken.
-    """
+    """Yield the faults of validation, model selection and logging."""
     yield from _check_validation(recipe)
     yield from _check_watched(recipe)
     yield from _check_logging(recipe)
@@ -276,12 +309,12 @@ def _check_validation(recipe: Recipe) -> Iterator[Fault]:
     train = recipe.train
     measures = _has_rows(recipe) or train.eval_tasks or recipe.logging.sample_prompts
     if train.eval_steps > 0 and not measures:
-        message = f"{train.eval_steps} asks for a validation loss, and there are no validation data"
-        hint = "set `data.validation` or `data.validation_fraction`, or name `train.eval_tasks`"
+        message = f"{train.eval_steps} requires validation data, and there are none"
+        hint = "set `data.validation`, `data.validation_fraction` or `train.eval_tasks`"
         yield "train.eval_steps", message, hint
     for position, name in enumerate(train.eval_tasks):
         if name in train.eval_tasks[:position]:
-            yield f"train.eval_tasks[{position}]", f"names {name!r} a second time", "remove it"
+            yield f"train.eval_tasks[{position}]", f"contains {name!r} twice", "remove it"
 
 
 def _check_watched(recipe: Recipe) -> Iterator[Fault]:
@@ -291,17 +324,15 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
     if _has_rows(recipe):
         metrics += [f"eval_{name}" for name in load_rules(TASK_RULES).validation_metrics(recipe)]
     hint = "set `data.validation` or `data.validation_fraction`"
-    # What the sets of `train.eval_tasks` are called, and which a group has, is known elsewhere.
+    # The names of benchmarks and the members of groups are checked elsewhere.
     if metric != _LOSS and metric not in metrics and not train.eval_tasks:
-        # All begin with eval_: what follows tells them apart.
+        # The common prefix eval_ would make all names similar.
         words = {name.removeprefix("eval_"): name for name in metrics}
         near = words.get(find_nearest(metric.removeprefix("eval_"), list(words)) or "")
         yield (
             key,
-            f"{metric!r} is not measured: there is {' and '.join(metrics) or 'nothing'}",
-            f"did you mean `{near}`?"
-            if near
-            else f"name its task in `train.eval_tasks`, or {hint}",
+            f"{metric!r} is not measured; measured: {', '.join(metrics) or 'nothing'}",
+            f"did you mean `{near}`?" if near else f"add its task to `train.eval_tasks`, or {hint}",
         )
     watching = {
         "train.early_stopping_patience": train.early_stopping_patience is not None,
@@ -310,15 +341,15 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
     for name, is_set in watching.items():
         if is_set and metric == _LOSS and metric not in metrics:
             other = f", or set `{key}: {metrics[0]}`" if metrics else ""
-            yield name, "needs validation, and there are no validation data", hint + other
+            yield name, "requires validation data, and there are none", hint + other
         elif is_set and train.eval_steps == 0:
-            message = "needs validation while training, and `train.eval_steps` is 0"
-            yield name, message, "set `train.eval_steps`, e.g. 0.1 for ten times"
+            message = "requires validation during training, and `train.eval_steps` is 0"
+            yield name, message, "set `train.eval_steps`, e.g. 0.1 for ten validations"
 
 
 def _check_logging(recipe: Recipe) -> Iterator[Fault]:
     key, value = "logging.report_to", recipe.logging.report_to
-    known = f"none, or a name or a list of names out of {', '.join(TRACKERS)}"
+    known = f"none, or a name or a list of names from {', '.join(TRACKERS)}"
     if not isinstance(value, str | list):
         yield key, f"must be {known}; got {value!r}", None
         return

@@ -1,9 +1,90 @@
-"""The recipe as typed, frozen values: every key, its meaning, unit, range and default."""
+"""The recipe as typed, frozen values: each key with its choices, range, default and meaning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have, and the words for them."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+Count: TypeAlias = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+CountOrZero: TypeAlias = Annotated[int, Range("at least 0", lambda value: value >= 0)]
+NotNegative: TypeAlias = Annotated[float, Range("at least 0", lambda value: value >= 0)]
+Positive: TypeAlias = Annotated[float, Range("above 0", lambda value: value > 0)]
+Fraction: TypeAlias = Annotated[float, Range("between 0 and 1", lambda value: 0 <= value <= 1)]
+BelowOne: TypeAlias = Annotated[
+    float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+]
+Decay: TypeAlias = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
+Every: TypeAlias = Annotated[
+    float,
+    Range(
+        "0, a fraction of the steps below 1, or a whole number of steps",
+        lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+    ),
+]
+MaxSteps: TypeAlias = Annotated[
+    int, Range("-1 or at least 1", lambda value: value == -1 or value >= 1)
+]
+Seed: TypeAlias = Annotated[
+    int, Range("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
+]
+
+TaskName: TypeAlias = Literal["causal_lm", "sequence_classification", "image_classification"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+QuantMethod: TypeAlias = Literal["bitsandbytes", "torchao"]
+InPlaceMethod: TypeAlias = Literal["full", "bitfit", "linear_probe"]
+PeftMethod: TypeAlias = Literal[
+    "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
+    "hra", "fourierft", "vblora", "randlora", "c3a", "miss", "road", "delora", "waveft",
+]  # fmt: skip
+MethodName: TypeAlias = Literal["wegeft", InPlaceMethod, PeftMethod]
+Share: TypeAlias = Literal["module_type", "input_dim", "none"]
+Side: TypeAlias = Literal["input", "output"]
+Init: TypeAlias = Literal["phi_zero", "psi_zero"]
+View: TypeAlias = Literal["auto", "activation", "weight"]
+RowFormat: TypeAlias = Literal[
+    "auto", "instruction", "prompt_completion", "messages", "conversations", "text", "metamath",
+    "codefeedback", "wizardlm",
+]  # fmt: skip
+LossOn: TypeAlias = Literal["completion", "assistant", "all"]
+Packing: TypeAlias = Literal["none", "bfd"]
+ProblemType: TypeAlias = Literal["single_label_classification", "regression"]
+ImageTransform: TypeAlias = Literal["crop_flip", "crop", "resize"]
+Scheduler: TypeAlias = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "cosine_with_restarts",
+    "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+Optimizer: TypeAlias = Literal[
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit",
+    "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
+    "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+]  # fmt: skip
+MixedPrecision: TypeAlias = Literal["none", "bf16", "fp16"]
+Strategy: TypeAlias = Literal["replicated", "fsdp2", "hsdp"]
+ClassMetric: TypeAlias = Literal["accuracy", "f1", "f1_macro", "matthews_correlation"]
+RegressionMetric: TypeAlias = Literal["pearson", "spearmanr"]
+Metric: TypeAlias = Literal["auto", ClassMetric, RegressionMetric]
+
+INPLACE_TYPES: tuple[str, ...] = get_args(InPlaceMethod)
+"""Methods that train some or all of the base's own parameters."""
+PEFT_TYPES: tuple[str, ...] = get_args(PeftMethod)
+"""PEFT's methods that adapt linear layers selected by name."""
+CLASS_METRICS: tuple[str, ...] = get_args(ClassMetric)
+REGRESSION_METRICS: tuple[str, ...] = get_args(RegressionMetric)
+METRICS = (*CLASS_METRICS, *REGRESSION_METRICS)
+"""The metrics of `eval.metric`; higher is better in all of them."""
+PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+"""Attention kernels (transformers' names) that separate packed rows by their positions."""
 
 
 @dataclass(frozen=True)
@@ -11,294 +92,297 @@ class ModelSection:
     """The frozen base model."""
 
     name_or_path: str = ""
-    """A model folder, a hub id, or a GGUF file. Required."""
+    """Model folder, hub id, or GGUF file. Required."""
     revision: str | None = None
-    """Hub branch, tag or commit; null is the default branch."""
-    dtype: str = "auto"
+    """Hub branch, tag or commit. Null: the default branch."""
+    dtype: Dtype = "auto"
     """Type of the base's weights: auto (as in the checkpoint), float32, bfloat16, float16."""
     attn_implementation: str | None = None
-    """Attention kernel by its transformers name (eager, sdpa, flash_attention_2, ...); null lets
-    transformers choose."""
+    """Attention kernel by its transformers name (eager, sdpa, flash_attention_2, ...). Null:
+    transformers chooses."""
     load_in_4bit: bool = False
-    """Load the base's linears in 4 bits (nf4 with double quantisation)."""
+    """Load the base's linear layers in 4 bits (nf4 with double quantization)."""
     load_in_8bit: bool = False
-    """Load the base's linears in 8 bits."""
-    quant_method: str = "bitsandbytes"
-    """Who quantises: bitsandbytes, or torchao (8 bits, of the weights alone; bitsandbytes rounds
-    activations too)."""
+    """Load the base's linear layers in 8 bits."""
+    quant_method: QuantMethod = "bitsandbytes"
+    """Quantization library: bitsandbytes, or torchao (8 bits, weights only; bitsandbytes also
+    rounds activations)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless the recipe says so."""
-    drop_path_rate: float | None = None
-    """Stochastic depth of an image model while training: the last block's share of rows whose
-    residual branches are left out, 0 <= rate < 1, rising from 0 at the first block. Null takes the
-    model's own."""
+    """Run Python code that is part of the model's repository."""
+    drop_path_rate: BelowOne | None = None
+    """Stochastic depth of an image model during training, 0 <= rate < 1: the probability that the
+    last block's residual branches are dropped, rising linearly from 0 at the first block. Null:
+    the model's own rate."""
 
 
 @dataclass(frozen=True)
 class AdapterSection:
-    """What is learned."""
+    """The method and what it trains."""
 
-    type: str = "wegeft"
-    """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (a classifier's
-    head alone); or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). A
-    classifier's head learns with every one of them."""
-    r: int = 64
-    """Rank of the two shared maps; at least 1. Published setting: 64."""
-    alpha: float | None = None
-    """The edit is scaled by alpha / r. Null means 2 r, the published scale of 2."""
+    type: MethodName = "wegeft"
+    """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (only a
+    classifier's head); or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). Every
+    method also trains a classifier's head."""
+    r: Count = 64
+    """Rank of the two shared maps, at least 1. Published setting: 64."""
+    alpha: Positive | None = None
+    """The weight change is scaled by alpha / r. Null: 2 r, the published scale of 2."""
     target_modules: Any = "all-linear"
-    """Which linears are adapted: a list of module names (`q_proj`; `qkv_proj:q` for rows of a fused
+    """Adapted linear layers: a list of module names (`q_proj`; `qkv_proj:q` for rows of a fused
     projection, by name or as `name:start-stop`), one regular expression over full module names, or
-    `all-linear` (every linear but the output head)."""
-    share: str = "module_type"
-    """Who shares one pair: module_type (all layers of a kind), input_dim (all of a width), none."""
+    `all-linear` (every linear layer except the output head)."""
+    share: Share = "module_type"
+    """Layers that share one pair of maps: module_type (all layers of a kind), input_dim (all layers
+    of an input width), none."""
     groups: dict[str, list[str]] | None = None
     """Explicit sharing: group name -> patterns over full module names. Replaces `share`."""
-    side: str = "input"
-    """input edits what enters the layer (W (I + s phi psi)), output what leaves it."""
-    dropout: float = 0.0
-    """Dropout on the entries of the frozen weight while training, 0 <= p < 1. Needs the weight
+    side: Side = "input"
+    """Side of the weight on which the maps are applied: input (W (I + s phi psi)) or output."""
+    dropout: BelowOne = 0.0
+    """Dropout on the entries of the frozen weight during training, 0 <= p < 1. Requires the weight
     view."""
-    init: str = "phi_zero"
-    """Which factor starts at zero: phi_zero (language setting) or psi_zero (vision setting)."""
-    view: str = "auto"
-    """How the edit is computed: auto (the cheaper exact one), activation, weight."""
+    init: Init = "phi_zero"
+    """Map that starts at zero: phi_zero (language setting) or psi_zero (vision setting)."""
+    view: View = "auto"
+    """How the weight change is computed: auto (the cheaper exact view), activation, weight."""
     modules_to_save: list[str] = field(default_factory=list)
-    """Modules trained and saved whole beside the adapter, by the end of their names (`lm_head`,
-    `embed_tokens`, `classifier`); never one that is tied to another."""
+    """Modules trained and saved whole with the adapter, by the end of their names (`lm_head`,
+    `embed_tokens`, `classifier`). A module with tied weights is refused."""
     init_from: str | None = None
-    """An adapter or run folder whose factors are the start instead of a fresh draw; rank, sharing,
-    side and layers must be the same."""
+    """Adapter or run folder whose factors initialize this adapter. Rank, sharing, side and layers
+    must be equal."""
     peft: dict[str, Any] = field(default_factory=dict)
-    """Keys of the PEFT method's own config, for the baselines (`lora_dropout`, ...). adalora goes
-    from `init_r` ranks a layer (1.5 r) to r on average, between `tinit` first and `tfinal` last
-    steps."""
+    """Keys of the PEFT method's own config, for baselines (`lora_dropout`, ...). adalora reduces
+    `init_r` ranks per layer (default: 1.5 r) to r on average, between its `tinit` first and
+    `tfinal` last steps."""
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data set: a local file or folder, or a hub id."""
+    """One dataset: a local file or folder, or a hub id."""
 
     path: str = ""
-    """A JSON, JSONL, CSV or Parquet file, a folder of such files, or a hub data set id. Required.
-    For image_classification also a folder with one folder of images for each class, or a JSON file
-    {image path: class}. A relative path is tried from the working folder, then from the recipe's
-    folder."""
+    """JSON, JSONL, CSV or Parquet file, a folder of such files, or a hub dataset id. Required.
+    For image_classification also a folder with one folder of images per class, or a JSON file
+    {image path: class}. A relative path is resolved against the working folder, then against the
+    recipe's folder."""
     name: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub dataset."""
     split: str = "train"
-    """Split of a hub data set or of a folder."""
-    format: str = "auto"
-    """How a row reads: auto (from its columns), instruction (alpaca), prompt_completion, messages,
+    """Split of a hub dataset or of a folder."""
+    format: RowFormat = "auto"
+    """Format of a row: auto (from its columns), instruction (alpaca), prompt_completion, messages,
     conversations (sharegpt), text, or a named corpus (metamath, codefeedback, wizardlm) with its
     published filter and order."""
     columns: dict[str, str] | None = None
     """Renames: the format's field -> the file's column, e.g. {prompt: question}."""
-    weight: float | None = None
-    """Share of this source in a mixture, relative to the other weights, above 0; all training
-    sources have one or none has. An epoch holds as many rows as all sources together: a source
-    with more rows than its share gives other ones each epoch, one with fewer repeats. When
-    streaming, each row is drawn from the source that lags most behind its share."""
-    limit: int | None = None
-    """Take only the first so many rows."""
+    weight: Positive | None = None
+    """Share of this source in a mixture, relative to the other weights, above 0. Set it for every
+    training source or for none. An epoch has as many rows as all sources together: a source with
+    more rows than its share contributes different rows each epoch, one with fewer rows repeats.
+    When streaming, each row is taken from the source that is furthest behind its share."""
+    limit: Count | None = None
+    """Use only the first N rows."""
     image_dir: str | None = None
-    """Folder that the image paths in a file are relative to; null is the file's own folder."""
+    """Folder that image paths in a file are relative to. Null: the file's own folder."""
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """What is learned from."""
+    """The data to train on."""
 
     train: list[DataSource] = field(default_factory=list)
-    """Training sources, concatenated in the order given. Required for `train`."""
+    """Training sources, concatenated in the given order. Required for `train`."""
     validation: list[DataSource] = field(default_factory=list)
     """Sources for the validation loss."""
-    validation_fraction: float = 0.0
+    validation_fraction: BelowOne = 0.0
     """Hold out the last floor(fraction x rows) of the training rows for validation (the authors'
-    tuning rule), for a classifier of each class, 0 <= fraction < 1. Not together with
-    `validation`."""
+    tuning rule), 0 <= fraction < 1; for a classifier, of each class. Excludes `validation`."""
     test: list[DataSource] = field(default_factory=list)
-    """Sources that `wegeft eval` scores a classifier on; training reads their classes alone."""
-    problem_type: str = "single_label_classification"
-    """What a classifier's head gives: single_label_classification (one of the classes that the
-    training, validation and test sources hold), or regression (a number)."""
-    image_size: int | None = None
-    """Edge in pixels of the square that an image model sees; null takes the base's own."""
-    image_transform: str = "crop_flip"
-    """How an image becomes that square: crop_flip (FGVC: short side to 8/7 of it, a random crop and
-    a random flip in training, the centre else), crop (the same without a flip), resize (VTAB: to
-    the square at once, bilinear without antialiasing, nothing random)."""
+    """Sources on which `wegeft eval` scores a classifier. Training reads only their classes."""
+    problem_type: ProblemType = "single_label_classification"
+    """Output of a classifier's head: single_label_classification (one of the classes in the
+    training, validation and test sources), or regression (a number)."""
+    image_size: Count | None = None
+    """Edge in pixels of the square input of an image model. Null: the base's own size."""
+    image_transform: ImageTransform = "crop_flip"
+    """How an image becomes that square: crop_flip (FGVC: short side resized to 8/7 of the edge, a
+    random crop and a random flip in training, a center crop otherwise), crop (the same without a
+    flip), resize (VTAB: resized to the square, bilinear without antialiasing, no randomness)."""
     template: str = "auto"
-    """auto (instruction rows take the Alpaca form, messages the chat template, prompt/completion
-    nothing), a template's name, or the path of a Jinja file."""
-    loss_on: str = "completion"
-    """Which tokens carry the loss: completion, assistant (every assistant turn), all."""
-    max_length: int = 512
-    """Longest row in tokens; the rest is cut from the right, counted and told."""
-    packing: str = "none"
-    """none, or bfd: rows are laid end to end (best-fit decreasing) into sequences of at most
-    max_length tokens, and no row sees another. A batch then counts packed sequences."""
+    """auto (Alpaca form for instruction rows, the chat template for messages, no template for
+    prompt/completion), a template's name, or the path of a Jinja file."""
+    loss_on: LossOn = "completion"
+    """Tokens that carry the loss: completion, assistant (every assistant turn), all."""
+    max_length: Count = 512
+    """Maximum length of a row in tokens. Longer rows are cut from the right, counted and
+    reported."""
+    packing: Packing = "none"
+    """none, or bfd: rows are concatenated (best-fit decreasing) into sequences of at most
+    max_length tokens, and no row attends to another. A batch then counts packed sequences."""
     shuffle: bool = True
-    """Draw the rows in a new order each epoch, a pure function of (seed, epoch)."""
+    """Use a new order of the rows in each epoch, a pure function of (seed, epoch)."""
     streaming: bool = False
-    """Read and tokenise the training rows while training instead of before it, for sets that do not
-    fit into memory; needs train.max_steps."""
-    shuffle_buffer_size: int = 10000
-    """Rows that are drawn from at a time when streaming with shuffle."""
+    """Read and tokenize the training rows during training, for datasets that do not fit into
+    memory. Requires train.max_steps."""
+    shuffle_buffer_size: Count = 10000
+    """Size of the shuffle buffer in rows when streaming with shuffle."""
     cache_dir: str | None = None
-    """Folder that keeps tokenised rows for later runs, keyed by everything that they depend on;
-    null keeps none."""
+    """Folder that stores tokenized rows for later runs, keyed by everything they depend on. Null:
+    no cache."""
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How it is learned; names as in Hugging Face TrainingArguments."""
+    """How to train; names as in Hugging Face TrainingArguments."""
 
-    per_device_train_batch_size: int = 16
-    """Rows in one forward pass on one device."""
-    per_device_eval_batch_size: int = 16
-    """Rows in one forward pass of the validation loss."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step; exact for unequal token counts."""
-    num_train_epochs: float = 3.0
-    """Passes over the data; ignored when max_steps is set."""
-    max_steps: int = -1
-    """Optimizer steps in all; -1 counts by epochs."""
-    learning_rate: float = 2e-4
-    """Highest learning rate."""
-    lr_ratio: float = 1.0
-    """Learning rate of phi over that of psi; psi learns at learning_rate (WeGeFT alone)."""
-    lr_scheduler_type: str = "linear"
-    """linear, cosine, cosine_with_min_lr, cosine_warmup_with_min_lr, cosine_with_restarts,
-    polynomial, constant (it warms up too where a warm-up is set), constant_with_warmup,
-    inverse_sqrt, warmup_stable_decay: transformers' names."""
+    per_device_train_batch_size: Count = 16
+    """Rows per forward pass on each device."""
+    per_device_eval_batch_size: Count = 16
+    """Rows per forward pass of the validation loss on each device."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step. Exact for unequal token counts."""
+    num_train_epochs: Positive = 3.0
+    """Passes over the data. Ignored when max_steps is set."""
+    max_steps: MaxSteps = -1
+    """Total number of optimizer steps. -1: use num_train_epochs."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    lr_ratio: Positive = 1.0
+    """Learning rate of phi divided by that of psi, which is learning_rate. WeGeFT only."""
+    lr_scheduler_type: Scheduler = "linear"
+    """transformers' name of the schedule: linear, cosine, cosine_with_min_lr,
+    cosine_warmup_with_min_lr, cosine_with_restarts, polynomial, constant (with warmup if one is
+    set), constant_with_warmup, inverse_sqrt, warmup_stable_decay."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """The schedule's own settings (`min_lr_rate`, `num_decay_steps`, `power`, ...)."""
-    warmup_ratio: float = 0.0
-    """Share of the steps spent warming up, 0 to 1."""
-    warmup_steps: int = 0
-    """Steps spent warming up; not together with warmup_ratio."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of the optimizer; never on biases and other parameters of one
-    dimension."""
-    max_grad_norm: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-    optim: str = "adamw_torch"
-    """An optimizer of torch, transformers or bitsandbytes by transformers' name: adamw_torch,
+    """Settings of the schedule (`min_lr_rate`, `num_decay_steps`, `power`, ...)."""
+    warmup_ratio: Fraction = 0.0
+    """Fraction of the steps used for warmup, 0 to 1."""
+    warmup_steps: CountOrZero = 0
+    """Number of warmup steps. Excludes warmup_ratio."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay. Never applied to biases and other one-dimensional parameters."""
+    max_grad_norm: NotNegative = 1.0
+    """Maximum global gradient norm. 0: no clipping."""
+    optim: Optimizer = "adamw_torch"
+    """transformers' name of an optimizer of torch, transformers or bitsandbytes: adamw_torch,
     adamw_torch_fused, adafactor, sgd, adagrad, rmsprop; adamw_8bit, paged_adamw_8bit, lion_8bit,
-    ... (bitsandbytes). Names that need another package (galore, apollo, lomo, ...) are refused."""
+    ... (bitsandbytes). Optimizers of other packages (galore, apollo, lomo, ...) are refused."""
     optim_args: dict[str, Any] = field(default_factory=dict)
-    """The optimizer's own settings beside those below."""
-    adam_beta1: float = 0.9
-    """AdamW's first moment decay."""
-    adam_beta2: float = 0.999
-    """AdamW's second moment decay."""
-    adam_epsilon: float = 1e-8
+    """Further settings of the optimizer."""
+    adam_beta1: BelowOne = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: BelowOne = 0.999
+    """AdamW's decay of the second moment."""
+    adam_epsilon: Positive = 1e-8
     """AdamW's epsilon."""
-    neftune_noise_alpha: float | None = None
-    """NEFTune: uniform noise on the input embeddings while training, alpha / sqrt(tokens x width)
-    at most; null is none."""
-    ema_decay: float | None = None
-    """Keep an exponential moving average of what learns, 0 < decay < 1; validation and the adapter
-    then take the average. Null is none."""
-    max_skipped_steps: int = 10
-    """Optimizer steps whose loss or gradient is NaN or infinite are skipped and counted; more than
-    so many in a run, or than half of its steps, end it. 0 ends it at the first."""
-    mixed_precision: str = "none"
-    """none, bf16, fp16 (with a loss scaler): autocast over the base; factors stay float32."""
+    neftune_noise_alpha: Positive | None = None
+    """NEFTune: uniform noise of at most alpha / sqrt(tokens x width) on the input embeddings during
+    training. Null: no noise."""
+    ema_decay: Decay | None = None
+    """Keep an exponential moving average of the trained parameters, 0 < decay < 1. Validation and
+    the adapter use the average. Null: no average."""
+    max_skipped_steps: CountOrZero = 10
+    """Optimizer steps whose loss or gradient is NaN or infinite are skipped and counted. The run
+    fails after more skipped steps than this, or more than half of its steps. 0: fail at the
+    first."""
+    mixed_precision: MixedPrecision = "none"
+    """none, bf16, or fp16 (with a loss scaler): autocast over the base. Factors stay float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass (non-reentrant): less memory, more time."""
+    """Recompute activations in the backward pass (non-reentrant). Less memory, more time."""
     activation_offload: bool = False
-    """Keep what the backward pass needs in the host's memory meanwhile: less GPU memory than
-    without, and less time than to recompute it where the bus is fast."""
+    """Keep activations for the backward pass in host memory. Less GPU memory; faster than
+    recomputation when the bus is fast."""
     group_by_length: bool = False
-    """Let each step take rows of about one length: less padding, a less random order. (The rows of
-    a step are always cut into forward passes by length, which changes no step's sum.)"""
+    """Use rows of similar length in each step. Less padding, a less random order. (The rows of a
+    step are always split into forward passes by length, which changes no step's sum.)"""
     use_liger_kernel: bool = False
-    """Fused GPU kernels of liger-kernel for norms, rotary embedding and MLP; needs a GPU."""
-    eval_steps: float = 0.0
-    """Validate every so many steps; below 1 a share of all steps; 0: only at the end."""
+    """Use liger-kernel's fused kernels for norms, rotary embedding and MLP. Requires a GPU."""
+    eval_steps: Every = 0.0
+    """Validate every N steps; below 1: a fraction of all steps; 0: only at the end."""
     eval_tasks: list[str] = field(default_factory=list)
-    """Tasks and groups that each validation scores too (`wegeft eval --list`), by the settings of
-    `eval`; their scores are logged as `eval_<task>`, a group's mean as `eval_<group>`."""
-    save_steps: float = 0.1
-    """Checkpoint every so many steps; below 1 a share of all steps; 0: only when interrupted and at
-    the end, so that a crash costs the whole run."""
-    save_total_limit: int | None = 2
-    """Keep the newest so many checkpoints; null keeps all."""
-    ddp_timeout: int = 1800
-    """Seconds that a process of many waits for the others before the run ends."""
-    logging_steps: int = 1
-    """Write a line of metrics every so many steps."""
-    early_stopping_patience: int | None = None
-    """Stop after so many validations without a better value of metric_for_best_model."""
+    """Benchmarks and groups to score at each validation (`wegeft eval --list`) with the settings of
+    `eval`. Scores are logged as `eval_<task>`, a group's mean as `eval_<group>`."""
+    save_steps: Every = 0.1
+    """Save a checkpoint every N steps; below 1: a fraction of all steps; 0: only when interrupted
+    and at the end, so that a crash loses the whole run."""
+    save_total_limit: Count | None = 2
+    """Number of newest checkpoints to keep. Null: all."""
+    ddp_timeout: Count = 1800
+    """Seconds that a process waits for the others before the run fails."""
+    logging_steps: Count = 1
+    """Write a line of metrics every N steps."""
+    early_stopping_patience: Count | None = None
+    """Stop after this number of validations without improvement of metric_for_best_model. Null:
+    never."""
     metric_for_best_model: str = "eval_loss"
-    """Metric that early stopping and load_best_model_at_end watch: eval_loss, or `eval_<task>` of
-    one of eval_tasks, or a classifier's `eval_<metric>` (see eval.metric; higher is better)."""
+    """Metric for early stopping and load_best_model_at_end: eval_loss, `eval_<task>` of one of
+    eval_tasks, or a classifier's `eval_<metric>` (see eval.metric; higher is better)."""
     load_best_model_at_end: bool = False
-    """Keep the checkpoint of the best validation beside the newest ones, and write the adapter from
-    it."""
-    strategy: str = "replicated"
-    """replicated: every process keeps the base, for bases that fit. fsdp2: all processes share one
-    copy of it, each layer gathered when it is needed. hsdp: the processes of each machine do."""
-    fsdp_size: int | None = None
-    """With hsdp, how many processes share a copy of the base; null: those of one machine."""
-    check_steps: int = 100
-    """Compare a checksum of what learns over all processes every so many steps, and end a run whose
-    processes hold different values; 0: only at each save."""
+    """Keep the checkpoint of the best validation in addition to the newest ones, and write the
+    adapter from it."""
+    strategy: Strategy = "replicated"
+    """replicated: every process holds the base. fsdp2: all processes share one copy of it, and each
+    layer is gathered when needed. hsdp: the processes of each machine share a copy."""
+    fsdp_size: Count | None = None
+    """With hsdp, the number of processes that share a copy of the base. Null: those of one
+    machine."""
+    check_steps: CountOrZero = 100
+    """Compare a checksum of the trained parameters over all processes every N steps, and fail if
+    they differ. 0: only at each save."""
     compile: bool = False
-    """Compile the model's layers with torch.compile: a minute or more before the first step, and
-    faster ones after it, on a GPU above all."""
+    """Compile the model's layers with torch.compile: a minute or more before the first step, faster
+    steps afterwards, mainly on a GPU."""
 
 
 @dataclass(frozen=True)
 class EvalSection:
-    """How the result is measured, when the command line does not say."""
+    """Evaluation settings, used where the command line sets none."""
 
     tasks: list[str] = field(default_factory=list)
-    """Tasks and groups by name (`wegeft eval --list`)."""
+    """Benchmarks and groups by name (`wegeft eval --list`)."""
     protocol: str = "wegeft"
     """Prompt, decoding and scoring rules: wegeft, gift, llm_adapters, lora_ga, lora_pro, metamath,
-    a `_fixed` form, chat, ...; a task that it does not score takes its own."""
-    batch_size: int = 16
-    """Prompts generated at a time."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens; null takes the protocol's."""
-    limit: int | None = None
-    """Only the first so many rows of each test set."""
+    a `_fixed` form, chat, ... A benchmark that the protocol does not cover uses its own."""
+    batch_size: Count = 16
+    """Prompts per generation batch."""
+    max_new_tokens: Count | None = None
+    """Maximum length of an answer in tokens. Null: the protocol's."""
+    limit: Count | None = None
+    """Use only the first N rows of each test set."""
     data_dir: str | None = None
-    """Folder that holds `<set>/test.json`; null takes the hub."""
-    metric: str = "auto"
-    """Which figure is a classifier's score: accuracy, f1 (of the second class), f1_macro,
-    matthews_correlation; of a regression pearson, spearmanr. auto is accuracy, or pearson."""
+    """Folder with `<set>/test.json`. Null: the hub."""
+    metric: Metric = "auto"
+    """Score of a classifier: accuracy, f1 (of the second class), f1_macro, matthews_correlation; of
+    a regression: pearson, spearmanr. auto: accuracy, or pearson."""
 
 
 @dataclass(frozen=True)
 class LoggingSection:
-    """Where figures go besides metrics.jsonl."""
+    """Where metrics are written besides metrics.jsonl."""
 
     report_to: Any = "none"
-    """Experiment trackers: none, or a name or a list of names out of tensorboard, wandb, mlflow,
+    """Experiment trackers: none, or a name or a list of names from tensorboard, wandb, mlflow,
     trackio."""
     project: str = "wegeft"
     """Project or experiment name for the trackers."""
     run_name: str | None = None
-    """The run's name for the trackers; null is the name of output_dir."""
+    """The run's name for the trackers. Null: the name of output_dir."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts that the model answers at each validation; the answers go to samples.jsonl and to the
-    trackers."""
+    """Prompts that the model answers at each validation. The answers are written to samples.jsonl
+    and to the trackers."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: everything that a run needs, and what every command reads."""
+    """One recipe: everything that a run needs, read by every command."""
 
-    seed: int = 42
+    seed: Seed = 42
     """Seed of the factors, the data order and dropout."""
     output_dir: str = ""
-    """The run's folder; empty means runs/<recipe file's name>."""
-    task: str = "causal_lm"
-    """causal_lm, sequence_classification (one text or two, a class or a number), or
+    """The run's folder. Empty: runs/<recipe file's name>."""
+    task: TaskName = "causal_lm"
+    """causal_lm, sequence_classification (one or two texts -> a class or a number), or
     image_classification."""
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
@@ -307,7 +391,8 @@ class Recipe:
     eval: EvalSection = field(default_factory=EvalSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     sweep: dict[str, list[Any]] = field(default_factory=dict)
-    """What `wegeft sweep` tries: dotted key -> list of values, every combination one run."""
+    """Values that `wegeft sweep` tries: dotted key -> list of values. Each combination is one
+    run."""
 
     @property
     def has_head(self) -> bool:

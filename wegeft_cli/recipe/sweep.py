@@ -1,4 +1,4 @@
-"""A recipe with a `sweep` becomes one recipe for each combination of its values."""
+"""Load a recipe with a `sweep` as one recipe per combination of its values."""
 
 from __future__ import annotations
 
@@ -14,64 +14,53 @@ from wegeft_cli.recipe.keys import SWEEP, format_key, parse_key
 from wegeft_cli.recipe.load import (
     LoadedRecipe,
     Settings,
+    build_recipe,
     escape_interpolation,
     read_settings,
-    settle,
 )
-from wegeft_cli.recipe.typed_values import Findings
+from wegeft_cli.recipe.reader import ReadErrors
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One combination.
-
-    Args:
-        name: Its folder's name.
-        values: Dotted key -> value.
-        loaded: Its recipe, which has no `sweep`.
-    """
+    """One combination."""
 
     name: str
+    """Its folder's name."""
     values: dict[str, Any]
+    """Dotted key -> value."""
     loaded: LoadedRecipe
+    """Its recipe, without `sweep`."""
 
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A recipe and every combination that its `sweep` makes of it."""
+    """A recipe and the combinations of its `sweep`."""
 
     base: LoadedRecipe
     runs: tuple[SweepRun, ...]
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
-    """Read a recipe and make a recipe of each combination of its `sweep`, or tell every fault.
+    """Return a recipe and the recipe of each combination, or raise every fault.
 
-    A combination counts as an override of the recipe: `${key}` elsewhere takes its values.
-
-    Args:
-        path: A YAML file, or the name of a shipped recipe.
-        overrides: `key=value`; `sweep.seed=[1, 2]` sets what is tried.
-
-    Returns:
-        The recipe and its combinations, the last key of `sweep` fastest, seeds fastest of all.
-
-    Raises:
-        UserError: If one thing is wrong, or there is no sweep.
-        ExceptionGroup: Of several `UserError`, of the recipe itself or of its combinations.
+    A combination acts like an override, so `${key}` elsewhere takes its values. The last key of
+    `sweep` varies fastest, and seeds vary fastest of all.
     """
     settings = read_settings(path, overrides)
-    recipe = settle(copy.deepcopy(settings), raises=True)
-    notes = tuple(settings.findings.notes)
+    base_settings = copy.deepcopy(settings)
+    recipe = build_recipe(base_settings)
+    raise_all(base_settings.errors.faults)
+    notes = tuple(settings.errors.notes)
     if not recipe.sweep:
         raise UserError(
-            "the recipe names nothing to try",
+            "the recipe has no sweep",
             file=str(settings.file),
             key=SWEEP,
             hint="add `sweep: {train.learning_rate: [1e-4, 2e-4], seed: [42, 43, 44]}`, "
-            "or type sweep.seed=[42,43,44]",
+            "or use the override sweep.seed=[42,43,44]",
         )
-    base = LoadedRecipe(recipe, settings.file, notes, settings.tell_places())
+    base = LoadedRecipe(recipe, settings.file, notes, settings.places())
     faults: dict[tuple[str | None, str | None, str], UserError] = {}
     runs = []
     for values in list_combinations(recipe.sweep):
@@ -88,24 +77,24 @@ def _combine(
     output_dir: str,
     faults: dict[tuple[str | None, str | None, str], UserError],
 ) -> SweepRun | None:
-    """Lay one combination over the recipe; a fault is told once, for the first run that has it."""
+    """Return one combination's run; a fault is kept once, for the first run that has it."""
     name = name_run(values)
-    own = Settings(settings.file, copy.deepcopy(settings.merged), Findings())
+    own = Settings(settings.file, copy.deepcopy(settings.merged), ReadErrors())
     own.merged.values.pop(SWEEP)
     for key, value in values.items():
         path = parse_key(key)
         place = own.merged.find_place(format_key((SWEEP, key, _position(settings, key, value))))
-        own.merged.add_setting(path, escape_interpolation(value), place, own.findings)
+        own.merged.add_setting(path, escape_interpolation(value), place, own.errors)
         own.merged.set_place(path, place)
         own.merged.chosen.add(path)
     own.merged.values["output_dir"] = f"{output_dir.rstrip('/')}/{name}"
-    recipe = settle(own, raises=False)
-    for fault in own.findings.faults:
+    recipe = build_recipe(own)
+    for fault in own.errors.faults:
         fault.message = f"{fault.message} (in the run {name})"
         faults.setdefault((fault.file, fault.key, fault.message.rpartition(" (in")[0]), fault)
-    if own.findings.faults:
+    if own.errors.faults:
         return None
-    return SweepRun(name, values, LoadedRecipe(recipe, own.file, (), own.tell_places()))
+    return SweepRun(name, values, LoadedRecipe(recipe, own.file, (), own.places()))
 
 
 def _position(settings: Settings, key: str, value: Any) -> int:

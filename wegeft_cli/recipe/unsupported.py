@@ -1,42 +1,42 @@
-"""Keys of engines that are refused: why factors that layers share stand none of them, and the way.
+"""Unsupported distributed backends and their settings, with the reason and the alternative.
 
-The reasons are those of docs/decisions/0014-engines-that-are-refused.md.
+The reasons are explained in docs/decisions/0014-engines-that-are-refused.md.
 """
 
 from __future__ import annotations
 
 _NEVER_WRAPPED = (
     "the model is never wrapped in DDP: the gradients of factors that layers share are summed once "
-    "a step"
+    "per step"
 )
 _SHARED = "`train.strategy: fsdp2` shares a base that does not fit"
 _REENTRANT = (
-    "reentrant checkpointing gives wrong gradients for factors that layers share, in silence; "
+    "reentrant checkpointing silently computes wrong gradients for factors that layers share; "
     "checkpointing is never reentrant here",
-    "remove it: `train.gradient_checkpointing: true` is all there is to set",
+    "remove it: `train.gradient_checkpointing: true` is the only setting",
 )
 _DDP = (_NEVER_WRAPPED, "remove it: there is nothing to set")
 _STATIC = (
-    "torch's static graph fails with accumulation, and stops summing gradients of factors that "
+    "torch's static graph fails with accumulation and does not sum the gradients of factors that "
     "layers share; " + _NEVER_WRAPPED,
     _DDP[1],
 )
 _ZERO = (
-    "DeepSpeed's ZeRO reduces a factor that many layers share when the first of them is done",
+    "DeepSpeed's ZeRO reduces the gradient of a shared factor after the first layer that uses it",
     f"remove it: {_SHARED}",
 )
 _FSDP = (
-    "FSDP as Trainer and Accelerate set it up shards the factors with the base, wherever a layer "
-    "refers to them",
-    f"remove it: {_SHARED}, `train.fsdp_size` over how many processes",
+    "FSDP as configured by Trainer and Accelerate shards the factors with the base, in every layer "
+    "that uses them",
+    f"remove it: {_SHARED}, `train.fsdp_size` sets the number of processes",
 )
 _FORGETS = (
-    "FSDP's own activation checkpointing forgets the random state: with dropout its gradients are "
-    "wrong, in silence",
+    "FSDP's own activation checkpointing does not restore the random state: with dropout its "
+    "gradients are silently wrong",
     "use `train.gradient_checkpointing: true`",
 )
 _SPLIT = (
-    "layers that are split over processes see a part of their inputs, which the factors need whole",
+    "a layer split over processes sees a part of its inputs, and the factors need all of it",
     f"remove it: {_SHARED}",
 )
 
@@ -62,13 +62,10 @@ _REASONS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
-def explain_engine(name: str) -> tuple[str, str] | None:
-    """Tell why an engine, or a setting of one, is refused.
+def explain_unsupported(name: str) -> tuple[str, str] | None:
+    """Return why a backend or one of its settings is not supported, and the alternative.
 
-    Args:
-        name: A key without its section, or a value of `train.strategy`, as other tools spell it.
-
-    Returns:
-        The reason and what to write instead; None for any other name.
+    `name` is a key without its section or a value of `train.strategy`, as other tools spell it.
+    Return None for any other name.
     """
     return _REASONS.get(name.lower().replace("-", "_"))

@@ -1,4 +1,4 @@
-"""One YAML text, read for its values and for where each of them stands."""
+"""Parse a YAML text into values and into nodes that know their positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.keys import KeyPath, format_key
 
-_MISSING_MARK = "???"  # OmegaConf's sign for a value that must still be given
+_MISSING_MARK = "???"  # OmegaConf's mark for a missing value
 _UNESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _OWN_KEY = re.compile(r"\$\{\.*[A-Za-z_]\w*(?:\.\w+|\[\d+\])*\}")
 _TAG = "tag:yaml.org,2002:"
@@ -25,42 +25,37 @@ _TAGS = {_TAG + name for name in _SHAPES + _SCALARS}
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML text says and where."""
+    """A YAML text: its values and their positions."""
 
     label: str
-    """The file, or the override, as the user knows it."""
+    """The file or the override, as messages name it."""
     values: Any
-    """Plain dicts, lists and scalars; `${...}` is not yet resolved."""
+    """Plain dicts, lists and scalars; `${...}` is not resolved."""
     node: yaml.Node
     """The same as composed nodes, which know their lines."""
     has_lines: bool = True
-    """False for an override, whose label is its place."""
-    faulty: set[int] = field(default_factory=set)
-    """Ids of nodes that are already told; their values are null."""
+    """False for an override, which has no lines."""
+    failed_nodes: set[int] = field(default_factory=set)
+    """Ids of the nodes with an error; their values are null."""
 
     def place(self, node: yaml.Node) -> str:
-        """Tell where a node stands: `file:line:column`, or the override."""
+        """Return a node's position: `file:line:column`, or the override."""
         return _place(self.label, node.start_mark) if self.has_lines else self.label
 
-    def holds_faulty(self, node: yaml.Node) -> bool:
-        """Tell whether a node, or anything in it, is already told."""
-        return bool(self.faulty) and any(id(inner) in self.faulty for inner in _walk(node, set()))
+    def has_error(self, node: yaml.Node) -> bool:
+        """Return whether a node or a node inside it has an error."""
+        failed = self.failed_nodes
+        return bool(failed) and any(id(inner) in failed for inner in _walk(node, set()))
 
 
 def read_document(
     text: str, label: str, faults: list[UserError], *, at: KeyPath = ()
 ) -> Document | None:
-    """Read a YAML text; duplicate keys and unusable scalars are told and left out.
+    """Parse one YAML document without its duplicate keys and unusable scalars, which are faults.
 
-    Args:
-        text: One YAML document.
-        label: The file, or the override, as the user knows it.
-        faults: Takes what is wrong.
-        at: For an override, the key that it sets: the text is then a list of its one value, and
-            lines and columns mean nothing to the user.
-
-    Returns:
-        The document, or None if it is no YAML, or neither a map nor an override's value.
+    An override passes the key that it sets as `at`; its text is a list of its one value, and its
+    lines and columns mean nothing to the user. Return None if the text is not YAML, or neither a
+    map nor an override's value.
     """
     has_lines = not at
     try:
@@ -79,18 +74,18 @@ def read_document(
     visited: set[int] = set()
     for root in node.value if at else [node]:
         _clean(document, root, at, faults, visited)
-    # OmegaConf stops at its first fault, so it is given what is left when the faults are taken out.
+    # OmegaConf stops at its first error, so it gets the text without the faults found here.
     sound = text if len(faults) == before else yaml.serialize(node, Dumper=yaml.SafeDumper)
     try:
         values = OmegaConf.to_container(OmegaConf.create(sound))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         faults.append(_translate(error, label, has_lines=has_lines))
         return None
-    return Document(label, values, node, has_lines, document.faulty)
+    return Document(label, values, node, has_lines, document.failed_nodes)
 
 
 def iterate_entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Go through the keys and values of a mapping node, those of `<<` merges last."""
+    """Yield the keys and values of a mapping node, those of `<<` merges last."""
     if not isinstance(node, yaml.MappingNode):
         return
     seen = set()
@@ -109,7 +104,7 @@ def iterate_entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
 
 
 def has_interpolation(value: object) -> bool:
-    """Tell whether a value is a text with an unescaped `${`."""
+    """Return whether a value is a text with an unescaped `${`."""
     return isinstance(value, str) and _UNESCAPED.search(value) is not None
 
 
@@ -130,12 +125,12 @@ def _clean(
     faults: list[UserError],
     visited: set[int],
 ) -> None:
-    """Take duplicate keys and unusable scalars out of the tree; each node is visited once."""
+    """Remove duplicate keys and unusable scalars from the tree; each node is visited once."""
     if id(node) in visited:
         return
     visited.add(id(node))
     if node.tag not in _TAGS:
-        _void(document, node, path, faults, f"the YAML tag `{node.tag}` is not read")
+        _blank_out(document, node, path, faults, f"the YAML tag `{node.tag}` is not supported")
     elif isinstance(node, yaml.MappingNode):
         _clean_keys(document, node, path, faults)
         for key, value in node.value:
@@ -167,7 +162,7 @@ def _clean_keys(
         elif text in kept:
             first = document.place(kept[text])
             fault = UserError(
-                "the key is given twice" + (f", first at {first}" if document.has_lines else ""),
+                "the key is set twice" + (f", first at {first}" if document.has_lines else ""),
                 file=document.place(key),
                 key=format_key((*path, text)),
                 hint="keep one of the two",
@@ -185,7 +180,7 @@ def _clean_text(
     document: Document, node: yaml.Node, path: KeyPath, faults: list[UserError]
 ) -> None:
     if node.value == _MISSING_MARK:
-        _void(document, node, path, faults, "`???` stands for a value that is missing")
+        _blank_out(document, node, path, faults, "`???` stands for a missing value")
     for match in _UNESCAPED.finditer(node.value):
         start = match.end() - 2
         if _OWN_KEY.match(node.value, start):
@@ -193,21 +188,21 @@ def _clean_text(
         hint = "write ${section.key}, or \\${ for the two characters themselves"
         if re.match(r"\$\{\s*oc\.env\b", node.value[start:]):
             hint = (
-                "a run saves its recipe, where secrets must not land; "
-                "what needs a variable such as HF_TOKEN reads it by itself"
+                "a run saves its recipe, which must not contain secrets; "
+                "libraries read variables such as HF_TOKEN themselves"
             )
-        _void(
+        _blank_out(
             document,
             node,
             path,
             faults,
-            f"only the recipe's own keys can be referred to, got {node.value!r}",
+            f"only the recipe's own keys can be referenced, got {node.value!r}",
             hint,
         )
         break
 
 
-def _void(
+def _blank_out(
     document: Document,
     node: yaml.Node,
     path: KeyPath,
@@ -218,7 +213,7 @@ def _void(
     faults.append(
         UserError(message, file=document.place(node), key=format_key(path) or None, hint=hint)
     )
-    document.faulty.add(id(node))
+    document.failed_nodes.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         node.tag, node.value = _TAG + "null", "null"
     else:
@@ -231,7 +226,7 @@ def _place(label: str, mark: yaml.Mark) -> str:
 
 
 def _translate(error: Exception, label: str, *, has_lines: bool) -> UserError:
-    """Turn what the YAML reader says into a fault with a place."""
+    """Return the fault, with its position, for an exception of the YAML parser."""
     place, what, hint = label, str(error).splitlines()[0] if str(error) else "", None
     if isinstance(error, yaml.MarkedYAMLError):
         what = ": ".join(part for part in (error.context, error.problem) if part)
@@ -243,5 +238,5 @@ def _translate(error: Exception, label: str, *, has_lines: bool) -> UserError:
     if "\\t" in what:
         hint = "indent with spaces, not tabs"
     elif "mapping values are not allowed" in what or "found character" in what:
-        hint = "quote a text that holds `: `, or begins with one of * & ! % @ `"
+        hint = "quote a text that contains `: ` or begins with one of * & ! % @ `"
     return UserError(f"not valid YAML: {what}", file=place, hint=hint)

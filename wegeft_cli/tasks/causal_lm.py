@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from wegeft_cli.data.batches.collate import Row, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.values import PACKING_ATTENTION
+from wegeft_cli.recipe.schema import PACKING_ATTENTION, Recipe
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.mixed_precision import autocast
 

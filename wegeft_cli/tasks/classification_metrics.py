@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from wegeft_cli.recipe.values import CLASS_METRICS, REGRESSION_METRICS
+from wegeft_cli.recipe.schema import CLASS_METRICS, REGRESSION_METRICS
 
 
 def measure_classes(

@@ -18,8 +18,8 @@ from wegeft_cli.methods.base import (
     ParameterGroup,
     check_without_generators,
 )
-from wegeft_cli.recipe.schema import AdapterSection, Recipe
-from wegeft_cli.recipe.values import PEFT_TYPES, Fault
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import PEFT_TYPES, AdapterSection, Recipe
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,8 +15,8 @@ from wegeft_cli.methods.base import (
     ParameterGroup,
     check_no_peft_keys,
 )
+from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
-from wegeft_cli.recipe.values import Fault
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,11 +53,11 @@ class WeGeFTMethod(Method):
         targets = select_targets(skeleton, section.target_modules, section.groups)
         assigned = assign_groups(
             targets,
-            share=section.share,  # type: ignore[arg-type]
+            share=section.share,
             groups=section.groups,
-            side=section.side,  # type: ignore[arg-type]
+            side=section.side,
         )
-        widths = group_widths(assigned, section.side)  # type: ignore[arg-type]
+        widths = group_widths(assigned, section.side)
         groups = [
             ParameterGroup(
                 name, len(members), widths[name], count_parameters(widths[name], section.r)
@@ -82,12 +82,12 @@ class WeGeFTMethod(Method):
             rank=section.r,
             alpha=section.alpha,
             target_modules=section.target_modules,
-            share=section.share,  # type: ignore[arg-type]
+            share=section.share,
             groups=section.groups,
-            side=section.side,  # type: ignore[arg-type]
-            init=section.init,  # type: ignore[arg-type]
+            side=section.side,
+            init=section.init,
             dropout=section.dropout,
-            view=section.view,  # type: ignore[arg-type]
+            view=section.view,
             modules_to_save=section.modules_to_save,
             seed=seed,
         )

@@ -31,9 +31,9 @@ def check_start(
     targets = select_targets(skeleton, section.target_modules, section.groups)
     groups = assign_groups(
         targets,
-        share=section.share,  # type: ignore[arg-type]
+        share=section.share,
         groups=section.groups,
-        side=section.side,  # type: ignore[arg-type]
+        side=section.side,
     )
     alpha = 2.0 * section.r if section.alpha is None else section.alpha
     saved = find_saved_modules(skeleton, section.modules_to_save, targets)

@@ -1,0 +1,81 @@
+"""The values of all files and overrides of a recipe, merged, with the place of each key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
+from wegeft_cli.recipe.reader import FileValues, ReadErrors, describe
+
+
+@dataclass
+class MergedValues:
+    """The values read so far, and where each was set."""
+
+    place: str
+    """The recipe's file, for keys that are not set."""
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    chosen: set[KeyPath] = field(default_factory=set)
+    """Keys that an override or a sweep has set."""
+
+    def add_file(self, file: FileValues) -> None:
+        """Merge the values of a file: maps are merged, all else is replaced."""
+        _merge_maps(self.values, file.values)
+        for path, place in file.places.items():
+            self.set_place(path, place)
+
+    def set_place(self, path: KeyPath, place: str) -> None:
+        """Record where a key was set, and forget the places inside a replaced list."""
+        inside = [old for old in self.places if len(old) > len(path) and old[: len(path)] == path]
+        for old in inside:
+            if isinstance(old[len(path)], int):
+                del self.places[old]
+        self.places[path] = place
+
+    def find_place(self, key: str) -> str:
+        """Return where a key, or the nearest key around it, was set last."""
+        path = parse_key(key)
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places[path] if path else self.place
+
+    def add_setting(self, path: KeyPath, value: Any, label: str, errors: ReadErrors) -> None:
+        """Set one key to a valid value; missing maps are created, a missing entry is an error."""
+        container: Any = self.values
+        for depth, part in enumerate(path):
+            here, is_last = path[: depth + 1], depth == len(path) - 1
+            if isinstance(part, int):
+                count = len(container) if isinstance(container, list) else 0
+                if part >= count:
+                    if not errors.has_failed(here):
+                        around = format_key(path[:depth])
+                        message = f"`{around}` has no entry {part}: it has {count}"
+                        errors.add(here, message, label, "count from 0")
+                    return
+            elif is_last:
+                container.setdefault(part, None)
+            elif container.get(part) is None:
+                container[part] = [] if isinstance(path[depth + 1], int) else {}
+            if is_last:
+                _merge_at(container, part, value)
+            elif not isinstance(container[part], (dict, list)):
+                message = f"`{format_key(here)}` is {describe(container[part])} and has no keys"
+                errors.add(here, message, label)
+                return
+            else:
+                container = container[part]
+
+
+def _merge_at(container: Any, part: str | int, value: Any) -> None:
+    if isinstance(container[part], dict) and isinstance(value, dict):
+        _merge_maps(container[part], value)
+    else:
+        container[part] = value
+
+
+def _merge_maps(old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        old.setdefault(key, None)
+        _merge_at(old, key, value)
