@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import wegeft_cli
+from wegeft_cli.sandbox.escape_tests import escape_program
 from wegeft_cli.sandbox.isolation import Limits
 from wegeft_cli.sandbox.run import Program, Sandbox, open_sandbox
 
@@ -147,12 +148,10 @@ def test_limits_are_those_that_were_given(tmp_path: Path) -> None:
     assert large.run(program(source, tests)).kind == "passed"
 
 
-def test_a_wall_that_does_not_hold_is_named(tmp_path: Path) -> None:
+def test_an_isolation_layer_that_does_not_hold_is_named(tmp_path: Path) -> None:
     # Real root may always fork; here the limit is too high for what the attempt tries.
     sandbox = Sandbox(tmp_path, timeout=5, limits=None)
-    from wegeft_cli.sandbox import escape_tests as attempts
-
-    tried = attempts.as_program(Limits(processes=2))
+    tried = Program(**escape_program(Limits(processes=2)))
     assert sandbox.run(tried).detail.startswith("AssertionError: processes: it does not hold")
 
 
@@ -189,12 +188,12 @@ def test_it_stands_for_an_ordinary_user(readable: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux's unshare")
-def test_where_user_namespaces_are_forbidden_it_refuses_and_names_the_wall(readable: Path) -> None:
+def test_where_user_namespaces_are_forbidden_it_refuses_and_names_the_layer(readable: Path) -> None:
     forbid = "echo 0 > /proc/sys/user/max_user_namespaces"
     shell = f'{forbid} && exec "$0" -c "$1"'
     told = run_elsewhere(["unshare", "-rm", "sh", "-c", shell, sys.executable, CHECK], readable)
     assert "up" not in told.stdout
-    assert "the wall `user` of the sandbox cannot be put up" in told.stderr
+    assert "the isolation layer `user` of the sandbox is not available" in told.stderr
     assert "No space left on device" in told.stderr
 
 

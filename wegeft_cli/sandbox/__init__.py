@@ -1,6 +1,6 @@
-"""Programs that nobody has read run here: fresh processes behind walls that the kernel holds.
+"""Sandbox for untrusted programs: fresh processes isolated by Linux namespaces and seccomp.
 
-`run.py` is what the rest of the project calls. `worker.py` is the main program of the fresh
-processes, `isolation.py` shuts them in, `channel.py` carries values between them. Nothing here is
-imported before a user has allowed code to be run, and nothing but the standard library is used.
+`run.py` is the interface. `worker.py` is the main program of the fresh processes, `isolation.py`
+isolates them, and `channel.py` transfers values between them. The package uses the standard library
+alone and is imported only after the user has allowed code execution.
 """

@@ -1,7 +1,7 @@
-"""Plain values travel between two processes that do not trust each other.
+"""Transfer of plain values between two processes that do not trust each other.
 
-A frame is four bytes of length, big-endian, and so many bytes of JSON. Values that JSON does not
-have travel as `{"tag": ..., "value": ...}`; reading one never runs code that the sender chose.
+A frame is a four-byte big-endian length and that many bytes of JSON. Values without a JSON form are
+encoded as `{"tag": ..., "value": ...}`. Decoding never runs code of the sender.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fractions import Fraction
 from typing import Any
 
 MAX_FRAME_BYTES = 1 << 20
-"""Longest message; the longest answer in HumanEval is shorter by far."""
+"""Longest message; the longest answer in HumanEval is much shorter."""
 
 _HEADER_BYTES = 4
 
 
 class CarryError(Exception):
-    """A message that is too long or no message at all."""
+    """A message that is too long or malformed."""
 
 
 class LinkClosedError(Exception):
@@ -28,7 +28,7 @@ class LinkClosedError(Exception):
 
 
 class Opaque:
-    """Stands for a value that cannot travel; equal to nothing but itself."""
+    """Placeholder of a value that cannot be transferred; equal only to itself."""
 
     def __init__(self, type_name: str) -> None:
         self.type_name = type_name
@@ -38,24 +38,15 @@ class Opaque:
 
 
 def encode_value(value: Any) -> Any:
-    """A value as JSON can hold it.
+    """Return a Python value as JSON values.
 
-    Subclasses travel as the built-in type that they extend; a value of any other type becomes
-    `Opaque` on the other side.
-
-    Args:
-        value: Any Python value.
-
-    Returns:
-        A value for `json.dumps`.
-
-    Raises:
-        RecursionError: If it is nested too deeply.
+    Subclasses are encoded as the built-in type that they extend; a value of any other type is
+    decoded as `Opaque`.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        # In hexadecimal: Python refuses to read very long decimal numbers.
+        # Hexadecimal, because Python rejects very long decimal numbers.
         return {"tag": "int", "value": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"tag": "float", "value": repr(value)}
@@ -79,17 +70,7 @@ def encode_value(value: Any) -> Any:
 
 
 def decode_value(value: Any) -> Any:
-    """What `encode_value` was given.
-
-    Args:
-        value: What `json.loads` gave.
-
-    Returns:
-        The value.
-
-    Raises:
-        CarryError: If nothing encodes to that.
-    """
+    """Return the value that `encode_value` encoded; raise CarryError if there is none."""
     if isinstance(value, list):
         return [decode_value(item) for item in value]
     if not isinstance(value, dict):
@@ -120,16 +101,7 @@ def _decode_tagged(tag: str, value: Any) -> Any:
 
 
 def send_frame(link: socket.socket, message: Any) -> None:
-    """Send one message.
-
-    Args:
-        link: A connected stream socket.
-        message: A JSON value.
-
-    Raises:
-        CarryError: If it is too long.
-        LinkClosedError: If nobody reads it.
-    """
+    """Send one JSON value; raise CarryError if it is too long, LinkClosedError if unread."""
     content = json.dumps(message).encode("ascii")
     if len(content) > MAX_FRAME_BYTES:
         raise CarryError(f"a message of {len(content)} bytes; at most {MAX_FRAME_BYTES} may travel")
@@ -140,18 +112,7 @@ def send_frame(link: socket.socket, message: Any) -> None:
 
 
 def receive_frame(link: socket.socket) -> Any:
-    """Wait for one message.
-
-    Args:
-        link: A connected stream socket.
-
-    Returns:
-        A JSON value.
-
-    Raises:
-        CarryError: If what comes is no message, or too long.
-        LinkClosedError: If nothing more comes.
-    """
+    """Wait for one JSON value; raise CarryError if it is malformed, LinkClosedError at the end."""
     length = int.from_bytes(_receive_exactly(link, _HEADER_BYTES), "big")
     if length > MAX_FRAME_BYTES:
         raise CarryError(f"a message of {length} bytes; at most {MAX_FRAME_BYTES} may travel")

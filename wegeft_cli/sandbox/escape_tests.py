@@ -1,9 +1,8 @@
-"""A program that runs against every wall from within; the tests name the first that gives way."""
+"""A program that tries to escape from the sandbox; its tests name the first layer that fails."""
 
 from __future__ import annotations
 
 from wegeft_cli.sandbox.isolation import Limits
-from wegeft_cli.sandbox.run import Program
 
 _ATTEMPTS = """
 import ctypes, os, resource, socket, sys
@@ -72,30 +71,23 @@ def try_processes(limit):
         os.waitpid(child, 0)
     return [full]
 
-def attempt(wall, *arguments):
-    return globals()["try_" + wall](*arguments)
+def attempt(layer, *arguments):
+    return globals()["try_" + layer](*arguments)
 """
 
 _TESTS = """
 def check(candidate):
-    for wall, *arguments in WALLS:
-        held = candidate(wall, *arguments)
-        assert held and all(h is True for h in held), f"{{wall}}: it does not hold ({{held}})"
+    for layer, *arguments in LAYERS:
+        held = candidate(layer, *arguments)
+        assert held and all(h is True for h in held), f"{{layer}}: it does not hold ({{held}})"
 
-WALLS = {walls!r}
+LAYERS = {layers!r}
 """
 
 
-def as_program(limits: Limits) -> Program:
-    """The attempts as a program that passes where every wall holds.
-
-    Args:
-        limits: Those of the sandbox.
-
-    Returns:
-        The program; its tests fail with the wall's name.
-    """
-    walls = [
+def escape_program(limits: Limits) -> dict[str, str]:
+    """Return the fields of a `Program` that passes if every isolation layer holds."""
+    layers = [
         ("user",),
         ("mount",),
         ("net",),
@@ -106,4 +98,5 @@ def as_program(limits: Limits) -> Program:
         ("files", limits.file_bytes),
         ("processes", limits.processes),
     ]
-    return Program(_ATTEMPTS, "", _TESTS.format(walls=walls), "attempt")
+    tests = _TESTS.format(layers=layers)
+    return {"source": _ATTEMPTS, "definitions": "", "tests": tests, "entry_point": "attempt"}

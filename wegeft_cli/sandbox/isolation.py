@@ -1,15 +1,15 @@
-"""The walls around a program: namespaces, a root of its own, limits, and no way to get rights back.
+"""Isolation of a process: namespaces, a new root, resource limits, and no way to regain privileges.
 
-Only for a process that has nothing else to do: the walls cannot be taken down again. Linux system
-calls by ctypes, since Python 3.11 has no `os.unshare`. Each wall that cannot be put up raises
-`WallError` with its name; no wall is left out silently. What stands afterwards:
+It cannot be undone, so it is only for a dedicated process. Python 3.11 has no `os.unshare`, hence
+ctypes. A layer that is not available raises `IsolationError` with its name; none is skipped. The
+layers are:
 
-- user: a user namespace of its own; the program is nobody there and has no capability.
-- mount: a root of its own, in memory and read-only, which holds the standard library and the shared
-  libraries, nothing of the machine's other files; /tmp is private, small, and gone afterwards.
-- pid: its own process numbers; when its first process ends, the kernel ends all others.
-- net: no network, not even to the machine itself. ipc: no shared memory of others.
-- syscalls: a filter refuses the calls that go around these (`syscalls.py`).
+- user: a new user namespace, in which the program is nobody and has no capability.
+- mount: a new read-only root in memory with the standard library and the shared libraries, and no
+  other file of the machine; /tmp is private, small and temporary.
+- pid: a new process namespace; when its first process ends, the kernel ends all others.
+- net: no network, not even the loopback. ipc: no shared memory of other processes.
+- syscalls: a filter refuses the calls that bypass these (`seccomp.py`).
 - limits: memory, CPU time, size of a file, open files, processes.
 """
 
@@ -49,28 +49,28 @@ _SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cac
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class WallError(Exception):
-    """A wall that cannot be put up."""
+class IsolationError(Exception):
+    """An isolation layer that is not available."""
 
-    def __init__(self, wall: str, reason: str) -> None:
-        super().__init__(f"{wall}: {reason}")
-        self.wall = wall
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(f"{layer}: {reason}")
+        self.layer = layer
         self.reason = reason
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use up; every number is per process but `processes`."""
+    """Resource limits; all but `processes` are per process."""
 
     memory_bytes: int = 512 << 20
-    """Address space; the private /tmp comes on top."""
+    """Address space, without the private /tmp."""
     cpu_seconds: int = 4
     file_bytes: int = 1 << 20
     open_files: int = 32
     processes: int = 4
-    """Processes and threads, the first one included."""
+    """Processes and threads, including the first."""
     scratch_bytes: int = 16 << 20
-    """Size of /tmp, which lies in memory."""
+    """Size of /tmp, which is in memory."""
 
 
 class _MountAttributes(ctypes.Structure):
@@ -83,48 +83,36 @@ class _MountAttributes(ctypes.Structure):
 
 
 def enter_namespaces(mount_point: Path, limits: Limits) -> bool:
-    """Shut the calling process in; its next child is the first process of the sandbox.
+    """Isolate the calling process; its next child is the first process of the sandbox.
 
     Args:
-        mount_point: An empty folder; nothing is ever written into it, a root in memory is mounted
-            over it, which this process alone sees.
-        limits: For the size of /tmp.
+        mount_point: An empty folder, over which a root in memory is mounted in this process's
+            namespace; nothing is written into the folder.
+        limits: The size of /tmp.
 
     Returns:
-        Whether the program must still become nobody (`drop_rights`): for root alone.
-
-    Raises:
-        WallError: If a wall cannot be put up.
+        Whether the child must change to the user nobody (`drop_rights`), which only root can do.
     """
     becomes_nobody = _enter_user_namespace()
-    for wall in ("mount", "ipc", "net", "pid"):
-        with _building(wall):
-            _check(_libc.unshare(_CLONE[wall]))
+    for layer in ("mount", "ipc", "net", "pid"):
+        with _building(layer):
+            _check(_libc.unshare(_CLONE[layer]))
     with _building("mount"):
         _build_root(mount_point, limits)
     return becomes_nobody
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends, however it ends.
-
-    Args:
-        parent: The parent's process id, as this process sees it.
-    """
+    """Let the kernel kill this process when its parent, given by its process id, ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if os.getppid() != parent:
         os._exit(1)
 
 
 def drop_rights(limits: Limits, *, becomes_nobody: bool) -> None:
-    """Set the limits and give every right away; for the sandbox's first process.
+    """Set the limits and drop all privileges of the sandbox's first process.
 
-    Args:
-        limits: What the program may use up.
-        becomes_nobody: What `enter_namespaces` returned.
-
-    Raises:
-        WallError: If something cannot be given away.
+    `becomes_nobody` is the result of `enter_namespaces`.
     """
     with _building("limits"):
         for kind, value in (
@@ -153,12 +141,12 @@ def drop_rights(limits: Limits, *, becomes_nobody: bool) -> None:
 
 
 @contextmanager
-def _building(wall: str) -> Iterator[None]:
-    """Name the wall in what goes wrong."""
+def _building(layer: str) -> Iterator[None]:
+    """Name the layer in an error."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise WallError(wall, str(error)) from error
+        raise IsolationError(layer, str(error)) from error
 
 
 def _check(result: int) -> None:
@@ -168,10 +156,10 @@ def _check(result: int) -> None:
 
 
 def _enter_user_namespace() -> bool:
-    """Become the root of a user namespace; True where nobody is mapped into it, too.
+    """Enter a new user namespace; return True if the user nobody is mapped into it, too.
 
-    The kernel never counts the processes of the machine's root, so root must become somebody else
-    later on. Only a process outside may map a second user: a helper that is forked before.
+    The kernel does not count the processes of the machine's root, so root must change to another
+    user later. Only a process outside can map a second user: a helper that is forked before.
     """
     user, group = os.geteuid(), os.getegid()
     if user != 0:
@@ -187,10 +175,10 @@ def _enter_user_namespace() -> bool:
     helper = os.fork()
     if helper == 0:
         os.close(go_write)
-        told = b""
+        message = b""
         if os.read(go_read, 1):
-            told = _map_root_and_nobody(entered)
-        os.write(done_write, told)
+            message = _map_root_and_nobody(entered)
+        os.write(done_write, message)
         os._exit(0)
     with _building("user"):
         try:
@@ -199,17 +187,17 @@ def _enter_user_namespace() -> bool:
         finally:
             os.close(go_write)
             os.close(done_write)
-            told = os.read(done_read, 4096)
+            message = os.read(done_read, 4096)
             os.waitpid(helper, 0)
             os.close(go_read)
             os.close(done_read)
-        if told != b"mapped":
-            raise OSError(told.decode(errors="replace") or "the helper that maps users ended")
+        if message != b"mapped":
+            raise OSError(message.decode(errors="replace") or "the helper that maps users ended")
     return True
 
 
 def _map_root_and_nobody(process: int) -> bytes:
-    """Map both users into the namespace of a process; what to tell of it."""
+    """Map both users into the namespace of a process; return `mapped` or the error."""
     try:
         for name in ("uid_map", "gid_map"):
             # One write: the kernel takes a map once.
@@ -220,9 +208,9 @@ def _map_root_and_nobody(process: int) -> bytes:
 
 
 def _build_root(mount_point: Path, limits: Limits) -> None:
-    """Swap the root for one in memory that holds Python's library and nothing else."""
+    """Replace the root by one in memory that contains only Python's library."""
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
-    # Opened first: the mount point may hide what lies below it.
+    # Opened first: the mount may hide what is below the mount point.
     sources = [(path, os.open(path, os.O_PATH)) for path in _needed_paths()]
     _mount("tmpfs", mount_point, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     jail = mount_point / "jail"
@@ -248,14 +236,14 @@ def _build_root(mount_point: Path, limits: Limits) -> None:
     os.chdir(mount_point)
     _check(_libc.pivot_root(b".", b"."))
     _check(_libc.umount2(b".", _MNT_DETACH))
-    # Not the root itself but a folder of it: the kernel lets nobody who lives in a changed root
-    # make a user namespace, with which he could get new capabilities and mounts.
+    # Not the root itself but a folder of it: a process in a changed root cannot create a user
+    # namespace, in which it would have new capabilities and mounts.
     os.chroot("/jail")
     os.chdir("/tmp")
 
 
 def _needed_paths() -> list[Path]:
-    """What Python needs after its start, without what another of these holds."""
+    """Return the paths that Python needs after its start, without those inside another one."""
     library = Path(sys.base_prefix) / sys.platlibdir
     wanted: list[str | Path] = [
         *_SYSTEM_LIBRARIES,
@@ -268,7 +256,7 @@ def _needed_paths() -> list[Path]:
 
 
 def _system_links() -> list[tuple[Path, Path]]:
-    """The links among the libraries' folders, such as /lib where it is a link to usr/lib."""
+    """Return the links among the library folders, such as /lib -> usr/lib."""
     links = [Path(name) for name in _SYSTEM_LIBRARIES]
     return [(link, link.resolve()) for link in links if link.is_symlink() and link.exists()]
 
@@ -312,12 +300,7 @@ def _mount(
 
 
 def close_files_but(kept: int, nowhere: int) -> None:
-    """Close every open file but one, and tie standard input and output to nowhere.
-
-    Args:
-        kept: The file descriptor that stays, at least 3.
-        nowhere: /dev/null, opened for reading and writing.
-    """
+    """Close all files but `kept`, which is at least 3; standard streams become `nowhere`."""
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

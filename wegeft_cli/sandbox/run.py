@@ -1,4 +1,4 @@
-"""One program against its tests, in two sandboxes; what became of it."""
+"""Run a program against its tests in two sandboxes, and report the outcome."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.sandbox.escape_tests import escape_program
 from wegeft_cli.sandbox.isolation import Limits
 
 OutcomeKind = Literal["passed", "failed", "timeout", "memory", "sandbox_error"]
-"""`sandbox_error`: the program never ran, the machine is at fault. A program cannot bring it about:
-from the moment that both sandboxes stand, whatever happens is the program's own doing."""
+"""`sandbox_error`: the machine kept the program from running. A program cannot cause it: once both
+sandboxes are ready, every outcome is the program's own."""
 
 _SETUP_SECONDS = 60.0
 _EXIT_SECONDS = 5.0
@@ -37,29 +38,29 @@ _START = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """The outcome of a program."""
 
     kind: OutcomeKind
     detail: str = ""
-    """The exception with its message, the signal, or the wall that could not be put up."""
+    """The exception with its message, the signal, or the isolation layer that failed."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Code, and the tests that it must pass."""
+    """Code and the tests that it must pass."""
 
     source: str
-    """All of the code under test."""
+    """The code under test."""
     definitions: str
-    """Names that the tests may use besides the candidate; run on the tests' side alone."""
+    """Code that defines further names for the tests; only the tester runs it."""
     tests: str
-    """Python that defines `check(candidate)`, which raises where the candidate is wrong."""
+    """Python that defines `check(candidate)`, which raises if the candidate is wrong."""
     entry_point: str
-    """The function in `source` that `check` gets."""
+    """The function in `source` that is passed to `check`."""
 
 
 class Sandbox:
-    """A folder to mount over and the limits; programs may run in it side by side."""
+    """A mount point and limits; several programs may run in it at a time."""
 
     def __init__(self, mount_point: Path, *, timeout: float, limits: Limits | None) -> None:
         self._wall_seconds = _WALL_PER_CPU * timeout
@@ -67,14 +68,7 @@ class Sandbox:
         self._limits = replace(limits or Limits(), cpu_seconds=math.ceil(timeout))
 
     def run(self, program: Program) -> Outcome:
-        """Run a program against its tests.
-
-        Args:
-            program: The code and the tests.
-
-        Returns:
-            What became of it; every process that it started has ended.
-        """
+        """Run a program against its tests; every process that it started has then ended."""
         ours, theirs = socket.socketpair()
         processes: list[_Fresh] = []
         try:
@@ -102,44 +96,38 @@ class Sandbox:
                 process.kill()
 
     def check(self) -> None:
-        """Try every wall from within, by a program that runs against each of them.
-
-        Raises:
-            UserError: If a wall cannot be put up or does not hold; it names the wall.
-        """
-        from wegeft_cli.sandbox import escape_tests as attempts
-
+        """Run the escape tests; raise UserError with the name of an isolation layer that fails."""
         if sys.platform != "linux":
             raise _refusal("namespaces", f"this is {sys.platform}, and only Linux has them")
         roomy = Sandbox(self.mount_point, timeout=_SETUP_SECONDS, limits=self._limits)
-        outcome = roomy.run(attempts.as_program(self._limits))
+        outcome = roomy.run(Program(**escape_program(self._limits)))
         if outcome.kind == "passed":
             return
-        wall, _, reason = outcome.detail.removeprefix("AssertionError: ").partition(": ")
-        raise _refusal(wall, reason or outcome.kind)
+        layer, _, reason = outcome.detail.removeprefix("AssertionError: ").partition(": ")
+        raise _refusal(layer, reason or outcome.kind)
 
     def _follow(self, candidate: _Fresh, tester: _Fresh) -> Outcome:
-        """Wait for the verdict, for so long from the moment that both stand."""
+        """Wait for the verdict; the timeout starts when both processes are ready."""
         setup_end = time.monotonic() + _SETUP_SECONDS
         for process in (candidate, tester):
             event = process.next_event(setup_end)
             if event is None or "ready" not in event:
-                event = event or {"wall": "process", "reason": process.why_silent()}
-                return Outcome("sandbox_error", f"{event['wall']}: {event['reason']}")
+                event = event or {"layer": "process", "reason": process.startup_error()}
+                return Outcome("sandbox_error", f"{event['layer']}: {event['reason']}")
         end = time.monotonic() + self._wall_seconds
         verdict = tester.next_event(end) or {}
         kind = verdict.get("verdict")
         if kind == "passed":
             return Outcome("passed")
         if kind in ("raised", "failed"):
-            told = f"{verdict['type']}: {verdict['message']}".removesuffix(": ")
-            return Outcome("memory" if verdict["type"] == "MemoryError" else "failed", told)
+            detail = f"{verdict['type']}: {verdict['message']}".removesuffix(": ")
+            return Outcome("memory" if verdict["type"] == "MemoryError" else "failed", detail)
         if kind is None and time.monotonic() >= end:
             return Outcome("timeout", f"not done after {self._wall_seconds:g} s")
         return self._explain_loss(candidate.next_event(time.monotonic() + _EXIT_SECONDS))
 
     def _explain_loss(self, event: dict[str, Any] | None) -> Outcome:
-        """The tests ended early since the candidate's process was gone, or hung up."""
+        """Return the outcome if the candidate's process ended, or closed its link, too early."""
         if event is None or "exit" not in event:
             return Outcome("failed", "the program hung up before its tests had ended")
         if not os.WIFSIGNALED(event["exit"]):
@@ -148,7 +136,7 @@ class Sandbox:
         number = os.WTERMSIG(event["exit"])
         # Nobody inside can send SIGKILL to the first process: it came from the kernel.
         if number == signal.SIGKILL:
-            # The kernel counts in ticks: what it ends at the limit may be told as a little less.
+            # The kernel counts in ticks: CPU time at the limit may be reported as a little less.
             if event["cpu_seconds"] >= 0.9 * self._limits.cpu_seconds:
                 return Outcome("timeout", f"more than {self._limits.cpu_seconds} s of CPU time")
             return Outcome("memory", "the kernel ended the program")
@@ -157,19 +145,19 @@ class Sandbox:
 
 @contextmanager
 def open_sandbox(*, timeout: float, limits: Limits | None = None) -> Iterator[Sandbox]:
-    """A sandbox whose walls were tried.
+    """Open a sandbox that has passed the escape tests.
 
     Args:
-        timeout: Seconds of computing that a program may take, rounded up to whole ones. It is ended
-            too when three times as much has passed on the clock, by which one that sleeps is
-            caught: a machine that is busy with other things fails nobody.
-        limits: What it may use up; `cpu_seconds` follows from the timeout.
+        timeout: CPU seconds of a program, rounded up to whole seconds. A program also ends after
+            three times as many seconds of wall-clock time, which stops one that sleeps but spares
+            one on a busy machine.
+        limits: Resource limits; the timeout replaces `cpu_seconds`.
 
     Yields:
         The sandbox.
 
     Raises:
-        UserError: If a wall cannot be put up or does not hold; it names the wall.
+        UserError: If an isolation layer is not available or does not hold.
     """
     with tempfile.TemporaryDirectory(prefix="wegeft-sandbox-") as folder:
         sandbox = Sandbox(Path(folder), timeout=timeout, limits=limits)
@@ -177,9 +165,10 @@ def open_sandbox(*, timeout: float, limits: Limits | None = None) -> Iterator[Sa
         yield sandbox
 
 
-def _refusal(wall: str, reason: str) -> UserError:
+def _refusal(layer: str, reason: str) -> UserError:
     return UserError(
-        f"no generated code is run: the wall `{wall}` of the sandbox cannot be put up ({reason})",
+        f"no generated code is run: the isolation layer `{layer}` of the sandbox is not available "
+        f"({reason})",
         key="--allow-code-execution",
         hint="allow user namespaces (in a container: a seccomp and AppArmor profile that permits "
         "unshare and mount), or run the evaluation on a Linux machine that does",
@@ -187,14 +176,13 @@ def _refusal(wall: str, reason: str) -> UserError:
 
 
 class _Fresh:
-    """One fresh process, in a session of its own, and the events that it tells."""
+    """A fresh process in a new session, and the events that it reports."""
 
     def __init__(self, job: dict[str, Any], link: socket.socket) -> None:
         self._pending = b""
         self._process = subprocess.Popen(
-            # No site packages, no script folder, nothing of the environment; a fixed hash seed, so
-            # that a set is walked in the same order every time. The last argument is for whoever
-            # looks at the list of processes.
+            # No site packages, script folder or environment; a fixed hash seed, so that sets
+            # iterate in the same order every time. The last argument is for process listings.
             [
                 *(sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _START),
                 *(str(os.getpid()), _PACKAGE_FOLDER, job["mount_point"]),
@@ -212,10 +200,10 @@ class _Fresh:
             self._process.stdin.write(json.dumps(job).encode("ascii"))
             self._process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended at once; the missing event tells
+            pass  # it ended at once, and reports no event
 
     def next_event(self, end: float) -> dict[str, Any] | None:
-        """The next line that the process tells; None where none comes before `end`."""
+        """Return the next event of the process, None if there is none before `end`."""
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -230,8 +218,8 @@ class _Fresh:
         event: dict[str, Any] = json.loads(line)
         return event
 
-    def why_silent(self) -> str:
-        """Why nothing came before the walls stood."""
+    def startup_error(self) -> str:
+        """Return why the process reported nothing before it was ready."""
         if self._process.poll() is None:
             return f"not ready after {_SETUP_SECONDS:g} s"
         assert self._process.stderr is not None
@@ -239,13 +227,13 @@ class _Fresh:
         return lines[-1] if lines else f"ended with code {self._process.returncode}"
 
     def kill(self) -> None:
-        """End the sandbox and wait until the last of its processes is gone."""
+        """End the sandbox and wait for the last of its processes."""
         if self._process.poll() is None:
-            self._process.terminate()  # ends the sandbox and waits for it, see inside.py
+            self._process.terminate()  # ends the sandbox and waits for it, see worker.py
         try:
             self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # with it the kernel ends the sandbox
+            os.killpg(self._process.pid, signal.SIGKILL)  # the kernel then ends the sandbox
             self._process.wait()
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:

@@ -1,8 +1,7 @@
-"""The system calls that a sandboxed program is refused: a filter that the kernel runs.
+"""Seccomp filter of the system calls that a sandboxed program may not make.
 
-Namespaces and limits leave holes that these close: System V memory counts against no limit, keys
-and tracing reach past namespaces, and the rest is a road to new rights that no program under test
-has any use for. A refused call fails with EPERM.
+It closes what namespaces and limits leave open: System V memory counts against no limit, keys and
+tracing cross namespaces, and the others lead to new privileges. A refused call fails with EPERM.
 """
 
 from __future__ import annotations
@@ -53,10 +52,10 @@ class _Filter(ctypes.Structure):
 
 
 def refuse_system_calls() -> None:
-    """Refuse the calls above from here on; the process must have given up new privileges.
+    """Install the filter; the process must have set `no_new_privs`.
 
     Raises:
-        OSError: If the kernel takes no filter, or the processor is none of x86_64 and aarch64.
+        OSError: If the kernel rejects the filter, or the architecture is not x86_64 or aarch64.
     """
     machine = os.uname().machine
     if machine not in _AUDIT_ARCHITECTURES:
@@ -75,8 +74,8 @@ def refuse_system_calls() -> None:
         program.append(_Instruction(_JUMP_EQUAL, len(numbers) - place, 0, number))
     program += [_Instruction(_RETURN, 0, 0, _RET_ALLOW), refuse]
     instructions = (_Instruction * len(program))(*program)
-    told = _Filter(len(program), instructions)
+    filter_program = _Filter(len(program), instructions)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(told), 0, 0) != 0:
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(filter_program), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -1,12 +1,12 @@
-"""The main program of a fresh process: put up the walls, then play one of two roles.
+"""The main program of a fresh process: isolate it, then play one of two roles.
 
-The candidate holds the code that a model wrote and answers calls. The tester holds the tests,
-makes the calls and gives the verdict. They are two processes in two sandboxes, tied by one socket
-over which plain values travel: the code never shares a process with its tests, so there is no
-verdict within its reach, no test to rewrite and no expected value to look up.
+The candidate runs the code that a model wrote and answers calls. The tester runs the tests, makes
+the calls and reports the verdict. They are two processes in two sandboxes, connected by one socket
+that transfers plain values. The code never shares a process with its tests: it cannot change the
+verdict, rewrite a test or read an expected value.
 
     stdin   the job, one JSON object
-    stdout  what happens, one JSON object a line: {"wall", "reason"} or {"ready": true}, then the
+    stdout  events, one JSON object per line: {"layer", "reason"} or {"ready": true}, then the
             tester's {"verdict", ...}, then {"exit": status, "cpu_seconds": ...}
 """
 
@@ -21,15 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypedDict
 
-from wegeft_cli.sandbox import channel as carry
-from wegeft_cli.sandbox import isolation as walls
+from wegeft_cli.sandbox import channel, isolation
 
 _MAX_MESSAGE_CHARS = 300
 _STATUS = 1
 
 
 class Job(TypedDict):
-    """What the parent asks of a fresh process."""
+    """The parent's job for a fresh process."""
 
     role: Literal["candidate", "tester"]
     source: str
@@ -45,7 +44,7 @@ class Job(TypedDict):
 
 
 class _CandidateError(Exception):
-    """The candidate raised, or its answer could not be carried."""
+    """The candidate raised, or its answer could not be transferred."""
 
     def __init__(self, type_name: str, message: str) -> None:
         super().__init__(message)
@@ -53,61 +52,61 @@ class _CandidateError(Exception):
 
 
 def main() -> NoReturn:
-    """Read the job, put up the walls, run; never returns."""
+    """Read the job, isolate the process and run; never return."""
     job: Job = json.loads(sys.stdin.buffer.read())
-    sys.path.pop()  # the folder of this package, see run.py: the program gets the library alone
+    sys.path.pop()  # the folder of this package, see run.py: only the standard library remains
     os.environ.clear()
-    limits = walls.Limits(**job["limits"])
+    limits = isolation.Limits(**job["limits"])
     try:
         nowhere = os.open("/dev/null", os.O_RDWR)
-        walls.die_with_parent(int(sys.argv[1]))
-        becomes_nobody = walls.enter_namespaces(Path(job["mount_point"]), limits)
+        isolation.die_with_parent(int(sys.argv[1]))
+        becomes_nobody = isolation.enter_namespaces(Path(job["mount_point"]), limits)
         child = os.fork()
-    except walls.WallError as error:
-        _tell({"wall": error.wall, "reason": error.reason})
+    except isolation.IsolationError as error:
+        _report({"layer": error.layer, "reason": error.reason})
         os._exit(1)
     except OSError as error:
-        _tell({"wall": "process", "reason": str(error)})
+        _report({"layer": "process", "reason": str(error)})
         os._exit(1)
     if child == 0:
         _run_first_process(job, limits, nowhere, becomes_nobody=becomes_nobody)
     os.close(job["link"])
-    # Waiting for a namespace's first process waits for all that lived there.
+    # Waiting for a namespace's first process waits for all of its processes.
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, signal.SIGKILL))
     _, status, used = os.wait4(child, 0)
-    _tell({"exit": status, "cpu_seconds": used.ru_utime + used.ru_stime})
+    _report({"exit": status, "cpu_seconds": used.ru_utime + used.ru_stime})
     os._exit(0)
 
 
-def _tell(event: dict[str, Any]) -> None:
+def _report(event: dict[str, Any]) -> None:
     os.write(_STATUS, json.dumps(event).encode("ascii") + b"\n")
 
 
 def _run_first_process(
-    job: Job, limits: walls.Limits, nowhere: int, *, becomes_nobody: bool
+    job: Job, limits: isolation.Limits, nowhere: int, *, becomes_nobody: bool
 ) -> NoReturn:
-    """The sandbox's first process: the last walls, then the role."""
+    """Apply the last isolation layers in the sandbox's first process, then play the role."""
     try:
         os.setsid()  # a signal to its own group must not reach the process outside
-        walls.drop_rights(limits, becomes_nobody=becomes_nobody)
-        walls.die_with_parent(0)
-    except walls.WallError as error:
-        _tell({"wall": error.wall, "reason": error.reason})
+        isolation.drop_rights(limits, becomes_nobody=becomes_nobody)
+        isolation.die_with_parent(0)
+    except isolation.IsolationError as error:
+        _report({"layer": error.layer, "reason": error.reason})
         os._exit(1)
     except OSError as error:
-        _tell({"wall": "process", "reason": str(error)})
+        _report({"layer": "process", "reason": str(error)})
         os._exit(1)
-    _tell({"ready": True})
+    _report({"ready": True})
     if job["role"] == "tester":
-        _tell(_test(job, socket.socket(fileno=job["link"])))
+        _report(_test(job, socket.socket(fileno=job["link"])))
         os._exit(0)
-    walls.close_files_but(job["link"], nowhere)
+    isolation.close_files_but(job["link"], nowhere)
     _answer_calls(job, socket.socket(fileno=job["link"]))
     os._exit(0)
 
 
 def _answer_calls(job: Job, link: socket.socket) -> None:
-    """Define the candidate's functions and answer the tester's calls until it is content."""
+    """Define the candidate's functions and answer calls until the tester closes the link."""
     function: Callable[..., Any] | None = None
     fault: dict[str, Any] | None = None
     try:
@@ -118,31 +117,33 @@ def _answer_calls(job: Job, link: socket.socket) -> None:
         fault = _describe(error)
     while True:
         try:
-            call = carry.receive_frame(link)
+            call = channel.receive_frame(link)
             if fault is not None or function is None:
-                carry.send_frame(link, {"raised": fault})
+                channel.send_frame(link, {"raised": fault})
                 continue
-            arguments, named = carry.decode_value(call)
-            carry.send_frame(link, {"returned": carry.encode_value(function(*arguments, **named))})
-        except carry.LinkClosedError:
+            arguments, named = channel.decode_value(call)
+            channel.send_frame(
+                link, {"returned": channel.encode_value(function(*arguments, **named))}
+            )
+        except channel.LinkClosedError:
             return
         except BaseException as error:
-            carry.send_frame(link, {"raised": _describe(error)})
+            channel.send_frame(link, {"raised": _describe(error)})
 
 
 def _test(job: Job, link: socket.socket) -> dict[str, Any]:
-    """Run the tests against the other process; the verdict."""
+    """Run the tests against the other process and return the verdict."""
 
     def candidate(*arguments: Any, **named: Any) -> Any:
-        carry.send_frame(link, carry.encode_value((list(arguments), named))["value"])
-        reply = carry.receive_frame(link)
+        channel.send_frame(link, channel.encode_value((list(arguments), named))["value"])
+        reply = channel.receive_frame(link)
         if not isinstance(reply, dict) or len(reply) != 1:
-            raise carry.CarryError("neither an answer nor an exception")
+            raise channel.CarryError("neither an answer nor an exception")
         if "returned" in reply:
-            return carry.decode_value(reply["returned"])
+            return channel.decode_value(reply["returned"])
         raised = reply.get("raised")
         if not isinstance(raised, dict):
-            raise carry.CarryError("neither an answer nor an exception")
+            raise channel.CarryError("neither an answer nor an exception")
         raise _CandidateError(
             str(raised.get("type"))[:_MAX_MESSAGE_CHARS],
             str(raised.get("message"))[:_MAX_MESSAGE_CHARS],
@@ -154,11 +155,11 @@ def _test(job: Job, link: socket.socket) -> dict[str, Any]:
         names[job["entry_point"]] = candidate  # some tests call it by its name (HumanEval/33)
         exec(compile(job["tests"], "<tests>", "exec"), names)
         names["check"](candidate)
-    except carry.LinkClosedError:
+    except channel.LinkClosedError:
         return {"verdict": "lost"}
     except _CandidateError as error:
         return {"verdict": "raised", "type": error.type_name, "message": str(error)}
-    except carry.CarryError as error:
+    except channel.CarryError as error:
         return {"verdict": "raised", "type": "CarryError", "message": str(error)}
     except BaseException as error:
         return {"verdict": "failed", **_describe(error)}
