@@ -1,4 +1,4 @@
-"""Seconds per turn of a talk that goes on behind what was read, and of one that is read anew.
+"""Seconds per turn of a chat that reuses its KV cache, and of one that reads the whole chat again.
 
 Both ways ask the same questions of the quickstart's real small model; each takes its turn, the best
 of the repeats counts, and the answers must be the same, or the script fails.
@@ -23,12 +23,12 @@ QUESTIONS = (
 )
 
 
-def hold(talk: Conversation, *, goes_on: bool) -> list[tuple[int, float, str]]:
+def hold(talk: Conversation, *, reuses: bool) -> list[tuple[int, float, str]]:
     """Hold the whole talk once.
 
     Args:
         talk: A conversation.
-        goes_on: Whether what was read stays read.
+        reuses: Whether what was read stays read.
 
     Returns:
         Of each turn the prompt's tokens, the seconds, and the answer.
@@ -36,7 +36,7 @@ def hold(talk: Conversation, *, goes_on: bool) -> list[tuple[int, float, str]]:
     talk.reset()
     turns = []
     for question in QUESTIONS:
-        if not goes_on:
+        if not reuses:
             talk.forget_readings()
         asked = [*talk.messages, {"role": "user", "content": question}]
         text = talk.form.write({"messages": asked}, talk.system)
@@ -44,7 +44,7 @@ def hold(talk: Conversation, *, goes_on: bool) -> list[tuple[int, float, str]]:
         reply = talk.ask(question)
         turns.append((length, reply.seconds, reply.text))
         talk.keep(question, reply)
-        print(f"{goes_on=} {length} tokens, {reply.seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{reuses=} {length} tokens, {reply.seconds:.1f} s", file=sys.stderr, flush=True)
     return turns
 
 
@@ -56,19 +56,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     talk = open_conversation(given.model, template="chat", max_new_tokens=given.max_new_tokens)
-    told = {
-        goes_on: [hold(talk, goes_on=goes_on) for _ in range(given.repeats)]
-        for goes_on in (False, True)
+    runs_of = {
+        reuses: [hold(talk, reuses=reuses) for _ in range(given.repeats)]
+        for reuses in (False, True)
     }
     best = {
-        goes_on: [min(turn[1] for turn in turns) for turns in zip(*runs, strict=True)]
-        for goes_on, runs in told.items()
+        reuses: [min(turn[1] for turn in turns) for turns in zip(*runs, strict=True)]
+        for reuses, runs in runs_of.items()
     }
-    if len({tuple(text for _, _, text in run) for runs in told.values() for run in runs}) != 1:
+    if len({tuple(text for _, _, text in run) for runs in runs_of.values() for run in runs}) != 1:
         sys.exit("the two ways answer differently")
-    print("turn  tokens of the prompt  read anew (s)  gone on (s)")
-    for turn, (length, _, _) in enumerate(told[True][0]):
-        print(f"{turn + 1:4}  {length:20}  {best[False][turn]:13.2f}  {best[True][turn]:11.2f}")
+    print("turn  tokens of the prompt  read again (s)  cached (s)")
+    for turn, (length, _, _) in enumerate(runs_of[True][0]):
+        print(f"{turn + 1:4}  {length:20}  {best[False][turn]:14.2f}  {best[True][turn]:10.2f}")
 
 
 if __name__ == "__main__":

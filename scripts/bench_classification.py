@@ -8,7 +8,7 @@ Pearson's correlation; rows are parted in the same way.
 
 Every method takes the learning rate that is best on validation rows, by the mean over other seeds
 (of equal ones the smallest); then each seed trains and is scored on the test rows. Beside
-accuracies stands the share of the commonest class of the test rows. Times are the process's own
+accuracies is the share of the commonest class of the test rows. Times are the process's own
 (CPU seconds), so that a busy machine tells nearly the same; keep OMP_NUM_THREADS at 1 for that.
 Writes one JSON object, and a table on the terminal.
 """

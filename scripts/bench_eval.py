@@ -141,10 +141,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
     else:
-        told = result["answer_tokens"]
+        tokens = result["answer_tokens"]
         print(
             f"{len(ids)} rows, answers of {min(lengths)} to {max(lengths)} tokens "
-            f"(mean {told['mean']:.0f}), batches of {size}, {options.threads} threads"
+            f"(mean {tokens['mean']:.0f}), batches of {size}, {options.threads} threads"
         )
         for name, spent in seconds.items():
             ratio = seconds["one by one"] / spent

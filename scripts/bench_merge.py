@@ -11,8 +11,8 @@ seven linears and its LoRA twin (`wegeft export --format lora`). Then, by turns:
 
 Peak memory is what the system counted for the process (VmHWM: file pages that it mapped count), and
 the highest of its private memory alone (RssAnon, sampled every 10 ms). Time is the whole process,
-start of Python and imports included; CPU time is told beside it, as a shared machine stretches the
-clock. A round asks both, in turns of order.
+start of Python and imports included; CPU time is printed beside it, as a
+shared machine stretches the clock. A round asks both, in turns of order.
 """
 
 from __future__ import annotations
@@ -199,11 +199,16 @@ def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
         name: {key: median(row[key] for row in rows) for key in rows[0]}
         for name, rows in figures.items()
     }
-    told = {"time": "seconds", "cpu": "cpu_seconds", "peak": "peak_gib", "private": "private_gib"}
+    columns = {
+        "time": "seconds",
+        "cpu": "cpu_seconds",
+        "peak": "peak_gib",
+        "private": "private_gib",
+    }
     pairs = list(zip(figures["wegeft"], figures["peft"], strict=True))
     ratios = {
         f"{name}_ratio": median(ours[key] / theirs[key] for ours, theirs in pairs)
-        for name, key in told.items()
+        for name, key in columns.items()
     }
     return {
         "model_gib": sum(path.stat().st_size for path in shards) / 2**30,

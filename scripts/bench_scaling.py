@@ -1,7 +1,7 @@
 """What a training step costs as processes, row length, depth and rank grow: measured, on the CPU.
 
 The steps of all variants take turns in one group of processes, each of one thread, so that a ratio
-compares like with like; bytes are counted where torch's collectives are called. Beside them stands
+compares like with like; bytes are counted where torch's collectives are called. Beside them is
 what `scaling_costs.py` computes for the same shape:
 
     python scripts/bench_scaling.py                  # two processes, a minute or two
@@ -40,7 +40,7 @@ class Variant:
     """What differs from the base.
 
     Args:
-        label: How it is told.
+        label: Its name in the table.
         layers: Decoder layers.
         length: Tokens of a row; a process's step has the same number of tokens whatever it is.
         rank: r.
@@ -200,7 +200,7 @@ def measure(arguments: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()
         path = str(folder / f"layers-{variant.layers}")
         steps[variant] = build_step(variant, path, arguments.tokens, accelerator)
-    told: dict[Variant, dict[str, Any]] = {v: {"seconds": []} for v in variants}
+    results_of: dict[Variant, dict[str, Any]] = {v: {"seconds": []} for v in variants}
     for turn in range(arguments.rounds + 1):
         # Another variant opens each round, so that none always runs in the wake of the same one.
         first = turn % len(variants)
@@ -214,12 +214,12 @@ def measure(arguments: argparse.Namespace) -> None:
                     steps[variant]()
             seconds = time.perf_counter() - start
             if turn:
-                told[variant]["seconds"].append(seconds)
-                told[variant]["bytes"] = sum(counts)
-                told[variant]["peak_mib"] = read_memory()["VmHWM"] - before
+                results_of[variant]["seconds"].append(seconds)
+                results_of[variant]["bytes"] = sum(counts)
+                results_of[variant]["peak_mib"] = read_memory()["VmHWM"] - before
     if accelerator.is_main_process:
-        results = [{**asdict(variant), **values} for variant, values in told.items()]
-        (folder / "told.json").write_text(json.dumps(results), encoding="utf-8")
+        results = [{**asdict(variant), **values} for variant, values in results_of.items()]
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -275,7 +275,7 @@ def main() -> None:
         for name in ("processes", "hidden", "tokens", "rounds"):
             command += [f"--{name}", str(getattr(arguments, name))]
         subprocess.run(command, check=True, env={**os.environ, **SETTINGS}, stdout=sys.stderr)
-        results = json.loads((Path(folder) / "told.json").read_bytes())
+        results = json.loads((Path(folder) / "results.json").read_bytes())
     lines = describe(results, arguments)
     if arguments.json:
         print(json.dumps(lines))

