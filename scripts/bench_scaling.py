@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def read_memory() -> dict[str, float]:
     return {name: int(value.split()[0]) / 1024 for name, value in pairs}
 
 
-def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> Callable[[], None]:
+def build_step(variant: Variant, folder: str, tokens: int, processes: Any) -> Callable[[], None]:
     """Build a function that makes one whole training step of a variant."""
     import numpy as np
     import torch
@@ -157,7 +158,7 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
     from wegeft_cli.training.gradients import clip_gradients, sum_gradients
     from wegeft_cli.training.loss import CausalLoss
 
-    sharding = build_sharding(TrainSection(strategy=variant.strategy), accelerator)
+    sharding = build_sharding(TrainSection(strategy=variant.strategy), processes)
     model: Any = load_base(ModelSection(name_or_path=folder), **sharding)
     if variant.method == "lora":
         model = inject_peft(
@@ -169,7 +170,7 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-3)
     loss_function = CausalLoss(model)
-    random = np.random.default_rng(accelerator.process_index)
+    random = np.random.default_rng(processes.rank)
     rows = random.integers(0, VOCAB, (tokens // variant.length, variant.length))
     mask = np.ones(variant.length, dtype=bool)
     batch = collate_rows([(row, mask) for row in rows], pad_token_id=0)
@@ -178,7 +179,7 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
         loss = loss_function(model, batch) / batch.num_label_tokens
         loss.backward()
         if not variant.alone:
-            sum_gradients(learned, loss.detach(), accelerator, stop=False, is_cut=False)
+            sum_gradients(learned, loss.detach(), processes, stop=False, is_cut=False)
         clip_gradients(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -188,40 +189,39 @@ def build_step(variant: Variant, folder: str, tokens: int, accelerator: Any) -> 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Let the variants take turns; the first process writes what they took."""
-    from accelerate import Accelerator
+    from wegeft_cli.distributed.processes import Processes
 
-    accelerator = Accelerator(cpu=True)
+    processes = Processes.join(timedelta(minutes=30))
     variants = [v for v in make_variants() if v.strategy == "replicated" or arguments.processes > 1]
     folder = Path(arguments.worker)
     steps = {}
     for variant in variants:
-        if accelerator.is_main_process:
+        if processes.is_main:
             write_model(folder, shape_of(variant, arguments.hidden))
-        accelerator.wait_for_everyone()
+        processes.wait()
         path = str(folder / f"layers-{variant.layers}")
-        steps[variant] = build_step(variant, path, arguments.tokens, accelerator)
+        steps[variant] = build_step(variant, path, arguments.tokens, processes)
     results_of: dict[Variant, dict[str, Any]] = {v: {"seconds": []} for v in variants}
     for turn in range(arguments.rounds + 1):
         # Another variant opens each round, so that none always runs in the wake of the same one.
         first = turn % len(variants)
         for variant in variants[first:] + variants[:first]:
-            accelerator.wait_for_everyone()
+            processes.wait()
             before = read_memory()["VmRSS"]
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
             start = time.perf_counter()
             with counted_bytes() as counts:
-                if accelerator.is_main_process or not variant.alone:
+                if processes.is_main or not variant.alone:
                     steps[variant]()
             seconds = time.perf_counter() - start
             if turn:
                 results_of[variant]["seconds"].append(seconds)
                 results_of[variant]["bytes"] = sum(counts)
                 results_of[variant]["peak_mib"] = read_memory()["VmHWM"] - before
-    if accelerator.is_main_process:
+    if processes.is_main:
         results = [{**asdict(variant), **values} for variant, values in results_of.items()]
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    processes.leave()
 
 
 def describe(results: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,9 @@ def measure(arguments: argparse.Namespace) -> None:
     """Load, inject, make two steps, and print the peak of each part."""
     import numpy as np
     import torch
-    from accelerate import Accelerator
 
     from wegeft_cli.data.batches.collate import collate_rows
+    from wegeft_cli.distributed.processes import Processes
     from wegeft_cli.distributed.sharding import build_sharding
     from wegeft_cli.methods.wegeft.inject import inject_generators
     from wegeft_cli.models.loading import load_base
@@ -140,7 +141,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from wegeft_cli.training.gradients import sum_gradients
     from wegeft_cli.training.loss import CausalLoss
 
-    accelerator = Accelerator(cpu=True)
+    processes = Processes.join(timedelta(minutes=30))
     peak = Peak()
     parts: dict[str, dict[str, float]] = {}
 
@@ -149,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if found["resident"] > parts.get(name, found)["resident"] or name not in parts:
             parts[name] = found
 
-    sharding = build_sharding(TrainSection(strategy="fsdp2"), accelerator)
+    sharding = build_sharding(TrainSection(strategy="fsdp2"), processes)
     note("start")
     model: Any = load_base(
         ModelSection(name_or_path=arguments.worker, dtype=arguments.dtype), **sharding
@@ -162,7 +163,7 @@ def measure(arguments: argparse.Namespace) -> None:
     loss_function = CausalLoss(model)
     rows = np.random.default_rng(0).integers(0, 4096, (ROWS, arguments.tokens))
     learned = np.ones(arguments.tokens, dtype=bool)
-    own = rows[accelerator.process_index :: accelerator.num_processes]
+    own = rows[processes.rank :: processes.count]
     batch = collate_rows([(row, learned) for row in own], pad_token_id=0)
     for _ in range(2):
         loss = loss_function(model, batch)
@@ -170,16 +171,15 @@ def measure(arguments: argparse.Namespace) -> None:
         loss.backward()
         note("backward")
         loss_sum, *_ = sum_gradients(
-            owner.trainable(), loss.detach(), accelerator, stop=False, is_cut=False
+            owner.trainable(), loss.detach(), processes, stop=False, is_cut=False
         )
         optimizer.step()
         optimizer.zero_grad()
         note("update")
     highest = max(parts.values(), key=lambda part: part["resident"])
-    reports = Path(arguments.worker) / f"rank-{accelerator.process_index}.json"
+    reports = Path(arguments.worker) / f"rank-{processes.rank}.json"
     reports.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    processes.leave()
 
 
 if __name__ == "__main__":

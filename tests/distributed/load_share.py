@@ -5,11 +5,12 @@ Arguments: the base's folder, and the folder for what is told.
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding
 from wegeft_cli.models.loading import load_base
 from wegeft_cli.recipe.schema import ModelSection, TrainSection
@@ -27,7 +28,7 @@ def refuse(*arguments, **options):
 
 def main() -> None:
     """Load whole, then the share; run both."""
-    accelerator = Accelerator(cpu=True)
+    processes = Processes.join(timedelta(minutes=30))
     section = ModelSection(name_or_path=sys.argv[1])
     ids = torch.arange(4, 20)[None]
     whole = load_base(section)
@@ -36,7 +37,7 @@ def main() -> None:
         expected = whole(ids).logits
     num_bytes = sum(parameter.nbytes for parameter in whole.parameters())
     del whole
-    sharding = build_sharding(TrainSection(strategy="fsdp2"), accelerator)
+    sharding = build_sharding(TrainSection(strategy="fsdp2"), processes)
     shared = load_base(section, **sharding)
     mapped_share = count_mapped()
     own_bytes = sum(parameter.to_local().nbytes for parameter in shared.parameters())
@@ -49,10 +50,9 @@ def main() -> None:
         "share": own_bytes / num_bytes,
         "same": torch.equal(logits, expected),
     }
-    path = Path(sys.argv[2]) / f"{accelerator.process_index}.json"
+    path = Path(sys.argv[2]) / f"{processes.rank}.json"
     path.write_text(json.dumps(told))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    processes.leave()
 
 
 main()

@@ -7,8 +7,9 @@ another norm, as a wrong collective would leave it with another gradient.
 import json
 import sys
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.runs import train as train_module
 from wegeft_cli.training import trainer as loop
 
@@ -26,12 +27,12 @@ def diverge(clip_gradients):
 
 def main() -> None:
     """Train each recipe of the list given."""
-    train_module._leave_group = Accelerator.wait_for_everyone
-    if len(sys.argv) > 2 and Accelerator(cpu=True).process_index == 1:
+    Processes.leave = Processes.wait
+    if len(sys.argv) > 2 and PartialState(cpu=True).process_index == 1:
         loop.clip_gradients = diverge(loop.clip_gradients)
     for path in json.loads(sys.argv[1]):
         train_module.train(path)
-    Accelerator(cpu=True).end_training()
+    PartialState().destroy_process_group()
 
 
 main()

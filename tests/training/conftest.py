@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wegeft_cli.data.batches.collate import Batch, collate_rows
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optimizer import build_optimizer
@@ -149,7 +149,7 @@ def run(make_source) -> Callable[..., LoopResult]:
         **settings: Any,
     ) -> LoopResult:
         source = source or make_source()
-        model.to(Accelerator(cpu=not torch.accelerator.is_available()).device)
+        model.to(Processes.single().device)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(
             optim,
@@ -174,7 +174,7 @@ def run(make_source) -> Callable[..., LoopResult]:
             rates,
             source,
             LoopSettings(**{"max_grad_norm": 0.0, **settings}),
-            accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
+            processes=Processes.single(),
             resume_from=resume_from,
             hooks=hooks,
         )

@@ -5,9 +5,9 @@ from typing import get_args
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from wegeft_cli.artifacts.checkpoint import load_checkpoint, save_checkpoint
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Optimizer, Scheduler
 from wegeft_cli.training.neftune import add_neftune
@@ -222,11 +222,11 @@ def test_a_prolonged_run_takes_the_longer_schedule_at_once(schedule):
             parts[2].step()
         return rates
 
-    accelerator, scaler = Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False)
+    processes, scaler = Processes.single(), torch.amp.GradScaler("cpu", enabled=False)
     short, whole, longer = make(NUM_STEPS), make(2 * NUM_STEPS), make(2 * NUM_STEPS)
     walk(short, STOP + 1)
     expected = walk(whole, 2 * NUM_STEPS)[STOP + 1 :]
-    snapshot = capture_snapshot(*short, scaler, Progress(step=STOP + 1), accelerator)
-    restore_snapshot(snapshot, *longer, scaler, accelerator)
+    snapshot = capture_snapshot(*short, scaler, Progress(step=STOP + 1), processes)
+    restore_snapshot(snapshot, *longer, scaler, processes)
     assert longer[2].get_last_lr() == expected[0]
     assert walk(longer, 2 * NUM_STEPS - STOP - 1) == expected

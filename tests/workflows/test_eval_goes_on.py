@@ -9,8 +9,9 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from wegeft_cli.distributed.processes import Share
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.evaluation.response_cache import AnswerLog
 from wegeft_cli.generation import engine as generate
@@ -147,18 +148,20 @@ def test_a_log_survives_a_line_that_was_cut(tmp_path):
     assert AnswerLog(tmp_path, {"a": 2}).read() == {}
 
 
-def test_shares_are_whole_and_even():
+def test_shares_are_whole_and_even(monkeypatch):
     items = list(range(11))
-    shares = [Share(index, 3).deal(items) for index in range(3)]
+    device = torch.device("cpu")
+    shares = [Processes(rank, 3, device).shard(items) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == items
     assert [len(share) for share in shares] == [4, 4, 3]
-    assert Share().deal(items) == items
-    parts = [[(2, "c"), (0, "a")], [(1, "b")]]
-    share = Share(0, 2, lambda mine: parts)
-    assert list(share.gather({}).items()) == [(0, "a"), (1, "b"), (2, "c")]
-    doubled = Share(0, 2, lambda mine: [[(1, "a")], [(1, "b")]])
+    assert Processes.single().shard(items) == items
+    parts = [{2: "c", 0: "a"}, {1: "b"}]
+    monkeypatch.setattr(Processes, "gather", lambda self, value: parts)
+    merged = Processes(0, 2, device).merge({})
+    assert list(merged.items()) == [(0, "a"), (1, "b"), (2, "c")]
+    parts[0][1] = "a"
     with pytest.raises(RuntimeError, match="two processes"):
-        doubled.gather({})
+        Processes(0, 2, device).merge({})
 
 
 def run_eval(*words, **more):

@@ -1,18 +1,17 @@
 """Which processes share a base, and which engines are refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import TrainSection
 
 
 def sharding(num_processes, **keys):
-    accelerator = SimpleNamespace(num_processes=num_processes, device=torch.device("cuda"))
-    return build_sharding(TrainSection(**keys), accelerator).get("distributed_config")
+    processes = Processes(0, num_processes, torch.device("cuda"))
+    return build_sharding(TrainSection(**keys), processes).get("distributed_config")
 
 
 @pytest.mark.parametrize(

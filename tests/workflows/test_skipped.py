@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
 from wegeft_cli.models.loading import load_tokenizer
 from wegeft_cli.planning.preflight import read_inputs
@@ -71,8 +71,8 @@ def test_a_resumed_run_counts_on(poisoned, stop_after, read_adapter, read_run):
 )
 def test_the_rows_told_are_those_of_the_batches(write_recipe, data, numbered):
     recipe = write_recipe(data=data, train={"max_steps": 3, "per_device_train_batch_size": 2})
-    accelerator = Accelerator(cpu=True)
-    source = read_inputs(load_recipe(recipe), accelerator, SilentReporter(), resuming=False).source
+    processes = Processes.single()
+    source = read_inputs(load_recipe(recipe), processes, SilentReporter(), resuming=False).source
     told = list(source.rows_at(0))
     batches = list(source.micro_batches(0))
     assert len(told) >= 2

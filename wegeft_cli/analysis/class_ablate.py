@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from wegeft_cli.analysis.adapter_parts import Element
-from wegeft_cli.distributed.processes import Share
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.classification import (
     PROTOCOL,
@@ -69,7 +69,7 @@ def open_split(
     opened = load_classifier(found, base=base, warn=reporter.warn)
     ((name, (rows, digest)),) = read_splits(opened, splits, data_dir=data_dir, limit=limit).items()
     size = batch_size or found.recipe.train.per_device_eval_batch_size
-    asking = Asking(size, Share(), reporter)
+    asking = Asking(size, Processes.single(), reporter)
 
     def score(title: str) -> TaskScore:
         answered = asking.ask(opened, rows, f"{title}: {name}")

@@ -1,91 +1,132 @@
-"""The processes of an evaluation share its rows; each row is answered by exactly one of them."""
+"""The processes of one command: who this one is, and the collective operations over all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from wegeft_cli.distributed.launch import is_in_group
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=2)
-"""One process may have far longer answers to write than another."""
+EVALUATION_TIMEOUT = timedelta(days=2)
+"""How long a process of an evaluation waits: another one may have far longer answers to write."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """One process's part of the work; the plain one is all of it.
+class Processes:
+    """This process among the processes of a command.
+
+    Every process must make each collective call (`broadcast`, `gather`, `merge`, `any`, `sum`,
+    `wait`), in the same order. With one process they return their arguments.
 
     Args:
-        index: This process's number, from 0.
-        count: How many there are.
-        gather_lists: Gives every process the lists of all, in the order of the processes.
+        rank: Number of this process, from 0.
+        count: Number of processes.
+        device: Device of this process.
     """
 
-    index: int = 0
-    count: int = 1
-    gather_lists: Callable[[list[object]], list[list[object]]] = lambda mine: [mine]
+    rank: int
+    count: int
+    device: torch.device
 
-    def deal(self, items: Sequence[T]) -> list[T]:
-        """This process's items, dealt out like cards: sorted ones are shared evenly."""
-        return list(items[self.index :: self.count])
+    @classmethod
+    def single(cls) -> Processes:
+        """Return the only process of a command, on the default device."""
+        import torch
 
-    def agree(self, value: T) -> T:
-        """The first process's value, in every process; none goes on before all have come here."""
-        return self.gather_lists([value])[0][0]  # type: ignore[return-value]
+        return cls(0, 1, torch.accelerator.current_accelerator() or torch.device("cpu"))
 
-    def gather(self, mine: Mapping[int, T]) -> dict[int, T]:
-        """What all processes have, by index and in its order; the same in every process.
+    @classmethod
+    def join(cls, timeout: timedelta) -> Processes:
+        """Join the process group that a launcher has set up in the environment, if any.
 
         Args:
-            mine: Index -> what this process made of it.
-
-        Returns:
-            The union.
-
-        Raises:
-            RuntimeError: If two processes answered the same index.
+            timeout: How long a process waits for the others in a collective operation.
         """
-        pairs = [
-            pair
-            for part in self.gather_lists(list(mine.items()))
-            for pair in part
-            if isinstance(pair, tuple)
-        ]
-        union: dict[int, T] = dict(pairs)
-        if len(union) != len(pairs):
-            raise RuntimeError(f"{len(pairs) - len(union)} rows were answered by two processes")
-        return dict(sorted(union.items()))
-
-
-def this_share() -> Share:
-    """Give this process's share, by the process group that a launcher started."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    if not is_in_group():
-        return Share()
-    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
-    is_cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=is_cpu, timeout=_PATIENCE)
-    if state.num_processes == 1:
-        return Share()
-    return Share(
-        state.process_index,
-        state.num_processes,
-        # gather_object lays lists end to end: one more list keeps those of the processes apart.
-        lambda mine: list(gather_object([mine])),
-    )
-
-
-def leave_group(share: Share) -> None:
-    """End the process group, once all have come here: one that leaves early takes others down."""
-    if share.count > 1:
+        import torch
         from accelerate import PartialState
 
-        share.agree(0)
-        PartialState().destroy_process_group()
+        # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timeout)
+        return cls(state.process_index, state.num_processes, state.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages for all."""
+        return self.rank == 0
+
+    @property
+    def local(self) -> bool:
+        """Whether this is the only process."""
+        return self.count == 1
+
+    def shard(self, items: Sequence[T]) -> list[T]:
+        """Return every `count`-th item, from `rank` on; sorted items are shared evenly."""
+        return list(items[self.rank :: self.count])
+
+    def broadcast(self, value: T) -> T:
+        """Return the value of the first process, after all processes have made this call."""
+        return self.gather(value)[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        values = [value] * self.count
+        if not self.local:
+            import torch
+
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def merge(self, own: Mapping[int, T]) -> dict[int, T]:
+        """Return the union of all processes' mappings, sorted by key.
+
+        Raises:
+            RuntimeError: If two processes have the same key.
+        """
+        parts = self.gather(dict(own))
+        union = {key: value for part in parts for key, value in part.items()}
+        if len(union) != sum(len(part) for part in parts):
+            num_doubled = sum(len(part) for part in parts) - len(union)
+            raise RuntimeError(f"{num_doubled} rows were answered by two processes")
+        return dict(sorted(union.items()))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any process."""
+        return self.sum(float(flag))[0] > 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Return the sum of each value over all processes, in float64."""
+        if self.local:
+            return list(values)
+        import torch
+
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(totals)
+        sums: list[float] = totals.tolist()
+        return sums
+
+    def wait(self) -> None:
+        """Return after all processes have made this call."""
+        self.gather(None)
+
+    def leave(self) -> None:
+        """End the process group after all processes have made this call.
+
+        A process that leaves earlier takes the others down.
+        """
+        if not self.local:
+            from accelerate import PartialState
+
+            self.wait()
+            PartialState().destroy_process_group()
+
+
+def evaluation_processes() -> Processes:
+    """Return the processes that share an evaluation, by the group that a launcher started."""
+    return Processes.join(EVALUATION_TIMEOUT) if is_in_group() else Processes.single()

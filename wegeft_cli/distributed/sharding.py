@@ -8,8 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
-
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import TrainSection
 
@@ -46,12 +45,12 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
             raise UserError(f"is set, and {reason}", file="environment", key=name, hint=_WAY_OUT)
 
 
-def build_sharding(train: TrainSection, accelerator: Accelerator) -> dict[str, Any]:
+def build_sharding(train: TrainSection, processes: Processes) -> dict[str, Any]:
     """Give what `from_pretrained` needs to load each process's share of the base alone.
 
     Args:
         train: The recipe's `train`.
-        accelerator: This process's state.
+        processes: The processes of the run.
 
     Returns:
         `distributed_config` of transformers (FSDP2); nothing where each process keeps the base.
@@ -59,7 +58,7 @@ def build_sharding(train: TrainSection, accelerator: Accelerator) -> dict[str, A
     Raises:
         UserError: If the processes cannot be divided as asked.
     """
-    num_processes = accelerator.num_processes
+    num_processes = processes.count
     if train.strategy == "replicated" or num_processes == 1:
         return {}
     from transformers.distributed import DistributedConfig
@@ -75,7 +74,7 @@ def build_sharding(train: TrainSection, accelerator: Accelerator) -> dict[str, A
         )
     if size == 1:
         return {}
-    if accelerator.device.type == "cpu":
+    if processes.device.type == "cpu":
         _give_back_freed_memory()
     config = DistributedConfig(fsdp_size=size, dp_replicate_size=num_processes // size)
     return {"distributed_config": config}

@@ -47,12 +47,12 @@ def write_answers(
     Raises:
         UserError: If the model cannot take such prompts or answers.
     """
-    log, share = asked.log, asked.share
-    known = share.agree({} if log is None else log.read())
+    log, processes = asked.log, asked.processes
+    known = processes.broadcast({} if log is None else log.read())
     done = {n: written_from_json(known[n]) for n in prompts if n in known}
     # The longest first and then dealt out like cards: even shares.
     left = sorted((n for n in prompts if n not in done), key=lambda n: (-len(prompts[n]), n))
-    mine = share.deal(left)
+    mine = processes.shard(left)
     on_progress(len(done))
 
     def keep(answers: Mapping[int, Written]) -> None:
@@ -68,10 +68,12 @@ def write_answers(
         numbers=mine if draws is None else [draws[number] for number in mine],
         add_special_tokens=add_special_tokens,
         turn_ends=turn_ends,
-        on_progress=lambda n, total: on_progress(min(len(done) + n * share.count, len(prompts))),
+        on_progress=lambda n, total: on_progress(
+            min(len(done) + n * processes.count, len(prompts))
+        ),
         on_written=keep,
     )
-    written = share.gather(dict(zip(mine, generations.written, strict=True)))
+    written = processes.merge(dict(zip(mine, generations.written, strict=True)))
     return dict(sorted((done | written).items())), generations.settings
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.environment import describe_environment
-from wegeft_cli.distributed.processes import leave_group, this_share
+from wegeft_cli.distributed.processes import evaluation_processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL, SPLITS, evaluate_classes
 from wegeft_cli.evaluation.compare import compare_scores
@@ -55,8 +55,8 @@ def evaluate_classifier(
         ExceptionGroup: If there are several faults.
     """
     refuse_foreign(foreign)
-    share = this_share()
-    if share.index:
+    processes = evaluation_processes()
+    if processes.rank:
         reporter = SilentReporter()
     results, base_results, lines = evaluate_classes(
         path,
@@ -67,7 +67,7 @@ def evaluate_classifier(
         batch_size=batch_size,
         compare_base=compare_base,
         base=base,
-        share=share,
+        processes=processes,
         reporter=reporter,
     )
     result: dict[str, Any] = {"results": results}
@@ -89,11 +89,11 @@ def evaluate_classifier(
         ]
     samples_path = choose_samples_path(path, output, [row["task"] for row in results], PROTOCOL)
     result |= {"samples_path": str(samples_path), "target": str(path), **describe_environment()}
-    if share.index == 0:
+    if processes.is_main:
         write_text_atomic(samples_path, "".join(write_line(line) for line in lines))
         output = output or choose_scores_path(samples_path)
         write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    leave_group(share)
+    processes.leave()
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.data.text.templates import TEMPLATES
-from wegeft_cli.distributed.processes import Share, leave_group, this_share
+from wegeft_cli.distributed.processes import Processes, evaluation_processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.base import Asked, EvalJob, TaskRequest
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
@@ -157,7 +157,7 @@ def evaluate(
     request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings, given)
     jobs = read_jobs(names, request)
     asked = [job.name for job in jobs]
-    share = Share()
+    processes = Processes.single()
     base_scores: list[TaskScore] | None = None
     base_results = None
     if samples is not None:
@@ -165,12 +165,12 @@ def evaluate(
         results = [{**result_dict(score), **NO_PRINTS} for score in scores]
     else:
         assert path is not None
-        share = this_share()
-        if share.index:
+        processes = evaluation_processes()
+        if processes.rank:
             reporter = SilentReporter()
         _tell_templates(recipe, jobs, reporter)
         folder = _logs_of(choose_samples_path(path, output, asked, jobs[0].protocol_name))
-        asking = Asking(jobs, batch_size or settings.batch_size, folder, share, reporter)
+        asking = Asking(jobs, batch_size or settings.batch_size, folder, processes, reporter)
         open_it = open_target if backend == "transformers" else _find_backend(backend)
         opened = open_it(path, recipe, base=base, warn=reporter.warn)
         if compare_base:
@@ -206,7 +206,7 @@ def evaluate(
         "target": None if path is None else str(path),
         **describe_environment(),
     }
-    if share.index == 0:
+    if processes.is_main:
         if is_written:
             _write_samples(samples_path, scores, base_scores)
         write_public_files(result, samples_path, scores, base_scores)
@@ -217,7 +217,7 @@ def evaluate(
             write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
         if samples is None:
             drop_logs(_logs_of(samples_path))
-    leave_group(share)
+    processes.leave()
     return result
 
 
@@ -333,7 +333,7 @@ class Asking:
     jobs: Sequence[EvalJob]
     batch_size: int
     logs: Path
-    share: Share
+    processes: Processes
     reporter: Reporter
     _warned: set[str] = field(default_factory=set)
 
@@ -372,8 +372,8 @@ class Asking:
         title: str,
         key: Mapping[str, Any],
     ) -> TaskScore:
-        log = AnswerLog(self.logs, key, self.share.index)
-        num_known = self.share.agree(len(log.read()))
+        log = AnswerLog(self.logs, key, self.processes.rank)
+        num_known = self.processes.broadcast(len(log.read()))
         if num_known:
             self.reporter.note(
                 f"{job.name}: going on after {num_known} of {job.num_rows} answers ({log.folder})"
@@ -384,7 +384,7 @@ class Asking:
                 on_progress=lambda done, total: advance(done),
                 warn=self._warn,
                 log=log,
-                share=self.share,
+                processes=self.processes,
                 write=write,
                 title=title,
             )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from wegeft_cli.data.batches.labelled import ClassBatches
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.labelled.dataset import ClassData, read_class_data
 from wegeft_cli.data.text.tokenizer import copy_backend
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import raise_all
 from wegeft_cli.methods.init_from import check_init_from
 from wegeft_cli.models.heads import pad_as_tokenizer, with_head
@@ -33,13 +33,13 @@ from wegeft_cli.tasks.classification import build_collator, check_metrics, load_
 
 
 def read_class_inputs(
-    loaded: LoadedRecipe, accelerator: Accelerator, reporter: Reporter, *, resuming: bool
+    loaded: LoadedRecipe, processes: Processes, reporter: Reporter, *, resuming: bool
 ) -> RunInputs:
     """Do every cheap check: rows, classes, images, the model's shape and targets.
 
     Args:
         loaded: The recipe and where it was read.
-        accelerator: This process's state.
+        processes: The processes of the run.
         reporter: Where words go.
         resuming: The run goes on: the adapter that it began with is no longer needed.
 
@@ -51,7 +51,7 @@ def read_class_inputs(
         ExceptionGroup: If several things are.
     """
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    trackers = check_surroundings(recipe, accelerator.device)
+    trackers = check_surroundings(recipe, processes.device)
     processor = load_processor(recipe.model, recipe.task)
     is_text = recipe.task == "sequence_classification"
     data = read_class_data(
@@ -67,23 +67,23 @@ def read_class_inputs(
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
         check_init_from(section, skeleton, recipe_dir, base_dir=base_dir)
     groups = plan_groups(skeleton, section, recipe.task)
-    plan = build_step_plan(recipe, data, accelerator.num_processes)
+    plan = build_step_plan(recipe, data, processes.count)
     collator = build_collator(recipe, processor, config, skeleton)
     source = ClassBatches(
         data.train,
         plan,
         collator,
         validation=data.validation,
-        rank=accelerator.process_index,
+        rank=processes.rank,
         eval_batch_size=recipe.train.per_device_eval_batch_size,
     )
     check_run_schedule(recipe, source.num_steps)
-    if not is_text and accelerator.is_main_process:
+    if not is_text and processes.is_main:
         held_out = [] if data.validation is None else data.validation.shown
         raise_all(check_images([*data.train.shown, *held_out]))
     _tell(data, recipe, reporter)
     estimated, checkpoint_bytes = foresee(
-        recipe, config, skeleton, data, plan, is_main=accelerator.is_main_process, reporter=reporter
+        recipe, config, skeleton, data, plan, is_main=processes.is_main, reporter=reporter
     )
     return RunInputs(
         processor,

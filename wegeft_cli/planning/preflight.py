@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from wegeft_cli.data.batches.base import StepSource
@@ -22,6 +21,7 @@ from wegeft_cli.data.batches.text import build_source, build_streamed_source
 from wegeft_cli.data.labelled.dataset import ClassData, ClassReport
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.statistics import DataReport
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.text import Job, read_eval_tasks
 from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
@@ -111,13 +111,13 @@ class RunInputs:
 
 
 def read_inputs(
-    loaded: LoadedRecipe, accelerator: Accelerator, reporter: Reporter, *, resuming: bool
+    loaded: LoadedRecipe, processes: Processes, reporter: Reporter, *, resuming: bool
 ) -> RunInputs:
     """Do every cheap check: model's shape and targets, tokenizer, rows, test sets, prompts.
 
     Args:
         loaded: The recipe and where it was read.
-        accelerator: This process's state.
+        processes: The processes of the run.
         reporter: Where words go.
         resuming: The run goes on: the adapter that it began with is no longer needed.
 
@@ -129,7 +129,7 @@ def read_inputs(
         ExceptionGroup: If several things are.
     """
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    trackers = check_surroundings(recipe, accelerator.device)
+    trackers = check_surroundings(recipe, processes.device)
     config, skeleton = build_skeleton(recipe.model)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
@@ -148,7 +148,7 @@ def read_inputs(
         trust_remote_code=recipe.model.trust_remote_code,
     )
     pad = pad_token_id(tokenizer)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size = processes.rank, processes.count
     data = build_datasets(recipe.data, tokenizer=tokenizer, recipe_dir=recipe_dir)
     plan = build_step_plan(recipe, data, world_size)
     source: RunSource
@@ -161,7 +161,7 @@ def read_inputs(
     prompts = build_prompts(recipe, tokenizer, recipe_dir, report.template)
     _tell(report, reporter)
     estimated, checkpoint_bytes = foresee(
-        recipe, config, skeleton, data, plan, is_main=accelerator.is_main_process, reporter=reporter
+        recipe, config, skeleton, data, plan, is_main=processes.is_main, reporter=reporter
     )
     digests = digest_inputs(recipe.data, tokenizer, recipe_dir)
     return RunInputs(

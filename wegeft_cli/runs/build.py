@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.methods.registry import find_method, inject_adapter
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
@@ -30,7 +30,7 @@ from wegeft_cli.training.trainer import LoopSettings
 def build_model(
     base: nn.Module,
     recipe: Recipe,
-    accelerator: Accelerator,
+    processes: Processes,
     *,
     base_fingerprint: str | None,
     resuming: bool,
@@ -41,7 +41,7 @@ def build_model(
     Args:
         base: The loaded base; it is changed.
         recipe: The recipe.
-        accelerator: This process's device and rank.
+        processes: This process's device and rank.
         base_fingerprint: The base's, where it is known.
         resuming: A checkpoint will give the factors: `adapter.init_from` is not read.
         warn: Told what cannot be checked.
@@ -67,7 +67,7 @@ def build_model(
             base_fingerprint=base_fingerprint,
             warn=warn,
         )
-    model.to(accelerator.device)
+    model.to(processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
     if recipe.task == "causal_lm":

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import now
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
@@ -18,13 +18,13 @@ from wegeft_cli.runs.resume_rules import flatten
 from wegeft_cli.training.trainer import LoopResult
 
 
-def describe_start(recipe: Recipe, inputs: RunInputs, accelerator: Accelerator) -> dict[str, Any]:
+def describe_start(recipe: Recipe, inputs: RunInputs, processes: Processes) -> dict[str, Any]:
     """Give what is known before the first step.
 
     Args:
         recipe: The recipe.
         inputs: What was read of it.
-        accelerator: Device and processes.
+        processes: Device and processes.
 
     Returns:
         A JSON object.
@@ -36,8 +36,8 @@ def describe_start(recipe: Recipe, inputs: RunInputs, accelerator: Accelerator) 
         "finished_at": None,
         "error": None,
         **describe_environment(),
-        "device": str(accelerator.device),
-        "num_processes": accelerator.num_processes,
+        "device": str(processes.device),
+        "num_processes": processes.count,
         "num_threads": torch.get_num_threads(),
         "seed": recipe.seed,
         "base_model_name_or_path": recipe.model.name_or_path,
@@ -54,12 +54,12 @@ def describe_data(inputs: RunInputs) -> dict[str, Any]:
     return {"data": asdict(inputs.report), **inputs.digests}
 
 
-def describe_end(result: LoopResult, accelerator: Accelerator) -> dict[str, Any]:
+def describe_end(result: LoopResult, processes: Processes) -> dict[str, Any]:
     """Give how the run ended.
 
     Args:
         result: The loop's.
-        accelerator: The device, for its peak memory.
+        processes: The device, for its peak memory.
 
     Returns:
         A JSON object.
@@ -74,7 +74,7 @@ def describe_end(result: LoopResult, accelerator: Accelerator) -> dict[str, Any]
         "num_skipped": result.num_skipped,
         "best_step": result.best_step,
         "best_metric": result.best_metric,
-        "peak_memory_gib": measure_peak_memory_gib(accelerator.device),
+        "peak_memory_gib": measure_peak_memory_gib(processes.device),
     }
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.run_directory import RunFolder, now
 from wegeft_cli.distributed.failures import is_lost_process, tell_lost_process
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.device_memory import is_out_of_memory, tell_out_of_memory
 from wegeft_cli.models.loading import find_base_folder
@@ -56,7 +56,7 @@ class Start:
 
 
 def check_start(
-    folder: RunFolder, recipe: Recipe, resume: str | None, accelerator: Accelerator
+    folder: RunFolder, recipe: Recipe, resume: str | None, processes: Processes
 ) -> Checkpoint | None:
     """Check, before anything is read, that the run may begin or go on in its folder.
 
@@ -64,7 +64,7 @@ def check_start(
         folder: The run's folder.
         recipe: The recipe as the run keeps it.
         resume: None begins, auto goes on, a path goes on from that checkpoint.
-        accelerator: This process's state.
+        processes: The processes of the run.
 
     Returns:
         The checkpoint that was named, if one was.
@@ -73,10 +73,10 @@ def check_start(
         UserError: If the folder holds another run, or the recipe is not the run's own.
     """
     if resume is None:
-        if accelerator.is_main_process:  # a later process may meet what the first has written
+        if processes.is_main:  # a later process may meet what the first has written
             folder.check_unused()
         return None
-    many = accelerator.num_processes
+    many = processes.count
     check_same_recipe(folder.path / "recipe.yaml", recipe, num_processes=many)
     if resume == AUTO:
         return None
@@ -107,7 +107,7 @@ def begin_run(
     resume: str | None,
     given: Checkpoint | None,
     inputs: RunInputs,
-    accelerator: Accelerator,
+    processes: Processes,
     reporter: Reporter,
 ) -> Iterator[Start]:
     """Hold the run's folder for as long as the body runs, and tell in run.json how it fails.
@@ -120,7 +120,7 @@ def begin_run(
         resume: As for `check_start`.
         given: What that gave.
         inputs: What was read for the run.
-        accelerator: This process's state; the first process holds the folder for all.
+        processes: The processes of the run; the first process holds the folder for all.
         reporter: Where words go.
 
     Yields:
@@ -130,7 +130,7 @@ def begin_run(
         UserError: If another process holds the folder, or the run cannot go on.
         MachineError: If the body runs out of memory.
     """
-    is_main = accelerator.is_main_process
+    is_main = processes.is_main
     with lock_folder(folder.path) if is_main else contextlib.nullcontext():
         if is_main:
             folder.remove_leftovers()
@@ -151,9 +151,9 @@ def begin_run(
                 yield start
                 return
             _check_data(folder, resume, inputs)
-            _tell_threads(start, accelerator, reporter)
+            _tell_threads(start, processes, reporter)
         note_base(start, recipe, folder, is_loaded=False)
-        with _told_in_run_json(folder, recipe, inputs.estimated_gib, accelerator):
+        with _told_in_run_json(folder, recipe, inputs.estimated_gib, processes):
             if is_main:
                 progress = {} if start.checkpoint is None else start.checkpoint.state["progress"]
                 folder.write_recipe(recipe_to_yaml(recipe))
@@ -196,10 +196,10 @@ def _check_data(folder: RunFolder, resume: str | None, inputs: RunInputs) -> Non
     check_same_data(folder.adopt(), describe_data(inputs), folder.path / "run.json")
 
 
-def _tell_threads(start: Start, accelerator: Accelerator, reporter: Reporter) -> None:
+def _tell_threads(start: Start, processes: Processes, reporter: Reporter) -> None:
     """Say so where a CPU will sum in another order than before: the last bits then differ."""
     before, here = start.earlier.get("num_threads"), torch.get_num_threads()
-    if accelerator.device.type == "cpu" and before is not None and before != here:
+    if processes.device.type == "cpu" and before is not None and before != here:
         reporter.warn(
             f"the run began with {before} CPU threads and goes on with {here}: its figures will "
             f"differ in the last digits from a run that was not stopped (OMP_NUM_THREADS={before} "
@@ -267,7 +267,7 @@ def _check_nothing_left(
 
 @contextmanager
 def _told_in_run_json(
-    folder: RunFolder, recipe: Recipe, estimated_gib: float | None, accelerator: Accelerator
+    folder: RunFolder, recipe: Recipe, estimated_gib: float | None, processes: Processes
 ) -> Iterator[None]:
     """Write down how the run failed, if it does, and translate what torch says."""
     try:
@@ -275,11 +275,11 @@ def _told_in_run_json(
     except BaseException as error:
         told: BaseException = error
         if is_out_of_memory(error):
-            told = tell_out_of_memory(error, recipe, accelerator.device, estimated_gib)
-        elif accelerator.num_processes > 1 and is_lost_process(error):
+            told = tell_out_of_memory(error, recipe, processes.device, estimated_gib)
+        elif processes.count > 1 and is_lost_process(error):
             told = tell_lost_process(recipe.train.ddp_timeout)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        if accelerator.is_main_process and (folder.path / "run.json").exists():
+        if processes.is_main and (folder.path / "run.json").exists():
             with contextlib.suppress(UserError, OSError):
                 folder.update({"status": status, "error": str(told), "finished_at": now()})
         if told is not error:

@@ -9,11 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.models.heads import finish_head, pad_as_tokenizer
 from wegeft_cli.models.loading import load_base
@@ -125,28 +124,25 @@ def _train(
 ) -> TrainResult:
     recipe = keep_recipe(loaded)
     check_launcher()
-    # Without `cpu`, Accelerate takes each of several CPU processes for a run of its own.
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.ddp_timeout))
-    is_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=is_cpu, kwargs_handlers=[patience])
-    sharding = build_sharding(recipe.train, accelerator)
+    processes = Processes.join(timedelta(seconds=recipe.train.ddp_timeout))
+    sharding = build_sharding(recipe.train, processes)
     folder = RunFolder(find_run_dir(recipe))
-    given = check_start(folder, recipe, resume, accelerator)
+    given = check_start(folder, recipe, resume, processes)
     if resume is not None:  # before the first process writes what the others compare
-        accelerator.wait_for_everyone()
+        processes.wait()
     read = read_inputs if recipe.task == "causal_lm" else read_class_inputs
-    inputs = read(loaded, accelerator, reporter, resuming=may_go_on(folder, resume))
+    inputs = read(loaded, processes, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
     if dry_run:
         return _tell_checked(folder, inputs)
-    with begin_run(folder, recipe, resume, given, inputs, accelerator, reporter) as start:
+    with begin_run(folder, recipe, resume, given, inputs, processes, reporter) as start:
         if start.is_done:
-            return _tell_finished(recipe, folder, inputs, start, accelerator, reporter)
-        if accelerator.is_main_process:
-            folder.update(describe_start(recipe, inputs, accelerator))
+            return _tell_finished(recipe, folder, inputs, start, processes, reporter)
+        if processes.is_main:
+            folder.update(describe_start(recipe, inputs, processes))
             known = start.fingerprint or start.earlier.get("base_fingerprint")
             folder.update({"base_fingerprint": known})
-        with _tracked(recipe, inputs, folder, start, accelerator, reporter) as trackers:
+        with _tracked(recipe, inputs, folder, start, processes, reporter) as trackers:
             if inputs.head is None:
                 base = load_base(recipe.model, **sharding)
             else:
@@ -155,23 +151,23 @@ def _train(
                 pad_as_tokenizer(base, inputs.tokenizer)
             if start.fingerprint is None:  # a hub's model is on this machine only now
                 note_base(start, recipe, folder, is_loaded=True)
-                if accelerator.is_main_process:
+                if processes.is_main:
                     folder.update({"base_fingerprint": start.fingerprint})
             model = build_model(
                 base,
                 recipe,
-                accelerator,
+                processes,
                 base_fingerprint=start.fingerprint,
                 resuming=start.checkpoint is not None,
                 warn=reporter.warn,
             )
             result = _run(
-                model, recipe, inputs, folder, start, trackers, accelerator, should_stop, reporter
+                model, recipe, inputs, folder, start, trackers, processes, should_stop, reporter
             )
-            if accelerator.is_main_process:
+            if processes.is_main:
                 result.validation = folder.read_validation()
-            ended = describe_end(result, accelerator)
-            if accelerator.is_main_process:
+            ended = describe_end(result, processes)
+            if processes.is_main:
                 if result.status == "finished":
                     ended["adapter_step"] = write_adapter(
                         model,
@@ -184,7 +180,7 @@ def _train(
                     )
                 folder.update(ended)
             trackers.status = result.status
-        _leave_group(accelerator)
+        processes.leave()
     told = {"estimated_memory_gib": inputs.estimated_gib, "waste": inputs.waste, **ended}
     return _tell_ended(folder, inputs, result, told)
 
@@ -196,7 +192,7 @@ def _run(
     folder: RunFolder,
     start: Start,
     trackers: Trackers,
-    accelerator: Accelerator,
+    processes: Processes,
     should_stop: Callable[[], bool],
     reporter: Reporter,
 ) -> LoopResult:
@@ -214,7 +210,7 @@ def _run(
             loss,
             folder,
             trackers,
-            accelerator,
+            processes,
             should_stop,
             reporter,
             advance,
@@ -227,7 +223,7 @@ def _run(
             schedule,
             source,
             settings,
-            accelerator=accelerator,
+            processes=processes,
             method=method,
             resume_from=Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None,
             hooks=listener.hooks(),
@@ -240,12 +236,12 @@ def _tracked(
     inputs: RunInputs,
     folder: RunFolder,
     start: Start,
-    accelerator: Accelerator,
+    processes: Processes,
     reporter: Reporter,
 ) -> Iterator[Trackers]:
     """Open the run's trackers in the process that writes, and close them however it ends."""
     trackers = Trackers(
-        inputs.trackers if accelerator.is_main_process else (),
+        inputs.trackers if processes.is_main else (),
         project=recipe.logging.project,
         run_name=recipe.logging.run_name or folder.path.resolve().name,
         run_dir=folder.path,
@@ -253,7 +249,7 @@ def _tracked(
         step=start.step,
         warn=reporter.warn,
     )
-    if accelerator.is_main_process:
+    if processes.is_main:
         # One that is down now may be up again when the run next goes on.
         folder.update({"trackers": {**start.earlier.get("trackers", {}), **trackers.ids}})
     try:
@@ -264,13 +260,6 @@ def _tracked(
         raise
     finally:
         trackers.finish()
-
-
-def _leave_group(accelerator: Accelerator) -> None:
-    """End a run of many processes together: one that leaves early takes the others down."""
-    if accelerator.num_processes > 1:
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
 
 
 def _tell_checked(folder: RunFolder, inputs: RunInputs) -> TrainResult:
@@ -316,20 +305,20 @@ def _tell_finished(
     folder: RunFolder,
     inputs: RunInputs,
     start: Start,
-    accelerator: Accelerator,
+    processes: Processes,
     reporter: Reporter,
 ) -> TrainResult:
     """Give the result of a run that has its adapter: there is nothing left to do."""
     assert start.checkpoint is not None
     reporter.note(f"{folder.path} is finished already")
     result = recall_result(recipe, folder, start.checkpoint)
-    told = {**start.earlier, **describe_end(result, accelerator), "error": None}
+    told = {**start.earlier, **describe_end(result, processes), "error": None}
     # This process trained nothing: what it measures of itself is not the run's.
     told["peak_memory_gib"] = start.earlier.get("peak_memory_gib")
     if start.earlier.get("status") == "finished":
         told["finished_at"] = start.earlier.get("finished_at")
     else:  # killed between the adapter and run.json
         told["adapter_step"] = recall_adapter_step(recipe, folder, result, reporter)
-    if accelerator.is_main_process:
+    if processes.is_main:
         folder.update(told)
     return _tell_ended(folder, inputs, result, told)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from wegeft_cli.data.batches.labelled import Collator, ImageCollator, TextCollator
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.heads import HeadSpec, image_options
 from wegeft_cli.models.image_processor import ImageTransform
@@ -167,21 +167,18 @@ def score_answers(answers: Answers, head: HeadSpec) -> ClassScore:
     )
 
 
-def gather_metrics(loss: ClassLoss, head: HeadSpec, accelerator: Accelerator) -> dict[str, float]:
+def gather_metrics(loss: ClassLoss, head: HeadSpec, processes: Processes) -> dict[str, float]:
     """Give a validation's metrics over all processes, after its loss was measured.
 
     Args:
         loss: Holds this process's answers.
         head: The model's head.
-        accelerator: This process's state.
+        processes: The processes of the run.
 
     Returns:
         `eval_<metric>` -> value; empty without validation rows.
     """
-    mine = loss.take_answers()
-    shares = [mine] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(shares, mine)
+    shares = processes.gather(loss.take_answers())
     everything = Answers(
         [row for share in shares for row in share.rows],
         [each for share in shares for each in share.logits],

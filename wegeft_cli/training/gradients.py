@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
+
+from wegeft_cli.distributed.processes import Processes
 
 # Below this scale an overflow in fp16 is not the scale's doing.
 _SMALLEST_SCALE = 1.0
@@ -16,7 +17,7 @@ _SMALLEST_SCALE = 1.0
 def sum_gradients(
     parameters: Iterable[nn.Parameter],
     loss_sum: Tensor,
-    accelerator: Accelerator,
+    processes: Processes,
     *,
     stop: bool,
     is_cut: bool,
@@ -30,7 +31,7 @@ def sum_gradients(
     Args:
         parameters: What learns, in the same order on every process; gradients change in place.
         loss_sum: This process's summed loss, a scalar.
-        accelerator: This process's state.
+        processes: The processes of the run.
         stop: Whether this process wants to stop.
         is_cut: Whether it left passes of the step undone for that.
 
@@ -38,7 +39,7 @@ def sum_gradients(
         The summed loss of all processes, whether any wants to stop, and whether any left passes
         undone: the sums are then of a part of the step.
     """
-    if accelerator.num_processes == 1:
+    if processes.count == 1:
         return float(loss_sum), stop, is_cut
     parameters = list(parameters)
     for parameter in parameters:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.training.ema import ParameterAverage
 
@@ -86,7 +86,7 @@ def capture_snapshot(
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
     progress: Progress,
-    accelerator: Accelerator,
+    processes: Processes,
     *,
     average: ParameterAverage | None = None,
     method: MethodState | None = None,
@@ -100,7 +100,7 @@ def capture_snapshot(
         schedule: Its schedule.
         scaler: The loss scaler, enabled or not.
         progress: The counters.
-        accelerator: This process's state: each process draws its own dropout.
+        processes: The processes of the run: each process draws its own dropout.
         average: The moving average of the parameters, where one is kept.
         method: The method's own state, where it has one.
         source: The batches' own state, a JSON object.
@@ -121,7 +121,7 @@ def capture_snapshot(
         own["cuda"] = torch.cuda.get_rng_state()
     rng = {
         f"{kind}.{rank}": state
-        for rank, states in enumerate(_gather(own, accelerator))
+        for rank, states in enumerate(processes.gather(own))
         for kind, state in states.items()
     }
     tensors = {
@@ -161,7 +161,7 @@ def restore_snapshot(
     optimizer: Optimizer,
     schedule: LRScheduler,
     scaler: torch.amp.GradScaler,
-    accelerator: Accelerator,
+    processes: Processes,
     *,
     average: ParameterAverage | None = None,
     method: MethodState | None = None,
@@ -174,7 +174,7 @@ def restore_snapshot(
         optimizer: A fresh optimizer over them.
         schedule: A fresh schedule; of a run that is prolonged, the longer one, which then rules.
         scaler: A fresh scaler.
-        accelerator: This process's state.
+        processes: The processes of the run.
         average: A fresh average, if the snapshot's run kept one.
         method: The method's fresh state, if it has one.
 
@@ -212,37 +212,37 @@ def restore_snapshot(
     if method is not None:
         method.load(snapshot.tensors.get("method", {}), snapshot.state["method"])
     progress = Progress(**snapshot.state["progress"])
-    rng, rank = snapshot.tensors["rng"], accelerator.process_index
-    if f"cpu.{rank}" in rng and f"cpu.{accelerator.num_processes}" not in rng:
+    rng, rank = snapshot.tensors["rng"], processes.rank
+    if f"cpu.{rank}" in rng and f"cpu.{processes.count}" not in rng:
         torch.set_rng_state(rng[f"cpu.{rank}"])
         if f"cuda.{rank}" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng[f"cuda.{rank}"])
     else:
         # Another number of processes; what forward passes draw depends on none of this.
-        torch.manual_seed(progress.step * accelerator.num_processes + rank)
+        torch.manual_seed(progress.step * processes.count + rank)
     return progress
 
 
 def check_agreement(
-    step: int, parameters: Mapping[str, nn.Parameter], accelerator: Accelerator
+    step: int, parameters: Mapping[str, nn.Parameter], processes: Processes
 ) -> None:
     """Stop a run whose processes hold different factors, or stand at different steps.
 
     Args:
         step: Optimizer steps done.
         parameters: What learns.
-        accelerator: This process's state; with one process there is nothing to compare.
+        processes: The processes of the run; with one process there is nothing to compare.
 
     Raises:
         MachineError: If the processes disagree; nothing is saved then.
     """
-    if accelerator.num_processes == 1:
+    if processes.count == 1:
         return
     digest = hashlib.sha256(str(step).encode())
     for name, parameter in parameters.items():
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    if len(set(_gather(digest.hexdigest(), accelerator))) > 1:
+    if len(set(processes.gather(digest.hexdigest()))) > 1:
         raise MachineError(
             f"the processes hold different factors at step {step}",
             hint="go on from the newest checkpoint with --resume auto, on a disk that all share",
@@ -286,11 +286,3 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(part, {})
         inner[key] = value
     return nested
-
-
-def _gather(value: Any, accelerator: Accelerator) -> list[Any]:
-    """Give every process's value, by rank."""
-    gathered: list[Any] = [value] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(gathered, value)
-    return gathered

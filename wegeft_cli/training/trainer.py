@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.data.batches.base import Batch, StepSource
-from wegeft_cli.data.batches.lockstep import any_asks, fill_rounds, is_sharded, seed_pass
+from wegeft_cli.data.batches.lockstep import is_sharded, pad_to_lockstep, seed_forward
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.training.activation_offload import offload_activations
@@ -150,7 +150,7 @@ def run_loop(
     source: StepSource,
     settings: LoopSettings,
     *,
-    accelerator: Accelerator,
+    processes: Processes,
     method: MethodState | None = None,
     resume_from: Snapshot | None = None,
     hooks: LoopHooks | None = None,
@@ -174,7 +174,7 @@ def run_loop(
         schedule: Of the optimizer.
         source: The batches.
         settings: The numbers.
-        accelerator: Accelerate's state of this process: device, rank, world size.
+        processes: The processes of the run.
         method: What the method does after each step, where it does something.
         resume_from: Where to go on.
         hooks: What the outside does.
@@ -186,15 +186,13 @@ def run_loop(
         MachineError: If more steps had to be skipped than may be.
     """
     hooks = hooks or LoopHooks()
-    scaler = torch.amp.GradScaler(
-        accelerator.device.type, enabled=settings.mixed_precision == "fp16"
-    )
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16")
     decay = settings.ema_decay
     average = None if decay is None else ParameterAverage(parameters, decay)
     progress = Progress()
     if resume_from is not None:
         progress = restore_snapshot(
-            resume_from, parameters, optimizer, schedule, scaler, accelerator,
+            resume_from, parameters, optimizer, schedule, scaler, processes,
             average=average, method=method,
         )  # fmt: skip
         source.seek(progress.step, resume_from.state.get("source", {}))
@@ -203,7 +201,7 @@ def run_loop(
     patience = settings.early_stopping_patience
     result = LoopResult("finished", progress.step, progress.last_loss)
     result.stopped_early = patience is not None and progress.num_bad_evals >= patience
-    check_agreement(progress.step, parameters, accelerator)
+    check_agreement(progress.step, parameters, processes)
 
     shares_base = is_sharded(model)
     saved_step = progress.step if resume_from is not None else None
@@ -213,33 +211,33 @@ def run_loop(
 
     def own_batches(step: int) -> Iterable[Batch]:
         batches = source.micro_batches(step)
-        return fill_rounds(batches, accelerator) if shares_base else batches
+        return pad_to_lockstep(batches, processes) if shares_base else batches
 
     def is_asked() -> bool:
         # Where a pass is all processes', all leave together; else the one that was asked leaves,
         # and the sum of the gradients tells the others.
-        return any_asks(hooks.should_stop, accelerator) if shares_base else hooks.should_stop()
+        return processes.any(hooks.should_stop()) if shares_base else hooks.should_stop()
 
     def save() -> None:
         nonlocal saved_step
         saved_step = progress.step
-        check_agreement(progress.step, parameters, accelerator)
+        check_agreement(progress.step, parameters, processes)
         snapshot = capture_snapshot(
-            parameters, optimizer, schedule, scaler, progress, accelerator,
+            parameters, optimizer, schedule, scaler, progress, processes,
             average=average, method=method, source=source.state_at(progress.step),
         )  # fmt: skip
         hooks.on_save(progress.step, snapshot, progress.best_step == progress.step)
 
     def validation_loss() -> float | None:
-        with autocast(accelerator.device.type, settings.mixed_precision):
+        with autocast(processes.device.type, settings.mixed_precision):
             batches = source.validation_batches()
-            return mean_loss(model, loss_function, batches, accelerator, hooks.should_stop)
+            return mean_loss(model, loss_function, batches, processes, hooks.should_stop)
 
     def validate() -> bool:
         nonlocal saved_step
         try:
             metrics = measure(
-                model, validation_loss, lambda: hooks.evaluate(progress.step), average, accelerator
+                model, validation_loss, lambda: hooks.evaluate(progress.step), average, processes
             )
         except ValidationStopped:
             return False
@@ -264,20 +262,20 @@ def run_loop(
     while progress.step < source.num_steps and not result.stopped_early and not stop:
         step = progress.step
         num_labels = source.num_label_tokens(step)
-        own_loss_sum = torch.zeros((), device=accelerator.device)
+        own_loss_sum = torch.zeros((), device=processes.device)
         is_cut = False
         for number, batch in enumerate(own_batches(step)):
             is_cut = number > 0 and is_asked()
             if is_cut:
                 break
-            place = number * accelerator.num_processes + accelerator.process_index
-            seed_pass(settings.seed, step, place)
-            with autocast(accelerator.device.type, settings.mixed_precision), offloaded():
-                summed = loss_function(model, batch.to(accelerator.device))
+            place = number * processes.count + processes.rank
+            seed_forward(settings.seed, step, place)
+            with autocast(processes.device.type, settings.mixed_precision), offloaded():
+                summed = loss_function(model, batch.to(processes.device))
             scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
         loss_sum, stop, is_cut = sum_gradients(
-            parameters.values(), own_loss_sum, accelerator,
+            parameters.values(), own_loss_sum, processes,
             stop=is_cut or hooks.should_stop(), is_cut=is_cut,
         )  # fmt: skip
         if is_cut:  # nothing has moved yet: the run that goes on does this step from its start
@@ -314,7 +312,7 @@ def run_loop(
         if method is not None and progress.step == source.num_steps:
             method.finish()
         if _is_due(progress.step, settings.check_steps):
-            check_agreement(progress.step, parameters, accelerator)
+            check_agreement(progress.step, parameters, processes)
         progress.num_tokens += source.num_tokens(step)
         steps_since, tokens_since = steps_since + 1, tokens_since + source.num_tokens(step)
         is_last = progress.step == source.num_steps
@@ -335,7 +333,7 @@ def run_loop(
                     num_tokens=progress.num_tokens,
                     tokens_per_second=tokens_since / seconds,
                     step_seconds=seconds / steps_since,
-                    peak_memory_gib=measure_peak_memory_gib(accelerator.device),
+                    peak_memory_gib=measure_peak_memory_gib(processes.device),
                 )
             )
             last_line, steps_since, tokens_since = time.perf_counter(), 0, 0

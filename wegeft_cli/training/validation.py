@@ -8,11 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from wegeft_cli.data.batches.base import Batch
-from wegeft_cli.data.batches.lockstep import any_asks, fill_rounds, in_rounds, is_sharded
+from wegeft_cli.data.batches.lockstep import in_lockstep, is_sharded, pad_to_lockstep
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.training.ema import ParameterAverage
 from wegeft_cli.training.snapshot import Progress
 
@@ -21,17 +21,17 @@ class ValidationStopped(Exception):  # noqa: N818 - a way out, no error
     """Someone asked for a stop while a validation was under way; raised on all processes alike."""
 
 
-def check_stop(should_stop: Callable[[], bool], accelerator: Accelerator) -> None:
+def check_stop(should_stop: Callable[[], bool], processes: Processes) -> None:
     """Leave a validation if a process was asked to stop.
 
     Args:
         should_stop: Whether this process was.
-        accelerator: This process's state; all processes call this at the same place.
+        processes: The processes of the run; all processes call this at the same place.
 
     Raises:
         ValidationStopped: If any was, on every process.
     """
-    if any_asks(should_stop, accelerator):
+    if processes.any(should_stop()):
         raise ValidationStopped
 
 
@@ -40,7 +40,7 @@ def measure(
     measure_loss: Callable[[], float | None],
     evaluate: Callable[[], dict[str, float]],
     average: ParameterAverage | None,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> dict[str, float]:
     """Take a validation's figures; training goes on as if it had not happened.
 
@@ -49,7 +49,7 @@ def measure(
         measure_loss: Gives the validation loss, or None where there are no validation rows.
         evaluate: Gives further metrics; called on every process.
         average: The moving average of what learns.
-        accelerator: This process's state.
+        processes: The processes of the run.
 
     Returns:
         Metric -> value, equal on all processes; empty if there is nothing to measure.
@@ -58,7 +58,7 @@ def measure(
         ValidationStopped: If the loss or the further metrics were left for a stop.
     """
     averaged = nullcontext() if average is None else average.swapped_in()
-    with averaged, _kept_random_state(accelerator.device), torch.no_grad():
+    with averaged, _kept_random_state(processes.device), torch.no_grad():
         model.eval()
         try:
             loss = measure_loss()
@@ -66,19 +66,15 @@ def measure(
             metrics.update(evaluate())
         finally:
             model.train()
-    if accelerator.num_processes > 1:
-        # What is best and when patience ends is decided by these: in the same way everywhere.
-        shared = [metrics]
-        torch.distributed.broadcast_object_list(shared)
-        metrics = shared[0]
-    return metrics
+    # The best step and early stopping are decided by these values, equally on every process.
+    return processes.broadcast(metrics)
 
 
 def mean_loss(
     model: nn.Module,
     loss_function: Callable[[nn.Module, Any], Tensor],
     batches: Iterable[Batch],
-    accelerator: Accelerator,
+    processes: Processes,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
     """Give the mean loss per labelled token over all processes.
@@ -87,7 +83,7 @@ def mean_loss(
         model: The model, in eval mode, under the autocast of the caller.
         loss_function: (model, batch) -> summed loss of the batch.
         batches: This process's share.
-        accelerator: This process's state.
+        processes: The processes of the run.
         should_stop: Asked between two batches.
 
     Returns:
@@ -96,21 +92,16 @@ def mean_loss(
     Raises:
         ValidationStopped: If a stop was asked for.
     """
-    loss_sum, num_labels = 0.0, 0
-    in_step = fill_rounds if is_sharded(model) else in_rounds
-    for number, batch in enumerate(in_step(batches, accelerator)):
+    loss_sum, num_labels = 0.0, 0.0
+    in_step = pad_to_lockstep if is_sharded(model) else in_lockstep
+    for number, batch in enumerate(in_step(batches, processes)):
         if number:
-            check_stop(should_stop, accelerator)
+            check_stop(should_stop, processes)
         if batch is None:
             continue
-        loss_sum += float(loss_function(model, batch.to(accelerator.device)))
+        loss_sum += float(loss_function(model, batch.to(processes.device)))
         num_labels += batch.num_label_tokens
-    if accelerator.num_processes > 1:
-        totals = torch.tensor(
-            [loss_sum, num_labels], dtype=torch.float64, device=accelerator.device
-        )
-        torch.distributed.all_reduce(totals)
-        loss_sum, num_labels = totals.tolist()
+    loss_sum, num_labels = processes.sum(loss_sum, num_labels)
     return loss_sum / num_labels if num_labels > 0 else None
 
 

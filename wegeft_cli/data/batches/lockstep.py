@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from wegeft_cli.data.batches.base import Batch
 from wegeft_cli.data.batches.collate import collate_rows
+from wegeft_cli.distributed.processes import Processes
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -27,63 +27,43 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def in_rounds(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch | None]:
+def in_lockstep(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch | None]:
     """Give this process's batches, and None where other processes have more of them.
 
     Args:
         batches: This process's share.
-        accelerator: This process's state; all processes go through their rounds together.
+        processes: The processes of the run; all processes go through their rounds together.
 
     Yields:
         As many values on every process.
     """
-    if accelerator.num_processes == 1:
+    if processes.local:
         yield from batches
         return
-    mine = iter(batches)
+    own = iter(batches)
     while True:
-        batch = next(mine, None)
-        num_left = torch.tensor(float(batch is not None), device=accelerator.device)
-        torch.distributed.all_reduce(num_left)
-        if num_left == 0:
+        batch = next(own, None)
+        if not processes.any(batch is not None):
             return
         yield batch
 
 
-def fill_rounds(batches: Iterable[Batch], accelerator: Accelerator) -> Iterator[Batch]:
+def pad_to_lockstep(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
     """Give this process's batches, and one without a label where other processes have more.
 
     Args:
         batches: This process's share.
-        accelerator: This process's state.
+        processes: The processes of the run.
 
     Yields:
         As many batches on every process.
     """
     idle = collate_rows([(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))], pad_token_id=0)
-    for batch in in_rounds(batches, accelerator):
+    for batch in in_lockstep(batches, processes):
         yield idle if batch is None else batch
 
 
-def any_asks(should_stop: Callable[[], bool], accelerator: Accelerator) -> bool:
-    """Tell whether a process was asked to stop, with one answer on all of them.
-
-    Args:
-        should_stop: Whether this process was.
-        accelerator: This process's state; all processes call this at the same place.
-
-    Returns:
-        Whether any was.
-    """
-    stop = should_stop()
-    if accelerator.num_processes == 1:
-        return stop
-    flag = torch.tensor(float(stop), device=accelerator.device)
-    torch.distributed.all_reduce(flag)
-    return bool(flag > 0)
-
-
-def seed_pass(seed: int, step: int, number: int) -> None:
+def seed_forward(seed: int, step: int, number: int) -> None:
     """Seed what the next forward pass draws at random, dropout and noise, on every device.
 
     A pure function of the pass: the same on one process as on many, and in a run that goes on.

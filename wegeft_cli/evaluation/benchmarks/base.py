@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from wegeft_cli.distributed.processes import Share
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.evaluation.response_cache import AnswerLog
 from wegeft_cli.evaluation.score import TaskScore
 from wegeft_cli.recipe.schema import EvalSection
@@ -52,7 +52,7 @@ class Asked:
         on_progress: Called with (rows done, rows in all).
         warn: Told what the user should know before trusting the score.
         log: Keeps the answers, so that a killed evaluation goes on; None keeps none.
-        share: This process's part of the rows.
+        processes: The processes that share the rows.
         write: Writes texts in the model's place (another engine); None asks the model.
         title: What is asked: `base`, or the kind of target.
     """
@@ -61,7 +61,7 @@ class Asked:
     on_progress: Callable[[int, int], None] = lambda done, total: None
     warn: Callable[[str], None] = lambda text: None
     log: AnswerLog | None = None
-    share: Share = field(default_factory=Share)
+    processes: Processes = field(default_factory=Processes.single)
     write: Callable[..., Any] | None = None
     title: str = "model"
 

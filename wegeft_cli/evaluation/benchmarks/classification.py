@@ -15,7 +15,7 @@ from wegeft_cli.data.batches.labelled import iterate_batches, show_input
 from wegeft_cli.data.labelled.dataset import ClassRows, encode_rows, join_rows, read_source
 from wegeft_cli.data.labelled.labels import Labels
 from wegeft_cli.data.sources.files import KINDS
-from wegeft_cli.distributed.processes import Share
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.inference.loaded_classifier import (
     FoundClassifier,
@@ -51,7 +51,7 @@ def evaluate_classes(
     batch_size: int | None = None,
     compare_base: bool = False,
     base: str | None = None,
-    share: Share,
+    processes: Processes,
     reporter: Reporter,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[dict[str, Any]]]:
     """Score a classifier on its splits.
@@ -66,7 +66,7 @@ def evaluate_classes(
         batch_size: Rows at a time.
         compare_base: Score the base too, whose head must know the same classes.
         base: The base's folder or hub id, where it is not as recorded.
-        share: This process's part of the rows.
+        processes: The processes that share the rows.
         reporter: Where words and progress go.
 
     Returns:
@@ -83,7 +83,7 @@ def evaluate_classes(
     alone = _find_base(found, path, base) if compare_base else None
     opened = load_classifier(found, base=base, warn=reporter.warn)
     rows = read_splits(opened, splits, data_dir=data_dir, limit=limit)
-    asking = Asking(batch_size or known.train.per_device_eval_batch_size, share, reporter)
+    asking = Asking(batch_size or known.train.per_device_eval_batch_size, processes, reporter)
     samples: list[dict[str, Any]] = []
     base_results = None
     if alone is not None:
@@ -98,12 +98,12 @@ class Asking:
 
     Args:
         batch_size: Rows at a time.
-        share: This process's part of the rows.
+        processes: The processes that share the rows.
         reporter: Where progress goes.
     """
 
     batch_size: int
-    share: Share
+    processes: Processes
     reporter: Reporter
 
     def ask(self, opened: OpenedClassifier, rows: ClassRows, title: str) -> ClassScore:
@@ -127,7 +127,7 @@ class Asking:
         collator = build_collator(opened.recipe, opened.processor, config, model)
         loss = ClassLoss(is_regression=not opened.head.labels)
         device = next(model.parameters()).device
-        place = {"rank": self.share.index, "world_size": self.share.count}
+        place = {"rank": self.processes.rank, "world_size": self.processes.count}
         done = 0
         try:
             with torch.no_grad(), self.reporter.progress(title, len(rows)) as advance:
@@ -138,7 +138,7 @@ class Asking:
         except torch.OutOfMemoryError as error:
             raise MachineError("out of memory", key="--batch-size", hint="lower it") from error
         answers = loss.take_answers()
-        every = self.share.gather(dict(zip(answers.rows, answers.logits, strict=True)))
+        every = self.processes.merge(dict(zip(answers.rows, answers.logits, strict=True)))
         labels = [rows.labels[row].item() for row in every]
         return score_answers(Answers(list(every), list(every.values()), labels), opened.head)
 

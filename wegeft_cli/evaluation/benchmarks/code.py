@@ -137,8 +137,8 @@ class CodeJob:
     def _score(self, sandbox: Any, samples: Mapping[int, Any], asked: Asked) -> TaskScore:
         from wegeft_cli.evaluation.code.scoring import run_samples, sample_record, summarise
 
-        mine = asked.share.deal(sorted(samples))
-        outcomes = asked.share.gather(run_samples(sandbox, {n: samples[n] for n in mine}))
+        mine = asked.processes.shard(sorted(samples))
+        outcomes = asked.processes.merge(run_samples(sandbox, {n: samples[n] for n in mine}))
         result = summarise(
             [samples[number] for number in sorted(samples)],
             [outcomes[number] for number in sorted(samples)],

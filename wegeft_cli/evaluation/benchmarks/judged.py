@@ -182,7 +182,7 @@ def collect_verdicts(
     """
     log = asked.log
     prints = {request.number: _fingerprint(judge, request) for request in requests}
-    kept = asked.share.agree({} if log is None else log.read())
+    kept = asked.processes.broadcast({} if log is None else log.read())
     known = {
         number: kept[_place(number)]["text"]
         for number, told in prints.items()
@@ -193,11 +193,11 @@ def collect_verdicts(
         if log is not None:
             log.append({_place(number): {"of": prints[number], "text": text}})
 
-    mine = asked.share.deal(requests)
+    mine = asked.processes.shard(requests)
     done = f"{len(known)} of {len(requests)} verdicts are known" if known else ""
     if done:
         asked.warn(f"the judge is asked on: {done}")
-    return asked.share.gather(ask_judge(judge, mine, known=known, on_answer=keep))
+    return asked.processes.merge(ask_judge(judge, mine, known=known, on_answer=keep))
 
 
 def name_answerer(model: Any, options: Mapping[str, Any], asked: Asked) -> str:

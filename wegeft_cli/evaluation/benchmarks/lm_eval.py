@@ -54,11 +54,11 @@ class HarnessJob:
                 hint="leave out --backend",
             )
         result = None
-        if asked.share.index == 0:  # the harness gives a model in memory no others to share with
+        if asked.processes.is_main:  # the harness gives a model in memory no others to share with
             result = run_harness(
                 model, tokenizer, self.task, batch_size=asked.batch_size, limit=self.limit
             )
-        result = asked.share.agree(result)
+        result = asked.processes.broadcast(result)
         assert result is not None
         asked.on_progress(self.num_rows, self.num_rows)
         values = [sample["value"] for sample in result.samples]

@@ -9,7 +9,7 @@ from typing import Any
 
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import find_recipe_of
-from wegeft_cli.distributed.processes import leave_group, this_share
+from wegeft_cli.distributed.processes import evaluation_processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL, SPLITS, evaluate_classes
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS, ClassGroup, Member
@@ -84,8 +84,8 @@ def evaluate_group(
     """
     refuse_foreign(foreign)
     runs = _assign(group, targets, splits)
-    share = this_share()
-    if share.index:
+    processes = evaluation_processes()
+    if processes.rank:
         reporter = SilentReporter()
     results: list[dict[str, Any]] = []
     lines: list[str] = []
@@ -97,7 +97,7 @@ def evaluate_group(
             splits=splits,
             limit=limit,
             batch_size=batch_size,
-            share=share,
+            processes=processes,
             reporter=reporter,
         )
         results.append(_count_by(member, row, path))
@@ -112,11 +112,11 @@ def evaluate_group(
         "targets": [row["target"] for row in results],
         **describe_environment(),
     }
-    if share.index == 0:
+    if processes.is_main:
         write_text_atomic(samples_path, "".join(lines))
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         write_text_atomic(output or choose_scores_path(samples_path), text)
-    leave_group(share)
+    processes.leave()
     return result
 
 

@@ -79,9 +79,9 @@ class Job:
                 f"{self.data.origin} is not the published set: {self.data.complaint}; its scores "
                 "stand beside no published ones"
             )
-        log, share = asked.log, asked.share
+        log, processes = asked.log, asked.processes
         # Agreed upon before anyone goes on: the shares must be shares of the same rows.
-        known = share.agree({} if log is None else log.read())
+        known = processes.broadcast({} if log is None else log.read())
         done = {
             index: written_from_json(known[index]) for index in questions.prompts if index in known
         }
@@ -96,9 +96,9 @@ class Job:
             tokenizer,
             questions,
             batch_size=asked.batch_size,
-            indices=share.deal(left),
+            indices=processes.shard(left),
             on_progress=lambda n, total: asked.on_progress(
-                min(num_done + n * share.count, self.num_rows), self.num_rows
+                min(num_done + n * processes.count, self.num_rows), self.num_rows
             ),
             on_written=lambda answers: (
                 None
@@ -107,7 +107,7 @@ class Job:
             ),
             write=asked.write or generate_texts,
         )
-        answers = done | share.gather(written)
+        answers = done | processes.merge(written)
         return score_written(questions, (answers, settings))
 
     def score_samples(self, path: Path) -> TaskScore:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from wegeft_cli.data.batches.lockstep import is_sharded
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.evaluation.answers import evaluate_task
 from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.evaluation.benchmarks.text import Job
@@ -22,7 +20,7 @@ def score_tasks(
     *,
     groups: Sequence[str] = (),
     batch_size: int,
-    accelerator: Accelerator,
+    processes: Processes,
     check_stop: Callable[[], None],
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, float]:
@@ -34,7 +32,7 @@ def score_tasks(
         jobs: Name -> the set and how it is asked.
         groups: Names among which groups of these sets may be; each gets its mean.
         batch_size: Prompts at a time on each process.
-        accelerator: This process's state.
+        processes: The processes of the run.
         check_stop: Called between two batches, and two sets, on all processes at the same place.
         on_progress: Called with name, rows done and rows in all.
 
@@ -48,14 +46,12 @@ def score_tasks(
         # The longest first, so that a batch too large for the memory fails at once, and dealt out
         # like cards: each process has as many rounds as the others.
         rows = sorted(job.data.rows, key=lambda row: -len(row.instruction))
-        in_round = batch_size * accelerator.num_processes
+        in_round = batch_size * processes.count
         num_correct = 0
         for start in range(0, len(rows), in_round):
             if start or scores:
                 check_stop()
-            mine = rows[start : start + in_round][
-                accelerator.process_index :: accelerator.num_processes
-            ]
+            mine = processes.shard(rows[start : start + in_round])
             # Where the base is shared, a process without rows answers one for the others' sake.
             asked = mine or (rows[start : start + 1] if shares_base else [])
             if asked:
@@ -69,11 +65,7 @@ def score_tasks(
                 )
                 num_correct += (score.num_correct or 0) if mine else 0
             on_progress(name, min(start + in_round, len(rows)), len(rows))
-        if accelerator.num_processes > 1:
-            total = torch.tensor(num_correct, device=accelerator.device)
-            torch.distributed.all_reduce(total)
-            num_correct = int(total)
-        scores[f"eval_{name}"] = num_correct / len(rows)
+        scores[f"eval_{name}"] = int(processes.sum(num_correct)[0]) / len(rows)
     shares = {name: scores[f"eval_{name}"] for name in jobs}
     for mean in group_means(groups, shares):
         scores[f"eval_{mean['group']}"] = mean["score"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from wegeft_cli.artifacts.checkpoint import save_checkpoint
 from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter
@@ -41,7 +41,7 @@ class RunListener:
         loss: The loss function; a classifier's has kept the answers of a validation.
         folder: The run's folder.
         trackers: Open in the first process, none in the others.
-        accelerator: This process's state.
+        processes: The processes of the run.
         should_stop: Whether the run was asked to stop.
         reporter: Where words go.
         advance: The training's progress line.
@@ -55,7 +55,7 @@ class RunListener:
         loss: CausalLoss | ClassLoss,
         folder: RunFolder,
         trackers: Trackers,
-        accelerator: Accelerator,
+        processes: Processes,
         should_stop: Callable[[], bool],
         reporter: Reporter,
         advance: Advance,
@@ -66,11 +66,11 @@ class RunListener:
         self._loss = loss
         self._folder = folder
         self._trackers = trackers
-        self._accelerator = accelerator
+        self._processes = processes
         self._should_stop = should_stop
         self._reporter = reporter
         self._advance = advance
-        self._is_main = accelerator.is_main_process
+        self._is_main = processes.is_main
 
     def hooks(self) -> LoopHooks:
         """Give what the loop calls."""
@@ -128,7 +128,7 @@ class RunListener:
             grad_norm,
             self._inputs.source.rows_at(step - 1),
             self._inputs.tokenizer,
-            self._accelerator,
+            self._processes,
         )
         self._reporter.warn(
             f"step {step} was skipped: its loss is {loss}, its gradient norm {grad_norm}; "
@@ -139,13 +139,13 @@ class RunListener:
         """Score the test sets and answer the prompts of a validation; or a classifier's answers."""
         if isinstance(self._loss, ClassLoss):
             assert self._inputs.head is not None
-            return gather_metrics(self._loss, self._inputs.head, self._accelerator)
+            return gather_metrics(self._loss, self._inputs.head, self._processes)
 
         def on_progress(name: str, done: int, total: int) -> None:
             self._advance(step, scoring=f"{name} {done}/{total}")
 
         def check() -> None:
-            check_stop(self._should_stop, self._accelerator)
+            check_stop(self._should_stop, self._processes)
 
         scores = score_tasks(
             self._model,
@@ -153,7 +153,7 @@ class RunListener:
             self._inputs.tasks,
             groups=self._recipe.train.eval_tasks,
             batch_size=self._recipe.eval.batch_size,
-            accelerator=self._accelerator,
+            processes=self._processes,
             check_stop=check,
             on_progress=on_progress,
         )

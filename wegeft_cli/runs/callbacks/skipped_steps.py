@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.storage.atomic import write_text_atomic
 
 FOLDER_NAME = "skipped"
@@ -24,7 +23,7 @@ def write_skipped(
     grad_norm: float,
     rows: Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]],
     tokenizer: Any,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> Path:
     """Write the rows of a step whose loss or gradient was not finite.
 
@@ -36,17 +35,15 @@ def write_skipped(
         rows: This process's rows of that step: (number in the training set or None,
             ids, label mask), or what is to be told of each.
         tokenizer: Turns tokens into text.
-        accelerator: This process's state; every process calls this, the first one writes.
+        processes: The processes of the run; every process calls this, the first one writes.
 
     Returns:
         The file.
     """
     path = run_dir / FOLDER_NAME / f"step-{step:08d}.json"
     mine = [row if isinstance(row, dict) else _tell(*row, tokenizer) for row in rows]
-    shares = [mine] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(shares, mine)
-    if accelerator.is_main_process:
+    shares = processes.gather(mine)
+    if processes.is_main:
         values = {
             "step": step,
             # JSON has no NaN; the word says which of them it was.
