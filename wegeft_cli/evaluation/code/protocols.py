@@ -1,4 +1,4 @@
-"""The published ways to ask for code and to take it out of what a model writes."""
+"""Code protocols: prompts of published work and extraction of code from an answer."""
 
 from __future__ import annotations
 
@@ -38,49 +38,43 @@ _DEFINITION_STARTS = ("def ", "async def ", "import ", "from ", "class ", "@")
 
 @dataclass(frozen=True)
 class CodeProtocol:
-    """Prompt, decoding, and how the code is taken out of an answer."""
+    """Prompt, decoding and extraction of the code."""
 
     name: str
     description: str
     template: str
-    """The prompt, with `%s` for the problem's."""
+    """The prompt with `%s` for the problem's."""
     decoding: Decoding
     num_samples: int
-    """Answers to each problem."""
+    """Answers per problem."""
     extract: Callable[[str], str]
-    """What a model wrote -> the completion, which follows the problem's prompt."""
+    """Output -> completion, which follows the problem's prompt."""
     is_chat: bool = False
-    """Whether the template is a user's turn in the model's own chat template."""
+    """Whether the template is a user message in the model's own chat template."""
     fixed: str | None = None
     """The protocol without this one's faults."""
 
     def prompt(self, problem_prompt: str) -> str:
-        """The text that the model continues, or the user's turn."""
+        """Return the text that the model continues, or the user message."""
         return self.template.replace("%s", problem_prompt, 1)
 
     def template_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the template."""
+        """Return the first 16 hex digits of the SHA-256 of the template."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 
 def cut_at_stop(text: str) -> str:
-    """A completion up to the first text with which something new begins at the margin."""
+    """Return a completion up to the first stop text."""
     ends = [end for end in (text.find(stop) for stop in _STOP) if end >= 0]
     return text[: min(ends)] if ends else text
 
 
 def normalise_lora_ga(text: str) -> str:
-    """LoRA-GA's repair of an answer, faults included.
+    """Return the completion in an output as LoRA-GA repairs it, faults included.
 
-    Fences, triple-quoted strings and blank lines go, what follows the closing fence stays. The
-    first line that holds `def`, wherever, is the margin; every deeper width of indentation is one
-    level more than the next smaller one in the whole text.
-
-    Args:
-        text: What the model wrote.
-
-    Returns:
-        The completion.
+    Fences, triple-quoted strings and blank lines are removed; text after the closing fence stays.
+    The first line that contains `def` is the margin; each deeper width of indentation is one level
+    more than the next smaller one in the whole text.
     """
     text = _STRINGS.sub("", text.replace("```", "").replace("\t", "    "))
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -96,14 +90,9 @@ def normalise_lora_ga(text: str) -> str:
 
 
 def first_block(text: str) -> str:
-    """The first block of code, for an answer that begins within one, or in running text.
+    """Return the first block of code in the text after an opened fence, or in a chat answer.
 
-    Args:
-        text: What the model wrote after an opened fence, or a chat answer.
-
-    Returns:
-        The block's text as it is; a definition that a stray blank has pushed off the margin is put
-        back.
+    The block is unchanged except that an indented definition moves back to the margin.
     """
     if text.lstrip().startswith("```"):
         block = _BLOCK.search(text)
@@ -116,7 +105,7 @@ def first_block(text: str) -> str:
 
 
 def first_block_of_chat(text: str) -> str:
-    """The first fenced block of an answer; the answer itself where it has none."""
+    """Return the first fenced block of an answer, or the answer without one."""
     block = _BLOCK.search(text)
     return first_block(block.group(1) if block else text)
 
@@ -126,7 +115,7 @@ _ALL = (
         "humaneval",
         "Chen et al. 2021: the model continues the function; the answer ends before a new "
         "definition, comment, condition or print at the margin. Greedy, one sample; "
-        "--num-samples and --temperature draw more.",
+        "--num-samples and --temperature sample more.",
         "%s",
         Decoding(512, stop=_STOP),
         1,
@@ -146,8 +135,8 @@ _ALL = (
     ),
     CodeProtocol(
         "lora_ga_fixed",
-        "lora_ga's prompt as it was trained (no blank at its end) and drawing, with the first "
-        "block of code taken as it is.",
+        "lora_ga's prompt as in training (no space at its end) and its sampling; the first block "
+        "of code, unchanged.",
         _LORA_GA,
         Decoding(512, temperature=0.8, top_p=0.95),
         5,
@@ -164,8 +153,8 @@ _ALL = (
     ),
     CodeProtocol(
         "lora_pro_fixed",
-        "lora_ga_fixed with one sample: the prompt as it was trained, the first block of code "
-        "taken as it is.",
+        "lora_ga_fixed with one sample: the prompt as in training, the first block of code, "
+        "unchanged.",
         _LORA_GA,
         Decoding(512, temperature=0.8, top_p=0.95),
         1,
@@ -173,7 +162,7 @@ _ALL = (
     ),
     CodeProtocol(
         "chat",
-        "For instruction-tuned models: the function as a user's turn in the model's own chat "
+        "For instruction-tuned models: the function as a user message in the model's own chat "
         "template, greedy; the first block of code of the answer.",
         _CHAT,
         Decoding(1024),
@@ -187,17 +176,7 @@ CODE_PROTOCOLS: Mapping[str, CodeProtocol] = {protocol.name: protocol for protoc
 
 
 def find_code_protocol(name: str | None) -> CodeProtocol:
-    """The protocol of that name.
-
-    Args:
-        name: Such as `lora_ga`; None takes `humaneval`.
-
-    Returns:
-        The protocol.
-
-    Raises:
-        UserError: If there is none that asks for code.
-    """
+    """Return a code protocol by name; raise UserError if there is none. Default: humaneval."""
     name = name or DEFAULT_CODE_PROTOCOL
     if name not in CODE_PROTOCOLS:
         near = difflib.get_close_matches(name, CODE_PROTOCOLS, n=1)

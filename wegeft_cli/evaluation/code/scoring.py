@@ -1,4 +1,4 @@
-"""Code is run against its tests, and what became of it is made a score: pass@k."""
+"""Execution of generated code against its tests, and the score: pass@k."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wegeft_cli.sandbox.run import Outcome, OutcomeKind, Program, Sandbox
 from wegeft_cli.statistics import normal_interval, wilson_interval
 
 CODE_TIMEOUT = 3.0
-"""Seconds of computing, as HumanEval's own scorer allows."""
+"""CPU seconds of a program, as in HumanEval's own scorer."""
 
 _KS = (1, 10, 100)
 _ATTEMPTS = 3
@@ -25,22 +25,22 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class CodeSample:
-    """One answer to one problem."""
+    """An answer to a problem."""
 
     problem: Problem
     number: int
-    """Among the answers to the problem, from 0."""
+    """Number among the answers to the problem, from 0."""
     prompt: str
-    """What the model read; empty where the answer was given."""
+    """The model's prompt; empty for an answer from a file."""
     output: str
-    """What it wrote."""
+    """The model's output."""
     completion: str
-    """The code in it, which follows the problem's prompt."""
+    """The code in the output, which follows the problem's prompt."""
 
 
 @dataclass(frozen=True)
 class CodeResult:
-    """The numbers of a run, over the samples that could be run."""
+    """The metrics of the samples that could be run."""
 
     pass_at_k: dict[str, float]
     """`1`, `10`, ... -> share of problems, 0 to 1."""
@@ -48,7 +48,7 @@ class CodeResult:
     num_samples: int
     num_problems: int
     ci95: tuple[float, float]
-    """Of pass@1: Wilson's over the problems where each has one answer, else normal over them."""
+    """Interval of pass@1: Wilson's if each problem has one answer, else normal over problems."""
     outcomes: dict[str, int]
 
 
@@ -57,17 +57,10 @@ def run_samples(
     samples: Mapping[int, CodeSample],
     on_done: Callable[[int], None] = lambda done: None,
 ) -> dict[int, Outcome]:
-    """Run every sample, as many at a time as there are processors.
+    """Run every sample, as many at a time as there are processors; return outcomes by number.
 
-    A sample that the machine kept from running is tried again: that is no fault of the model.
-
-    Args:
-        sandbox: Where.
-        samples: By whatever number.
-        on_done: Called with how many are done.
-
-    Returns:
-        What became of each, by the same numbers.
+    A sample that the machine kept from running is tried again, since the model did not cause it.
+    `on_done` is called with the number of samples done.
     """
     outcomes: dict[int, Outcome] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -97,17 +90,14 @@ def _run(sandbox: Sandbox, sample: CodeSample) -> Outcome:
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """The unbiased estimate that one of k answers passes: 1 - C(n - c, k) / C(n, k).
+    """Return the unbiased estimate that one of k answers passes: 1 - C(n - c, k) / C(n, k).
 
     Chen et al. 2021, equation 1, as a product, which stays exact for large n.
 
     Args:
-        num_samples: n, answers to the problem.
-        num_passed: c, how many of them pass, 0 to n.
+        num_samples: n, the number of answers to the problem.
+        num_passed: c, the number of these that pass, 0 to n.
         k: 1 to n.
-
-    Returns:
-        0 to 1.
     """
     if not 1 <= k <= num_samples or not 0 <= num_passed <= num_samples:
         raise ValueError(f"n {num_samples}, c {num_passed}, k {k}")
@@ -119,20 +109,10 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 
 
 def summarise(samples: Sequence[CodeSample], outcomes: Sequence[Outcome]) -> CodeResult:
-    """The score of a run.
+    """Compute the metrics; raise MachineError if no program could be run.
 
-    Answers that the machine could not run stand in `outcomes` alone: they are neither passed nor
-    failed, and no program can bring that about.
-
-    Args:
-        samples: The answers.
-        outcomes: What became of each.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        MachineError: If there is no problem of which an answer could be run.
+    Answers that the machine could not run count only in `outcomes`: they are neither passed nor
+    failed, and no program can cause that.
     """
     totals: Counter[int] = Counter()
     passed: Counter[int] = Counter()
@@ -163,14 +143,14 @@ def summarise(samples: Sequence[CodeSample], outcomes: Sequence[Outcome]) -> Cod
 
 
 def _interval(shares: Sequence[float], *, is_single: bool) -> tuple[float, float]:
-    """95 % interval of the mean; answers to one problem are no independent trials."""
+    """Return the 95 % interval of the mean; answers to one problem are not independent."""
     if is_single:
         return wilson_interval(round(sum(shares)), len(shares))
     return normal_interval(shares)
 
 
 def sample_record(sample: CodeSample, outcome: Outcome) -> dict[str, Any]:
-    """A sample as a line of the samples file; HumanEval's own tools read it too."""
+    """Return a line of the samples file, which HumanEval's own tools can read."""
     return {
         "index": sample.problem.index,
         "task_id": sample.problem.task_id,

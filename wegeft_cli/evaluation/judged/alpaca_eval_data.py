@@ -1,8 +1,8 @@
 """AlpacaEval: answers to 805 instructions, compared by a judge with those of a reference model.
 
-Version 1, as GIFT reports it: the annotator `alpaca_eval_gpt4`, the reference `text_davinci_003`,
-the plain win rate. Files are those of `alpaca_eval`: the evaluation set, a model's outputs, the
-annotator's prompt, and annotations.
+Version 1, as GIFT reports it: the annotator `alpaca_eval_gpt4`, the reference `text_davinci_003`
+and the plain win rate. Evaluation set, outputs, annotator's prompt and annotations are in the file
+formats of `alpaca_eval`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PROMPT_SOURCE = (
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction and the reference model's answer."""
+    """An instruction and the reference model's answer."""
 
     index: int
     """Position in the file, from 0."""
@@ -48,12 +48,12 @@ class Instruction:
     generator: str
     """The reference model's name."""
     dataset: str
-    """Where the instruction comes from."""
+    """The instruction's source."""
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """The instructions that are given."""
+    """The instructions that are scored."""
 
     rows: list[Instruction]
     sha256: str
@@ -62,18 +62,11 @@ class Instructions:
 
 
 def load_instructions(data_dir: Path | None, limit: int | None) -> Instructions:
-    """The evaluation set, `<data-dir>/alpaca_eval/alpaca_eval.json`.
-
-    Args:
-        data_dir: Folder with test sets.
-        limit: Only the first so many; None takes all.
-
-    Returns:
-        The instructions with the reference model's answers.
+    """Load the first `limit` rows of `<data-dir>/alpaca_eval/alpaca_eval.json`. Default: all.
 
     Raises:
         UserError: If the file is missing or damaged; each row is named.
-        ExceptionGroup: If there are several such faults.
+        ExceptionGroup: If there are several such errors.
     """
     path = _find(data_dir, "alpaca_eval.json", _SET_SOURCE)
     rows, sha256 = read_json_rows(path)
@@ -100,16 +93,10 @@ def load_instructions(data_dir: Path | None, limit: int | None) -> Instructions:
 
 
 def load_judge_prompt(data_dir: Path | None) -> list[tuple[str, str]]:
-    """The annotator's prompt, `<data-dir>/alpaca_eval/alpaca_eval.txt`.
-
-    Args:
-        data_dir: Folder with test sets.
-
-    Returns:
-        Role and template of every message.
+    """Return role and template of each message of `<data-dir>/alpaca_eval/alpaca_eval.txt`.
 
     Raises:
-        UserError: If the file is missing or no such prompt.
+        UserError: If the file is missing or malformed.
     """
     path = _find(data_dir, _PROMPT_FILE, _PROMPT_SOURCE)
     try:
@@ -120,24 +107,15 @@ def load_judge_prompt(data_dir: Path | None) -> list[tuple[str, str]]:
     slots = {slot for _, content in messages for slot in _SLOT.findall(content)}
     missing = {"instruction", "output_1", "output_2"} - slots
     if missing:
-        told = ", ".join(f"{{{slot}}}" for slot in sorted(missing))
-        raise UserError(f"the prompt has no {told}", file=str(path), hint=_PROMPT_SOURCE)
+        names = ", ".join(f"{{{slot}}}" for slot in sorted(missing))
+        raise UserError(f"the prompt has no {names}", file=str(path), hint=_PROMPT_SOURCE)
     return messages
 
 
 def output_rows(
     instructions: Instructions, outputs: Mapping[int, str], generator: str
 ) -> list[dict[str, Any]]:
-    """A model's outputs as `alpaca_eval` reads them.
-
-    Args:
-        instructions: What was asked.
-        outputs: Index -> answer.
-        generator: The model's name.
-
-    Returns:
-        One row an instruction.
-    """
+    """Return a model's outputs, given by index, as rows that `alpaca_eval` reads."""
     return [
         {
             "instruction": row.instruction,
@@ -150,18 +128,13 @@ def output_rows(
 
 
 def read_outputs(path: Path, instructions: Instructions) -> dict[int, str]:
-    """A model's outputs, one for every instruction.
+    """Read a model's outputs by index from a JSON array or JSON Lines.
 
-    Args:
-        path: A JSON array, or JSON Lines, of `instruction` and `output`.
-        instructions: What they answer; others are ignored.
-
-    Returns:
-        Index -> answer.
+    Rows have `instruction` and `output`; rows of other instructions are ignored.
 
     Raises:
-        UserError: If a row is at fault or an instruction has no output.
-        ExceptionGroup: If there are several such faults.
+        UserError: If a row is malformed or an instruction has no output.
+        ExceptionGroup: If there are several such errors.
     """
     rows, _ = read_json_rows(path)
     outputs: dict[int, str] = {}
@@ -178,22 +151,16 @@ def read_outputs(path: Path, instructions: Instructions) -> dict[int, str]:
 
 
 def is_switched(instruction: str) -> bool:
-    """Whether the judge sees the two answers in the other order, drawn as `alpaca_eval` does."""
+    """Return whether the judge sees the answers in reverse order, sampled as in `alpaca_eval`."""
     return random.Random(f"is_switched_outputs{instruction}{_SEED}").choices([False, True])[0]
 
 
 def judge_requests(
     instructions: Instructions, outputs: Mapping[int, str], messages: Sequence[tuple[str, str]]
 ) -> list[JudgeRequest]:
-    """What the judge is asked, at temperature 0; equal answers are a draw without a question.
+    """Return the requests to the judge at temperature 0, numbered by index of the instruction.
 
-    Args:
-        instructions: What was asked.
-        outputs: Index -> the model's answer.
-        messages: The annotator's prompt.
-
-    Returns:
-        One request an instruction, numbered by its index.
+    Equal answers are a draw without a request. `messages` is the annotator's prompt.
     """
     requests = []
     for row in instructions.rows:
@@ -204,7 +171,7 @@ def judge_requests(
         if switched:
             pair.reverse()
         values = {"instruction": row.instruction, "output_1": pair[0], "output_2": pair[1]}
-        # All at once: an answer may hold what looks like a slot.
+        # All at once: an answer may contain the text of a slot.
         filled = tuple(
             {"role": role, "content": _SLOT.sub(lambda m, v=values: v[m.group(1)], content)}  # type: ignore[misc]
             for role, content in messages
@@ -215,10 +182,10 @@ def judge_requests(
 
 
 def read_ranking(judgment: str) -> float | None:
-    """Which output a judge prefers: 1.0 or 2.0; None where its words are no ranking.
+    """Return the output that a judge prefers, 1.0 or 2.0; None if the judgment is no ranking.
 
-    A Python list of `{'model': 'model_1', 'rank': 1}`, of which the rank of model_1 counts: it is
-    read as data, nothing is executed.
+    A ranking is a Python list of `{'model': 'model_1', 'rank': 1}`, in which the rank of model_1
+    counts. It is parsed as data and not executed.
     """
     try:
         ranks = ast.literal_eval(judgment.strip())
@@ -244,18 +211,10 @@ def annotation_rows(
     generator: str,
     annotator: str,
 ) -> list[dict[str, Any]]:
-    """The verdicts as `alpaca_eval`'s annotations: output_1 is the reference's.
+    """Return the judgments as `alpaca_eval`'s annotations; output_1 is the reference's.
 
-    Args:
-        instructions: What was asked.
-        outputs: Index -> the model's answer.
-        words: Index -> what the judge said; a draw has none.
-        generator: The model's name.
-        annotator: The judge's name.
-
-    Returns:
-        One row an instruction; `preference` is 1 for the reference, 2 for the model, 1.5 for a
-        draw, None where the judge's words are no ranking.
+    `outputs` and the judge's replies `words` are by index; a draw has no reply. `preference` is 1
+    for the reference, 2 for the model, 1.5 for a draw, and None if the reply is no ranking.
     """
     rows = []
     for row in instructions.rows:
@@ -282,18 +241,13 @@ def annotation_rows(
 
 
 def read_annotations(path: Path, instructions: Instructions) -> list[dict[str, Any]]:
-    """An annotation file, scored as it is.
+    """Read the annotations of a JSON array or JSON Lines, in the order of the instructions.
 
-    Args:
-        path: A JSON array, or JSON Lines, of `instruction` and `preference`.
-        instructions: What it judges; others are ignored.
-
-    Returns:
-        The rows, one an instruction, in the order of the instructions.
+    Rows have `instruction` and `preference`; rows of other instructions are ignored.
 
     Raises:
-        UserError: If a row is at fault, or an instruction has no annotation.
-        ExceptionGroup: If there are several such faults.
+        UserError: If a row is malformed or an instruction has no annotation.
+        ExceptionGroup: If there are several such errors.
     """
     rows, _ = read_json_rows(path)
     found: dict[int, dict[str, Any]] = {}
@@ -313,23 +267,19 @@ def read_annotations(path: Path, instructions: Instructions) -> list[dict[str, A
 
 
 def read_preference(annotation: Mapping[str, Any]) -> float | None:
-    """A row's preference, 1 to 2; None where the judge had none. Older files write 0 for a draw."""
+    """Return a row's preference, 1 to 2, None if the judge had none; older files have 0 for 1.5."""
     preference = annotation["preference"]
-    # NaN is what alpaca_eval writes where the judge's words are no ranking.
+    # alpaca_eval writes NaN if the judgment is no ranking.
     if preference is None or math.isnan(preference):
         return None
     return _DRAW if preference == 0 else float(preference)
 
 
 def summarise_preferences(annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Preferences become a win rate; a row without one is left out, as in alpaca_eval, and counted.
+    """Return the win rate, 0 to 1, and the counts of preferences.
 
-    Args:
-        annotations: Rows with `preference`.
-
-    Returns:
-        win_rate (0 to 1; None where nothing is preferred), n_wins, n_wins_base, n_draws, n,
-        n_invalid.
+    The rate excludes rows without a preference, as in alpaca_eval; `n_invalid` counts them. The
+    rate of no preference is None.
     """
     preferences = [read_preference(row) for row in annotations]
     values = [preference - 1 for preference in preferences if preference is not None]
@@ -344,7 +294,7 @@ def summarise_preferences(annotations: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _match(rows: Sequence[PlacedRow], instructions: Instructions) -> list[tuple[int, PlacedRow]]:
-    """The rows that belong to an instruction; one that is given n times takes n rows, in order."""
+    """Match rows to instructions; an instruction that occurs n times takes n rows, in order."""
     waiting: dict[str, list[int]] = {}
     for row in instructions.rows:
         waiting.setdefault(row.instruction, []).append(row.index)
@@ -360,8 +310,8 @@ def _missing(path: Path, instructions: Instructions, found: Mapping[int, Any]) -
     missing = [row.index for row in instructions.rows if row.index not in found]
     if not missing:
         return []
-    told = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-    message = f"{len(missing)} of {len(instructions.rows)} instructions are missing: row {told}"
+    listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+    message = f"{len(missing)} of {len(instructions.rows)} instructions are missing: row {listed}"
     return [
         UserError(message, file=str(path), hint=f"every row of {instructions.origin} is needed")
     ]

@@ -1,6 +1,6 @@
 """MT-Bench: 80 questions of two turns, rated by a judge from 1 to 10 (Zheng et al. 2023).
 
-Questions and answers, in the files of FastChat's `llm_judge`; `mt_bench_judging` has the ratings.
+Questions and answers are in the file formats of FastChat's `llm_judge`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TEMPERATURES: Mapping[str, float] = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""Of the answers, by category; 0 is greedy. FastChat's `temperature_config`."""
+"""Sampling temperature by category; 0 is greedy. FastChat's `temperature_config`."""
 
 OTHER_TEMPERATURE = 0.7
-"""Of a category that is not named above, as in FastChat."""
+"""Sampling temperature of other categories, as in FastChat."""
 
 MAX_NEW_TOKENS = 1024
 NUM_TURNS = 2
@@ -45,7 +45,7 @@ SOURCE = "from github.com/lm-sys/FastChat, fastchat/llm_judge/data/mt_bench"
 
 @dataclass(frozen=True)
 class Question:
-    """One question of two turns."""
+    """A question of two turns."""
 
     index: int
     """Position in the file, from 0."""
@@ -55,13 +55,13 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """At which it is answered."""
+        """The sampling temperature of its answers."""
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions that are asked."""
+    """The questions that are scored."""
 
     rows: list[Question]
     sha256: str
@@ -70,18 +70,11 @@ class Questions:
 
 
 def load_questions(data_dir: Path | None, limit: int | None) -> Questions:
-    """The questions of `<data-dir>/mt_bench/question.jsonl`.
-
-    Args:
-        data_dir: Folder with test sets.
-        limit: Only the first so many; None takes all.
-
-    Returns:
-        The questions.
+    """Load the first `limit` questions of `<data-dir>/mt_bench/question.jsonl`. Default: all.
 
     Raises:
         UserError: If the file is missing or damaged; each row is named.
-        ExceptionGroup: If there are several such faults.
+        ExceptionGroup: If there are several such errors.
     """
     path = find_file(data_dir, "question.jsonl")
     rows, sha256 = read_json_rows(path)
@@ -112,15 +105,9 @@ def load_questions(data_dir: Path | None, limit: int | None) -> Questions:
 def answer_rows(
     questions: Questions, answers: Mapping[int, tuple[str, str]], model_id: str
 ) -> list[dict[str, Any]]:
-    """The answers as rows of FastChat's `model_answer/<model>.jsonl`.
+    """Return the answers as rows of FastChat's `model_answer/<model>.jsonl`.
 
-    Args:
-        questions: What was asked.
-        answers: Question index -> the answers to both turns.
-        model_id: The model's name.
-
-    Returns:
-        One row a question.
+    `answers` are the answers to both turns by question index.
     """
     return [
         {
@@ -135,18 +122,13 @@ def answer_rows(
 
 
 def read_answers(path: Path, questions: Questions) -> dict[int, tuple[str, str]]:
-    """Given answers, one for every question.
+    """Read the answers to both turns by question index from FastChat's model answers.
 
-    Args:
-        path: FastChat's model answers; the first choice of each counts.
-        questions: What they answer; answers to other questions are ignored.
-
-    Returns:
-        Question index -> the answers to both turns.
+    The first choice of each row counts; answers to other questions are ignored.
 
     Raises:
-        UserError: If a line or a question is at fault; the fault names file and line.
-        ExceptionGroup: If several are.
+        UserError: If a line is malformed or a question has no answer.
+        ExceptionGroup: If there are several such errors.
     """
     faults: list[UserError] = []
     indices = {question.question_id: question.index for question in questions.rows}
@@ -165,14 +147,9 @@ def read_answers(path: Path, questions: Questions) -> dict[int, tuple[str, str]]
 
 
 def alpaca_conversation(messages: Sequence[Mapping[str, str]], eos: str) -> str:
-    """A conversation as FastChat's template `alpaca` writes it, up to where the model answers.
+    """Return a conversation in FastChat's template `alpaca`, up to the answer.
 
-    Args:
-        messages: Role and content, the user's last.
-        eos: What ends an answer; `</s>` in FastChat.
-
-    Returns:
-        The prompt.
+    `eos` ends each answer; it is `</s>` in FastChat.
     """
     text = (
         "Below is an instruction that describes a task. "
@@ -187,14 +164,9 @@ def alpaca_conversation(messages: Sequence[Mapping[str, str]], eos: str) -> str:
 
 
 def read_answer_rows(path: Path, faults: list[UserError]) -> list[tuple[int, tuple[str, str], str]]:
-    """Read answers of whatever questions, a model's or the reference's.
+    """Read question id, both answers and location of FastChat's model answers.
 
-    Args:
-        path: FastChat's model answers.
-        faults: What is wrong with the lines is added to it.
-
-    Returns:
-        Question id, both answers, and place, of every row that is none of the faults.
+    Errors of malformed lines are appended to `faults`.
     """
     lines, found = read_json_lines(read_bytes(path), path)
     faults += found
@@ -226,18 +198,7 @@ def _is_two_texts(value: Any) -> TypeGuard[list[str]]:
 
 
 def find_file(data_dir: Path | None, name: str) -> Path:
-    """Find one of MT-Bench's files.
-
-    Args:
-        data_dir: Folder with test sets.
-        name: Such as `question.jsonl`.
-
-    Returns:
-        Its path.
-
-    Raises:
-        UserError: If it is not there.
-    """
+    """Return the path of one of MT-Bench's files; raise UserError if it is missing."""
     hint = f"put it at <data-dir>/{FOLDER}/{name}, {SOURCE}"
     if data_dir is None:
         raise UserError("MT-Bench is read from a folder", key="--data-dir", hint=hint)

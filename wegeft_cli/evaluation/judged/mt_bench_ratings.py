@@ -1,4 +1,4 @@
-"""What MT-Bench's judge is asked, and what its words come to: FastChat's single-answer grading.
+"""MT-Bench's judge: prompts, judgments and ratings of FastChat's single-answer grading.
 
 Files are FastChat's: `judge_prompts.jsonl`, `reference_answer/gpt-4.jsonl`, judgments of one model.
 """
@@ -44,7 +44,7 @@ _PROMPTS = {
 
 @dataclass(frozen=True)
 class JudgeFiles:
-    """What the judge is shown besides the answers."""
+    """The judge's prompts and reference answers."""
 
     prompts: Mapping[str, tuple[str, str]]
     """Name -> system prompt and template."""
@@ -53,18 +53,11 @@ class JudgeFiles:
 
 
 def load_judge_files(data_dir: Path | None, questions: Questions) -> JudgeFiles:
-    """The judge's prompts and the reference answers that it is shown.
-
-    Args:
-        data_dir: Folder with test sets.
-        questions: Those that will be judged.
-
-    Returns:
-        Both.
+    """Load the judge's prompts and the reference answers.
 
     Raises:
-        UserError: If a file is missing or damaged, or lacks what a question needs.
-        ExceptionGroup: If there are several such faults.
+        UserError: If a file is missing or damaged, or has no entry that a question needs.
+        ExceptionGroup: If there are several such errors.
     """
     path = find_file(data_dir, "judge_prompts.jsonl")
     rows, _ = read_json_rows(path)
@@ -97,15 +90,10 @@ def load_judge_files(data_dir: Path | None, questions: Questions) -> JudgeFiles:
 def judge_requests(
     questions: Questions, answers: Mapping[int, tuple[str, str]], files: JudgeFiles
 ) -> list[JudgeRequest]:
-    """What the judge is asked: each answer by itself, at temperature 0.
+    """Return the requests to the judge: one per answer, at temperature 0.
 
-    Args:
-        questions: What was asked.
-        answers: Question index -> the answers to both turns.
-        files: The prompts and reference answers.
-
-    Returns:
-        Two requests a question, numbered 2 * index + turn - 1.
+    `answers` are the answers to both turns by question index. The requests are numbered
+    2 * index + turn - 1.
     """
     requests = []
     for question in questions.rows:
@@ -140,7 +128,7 @@ def judge_requests(
 
 
 def read_rating(judgment: str) -> float:
-    """The rating in a judge's words: the first `[[n]]`, else the first `[n]`, else -1."""
+    """Return the rating in a judgment: the first `[[n]]`, else the first `[n]`, else -1."""
     match = _RATING.search(judgment) or _RATING_BACKUP.search(judgment)
     return float(match.group(1)) if match else float(_NO_RATING)
 
@@ -148,16 +136,9 @@ def read_rating(judgment: str) -> float:
 def judgment_rows(
     requests: Sequence[JudgeRequest], words: Mapping[int, str], model_id: str, judge: str
 ) -> list[dict[str, Any]]:
-    """The verdicts as rows of FastChat's `model_judgment/<judge>_single.jsonl`.
+    """Return the judgments as rows of FastChat's `model_judgment/<judge>_single.jsonl`.
 
-    Args:
-        requests: What was asked.
-        words: Number -> what the judge said.
-        model_id: The judged model's name.
-        judge: The judge's name.
-
-    Returns:
-        One row a turn of a question.
+    `words` are the judge's replies by number of the request.
     """
     return [
         {
@@ -175,19 +156,14 @@ def judgment_rows(
 
 
 def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
-    """A judgment file, scored as it is.
+    """Read FastChat's single-answer judgments of one model by one judge.
 
-    Args:
-        path: FastChat's single-answer judgments of one model by one judge.
-        questions: What they judge; those of other questions are ignored.
-
-    Returns:
-        The rows, one a turn of a question.
+    Judgments of other questions are ignored.
 
     Raises:
-        UserError: If a line is at fault, a turn is missing or judged twice, or the file is of
-            several models; the fault names file and line.
-        ExceptionGroup: If there are several such faults.
+        UserError: If a line is malformed, a turn is missing or judged twice, or the file contains
+            judgments of several models.
+        ExceptionGroup: If there are several such errors.
     """
     lines, faults = read_json_lines(read_bytes(path), path)
     known = {question.question_id for question in questions.rows}
@@ -214,9 +190,9 @@ def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
         message = f"{missing} of {NUM_TURNS * len(known)} turns are not judged"
         faults.append(UserError(message, file=str(path), hint="or lower the limit"))
     if len(models) > 1:
-        told = "; ".join(f"{model} by {judge}" for model, judge in sorted(models))
+        listed = "; ".join(f"{model} by {judge}" for model, judge in sorted(models))
         hint = "leave one model and one judge in the file"
-        faults.append(UserError(f"judgments of {told}", file=str(path), hint=hint))
+        faults.append(UserError(f"judgments of {listed}", file=str(path), hint=hint))
     raise_faults(faults)
     return rows
 
@@ -224,16 +200,10 @@ def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
 def summarise_ratings(
     questions: Questions, judgments: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Ratings become means, on the scale of 1 to 10.
+    """Return mean ratings on the scale of 1 to 10, and the counts of judgments.
 
-    A judgment without a rating is left out of the means, as in FastChat, and counted.
-
-    Args:
-        questions: What was asked.
-        judgments: Rows of `judgment_rows` or `read_judgments`.
-
-    Returns:
-        mean, turn_1, turn_2, categories, n, n_invalid; a mean over nothing is None.
+    The means exclude judgments without a rating, as in FastChat; `n_invalid` counts them. The mean
+    of no judgment is None.
     """
     categories = {question.question_id: question.category for question in questions.rows}
     rated = [row for row in judgments if row["score"] != _NO_RATING]

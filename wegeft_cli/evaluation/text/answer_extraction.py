@@ -1,4 +1,4 @@
-"""Reading an answer out of a text: what the published scorers read, and what they should."""
+"""Extraction of an answer from a text, as the published scorers do it and as they should."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _LONE_LETTER = re.compile(r"(?<![\w'])([A-E])(?![\w'])")
 
 
 def text_after_last(text: str, trigger: str) -> str:
-    """What follows the last `trigger`, without leading blanks; empty where there is none."""
+    """Return the text after the last `trigger`, left-stripped; empty without one."""
     start = text.rfind(trigger)
     return "" if start < 0 else text[start + len(trigger) :].lstrip()
 
 
 def text_after_first(text: str, trigger: str) -> str:
-    """What follows the first `trigger`, without leading blanks; empty where there is none."""
+    """Return the text after the first `trigger`, left-stripped; empty without one."""
     start = text.find(trigger)
     return "" if start < 0 else text[start + len(trigger) :].lstrip()
 
 
 def text_between(text: str, trigger: str) -> str:
-    """What stands between the first and the second `trigger`, without blanks around it."""
+    """Return the stripped text between the first and the second `trigger`."""
     parts = text.split(trigger)
     return parts[1].strip() if len(parts) > 1 else ""
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, commas dropped; None where there is none (or an endless one).
+    """Return the last number of a text without its commas, None if it is missing or not finite.
 
     `2-1` reads as -1 and `1.2.3` as 3: the published regular expression takes a hyphen for a sign.
     """
@@ -48,9 +48,9 @@ def last_number(text: str) -> float | None:
 
 
 def last_whole_number(text: str) -> float | None:
-    """The last number that is one: `2-1` reads as 1, `3 - 5` as 5, `-5` as -5, `1.2.3` as none.
+    """Return the last true number: `2-1` reads as 1, `3 - 5` as 5, `-5` as -5, `1.2.3` as None.
 
-    A hyphen is a sign where it neither joins nor follows a number or a word. Commas are dropped.
+    A hyphen is a sign unless it joins or follows a number or a word. Commas are dropped.
     """
     for match in reversed(list(_SIGNED.finditer(text))):
         before, after = text[: match.start("digits")], text[match.end() :]
@@ -64,7 +64,7 @@ def last_whole_number(text: str) -> float | None:
 
 
 def _is_sign(before: str, minus: str) -> bool:
-    """Whether a hyphen after `before` is a sign, and not a dash or a subtraction."""
+    """Return whether a hyphen after `before` is a sign, not a dash or a subtraction."""
     last = before.rstrip(" ")[-1:]
     if before[-1:].isalnum() or last.isdigit() or last == ")":
         return False
@@ -72,19 +72,16 @@ def _is_sign(before: str, minus: str) -> bool:
 
 
 def first_letter(text: str) -> str | None:
-    """The first capital A to E anywhere in a text, also inside a word; None where there is none."""
+    """Return the first capital A to E of a text, also inside a word."""
     match = _LETTER.search(text)
     return match.group() if match else None
 
 
 def last_choice_letter(text: str) -> str | None:
-    """The last letter in parentheses, or else the last that stands by itself, but not the word A.
-
-    None where there is none.
-    """
+    """Return the last letter in parentheses, else the last single letter except the article A."""
     if in_parentheses := _PAREN_LETTER.findall(text):
         return str(in_parentheses[-1])
-    # "A man" is an article: what goes on in small letters is no answer.
+    # "A man" begins with an article: lower case after it means that it is no answer.
     alone = [match[1] for match in _LONE_LETTER.finditer(text) if not _is_article(text, match)]
     return alone[-1] if alone else None
 
@@ -95,38 +92,38 @@ def _is_article(text: str, match: re.Match[str]) -> bool:
 
 
 def first_word_of(text: str, words: Sequence[str]) -> str | None:
-    """The first of some words anywhere in a text, capitals counting, also inside a word."""
+    """Return the first of some words in a text, also inside a word; case-sensitive."""
     match = re.search("|".join(map(re.escape, words)), text)
     return match.group() if match else None
 
 
 def first_whole_word_of(text: str, words: Sequence[str]) -> str | None:
-    """The first of some words that stands by itself, capitals not counting; as in `words`."""
+    """Return the first of some words that is a whole word, in lower case; case-insensitive."""
     pattern = rf"\b({'|'.join(map(re.escape, words))})\b"
     match = re.search(pattern, text, re.IGNORECASE)
     return match.group().lower() if match else None
 
 
 def first_hash_digits(text: str) -> float | None:
-    """LoRA-GA's reading: the digits after the first `####` that digits follow.
+    """Return the digits after the first `####` that digits follow, as LoRA-GA does.
 
-    `#### 2,125` reads as 2; `#### -10` and `#### $18` are none, which its code takes for 0.
+    `#### 2,125` reads as 2; `#### -10` and `#### $18` as None, which its code replaces by 0.
     """
     match = _HASH_DIGITS.search(text)
     return _finite(match.group(1)) if match else None
 
 
 def first_hash_number(text: str) -> float | None:
-    """The number after the first `####` that a number follows, with its sign and its commas."""
+    """Return the number after the first `####` that a number follows, with sign and commas."""
     match = _HASH_NUMBER.search(text)
     return _finite(match.group(1).replace(",", "")) if match else None
 
 
 def metamath_number(text: str) -> float | None:
-    """MetaMath's reading: the first number after the last `The answer is: `, rounded.
+    """Return the first number after the last `The answer is: `, rounded, as MetaMath does.
 
-    `1,234,567` reads as 1234, `$1,080.50` as 1080, `1.5` as 2 and `2.5` as 2 (to the even one),
-    `7/2` as 4. None where there is no number.
+    `1,234,567` reads as 1234, `$1,080.50` as 1080, `1.5` as 2 and `2.5` as 2 (rounded to even),
+    `7/2` as 4.
     """
     _, found, answer = text.rpartition(_METAMATH_TRIGGER)
     match = _METAMATH_NUMBER.search(answer.strip()) if found else None
@@ -144,7 +141,7 @@ def metamath_number(text: str) -> float | None:
 
 
 def metamath_number_fixed(text: str) -> float | None:
-    """The first number after the last `The answer is:`, whole and not rounded."""
+    """Return the first number after the last `The answer is:`, complete and not rounded."""
     _, found, answer = text.rpartition(_METAMATH_TRIGGER.rstrip())
     if not found:
         return None
@@ -158,17 +155,17 @@ def metamath_number_fixed(text: str) -> float | None:
 
 
 def gold_number(answer: str) -> float | None:
-    """The number of a gold answer: the last one after `####`, or of the whole without that mark."""
+    """Return the number of a gold answer: the last one after `####`, else of the whole text."""
     return last_number(answer.rsplit("####", maxsplit=1)[-1])
 
 
 def plain_float(answer: str) -> float | None:
-    """The gold answer as Python's `float` reads it; None where it does not."""
+    """Return the gold answer as Python's `float` parses it, None if it does not."""
     return _finite(answer) if is_float(answer) else None
 
 
 def is_float(text: str) -> bool:
-    """Whether Python reads the text as a float."""
+    """Return whether Python parses the text as a float."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files become rows that know their place, and a hash of the file."""
+"""Rows of JSON and JSON Lines files with their locations, and the hash of the file."""
 
 from __future__ import annotations
 
@@ -10,22 +10,12 @@ from typing import Any
 from wegeft_cli.data.sources.hub import PlacedRow
 from wegeft_cli.errors import UserError, raise_all
 
-MAX_FAULTS_TOLD = 50
-"""A file of another kind is wrong in every row: so many faults are told, the rest is counted."""
+MAX_FAULTS = 50
+"""Largest number of faults reported for a file; further ones are counted."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Args:
-        path: A file.
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """Return the bytes of a file; raise UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -33,16 +23,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json_rows(path: Path) -> tuple[list[PlacedRow], str]:
-    """The objects of a JSON array (`.json`) or of the lines of a file (any other ending).
-
-    Args:
-        path: A UTF-8 file.
-
-    Returns:
-        The rows, and the SHA-256 of the file's bytes.
+    """Return the objects of a JSON array (`.json`) or of JSON Lines, and the file's SHA-256.
 
     Raises:
-        UserError: If the file is no such file; every bad line is told.
+        UserError: If the file is malformed; every bad line is named.
+        ExceptionGroup: If there are several such errors.
     """
     content = read_bytes(path)
     if path.suffix == ".json":
@@ -54,18 +39,10 @@ def read_json_rows(path: Path) -> tuple[list[PlacedRow], str]:
 
 
 def read_json_lines(content: bytes, path: Path) -> tuple[list[PlacedRow], list[UserError]]:
-    """The objects of JSON Lines, and the faults of lines that hold none; blank lines are skipped.
-
-    Args:
-        content: The file's bytes.
-        path: The file, for the faults.
-
-    Returns:
-        The readable rows and the faults, both in the order of the file.
-    """
+    """Return the objects of JSON Lines and the errors of malformed lines; skip blank lines."""
     rows: list[PlacedRow] = []
     faults: list[UserError] = []
-    # Not str.splitlines: a text in JSON may hold a bare U+2028, which that takes for a line's end.
+    # Not str.splitlines: a JSON string may contain U+2028, at which that splits.
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -83,19 +60,11 @@ def read_json_lines(content: bytes, path: Path) -> tuple[list[PlacedRow], list[U
 
 
 def raise_faults(faults: list[UserError]) -> None:
-    """Raise the faults together, the first `MAX_FAULTS_TOLD` of them in full.
-
-    Args:
-        faults: What was found, in the order of the file.
-
-    Raises:
-        UserError: If there is one fault.
-        ExceptionGroup: If there are several.
-    """
-    hidden = len(faults) - MAX_FAULTS_TOLD
+    """Raise the faults together, at most `MAX_FAULTS` of them in full."""
+    hidden = len(faults) - MAX_FAULTS
     if hidden > 0:
         rest = UserError(f"and {hidden} more faults of this kind of file")
-        faults = [*faults[:MAX_FAULTS_TOLD], rest]
+        faults = [*faults[:MAX_FAULTS], rest]
     raise_all(faults)
 
 

@@ -1,4 +1,4 @@
-"""The test sets by name: where their rows come from and what their answers look like."""
+"""Loading of a test set by name, from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -18,45 +18,39 @@ __all__ = ["TASKS", "Kind", "Task", "TaskData", "TaskRow", "find_task", "load_ta
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One question with its gold answer."""
+    """A question with its gold answer."""
 
     index: int
     """Position in the test set, from 0."""
     instruction: str
     answer: str
     source: dict[str, Any]
-    """The row as it was read."""
+    """The row as stored."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of a test set that are asked."""
+    """The rows of a test set that are scored."""
 
     task: Task
     rows: list[TaskRow]
     sha256: str
-    """Of the test file's bytes; of the rows as sorted JSON lines where they come from the hub."""
+    """Hash of the test file's bytes; for the hub, of the rows as sorted JSON lines."""
     origin: str
     """The file, or the hub id with its configuration and split."""
     num_rows: int
-    """Rows of the whole test set, at least as many as are asked."""
+    """Rows of the whole test set."""
     is_published: bool | None = None
-    """Whether these are the published rows, by hash and number; None where nothing tells."""
+    """Whether hash and number are those of the published rows; None if unknown."""
     complaint: str | None = None
-    """Why they are not, in words for the user."""
+    """Why they are not."""
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or of that LLM-Adapters folder; capitals do not count.
-
-    Args:
-        name: Such as `arc_easy` or `ARC-Easy`.
-
-    Returns:
-        The task.
+    """Return a test set by its name or its LLM-Adapters folder, case-insensitive.
 
     Raises:
-        UserError: If there is none; the hint has the nearest name.
+        UserError: If there is none; the hint suggests the nearest name.
     """
     for task in TASKS.values():
         if name.lower() == task.name or (task.part is None and name.lower() == task.folder.lower()):
@@ -67,20 +61,17 @@ def find_task(name: str) -> Task:
 
 
 def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> TaskData:
-    """The test set of a task, from a folder or from the hub.
+    """Load the rows of a test set; every gold answer can be parsed.
 
     Args:
-        task: The set.
-        data_dir: Folder that holds `<set>/test.json` with LLM-Adapters rows, or `<set>/test.jsonl`
-            with rows of either form; None takes the hub.
-        limit: Only the first so many rows, at least 1; None takes all.
-
-    Returns:
-        The rows with their gold answers, all of which can be parsed.
+        task: The test set.
+        data_dir: Folder with `<set>/test.json` in LLM-Adapters' form, or `<set>/test.jsonl` in
+            either form. Default: the hub.
+        limit: Number of rows from the start, at least 1. Default: all.
 
     Raises:
-        UserError: If the set is not there, or rows are damaged; each row is named.
-        ExceptionGroup: If there are several such faults.
+        UserError: If the set is missing or rows are damaged; each row is named.
+        ExceptionGroup: If there are several such errors.
     """
     if limit is not None and limit < 1:
         raise UserError(f"{limit} rows cannot be scored", key="limit", hint="give 1 or more")
@@ -124,7 +115,7 @@ def _take_part(task: Task, rows: list[PlacedRow], origin: str) -> list[PlacedRow
 def _compare_published(
     task: Task, file: str | None, sha256: str, num_rows: int
 ) -> tuple[bool | None, str | None]:
-    """Whether rows are the published ones, and if not, how that shows."""
+    """Return whether rows are the published ones, and how they differ."""
     if task.num_published not in (None, num_rows):
         return False, f"{num_rows} rows, where the published set has {task.num_published}"
     known = task.published_sha256.get(file or "")
@@ -136,7 +127,7 @@ def _compare_published(
 
 
 def _read_row(task: Task, row: dict[str, Any]) -> tuple[str, str]:
-    """Instruction and answer of a row in either form; ValueError says what is wrong with it."""
+    """Return instruction and answer of a row in either form; ValueError names its fault."""
     if "instruction" in row:
         instruction, answer = _read_adapters_row(row)
     elif task.build is not None:

@@ -1,4 +1,4 @@
-"""What a protocol is: how to ask, how to write, and what to read."""
+"""`EvalProtocol`: prompt, decoding, answer extraction and scoring of text benchmarks."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ Prediction = str | float
 
 
 Cut = Callable[[str, str], str]
-"""(full text, new text) -> the part that holds the answer."""
+"""(full text, generated text) -> the part that contains the answer."""
 
 Read = Callable[[str, str, Task], Prediction | None]
-"""(that part, gold answer, set) -> the prediction; None where there is none."""
+"""(that part, gold answer, test set) -> the prediction, None if there is none."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a protocol asks and reads one kind of answer, or one set."""
+    """Prompt and reading of one kind of answer, or of one test set."""
 
     template: str
-    """A template's name (`data/templates.py`): training and scoring share the text."""
+    """The name of a template of `data/text/templates.py`, shared with training."""
     decoding: Decoding
     cut: Cut
-    """Where the answer is looked for."""
+    """Selects the part of the text that contains the answer."""
     read: Read
-    """What is read there."""
+    """Reads the answer in that part."""
     gold: Callable[[str], float | None] = gold_number
-    """The gold answer's number, against which a number is held."""
+    """Reads the number of the gold answer."""
     tolerance: float = NUMBER_TOLERANCE
     """Largest difference at which two numbers are equal."""
     missing: float | None = None
-    """What stands in the place of an answer and of a gold that cannot be read, and may be right."""
+    """Value of an answer or a gold that cannot be read, and which may be right."""
     as_trained: bool = False
-    """Ask in the prompt of training, also where the authors' scorer asks in another one."""
+    """Use the prompt of training, even if the authors' scorer uses another one."""
     reads_original: bool = False
-    """The gold is read out of the set's own `answer`, as its authors publish it."""
+    """Read the gold from the published `answer` of the set."""
     suffix: str = ""
-    """Put behind the instruction."""
+    """Text after the instruction."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model's own chat template is asked."""
+        """Whether the prompt uses the model's own chat template."""
         return self.template == CHAT
 
     def question_form(self) -> str:
-        """The prompt with `%s` for the instruction; of a chat the user's message."""
+        """Return the prompt with `%s` for the instruction; for a chat, the user's message."""
         pair = TEMPLATES[self.template]
         form = "{instruction}" if pair is None else pair.question(as_trained=self.as_trained)
         return form.format(instruction=f"%s{self.suffix}")
@@ -63,67 +63,61 @@ class Rule:
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """Prompt, decoding, and scoring, for every kind of task that it scores."""
+    """Prompt, decoding and scoring for every kind of test set that it scores."""
 
     name: str
     description: str
-    """What it is and which faults it keeps, for the user."""
+    """What it does and which faults it keeps, for the user."""
     rules: Mapping[str, Rule]
-    """A set's folder, or a kind of answer -> how it is asked and read; the folder counts first."""
+    """Rules by a set's folder or by kind of answer; the folder has priority."""
     fixed: str | None = None
-    """The protocol that asks alike and reads without the faults."""
+    """The protocol with the same prompts that reads without the faults."""
 
     def rule(self, task: Task) -> Rule:
-        """How a set is asked and read; KeyError where it is not scored (`scores`)."""
+        """Return the rule of a test set; KeyError if the protocol does not score it."""
         return self.rules[task.folder if task.folder in self.rules else task.kind]
 
     def scores(self, task: Task) -> bool:
-        """Whether there is a rule for a set."""
+        """Return whether the protocol scores a test set."""
         if task.own_protocol is not None:
             return task.own_protocol == self.name
         return task.folder in self.rules or task.kind in self.rules
 
     def prompt(self, task: Task, row: TaskRow) -> str:
-        """The text that the model continues; of a chat the user's message."""
+        """Return the text that the model continues; for a chat, the user's message."""
         return self.rule(task).question_form().replace("%s", row.instruction, 1)
 
     def decoding(self, task: Task) -> Decoding:
-        """How answers are written."""
+        """Return the decoding settings of a test set."""
         return self.rule(task).decoding
 
     def max_new_tokens(self, task: Task) -> int:
-        """Longest answer in tokens."""
+        """Return the length of the longest answer in tokens."""
         return self.rule(task).decoding.max_new_tokens
 
     def template_name(self, task: Task) -> str:
-        """The name of the template, as `data.template` takes it."""
+        """Return the template's name, a value of `data.template`."""
         return self.rule(task).template
 
     def template_hash(self, task: Task) -> str:
-        """First 16 hex digits of the SHA-256 of the prompt's template."""
+        """Return the first 16 hex digits of the SHA-256 of the prompt's template."""
         return hashlib.sha256(self.rule(task).question_form().encode()).hexdigest()[:16]
 
     def extract(self, task: Task, full_text: str, new_text: str, answer: str) -> Prediction | None:
-        """The prediction in what a model wrote.
+        """Return the prediction (a word, a letter or a finite number), None if there is none.
 
-        Args:
-            task: The set.
-            full_text: Prompt and generated text.
-            new_text: The generated text alone.
-            answer: The gold answer: gift looks at it to tell a number from a letter.
-
-        Returns:
-            A word, a letter or a finite number; None where nothing can be read.
+        `full_text` is the prompt and the generated text. gift uses the gold answer to distinguish
+        numbers from letters.
         """
         rule = self.rule(task)
         return rule.read(rule.cut(full_text, new_text), answer, task)
 
     def gold_text(self, task: Task, row: TaskRow) -> str:
-        """The text that the gold is read out of."""
+        """Return the text that contains the gold answer."""
         return str(row.source["answer"]) if self.rule(task).reads_original else row.answer
 
     def is_correct(self, task: Task, prediction: Prediction | None, answer: str) -> bool:
-        """Whether a prediction is the gold answer: to the letter, or as a number."""
+        """Return whether a prediction is the gold answer: an equal text, or an equal number."""
         rule = self.rule(task)
         if isinstance(prediction, str):
             return prediction == answer.strip()
@@ -135,15 +129,7 @@ class EvalProtocol:
         return gold is not None and abs(prediction - gold) <= rule.tolerance
 
     def check_data(self, data: TaskData) -> None:
-        """Refuse rows in which this protocol's gold cannot be read as published.
-
-        Args:
-            data: The rows.
-
-        Raises:
-            UserError: If a row is not in the set's original form; each is named.
-            ExceptionGroup: If there are several such rows.
-        """
+        """Raise UserError for each row whose gold answer this protocol cannot read."""
         rule = self.rule(data.task)
         if not rule.reads_original:
             raise_faults(
@@ -176,5 +162,5 @@ class EvalProtocol:
 
 
 def with_length(decoding: Decoding, max_new_tokens: int | None) -> Decoding:
-    """The same decoding with another longest answer; None leaves it."""
+    """Return the decoding with another longest answer. Default: unchanged."""
     return decoding if max_new_tokens is None else replace(decoding, max_new_tokens=max_new_tokens)

@@ -1,7 +1,7 @@
-"""Rows of a test set as its authors publish it become the instruction and answer of LLM-Adapters.
+"""Conversion of a test set's published rows to the instruction and answer of LLM-Adapters.
 
-Every builder takes one row and gives `(instruction, answer)`; it raises ValueError, with a sentence
-for the user, where the row has not the set's form or hides its gold answer.
+Each builder takes one row and returns `(instruction, answer)`. It raises ValueError, with a message
+for the user, if the row has another form or no gold answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build_aqua(row: Row) -> tuple[str, str]:
 def build_boolq(row: Row) -> tuple[str, str]:
     """BoolQ: `question` and a truth value, `answer` or SuperGLUE's `label`; never the passage."""
     gold = row["answer"] if "answer" in row else _field(row, "label")
-    if gold not in (0, 1):  # True and False are these, too
+    if gold not in (0, 1):  # equal to False and True
         raise ValueError(f"the gold answer is {gold!r}, neither true nor false")
     instruction = (
         "Please answer the following question with true or false, question: "
@@ -136,7 +136,7 @@ def _texts(row: Row, key: str) -> list[str]:
 
 
 def _position(row: Row, key: str, *, first: int, count: int) -> int:
-    """A gold label that counts from `first`, as a position that counts from 1."""
+    """Return a gold label that counts from `first` as a position that counts from 1."""
     label = str(_field(row, key))
     if not label.isdecimal() or not first <= int(label) < first + count:
         raise ValueError(f"`{key}` is {label!r}, not one of {first} to {first + count - 1}")

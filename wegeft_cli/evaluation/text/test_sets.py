@@ -1,7 +1,7 @@
-"""The published test sets, an entry each: what the answers are, where the rows come from, how many.
+"""The published test sets: kind of answer, source and number of rows.
 
-A set is added by one entry of `_ALL_TASKS`; a set with a form of its own also gets a builder in
-`originals.py`.
+A new entry of `_ALL_TASKS` adds a set. A set in a new form also needs a builder in
+`source_formats.py`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wegeft_cli.data.sources.hub import HubSource
-from wegeft_cli.evaluation.text import source_formats as originals
+from wegeft_cli.evaluation.text import source_formats
 
 Kind = Literal["choice", "number", "letter"]
-"""What an answer is: one of a set's words, a number, or a letter A to E."""
+"""Kind of answer: one of a set's words, a number, or a letter A to E."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The last rows of a training file, held out to choose hyperparameters on."""
+class HeldOutSplit:
+    """The last rows of a training file, held out for the choice of hyperparameters."""
 
     description: str
     take: Callable[[int], int]
-    """Rows of the file -> how many of them, from the end."""
+    """Number of rows of the file -> number of rows held out, from the end."""
     file: str = "train"
-    """Name of the file without its ending."""
+    """Name of the file without its suffix."""
 
 
-LAST_TENTH = Part("the last floor(n / 10) rows of train: WeGeFT's tuning split", lambda n: n // 10)
-LAST_300 = Part("the last 300 rows of train: GIFT's and pyreft's tuning split", lambda n: 300)
+LAST_TENTH = HeldOutSplit(
+    "the last floor(n / 10) rows of train: WeGeFT's tuning split", lambda n: n // 10
+)
+LAST_300 = HeldOutSplit(
+    "the last 300 rows of train: GIFT's and pyreft's tuning split", lambda n: 300
+)
 
 
 @dataclass(frozen=True)
@@ -37,32 +41,32 @@ class Task:
     """One test set."""
 
     name: str
-    """What the user types."""
+    """The benchmark's name."""
     folder: str
-    """The set's folder in the LLM-Adapters layout; accepted as a name, too."""
+    """The folder in the LLM-Adapters layout; also accepted as a name."""
     kind: Kind
     words: tuple[str, ...] = ()
     """The answer words of a choice."""
     hub: HubSource | None = None
-    """None: only from a folder."""
+    """Default: only a folder."""
     build: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None
-    """Instruction and answer of a row in the set's original form; None: LLM-Adapters rows alone."""
+    """Converts a row in the published form. Default: only LLM-Adapters' form."""
     own_protocol: str | None = None
-    """The one protocol that scores this set; None: every protocol with a rule for it."""
+    """The only protocol that scores this set. Default: every protocol with a rule for it."""
     default_protocol: str = "wegeft"
-    """The protocol where none is named."""
-    part: Part | None = None
-    """Which rows, where they are not the set's test file."""
+    """The default protocol."""
+    part: HeldOutSplit | None = None
+    """A held-out part of the training file instead of the test file."""
     num_published: int | None = None
     """Rows of the published set."""
     published_sha256: Mapping[str, str] = field(default_factory=dict)
-    """File name -> SHA-256 (or how it begins) of the published file."""
+    """File name -> SHA-256 (or its first digits) of the published file."""
     leak: str | None = None
-    """What of this set lies in the training data of those who report it."""
+    """Known overlap of this set with the training data of published results."""
 
     @property
     def file(self) -> str:
-        """Where the rows lie under --data-dir."""
+        """The path of the rows under --data-dir."""
         return f"{self.folder}/{'test' if self.part is None else self.part.file}.json"
 
 
@@ -84,13 +88,13 @@ _GSM8K_SHA256 = {
 _WITHDRAWN = "LLM-Adapters itself withdraws this set for models tuned on math_10k"
 
 _ALL_TASKS = (
-    # Validation splits stand where the test labels are hidden: LLM-Adapters' test.json are these.
+    # Validation splits if the test labels are hidden: LLM-Adapters' test.json are these.
     _choice(
         "boolq",
         "boolq",
         _TRUTH,
         HubSource("google/boolq", "validation"),
-        originals.build_boolq,
+        source_formats.build_boolq,
         3270,
     ),
     _choice(
@@ -98,7 +102,7 @@ _ALL_TASKS = (
         "piqa",
         _numbered("solution", 2),
         HubSource("baber/piqa", "validation"),
-        originals.build_piqa,
+        source_formats.build_piqa,
         1838,
     ),
     _choice(
@@ -106,7 +110,7 @@ _ALL_TASKS = (
         "social_i_qa",
         _numbered("answer", 3),
         HubSource("lighteval/siqa", "validation"),
-        originals.build_siqa,
+        source_formats.build_siqa,
         1954,
     ),
     _choice(
@@ -114,7 +118,7 @@ _ALL_TASKS = (
         "hellaswag",
         _numbered("ending", 4),
         HubSource("Rowan/hellaswag", "validation"),
-        originals.build_hellaswag,
+        source_formats.build_hellaswag,
         10042,
     ),
     _choice(
@@ -122,7 +126,7 @@ _ALL_TASKS = (
         "winogrande",
         _numbered("option", 2),
         HubSource("allenai/winogrande", "validation", "winogrande_xl"),
-        originals.build_winogrande,
+        source_formats.build_winogrande,
         1267,
         published_sha256={
             "test.json": "6946f5209e7114c65c6d04f8f644c5a061af20d730b1cfe158fff3dc44076fb9"
@@ -133,7 +137,7 @@ _ALL_TASKS = (
         "ARC-Easy",
         _numbered("answer", 5),
         HubSource("allenai/ai2_arc", "test", "ARC-Easy"),
-        originals.build_arc,
+        source_formats.build_arc,
         2376,
         published_sha256={
             "test.json": "3f32a84716ca6d57d38728bf80cc8117aecd17445c2cf29a68b571b810eb82dc"
@@ -144,7 +148,7 @@ _ALL_TASKS = (
         "ARC-Challenge",
         _numbered("answer", 5),
         HubSource("allenai/ai2_arc", "test", "ARC-Challenge"),
-        originals.build_arc,
+        source_formats.build_arc,
         1172,
     ),
     _choice(
@@ -152,7 +156,7 @@ _ALL_TASKS = (
         "openbookqa",
         _numbered("answer", 4),
         HubSource("allenai/openbookqa", "test", "main"),
-        originals.build_arc,
+        source_formats.build_arc,
         500,
     ),
     Task(
@@ -160,7 +164,7 @@ _ALL_TASKS = (
         "gsm8k",
         "number",
         hub=HubSource("openai/gsm8k", "test", "main"),
-        build=originals.build_gsm8k,
+        build=source_formats.build_gsm8k,
         num_published=1319,
         published_sha256=_GSM8K_SHA256,
     ),
@@ -169,7 +173,7 @@ _ALL_TASKS = (
         "SVAMP",
         "number",
         hub=HubSource("ChilleD/SVAMP", "test"),
-        build=originals.build_svamp,
+        build=source_formats.build_svamp,
         num_published=1000,
     ),
     Task(
@@ -177,10 +181,10 @@ _ALL_TASKS = (
         "AQuA",
         "letter",
         hub=HubSource("deepmind/aqua_rat", "test", "raw"),
-        build=originals.build_aqua,
+        build=source_formats.build_aqua,
         num_published=254,
     ),
-    # The hub's MAWPS has other rows than LLM-Adapters': the two must not be mixed.
+    # The hub's MAWPS has other rows than LLM-Adapters'.
     Task(
         "mawps",
         "mawps",
@@ -214,13 +218,13 @@ _ALL_TASKS = (
         num_published=508,
         leak=f"3 of its 508 questions are in MAWPS' training set; {_WITHDRAWN}",
     ),
-    # What the authors choose hyperparameters on; their numbers are no test scores.
+    # Sets on which the authors choose hyperparameters; their scores are no test scores.
     Task(
         "gsm8k_tune",
         "gsm8k",
         "number",
         hub=HubSource("openai/gsm8k", "train", "main"),
-        build=originals.build_gsm8k,
+        build=source_formats.build_gsm8k,
         default_protocol="wegeft_tune",
         part=LAST_TENTH,
         num_published=747,
@@ -231,7 +235,7 @@ _ALL_TASKS = (
         "gsm8k",
         "number",
         hub=HubSource("openai/gsm8k", "train", "main"),
-        build=originals.build_gsm8k,
+        build=source_formats.build_gsm8k,
         default_protocol="gift_tune",
         part=LAST_300,
         num_published=300,
@@ -242,7 +246,7 @@ _ALL_TASKS = (
         "boolq",
         _TRUTH,
         HubSource("google/boolq", "train"),
-        originals.build_boolq,
+        source_formats.build_boolq,
         942,
         part=LAST_TENTH,
         published_sha256={
