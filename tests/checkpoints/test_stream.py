@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.merging import streaming as stream
-from wegeft_cli.merging.streaming import merge_stream
-from wegeft_cli.storage.safetensors_reader import BLOCK_BYTES, block_rows
+from wegeft_cli.storage.safetensors_reader import BLOCK_BYTES, StoredModel, block_rows
 from wegeft_cli.storage.safetensors_writer import parse_size
 
 SINGLE = "model.safetensors"
@@ -21,6 +20,10 @@ INDEX = "model.safetensors.index.json"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 ROWS = 5  # cuts 16 rows into blocks of unequal size
+
+
+def merge_stream(folder, *args, **options):
+    return stream.merge_stream(StoredModel(folder), *args, **options)
 
 
 class AddProduct:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.methods.peft.models import inject_peft, load_peft, save_peft
 from wegeft_cli.methods.peft.rank_budget import OrthogonalLoss, RankBudget, regularise
 
@@ -148,7 +149,7 @@ def test_stock_peft_reads_what_is_saved(make_model, llama_dir, tmp_path):
     walk(model, RankBudget(model, STEPS), range(1, STEPS + 1))
     save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
     base = AutoModelForCausalLM.from_pretrained(llama_dir)
-    loaded = load_peft(base, tmp_path)
+    loaded = load_peft(base, Adapter.open(tmp_path))
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         expected = model.eval()(ids).logits

@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.peft.models import (
     inject_peft,
@@ -137,7 +138,7 @@ def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(llama_dir)
-    again = load_peft(load(llama_dir), tmp_path)
+    again = load_peft(load(llama_dir), Adapter.open(tmp_path))
     logits = model(ids).logits
     assert torch.equal(again(ids).logits, logits)
     merged, num_folded = merge_peft(again)
@@ -168,7 +169,7 @@ def test_modules_trained_whole_are_saved_loaded_and_merged(llama_dir, ids, tmp_p
             parameter.add_(0.05 * torch.randn(parameter.shape))
     model.eval()
     save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
-    again = load_peft(load(llama_dir), tmp_path)
+    again = load_peft(load(llama_dir), Adapter.open(tmp_path))
     logits = model(ids).logits
     assert torch.equal(again(ids).logits, logits)
     trained = learning["base_model.model.lm_head.modules_to_save.default.weight"]
@@ -239,8 +240,8 @@ def test_what_peft_does_not_know_is_the_users_to_mend(llama_dir, change, key):
 
 def test_a_folder_that_peft_cannot_read_is_told(llama_dir, tmp_path):
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
-        load_peft(load(llama_dir), tmp_path)
+        load_peft(load(llama_dir), Adapter.open(tmp_path))
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOPE"}')
     with pytest.raises(UserError, match="PEFT cannot load"):
-        load_peft(load(llama_dir), tmp_path)
+        load_peft(load(llama_dir), Adapter.open(tmp_path))

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.peft.models import load_peft
@@ -107,7 +108,7 @@ def test_the_merged_base_answers_as_the_adapter(write_recipe, llama_dir, ids):
     base = AutoModelForCausalLM.from_pretrained(llama_dir).eval()
     with torch.no_grad():
         plain = base(ids).logits
-        adapted = load_peft(base, result.adapter_dir)(ids).logits
+        adapted = load_peft(base, Adapter.open(result.adapter_dir))(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(merge(result.run_dir).output_dir)(ids).logits
     assert (adapted - plain).abs().max() > 100 * FLOAT32
     torch.testing.assert_close(merged, adapted, rtol=FLOAT32, atol=FLOAT32)

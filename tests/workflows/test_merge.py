@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter import Adapter, load_adapter_files
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.export import ExportOptions, export
 from wegeft_cli.merging.merge import merge
@@ -18,6 +19,7 @@ from wegeft_cli.methods.wegeft.folding import fold_generators
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import save_adapter
 from wegeft_cli.runs.train import train
+from wegeft_cli.storage import safetensors_reader
 
 # The folded weight rounds once to float32, the adapter edits activations: two layers of that.
 FLOAT32 = 1e-5
@@ -153,7 +155,7 @@ def test_a_lora_run_is_merged_by_peft(write_recipe, ids, llama_dir):
     result = train(write_recipe(adapter={"type": "lora"}, train={"learning_rate": 0.05}))
     merged = merge(result.run_dir)
     assert merged.num_folded == 6
-    logits = load_peft(load(llama_dir), result.adapter_dir)(ids).logits
+    logits = load_peft(load(llama_dir), Adapter.open(result.adapter_dir))(ids).logits
     got = load(merged.output_dir)(ids).logits
     assert (got - logits).abs().max() < FLOAT32 * logits.abs().max()
     assert (got - load(llama_dir)(ids).logits).abs().max() > 1e-3 * logits.abs().max()
@@ -360,7 +362,7 @@ def test_the_source_is_never_touched_and_everything_of_it_comes_along(
 
 def test_a_failing_merge_leaves_no_half_folder(llama_dir, make_adapter, tmp_path, monkeypatch):
     folder, _ = make_adapter(llama_dir, target_modules=["down_proj"])
-    from wegeft_cli.merging import tensor_changes as edits
+    from wegeft_cli.methods import tensor_changes as edits
 
     calls = []
 
@@ -373,3 +375,24 @@ def test_a_failing_merge_leaves_no_half_folder(llama_dir, make_adapter, tmp_path
         merge(folder, output=tmp_path / "out")
     assert calls
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_merge_reads_the_config_and_each_header_once(build_llama_dir, make_adapter, monkeypatch):
+    base_dir = build_llama_dir(max_shard_size="30KB")
+    folder, _ = make_adapter(base_dir, target_modules=FIVE)
+    read_shard, headers = safetensors_reader.read_shard, []
+    monkeypatch.setattr(
+        safetensors_reader, "read_shard", lambda path: headers.append(path) or read_shard(path)
+    )
+    configs = []
+
+    def count(event, arguments):
+        if event == "open" and str(arguments[0]) == str(folder / "adapter_config.json"):
+            configs.append(arguments)
+
+    sys.addaudithook(count)  # it stays, and looks at this folder alone
+    merge(folder)
+    assert len(configs) == 1
+    of_base = [path for path in headers if path.parent == base_dir]
+    assert sorted(of_base) == sorted(base_dir.glob("*.safetensors"))
+    assert len(of_base) > 1

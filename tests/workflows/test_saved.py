@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.merging.merge import merge
@@ -213,7 +214,7 @@ def test_what_was_trained_is_merged_and_scored(write_saving, data_dir, ids, llam
     assert merged.num_folded == 6 + len(TENSORS)
     model = load(llama_dir)
     if type_ == "lora":
-        model = load_peft(model, result.adapter_dir)
+        model = load_peft(model, Adapter.open(result.adapter_dir))
     else:
         load_adapter(model, result.adapter_dir)
     logits = model(ids).logits

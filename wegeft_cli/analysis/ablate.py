@@ -16,8 +16,7 @@ from wegeft_cli.artifacts.adapter import (
     Adapter,
     AdapterFiles,
 )
-from wegeft_cli.artifacts.in_place_files import refuse_method
-from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
+from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import Asked, EvalJob, TaskRequest
 from wegeft_cli.evaluation.class_scores import refuse_foreign
@@ -25,7 +24,7 @@ from wegeft_cli.evaluation.evaluate import read_jobs
 from wegeft_cli.evaluation.score import TaskScore, result_dict
 from wegeft_cli.inference.loaded_classifier import is_classifier
 from wegeft_cli.inference.loaded_model import OpenedTarget, open_target
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.models.device_memory import telling_memory
@@ -91,12 +90,10 @@ def ablate(
         check_plots()
     if output is not None:
         check_output(output)
-    opened_adapter = Adapter.open(Path(find_run(adapter)))
-    adapter_dir, kind = opened_adapter.folder, opened_adapter.peft_type
-    if not method_of_adapter(kind).has_generators:
-        hint = "train it by adapter.type: wegeft to switch parts off"
-        reason = "only WeGeFT's parts can be switched off"
-        refuse_method(adapter_dir, kind, reason, hint=hint)
+    opened_adapter = Adapter.open(adapter)
+    adapter_dir = opened_adapter.folder
+    hint = "train it by adapter.type: wegeft to switch parts off"
+    require_generators(opened_adapter, "only WeGeFT's parts can be switched off", hint=hint)
     files = opened_adapter.files
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:

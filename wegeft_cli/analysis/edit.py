@@ -18,15 +18,12 @@ from wegeft_cli.artifacts.adapter import (
     Adapter,
     AdapterFiles,
     load_adapter_files,
-    resolve_adapter_dir,
     save_adapter_files,
 )
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json, read_head
-from wegeft_cli.artifacts.in_place_files import refuse_method
 from wegeft_cli.artifacts.manifest import AdapterManifest, Edit, ModuleEntry
-from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.storage.atomic import check_unused_folder
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
@@ -88,12 +85,14 @@ def edit(
             left, or the folder is in use.
         ExceptionGroup: If several parts are at fault.
     """
-    adapter_dir = resolve_adapter_dir(find_run(adapter))
-    _check_kind(adapter_dir)
+    opened = Adapter.open(adapter)
+    adapter_dir = opened.folder
+    hint = "train it by adapter.type: wegeft to edit it"
+    require_generators(opened, "only WeGeFT's parts can be edited", hint=hint)
     ending = "restored" if restore else "edited"
     output = output or adapter_dir.with_name(f"{adapter_dir.name.removesuffix('-edited')}-{ending}")
     check_unused_folder(output)
-    files = load_adapter_files(adapter_dir)
+    files = opened.files
     card = _read_card(adapter_dir)
     original: Path | None = adapter_dir
     if files.manifest.edits:
@@ -250,13 +249,6 @@ def _write(
         num_groups=len(files.factors),
         trainable_parameters=sum(t.numel() for t in [*tensors, *files.saved_modules.values()]),
     )
-
-
-def _check_kind(adapter_dir: Path) -> None:
-    kind = Adapter.open(adapter_dir).peft_type
-    if not method_of_adapter(kind).has_generators:
-        hint = "train it by adapter.type: wegeft to edit it"
-        refuse_method(adapter_dir, kind, "only WeGeFT's parts can be edited", hint=hint)
 
 
 def _read_card(adapter_dir: Path) -> str:

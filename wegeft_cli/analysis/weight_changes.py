@@ -14,11 +14,10 @@ from wegeft_cli.artifacts.adapter import (
     Adapter,
     AdapterFiles,
 )
-from wegeft_cli.artifacts.in_place_files import refuse_method
 from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import method_of, refuse_adapter
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
@@ -140,19 +139,19 @@ def open_changes(
     """
     opened = Adapter.open(adapter)
     adapter_dir, kind = opened.folder, opened.peft_type
-    method = method_of_adapter(kind)
+    method = method_of(opened)
     files: AdapterFiles | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     if method.has_generators:
         files = opened.files
         parts = list(_list_parts(files))
     elif method.is_lora:
-        pairs = load_lora_files(adapter_dir)
+        pairs = load_lora_files(opened)
         parts = [Part(name, name) for name in pairs]
     else:
         reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
         hint = "`wegeft eval --compare-base` tells what it does"
-        refuse_method(adapter_dir, kind, reason, hint=hint)
+        refuse_adapter(opened, reason, hint=hint)
     with tell_base(base, adapter_dir):
         base_dir = fetch_base_folder(base or opened.base, None if base else opened.revision)
         stored = list_tensors(base_dir)

@@ -1,4 +1,4 @@
-"""The adapter on disk: two files and a card, written whole and believed only after checking."""
+"""An adapter on disk: `adapter_config.json`, `adapter_model.safetensors` and a model card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.artifacts.head_file import HEAD_NAME, read_head
-from wegeft_cli.artifacts.manifest import PEFT_TYPE, AdapterManifest
-from wegeft_cli.artifacts.run_directory import _read_run
+from wegeft_cli.artifacts.manifest import AdapterManifest
+from wegeft_cli.artifacts.run_directory import _read_run, find_recipe_of, find_run
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.storage.atomic import (
     atomic_folder,
     save_tensors_atomic,
@@ -39,6 +40,7 @@ BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantised
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 PROVENANCE_NAME = "wegeft_merge.json"  # in a merged model's folder
 
+_QUANTIZATION = "base_quantization"
 _PHI = "base_model.wegeft_phi_"
 _PSI = "base_model.wegeft_psi_"
 _SAVED = "base_model.model."
@@ -298,11 +300,11 @@ class Adapter:
     text: bytes = field(repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> Adapter:
+    def open(cls, path: str | Path | None = None) -> Adapter:
         """Open an adapter folder, or the adapter of a run folder.
 
         Args:
-            path: The folder.
+            path: The folder. Default: the newest finished run under runs/.
 
         Returns:
             The adapter; its tensors are read by `files`.
@@ -310,7 +312,7 @@ class Adapter:
         Raises:
             UserError: If there is no adapter, or its config is damaged or names no method or base.
         """
-        folder = resolve_adapter_dir(path)
+        folder = resolve_adapter_dir(find_run(path))
         check_links(folder)
         config_path = folder / CONFIG_NAME
         text = read_text_bytes(config_path)
@@ -331,6 +333,31 @@ class Adapter:
         base = values["base_model_name_or_path"]
         return cls(folder, values["peft_type"], base, revision, values, text)
 
+    @property
+    def config_path(self) -> Path:
+        """Path of `adapter_config.json`."""
+        return self.folder / CONFIG_NAME
+
+    @property
+    def weights_path(self) -> Path:
+        """Path of `adapter_model.safetensors`."""
+        return self.folder / WEIGHTS_NAME
+
+    @cached_property
+    def manifest(self) -> AdapterManifest:
+        """The config of a WeGeFT adapter, strictly checked."""
+        return AdapterManifest.from_json(self.text, file=str(self.config_path))
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """Recipe of the run that the adapter belongs to; None outside a run."""
+        return find_recipe_of(self.folder)
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether the run allowed the code that comes with its base."""
+        return self.recipe is not None and self.recipe.model.trust_remote_code
+
     @cached_property
     def head(self) -> dict[str, Any] | None:
         """What `head.json` holds; None for a language model's adapter."""
@@ -338,33 +365,36 @@ class Adapter:
 
     @cached_property
     def files(self) -> AdapterFiles:
-        """The checked tensors and manifest of a WeGeFT adapter."""
+        """The checked tensors and manifest of a WeGeFT adapter; they stay in memory."""
+        return self.read_files()
+
+    def read_files(self) -> AdapterFiles:
+        """Read and check the tensors of a WeGeFT adapter, see `load_adapter_files`."""
         return load_adapter_files(self.folder, self.text)
 
     @cached_property
     def quantization(self) -> str | None:
         """How the base was quantized in training (`bitsandbytes_4bit`); None where it was not.
 
-        A WeGeFT adapter's config records it. PEFT warns of keys that it does not know, so beside
-        an adapter of PEFT's the record is a file of its own.
+        It is a key of WeGeFT's config. PEFT warns of keys that it does not know, so a PEFT adapter
+        has it in `wegeft_base.json`.
         """
-        if self.peft_type == PEFT_TYPE:
-            manifest = AdapterManifest.from_json(self.text, file=str(self.folder / CONFIG_NAME))
-            return manifest.base_quantization
+        path, found = self.config_path, self.config.get(_QUANTIZATION)
         record = self.folder / BASE_NAME
-        if not record.is_file():
+        if found is None and not record.is_file():
             return None
-        values = read_json(record)
-        found = values.get("base_quantization") if isinstance(values, dict) else None
+        if found is None:
+            path, values = record, read_json(record)
+            found = values.get(_QUANTIZATION) if isinstance(values, dict) else None
         if not isinstance(found, str):
             message = f"must be a text, got {shorten(found)}"
-            raise UserError(message, file=str(record), key="base_quantization")
+            raise UserError(message, file=str(path), key=_QUANTIZATION)
         return found
 
 
 def quantization_to_json(kind: str) -> str:
     """Return the text of `wegeft_base.json`, see `Adapter.quantization`."""
-    return json.dumps({"base_quantization": kind}, indent=2) + "\n"
+    return json.dumps({_QUANTIZATION: kind}, indent=2) + "\n"
 
 
 def read_provenance(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,12 @@ def fingerprint_base(model_dir: Path) -> str | None:
     Raises:
         UserError: If a file is missing or damaged.
     """
-    tensors = sorted(list_tensors(model_dir).items())
+    return fingerprint_tensors(list_tensors(model_dir))
+
+
+def fingerprint_tensors(infos: Mapping[str, TensorInfo]) -> str | None:
+    """Hash stored tensors whose headers are read already, see `fingerprint_base`."""
+    tensors = sorted(infos.items())
     if not tensors:
         return None
     # hashlib and reads let go of the interpreter lock, so threads do help here.

@@ -6,17 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter
 from wegeft_cli.artifacts.manifest import INPLACE_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import (
     atomic_folder,
-    disk_errors,
     save_tensors_atomic,
     write_text_atomic,
 )
@@ -24,37 +22,7 @@ from wegeft_cli.storage.json_files import parse_json, shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
 
 _PREFIX = "base_model.model."
-
-
-def describe_kind(kind: str) -> str:
-    """Give an adapter's kind as a user knows it.
-
-    Args:
-        kind: Its `peft_type`.
-
-    Returns:
-        The words for a message.
-    """
-    if kind == INPLACE_TYPE:
-        return "the base's own weights, trained by full, bitfit or linear_probe"
-    return f"a {kind} adapter"
-
-
-def refuse_method(adapter_dir: Path, kind: str, reason: str, *, hint: str) -> NoReturn:
-    """Refuse an adapter of another method.
-
-    Args:
-        adapter_dir: Its folder.
-        kind: Its `peft_type`.
-        reason: What only others can do.
-        hint: What to do with one of PEFT's; one of the base's own weights is merged.
-
-    Raises:
-        UserError: Always.
-    """
-    if kind == INPLACE_TYPE:
-        hint = "`wegeft merge` makes a model of it; `wegeft eval --compare-base` scores both"
-    raise UserError(f"this is {describe_kind(kind)}; {reason}", file=str(adapter_dir), hint=hint)
+_TYPES = (INPLACE_TYPE,)
 
 
 @dataclass(frozen=True)
@@ -109,22 +77,11 @@ def save_inplace_files(
         write_text_atomic(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
-def load_inplace_files(adapter_dir: Path) -> tuple[InplaceManifest, dict[str, Tensor]]:
-    """Read the folder.
-
-    Args:
-        adapter_dir: The folder.
-
-    Returns:
-        The manifest, and full parameter name -> value.
-
-    Raises:
-        UserError: If a file is missing, damaged or of another kind.
-    """
-    path, weights = adapter_dir / CONFIG_NAME, adapter_dir / WEIGHTS_NAME
-    with disk_errors(path, "read"):
-        values = parse_json(path.read_bytes(), file=str(path))
-    if not isinstance(values, dict) or values.get("peft_type") != INPLACE_TYPE:
+def load_inplace_files(adapter: Adapter) -> tuple[InplaceManifest, dict[str, Tensor]]:
+    """Return the manifest, and full parameter name -> value; raise UserError if it is damaged."""
+    path, weights = adapter.config_path, adapter.weights_path
+    values = parse_json(adapter.text, file=str(path))
+    if not isinstance(values, dict) or values.get("peft_type") not in _TYPES:
         raise UserError(f"is no {INPLACE_TYPE} adapter", file=str(path), key="peft_type")
     known = {field.name for field in fields(InplaceManifest)}
     missing = sorted(known - values.keys())

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
-from wegeft_cli.storage.json_files import parse_json, shorten
+from wegeft_cli.storage.json_files import shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
 
 _PREFIX = "base_model.model."
@@ -21,11 +20,20 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _UNREAD = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "megatron_config")
 
 
-def load_lora_files(adapter_dir: Path) -> dict[str, tuple[Tensor, Tensor]]:
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's `--max-lora-rank`."""
+
+
+def served_rank(rank: int) -> int:
+    """Return the least rank of vLLM's that holds a rank; the rank itself above all of them."""
+    return next((served for served in SERVED_RANKS if served >= rank), rank)
+
+
+def load_lora_files(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Read a LoRA adapter.
 
     Args:
-        adapter_dir: Its folder.
+        adapter: The adapter.
 
     Returns:
         Module name -> (B [d_out, r], A [r, d_in]), scaled: the change is `B A`.
@@ -33,9 +41,7 @@ def load_lora_files(adapter_dir: Path) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         UserError: If a file is damaged, or the adapter is more than plain LoRA on linears.
     """
-    path = adapter_dir / CONFIG_NAME
-    with disk_errors(path, "read"):
-        config = parse_json(path.read_bytes(), file=str(path), allow_nan=True)
+    path, config = adapter.config_path, adapter.config
     for key in _UNREAD:
         if config.get(key):
             raise UserError(
@@ -44,7 +50,7 @@ def load_lora_files(adapter_dir: Path) -> dict[str, tuple[Tensor, Tensor]]:
                 key=key,
             )
     scale = _read_scale(config, path)
-    tensors = load_tensors(adapter_dir / WEIGHTS_NAME)
+    tensors = load_tensors(adapter.weights_path)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, A in tensors.items():
         if not name.endswith(_A):
@@ -52,11 +58,11 @@ def load_lora_files(adapter_dir: Path) -> dict[str, tuple[Tensor, Tensor]]:
         B = tensors.get(name.removesuffix(_A) + _B)
         if B is None or A.ndim != 2 or B.ndim != 2 or B.shape[1] != A.shape[0]:
             message = f"{shorten(name)} has no lora_B that fits"
-            raise UserError(message, file=str(adapter_dir / WEIGHTS_NAME))
+            raise UserError(message, file=str(adapter.weights_path))
         module = name.removeprefix(_PREFIX).removesuffix(_A)
         pairs[module] = (scale * B.float(), A.float())
     if not pairs:
-        raise UserError("holds no LoRA pairs of linears", file=str(adapter_dir / WEIGHTS_NAME))
+        raise UserError("holds no LoRA pairs of linears", file=str(adapter.weights_path))
     return pairs
 
 

@@ -18,12 +18,10 @@ from wegeft_cli.artifacts.adapter import (
     WEIGHTS_NAME,
     Adapter,
 )
-from wegeft_cli.artifacts.in_place_files import refuse_method
-from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.lora import TwinPlan, plan_twin
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.lora_equivalent import Twin
 from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
@@ -154,7 +152,7 @@ def export(
         assert target is not None
         result = _export_model(str(target), format, output, revision, options, reporter)
     else:
-        adapter = Adapter.open(Path(find_run(target)))
+        adapter = Adapter.open(target)
         if adapter.head is not None:
             raise UserError(
                 "this is a classifier's adapter, whose head no other tool reads beside a LoRA pair",
@@ -213,12 +211,9 @@ def _export_adapter(
     reporter: Reporter,
 ) -> ExportResult:
     check_unused_folder(output)
-    adapter_dir, kind = adapter.folder, adapter.peft_type
-    if not method_of_adapter(kind).has_generators:
-        own = "PEFT reads it as it is"
-        hint = "merge it and export the model" if format == "gguf" else own
-        reason = "only a WeGeFT adapter has an exact LoRA equivalent"
-        refuse_method(adapter_dir, kind, reason, hint=hint)
+    adapter_dir = adapter.folder
+    hint = "merge it and export the model" if format == "gguf" else "PEFT reads it as it is"
+    require_generators(adapter, "only a WeGeFT adapter has an exact LoRA equivalent", hint=hint)
     files = adapter.files
     if (quantised := files.manifest.base_quantization) is not None:
         reporter.warn(
@@ -228,8 +223,7 @@ def _export_adapter(
         )
     name_or_path = base or adapter.base
     revision = revision or (None if base else adapter.revision)
-    recipe = find_recipe_of(adapter_dir)
-    trusts = recipe is not None and recipe.model.trust_remote_code
+    trusts = adapter.trusts_remote_code
     with tell_base(base, adapter_dir):
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.stored_names import has_all_tensors
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
@@ -17,9 +18,6 @@ from wegeft_cli.methods.wegeft.lora_equivalent import Twin, make_twin
 from wegeft_cli.methods.wegeft.targets import Target, find_linears
 from wegeft_cli.models.loading import build_meta_model, load_config, load_model
 from wegeft_cli.storage.safetensors_reader import list_tensors, read_rows
-
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM makes room for (`--max-lora-rank`)."""
 
 # What servers stack into one matrix, and so want whole.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -140,7 +138,7 @@ def plan_twin(
     r = files.manifest.r
     rank = max(r * len(entries) for entries in modules.values())
     if pad_rank:
-        rank = next((served for served in SERVED_RANKS if served >= rank), rank)
+        rank = served_rank(rank)
     biased: frozenset[str] = frozenset()
     if files.manifest.side == "output":
         has_bias = {name: model.get_submodule(name).bias is not None for name in modules}

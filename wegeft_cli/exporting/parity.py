@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
@@ -114,7 +115,7 @@ def _compute(
     merged = _logits(model, rows)
     unfold_generators(model)
     remove_generators(model)
-    twin = _logits(load_peft(model, twin_dir), rows)
+    twin = _logits(load_peft(model, Adapter.open(twin_dir)), rows)
     return base, adapter, merged, twin
 
 

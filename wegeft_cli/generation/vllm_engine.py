@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.lora_files import SERVED_RANKS
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation.completion import Generations, Written, decode_answer
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import fit_context
 from wegeft_cli.generation.sampling import stream_seed
 from wegeft_cli.generation.stopping import find_end_ids
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM makes room for; an adapter of another one takes the next larger."""
 
 _AT_ONCE = 1024  # vLLM schedules by itself; this many answers are lost at most by a kill
 
@@ -95,10 +93,10 @@ def open_model(
     }
     lora = None
     if lora_dir is not None:
-        room = next((size for size in RANKS if size >= (rank or 1)), None)
+        room = next((size for size in SERVED_RANKS if size >= (rank or 1)), None)
         if room is None:
             raise UserError(
-                f"vLLM serves ranks up to {RANKS[-1]}, and this adapter has {rank}",
+                f"vLLM serves ranks up to {SERVED_RANKS[-1]}, and this adapter has {rank}",
                 key="--backend",
                 hint="use the transformers backend, or merge the adapter first",
             )

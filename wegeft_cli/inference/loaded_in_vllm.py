@@ -19,7 +19,7 @@ from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import OpenedTarget, resolve_target, telling_target
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.save_load import check_base
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
@@ -86,7 +86,7 @@ def open_in_vllm(
         model = vllm.open_model(str(folder), **told)
         return VllmTarget("model", model, tokenizer, None, section, None, vllm.write_texts)
     scratch = None
-    method = method_of_adapter(adapter.peft_type)
+    method = method_of(adapter)
     if method.has_generators:
         manifest = adapter.files.manifest
         check_base(manifest, folder, adapter.folder, warn=warn)

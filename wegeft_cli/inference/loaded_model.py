@@ -13,7 +13,7 @@ from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.loaded_classifier import is_classifier
-from wegeft_cli.methods.registry import method_of_adapter
+from wegeft_cli.methods.registry import method_of
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.storage.atomic import hash_bytes
@@ -58,7 +58,7 @@ class OpenedTarget:
     def base_alone(self) -> Iterator[tuple[Any, Any]]:
         """Give the base model inside the block: the adapter switched off, or the base loaded."""
         if self.adapter is not None and self.base is None:
-            with method_of_adapter(self.adapter.peft_type).disabled(self.model):
+            with method_of(self.adapter).disabled(self.model):
                 yield self.model, self.tokenizer
             return
         if self.base is None:
@@ -107,7 +107,7 @@ def open_target(
     with tell_base(base, adapter.folder):
         model, tokenizer = _load(section)
     model = put_adapter(model, adapter, section, warn=warn).eval()
-    own = section.name_or_path if method_of_adapter(adapter.peft_type).trains_in_place else None
+    own = section.name_or_path if method_of(adapter).trains_in_place else None
     return OpenedTarget("adapter", model, tokenizer, own, section, adapter)
 
 
@@ -179,7 +179,7 @@ def resolve_target(
     section = replace(
         section, name_or_path=base or adapter.base, revision=None if base else adapter.revision
     )
-    method = method_of_adapter(adapter.peft_type)
+    method = method_of(adapter)
     recorded = None if method.trains_in_place else adapter.quantization
     if method.has_generators or recorded is not None:
         # Where a PEFT adapter records nothing, as older ones do, the run's recipe decides.

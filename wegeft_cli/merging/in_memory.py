@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.methods.registry import method_of_adapter, put_adapter
-from wegeft_cli.models.loading import load_model
+from wegeft_cli.methods.registry import method_of, put_adapter
+from wegeft_cli.models.loading import load_model, load_tokenizer, quiet_transformers
 from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.storage.atomic import atomic_folder, check_free_space
+from wegeft_cli.storage.safetensors_reader import list_tensors
+
+_MAX_SHARD = "50GB"  # transformers' default
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How a merged model is written.
+
+    Args:
+        folder: The folder.
+        dtype: Type of all floating tensors. Default: the base's.
+        max_shard_size: Largest size of a file's tensors, such as 5GB.
+        texts: File name -> text of a file that is written beside the weights.
+    """
+
+    folder: Path
+    dtype: str | None = None
+    max_shard_size: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_whole(adapter: Adapter) -> bool:
     """Return whether an adapter has a head, or is the base's own parameters."""
-    return method_of_adapter(adapter.peft_type).trains_in_place or adapter.head is not None
+    return method_of(adapter).trains_in_place or adapter.head is not None
 
 
 def fold_onto(
@@ -22,7 +48,7 @@ def fold_onto(
     """Load an adapter onto its base and fold it; return the model and the number of changes."""
     reporter = reporter or SilentReporter()
     model = put_adapter(model, adapter, section, warn=reporter.warn)
-    return method_of_adapter(adapter.peft_type).fold(model, adapter)
+    return method_of(adapter).fold(model, adapter)
 
 
 def fold_whole(
@@ -58,7 +84,32 @@ def fold_whole(
     processor = load_processor(section, "causal_lm" if head is None else head.task)
     if head is not None:
         pad_as_tokenizer(model, processor)
-    if method_of_adapter(adapter.peft_type).trains_in_place and dtype is None:
+    if method_of(adapter).trains_in_place and dtype is None:
         model = model.float()
     model, num_folded = fold_onto(model, adapter, section, reporter)
     return model, processor, num_folded
+
+
+def load_dense(section: ModelSection) -> tuple[Any, Any]:
+    """Load a language model in its stored type, and its tokenizer."""
+    model = load_model(section.name_or_path, trust_remote_code=section.trust_remote_code)
+    return model, load_tokenizer_of(section)
+
+
+def load_tokenizer_of(section: ModelSection) -> Any:
+    """Load the tokenizer of a base on disk."""
+    return load_tokenizer(section.name_or_path, trust_remote_code=section.trust_remote_code)
+
+
+def write_model(model: Any, processor: Any, form: OutputFormat) -> int:
+    """Write a model with its tokenizer or image processor and return its number of tensors."""
+    if form.dtype is not None:
+        model = model.to(getattr(torch, form.dtype))
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    check_free_space(form.folder, num_bytes, "the merged model")
+    with atomic_folder(form.folder) as temporary, quiet_transformers():
+        model.save_pretrained(str(temporary), max_shard_size=form.max_shard_size or _MAX_SHARD)
+        processor.save_pretrained(str(temporary))
+        for name, text in form.texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        return len(list_tensors(temporary))

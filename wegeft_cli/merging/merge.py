@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from wegeft_cli.artifacts.adapter import (
-    CARD_NAME,
-    PROVENANCE_NAME,
-    Adapter,
-    AdapterFiles,
-)
-from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.artifacts.run_directory import find_recipe_of, find_run
-from wegeft_cli.artifacts.stored_names import has_all_tensors
+from wegeft_cli.artifacts.adapter import CARD_NAME, PROVENANCE_NAME, Adapter
+from wegeft_cli.artifacts.fingerprint import fingerprint_tensors
 from wegeft_cli.errors import UserError
-from wegeft_cli.merging.in_memory import fold_onto, fold_whole, is_whole
+from wegeft_cli.merging.in_memory import (
+    OutputFormat,
+    fold_onto,
+    fold_whole,
+    is_whole,
+    load_dense,
+    load_tokenizer_of,
+    write_model,
+)
 from wegeft_cli.merging.quantized import (
     choose_weights,
     compare_logits,
@@ -30,34 +32,21 @@ from wegeft_cli.merging.quantized import (
     fold_dequantized,
 )
 from wegeft_cli.merging.streaming import merge_stream
-from wegeft_cli.merging.tensor_changes import build_edits
-from wegeft_cli.methods.registry import method_of_adapter
-from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
+from wegeft_cli.methods.registry import method_of
+from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
 from wegeft_cli.methods.wegeft.save_load import check_fingerprint, tell_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
-from wegeft_cli.models.loading import (
-    fetch_base_folder,
-    load_model,
-    load_tokenizer,
-    name_quantization,
-    quiet_transformers,
-)
+from wegeft_cli.models.loading import fetch_base_folder, name_quantization
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_merged_card
-from wegeft_cli.recipe.schema import ModelSection, Recipe
+from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.storage.atomic import (
-    atomic_folder,
-    check_free_space,
-    check_unused_folder,
-    write_text_atomic,
-)
-from wegeft_cli.storage.safetensors_reader import list_tensors
+from wegeft_cli.storage.atomic import check_unused_folder, write_text_atomic
+from wegeft_cli.storage.safetensors_reader import StoredModel
 from wegeft_cli.storage.safetensors_writer import parse_size
 from wegeft_cli.version import VERSION
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_WHOLE_SHARD = "50GB"  # transformers' own default
 
 
 @dataclass(frozen=True)
@@ -89,25 +78,6 @@ class MergeResult:
     def to_json(self) -> dict[str, Any]:
         """Give the result as a JSON object, paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How the result is to be written.
-
-    Args:
-        output: The folder.
-        dtype: The type of all floating tensors; None is the base's.
-        max_shard_size: Largest size of a file's tensors, as the user wrote it.
-        texts: File name -> text of what is written beside the weights.
-        trusts: Whether code that comes with the base may run.
-    """
-
-    output: Path
-    dtype: str | None
-    max_shard_size: str | None
-    texts: dict[str, str]
-    trusts: bool
 
 
 def merge(
@@ -158,16 +128,24 @@ def merge(
     if max_shard_size is not None:
         parse_size(max_shard_size)
     several = adapter if isinstance(adapter, list | tuple) and adapter else [adapter]
-    adapters = [Adapter.open(Path(find_run(each))) for each in several]  # type: ignore[arg-type]
+    adapters = [Adapter.open(each) for each in several]  # type: ignore[arg-type]
     shares = _check_weights(weights, len(adapters))
     output = output or _default_output(adapters[0].folder)
     check_unused_folder(output)
     if push is not None:
         push.check()
     job = _plan_job(adapters, shares, base, revision, dequantize=dequantize)
-    texts = {CARD_NAME: write_merged_card(job.folders, shares, job.base, job.revision, output.name)}
-    texts[PROVENANCE_NAME] = json.dumps(job.provenance(), indent=2) + "\n"
-    form = _Form(output, dtype, max_shard_size, texts, _trusts(job.recipe))
+    texts = {
+        CARD_NAME: write_merged_card(
+            [each.folder for each in adapters],
+            shares,
+            job.section.name_or_path,
+            job.section.revision,
+            output.name,
+        ),
+        PROVENANCE_NAME: json.dumps(job.provenance(), indent=2) + "\n",
+    }
+    form = OutputFormat(output, dtype, max_shard_size, texts)
     with tell_base(base, adapters[0].folder):
         written = _merge_whole(job, form, reporter) if job.is_whole else _merge(job, form, reporter)
     if written.quantization is not None:
@@ -197,44 +175,55 @@ class _Job:
     Args:
         adapters: The adapters, each opened once.
         shares: One weight for each.
-        base: The base's folder or hub id.
-        revision: Its hub revision.
-        recipe: The recipe of the first adapter's run, where there is one.
+        section: The base.
         dequantize: Whether dequantized weights were asked for.
-        streams: Whether every adapter is WeGeFT's and has no head, so that tensors are streamed.
-        is_whole: Whether the adapter brings a head, or is the base's own parameters.
+        has_changes: Whether every adapter is a sum of tensor changes, which can be streamed.
     """
 
     adapters: Sequence[Adapter]
     shares: Sequence[float]
-    base: str
-    revision: str | None
-    recipe: Recipe | None
+    section: ModelSection
     dequantize: bool
-    streams: bool
-    is_whole: bool
+    has_changes: bool
 
     @property
-    def folders(self) -> list[Path]:
-        """The adapters' folders."""
-        return [adapter.folder for adapter in self.adapters]
+    def first(self) -> Adapter:
+        """The adapter whose run and base count."""
+        return self.adapters[0]
 
     @property
-    def weighted(self) -> list[tuple[AdapterFiles, float]]:
-        """Each WeGeFT adapter's files with its weight."""
-        return [(a.files, share) for a, share in zip(self.adapters, self.shares, strict=True)]
+    def is_whole(self) -> bool:
+        """Whether the adapter brings a head, or is the base's own parameters."""
+        return is_whole(self.first)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one adapter is merged with weight 1."""
+        return list(self.shares) == [1.0]
+
+    def changes(
+        self, shapes: Mapping[str, tuple[int, ...]], model: nn.Module | None = None
+    ) -> dict[str, TensorChange] | None:
+        """Return the summed changes of all adapters, see `Method.tensor_changes`."""
+        found = []
+        for adapter, share in zip(self.adapters, self.shares, strict=True):
+            changes = method_of(adapter).tensor_changes(adapter, share, shapes, model=model)
+            if changes is None:
+                return None
+            found.append(changes)
+        return sum_changes(found)
 
     def provenance(self) -> dict[str, Any]:
         """Return what `wegeft_merge.json` records of the inputs."""
         return {
-            "base_model_name_or_path": self.base,
-            "revision": self.revision,
-            "adapter": str(self.adapters[0].folder),
+            "base_model_name_or_path": self.section.name_or_path,
+            "revision": self.section.revision,
+            "adapter": str(self.first.folder),
             "adapters": [
-                {"path": str(folder), "weight": w}
-                for folder, w in zip(self.folders, self.shares, strict=True)
+                {"path": str(adapter.folder), "weight": w}
+                for adapter, w in zip(self.adapters, self.shares, strict=True)
             ],
-            "peft_type": self.adapters[0].peft_type,
+            "peft_type": self.first.peft_type,
             "wegeft_version": VERSION,
         }
 
@@ -259,68 +248,65 @@ def _plan_job(
     dequantize: bool,
 ) -> _Job:
     first = adapters[0]
-    streams = [
-        method_of_adapter(adapter.peft_type).has_generators and not is_whole(adapter)
+    foreign = [
+        adapter
         for adapter in adapters
+        if is_whole(adapter) or not method_of(adapter).has_generators
     ]
-    if not all(streams) and (len(adapters) > 1 or list(shares) != [1.0]):
-        foreign = adapters[streams.index(False)]
+    if foreign and (len(adapters) > 1 or list(shares) != [1.0]):
         raise UserError(
-            f"{_name(foreign)} can only be merged alone and with weight 1",
-            file=str(foreign.folder),
+            f"{_name(foreign[0])} can only be merged alone and with weight 1",
+            file=str(foreign[0].folder),
             hint="several adapters, or a weight, need WeGeFT adapters of a language model",
         )
     if dequantize and is_whole(first):
         raise _only_alone()
-    return _Job(
-        adapters=adapters,
-        shares=shares,
-        base=base or first.base,
-        revision=revision or (None if base else first.revision),
-        recipe=find_recipe_of(first.folder),
-        dequantize=dequantize,
-        streams=all(streams),
-        is_whole=is_whole(first),
-    )
-
-
-def _merge_whole(job: _Job, form: _Form, reporter: Reporter) -> _Written:
-    """Merge an adapter with a head, or of the base's own parameters, in memory."""
-    adapter = job.adapters[0]
-    reporter.note(f"{_name(adapter)} is merged in memory")
     section = ModelSection(
-        name_or_path=job.base, revision=job.revision, trust_remote_code=form.trusts
+        name_or_path=base or first.base,
+        revision=revision or (None if base else first.revision),
+        trust_remote_code=first.trusts_remote_code,
     )
-    model, processor, num_folded = fold_whole(section, adapter, form.dtype, reporter)
-    return _Written(_write_folder(model, processor, form), num_folded)
+    return _Job(adapters, shares, section, dequantize, has_changes=not foreign)
 
 
-def _merge(job: _Job, form: _Form, reporter: Reporter) -> _Written:
+def _merge_whole(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
+    """Merge an adapter with a head, or of the base's own parameters, in memory."""
+    reporter.note(f"{_name(job.first)} is merged in memory")
+    model, processor, num_folded = fold_whole(job.section, job.first, form.dtype, reporter)
+    return _Written(write_model(model, processor, form), num_folded)
+
+
+def _merge(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
     """Merge language models' adapters: streamed where they are WeGeFT's, else in memory."""
-    base_dir = _find_base(job.base, job.revision, is_own=job.streams)
-    if job.streams:
-        _check_bases(base_dir, job.adapters, reporter)
-    # Any of them may have been trained on a quantized base, in whatever order they are named.
+    base = job.section
+    base_dir = _find_base(base.name_or_path, base.revision, must_be_folder=job.has_changes)
+    job = replace(job, section=replace(base, name_or_path=str(base_dir), revision=None))
+    stored = StoredModel(base_dir)
+    if job.has_changes:
+        _check_bases(stored, job.adapters, reporter)
+    # Any of them may have been trained on a quantized base.
     recorded = next((a.quantization for a in job.adapters if a.quantization is not None), None)
-    if not job.streams and recorded is None and job.recipe is not None:
-        recorded = name_quantization(job.recipe.model)  # older PEFT adapters record nothing
+    recipe = job.first.recipe
+    if not job.has_changes and recorded is None and recipe is not None:
+        recorded = name_quantization(recipe.model)  # older PEFT adapters record nothing
     quantization, dequantize = choose_weights(recorded, base_dir, job.dequantize)
-    is_alone = list(job.shares) == [1.0]
-    if dequantize and not is_alone:
+    if dequantize and not job.is_alone:
         raise _only_alone()
-    trained_base = describe_base(recorded, job.recipe, base_dir)
+    trained_base = describe_base(recorded, recipe, base_dir)
     if dequantize:
         reporter.note(f"merged into the dequantized weights ({quantization}), in memory")
-        model, num_folded = fold_dequantized(trained_base, job.adapters[0])
-        num_tensors = _write_model(model, str(base_dir), form)
-    elif job.streams:
-        num_tensors, num_folded = _merge_own(base_dir, job, form, reporter)
+        model, num_folded = fold_dequantized(trained_base, job.first)
+        num_tensors = write_model(model, load_tokenizer_of(job.section), form)
+    elif job.has_changes:
+        num_tensors, num_folded = _merge_changes(stored, job, form, reporter)
     else:
-        reporter.note(f"a {job.adapters[0].peft_type} adapter is merged by PEFT, in memory")
-        num_tensors, num_folded = _merge_by_peft(str(base_dir), job.adapters[0], form)
+        reporter.note(f"a {job.first.peft_type} adapter is merged by PEFT, in memory")
+        model, tokenizer = load_dense(job.section)
+        model, num_folded = fold_onto(model, job.first, job.section)
+        num_tensors = write_model(model, tokenizer, form)
     difference = None
-    if quantization is not None and is_alone:
-        difference = compare_logits(trained_base, job.adapters[0], form.output, reporter)
+    if quantization is not None and job.is_alone:
+        difference = compare_logits(trained_base, job.first, form.folder, reporter)
     elif quantization is not None:
         reporter.warn(
             f"an adapter was trained on a base quantized as {quantization}; how far the merged "
@@ -357,44 +343,44 @@ def _name(adapter: Adapter) -> str:
     return f"{whose} {adapter.peft_type} adapter"
 
 
-def _trusts(recipe: Recipe | None) -> bool:
-    return recipe is not None and recipe.model.trust_remote_code
-
-
-def _find_base(name_or_path: str, revision: str | None, *, is_own: bool) -> Path:
-    """Give the base's folder; PEFT merges into a GGUF file's weights too."""
+def _find_base(name_or_path: str, revision: str | None, *, must_be_folder: bool) -> Path:
+    """Return the base's folder; PEFT merges into a GGUF file's weights too."""
     file = Path(name_or_path).expanduser()
-    return file if file.is_file() and not is_own else fetch_base_folder(name_or_path, revision)
+    if file.is_file() and not must_be_folder:
+        return file
+    return fetch_base_folder(name_or_path, revision)
 
 
-def _check_bases(base_dir: Path, adapters: Sequence[Adapter], reporter: Reporter) -> None:
+def _check_bases(stored: StoredModel, adapters: Sequence[Adapter], reporter: Reporter) -> None:
     """Refuse a base without safetensors, or other than the one that an adapter was trained on."""
-    if not list_tensors(base_dir):
-        message = f"the folder {str(base_dir)!r} holds no safetensors"
+    place = f"{str(stored.folder)!r}"
+    if not stored.tensors:
+        message = f"the folder {place} holds no safetensors"
         raise UserError(message, key="model.name_or_path")
     manifests = [adapter.files.manifest for adapter in adapters]
     found = None
     if any(manifest.base_fingerprint is not None for manifest in manifests):
-        found = fingerprint_base(base_dir)
+        found = fingerprint_tensors(stored.tensors)
     for adapter, manifest in zip(adapters, manifests, strict=True):
         hint = f"give the right one with --base (it was {manifest.base_model_name_or_path!r})"
-        place = f"the base in {str(base_dir)!r}"
-        check_fingerprint(manifest, found, place, adapter.folder, hint=hint, warn=reporter.warn)
+        base = f"the base in {place}"
+        check_fingerprint(manifest, found, base, adapter.folder, hint=hint, warn=reporter.warn)
 
 
-def _merge_own(base_dir: Path, job: _Job, form: _Form, reporter: Reporter) -> tuple[int, int]:
-    """Merge WeGeFT adapters; return the numbers of all tensors and of the changed ones."""
-    stored = list_tensors(base_dir)
-    if not all(has_all_tensors(adapter.files, stored) for adapter in job.adapters):
+def _merge_changes(
+    stored: StoredModel, job: _Job, form: OutputFormat, reporter: Reporter
+) -> tuple[int, int]:
+    """Merge by tensor changes; return the numbers of all tensors and of the changed ones."""
+    changes = job.changes({name: info.shape for name, info in stored.tensors.items()})
+    if changes is None:
         reporter.note("the base's files name its layers otherwise: merged in memory")
-        return _merge_in_memory(base_dir, job, form)
-    shapes = {name: info.shape for name, info in stored.items()}
+        return _merge_changes_in_memory(job, form)
     size = form.max_shard_size
     with reporter.progress("merging", 100) as advance:
         report = merge_stream(
-            base_dir,
-            form.output,
-            build_edits(job.weighted, shapes),
+            stored,
+            form.folder,
+            changes,
             dtype=form.dtype,
             max_shard_bytes=None if size is None else parse_size(size),
             texts=form.texts,
@@ -403,46 +389,17 @@ def _merge_own(base_dir: Path, job: _Job, form: _Form, reporter: Reporter) -> tu
     return report.num_tensors, report.num_edited
 
 
-def _merge_in_memory(base_dir: Path, job: _Job, form: _Form) -> tuple[int, int]:
-    model = load_model(str(base_dir), trust_remote_code=form.trusts)
-    renamed = [
-        (name_as_in_model(model, files, folder), weight)
-        for folder, (files, weight) in zip(job.folders, job.weighted, strict=True)
-    ]
+def _merge_changes_in_memory(job: _Job, form: OutputFormat) -> tuple[int, int]:
+    model, tokenizer = load_dense(job.section)
     parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    edits = build_edits(renamed, shapes)
+    changes = job.changes({name: tuple(p.shape) for name, p in parameters.items()}, model)
+    assert changes is not None
     with torch.no_grad():
-        for name, edit in edits.items():
+        for name, change in changes.items():
             stored = parameters[name]
             exact = stored.to(torch.promote_types(stored.dtype, torch.float32))
-            stored.copy_(edit(exact, 0))
-    return _write_model(model, str(base_dir), form), len(edits)
-
-
-def _merge_by_peft(name_or_path: str, adapter: Adapter, form: _Form) -> tuple[int, int]:
-    model = load_model(name_or_path, trust_remote_code=form.trusts)
-    merged, num_folded = fold_onto(model, adapter, ModelSection(name_or_path=name_or_path))
-    return _write_model(merged, name_or_path, form), num_folded
-
-
-def _write_model(model: Any, name_or_path: str, form: _Form) -> int:
-    """Write a whole model with its base's tokenizer; give the number of its tensors."""
-    tokenizer = load_tokenizer(name_or_path, trust_remote_code=form.trusts)
-    return _write_folder(model, tokenizer, form)
-
-
-def _write_folder(model: Any, processor: Any, form: _Form) -> int:
-    if form.dtype is not None:
-        model = model.to(getattr(torch, form.dtype))
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    check_free_space(form.output, num_bytes, "the merged model")
-    with atomic_folder(form.output) as temporary, quiet_transformers():
-        model.save_pretrained(str(temporary), max_shard_size=form.max_shard_size or _WHOLE_SHARD)
-        processor.save_pretrained(str(temporary))
-        for name, text in form.texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        return len(list_tensors(temporary))
+            stored.copy_(change(exact, 0))
+    return write_model(model, tokenizer, form), len(changes)
 
 
 def _default_output(adapter_dir: Path) -> Path:

@@ -24,10 +24,10 @@ from wegeft_cli.storage.safetensors_reader import (
     INDEX_NAME,
     SINGLE_NAME,
     TORCH_DTYPES,
+    StoredModel,
     TensorInfo,
     block_rows,
     read_exactly,
-    read_shards,
 )
 from wegeft_cli.storage.safetensors_writer import (
     Item,
@@ -60,7 +60,7 @@ class StreamReport:
 
 
 def merge_stream(
-    base_dir: Path,
+    base: StoredModel,
     output_dir: Path,
     edits: Mapping[str, TensorEdit],
     *,
@@ -76,7 +76,7 @@ def merge_stream(
     `max_shard_bytes` cuts them anew.
 
     Args:
-        base_dir: The source; it is only read. A link in it that leads out of it is refused, but in
+        base: The source; it is only read. A link in it that leads out of it is refused, but in
             a hub's cache.
         output_dir: The folder to make; it appears whole or not at all.
         edits: Tensor name -> edit. Blocks are float32 (float64 where stored so), and the result is
@@ -94,17 +94,17 @@ def merge_stream(
             is in use, or a value does not fit into the type.
         MachineError: If the disk has too little space or fails.
     """
-    base_dir, output_dir = base_dir.resolve(), output_dir.resolve()
+    base_dir, output_dir = base.folder.resolve(), output_dir.resolve()
     if output_dir.is_relative_to(base_dir):
         message = "the output folder must lie outside the base's folder"
         raise UserError(message, file=str(output_dir))
     check_unused_folder(output_dir)
-    shards = read_shards(base_dir)
+    shards = base.shards
     if not shards:
         message = f"this folder holds neither {SINGLE_NAME} nor {INDEX_NAME}"
         raise UserError(message, file=str(base_dir), hint="a merge needs safetensors weights")
     out_dtype = _check_dtype(dtype)
-    tensors = {name: info for shard in shards for name, info in shard.tensors.items()}
+    tensors = base.tensors
     raise_all(_check_edits(edits, tensors, base_dir))
 
     outputs = plan_outputs(shards, edits, out_dtype, max_shard_bytes)

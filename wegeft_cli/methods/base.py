@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.tensor_changes import TensorChange
 
 MODULES_TO_SAVE = "modules_to_save"
 """Name of the group of modules that are trained whole."""
@@ -126,6 +127,10 @@ class Method:
     needs_package: ClassVar[bool] = False
     """Whether only this package loads the adapter."""
 
+    def describe(self, peft_type: str) -> str:
+        """Return a noun phrase for an adapter of the method."""
+        return f"a {peft_type} adapter"
+
     def unread_keys(self, name: str) -> tuple[str, ...]:
         """Return the dotted recipe keys that the method does not read."""
         return ()
@@ -178,14 +183,14 @@ class Method:
         raise NotImplementedError
 
     def check_start(
-        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+        self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
     ) -> None:
         """Check on a model without weights that training can start from an adapter.
 
         Args:
             skeleton: The base on the meta device.
             section: The recipe's `adapter`.
-            start: The adapter's folder.
+            start: The adapter.
             base_dir: The base's files, where they are on this machine.
 
         Raises:
@@ -197,7 +202,7 @@ class Method:
     def start_from(
         self,
         model: nn.Module,
-        start: Path,
+        start: Adapter,
         base_fingerprint: str | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -205,7 +210,7 @@ class Method:
 
         Args:
             model: What `inject` returned.
-            start: The adapter's folder, see `check_start`.
+            start: The adapter, see `check_start`.
             base_fingerprint: The model's own fingerprint, where it is known.
             warn: Called where the base cannot be compared with the adapter's.
 
@@ -279,3 +284,29 @@ class Method:
             UserError: If the method cannot be merged.
         """
         raise NotImplementedError
+
+    def tensor_changes(
+        self,
+        adapter: Adapter,
+        weight: float,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        model: nn.Module | None = None,
+    ) -> dict[str, TensorChange] | None:
+        """Return what an adapter changes in each stored tensor, for a streamed merge.
+
+        Args:
+            adapter: The adapter.
+            weight: Factor of the change.
+            shapes: Tensor name in the base -> its shape.
+            model: The base in memory, if `shapes` are its parameters'; it resolves names that the
+                base's files spell in another way.
+
+        Returns:
+            Tensor name -> change. None if the method has no streamed merge, or if `shapes` lacks a
+            tensor that the adapter changes.
+
+        Raises:
+            UserError: If the adapter is damaged, or a shape differs.
+        """
+        return None

@@ -123,6 +123,10 @@ class InPlaceMethod(Method):
     trains_in_place = True
     needs_package = True
 
+    def describe(self, peft_type: str) -> str:
+        """Return what such an adapter contains."""
+        return "the base's own weights, trained by full, bitfit or linear_probe"
+
     def unread_keys(self, name: str) -> tuple[str, ...]:
         """Return the keys of generators and of layers that other methods add."""
         return (*UNREAD_WITHOUT_GENERATORS, *(f"adapter.{key}" for key in LAYER_KEYS))
@@ -220,7 +224,7 @@ class InPlaceMethod(Method):
         from wegeft_cli.artifacts.in_place_files import load_inplace_files
         from wegeft_cli.methods.wegeft.save_load import check_base
 
-        manifest, tensors = load_inplace_files(adapter.folder)
+        manifest, tensors = load_inplace_files(adapter)
         if base_dir is not None:
             check_base(manifest, base_dir, adapter.folder, warn=warn)
         try:
@@ -232,10 +236,9 @@ class InPlaceMethod(Method):
 
     def fold(self, model: nn.Module, adapter: Adapter) -> tuple[nn.Module, int]:
         """Return the model as it is, and how many of its tensors were trained."""
-        from wegeft_cli.artifacts.adapter import WEIGHTS_NAME
         from wegeft_cli.storage.safetensors_reader import read_shard
 
-        return model, len(read_shard(adapter.folder / WEIGHTS_NAME).tensors)
+        return model, len(read_shard(adapter.weights_path).tensors)
 
 
 METHOD = InPlaceMethod()

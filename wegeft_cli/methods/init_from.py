@@ -8,10 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from wegeft_cli.artifacts.adapter import Adapter, resolve_adapter_dir
-from wegeft_cli.artifacts.in_place_files import describe_kind
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.registry import find_method, method_of_adapter
+from wegeft_cli.methods.registry import describe, find_method, method_of
 from wegeft_cli.recipe.schema import AdapterSection
 
 _KEY = "adapter.init_from"
@@ -42,9 +41,9 @@ def check_init_from(
     """
     if section.init_from is None:
         return
-    adapter_dir = _find_adapter(section.init_from, recipe_dir)
-    _check_kind(section.type, adapter_dir)
-    find_method(section.type).check_start(skeleton, section, adapter_dir, base_dir)
+    method, start = find_method(section.type), _open_adapter(section.init_from, recipe_dir)
+    _check_method(section.type, start)
+    method.check_start(skeleton, section, start, base_dir)
 
 
 def init_from_adapter(
@@ -56,25 +55,25 @@ def init_from_adapter(
     warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Copy an earlier adapter into a freshly injected model, see `check_init_from`."""
-    adapter_dir = _find_adapter(str(path), None)
-    _check_kind(section.type, adapter_dir)
-    find_method(section.type).start_from(model, adapter_dir, base_fingerprint, warn)
+    start = _open_adapter(str(path), None)
+    _check_method(section.type, start)
+    find_method(section.type).start_from(model, start, base_fingerprint, warn)
 
 
-def _find_adapter(path: str, recipe_dir: Path | None) -> Path:
+def _open_adapter(path: str, recipe_dir: Path | None) -> Adapter:
     try:
-        return resolve_adapter_dir(find_local(path, recipe_dir) or Path(path).expanduser())
+        folder = resolve_adapter_dir(find_local(path, recipe_dir) or Path(path).expanduser())
     except UserError as fault:
         fault.key = _KEY
         raise
+    return Adapter.open(folder)
 
 
-def _check_kind(name: str, adapter_dir: Path) -> None:
-    """Tell WeGeFT's adapters from PEFT's; PEFT itself compares its own kinds."""
-    kind = Adapter.open(adapter_dir).peft_type
-    if method_of_adapter(kind).has_generators != find_method(name).has_generators:
+def _check_method(name: str, start: Adapter) -> None:
+    """Refuse a start across WeGeFT and PEFT; PEFT itself compares its own methods."""
+    if method_of(start).has_generators != find_method(name).has_generators:
         raise UserError(
-            f"{str(adapter_dir)!r} is {describe_kind(kind)}, and adapter.type is {name!r}",
+            f"{str(start.folder)!r} is {describe(start)}, and adapter.type is {name!r}",
             key=_KEY,
             hint="give an adapter of the same method, or leave it out",
         )

@@ -10,9 +10,10 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from wegeft_cli import methods
+from wegeft_cli.errors import UserError
 from wegeft_cli.methods.base import Method
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import Recipe
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.recipe.schema import ModelSection
 
-_OTHER_MODULES = ("base", "registry", "init_from")
+_OTHER_MODULES = ("base", "registry", "init_from", "tensor_changes")
 
 
 def iterate_methods() -> Iterator[Method]:
@@ -49,8 +50,9 @@ def find_method(name: str) -> Method:
     return next(_claiming(lambda method: name in method.names))
 
 
-def method_of_adapter(peft_type: str) -> Method:
-    """Return the method that wrote adapters of a `peft_type`."""
+def method_of(adapter: Adapter) -> Method:
+    """Return the method that wrote an adapter."""
+    peft_type = adapter.peft_type
     return next(_claiming(lambda method: peft_type in method.peft_types))
 
 
@@ -59,6 +61,28 @@ def _claiming(claims: Callable[[Method], bool]) -> Iterator[Method]:
     found = list(iterate_methods())
     yield from (method for method in found if claims(method))
     yield from (method for method in found if method.takes_any_name)
+
+
+def describe(adapter: Adapter) -> str:
+    """Return a noun phrase for an adapter, such as `a LORA adapter`."""
+    return method_of(adapter).describe(adapter.peft_type)
+
+
+def refuse_adapter(adapter: Adapter, reason: str, *, hint: str) -> NoReturn:
+    """Raise the UserError for an adapter whose method lacks an operation.
+
+    `hint` is for PEFT's methods. An adapter with the base's own weights can be merged.
+    """
+    if method_of(adapter).trains_in_place:
+        hint = "`wegeft merge` makes a model of it; `wegeft eval --compare-base` scores both"
+    message = f"this is {describe(adapter)}; {reason}"
+    raise UserError(message, file=str(adapter.folder), hint=hint)
+
+
+def require_generators(adapter: Adapter, reason: str, *, hint: str) -> None:
+    """Raise UserError unless an adapter consists of WeGeFT's generators."""
+    if not method_of(adapter).has_generators:
+        refuse_adapter(adapter, reason, hint=hint)
 
 
 def unread_keys(name: str) -> tuple[str, ...]:
@@ -104,8 +128,7 @@ def put_adapter(
     from wegeft_cli.models.loading import find_base_folder
 
     base_dir = find_base_folder(section.name_or_path, section.revision)
-    method = method_of_adapter(adapter.peft_type)
-    return method.load(model, adapter, base_dir=base_dir, warn=warn)
+    return method_of(adapter).load(model, adapter, base_dir=base_dir, warn=warn)
 
 
 TASK_TYPES = {

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.methods.wegeft.targets import ROOT_NAME
 from wegeft_cli.models.heads import image_options
 from wegeft_cli.recipe.schema import Recipe
 
@@ -30,7 +31,7 @@ def find_head(model: Any) -> nn.Module:
     base = getattr(model, "get_base_model", lambda: model)()
     prefix = base.base_model_prefix
     for name, child in base.named_children():
-        if name not in (prefix, "wegeft") and any(True for _ in child.parameters()):
+        if name not in (prefix, ROOT_NAME) and any(True for _ in child.parameters()):
             found: nn.Module = child
             return found
     raise LookupError("it has no head beside its backbone")

@@ -211,7 +211,7 @@ def prepare_skeleton(skeleton: nn.Module, recipe: Recipe) -> Any:
     model: Any = copy.deepcopy(skeleton)
     if recipe.model.attn_implementation == "eager":
         model.set_attn_implementation("eager")
-    if section.type == "wegeft" and section.dropout > 0:
+    if section.dropout > 0:
         # Dropout on the weight draws a number for its seed; the view that it needs is what counts.
         section = replace(section, dropout=0.0, view="weight")
     inject_adapter(model, replace(recipe, adapter=section))

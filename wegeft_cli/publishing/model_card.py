@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.run_directory import SCORES_END, find_recipe_of
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.loading import find_base_folder
@@ -18,7 +19,6 @@ from wegeft_cli.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
-_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's `--max-lora-rank`
 
 _AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
@@ -123,9 +123,13 @@ def write_twin_card(
         Markdown with the hub's metadata at the top.
     """
     facts = read_facts(adapter_dir, base, revision)
-    max_rank = next((served for served in _SERVED_RANKS if served >= rank), rank)
     tags = ["lora", "wegeft"]
-    values |= {"rank": rank, "max_rank": max_rank, "scores": facts.scores, "is_wegeft": True}
+    values |= {
+        "rank": rank,
+        "max_rank": served_rank(rank),
+        "scores": facts.scores,
+        "is_wegeft": True,
+    }
     return _render("lora_equivalent", facts, "peft", tags, **values)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,23 @@ class Shard:
     header: bytes
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model folder whose safetensors headers are read once, at their first use."""
+
+    folder: Path
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The files by name; empty if the folder holds no safetensors."""
+        return read_shards(self.folder)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Name -> where the tensor is stored."""
+        return {name: info for shard in self.shards for name, info in shard.tensors.items()}
 
 
 def list_tensors(model_dir: Path) -> dict[str, TensorInfo]:

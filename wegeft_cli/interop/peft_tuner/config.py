@@ -15,6 +15,7 @@ from wegeft_cli.artifacts.fingerprint import fingerprint_base, list_tensors
 from wegeft_cli.artifacts.manifest import FORMAT_VERSION, PEFT_TYPE, module_complaint
 from wegeft_cli.artifacts.stored_names import match_stored_names
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.version import VERSION
 
@@ -103,7 +104,7 @@ class WegeftConfig(PeftConfig):
     def _check_numbers(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"`r` must be a whole number of at least 1, got {self.r!r}")
-        self.alpha = 2.0 * self.r if self.alpha is None else float(self.alpha)
+        self.alpha = float(default_alpha(self.r) if self.alpha is None else self.alpha)
         if not math.isfinite(self.alpha):
             raise ValueError(f"`alpha` must be finite, got {self.alpha}")
         scale = self.alpha / self.r

@@ -101,7 +101,7 @@ class PeftMethod(Method):
         )
 
     def check_start(
-        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+        self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
     ) -> None:
         """Compare the settings with those of the adapter's PEFT config."""
         from wegeft_cli.methods.peft.models import check_peft_start
@@ -111,20 +111,20 @@ class PeftMethod(Method):
             rank=section.r,
             alpha=section.alpha,
             options=section.peft,
-            adapter_dir=start,
+            adapter_dir=start.folder,
         )
 
     def start_from(
         self,
         model: nn.Module,
-        start: Path,
+        start: Adapter,
         base_fingerprint: str | None,
         warn: Callable[[str], None],
     ) -> None:
         """Copy the adapter's tensors into PEFT's model."""
         from wegeft_cli.methods.peft.models import start_from_peft
 
-        start_from_peft(model, start)
+        start_from_peft(model, start.folder)
 
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the adapter as PEFT does, and how the base was quantized beside it."""
@@ -153,7 +153,7 @@ class PeftMethod(Method):
         """Load the adapter by PEFT, in evaluation mode."""
         from wegeft_cli.methods.peft.models import load_peft
 
-        return load_peft(model, adapter.folder)
+        return load_peft(model, adapter)
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
         """Return PEFT's own context."""

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.adalora import first_rank
+from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
-from wegeft_cli.storage.json_files import read_object
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,58 +87,39 @@ def inject_peft(
         raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
 
 
-def load_peft(model: nn.Module, adapter_dir: Path) -> nn.Module:
-    """Put a PEFT adapter from its folder onto a base model.
-
-    Args:
-        model: The base model.
-        adapter_dir: A folder with adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        The PEFT model in evaluation mode.
-
-    Raises:
-        UserError: If PEFT is not installed or cannot read the folder.
-    """
+def load_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """Load a PEFT adapter onto its base and return PEFT's model, in evaluation mode."""
     peft = _import_peft()
-    if not (adapter_dir / "adapter_model.safetensors").is_file():
-        raise UserError("the adapter has no adapter_model.safetensors", file=str(adapter_dir))
-    _check_runs_nothing(adapter_dir)
+    folder = str(adapter.folder)
+    if not adapter.weights_path.is_file():
+        raise UserError("the adapter has no adapter_model.safetensors", file=folder)
+    _check_runs_nothing(adapter)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            loaded = peft.PeftModel.from_pretrained(model, str(adapter_dir)).eval()
+            loaded = peft.PeftModel.from_pretrained(model, folder).eval()
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever odd values of the config run into
+    except Exception as error:  # odd values of the config raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
-    # Of weights that are not there PEFT only warns, and would go on with fresh ones.
+        raise UserError(f"PEFT cannot load the adapter: {reason}", file=folder) from error
+    # PEFT only warns of missing weights and keeps fresh ones.
     if any("missing adapter keys" in str(warning.message) for warning in caught):
         raise UserError(
             "the weights are not those that adapter_config.json speaks of",
-            file=str(adapter_dir / "adapter_model.safetensors"),
+            file=str(adapter.weights_path),
             hint="this file belongs to another adapter: copy both files again",
         )
     return loaded
 
 
-def _check_runs_nothing(adapter_dir: Path) -> None:
-    """Refuse settings by which PEFT would import a module, or run a tokenizer's code, of a config.
-
-    Args:
-        adapter_dir: The folder.
-
-    Raises:
-        UserError: If there are such settings.
-    """
-    path = adapter_dir / "adapter_config.json"
-    values = read_object(path)  # PEFT itself reports a damaged file
+def _check_runs_nothing(adapter: Adapter) -> None:
+    """Refuse settings by which PEFT imports a module, or runs a tokenizer's code, of a config."""
     for key in ("megatron_config", "tokenizer_kwargs"):
-        if values.get(key):
+        if adapter.config.get(key):
             raise UserError(
                 "by this setting code could run that the adapter names",
-                file=str(path),
+                file=str(adapter.config_path),
                 key=key,
                 hint="set it to null, if you trust the adapter",
             )
@@ -329,7 +311,7 @@ def _build_config(
         "r": rank,
         "target_modules": targets,
         "task_type": task_type,
-        f"{method}_alpha": 2 * rank if alpha is None else alpha,
+        f"{method}_alpha": default_alpha(rank) if alpha is None else alpha,
     }
     if method == "adalora":
         offered |= {"target_r": rank, "init_r": first_rank(rank, options)}

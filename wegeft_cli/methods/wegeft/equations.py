@@ -26,7 +26,7 @@ Side = Literal["input", "output"]
 
 
 def delta_weight(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> Tensor:
-    """Give the generated change: `s (W phi) psi`, or `s phi (psi W)` on the output side.
+    """Return the generated change: `s (W phi) psi`, or `s phi (psi W)` on the output side.
 
     Args:
         W: Frozen weight, [d_out, d_in].
@@ -44,12 +44,12 @@ def delta_weight(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> T
 
 
 def merged_weight(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> Tensor:
-    """Give the folded weight `W + delta_W`, [d_out, d_in]; arguments as in `delta_weight`."""
+    """Return the folded weight `W + delta_W`, [d_out, d_in]; arguments as in `delta_weight`."""
     return W + delta_weight(W, phi, psi, s, side)
 
 
 def merged_bias(b: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> Tensor:
-    """Give the folded bias: the output side edits the whole output, so it maps `b` too, [d_out]."""
+    """Return the folded bias, [d_out]: the output side edits the whole output, so it maps `b`."""
     if side == "input":
         return b
     return b + s * (phi @ (psi @ b))
@@ -98,7 +98,7 @@ def activation_view(
 
 
 def lora_twin(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> tuple[Tensor, Tensor]:
-    """Give the exact LoRA pair of the change: `delta_W = B A` with scaling 1.
+    """Return the exact LoRA pair of the change: `delta_W = B A` with scaling 1.
 
     Args:
         W: Frozen weight, [d_out, d_in].
@@ -115,13 +115,18 @@ def lora_twin(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> tupl
     return psi @ W, s * phi
 
 
+def default_alpha(r: int) -> int:
+    """Return the alpha of an adapter that sets none: `2 r`, the published scale `s = 2`."""
+    return 2 * r
+
+
 def count_parameters(d: int, r: int) -> int:
-    """Count one group's learned parameters: `2 r d`, whatever the depth."""
+    """Count the learned parameters of one group: `2 r d`, independent of the depth."""
     return 2 * r * d
 
 
 def cheaper_view(d_in: int, d_out: int, num_tokens: int, side: Side) -> str:
-    """Name the cheaper exact view of one layer from its shapes.
+    """Return the cheaper exact view of one layer from its shapes.
 
     Multiply-adds per token and unit of rank, forward: the activation view costs `2 d`; the weight
     view costs `d_in + d_out` plus `d_in d_out / num_tokens` for `W phi`, once a batch.

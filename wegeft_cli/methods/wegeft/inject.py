@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.equations import Side
+from wegeft_cli.methods.wegeft.equations import Side, default_alpha
 from wegeft_cli.methods.wegeft.hooks import LinearEdit
 from wegeft_cli.methods.wegeft.modules import (
     AdapterGenerators,
@@ -90,7 +90,7 @@ def inject_generators(
     assigned = assign_groups(targets, share=share, groups=groups, side=side)
     settings = GeneratorSettings(
         rank=rank,
-        alpha=2.0 * rank if alpha is None else alpha,
+        alpha=float(default_alpha(rank)) if alpha is None else alpha,
         side=side,
         init=init,
         dropout=dropout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.tensor_changes import TensorChange
 
 
 class WeGeFTMethod(Method):
@@ -94,7 +95,7 @@ class WeGeFTMethod(Method):
         return model
 
     def check_start(
-        self, skeleton: nn.Module, section: AdapterSection, start: Path, base_dir: Path | None
+        self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
     ) -> None:
         """Compare rank, alpha, side, groups, layers and whole modules with the adapter's."""
         from wegeft_cli.methods.wegeft.start import check_start
@@ -104,7 +105,7 @@ class WeGeFTMethod(Method):
     def start_from(
         self,
         model: nn.Module,
-        start: Path,
+        start: Adapter,
         base_fingerprint: str | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -143,9 +144,9 @@ class WeGeFTMethod(Method):
         warn: Callable[[str], None],
     ) -> nn.Module:
         """Attach the adapter's generators."""
-        from wegeft_cli.methods.wegeft.save_load import load_adapter_onto
+        from wegeft_cli.methods.wegeft.save_load import attach_adapter
 
-        load_adapter_onto(model, adapter, base_dir=base_dir, warn=warn)
+        attach_adapter(model, adapter, base_dir=base_dir, warn=warn)
         return model
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
@@ -162,6 +163,26 @@ class WeGeFTMethod(Method):
         num_folded = fold_generators(model, keep_base=False)
         remove_generators(model)
         return model, num_folded
+
+    def tensor_changes(
+        self,
+        adapter: Adapter,
+        weight: float,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        model: nn.Module | None = None,
+    ) -> dict[str, TensorChange] | None:
+        """Return `w s W phi psi` of each adapted tensor, and modules that were trained whole."""
+        from wegeft_cli.artifacts.stored_names import has_all_tensors
+        from wegeft_cli.methods.tensor_changes import generated_changes
+        from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
+
+        files = adapter.files
+        if model is not None:
+            files = name_as_in_model(model, files, adapter.folder)
+        elif not has_all_tensors(files, shapes):
+            return None
+        return generated_changes(files, weight, shapes)
 
 
 METHOD = WeGeFTMethod()

@@ -201,13 +201,14 @@ def load_adapter(
     return attach_files(model, files, folder, adapter_name=adapter_name)
 
 
-def load_adapter_onto(
+def attach_adapter(
     model: nn.Module, adapter: Adapter, *, base_dir: Path | None, warn: Callable[[str], None]
 ) -> Generators:
     """Attach an opened adapter to a model, see `load_adapter`."""
+    files = adapter.read_files()  # not `files`, which would keep whole modules in memory twice
     if base_dir is not None:
-        check_base(adapter.files.manifest, base_dir, adapter.folder, warn=warn)
-    return attach_files(model, adapter.files, adapter.folder)
+        check_base(files.manifest, base_dir, adapter.folder, warn=warn)
+    return attach_files(model, files, adapter.folder)
 
 
 def attach_files(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import AdapterFiles, load_adapter_files
+from wegeft_cli.artifacts.adapter import Adapter, AdapterFiles
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.inject import get_generators, select_targets
 from wegeft_cli.methods.wegeft.layer_names import find_module_name, find_saved
 from wegeft_cli.methods.wegeft.save_load import check_fingerprint
@@ -24,10 +25,10 @@ _NUM_SHOWN = 3
 
 
 def check_start(
-    skeleton: nn.Module, section: AdapterSection, adapter_dir: Path, base_dir: Path | None
+    skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
 ) -> None:
     """Check that generators of these settings can start from an adapter."""
-    files = load_adapter_files(adapter_dir)
+    files = start.read_files()
     targets = select_targets(skeleton, section.target_modules, section.groups)
     groups = assign_groups(
         targets,
@@ -35,7 +36,7 @@ def check_start(
         groups=section.groups,
         side=section.side,
     )
-    alpha = 2.0 * section.r if section.alpha is None else section.alpha
+    alpha = float(default_alpha(section.r)) if section.alpha is None else section.alpha
     saved = find_saved_modules(skeleton, section.modules_to_save, targets)
     faults = [
         *_compare_numbers(section.r, alpha, section.side, files),
@@ -43,20 +44,20 @@ def check_start(
         *_compare_saved(skeleton, saved, files),
     ]
     raise_all(faults)
-    find_saved(skeleton, files, adapter_dir)
+    find_saved(skeleton, files, start.folder)
     found = None if base_dir is None else fingerprint_base(base_dir)
     if found is not None:  # else `start_from` warns
-        _check_base(files, found, adapter_dir, lambda text: None)
+        _check_base(files, found, start.folder, lambda text: None)
 
 
 def start_from(
     model: nn.Module,
-    adapter_dir: Path,
+    start: Adapter,
     base_fingerprint: str | None,
     warn: Callable[[str], None],
 ) -> None:
     """Load an adapter's factors and whole modules into fresh generators."""
-    files = load_adapter_files(adapter_dir)
+    files = start.read_files()
     owner = get_generators(model)
     if owner is None or owner.active is None:
         raise ValueError("the model has no generators: call inject_generators first")
@@ -69,10 +70,10 @@ def start_from(
             *_compare_saved(model, [] if saved is None else list(saved.by_name()), files),
         ]
     )
-    _check_base(files, base_fingerprint, adapter_dir, warn)
+    _check_base(files, base_fingerprint, start.folder, warn)
     adapter.load_factors(files.factors)
     if saved is not None:
-        _, tensors = find_saved(model, files, adapter_dir)
+        _, tensors = find_saved(model, files, start.folder)
         saved.load_tensors(tensors)
 
 
