@@ -239,9 +239,10 @@ def test_what_peft_does_not_know_is_the_users_to_mend(llama_dir, change, key):
 
 
 def test_a_folder_that_peft_cannot_read_is_told(llama_dir, tmp_path):
+    config = {"peft_type": "NOPE", "base_model_name_or_path": "base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
         load_peft(load(llama_dir), Adapter.open(tmp_path))
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "NOPE"}')
     with pytest.raises(UserError, match="PEFT cannot load"):
         load_peft(load(llama_dir), Adapter.open(tmp_path))
