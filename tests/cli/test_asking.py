@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wegeft_cli.cli.app import app
-from wegeft_cli.cli.arguments import make_harmless
+from wegeft_cli.cli.console import escape_control
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 TEMPLATE = (
@@ -147,8 +147,9 @@ def test_commands_at_fault_end_nothing(pipe, place_with_run, template):
     told = pipe("\n".join(lines), "chat", "--template", template, "--max-new-tokens", 6)
     assert told.exit_code == EXIT_DONE
     for part in (
-        "did you mean /adapter?", "none of on, off, both", "no setting 'x'", "out of range",
-        "nothing was asked yet", "nothing was said", "where to?", "more than the model reads",
+        "did you mean /adapter?", "must be on, off or both", "no setting 'x'", "out of range",
+        "no question to answer again", "the conversation is empty", "needs a file name",
+        "more than the model reads",
         "temperature 0.5", "system: be", "no system message", "/reset",
     ):  # fmt: skip
         assert part in told.stderr
@@ -157,12 +158,12 @@ def test_commands_at_fault_end_nothing(pipe, place_with_run, template):
 def test_a_whole_model_has_no_switch(pipe, llama_dir, place):
     told = pipe("/adapter off\nhi\n", "chat", llama_dir, "--max-new-tokens", 3)
     assert told.exit_code == EXIT_DONE
-    assert "nothing can be switched off" in told.stderr
-    assert "stands alone" in told.stderr
+    assert "has no adapter to switch off" in told.stderr
+    assert "is independent" in told.stderr
 
 
-def test_what_a_model_writes_steers_no_terminal():
-    assert make_harmless("a\x1b[2J\r\nb\tc\x7f\x9b") == "a␛[2J␍\nb\tc␡�"
+def test_control_characters_of_a_model_do_not_reach_the_terminal():
+    assert escape_control("a\x1b[2J\r\nb\tc\x7f\x9b\x85") == "a␛[2J␍\nb\tc␡␛�"
 
 
 def test_a_ctrl_c_at_a_terminal_stops_the_answer_and_not_the_talk(llama_dir, tmp_path):

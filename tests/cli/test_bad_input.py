@@ -106,7 +106,7 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
         (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
         (["task=image_clasification"], ["task", "did you mean `image_classification`?"]),
-        (["adapter.type=adalora", "train.ema_decay=0.9"], ["train.ema_decay", "takes away"]),
+        (["adapter.type=adalora", "train.ema_decay=0.9"], ["train.ema_decay", "adalora"]),
         (["train.strategy=fsdp_2"], ["train.strategy", "did you mean `fsdp2`?"]),
         (["train.strategy=fsdp"], ["train.strategy", "shards the factors", "use one of"]),
         (["train.static_graph=true"], ["train.static_graph", "fails with accumulation"]),
@@ -658,7 +658,7 @@ def test_unreadable_files(wegeft, place, name):
 
 
 def test_copying_a_recipe_replaces_nothing(wegeft, refuse, place):
-    assert "nothing is overwritten" in refuse("recipes", "copy", "quickstart", place.recipe)
+    assert "is not overwritten" in refuse("recipes", "copy", "quickstart", place.recipe)
     assert "tiny.jsonl/x" in refuse("recipes", "copy", "quickstart", "tiny.jsonl/x")
     assert "did you mean" in refuse("recipes", "copy", "quikstart")
     assert "did you mean" in refuse("recipes", "show", "quikstart")

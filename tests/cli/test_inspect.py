@@ -64,9 +64,9 @@ def test_report_says_where_the_page_is(wegeft, place_with_run):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["inspect", "RUN", "--task", "boolq"], "belongs to --ablate"),
+        (["inspect", "RUN", "--task", "boolq"], "requires --ablate"),
         (["inspect", "RUN", "--ablate", "heads", "--task", "boolq"], "one of group, layer"),
-        (["inspect", "RUN", "--ablate", "group", "--against", "RUN"], "done alone"),
+        (["inspect", "RUN", "--ablate", "group", "--against", "RUN"], "excludes"),
         (["inspect", "RUN", "--ablate", "group", "--task", "gsm9k"], "gsm8k"),
         (["inspect", "RUN", "--directions", "rows"], "columns, principal"),
         (["inspect", "RUN", "--image", "no.png"], "cannot read this image"),

@@ -60,7 +60,7 @@ def test_the_exit_code_tells_how_it_ended(wegeft, end_with, status, code):
     assert "best eval_loss: train.learning_rate=0.01" in shown.stdout
     assert "runs/sweep.json" in shown.stdout
     assert ("failed: learning_rate=0.02_seed=2: [red] memory" in shown.stdout) == (code == 1)
-    assert ("1 runs to go" in shown.stdout) == (code == EXIT_INTERRUPTED)
+    assert ("1 runs left" in shown.stdout) == (code == EXIT_INTERRUPTED)
     told = wegeft("sweep", "tiny.yaml", "--json")
     assert told.exit_code == code
     assert json.loads(told.stdout) == json.loads(json.dumps(result.to_json()))
@@ -84,7 +84,7 @@ def test_the_table_fits_and_keeps_what_matters(wegeft, end_with, monkeypatch, wi
 def test_a_recipe_that_names_nothing_to_try(wegeft, place):
     shown = wegeft("sweep", place.recipe)
     assert shown.exit_code == EXIT_USER
-    assert "nothing to try" in shown.stderr
+    assert "has no sweep" in shown.stderr
     assert not place.run.exists()
 
 

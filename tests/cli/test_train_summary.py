@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wegeft_cli.cli.commands.train import tell_summary
+from wegeft_cli.cli.commands.train import summary_lines
 from wegeft_cli.runs.train import TrainResult
 
 PLAIN = TrainResult(Path("runs/a"), Path("runs/a/adapter"), "finished", 10, 1.0, 5)
@@ -13,29 +13,29 @@ def change(**values):
 
 
 def test_a_plain_run_needs_no_more_words():
-    assert list(tell_summary(PLAIN)) == []
+    assert list(summary_lines(PLAIN)) == []
 
 
 def test_estimate_stands_beside_the_measurement():
-    assert list(tell_summary(change(peak_memory_gib=1.234, estimated_memory_gib=2.0))) == [
-        "memory: 1.23 GiB at most, 2.00 GiB estimated"
+    assert list(summary_lines(change(peak_memory_gib=1.234, estimated_memory_gib=2.0))) == [
+        "memory: 1.23 GiB peak, 2.00 GiB estimated"
     ]
-    assert list(tell_summary(change(estimated_memory_gib=2.0))) == ["memory: 2.00 GiB estimated"]
+    assert list(summary_lines(change(estimated_memory_gib=2.0))) == ["memory: 2.00 GiB estimated"]
 
 
 def test_the_best_step_is_told_with_what_the_adapter_is_of():
     best = {"best_step": 4, "best_metric": 0.5}
-    (line,) = tell_summary(change(**best, adapter_step=4))
-    assert line == "best validation: 0.5000 at step 4; the adapter is of that step"
-    (line,) = tell_summary(change(**best, adapter_step=10))
-    assert line.endswith("the adapter is of the last step")
+    (line,) = summary_lines(change(**best, adapter_step=4))
+    assert line == "best validation: 0.5000 at step 4; the adapter is from that step"
+    (line,) = summary_lines(change(**best, adapter_step=10))
+    assert line.endswith("the adapter is from the last step")
 
 
 def test_skipped_steps_and_waste_are_told():
     waste = {"padding_share": 0.25, "packed_sequences": None, "head_share": 0.4}
-    of_stream = list(tell_summary(change(waste={**waste, "estimated_from_rows": 10})))
+    of_stream = list(summary_lines(change(waste={**waste, "estimated_from_rows": 10})))
     assert any("(estimated from the first 10 rows)" in line for line in of_stream)
-    lines = list(tell_summary(change(num_skipped=2, waste=waste)))
+    lines = list(summary_lines(change(num_skipped=2, waste=waste)))
     assert "estimated from" not in "".join(lines)
     assert lines[0].startswith("skipped: 2 steps")
     assert str(Path("runs/a/skipped")) in lines[0]

@@ -97,7 +97,7 @@ def test_the_terminal_shows_all_in_80_columns(request, monkeypatch, kind):
     assert result.exit_code == 0, result.output
     assert "training rows" in result.stdout
     if kind == "images":
-        assert "50.0% of them" in " ".join(result.stdout.split())
+        assert "50.0% of the rows" in " ".join(result.stdout.split())
         assert "the model sees 8 x 8 pixels" in result.stdout
     else:
         assert "a [b] one" in result.stdout  # no markup of rich

@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 @cache
 def get_console(*, stderr: bool = False) -> Console:
-    """Give the writer to one of the two streams; help pages are written without it.
+    """Return the console of one of the two streams; help pages do not use it.
 
-    Args:
-        stderr: Standard error in place of standard output.
-
-    Returns:
-        A console that goes silent when its reader goes away: a run must not end for that.
+    It turns silent when its reader closes the pipe, so that a run does not fail.
     """
     from rich.console import Console
 
@@ -34,47 +30,47 @@ def get_console(*, stderr: bool = False) -> Console:
             os.dup2(null, self.file.fileno())
             os.close(null)
 
-    # In a run of many processes only the first one prints; its rank may be settled at start only.
+    # In a run of several processes only the first one prints.
     is_quiet = os.environ.get("RANK", "0") != "0"
-    # emoji=False: a path with `:key:` in it stays as it is.
+    # emoji=False: a path that contains `:key:` is printed unchanged.
     return LastingConsole(stderr=stderr, quiet=is_quiet, emoji=False)
 
 
 def show(*parts: Any, **options: Any) -> None:
-    """Write a result on standard output."""
+    """Print a result to standard output."""
     get_console().print(*parts, **options)
 
 
 def print_message(text: str, **options: Any) -> None:
-    """Write a line on standard error, with rich's markup."""
+    """Print a line to standard error, with rich's markup."""
     get_console(stderr=True).print(text, highlight=False, soft_wrap=True, **options)
 
 
 def count(number: int, thing: str) -> str:
-    """Give a number of things in words: 1 run, 2 runs."""
+    """Return a number of things in words: 1 run, 2 runs."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Write one JSON object to standard output, and nothing else there."""
+    """Print one JSON object to standard output."""
     from wegeft_cli.storage.json_files import to_finite
 
-    # ASCII, so that a file name in no encoding goes through too.
+    # ASCII, so that a file name without a valid encoding is printed too.
     get_console().out(json.dumps(to_finite(value), allow_nan=False), highlight=False)
 
 
 def note(text: str) -> None:
-    """Tell something worth knowing, on standard error."""
+    """Print a note to standard error."""
     print_message(_escape(text), style="dim")
 
 
 def warn(text: str) -> None:
-    """Tell something that may be wrong, on standard error."""
+    """Print a warning to standard error."""
     print_message(f"[yellow]warning:[/] {_escape(text)}")
 
 
 def print_fault(fault: UserError) -> None:
-    """Show one fault: where, which key, what is wrong, what to do next."""
+    """Print one fault: its place, key, message and hint."""
     place = ": ".join(part for part in (fault.file, fault.key) if part)
     head = f"[bold]{_escape(place)}:[/] " if place else ""
     print_message(f"[red bold]error:[/] {head}{_escape(fault.message)}")
@@ -89,14 +85,14 @@ def _escape(text: str) -> str:
 
 
 class RichReporter:
-    """Draws a workflow's progress on standard error."""
+    """Prints a workflow's progress and messages to standard error."""
 
     def note(self, text: str) -> None:
-        """Tell something worth knowing."""
+        """Print a note."""
         note(text)
 
     def warn(self, text: str) -> None:
-        """Tell something that may be wrong."""
+        """Print a warning."""
         warn(text)
 
     @contextmanager
@@ -106,3 +102,24 @@ class RichReporter:
 
         with show_progress(get_console(stderr=True), ProgressLine(title, total)) as advance:
             yield advance
+
+
+def write_piece(text: str) -> None:
+    """Write a piece of an answer at once; on a terminal with control characters escaped."""
+    console = get_console()
+    shown = escape_control(text) if console.is_terminal else text
+    console.out(shown, end="", highlight=False)
+    console.file.flush()
+
+
+def escape_control(text: str, *, keep: str = "\n\t") -> str:
+    """Return a text whose control characters are replaced by visible ones, so that none acts."""
+    return "".join(sign if sign in keep else _visible(ord(sign)) or sign for sign in text)
+
+
+def _visible(code: int) -> str | None:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0x80 <= code < 0xA0:
+        return "\u241b" if code == 0x9B else "\ufffd"
+    return "\u2421" if code == 0x7F else None

@@ -1,4 +1,4 @@
-"""The loop of `wegeft chat`: lines become questions or commands."""
+"""The read-eval-print loop of `wegeft chat`."""
 
 from __future__ import annotations
 
@@ -8,38 +8,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wegeft_cli.cli.arguments import write_piece
-from wegeft_cli.cli.console import get_console, note, print_fault, show, warn
+from wegeft_cli.cli.console import get_console, note, print_fault, show, warn, write_piece
 from wegeft_cli.errors import UserError
 
 if TYPE_CHECKING:
     from wegeft_cli.inference.chat import Conversation, Reply
 
 _COMMANDS = {
-    "/adapter": ("[on|off|both]", "the adapter on, off, or the answers of both"),
+    "/adapter": ("[on|off|both]", "switch the adapter on or off, or show both answers"),
     "/retry": ("", "answer the last question again"),
-    "/undo": ("", "forget the last question and its answer"),
-    "/reset": ("", "forget all that was said"),
+    "/undo": ("", "remove the last question and its answer"),
+    "/reset": ("", "clear the conversation"),
     "/system": ("[TEXT|none]", "show, set or remove the system message"),
     "/set": ("[KEY VALUE]", "show or change temperature (0: greedy), top_p, top_k, min_p, "),
     "": ("", "repetition_penalty, max_new_tokens, seed"),
-    "/save": ("FILE", "write the conversation as a row that `wegeft train` reads"),
-    "/help": ("", "this list"),
-    "/exit": ("", "leave; so does Ctrl-D"),
-    '"""': ("", "begins and ends a text of several lines"),
+    "/save": ("FILE", "save the conversation as a training row for `wegeft train`"),
+    "/help": ("", "show this list"),
+    "/exit": ("", "quit; so does Ctrl-D"),
+    '"""': ("", "starts and ends a text of several lines"),
 }
 _OTHER_NAMES = {"/quit": "/exit", "/bye": "/exit", "/clear": "/reset", "/?": "/help"}
 _FENCE = '"""'
 _SWITCHES = ("on", "off", "both")
 
 
-class Talk:
-    """A conversation at the terminal, or with lines from a pipe.
+class Repl:
+    """A conversation at the terminal or with lines from a pipe.
 
-    Args:
-        conversation: The conversation.
-        is_piped: Lines come from a file or another program: nothing but answers is written to
-            standard output, and a Ctrl-C ends all.
+    With a pipe, only answers are written to standard output, and Ctrl-C ends the program.
     """
 
     def __init__(self, conversation: Conversation, *, is_piped: bool) -> None:
@@ -48,7 +44,7 @@ class Talk:
         self.adapter = "on"
 
     def run(self) -> None:
-        """Take lines until they end or one says so."""
+        """Read and answer lines until the input ends or a command quits."""
         if not self.is_piped:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives input() editing and a history
@@ -57,12 +53,12 @@ class Talk:
                 continue
             try:
                 if line.startswith("/") and not line.startswith("//"):
-                    if self._obey(line.strip()):
+                    if self.dispatch(line.strip()):
                         return
                 else:
                     self._answer(line.removeprefix("/") if line.startswith("//") else line)
             except UserError as fault:
-                if fault.exit_code != UserError.exit_code:  # the machine's
+                if fault.exit_code != UserError.exit_code:  # a MachineError
                     raise
                 print_fault(fault)
             except ExceptionGroup as group:
@@ -74,7 +70,7 @@ class Talk:
                         print_fault(each)
 
     def _read(self) -> str | None:
-        """Read a line, or several between two lines of three quotes; None at the end."""
+        """Return a line, or several lines between two triple quotes; None at the end."""
         line = self._read_line(">>> " if self.adapter == "on" else f"[{self._label()}] >>> ")
         if line is None or not line.startswith(_FENCE):
             return line
@@ -101,16 +97,15 @@ class Talk:
         return {"off": "base", "both": "base | tuned", "on": "tuned"}[self.adapter]
 
     def _answer(self, question: str) -> None:
-        talk = self.conversation
         if self.adapter == "both":
             show("base", style="bold cyan")
             base = self._write(question, tuned=False)
             if base.finish_reason == "interrupted":
                 return
             show("tuned", style="bold cyan")
-        # Of two answers the tuned model's is what it will have said.
+        # Of two answers, the conversation keeps the tuned model's.
         reply = self._write(question, tuned=self.adapter != "off")
-        talk.keep(question, reply)
+        self.conversation.keep(question, reply)
 
     def _write(self, question: str, *, tuned: bool) -> Reply:
         reply = self.conversation.ask(question, tuned=tuned, on_text=write_piece)
@@ -120,7 +115,7 @@ class Talk:
         if reply.num_left_out:
             warn(
                 f"the context is full: the {reply.num_left_out} oldest messages were not read "
-                "(/reset begins anew)"
+                "(/reset clears it)"
             )
         if reply.finish_reason == "length":
             note(f"cut after {self.conversation.max_new_tokens} tokens (/set max_new_tokens N)")
@@ -130,8 +125,8 @@ class Talk:
             show("")
         return reply
 
-    def _obey(self, line: str) -> bool:
-        """Do what a command says; true if it is the last one."""
+    def dispatch(self, line: str) -> bool:
+        """Run a command; return whether it ends the loop."""
         word, _, rest = line.partition(" ")
         word, rest = _OTHER_NAMES.get(word, word), rest.strip()
         talk = self.conversation
@@ -145,15 +140,15 @@ class Talk:
         elif word == "/retry":
             question = talk.take_back()
             if question is None:
-                raise UserError("nothing was asked yet", key="/retry")
+                raise UserError("there is no question to answer again", key="/retry")
             note(question)
             self._answer(question)
         elif word == "/undo":
             taken = talk.take_back()
-            note("nothing was said" if taken is None else f"forgotten: {taken}")
+            note("the conversation is empty" if taken is None else f"removed: {taken}")
         elif word == "/reset":
             talk.reset()
-            note("all that was said is forgotten")
+            note("the conversation is cleared")
         elif word == "/system":
             self._set_system(rest)
         elif word == "/set":
@@ -164,26 +159,28 @@ class Talk:
             near = difflib.get_close_matches(
                 word, [*(name for name in _COMMANDS if name[:1] == "/"), *_OTHER_NAMES], n=1
             )
-            hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            raise UserError(f"no command {word!r}", hint=f"{hint} To say it, double the slash")
+            hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
+            raise UserError(
+                f"unknown command {word!r}", hint=f"{hint} Double the slash to send it as text"
+            )
         return False
 
     def _switch(self, rest: str) -> None:
         if not self.conversation.has_switch:
             raise UserError(
-                "this is a whole model: nothing can be switched off",
+                "this is a whole model and has no adapter to switch off",
                 key="/adapter",
-                hint="chat with the adapter or the run it came from",
+                hint="chat with the adapter or its run instead",
             )
         if rest and rest not in _SWITCHES:
-            raise UserError(f"{rest!r} is none of on, off, both", key="/adapter")
+            raise UserError(f"must be on, off or both; got {rest!r}", key="/adapter")
         self.adapter = rest or ("off" if self.adapter == "on" else "on")
-        told = {
+        states = {
             "on": "the adapter is on",
             "off": "the adapter is off: the base answers",
             "both": "the base answers first, then the tuned model, whose answer is kept",
         }
-        note(told[self.adapter])
+        note(states[self.adapter])
 
     def _set_system(self, rest: str) -> None:
         talk = self.conversation
@@ -197,12 +194,12 @@ class Talk:
         if rest:
             key, _, value = rest.replace("=", " ", 1).partition(" ")
             self.conversation.set_value(key.replace("-", "_"), value.strip())
-        told = describe_decoding(self.conversation)
-        note(", ".join(f"{name} {value}" for name, value in told.items()))
+        settings = describe_decoding(self.conversation)
+        note(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     def _save(self, rest: str) -> None:
         if not rest:
-            raise UserError("where to?", key="/save", hint="such as /save talk.jsonl")
+            raise UserError("needs a file name", key="/save", hint="such as /save chat.jsonl")
         path = Path(rest).expanduser()
         self.conversation.save(path)
         note(f"saved: {path}")

@@ -1,38 +1,39 @@
-"""`wegeft chat`: a talk with a model, its adapter on or off."""
+"""`wegeft chat`: chat with a model, with its adapter on or off."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wegeft_cli.cli.arguments import AskOptions, TargetArgument, is_piped, takes_ask_options
+from wegeft_cli.cli.arguments import TargetArgument
 from wegeft_cli.cli.console import note, warn
+from wegeft_cli.cli.generation_options import GenerationOptions, generation_options, stdin_is_pipe
 
 if TYPE_CHECKING:
     from wegeft_cli.inference.chat import Conversation
 
 
-@takes_ask_options
-def chat(target: TargetArgument = None, *, asking: AskOptions) -> None:
+@generation_options
+def chat(target: TargetArgument = None, *, generation: GenerationOptions) -> None:
     """Chat with a model. /adapter compares it with its base; /help lists the commands."""
-    from wegeft_cli.cli.repl import Talk
+    from wegeft_cli.cli.repl import Repl
     from wegeft_cli.inference.chat import open_conversation
 
     conversation = open_conversation(
         target,
-        template=asking.read_template(),
-        system=asking.system,
-        decoding=asking.read_decoding(),
-        max_new_tokens=asking.max_new_tokens,
-        base=asking.base,
+        template=generation.read_template(),
+        system=generation.system,
+        decoding=generation.read_decoding(),
+        max_new_tokens=generation.max_new_tokens,
+        base=generation.base,
         warn=warn,
     )
     _greet(conversation)
-    Talk(conversation, is_piped=is_piped()).run()
+    Repl(conversation, is_piped=stdin_is_pipe()).run()
 
 
 def _greet(conversation: Conversation) -> None:
     note(conversation.about)
     if not conversation.form.holds_turns:
-        note("this form holds one question: each one stands alone, without what was said before")
-    if not is_piped():
-        note("/help lists the commands, /exit or Ctrl-D ends, Ctrl-C stops an answer")
+        note("this prompt format has no turns: each question is independent of earlier ones")
+    if not stdin_is_pipe():
+        note("/help lists the commands, /exit or Ctrl-D quits, Ctrl-C stops an answer")

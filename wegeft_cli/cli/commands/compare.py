@@ -1,4 +1,4 @@
-"""`wegeft compare`: two results on the same rows, and whether the difference may be chance."""
+"""`wegeft compare`: a paired test of two results on the same rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from wegeft_cli.cli.tables import print_comparison
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A.json", help="A result of wegeft eval --output.")],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another one, on the same rows.")],
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="Result of wegeft eval --output.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another result on the same rows.")],
     as_json: JsonOption = False,
 ) -> None:
     """Compare two results row by row with McNemar's exact paired test."""

@@ -1,4 +1,4 @@
-"""`wegeft edit`: an adapter without some of its parts, or with them scaled."""
+"""`wegeft edit`: remove or scale parts of an adapter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def edit(
         typer.Option(
             "--drop",
             metavar="PART",
-            help="Leave out group:NAME, layer:N, layer:N-M, module:FULL_NAME, direction:GROUP:N or "
-            "saved:FULL_NAME; may be given several times.",
+            help="Remove a part: group:NAME, layer:N, layer:N-M, module:FULL_NAME, "
+            "direction:GROUP:N or saved:FULL_NAME. Repeatable.",
         ),
     ] = None,
     scale: Annotated[
@@ -28,11 +28,11 @@ def edit(
         typer.Option(
             "--scale",
             metavar="PART=FACTOR",
-            help="Multiply the s of a part, such as layer:3=0.5; may be given several times.",
+            help="Multiply the scale of a part, such as layer:3=0.5. Repeatable.",
         ),
     ] = None,
     restore: Annotated[
-        bool, typer.Option("--restore", help="Write the original of an edited adapter instead.")
+        bool, typer.Option("--restore", help="Write the original of an edited adapter.")
     ] = False,
     output: Annotated[
         Path | None,
@@ -40,7 +40,7 @@ def edit(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder to write; left out: ADAPTER-edited or ADAPTER-restored.",
+            help="Output folder. Default: ADAPTER-edited or ADAPTER-restored.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -69,5 +69,5 @@ def _read_factor(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise UserError(
-        f"got {text!r}", key="--scale", hint="give PART=FACTOR, such as group:q_proj=0.5"
+        f"got {text!r}", key="--scale", hint="write PART=FACTOR, such as group:q_proj=0.5"
     )

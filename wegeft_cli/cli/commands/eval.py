@@ -1,4 +1,4 @@
-"""`wegeft eval`: a model, or given outputs, become scores."""
+"""`wegeft eval`: score a model or given outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from wegeft_cli.cli.arguments import (
     AllowCodeOption,
     BaseOption,
+    CodeTemperatureOption,
     DataDirOption,
     JsonOption,
     JudgeModelOption,
@@ -18,7 +19,6 @@ from wegeft_cli.cli.arguments import (
     LimitOption,
     NumSamplesOption,
     TargetsArgument,
-    TemperatureOption,
     TrustTaskCodeOption,
 )
 from wegeft_cli.cli.console import RichReporter, print_json
@@ -34,70 +34,85 @@ def evaluate(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="Task or group by name, or of a classifier test or validation; may be repeated.",
+            help="Benchmark or group; for a classifier: test or validation. Repeatable.",
         ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="Prompt, decoding and scoring rules."),
+        typer.Option(
+            "--protocol",
+            metavar="NAME",
+            help="Prompt, decoding and scoring rules. Default: the recipe's.",
+        ),
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Prompts generated at a time."),
+        typer.Option(
+            "--batch-size", metavar="N", min=1, help="Prompts per batch. Default: eval.batch_size."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-new-tokens", metavar="N", min=1, help="Longest answer; left out: the protocol's."
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help="Maximum answer length. Default: the protocol's.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the JSON object to this file too."
+            "--output", "-o", metavar="FILE", help="Also write the JSON object to this file."
         ),
     ] = None,
     compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="Score the base model too, side by side.")
+        bool, typer.Option("--compare-base", help="Also score the base model.")
     ] = False,
     samples: Annotated[
         Path | None,
         typer.Option(
-            "--samples", metavar="FILE", help="Score these outputs (JSONL) without any model."
+            "--samples",
+            metavar="FILE",
+            help="Score the outputs in this JSONL file without a model.",
         ),
     ] = None,
     base: BaseOption = None,
     allow_leaky: Annotated[
         bool,
         typer.Option(
-            "--allow-leaky", help="Score sets, too, whose questions are known to leak; told."
+            "--allow-leaky",
+            help="Allow benchmarks with known train/test overlap (reported in the result).",
         ),
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", min=0, help="Of the draws, in protocols that draw."),
+        typer.Option("--seed", metavar="N", min=0, help="Sampling seed. Default: the protocol's."),
     ] = None,
     backend: Annotated[
         str,
-        typer.Option("--backend", metavar="NAME", help="What generates: transformers or vllm."),
+        typer.Option("--backend", metavar="NAME", help="Generation engine: transformers or vllm."),
     ] = "transformers",
     num_processes: Annotated[
         int | None,
         typer.Option(
-            "--num-processes", metavar="N", min=1, help="Share the rows over so many processes."
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Split the rows over N processes. Default: 1.",
         ),
     ] = None,
     allow_code_execution: AllowCodeOption = False,
     num_samples: NumSamplesOption = None,
-    temperature: TemperatureOption = None,
+    temperature: CodeTemperatureOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
     judgments: JudgmentsOption = None,
     trust_task_code: TrustTaskCodeOption = False,
     list_tasks: Annotated[
-        bool, typer.Option("--list", help="List the tasks and protocols, and stop.")
+        bool, typer.Option("--list", help="List the benchmarks, groups and protocols.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,9 +124,9 @@ def evaluate(
         return
     if judgments is not None and samples is not None:
         raise UserError(
-            "judgments are scored as they are, samples are outputs: one at a time",
+            "--judgments and --samples exclude each other",
             key="--judgments",
-            hint="leave out one of the two",
+            hint="remove one of the two",
         )
     given = samples if judgments is None else judgments
     if num_processes is not None and given is None:

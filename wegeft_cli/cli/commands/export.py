@@ -1,4 +1,4 @@
-"""`wegeft export`: an adapter or a model in a form that other tools read."""
+"""`wegeft export`: write an adapter or a model in a format of other tools."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RevisionOption,
-    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.hub_target import hub_target
 
 
 def export(
@@ -23,7 +23,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="An adapter or run folder, or (gguf) a model folder; left out: the newest run.",
+            help="Adapter or run folder; for gguf also a model folder. Default: the newest run.",
         ),
     ] = None,
     format: Annotated[
@@ -32,7 +32,7 @@ def export(
             "--format",
             "-f",
             metavar="FORMAT",
-            help="lora: the exact LoRA twin, for PEFT, vLLM, SGLang; gguf: for llama.cpp.",
+            help="lora: exact LoRA equivalent for PEFT, vLLM, SGLang. gguf: for llama.cpp.",
         ),
     ] = "lora",
     output: Annotated[
@@ -41,7 +41,7 @@ def export(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder to write; left out: lora/ or gguf/ beside adapter/.",
+            help="Output folder. Default: lora/ or gguf/ next to adapter/.",
         ),
     ] = None,
     base: BaseOption = None,
@@ -51,31 +51,29 @@ def export(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="float32, bfloat16 or float16, and q8_0 for a model as GGUF; left out: float32 "
-            "for an adapter, as stored for a model.",
+            help="float32, bfloat16 or float16; q8_0 for a model as GGUF. Default: float32 for an "
+            "adapter, the stored type for a model.",
         ),
     ] = None,
     pad_rank: Annotated[
         bool,
         typer.Option(
-            "--pad-rank", help="Fill the rank up with zeros to the next that vLLM makes room for."
+            "--pad-rank", help="Pad the rank with zeros to the next rank that vLLM supports."
         ),
     ] = False,
     pad_siblings: Annotated[
         bool,
         typer.Option(
             "--pad-siblings",
-            help="Give zeros to what servers stack with an adapted layer: q, k, v; gate, up.",
+            help="Add zero factors for layers that servers stack (q, k, v; gate, up).",
         ),
     ] = False,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            "--prompt", metavar="TEXT", help="Ask this in the parity report; may be repeated."
-        ),
+        typer.Option("--prompt", metavar="TEXT", help="Prompt of the parity report. Repeatable."),
     ] = None,
     no_parity: Annotated[
-        bool, typer.Option("--no-parity", help="Do not load the base to measure parity.")
+        bool, typer.Option("--no-parity", help="Skip the parity check, which loads the base.")
     ] = False,
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,

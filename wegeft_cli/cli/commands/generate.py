@@ -1,4 +1,4 @@
-"""`wegeft generate`: prompts become answers, one or thousands."""
+"""`wegeft generate`: answer one prompt or many."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from wegeft_cli.cli.arguments import (
-    AskOptions,
-    JsonOption,
-    TargetArgument,
-    is_piped,
-    make_harmless,
-    takes_ask_options,
+from wegeft_cli.cli.arguments import JsonOption, TargetArgument
+from wegeft_cli.cli.console import (
+    RichReporter,
+    escape_control,
+    get_console,
+    note,
+    print_json,
+    show,
     write_piece,
 )
-from wegeft_cli.cli.console import RichReporter, get_console, note, print_json, show
+from wegeft_cli.cli.generation_options import GenerationOptions, generation_options, stdin_is_pipe
 
 
-@takes_ask_options
+@generation_options
 def generate(
     target: TargetArgument = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="May be given several times."),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt. Repeatable."),
     ] = None,
     file: Annotated[
         str | None,
@@ -32,39 +33,43 @@ def generate(
             "--file",
             "-f",
             metavar="FILE",
-            help="Rows of prompts (.jsonl, .json, .csv, .parquet), or a text as one prompt; -: "
-            "standard input.",
+            help="File of prompts (.jsonl, .json, .csv, .parquet), or a text file as one prompt. "
+            "-: standard input.",
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", metavar="N", min=1, help="Only the first so many rows."),
+        typer.Option(
+            "--limit", metavar="N", min=1, help="Use only the first N rows. Default: all."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the answers as JSONL, one a line."
+            "--output", "-o", metavar="FILE", help="Write the answers to this JSONL file."
         ),
     ] = None,
     *,
-    asking: AskOptions,
+    generation: GenerationOptions,
     num_samples: Annotated[
         int,
-        typer.Option("--num-samples", "-n", metavar="N", min=1, help="Answers to each prompt."),
+        typer.Option("--num-samples", "-n", metavar="N", min=1, help="Answers per prompt."),
     ] = 1,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Prompts at a time."),
+        typer.Option(
+            "--batch-size", metavar="N", min=1, help="Prompts per batch. Default: eval.batch_size."
+        ),
     ] = None,
     compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="Let the base answer too, side by side.")
+        bool, typer.Option("--compare-base", help="Also show the base model's answers.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate answers to prompts. Decoding is greedy unless a sampling option is set."""
     from wegeft_cli.inference.generate import generate as run
 
-    if not prompt and file is None and is_piped():
+    if not prompt and file is None and stdin_is_pipe():
         file = "-"
     quiet = as_json or output is not None
     stream = None if quiet else _Stream(compare_base)
@@ -73,14 +78,14 @@ def generate(
         prompts=prompt or [],
         file=file,
         limit=limit,
-        template=asking.read_template(),
-        system=asking.system,
-        decoding=asking.read_decoding(),
+        template=generation.read_template(),
+        system=generation.system,
+        decoding=generation.read_decoding(),
         num_samples=num_samples,
-        max_new_tokens=asking.max_new_tokens,
+        max_new_tokens=generation.max_new_tokens,
         batch_size=batch_size,
         compare_base=compare_base,
-        base=asking.base,
+        base=generation.base,
         output=output,
         reporter=RichReporter(),
         on_text=stream,
@@ -92,11 +97,11 @@ def generate(
         show("")
     elif output is None:
         _show_answers(result)
-    _tell_end(result)
+    _print_end(result)
 
 
 class _Stream:
-    """Writes a single answer as it comes; of two, each under its title."""
+    """Prints a single answer while it is generated; two answers get titles."""
 
     def __init__(self, has_titles: bool) -> None:
         self.has_titles = has_titles
@@ -137,10 +142,10 @@ def _show_text(text: str) -> None:
 def _plain(text: str) -> Any:
     from rich.text import Text
 
-    return Text(make_harmless(text), overflow="ellipsis", no_wrap=True)
+    return Text(escape_control(text), overflow="ellipsis", no_wrap=True)
 
 
-def _tell_end(result: dict[str, Any]) -> None:
+def _print_end(result: dict[str, Any]) -> None:
     rows = result["results"]
     if result["output_path"] is not None:
         show(
@@ -150,18 +155,18 @@ def _tell_end(result: dict[str, Any]) -> None:
             markup=False,
         )
     cut = sum(row["finish_reason"] == "length" for row in rows)
-    told = f"{result['num_new_tokens']:,} tokens in {result['seconds']:.1f} s, form "
-    told += f"{result['template']}, {_tell_settings(result['settings'])}"
+    summary = f"{result['num_new_tokens']:,} tokens in {result['seconds']:.1f} s, form "
+    summary += f"{result['template']}, {_describe_settings(result['settings'])}"
     if cut:
-        told += f"; {cut} of {len(rows)} not ended after {result['settings']['max_new_tokens']}"
+        summary += f"; {cut} of {len(rows)} not ended after {result['settings']['max_new_tokens']}"
     if get_console(stderr=True).is_terminal or cut or result["output_path"] is not None:
-        note(told)
+        note(summary)
 
 
-def _tell_settings(settings: dict[str, Any]) -> str:
+def _describe_settings(settings: dict[str, Any]) -> str:
     if not settings["do_sample"]:
         return "greedy"
     shown = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     values = {key: settings.get(key, off) for key, off in shown.items()}
     parts = [f"{key} {value:g}" for key, value in values.items() if value != shown[key]]
-    return "drawn" + (f" ({', '.join(parts)})" if parts else "")
+    return "sampling" + (f" ({', '.join(parts)})" if parts else "")

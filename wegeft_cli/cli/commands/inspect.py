@@ -1,4 +1,4 @@
-"""`wegeft inspect`: what an adapter changes and how new it is."""
+"""`wegeft inspect`: analyze the weight changes of an adapter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from wegeft_cli.errors import UserError
 
 _NUM_SHOWN = 20  # modules in a table
 _LEAST_COLUMNS = 4
-_NUM_TOLD = 4  # modules whose tokens are shown
+_NUM_WITH_TOKENS = 4  # modules whose tokens are shown
 
 
 def inspect(
     adapter: AdapterArgument = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="Compare with a second adapter."),
+        typer.Option("--against", metavar="OTHER", help="Compare with this adapter."),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -36,7 +36,7 @@ def inspect(
             "--top-k",
             metavar="K",
             min=1,
-            help="Singular directions of W that count as familiar; left out: the rank.",
+            help="Leading singular directions of W that count as familiar. Default: the rank.",
         ),
     ] = None,
     directions: Annotated[
@@ -44,7 +44,7 @@ def inspect(
         typer.Option(
             "--directions",
             metavar="KIND",
-            help="columns of C = W phi, or principal ones of the change.",
+            help="columns (of C = W phi) or principal (of the change).",
         ),
     ] = "columns",
     num_directions: Annotated[
@@ -53,18 +53,18 @@ def inspect(
             "--num-directions",
             metavar="N",
             min=0,
-            help="Directions of a module that are shown as tokens, the strongest first.",
+            help="Directions per module to show as tokens, strongest first.",
         ),
     ] = 3,
     tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens at each end of a direction.")
+        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens per end of a direction.")
     ] = 8,
     image: Annotated[
         list[Path] | None,
         typer.Option(
             "--image",
             metavar="FILE",
-            help="Draw the token-clustering maps of an image; may be given several times.",
+            help="Image for token-clustering maps. Repeatable.",
         ),
     ] = None,
     ablate: Annotated[
@@ -72,22 +72,24 @@ def inspect(
         typer.Option(
             "--ablate",
             metavar="KIND",
-            help="Score a task with one group, layer, module, direction or saved module off at a "
-            "time.",
+            help="Score a benchmark with one part switched off at a time: group, layer, module, "
+            "direction or saved.",
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME", help="The task of --ablate.")
+        str | None, typer.Option("--task", metavar="NAME", help="Benchmark of --ablate.")
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="Prompt and scoring rules of --ablate."),
+        typer.Option("--protocol", metavar="NAME", help="Protocol of --ablate."),
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", min=1, help="Prompts generated at a time."),
+        typer.Option(
+            "--batch-size", metavar="N", min=1, help="Prompts per batch. Default: eval.batch_size."
+        ),
     ] = None,
     top: Annotated[
         int | None,
@@ -95,18 +97,18 @@ def inspect(
             "--top",
             metavar="N",
             min=1,
-            help="Largest directions that --ablate tries; 16 if not told.",
+            help="Number of largest directions for --ablate. Default: 16.",
         ),
     ] = None,
     base: BaseOption = None,
     plots: Annotated[
         Path | None,
-        typer.Option("--plots", metavar="DIR", help="Folder for the pictures (PNG)."),
+        typer.Option("--plots", metavar="DIR", help="Folder for plots (PNG). Default: no plots."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the JSON object to this file too."
+            "--output", "-o", metavar="FILE", help="Also write the JSON object to this file."
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -115,9 +117,10 @@ def inspect(
     given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
     for key, value in {**given, "--batch-size": batch_size, "--top": top}.items():
         if value is not None and ablate is None:
-            raise UserError("belongs to --ablate", key=key, hint="add --ablate group")
+            raise UserError("requires --ablate", key=key, hint="add --ablate group")
     if ablate is not None and (against is not None or image):
-        raise UserError("is done alone", key="--ablate", hint="leave out --against and --image")
+        message = "excludes --against and --image"
+        raise UserError(message, key="--ablate", hint="remove them")
     if ablate is not None:
         from wegeft_cli.analysis.ablate import ablate as run_ablation
 
@@ -208,18 +211,18 @@ def _print_tokens(result: dict[str, Any]) -> None:
         show(f"no tokens: {reason}", style="dim", markup=False)
         return
     rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
-    writers = [row for row in rows if row.get("role") == "writes"][:_NUM_TOLD]
-    # On the input side all layers of a group read along the same psi: one of them is enough.
+    writers = [row for row in rows if row.get("role") == "writes"][:_NUM_WITH_TOKENS]
+    # On the input side all layers of a group read with the same psi: one of them is enough.
     readers = list({row["group"]: row for row in rows[::-1] if row.get("role") == "reads"}.values())
-    readers = readers[::-1][:_NUM_TOLD]
+    readers = readers[::-1][:_NUM_WITH_TOKENS]
     for title, found, names in (
-        ("promoted and suppressed by what is written", writers, ("promoted", "suppressed")),
-        ("input tokens along and against what is read", readers, ("along", "against")),
+        ("promoted and suppressed by the output", writers, ("promoted", "suppressed")),
+        ("input tokens along and against the read direction", readers, ("along", "against")),
     ):
         cells = [
-            [row["label"], str(told["direction"]), *(_join(told[name]) for name in names)]
+            [row["label"], str(direction["direction"]), *(_join(direction[name]) for name in names)]
             for row in found
-            for told in row["tokens"]
+            for direction in row["tokens"]
         ]
         if cells:
             _show_table(title, ["module", "direction", *names], cells, wrap=True)
@@ -236,7 +239,7 @@ def _print_against(against: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     _show_table(
-        "least alike",
+        "least similar",
         ["module", "cosine", "size ratio", "overlap left", "right"],
         [
             [
@@ -253,15 +256,15 @@ def _print_against(against: dict[str, Any]) -> None:
 
 def _print_ablation(result: dict[str, Any]) -> None:
     whole, base = result["whole"], result["base"]
-    metric = whole.get("metric", "accuracy")  # of texts it is always the share of right answers
+    metric = whole.get("metric", "accuracy")  # text benchmarks have no other
     show(
-        f"{whole['task']} ({whole['protocol']}): {metric} of the whole {whole['score']:.1%}, of "
-        f"the base {base['score']:.1%}, {whole['n']} rows",
+        f"{whole['task']} ({whole['protocol']}): {metric} {whole['score']:.1%}, base "
+        f"{base['score']:.1%}, {whole['n']} rows",
         highlight=False,
         markup=False,
     )
     _show_table(
-        f"without one {result['by']}; lost and gained are rows, p of their sign test",
+        f"without one {result['by']}; rows lost and gained, p of the sign test",
         ["part", metric, "change", "lost", "gained", "p"],
         [
             [
@@ -320,6 +323,6 @@ def _percent(value: float) -> str:
 
 
 def _join(tokens: Sequence[dict[str, Any]]) -> str:
-    """Lay tokens side by side, their own blanks and line ends made visible."""
+    """Return tokens side by side, with visible spaces and newlines."""
     texts = (json.dumps(each["token"], ensure_ascii=False)[1:-1] for each in tokens)
     return "  ".join(text.replace(" ", "␣") for text in texts)

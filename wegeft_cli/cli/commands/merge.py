@@ -1,4 +1,4 @@
-"""`wegeft merge`: adapters and their base become one ordinary model folder."""
+"""`wegeft merge`: merge adapters and their base into one model folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RevisionOption,
-    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.hub_target import hub_target
 
 
 def merge(
@@ -23,7 +23,7 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help="Adapter or run folders, one or several; left out: the newest finished run.",
+            help="One or more adapter or run folders. Default: the newest finished run.",
         ),
     ] = None,
     weight: Annotated[
@@ -31,7 +31,7 @@ def merge(
         typer.Option(
             "--weight",
             metavar="W",
-            help="Weight of an adapter's change, once for each in their order; left out: 1.",
+            help="Factor of an adapter's change, once per adapter in their order. Default: 1.",
         ),
     ] = None,
     base: BaseOption = None,
@@ -42,7 +42,7 @@ def merge(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder to write; left out: merged/ beside adapter/.",
+            help="Output folder. Default: merged/ next to adapter/.",
         ),
     ] = None,
     dtype: Annotated[
@@ -50,7 +50,7 @@ def merge(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="float32, bfloat16 or float16; left out: as in the base.",
+            help="float32, bfloat16 or float16. Default: the base's type.",
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -58,15 +58,15 @@ def merge(
         typer.Option(
             "--max-shard-size",
             metavar="SIZE",
-            help="Largest size of a weights file, such as 5GB; left out: the base's files.",
+            help="Maximum size of a weights file, such as 5GB. Default: files as in the base.",
         ),
     ] = None,
     dequantize: Annotated[
         bool,
         typer.Option(
             "--dequantize",
-            help="Of a base quantised while training: fold into its dequantised weights, as they "
-            "were trained on; left out: into the 16-bit base.",
+            help="Merge into the dequantized weights that the adapter was trained on. Default: the "
+            "16-bit base.",
         ),
     ] = False,
     push_to_hub: PushOption = None,
@@ -96,12 +96,12 @@ def merge(
         f"{result.seconds:.1f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     if result.logits_difference is not None:
-        told = result.logits_difference
-        into = "the 16-bit base" if result.merged_weights == "base" else "the dequantised weights"
+        logits = result.logits_difference
+        into = "the 16-bit base" if result.merged_weights == "base" else "the dequantized weights"
         show(
-            f"merged into {into}: logits differ from the trained model's by {told['mean']:.2g} on "
-            f"average, {told['max']:.2g} at most; the likeliest token is the same at "
-            f"{told['same_token']:.0%} of {told['num_tokens']:.0f} positions"
+            f"merged into {into}: difference from the trained model's logits: mean "
+            f"{logits['mean']:.2g}, max {logits['max']:.2g}; same most likely token at "
+            f"{logits['same_token']:.0%} of {logits['num_tokens']:.0f} positions"
         )
     show(f"model: {result.output_dir}", highlight=False, soft_wrap=True)
     if result.url is not None:

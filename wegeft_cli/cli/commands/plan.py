@@ -1,4 +1,4 @@
-"""`wegeft plan`: what a recipe will cost, before any weight is read."""
+"""`wegeft plan`: estimate the cost of a recipe before weights are read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan(
         show(f"{result.num_steps:,} optimizer steps{rows}")
     if result.lengths is not None:
         p50, p95, longest = (result.lengths[name] for name in ("p50", "p95", "max"))
-        show(f"tokens per row: half at most {p50:,}, 95% at most {p95:,}, the longest {longest:,}")
+        show(f"tokens per row: median {p50:,}, 95th percentile {p95:,}, maximum {longest:,}")
     largest = result.largest_batch
     show(
         f"largest batch: {largest['sequences']:,} x {largest['length']:,} positions, "
@@ -43,7 +43,8 @@ def plan(
     )
     if result.flops_per_step is not None and result.train_flops is not None:
         show(
-            f"{_tell_flops(result.flops_per_step)} a step, {_tell_flops(result.train_flops)} in all"
+            f"{_format_flops(result.flops_per_step)} per step, "
+            f"{_format_flops(result.train_flops)} in total"
         )
     memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
     memory.columns[1].justify = "right"
@@ -62,8 +63,8 @@ def plan(
         show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _tell_flops(value: float) -> str:
-    """Write a number of operations with the unit that keeps it short: `3.2 TFLOP`."""
+def _format_flops(value: float) -> str:
+    """Return a number of operations with a unit: `3.2 TFLOP`."""
     units = ["", "k", "M", "G", "T", "P", "E", "Z"]
     while value >= 1000 and len(units) > 1:
         value /= 1000

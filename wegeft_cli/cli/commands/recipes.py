@@ -1,4 +1,4 @@
-"""`wegeft recipes`: the recipes that ship, to look at and to copy."""
+"""`wegeft recipes`: list, show and copy the shipped recipes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ recipes_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
 
 
 @recipes_app.command("list", cls=Command)
 def list_all(as_json: JsonOption = False) -> None:
-    """List the shipped recipes with what each reproduces."""
+    """List the shipped recipes with their titles."""
     from rich.table import Table
     from rich.text import Text
 
@@ -47,7 +47,7 @@ def list_all(as_json: JsonOption = False) -> None:
 
 @recipes_app.command("show", cls=Command)
 def show_recipe(name: NameArgument) -> None:
-    """Print a recipe as it is written, header and all."""
+    """Print a recipe with its header."""
     from wegeft_cli.recipe.catalog import read_recipe_text
 
     show(read_recipe_text(name), end="", markup=False, highlight=False, soft_wrap=True)
@@ -57,11 +57,11 @@ def show_recipe(name: NameArgument) -> None:
 def copy(
     name: NameArgument,
     destination: Annotated[
-        str | None,  # a Path would lose the slash that says folder
-        typer.Argument(metavar="DESTINATION", help="A file or folder; left out: here."),
+        str | None,  # a Path would lose the slash of a folder
+        typer.Argument(metavar="DESTINATION", help="File or folder. Default: the working folder."),
     ] = None,
 ) -> None:
-    """Copy a recipe to edit it; nothing is overwritten."""
+    """Copy a recipe to edit it. An existing file is not overwritten."""
     from wegeft_cli.recipe.catalog import copy_recipe
 
     written = copy_recipe(name, destination or ".")

@@ -1,4 +1,4 @@
-"""`wegeft report`: runs become one page that opens from disk."""
+"""`wegeft report`: write an HTML page about runs."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", help="Run folders, side by side; left out: the newest finished run."
+            metavar="RUN", help="Run folders to compare. Default: the newest finished run."
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="The page; left out: report.html in the run."
+            "--output", "-o", metavar="FILE", help="Page to write. Default: report.html in the run."
         ),
     ] = None,
     title: Annotated[
-        str | None, typer.Option("--title", metavar="TEXT", help="Title of the page.")
+        str | None,
+        typer.Option(
+            "--title", metavar="TEXT", help="Title of the page. Default: the runs' names."
+        ),
     ] = None,
     evaluations: Annotated[
         list[Path] | None,
         typer.Option(
             "--eval",
             metavar="FILE",
-            help="What `wegeft eval --output` wrote outside the runs; may be given several times.",
+            help="Result of `wegeft eval --output` outside the runs. Repeatable.",
         ),
     ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            "--samples", metavar="N", min=0, help="Answers kept of each model and task; 500."
+            "--samples", metavar="N", min=0, help="Maximum number of answers per model and task."
         ),
     ] = 500,
     no_inspect: Annotated[
-        bool, typer.Option("--no-inspect", help="Do not look into the adapters.")
+        bool, typer.Option("--no-inspect", help="Skip the analysis of the adapters' weights.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

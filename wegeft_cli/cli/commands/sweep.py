@@ -1,4 +1,4 @@
-"""`wegeft sweep`: every combination of a recipe's `sweep` becomes a run, and all one table."""
+"""`wegeft sweep`: train every combination of a recipe's `sweep`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def sweep(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every combination and train none.")
+        bool, typer.Option("--dry-run", help="Check every combination without training.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train every combination of the recipe's `sweep` and compare them. Rerun to resume."""
     from wegeft_cli.distributed.signals import StopRequest
 
-    def tell_stop() -> None:
-        note("stopping: the run under way saves its step (Ctrl-C again leaves sooner)")
+    def announce_stop() -> None:
+        note("stopping: the current run saves a checkpoint (Ctrl-C again exits at once)")
 
-    with StopRequest(tell_stop) as should_stop:
+    with StopRequest(announce_stop) as should_stop:
         from wegeft_cli.runs.sweep import sweep as run
 
         result = run(
@@ -71,7 +71,7 @@ def _print_rows(result: SweepResult) -> None:
         del names[result.metric]
     for name in names:
         title = {"peak_memory_gib": "GiB"}.get(name, name.replace("_", " "))
-        columns[title] = [_tell(name, row.figures.get(name)) for row in result.rows]
+        columns[title] = [_format(name, row.figures.get(name)) for row in result.rows]
     # A narrow terminal shows less rather than cut figures; --json and sweep.json hold all.
     scores = [title for title in columns if title.startswith("eval ")]
     for title in ("seconds", "GiB", "runs", "final loss", *reversed(scores)):
@@ -86,8 +86,8 @@ def _print_rows(result: SweepResult) -> None:
     show(table)
 
 
-def _tell(name: str, figure: Statistic | None) -> str:
-    """Write mean and standard deviation, to the digits that the figure deserves."""
+def _format(name: str, figure: Statistic | None) -> str:
+    """Return mean and standard deviation with the digits of this figure."""
     if figure is None:
         return "-"
     digits = {"peak_memory_gib": 2, "seconds": 0}.get(name, 4)
@@ -98,14 +98,14 @@ def _tell(name: str, figure: Statistic | None) -> str:
 def _print_end(result: SweepResult) -> None:
     plain: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
     if result.best:
-        told = ", ".join(f"{key}={value}" for key, value in result.best.items())
-        show(f"best {result.metric}: {told}", **plain)
+        values = ", ".join(f"{key}={value}" for key, value in result.best.items())
+        show(f"best {result.metric}: {values}", **plain)
     for run in result.runs:
         if run.status == "failed":
             show(f"failed: {run.name}: {run.error}", style="red", **plain)
     if result.status == "interrupted":
         num_left = sum(run.status != "finished" for run in result.runs)
-        show(f"interrupted, {num_left} runs to go; the same command goes on", **plain)
+        show(f"interrupted, {num_left} runs left; run the same command to resume", **plain)
     show(f"table: {result.output_dir / 'sweep.json'}", style="dim", **plain)
     if result.plot is not None:
         show(f"plot: {result.plot}", style="dim", **plain)

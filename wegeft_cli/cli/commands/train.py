@@ -1,4 +1,4 @@
-"""`wegeft train`: a recipe becomes an adapter."""
+"""`wegeft train`: train the adapter of a recipe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RecipeArgument,
-    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.cli.hub_target import hub_target
 from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
@@ -32,11 +32,12 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH",
-            help="Go on from the newest whole checkpoint of the run, or from one checkpoint.",
+            help="Resume from the newest complete checkpoint of the run, or from this checkpoint.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and stop before the weights.")
+        bool,
+        typer.Option("--dry-run", help="Run all checks and stop before the weights are loaded."),
     ] = False,
     num_processes: Annotated[
         int | None,
@@ -44,7 +45,7 @@ def train(
             "--num-processes",
             metavar="N",
             min=1,
-            help="Processes, one a GPU, on all machines together; left out: this one alone.",
+            help="Total number of processes, one per GPU. Default: 1, without a launcher.",
         ),
     ] = None,
     num_machines: Annotated[
@@ -53,7 +54,7 @@ def train(
             "--num-machines",
             metavar="N",
             min=1,
-            help="Machines that share the processes; the command is started on each.",
+            help="Machines that run the processes. Start the command on each of them.",
         ),
     ] = 1,
     rdzv_endpoint: Annotated[
@@ -61,7 +62,7 @@ def train(
         typer.Option(
             "--rdzv-endpoint",
             metavar="HOST:PORT",
-            help="Where several machines meet: one of them, the same on all.",
+            help="Address of one of the machines, the same on all. Required for several machines.",
         ),
     ] = None,
     max_restarts: Annotated[
@@ -70,7 +71,7 @@ def train(
             "--max-restarts",
             metavar="N",
             min=0,
-            help="Start all processes again from the newest checkpoint when one died.",
+            help="Restarts of all processes from the newest checkpoint after one fails.",
         ),
     ] = 0,
     push_to_hub: PushOption = None,
@@ -93,17 +94,17 @@ def train(
         group = {"num_machines": num_machines, "rdzv_endpoint": rdzv_endpoint}
         raise typer.Exit(relaunch(num_processes, max_restarts=max_restarts, **group))
     join_slurm()
-    # One of many processes uploads; none trains for a repository that cannot be written.
+    # Only the first process uploads. A repository without write access fails before training.
     push = hub_target(push_to_hub, is_public) if os.environ.get("RANK", "0") == "0" else None
     if push is not None:
         push.check()
     if num_restarts() > 0:
         resume = resume or "auto"
 
-    def tell_stop() -> None:
-        note("stopping: saving after the pass under way (Ctrl-C again leaves at once)")
+    def announce_stop() -> None:
+        note("stopping: saving after the current pass (Ctrl-C again exits at once)")
 
-    with StopRequest(tell_stop) as should_stop:
+    with StopRequest(announce_stop) as should_stop:
         from wegeft_cli.runs.train import train as run
 
         result = run(
@@ -145,29 +146,22 @@ def train(
         if not as_json:
             show(
                 f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
-                "go on with --resume auto"
+                "resume with --resume auto"
             )
-        # One that leaves with a fault would be started again.
+        # The launcher would restart a process that exits with an error.
         raise typer.Exit(EXIT_DONE if may_be_restarted() else EXIT_INTERRUPTED)
 
 
 def _show_summary(result: TrainResult) -> None:
-    for line in tell_summary(result):
+    for line in summary_lines(result):
         show(line, highlight=False, soft_wrap=True)
 
 
-def tell_summary(result: TrainResult) -> Iterator[str]:
-    """Say what else is worth knowing at the end of a run, in plain lines.
-
-    Args:
-        result: How it ended.
-
-    Yields:
-        The lines.
-    """
+def summary_lines(result: TrainResult) -> Iterator[str]:
+    """Yield further facts about a finished run as plain lines."""
     if result.best_step is not None and result.best_metric is not None:
         is_kept = result.adapter_step == result.best_step
-        kept = "the adapter is of that step" if is_kept else "the adapter is of the last step"
+        kept = f"the adapter is from {'that' if is_kept else 'the last'} step"
         yield f"best validation: {result.best_metric:.4f} at step {result.best_step}; {kept}"
     if result.num_skipped:
         yield (
@@ -175,7 +169,7 @@ def tell_summary(result: TrainResult) -> Iterator[str]:
             f"their rows are in {result.run_dir / 'skipped'}"
         )
     figures = [
-        (result.peak_memory_gib, "GiB at most"),
+        (result.peak_memory_gib, "GiB peak"),
         (result.estimated_memory_gib, "GiB estimated"),
     ]
     memory = [f"{value:.2f} {words}" for value, words in figures if value is not None]
@@ -184,7 +178,7 @@ def tell_summary(result: TrainResult) -> Iterator[str]:
     if result.waste is not None:
         num_looked_at = result.waste.get("estimated_from_rows")
         yield (
-            f"padding: {result.waste['padding_share']:.0%} of the positions hold no token; "
+            f"padding: {result.waste['padding_share']:.0%} of the positions are padding; "
             f"logits are computed at {result.waste['head_share']:.0%} of them"
             + (f" (estimated from the first {num_looked_at} rows)" if num_looked_at else "")
         )

@@ -1,4 +1,4 @@
-"""`wegeft validate`: every fault of a recipe at once, without weights, data or network."""
+"""`wegeft validate`: check a recipe without weights, data or network."""
 
 from __future__ import annotations
 
