@@ -1,4 +1,4 @@
-"""What may not leave the machine, taken out of texts that do."""
+"""Mask secrets in texts that leave the machine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ _URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def mask_secrets(text: str) -> str:
-    """Replace secrets of the environment, and users in web addresses, by `***`.
-
-    Args:
-        text: Any text; a shell can have put a secret into an override.
-
-    Returns:
-        The text without them.
-    """
+    """Replace the secrets of the environment, and users in web addresses, by `***`."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET:
             text = text.replace(value, "***")

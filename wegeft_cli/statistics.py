@@ -1,4 +1,4 @@
-"""Two models on the same rows: McNemar's exact test on those where only one is right."""
+"""Confidence intervals, and McNemar's exact test for two models on the same rows."""
 
 from __future__ import annotations
 

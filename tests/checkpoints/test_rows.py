@@ -31,7 +31,7 @@ def test_any_rows_of_any_shape(tmp_path, dtype):
 def test_quantised_tensors_and_changed_files_are_told(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(3, dtype=torch.uint8)}, path)
-    with pytest.raises(UserError, match="quantised"):
+    with pytest.raises(UserError, match="quantized"):
         read_rows(read_shard(path).tensors["a"])
     save_file({"b": torch.ones(4)}, path)
     info = read_shard(path).tensors["b"]

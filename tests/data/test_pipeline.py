@@ -151,7 +151,7 @@ def test_what_is_cut_dropped_or_merged_is_told(
         report.warnings,
         [
             "1 of 5 rows were cut",
-            "1 of 5 rows with an empty completion were left out (the first is ",
+            "1 of 5 rows with an empty completion were excluded (the first is ",
             "train.jsonl:4)",
             "joins",
         ],
@@ -348,7 +348,7 @@ def test_a_corpus_takes_its_first_rows_for_training_and_the_next_for_validation(
     assert data.validation is not None
     assert [text[6] for text in texts(data.validation, tokenizer)] == ["5", "6"]
     assert data.report.num_filtered == 6
-    assert "6 of 9 rows were left out by the rule of the format 'metamath'" in str(
+    assert "6 of 9 rows were excluded by the rule of the format 'metamath'" in str(
         data.report.warnings
     )
     with pytest.raises(UserError, match="the corpus's rule keeps none"):
@@ -447,7 +447,7 @@ def test_turns_that_no_row_learns_are_a_fault(
         build(chat_tokenizer, write_rows(silent * 3))
     report = build(chat_tokenizer, write_rows([*TALK, *silent]), loss_on="assistant").report
     assert any(
-        re.search(r"1 of \d rows whose turns .* were left out .*train\.jsonl:\d", told)
+        re.search(r"1 of \d rows whose turns .* were excluded .*train\.jsonl:\d", told)
         for told in report.warnings
     )
     assert "empty" not in "".join(report.warnings)

@@ -27,7 +27,7 @@ from wegeft_cli.inference.loaded_model import OpenedTarget, open_target
 from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
-from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.statistics import mcnemar_exact
@@ -172,7 +172,7 @@ def _asking(
     def score(title: str) -> TaskScore:
         with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
             asked = Asked(batch_size, lambda done, total: advance(done), reporter.warn, title=title)
-            with telling_memory():
+            with generation_memory_errors():
                 return job.run(opened.model, opened.tokenizer, asked)
 
     return score

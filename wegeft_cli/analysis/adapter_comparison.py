@@ -1,4 +1,4 @@
-"""Two adapters on one base, module by module: `wegeft inspect A --against B`."""
+"""Compare two adapters on one base, module by module: `wegeft inspect A --against B`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Measured = tuple[Part, tuple[Tensor, Tensor], Spectrum]
 def compare_changes(
     measured: Sequence[Measured], changes: Changes, other: Changes, reporter: Reporter
 ) -> dict[str, Any]:
-    """Compare a second adapter's changes with those measured.
+    """Compare the changes of two adapters on one base.
 
     Args:
-        measured: Of each part of the first adapter: it, its (B, A), its spectrum.
+        measured: For each part of the first adapter: the part, its (B, A), and its spectrum.
         changes: The first adapter.
-        other: The second.
-        reporter: Where progress goes.
+        other: The second adapter.
+        reporter: Receives progress.
 
     Returns:
         adapter; cosine, the Frobenius cosine over all modules of both; size_ratio, ||second|| /
-        ||first||; modules, of each that both change: cosine, size_ratio, the mean squared cosine
-        of the principal angles between their left spaces (overlap) and right ones
-        (overlap_right), 1 where one holds the other; only_here and only_there.
+        ||first||; modules, with cosine, size_ratio and the mean squared cosine of the principal
+        angles between the left spaces (overlap) and right spaces (overlap_right), 1 if one contains
+        the other; only_here and only_there.
 
     Raises:
-        UserError: If they change no module in common, or one of different weights.
+        UserError: If they change no module in common, or one with different weights.
     """
     theirs = {part.label: part for part in other.parts}
     common = [(one, theirs[one[0].label]) for one in measured if one[0].label in theirs]

@@ -1,4 +1,4 @@
-"""The parts of an adapter that can be named: groups, layers, modules, directions, saved modules."""
+"""The named parts of an adapter: groups, layers, modules, directions, saved modules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FORMS = "group:NAME, layer:N, layer:N-M, module:FULL_NAME, direction:GROUP:N or
 
 @dataclass(frozen=True)
 class Element:
-    """A part of an adapter.
+    """A named part of an adapter.
 
     Args:
         kind: group, layer, module, direction or saved.
-        name: The group, or the full module name; empty of a layer.
+        name: The group, or the full module name; empty for a layer.
         number: The first layer, or the direction: a column of phi and its row of psi, from 0.
         last: The last layer.
     """
@@ -35,7 +35,7 @@ class Element:
 
     @property
     def text(self) -> str:
-        """The part as it is typed."""
+        """The part as the user types it."""
         if self.kind == "layer":
             span = f"-{self.last}" if self.last != self.number else ""
             return f"layer:{self.number}{span}"
@@ -44,15 +44,7 @@ class Element:
         return f"{self.kind}:{self.name}"
 
     def covers(self, module: str, entry: ModuleEntry) -> bool:
-        """Tell whether a module's entry lies in this part as a whole, as in a direction it cannot.
-
-        Args:
-            module: The module's full name.
-            entry: What adapts it.
-
-        Returns:
-            Whether it does.
-        """
+        """Return whether the part includes a whole module; a direction never does."""
         if self.kind == "group":
             return entry.group == self.name
         if self.kind == "module":
@@ -62,18 +54,7 @@ class Element:
 
 
 def find_element(text: str, files: AdapterFiles) -> Element:
-    """Read a part's name and check that the adapter has it.
-
-    Args:
-        text: As typed.
-        files: The adapter.
-
-    Returns:
-        The part.
-
-    Raises:
-        UserError: If it is no part's name, or the adapter has no such part.
-    """
+    """Parse a part's name; raise UserError if the adapter has no such part."""
     kind, _, name = text.partition(":")
     manifest = files.manifest
     if kind == "layer" and (found := re.fullmatch(r"(\d+)(?:-(\d+))?", name)):
@@ -102,15 +83,9 @@ def find_element(text: str, files: AdapterFiles) -> Element:
 
 
 def list_elements(files: AdapterFiles, kind: str, limit: int | None = None) -> list[Element]:
-    """List an adapter's parts of one kind.
+    """List an adapter's parts of one kind in the adapter's order.
 
-    Args:
-        files: The adapter.
-        kind: group, layer, module, direction or saved.
-        limit: Of directions, only so many: those with the largest `||phi[:, i]|| ||psi[i]||`.
-
-    Returns:
-        The parts, in the adapter's order; directions by size.
+    Directions are sorted by `||phi[:, i]|| ||psi[i]||`, and `limit` keeps the largest ones.
     """
     if kind == "layer":
         return [Element("layer", number=layer, last=layer) for layer in list_layers(files)]

@@ -1,4 +1,4 @@
-"""An adapter without some of its parts, or with them scaled: `wegeft edit`, reversibly."""
+"""Remove or scale parts of an adapter, reversibly: `wegeft edit`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _NOTE = re.compile(r"\n*Edited with `wegeft edit`[^\n]*\n*\Z")
 
 @dataclass(frozen=True)
 class EditResult:
-    """What was written.
+    """The adapter that was written.
 
     Args:
         output_dir: The new adapter's folder.
-        edits: All that was done to the original: part and factor.
+        edits: All edits of the original: part and factor.
         num_modules: Modules that it changes.
         num_groups: Pairs that it holds.
-        trainable_parameters: Numbers in these pairs, and in modules that were trained whole.
+        trainable_parameters: Parameters in these pairs, and in modules that were trained in full.
     """
 
     output_dir: Path
@@ -49,7 +49,7 @@ class EditResult:
     trainable_parameters: int
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as a JSON object, paths as text."""
+        """Return the result as a JSON object with paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
@@ -97,7 +97,7 @@ def edit(
     original: Path | None = adapter_dir
     if files.manifest.edits:
         kept = adapter_dir / ORIGINAL_NAME
-        original = kept if kept.is_dir() else None  # whoever passed it on may have left it out
+        original = kept if kept.is_dir() else None  # it may have been omitted when sharing
     if restore:
         if drop or scale:
             raise UserError("restores the whole original", key="--restore", hint="give it alone")
@@ -122,7 +122,7 @@ def edit(
             hint="without all of them it is the base model itself",
         )
     if original is not None:
-        load_adapter_files(original)  # what is kept for a restoration must be readable
+        load_adapter_files(original)  # a restoration must be readable
     told = ", ".join(
         f"{each.part} x {each.factor:g}" if each.factor else f"{each.part} dropped"
         for each in made.manifest.edits
@@ -134,15 +134,7 @@ def edit(
 
 
 def edit_files(files: AdapterFiles, edits: Sequence[tuple[Element, float]]) -> AdapterFiles:
-    """Apply edits to an adapter in memory.
-
-    Args:
-        files: The adapter; it stays as it is.
-        edits: Parts of it, with the factor on the s of each.
-
-    Returns:
-        The edited adapter, its edits recorded; possibly without any module.
-    """
+    """Return an edited copy of an adapter; `edits` are parts with the factor on their s."""
     manifest = files.manifest
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for group, (phi, psi) in files.factors.items():
@@ -177,7 +169,7 @@ def _regroup(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     edits: Sequence[tuple[Element, float]],
 ) -> tuple[dict[str, tuple[ModuleEntry, ...]], dict[str, tuple[Tensor, Tensor]]]:
-    """Give every module the pair of its factor: a group with several factors becomes several."""
+    """Assign each module the pair of its factor; a group with several factors is split."""
     members: dict[str, dict[float, str]] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     modules: dict[str, tuple[ModuleEntry, ...]] = {}
@@ -200,7 +192,7 @@ def _regroup(
 
 
 def _name_group(group: str, factor: float, taken: Iterable[str]) -> str:
-    """Name a group that was split off: q_proj-x0-5."""
+    """Return the name of a group that was split off, such as q_proj-x0-5."""
     base = name = f"{group}-x{_UNSAFE.sub('-', f'{factor:g}').strip('-')}"
     number = 2
     while name in taken:
@@ -231,7 +223,7 @@ def _find_elements(
 def _write(
     output: Path, files: AdapterFiles, card: str, adapter_dir: Path, original: Path | None
 ) -> EditResult:
-    head = read_head(adapter_dir)  # of a classifier: an edit leaves its classes as they are
+    head = read_head(adapter_dir)  # a classifier's classes are unchanged
     save_adapter_files(
         output,
         files.manifest,
@@ -252,7 +244,7 @@ def _write(
 
 
 def _read_card(adapter_dir: Path) -> str:
-    """Read the model card without what an earlier edit wrote at its end."""
+    """Read the model card without the section of an earlier edit."""
     try:
         text = (adapter_dir / CARD_NAME).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""A layer's output as a plane over the image, where a transformer cuts it into shifted windows."""
+"""Arrange a layer's output over the image, also for transformers with shifted windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Their tokens are sorted by mask units, which no output tells.
+# Their tokens are sorted by mask units, which the output does not show.
 _SORTED_OTHERWISE = ("hiera",)
 
 
@@ -20,8 +20,8 @@ class Recording:
 
     Args:
         outputs: Module -> its output; None until it was called.
-        blocks: Module -> the windowed block (Swin's) around it, where there is one.
-        resolutions: Block -> rows and columns of tokens that it was given.
+        blocks: Module -> the windowed block (Swin's) around it, if there is one.
+        resolutions: Block -> rows and columns of its input tokens.
     """
 
     outputs: dict[str, Tensor | None]
@@ -31,15 +31,7 @@ class Recording:
 
 @contextmanager
 def recorded(model: nn.Module, modules: dict[str, str]) -> Iterator[Recording]:
-    """Keep the outputs of modules while the block runs.
-
-    Args:
-        model: The model.
-        modules: Name under which an output is kept -> the module's name in the model.
-
-    Yields:
-        The recording, filled by the model's next pass.
-    """
+    """Record the outputs of modules during the body; `modules` maps keys to module names."""
     found = {key: _find_block(model, name) for key, name in modules.items()}
     recording = Recording(
         dict.fromkeys(modules, None), {k: block for k, block in found.items() if block is not None}
@@ -68,16 +60,9 @@ def recorded(model: nn.Module, modules: dict[str, str]) -> Iterator[Recording]:
 def lay_out(
     recording: Recording, key: str, grid: tuple[int, int] | None, model_type: str
 ) -> tuple[Tensor | None, str | None]:
-    """Lay a recorded output over the image.
+    """Arrange a recorded output over the image as `[rows, columns, d_out]`, or return the reason.
 
-    Args:
-        recording: What was kept.
-        key: Which output.
-        grid: Rows and columns of the patches that the image was cut into, where it is told.
-        model_type: The model's family.
-
-    Returns:
-        `[rows, columns, d_out]`; or None, and the reason.
+    `grid` is the number of rows and columns of patches, if it is known.
     """
     output = recording.outputs[key]
     if output is None:
@@ -97,12 +82,12 @@ def lay_out(
         grid = (square, square) if square**2 == tokens else None
     if grid is None:
         return None, f"its {tokens} outputs are no grid of patches"
-    # What stands before the patches is the class token, or registers.
+    # The tokens before the patches are the class token, or registers.
     return output[0, tokens - math.prod(grid) :].reshape(*grid, -1), None
 
 
 def _find_block(model: nn.Module, name: str) -> nn.Module | None:
-    """Find the nearest module around another that cuts its input into shifted windows."""
+    """Find the nearest parent module that cuts its input into shifted windows."""
     while "." in name:
         name = name.rpartition(".")[0]
         block = model.get_submodule(name)
@@ -112,13 +97,13 @@ def _find_block(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _join_windows(output: Tensor, block: Any, height: int, width: int) -> Tensor | None:
-    """Undo a block's windows: joined, shifted back, without padding.
+    """Undo a block's windows: join them, shift them back and remove the padding.
 
     Args:
         output: `[windows, window_size^2, d_out]`, row by row.
-        block: Holds `window_size` and `shift_size`, as they were in the pass.
-        height: Rows of tokens before they were padded.
-        width: Columns.
+        block: Holds the `window_size` and `shift_size` of the pass.
+        height: Rows of tokens before the padding.
+        width: Columns of tokens before the padding.
 
     Returns:
         `[height, width, d_out]`; None if the output is not windowed.

@@ -1,4 +1,4 @@
-"""What an adapter changes and how new it is: `wegeft inspect`, from files alone."""
+"""Measure what an adapter changes and how novel it is, from files alone: `wegeft inspect`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DIRECTIONS = ("columns", "principal")
 
 @dataclass(frozen=True)
 class _Looked:
-    """What is kept of a part once its weight is gone: O(d r) numbers."""
+    """The part of the result for one module that is kept without its weight: O(d r) numbers."""
 
     part: Part
     factors: tuple[Tensor, Tensor]
@@ -60,33 +60,11 @@ def inspect(
 ) -> dict[str, Any]:
     """Measure what an adapter changes, module by module, streaming the base's weights.
 
-    Of each module's change `delta_W = s (W phi) psi` (arXiv 2312.00700v5): its size
-    `||delta_W||_F / ||W||_F`; the share of `||delta_W||_F^2` inside the span of W's k leading left
-    singular vectors (what the model is familiar with) and outside it (what is novel), and the same
-    on the right; the effective rank; the principal angles to these spans; the cosine with other
-    layers' changes; and the tokens that its directions `C = W phi` promote and suppress.
-
-    Args:
-        adapter: An adapter or run folder; None takes the newest finished run under runs/.
-        base: The base's folder or hub id, where it is not as recorded.
-        top_k: k, at least 1; None takes the adapter's rank.
-        directions: `columns` of C, which `edit` and `ablate` know by number, or `principal`: the
-            change's left singular vectors, which span the same space.
-        num_directions: How many directions of each module are shown as tokens, the strongest first.
-        num_tokens: Tokens at each end of a direction.
-        against: A second adapter on the same base, compared module by module.
-        images: Image files whose token-clustering maps are drawn (a vision transformer's adapter).
-        plots: Folder for the pictures, where matplotlib is installed (`wegeft-cli[plot]`).
-        output: A file that gets the JSON object too.
-        reporter: Where words and progress go.
-
-    Returns:
-        The JSON object of `wegeft inspect`: adapter, base, method settings, top_k, modules, groups,
-        cosines, tokens, against, maps, plots.
-
-    Raises:
-        UserError: If an adapter is damaged, the base is another one or quantised, an image cannot
-            be read, or pictures are asked for without matplotlib.
+    Of each module's change `delta_W = s (W phi) psi` (arXiv 2312.00700v5): its size `||delta_W||_F
+    / ||W||_F`; the share of `||delta_W||_F^2` inside the span of W's k leading left singular
+    vectors (what the model is familiar with) and outside it (what is novel), and the same on the
+    right; the effective rank; the principal angles to these spans; the cosine with other layers'
+    changes; and the tokens that its directions `C = W phi` promote and suppress.
     """
     reporter = reporter or SilentReporter()
     if plots is not None:
@@ -181,7 +159,7 @@ def _look_at(changes: Changes, part: Part, k: int) -> _Looked:
         "novel": 1 - familiar,
         "familiar_right": familiar_right,
         "novel_right": 1 - familiar_right,
-        # What a change in a random direction would have inside, and what W itself has there.
+        # Baselines: the share of a change in a random direction, and that of W itself.
         "familiar_by_chance": left.shape[1] / d_out,
         "familiar_right_by_chance": right.shape[1] / d_in,
         "weight_share": min(1.0, float(values.square().sum()) / norm**2) if norm else math.nan,
@@ -192,12 +170,12 @@ def _look_at(changes: Changes, part: Part, k: int) -> _Looked:
         "principal_angles_right": principal_angles(right, spectrum.V[:, :m]).tolist() if m else [],
         "direction_strengths": direction_strengths(B, A).tolist(),
     }
-    # Kept for the comparisons in single precision: the cosines need no more.
+    # Single precision suffices for the cosines.
     return _Looked(part, (B.float(), A.float()), spectrum, row)
 
 
 def _sum_groups(changes: Changes, looked: Sequence[_Looked]) -> list[dict[str, Any]]:
-    """Sum up each group; of LoRA, which has none, each kind of module."""
+    """Summarize each group; LoRA has none, so each kind of module is one."""
     by_group: dict[str, list[_Looked]] = {}
     for each in looked:
         name = each.part.group if changes.files is not None else each.part.kind
@@ -232,7 +210,7 @@ def _sum_groups(changes: Changes, looked: Sequence[_Looked]) -> list[dict[str, A
 
 
 def _compare_layers(looked: Sequence[_Looked]) -> list[dict[str, Any]]:
-    """Give the cosines between the changes of modules of one kind and shape."""
+    """Return the cosines between the changes of modules of one kind and shape."""
     kinds: dict[tuple[str, tuple[int, ...]], list[_Looked]] = {}
     for each in looked:
         kinds.setdefault((each.part.kind, tuple(each.row["shape"])), []).append(each)
@@ -258,7 +236,7 @@ def _add_tokens(
     num_directions: int,
     num_tokens: int,
 ) -> dict[str, Any]:
-    """Give each module's row its tokens, and say of all how they were found."""
+    """Add the tokens to each module's row, and describe how they were found."""
     told: dict[str, Any] = {"directions": directions}
     if num_directions < 1:
         return {**told, "reason": "none were asked for"}
@@ -301,7 +279,7 @@ def _add_tokens(
 def _pick(
     each: _Looked, role: str, directions: str, num_directions: int
 ) -> Iterable[tuple[int, float, Tensor]]:
-    """Give a change's strongest directions: number, strength, and the vector on the role's side."""
+    """Return a change's strongest directions: number, strength, vector on the role's side."""
     B, A = each.factors
     if directions == "columns":
         strengths = torch.tensor(each.row["direction_strengths"])

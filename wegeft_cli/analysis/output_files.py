@@ -1,4 +1,4 @@
-"""The files that `inspect` leaves when asked: its JSON object, and its pictures."""
+"""Output files of `inspect` and `ablate`: the JSON object and the plots."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ _START = '{\n  "adapter": "'  # as these results begin
 
 
 def check_plots() -> None:
-    """Refuse early to draw pictures without matplotlib.
-
-    Raises:
-        UserError: If it is not installed.
-    """
+    """Raise UserError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise UserError(
             "pictures need matplotlib",
@@ -30,14 +26,7 @@ def check_plots() -> None:
 
 
 def check_output(output: Path) -> None:
-    """Refuse early to replace a file that is no earlier result.
-
-    Args:
-        output: The file that is to be written.
-
-    Raises:
-        UserError: If it is a folder, or somebody's file.
-    """
+    """Raise UserError if an output file exists that is not an earlier result."""
     if not output.exists():
         return
     with disk_errors(output, "read"):
@@ -52,31 +41,20 @@ def check_output(output: Path) -> None:
 
 
 def write_json(output: Path, result: Mapping[str, Any]) -> None:
-    """Write a result, its numbers that are none as null."""
+    """Write a result as JSON, with NaN and infinity as null."""
     text = json.dumps(to_finite(dict(result)), indent=2, allow_nan=False)
     write_text_atomic(output, text + "\n")
 
 
 def save_inspection(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw an inspection into PNG files.
-
-    Args:
-        result: What `inspect` found.
-        folder: Where they go; files of these names are replaced.
-
-    Returns:
-        The files.
-
-    Raises:
-        MachineError: If the disk fails.
-    """
+    """Draw an inspection into PNG files, which replace files of the same names."""
     from wegeft_cli.analysis.plots import draw_inspection
 
     return _save(draw_inspection(result), folder)
 
 
 def save_ablation(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw an ablation into a PNG file; arguments and result as in `save_inspection`."""
+    """Draw an ablation into a PNG file."""
     from wegeft_cli.analysis.plots import draw_ablation
 
     return _save({f"ablation-{result['by']}": draw_ablation(result)}, folder)

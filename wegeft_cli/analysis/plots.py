@@ -1,4 +1,4 @@
-"""The pictures of `wegeft inspect`, by matplotlib."""
+"""Plots of `wegeft inspect` and of ablations, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ _MAPS_ACROSS = 8
 
 
 def draw_inspection(result: Mapping[str, Any]) -> dict[str, bytes]:
-    """Draw what `inspect` found.
+    """Draw the result of `inspect`: name -> PNG bytes.
 
-    Args:
-        result: Its JSON object.
-
-    Returns:
-        Name -> PNG bytes: changes (size, novelty and rank by layer), spectra, cosines, against
-        where a second adapter was given, and a picture of each image's maps.
+    The plots are changes (size, novelty and rank by layer), spectra, cosines, against if a second
+    adapter was given, and the maps of each image.
     """
     pictures = {
         "changes": _draw_changes(result["modules"], result["top_k"]),
@@ -36,14 +32,7 @@ def draw_inspection(result: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def draw_ablation(result: Mapping[str, Any]) -> bytes:
-    """Draw how a score changes without each part, the worst loss on top.
-
-    Args:
-        result: What `ablate` found.
-
-    Returns:
-        PNG bytes.
-    """
+    """Draw the change of a score without each part as PNG bytes, the largest loss on top."""
     parts = list(reversed(result["parts"]))
     figure = _make_figure(7, 1.2 + 0.26 * len(parts))
     axes = figure.add_subplot()
@@ -131,7 +120,7 @@ def _draw_against(modules: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _draw_maps(maps: Mapping[str, Any]) -> bytes:
-    """Draw an image and, module by module, the maps of its directions over it."""
+    """Draw an image and the maps of each module's directions over it."""
     from matplotlib.image import imread
 
     rows = [module for module in maps["modules"] if module["maps"]]
@@ -141,7 +130,7 @@ def _draw_maps(maps: Mapping[str, Any]) -> bytes:
     pixels = imread(io.BytesIO(thumbnail), format="png")
     height, width = pixels.shape[:2]
     grey = pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=-1)
-    place = (-0.5, width - 0.5, height - 0.5, -0.5)  # a map's patches lie over their pixels
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)  # aligns a map's patches with their pixels
     most = max(len(module["maps"]) for module in rows)
     across = min(_MAPS_ACROSS, most)
     figure = _make_figure(1.3 * (across + 1), 1.45 * len(rows) + 0.25)
@@ -153,13 +142,13 @@ def _draw_maps(maps: Mapping[str, Any]) -> bytes:
         for number, values in enumerate(module["maps"][:across]):
             axes = figure.add_subplot(len(rows), across + 1, line * (across + 1) + number + 2)
             axes.imshow(0.5 * grey, cmap="gray", vmin=0, vmax=1)
-            # What was cut is left clear: the image shows through.
+            # Values below the cut are transparent.
             heat = [[value or math.nan for value in row] for row in values]
             axes.imshow(heat, vmin=0, vmax=1, cmap="magma", alpha=0.75, extent=place)
             axes.set_title(str(number), fontsize=5)
             axes.set_axis_off()
     figure.suptitle(
-        f"directions 0 to {across - 1} of {most}; coloured: one half and more of a map's range",
+        f"directions 0 to {across - 1} of {most}; colored: one half and more of a map's range",
         fontsize=7,
     )
     return _to_png(figure)

@@ -1,4 +1,4 @@
-"""Runs become one page that opens from disk: `wegeft report`."""
+"""Write one page about one or several runs, which opens from disk: `wegeft report`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MARK = "<!doctype html>\n<!-- wegeft report -->"
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written.
+    """The page that was written.
 
     Args:
         output: The HTML file.
@@ -38,7 +38,7 @@ class ReportResult:
         runs: Names of the runs in it.
         num_answers: Answers that can be browsed.
         num_scores: Rows of evaluations.
-        inspected: Names of the runs whose adapter was looked into.
+        inspected: Names of the runs whose adapter was inspected.
     """
 
     output: Path
@@ -49,7 +49,7 @@ class ReportResult:
     inspected: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as a JSON object, paths as text."""
+        """Return the result as a JSON object with paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
@@ -66,25 +66,25 @@ def report(
     """Write one self-contained HTML page about one run, or several side by side.
 
     It holds recipe, counts, curves, scores with their intervals, base against tuned, the answers
-    right and wrong, what `inspect` found, and the environment. It asks no network, and shows
-    whatever text the samples hold as text.
+    right and wrong, what `inspect` found, and the environment. It needs no network, and the text
+    of samples is only displayed.
 
     Args:
         runs: Folders of training runs; none takes the newest finished run under runs/.
         output: The file; None is report.html in the run's folder, or beside the first of several.
         title: The page's title; None names the runs.
-        evaluations: Files of `wegeft eval --output` that lie outside the runs' folders.
-        look_inside: Put what `inspect` finds into the page; it is kept in the run's folder as
-            inspection.json and made anew where the adapter is newer.
+        evaluations: Files of `wegeft eval --output` outside of the runs' folders.
+        look_inside: Include the result of `inspect`, which is stored in the run's folder as
+            inspection.json and recomputed if the adapter is newer.
         max_samples: Answers kept of each model, task and protocol, at least 0.
-        reporter: Where words and progress go.
+        reporter: Receives messages and progress.
 
     Returns:
-        What was written.
+        The page that was written.
 
     Raises:
         UserError: If a folder is no run's, the packages of `wegeft-cli[report]` are missing, or the
-            file that stands there is no report.
+            existing file is not a report.
         MachineError: If the disk fails.
     """
     reporter = reporter or SilentReporter()
@@ -132,7 +132,7 @@ def _as_values(record: RunRecord) -> dict[str, Any]:
 
 
 def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) -> None:
-    """Give a run what `inspect` finds, or a note that tells why not."""
+    """Add the result of `inspect` to a run, or a note with the reason for its absence."""
     weights = record.run_dir / "adapter" / WEIGHTS_NAME
     if not look_inside:
         record.notes.append("The adapter was not looked into (--no-inspect).")
@@ -158,7 +158,7 @@ def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) ->
 
 
 def _check_output(output: Path) -> None:
-    """Refuse early to replace a file that is no report."""
+    """Raise UserError if an output file exists that is not a report."""
     if not output.exists():
         return
     with disk_errors(output, "read"):

@@ -1,8 +1,8 @@
 """Token-clustering maps: an image's tokens projected on the directions C = W phi of each layer.
 
 Source: the vision figures of arXiv 2312.00700v5. Each token's output y of an adapted layer is
-projected on the r columns of C, which gives r maps over the image; each is min-max normalised and
-what lies below one half is cut.
+projected on the r columns of C, which gives r maps over the image; each is min-max normalized and
+values below one half are set to 0.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def draw_maps(
 
     Args:
         changes: A WeGeFT adapter of a vision transformer.
-        pictures: Image files, each with the image that was read.
-        reporter: Where progress goes.
+        pictures: Image files, each with its image.
+        reporter: Receives progress.
 
     Returns:
-        Of each image: image, thumbnail (what the model sees of it, a PNG as data URI), modules:
-        label, grid [rows, columns], maps [r][rows][columns], 0 or 0.5 to 1; where a module's output
-        is not one vector a patch, no maps, and the reason.
+        For each image: image, thumbnail (the model's view, a PNG as data URI), modules: label, grid
+        [rows, columns], maps [r][rows][columns], 0 or 0.5 to 1; if a module's output is not one
+        vector per patch, no maps, and the reason.
 
     Raises:
-        UserError: If the adapter or its base is none for images.
+        UserError: If the adapter or its base is not for images.
     """
     if changes.files is None:
         raise UserError("maps are drawn of WeGeFT adapters", key="--image")
     model, see = _load(changes)
-    # The maps are the encoder's: a head that was trained whole has no say.
+    # The maps show the encoder; a trained head does not affect them.
     manifest = replace(changes.files.manifest, modules_to_save=())
     factors_alone = AdapterFiles(manifest, changes.files.factors, {})
     attach_files(model, factors_alone, changes.adapter_dir)
@@ -82,13 +82,9 @@ def draw_maps(
 
 
 def normalise(scores: Tensor) -> Tensor:
-    """Min-max normalise each map and cut what lies below one half.
+    """Min-max normalize each map of [tokens, r], and set values below 0.5 to 0.
 
-    Args:
-        scores: [tokens, r].
-
-    Returns:
-        The same shape, 0 or 0.5 to 1; a map without any contrast is 0.
+    A map without any contrast becomes 0.
     """
     low, high = scores.amin(dim=0), scores.amax(dim=0)
     spread = high - low
@@ -97,7 +93,7 @@ def normalise(scores: Tensor) -> Tensor:
 
 
 def _find_directions(changes: Changes) -> list[tuple[str, str, Any, Tensor]]:
-    """Give (label, module, rows, C) of each part; C is B without its scale."""
+    """Return (label, module, rows, C) of each part; C is B without its scale."""
     assert changes.files is not None
     scale = changes.files.manifest.scale
     found = []
@@ -122,7 +118,7 @@ def _make_maps(
 
 
 def _find_grid(config: Any, pixels: Tensor) -> tuple[int, int] | None:
-    """Give rows and columns of patches, where the model cuts the image once."""
+    """Return rows and columns of patches, if the model cuts the image into patches once."""
     size = getattr(config, "patch_size", None)
     if size is None:
         return None
@@ -131,7 +127,7 @@ def _find_grid(config: Any, pixels: Tensor) -> tuple[int, int] | None:
 
 
 def _find_names(model: nn.Module, changes: Changes) -> dict[str, str]:
-    """Give the name in the model of each adapted module, by its name in the files."""
+    """Return the model's name of each adapted module, by its name in the files."""
     linears = find_linears(model)
     names = {}
     for part in changes.parts:
@@ -143,12 +139,12 @@ def _find_names(model: nn.Module, changes: Changes) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the model sees of an image.
+    """The model's view of an image.
 
     Args:
         pixels: `[channels, height, width]`, scaled.
-        mean: What was taken off each channel.
-        std: What each channel was divided by.
+        mean: The mean that was subtracted from each channel.
+        std: The divisor of each channel.
     """
 
     pixels: Tensor
@@ -156,16 +152,15 @@ class _Seen:
     std: Sequence[float]
 
     def show(self) -> Any:
-        """Give it as a picture: the maps lie over what was cut out, not over the file's image."""
+        """Return the view as a picture; the maps are drawn over it, not over the file's image."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return make_picture(self.pixels.float() * std + mean)
 
 
 def _load(changes: Changes) -> tuple[nn.Module, Callable[[Any], _Seen]]:
-    """Load the base without its head, and what makes its input of an image.
+    """Load the base without its head, and the function that makes its input from an image.
 
-    A classifier's adapter tells how its images were cut and scaled; of others the base's processor
-    does.
+    A classifier's adapter stores its preprocessing; otherwise the base's processor is used.
     """
     folder = str(changes.base_dir)
     try:

@@ -1,10 +1,10 @@
-"""Directions in a language model's residual stream, as tokens: read from the base's files alone.
+"""Directions in a language model's residual stream as tokens, from the base's files alone.
 
 A module that writes to the residual stream (`o_proj`, `down_proj`) adds `c` to what the final norm
 and the unembedding read, so with the norm's weight `g` the direct effect of `c` on the logits is
 `E (g * c)`, up to the norm's scale (nostalgebraist 2020, Elhage et al. 2021); a LayerNorm also
 takes the mean of `c` away. A module that reads the stream (`q_proj`, `up_proj`, ...) writes into a
-space without tokens of its own: of it, the input embeddings are shown that lie along what it reads.
+space without tokens; for it, the input embeddings along its reading directions are shown.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ _READS = frozenset(
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _UNEMBEDDINGS = ("lm_head", "embed_out", "output")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-# Final norms stand outside the layers, so no number is in their names.
+# Final norms are outside of the layers, so their names have no number.
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "ln_out")
 _SHIFTED_NORMS = ("gemma",)  # their weight is stored as g - 1
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What turns directions into tokens.
+    """Tables that map directions to tokens.
 
     Args:
         hidden_size: Width of the residual stream.
         unembedding: [vocabulary, hidden_size].
-        embedding: The same of the inputs; None where the files hold none.
+        embedding: The input embedding, of the same shape; None if the files hold none.
         norm: The final norm's weight, [hidden_size].
-        centred: Whether the norm takes the mean away (LayerNorm).
-        tokenizer: Gives the tokens' texts; None shows numbers.
+        is_centered: Whether the norm subtracts the mean (LayerNorm).
+        tokenizer: Decodes tokens; None shows numbers.
     """
 
     hidden_size: int
     unembedding: TensorInfo
     embedding: TensorInfo | None
     norm: Tensor
-    centred: bool
+    is_centered: bool
     tokenizer: Any
 
     def role_of(self, kind: str, shape: tuple[int, int]) -> str | None:
-        """Tell whether a module writes to the residual stream or reads it, by name and width."""
+        """Return whether a module writes to or reads the residual stream, by name and width."""
         name = kind.partition(":")[0]
         d_out, d_in = shape
         if d_out == self.hidden_size and name in _WRITES:
@@ -71,28 +71,20 @@ class Vocabulary:
         return "writes" if d_out == self.hidden_size != d_in else None
 
     def to_logits(self, directions: Tensor) -> Tensor:
-        """Carry residual directions, [m, hidden_size], through the final norm's linear part."""
-        if self.centred:
+        """Map residual directions, [m, hidden_size], through the final norm's linear part."""
+        if self.is_centered:
             directions = directions - directions.mean(dim=1, keepdim=True)
         return directions * self.norm.to(directions.dtype)
 
     def name(self, token: int) -> str:
-        """Give a token's text."""
+        """Return a token's text."""
         if self.tokenizer is None:
             return f"#{token}"
         return str(self.tokenizer.decode([token], skip_special_tokens=False))
 
 
 def open_vocabulary(base_dir: Path, stored: dict[str, TensorInfo]) -> Vocabulary | str:
-    """Find a language model's unembedding, final norm and tokenizer in its folder.
-
-    Args:
-        base_dir: The base's folder.
-        stored: Its tensors.
-
-    Returns:
-        The vocabulary, or why there is none.
-    """
+    """Find a language model's unembedding, final norm and tokenizer, or the reason for none."""
     config = read_object(base_dir / "config.json")
     names = " ".join(str(name) for name in config.get("architectures") or ())
     config = config.get("text_config") or config
@@ -110,29 +102,29 @@ def open_vocabulary(base_dir: Path, stored: dict[str, TensorInfo]) -> Vocabulary
     if str(config.get("model_type", "")).startswith(_SHIFTED_NORMS):
         weight = weight + 1
     norm_name = next(name for name, info in stored.items() if info is norm)
-    centred = norm_name.removesuffix("weight") + "bias" in stored
+    is_centered = norm_name.removesuffix("weight") + "bias" in stored
     try:
         tokenizer = load_tokenizer(str(base_dir))
     except UserError:
         tokenizer = None
-    return Vocabulary(hidden_size, unembedding, embedding, weight, centred, tokenizer)
+    return Vocabulary(hidden_size, unembedding, embedding, weight, is_centered, tokenizer)
 
 
 def rank_tokens(
     info: TensorInfo, directions: Tensor, num_tokens: int, *, cosine: bool = False
 ) -> list[tuple[list[tuple[int, float]], list[tuple[int, float]]]]:
-    """Find the tokens whose rows lie most along each direction, and most against it.
+    """Find the tokens whose rows have the largest and smallest products with each direction.
 
     The table is streamed in blocks of rows, once for all directions.
 
     Args:
         info: The table, [vocabulary, hidden_size].
         directions: [m, hidden_size].
-        num_tokens: How many at each end.
-        cosine: Compare angles instead of products: rows are normalised.
+        num_tokens: Number of tokens at each end.
+        cosine: Compare angles instead of products: rows are normalized.
 
     Returns:
-        Of each direction, (token, score) pairs: the highest first, and the lowest first.
+        For each direction, (token, score) pairs: the highest first, and the lowest first.
     """
     num_tokens = min(num_tokens, info.shape[0])
     best: list[Tensor] = [torch.empty(0, len(directions)) for _ in range(2)]

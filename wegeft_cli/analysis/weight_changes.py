@@ -1,4 +1,4 @@
-"""What an adapter changes in its base, module by module, from the files where they will do."""
+"""The weight changes of an adapter, module by module, read from files where possible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Part:
 
     Args:
         module: Its full dotted name in the base's files.
-        group: Whose pair changes it; of LoRA, its own name.
+        group: The group whose pair changes it; for LoRA, its own name.
         rows: Adapted rows; None is all.
         transposed: Whether the weight is stored [d_in, d_out].
     """
@@ -47,19 +47,19 @@ class Part:
 
     @property
     def label(self) -> str:
-        """Its name, with its first row range where it is a part of a fused module."""
+        """The module's name, with the first row range for a part of a fused module."""
         if self.rows is None:
             return self.module
         return f"{self.module}:{self.rows[0][0]}-{self.rows[0][1]}"
 
     @property
     def kind(self) -> str:
-        """What it is called in its layer."""
+        """The module's name within its layer."""
         return self.label.rpartition(".")[2] if self.rows is None else self.label.split(".")[-1]
 
     @property
     def layer(self) -> int | None:
-        """Number of the layer that it is in: the first number in its name."""
+        """Number of the module's layer: the first number in its name."""
         return find_layer(self.module)
 
 
@@ -72,10 +72,10 @@ class Changes:
         peft_type: WEGEFT, or LORA.
         base_dir: The base's folder.
         stored: The base's tensors.
-        parts: What is changed, in the adapter's order.
-        files: A WeGeFT adapter's content; None of LoRA.
-        pairs: A LoRA adapter's scaled (B, A) by module; empty of WeGeFT.
-        loaded: Module -> weight, of a base whose files name its layers otherwise; else empty.
+        parts: The changed modules, in the adapter's order.
+        files: A WeGeFT adapter's content; None for LoRA.
+        pairs: A LoRA adapter's scaled (B, A) by module; empty for WeGeFT.
+        loaded: Module -> weight, for a base whose files use other layer names; else empty.
     """
 
     adapter_dir: Path
@@ -88,14 +88,14 @@ class Changes:
     loaded: dict[str, Tensor]
 
     def stored_shape(self, part: Part) -> tuple[int, ...] | None:
-        """Give the shape of the part's module as it is stored; None where the base has none."""
+        """Return the stored shape of the part's module, or None if the base has none."""
         if part.module in self.loaded:
             return tuple(self.loaded[part.module].shape)
         info = self.stored.get(f"{part.module}.weight")
         return None if info is None else info.shape
 
     def load_weight(self, part: Part) -> Tensor:
-        """Read the part's weight, [d_out, d_in]: in float64, or in float32 where it is large."""
+        """Read the part's weight, [d_out, d_in], in float64 (float32 if it is large)."""
         weight = self.loaded.get(part.module)
         if weight is None:
             weight = read_rows(self.stored[f"{part.module}.weight"])
@@ -107,9 +107,9 @@ class Changes:
         return torch.cat([weight[start:stop] for start, stop in part.rows])
 
     def factors(self, part: Part, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Give B [d_out, r] and A [r, d_in] of the part's change `delta_W = B A`, in float64.
+        """Return B [d_out, r] and A [r, d_in] of the part's change `delta_W = B A`, in float64.
 
-        The product with W is taken in the type that `load_weight` gives.
+        The product with W is computed in the type that `load_weight` returns.
         """
         if self.files is None:
             B, A = self.pairs[part.module]
@@ -123,19 +123,9 @@ class Changes:
 def open_changes(
     adapter: Path, *, base: str | None = None, warn: Callable[[str], None] = lambda text: None
 ) -> Changes:
-    """Read an adapter and find its base's weights.
+    """Read an adapter (WeGeFT or plain LoRA) and find its base's weights.
 
-    Args:
-        adapter: An adapter or run folder, WeGeFT's or plain LoRA.
-        base: The base's folder or hub id, where it is not as recorded.
-        warn: Told where nothing can tell whether the base is the adapter's.
-
-    Returns:
-        The adapter beside its base.
-
-    Raises:
-        UserError: If the adapter is damaged or of another kind, the base is another one, or its
-            files lack a module.
+    `warn` is called if the base cannot be verified to be the adapter's.
     """
     opened = Adapter.open(adapter)
     adapter_dir, kind = opened.folder, opened.peft_type
@@ -150,7 +140,7 @@ def open_changes(
         parts = [Part(name, name) for name in pairs]
     else:
         reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
-        hint = "`wegeft eval --compare-base` tells what it does"
+        hint = "`wegeft eval --compare-base` measures its effect"
         refuse_adapter(opened, reason, hint=hint)
     with tell_base(base, adapter_dir):
         base_dir = fetch_base_folder(base or opened.base, None if base else opened.revision)
@@ -172,7 +162,7 @@ def open_changes(
 
 
 def find_layer(module: str) -> int | None:
-    """Give the number of the layer that a module is in, the first number in its name."""
+    """Return the layer's number in a module's name (the first number), or None."""
     found = _LAYER.search(module)
     return int(found[1]) if found else None
 
@@ -186,7 +176,7 @@ def _list_parts(files: AdapterFiles) -> Iterator[Part]:
 
 
 def _load_renamed(base_dir: Path, modules: Sequence[str]) -> dict[str, Tensor]:
-    """Load the base whole and give the weights of those of the modules that it has."""
+    """Load the whole base and return the weights of the modules that it has."""
     model = load_backbone(base_dir)
     linears = find_linears(model)
     names = {stored: find_module_name(model, stored, linears) for stored in modules}

@@ -39,7 +39,7 @@ from wegeft_cli.inference.loaded_model import (
     fingerprint_target,
     open_target,
 )
-from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.recipe.schema import EvalSection, Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import write_text_atomic
@@ -389,7 +389,7 @@ class Asking:
                 title=title,
             )
             try:
-                with telling_memory():
+                with generation_memory_errors():
                     return job.run(model, tokenizer, asked)
             except KeyboardInterrupt:
                 self.reporter.note(

@@ -21,7 +21,7 @@ from wegeft_cli.generation.kv_cache import Reading
 from wegeft_cli.inference.generate import GREEDY, default_new_tokens, describe_target
 from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form
-from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.storage.atomic import write_text_atomic
 
 _NARROWS = ("top_k", "top_p", "min_p")
@@ -120,7 +120,7 @@ class Conversation:
                 nullcontext((self.opened.model, self.opened.tokenizer))
                 if tuned
                 else self.opened.base_alone() as (model, tokenizer),
-                telling_memory(),
+                generation_memory_errors(),
             ):
                 written = generate_texts(
                     model,

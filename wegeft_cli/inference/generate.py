@@ -19,7 +19,7 @@ from wegeft_cli.generation.engine import find_context, generate_texts
 from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form, tell_question
-from wegeft_cli.models.device_memory import telling_memory
+from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
@@ -160,7 +160,7 @@ class _Job:
         reporter: Reporter,
         on_text: Callable[[str, str], None] | None,
     ) -> Generations:
-        with _shown(reporter, who, len(self.texts), on_text) as advance, telling_memory():
+        with _shown(reporter, who, len(self.texts), on_text) as advance, generation_memory_errors():
             return generate_texts(
                 model,
                 tokenizer,

@@ -1,4 +1,4 @@
-"""A machine without enough memory, told by the keys that would need less of it."""
+"""Peak memory of a device, and errors for a machine without enough of it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,8 @@ _WORDS = ("can't allocate memory", "not enough memory", "CUDA error: out of memo
 
 
 @contextmanager
-def telling_memory() -> Iterator[None]:
-    """Tell in the user's words that the device's memory is full while a model writes.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MachineError: In the place of torch's error.
-    """
+def generation_memory_errors() -> Iterator[None]:
+    """Raise MachineError with a hint in place of torch's out-of-memory error."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -35,26 +28,16 @@ def telling_memory() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is one of memory, on a CPU or a GPU."""
+    """Return whether an error means that a CPU or GPU is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def tell_out_of_memory(
+def out_of_memory_error(
     error: BaseException, recipe: Recipe, device: torch.device, estimated_gib: float | None
 ) -> MachineError:
-    """Say what was used, what the plan had estimated, and which keys to lower from which values.
-
-    Args:
-        error: What was raised.
-        recipe: The recipe.
-        device: Where the run trained.
-        estimated_gib: The plan's estimate of the peak; None where there was none.
-
-    Returns:
-        The fault to raise.
-    """
+    """Build the error that states used and estimated memory and the keys to lower."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[0].strip() if lines else "no more left"
     peak = measure_peak_memory_gib(device)
@@ -86,14 +69,7 @@ _GIB = 2**30
 
 
 def measure_peak_memory_gib(device: torch.device) -> float:
-    """Measure the peak memory of this process in GiB.
-
-    Args:
-        device: A CUDA device gives its allocator's peak, any other the process's resident peak.
-
-    Returns:
-        GiB.
-    """
+    """Return the peak memory of this process: allocated on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

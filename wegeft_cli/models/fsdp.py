@@ -1,4 +1,4 @@
-"""A base that processes share by FSDP2: each reads its part alone, and gathers without a copy."""
+"""Load a base sharded by FSDP2: each process reads its part, and gathers without a copy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def load_share(load: Callable[[], Any]) -> Any:
-    """Load a base that processes share.
-
-    Args:
-        load: Loads the model, with transformers' distributed configuration.
-
-    Returns:
-        The model, of which this process holds its part.
-    """
+    """Load a base with transformers' distributed configuration; each process holds its part."""
     with _read_without_mapping():
         model = load()
     if next(model.parameters()).device.type == "cpu":
@@ -31,11 +24,10 @@ def load_share(load: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _read_without_mapping() -> Iterator[None]:
-    """Let transformers read what it takes of safetensors, instead of mapping the files.
+    """Make transformers read safetensors files instead of mapping them.
 
-    A share that is a view of the mapped file costs more than its bytes: the kernel maps whole
-    blocks of the page cache around it, and keeps them. safetensors can read as well; transformers
-    lets it on other systems, and offers no argument for it.
+    A shard that is a view of the mapped file costs more than its bytes: the kernel maps whole
+    blocks of the page cache around it and keeps them. transformers has no argument for this.
     """
     from transformers import modeling_utils
 
@@ -49,10 +41,7 @@ def _read_without_mapping() -> Iterator[None]:
 
 
 def _gather_in_place(model: nn.Module) -> None:
-    """Let FSDP2 gather a layer over gloo with no more memory than the layer's own.
-
-    The model lies on the CPU, and FSDP2 manages it.
-    """
+    """Make FSDP2 gather a CPU model's layer over gloo without additional memory."""
     for module in model.modules():
         # An older torch has no such setting, and gathers with its copies.
         if isinstance(module, FSDPModule) and hasattr(module, "set_custom_all_gather"):
@@ -61,10 +50,10 @@ def _gather_in_place(model: nn.Module) -> None:
 
 
 class _BroadcastGather:
-    """An all-gather as a broadcast of each process's part, in the output's own memory.
+    """An all-gather as one broadcast per process, into the output's own memory.
 
-    gloo's own all-gather takes the whole a second time. And FSDP2 keeps what one layer gathered
-    until the next one's is there too, unless the gather is one that it waits for itself.
+    gloo's all-gather allocates the whole a second time. FSDP2 also keeps a layer's gathered weights
+    until the next layer's are there, unless the gather is synchronous.
     """
 
     def allocate(

@@ -1,4 +1,4 @@
-"""Images become tensors, by Pillow: the transforms of FGVC and VTAB-1k."""
+"""Image transforms of FGVC and VTAB-1k, with Pillow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BYTE = 255.0
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How an image becomes what the model sees.
+    """Preprocessing of an image for a classifier.
 
     Args:
         size: Edge of the square, in pixels.
         kind: crop_flip, crop or resize, see `data.image_transform`.
-        mean: Per channel, of values from 0 to 1; one channel is grey, three are red, green, blue.
+        mean: Per channel, from 0 to 1; one channel is gray, three are red, green, blue.
         std: Per channel.
     """
 
@@ -36,14 +36,10 @@ class ImageTransform:
     std: tuple[float, ...]
 
     def __call__(self, image: Any, random: np.random.Generator | None = None) -> Tensor:
-        """Transform one image.
+        """Transform a Pillow image to `[channels, size, size]`, float32.
 
-        Args:
-            image: A Pillow image, in the mode of the channels.
-            random: Draws crop and flip; None takes the centre and does not flip.
-
-        Returns:
-            `[channels, size, size]`, float32: (value / 255 - mean) / std.
+        The values are (value / 255 - mean) / std. `random` draws crop and flip; None crops the
+        center and does not flip.
         """
         if self.kind == "resize":
             pixels = _resize_plainly(_as_tensor(image), self.size)
@@ -57,38 +53,19 @@ class ImageTransform:
         return (pixels / _BYTE - mean) / std
 
     def load(self, source: Path | bytes, random: np.random.Generator | None = None) -> Tensor:
-        """Decode and transform one image.
-
-        Args:
-            source: A path, or an image file's bytes.
-            random: As for `__call__`.
-
-        Returns:
-            As `__call__`.
-
-        Raises:
-            UserError: If it cannot be decoded.
-        """
+        """Decode and transform an image from a path or from a file's bytes."""
         return self(decode_image(source, num_channels=len(self.mean)), random)
 
 
 def short_side(size: int) -> int:
-    """Give the short side from which a square is cut: 256 for 224, 512 for 448, 438 for 384."""
+    """Return the short side before the crop: 256 for 224, 512 for 448, 438 for 384."""
     return size * 8 // 7
 
 
 def decode_image(source: Path | bytes, *, num_channels: int) -> Any:
-    """Decode an image.
+    """Decode an image (a path, or a file's bytes), rotated as its metadata says.
 
-    Args:
-        source: A path, or an image file's bytes.
-        num_channels: 1 for grey, 3 for colour.
-
-    Returns:
-        The Pillow image, upright as its camera noted.
-
-    Raises:
-        UserError: If Pillow is missing or the image cannot be decoded.
+    `num_channels` is 1 for gray, 3 for color.
     """
     image_module = _import_pillow()
     from PIL import ImageOps
@@ -104,18 +81,7 @@ def decode_image(source: Path | bytes, *, num_channels: int) -> Any:
 
 
 def check_images(sources: Sequence[Path | bytes], *, limit: int = 5) -> list[UserError]:
-    """Read the header of every image that is a file, and none of its pixels.
-
-    Args:
-        sources: Paths; bytes are passed over.
-        limit: So many faults are told.
-
-    Returns:
-        The faults.
-
-    Raises:
-        UserError: If Pillow is missing.
-    """
+    """Read the header of every image file and return the errors, at most `limit`."""
     image_module = _import_pillow()
     faults: list[UserError] = []
     for source in sources:
@@ -132,17 +98,7 @@ def check_images(sources: Sequence[Path | bytes], *, limit: int = 5) -> list[Use
 
 
 def read_size(source: Path | bytes) -> tuple[tuple[int, int], str]:
-    """Read an image's header, and none of its pixels.
-
-    Args:
-        source: A path, or the file's bytes.
-
-    Returns:
-        (Width, height) in pixels as they are stored, and Pillow's name of the mode, such as RGB.
-
-    Raises:
-        UserError: If it is no image that can be read, or Pillow is missing.
-    """
+    """Read (width, height) in pixels and Pillow's name of the mode from an image's header."""
     image_module = _import_pillow()
     try:
         with image_module.open(
@@ -171,13 +127,13 @@ def _unreadable(source: Path | bytes, error: Exception) -> UserError:
 
 
 def _as_tensor(image: Any) -> Tensor:
-    """Give an image as `[channels, height, width]`, float32 of 0 to 255."""
+    """Return an image as `[channels, height, width]`, float32 from 0 to 255."""
     pixels = np.array(image, dtype=np.float32)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
 def _resize_short_side(image: Any, target: int) -> Any:
-    """Bilinear with antialiasing, the aspect kept; the long side is cut to whole pixels."""
+    """Resize bilinearly with antialiasing and the aspect kept (long side rounded down)."""
     width, height = image.size
     if min(width, height) == target:
         return image
@@ -199,7 +155,7 @@ def _crop(image: Any, size: int, random: np.random.Generator | None) -> Any:
 
 
 def _resize_plainly(pixels: Tensor, size: int) -> Tensor:
-    """Bilinear between pixel centres without antialiasing, as `tf.image.resize` does."""
+    """Resize bilinearly between pixel centers without antialiasing, as `tf.image.resize`."""
     if pixels.shape[-2:] == (size, size):
         return pixels
     return torch.nn.functional.interpolate(
@@ -211,17 +167,7 @@ _THUMBNAIL = 160  # pixels of the longer edge
 
 
 def read_image(path: Path) -> Any:
-    """Read an image file as RGB.
-
-    Args:
-        path: The file.
-
-    Returns:
-        A Pillow image.
-
-    Raises:
-        UserError: If it is missing, no image or too large, or Pillow is not installed.
-    """
+    """Read an image file as RGB."""
     try:
         from PIL import Image
     except ImportError:
@@ -235,20 +181,13 @@ def read_image(path: Path) -> Any:
 
 
 def make_array(picture: Any) -> np.ndarray:
-    """Give a picture's values, uint8: [3, height, width] of colours, [1, height, width] of grey."""
+    """Return an image as uint8: [3, height, width] in color, or [1, height, width] in gray."""
     values = np.asarray(picture)
     return values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
 
 
 def make_picture(values: Tensor) -> Any:
-    """Give values as a picture.
-
-    Args:
-        values: [channels, height, width] from 0 to 1; what lies beyond is cut.
-
-    Returns:
-        A Pillow image, grey of one channel.
-    """
+    """Convert [channels, height, width] to a Pillow image; values are clipped to 0 to 1."""
     from PIL import Image
 
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -256,7 +195,7 @@ def make_picture(values: Tensor) -> Any:
 
 
 def make_thumbnail(picture: Any) -> str:
-    """Give a small PNG of an image as a data URI."""
+    """Return a small PNG of an image as a data URI."""
     small = picture.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""liger-kernel: fused GPU kernels in the place of a model's norms, rotary embedding and MLP."""
+"""Faster kernels: liger-kernel, compiled layers and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ _KEY = "train.use_liger_kernel"
 
 
 def apply_liger(model: nn.Module) -> None:
-    """Put liger-kernel's kernels into a model that is loaded.
+    """Replace operations of a loaded language model by liger-kernel's.
 
-    Its kernels for the loss stay out: the output head already sees labelled positions alone, and
-    its logits are never held together. Some kernels replace functions of transformers for the whole
-    process, as the package's own way is.
-
-    Args:
-        model: A causal language model of transformers, or one that wraps it.
-
-    Raises:
-        UserError: As `check_liger`.
+    Its loss kernels are not used: the output head already sees label positions alone, and its
+    logits are never held together. Some kernels replace functions of transformers for the whole
+    process, which is how the package works.
     """
     get_base: Any = getattr(model, "get_base_model", None)
     base: Any = get_base() if get_base is not None else model
@@ -37,15 +31,7 @@ def apply_liger(model: nn.Module) -> None:
 
 
 def check_liger(model_type: str) -> None:
-    """Check, before any weight is loaded, that the kernels can work here and for a model.
-
-    Args:
-        model_type: The architecture, as the model's config names it.
-
-    Raises:
-        UserError: If there is no GPU, the package is not installed, or it has no kernels for the
-            architecture.
-    """
+    """Raise UserError if the kernels cannot run here or do not support an architecture."""
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         raise UserError(
             "liger-kernel's kernels need a CUDA or XPU device, and there is none",
@@ -61,7 +47,7 @@ def check_liger(model_type: str) -> None:
             hint="pip install 'wegeft-cli[liger]'",
         ) from error
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        # The package itself would leave such a model as it is, without a word.
+        # The package itself silently leaves such a model unchanged.
         raise UserError(
             f"liger-kernel has no kernels for the architecture {model_type!r}",
             key=_KEY,
@@ -70,18 +56,12 @@ def check_liger(model_type: str) -> None:
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile a model's repeated layers in place, for sequences of any length.
+    """Compile a model's repeated layers in place and return their number.
 
-    Not the model as a whole: what is hooked into its head changes from pass to pass, and all layers
-    are one piece of code.
-
-    Args:
-        model: The model as it is trained, with its adapter.
-
-    Returns:
-        How many layers are compiled.
+    The model as a whole is not compiled: hooks at its head change from pass to pass, and all layers
+    share the same code.
     """
-    # What it leaves to Python it would tell of at every layer.
+    # Dynamo would log every graph break of every layer.
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outermost = [
@@ -96,7 +76,7 @@ def compile_layers(model: nn.Module) -> int:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Let the model recompute its layers' activations in the backward pass."""
-    # Reentrant checkpointing gives wrong gradients for parameters shared by layers, in silence,
-    # as soon as something hooks into the backward pass; it is never used.
+    """Enable activation checkpointing (recomputation in the backward pass)."""
+    # Reentrant checkpointing silently gives wrong gradients for parameters shared by layers if
+    # the backward pass has hooks.
     model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, from a folder, a GGUF file or a hub."""
+"""Load the base model and its tokenizer from a folder, a GGUF file or a hub."""
 
 from __future__ import annotations
 
@@ -29,19 +29,7 @@ _DTYPES = {name: TORCH_DTYPES[stored] for name, stored in DTYPE_NAMES.items()}
 def load_config(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load a model's configuration alone; a folder with only `config.json` will do.
-
-    Args:
-        name_or_path: Model folder, GGUF file or hub id.
-        revision: Hub branch, tag or commit.
-        trust_remote_code: Run code that comes with the model.
-
-    Returns:
-        The transformers configuration.
-
-    Raises:
-        UserError: If there is no such model.
-    """
+    """Load a model's configuration from a folder with `config.json`, a GGUF file or a hub id."""
     from transformers import AutoConfig
 
     with _translated(name_or_path):
@@ -53,19 +41,7 @@ def load_config(
 def build_meta_model(
     config: Any, *, trust_remote_code: bool = False, task: str = "causal_lm"
 ) -> nn.Module:
-    """Build a model without weights (torch's meta device), for counts and checks.
-
-    Args:
-        config: A transformers configuration.
-        trust_remote_code: Run code that comes with the model.
-        task: What the model is for, as in a recipe.
-
-    Returns:
-        The model, all parameters on the meta device.
-
-    Raises:
-        UserError: If there is no model of the architecture for the task.
-    """
+    """Build a model on the meta device (without weights), for counts and checks."""
     with quiet_transformers(), torch.device("meta"):
         try:
             model: nn.Module = auto_class(task).from_config(
@@ -106,13 +82,13 @@ def load_model(
         attn_implementation: Attention kernel by its transformers name; None lets transformers
             choose.
         trust_remote_code: Run code that comes with the model.
-        head: Load a classifier with this head, whose weights are random where the checkpoint has
-            none of that shape; None loads a causal language model. The model then tells as
-            `missing_weights` which parameters the checkpoint does not hold.
-        **options: More of `from_pretrained`'s arguments: how it is quantised or sharded.
+        head: Head of a classifier, with random weights if the checkpoint has none of that shape;
+            None loads a causal language model. The model's `missing_weights` lists the parameters
+            that the checkpoint lacks.
+        **options: More arguments of `from_pretrained`, for quantization or sharding.
 
     Returns:
-        The model in evaluation mode, on the CPU unless the options say otherwise.
+        The model in evaluation mode, on the CPU by default.
 
     Raises:
         UserError: If there is no such model, or its weights are unreadable.
@@ -141,26 +117,14 @@ def load_model(
 def load_image_processor(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load what tells how a model's images are scaled.
-
-    Args:
-        name_or_path: Model folder or hub id.
-        revision: Hub branch, tag or commit.
-        trust_remote_code: Run code that comes with the model.
-
-    Returns:
-        The transformers image processor.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Load a model's image processor."""
     from transformers import AutoImageProcessor
 
     path = Path(name_or_path).expanduser()
     if path.is_dir() and not (path / "preprocessor_config.json").is_file():
         raise UserError(
-            f"{name_or_path!r} holds no preprocessor_config.json, which tells how its images are "
-            "scaled",
+            f"{name_or_path!r} holds no preprocessor_config.json, which defines how its images "
+            "are scaled",
             key=_NAME,
             hint="put it beside config.json: transformers' ViTImageProcessor(...).save_pretrained",
         )
@@ -173,19 +137,7 @@ def load_image_processor(
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer that belongs to a model.
-
-    Args:
-        name_or_path: Model folder, GGUF file or hub id.
-        revision: Hub branch, tag or commit.
-        trust_remote_code: Run code that comes with the model.
-
-    Returns:
-        The transformers tokenizer.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """Load a model's tokenizer from a folder, a GGUF file or a hub id."""
     from transformers import AutoTokenizer
 
     with _translated(name_or_path, what="tokenizer"), quiet_transformers():
@@ -193,7 +145,7 @@ def load_tokenizer(
             **_source(name_or_path, revision), trust_remote_code=trust_remote_code
         )
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-        # For some families transformers makes one out of nothing that knows special tokens alone.
+        # For some families transformers builds an empty tokenizer with only special tokens.
         raise UserError(
             f"{name_or_path!r} holds no tokenizer",
             key="model.name_or_path",
@@ -203,14 +155,9 @@ def load_tokenizer(
 
 
 def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | None:
-    """Find the folder on disk that holds a model's files: itself, or the hub cache's snapshot.
+    """Return the local folder of a model: itself or the hub cache's snapshot.
 
-    Args:
-        name_or_path: Model folder, GGUF file or hub id.
-        revision: Hub branch, tag or commit.
-
-    Returns:
-        The folder; None for a GGUF file, or for a hub id that is not in the cache.
+    None for a GGUF file, or for a hub id that is not in the cache.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -227,23 +174,12 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | N
 
 
 def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
-    """Give the folder with a model's safetensors, downloading them where they are on a hub.
-
-    Args:
-        name_or_path: Model folder or hub id.
-        revision: Hub branch, tag or commit.
-
-    Returns:
-        A folder that exists.
-
-    Raises:
-        UserError: If there is no such model, or it is a GGUF file.
-    """
+    """Return the folder with a model's safetensors, downloaded if they are on a hub."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
     if path.exists() or _is_path(name_or_path):
-        _source(name_or_path, revision)  # tells what is missing
+        _source(name_or_path, revision)  # reports a missing path
         raise UserError(
             f"{name_or_path!r} is a single file; a folder with safetensors is needed",
             hint="save the base once with transformers' save_pretrained and give that folder",
@@ -251,13 +187,13 @@ def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _translated(name_or_path):
-        # The cache may hold only a part of it; offline, the hub's client gives what is there.
+        # The cache may be incomplete; offline, the hub's client returns it as it is.
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Give an id to pad with. Masks come from lengths, so that any id will do: eos, or 0."""
+    """Return the padding id: eos, or 0. Any id works, because masks come from lengths."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
         if candidate is not None:
             return int(candidate)
@@ -269,7 +205,7 @@ def _is_path(name_or_path: str) -> bool:
 
 
 def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
-    """Turn a name into from_pretrained's arguments, refusing a path that is not there."""
+    """Return `from_pretrained`'s arguments for a name; raise UserError for a missing path."""
     path = Path(name_or_path).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -298,16 +234,16 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
-    """Turn what transformers and the hub raise for a missing or damaged model into one message.
+    """Translate the errors of transformers and the hub for a missing or damaged model.
 
-    Of a damaged file they raise whatever its values run into: TypeError, KeyError, and more.
+    A damaged file can cause any error: TypeError, KeyError, and more.
     """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # What panics in a library written in Rust is no Exception.
+        # A panic in a Rust library is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -332,7 +268,7 @@ def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and notices out of the terminal while loading."""
+    """Suppress transformers' progress bars and messages during loading."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -346,24 +282,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _switch_bars(switch: Callable[[], None]) -> None:
-    """Call a switch of the bars; where the environment has decided already, the hub only warns."""
+    """Switch the progress bars; the hub only warns if the environment has set them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         switch()
 
 
 def load_backbone(base_dir: Path) -> nn.Module:
-    """Load a folder's model without a head.
-
-    Args:
-        base_dir: A model folder with safetensors.
-
-    Returns:
-        The model in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: If transformers cannot load it.
-    """
+    """Load a folder's model without a head, in evaluation mode on the CPU."""
     from transformers import AutoModel
 
     try:
@@ -379,18 +305,7 @@ def load_backbone(base_dir: Path) -> nn.Module:
 
 
 def load_base(section: ModelSection, **options: Any) -> nn.Module:
-    """Load the frozen base.
-
-    Args:
-        section: The recipe's `model`.
-        **options: More of `from_pretrained`'s arguments.
-
-    Returns:
-        The model, on the CPU; a base that bitsandbytes quantises, on the process's device.
-
-    Raises:
-        UserError: If there is no such model, or a package that quantises it is missing.
-    """
+    """Load the frozen base on the CPU, or on the process's device if bitsandbytes quantizes it."""
     kind = name_quantization(section)
     dtype: str = section.dtype
     if kind is not None:
@@ -408,7 +323,7 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         **options,
     )
     if "distributed_config" in options:
-        # FSDP2 is a second's import, for those who share a base.
+        # Importing FSDP2 takes a second, so only sharded bases do it.
         from wegeft_cli.models.fsdp import load_share
 
         model = load_share(load)
@@ -419,28 +334,16 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
 
 
 def name_quantization(section: ModelSection) -> str | None:
-    """Name how a recipe quantises its base, as adapters and merges record it.
-
-    Args:
-        section: The recipe's `model`.
-
-    Returns:
-        `<package>_<bits>bit`; None for a base that is taken as it is.
-    """
+    """Return `<package>_<bits>bit` for a section that quantizes its base, or None."""
     if not (section.load_in_4bit or section.load_in_8bit):
         return None
     return f"{section.quant_method}_{4 if section.load_in_4bit else 8}bit"
 
 
 def quantise_as(section: ModelSection, kind: str | None) -> ModelSection:
-    """Give a section whose base is loaded as one was that an adapter was trained on.
+    """Return the section with the quantization that an adapter records (`kind`).
 
-    Args:
-        section: A `model` section.
-        kind: What the adapter records; None, or another method's name, is taken as it is.
-
-    Returns:
-        The section.
+    None, or a method of another package, leaves the section unchanged.
     """
     method, _, bits = (kind or "").partition("_")
     known = bits in ("4bit", "8bit")
@@ -465,7 +368,7 @@ def find_dtype(section: ModelSection, config: Any = None) -> torch.dtype:
 
 
 def load_base_config(section: ModelSection) -> Any:
-    """Load the configuration that the recipe's `model` names."""
+    """Load the configuration of the recipe's `model`."""
     return load_config(
         section.name_or_path,
         revision=section.revision,
@@ -474,18 +377,7 @@ def load_base_config(section: ModelSection) -> Any:
 
 
 def build_skeleton(section: ModelSection, head: HeadSpec | None = None) -> tuple[Any, nn.Module]:
-    """Build the base without weights.
-
-    Args:
-        section: The recipe's `model`.
-        head: A classifier's head; None builds a causal language model.
-
-    Returns:
-        Its configuration, and the model on torch's meta device.
-
-    Raises:
-        UserError: If there is no such model.
-    """
+    """Return the base's configuration, and the base on the meta device."""
     config = load_base_config(section)
     if head is not None:
         head.apply(config)

@@ -1,4 +1,4 @@
-"""Stochastic depth for transformers that have none of their own (ViT, DeiT)."""
+"""Stochastic depth for transformers that do not implement it (ViT, DeiT)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BRANCHES = ("attention", "mlp")
 
 
 def add_drop_path(model: Any, rate: float) -> None:
-    """Leave out residual branches at random while training.
+    """Add stochastic depth: skip residual branches at random during training.
 
-    Huang et al. 2016 (arXiv 1603.09382), as timm's ViT does it: block i of L drops each of its two
-    branches for each row with probability p_i = rate x i / (L - 1), and scales what is kept by
-    1 / (1 - p_i). The hooks come last, so that they see a branch with its adapter.
+    Huang et al. 2016 (arXiv 1603.09382), as in timm's ViT: block i of L drops each of its two
+    branches for each row with probability p_i = rate x i / (L - 1), and scales the others by 1 / (1
+    - p_i). The hooks come last, so that they see a branch with its adapter.
 
     Args:
         model: A model with a list of blocks that hold `attention` and `mlp`; it is changed.
@@ -35,14 +35,7 @@ def add_drop_path(model: Any, rate: float) -> None:
 
 
 def check_drop_path(model: Any) -> None:
-    """Check that `add_drop_path` knows the model's blocks.
-
-    Args:
-        model: The model; the meta device will do.
-
-    Raises:
-        UserError: If it does not.
-    """
+    """Raise UserError if `add_drop_path` does not support the model's blocks."""
     _find_blocks(model)
 
 

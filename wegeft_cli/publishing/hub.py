@@ -1,4 +1,4 @@
-"""A folder goes to a hub: checked before the work, uploaded after it."""
+"""Upload a folder to a hub, with checks before the work."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ class HubTarget:
 
     Args:
         repo_id: `name` or `owner/name`.
-        is_public: Whether a repository that is made now can be read by everybody.
+        is_public: Whether a repository that is created is public.
     """
 
     repo_id: str
     is_public: bool = False
 
     def check(self) -> None:
-        """Find what would stop the upload before hours of work are done.
+        """Raise the errors that would stop the upload, before hours of work.
 
-        Raises:
-            UserError: If the name is none, the hub is switched off, or nobody is logged in.
-            MachineError: If the hub cannot be reached.
+        UserError: the name is invalid, the hub is switched off, or the user is not logged in.
+        MachineError: the hub cannot be reached.
         """
         from huggingface_hub import constants, utils
         from huggingface_hub.errors import HFValidationError
@@ -52,28 +51,15 @@ class HubTarget:
             raise UserError(
                 "the hub is switched off (HF_HUB_OFFLINE)", key=_KEY, hint="unset that variable"
             )
-        with _told(self.repo_id):
+        with _hub_errors(self.repo_id):
             _client().whoami()
 
 
 def publish(folder: Path, target: HubTarget, reporter: Reporter) -> str:
-    """Upload a folder as one commit; the repository is made where it is missing.
-
-    Args:
-        folder: What is uploaded; it stays.
-        target: Where to.
-        reporter: Told what is under way.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        UserError: If the hub refuses.
-        MachineError: If it cannot be reached; the folder is whole, and can be pushed again.
-    """
+    """Upload a folder as one commit, create a missing repository, and return its address."""
     reporter.note(f"uploading {folder} to {target.repo_id}")
     api = _client()
-    with _told(target.repo_id, folder):
+    with _hub_errors(target.repo_id, folder):
         repo = api.create_repo(target.repo_id, private=not target.is_public, exist_ok=True)
         api.upload_folder(
             repo_id=repo.repo_id,
@@ -92,12 +78,12 @@ def _client() -> Any:
 
 
 @contextmanager
-def _told(repo_id: str, folder: Path | None = None) -> Iterator[None]:
-    """Turn what the hub's client raises into one message; `folder` is what was to be uploaded."""
+def _hub_errors(repo_id: str, folder: Path | None = None) -> Iterator[None]:
+    """Translate the errors of the hub's client; `folder` is the folder of the upload."""
     from huggingface_hub import errors
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # The hub's client changed the library it asks with; the fault's class is known to it.
+    # The hub's client has changed its HTTP library; it exports the error's class.
     http_error: Any = vars(errors)["HTTPError"]
 
     kept = f"{folder} is whole; try again: hf upload {repo_id} {folder}"

@@ -18,7 +18,7 @@ from wegeft_cli.artifacts.run_directory import RunFolder, now
 from wegeft_cli.distributed.failures import is_lost_process, tell_lost_process
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.device_memory import is_out_of_memory, tell_out_of_memory
+from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
 from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.planning.data_fingerprint import check_same_data
 from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
@@ -275,7 +275,7 @@ def _told_in_run_json(
     except BaseException as error:
         told: BaseException = error
         if is_out_of_memory(error):
-            told = tell_out_of_memory(error, recipe, processes.device, estimated_gib)
+            told = out_of_memory_error(error, recipe, processes.device, estimated_gib)
         elif processes.count > 1 and is_lost_process(error):
             told = tell_lost_process(recipe.train.ddp_timeout)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -1,4 +1,4 @@
-"""Writing to disk, whole or not at all: atomic files and folders, free space."""
+"""Atomic files and folders, folder locks, hashes and free space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HASH_CHUNK_BYTES = 4 * 2**20
 _GIB = 2**30
 
-# What the user mends by another path or by rights; everything else is the machine's failure.
+# Errors that another path or other permissions fix; all others are failures of the machine.
 _USER_ERRNOS = frozenset(
     {
         errno.EACCES,
@@ -45,33 +45,25 @@ _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
-    """Turn what the disk says into UserError or MachineError, here and nowhere else.
+    """Translate errors of the disk raised in the body into UserError or MachineError.
 
-    Args:
-        path: The file or folder that the user knows about.
-        doing: What was tried, for the message: write or read.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UserError: If a path or its rights are wrong.
-        MachineError: If the disk is full, read-only or broken.
+    UserError: the path or its permissions are wrong. MachineError: the disk is full, read-only or
+    broken. `doing` is the verb of the message, write or read.
     """
     try:
         yield
     except OSError as error:
-        raise _told(error.errno, error.strerror or str(error), path, doing) from error
+        raise _disk_error(error.errno, error.strerror or str(error), path, doing) from error
     except SafetensorError as error:
         # safetensors wraps the system's error in a text: "... (os error 28)".
         found = re.search(r"\(os error (\d+)\)", str(error))
         if found is None:
             raise
         code = int(found[1])
-        raise _told(code, os.strerror(code), path, doing) from error
+        raise _disk_error(code, os.strerror(code), path, doing) from error
 
 
-def _told(code: int | None, reason: str, path: Path, doing: str) -> UserError:
+def _disk_error(code: int | None, reason: str, path: Path, doing: str) -> UserError:
     message = f"cannot {doing}: {reason}"
     if code in _USER_ERRNOS:
         return UserError(message, file=str(path), hint="check the path and its permissions")
@@ -81,18 +73,9 @@ def _told(code: int | None, reason: str, path: Path, doing: str) -> UserError:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` when the body is through.
+    """Yield a temporary file beside `path` and rename it to `path` after the body.
 
-    Args:
-        path: The file to write; missing folders above it are made. A link standing there is
-            replaced, not followed.
-
-    Yields:
-        The temporary file, empty, to be filled or replaced.
-
-    Raises:
-        UserError: If the path is wrong or not permitted.
-        MachineError: If the disk fails. The temporary file is gone, the old one untouched.
+    A link at `path` is replaced, not followed. After an error the old file is unchanged.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,14 +106,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 def save_tensors_atomic(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole or not at all.
-
-    Args:
-        path: The file.
-        tensors: Name -> tensor of any device and layout; those sharing memory are written each
-            on its own.
-        metadata: Text for the file's header; "format: pt" when left out.
-    """
+    """Write a safetensors file whole or not at all; tensors that share memory are copied."""
     from safetensors.torch import save_file
 
     plain: dict[str, Tensor] = {}
@@ -146,19 +122,10 @@ def save_tensors_atomic(
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; rename it to `path` when the body is through.
+    """Yield a temporary folder beside `path` and rename it to `path` after the body.
 
-    Args:
-        path: The folder to make. It may exist if it is empty.
-        replace: Let a full folder be exchanged for the new one at the end.
-
-    Yields:
-        The temporary folder, to be filled with ordinary writes: all files get the usual mode and
-        reach the disk before the folder gets its name.
-
-    Raises:
-        UserError: If there is already something else, or the path is wrong.
-        MachineError: If the disk fails. The temporary folder is gone, the old one untouched.
+    `path` may exist if it is empty, or if `replace` is set. All files get the usual mode and are
+    synced before the folder gets its name. After an error the old folder is unchanged.
     """
     path = path.resolve()
     with disk_errors(path):
@@ -183,14 +150,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def check_unused_folder(path: Path) -> None:
-    """Refuse a destination that already holds files.
-
-    Args:
-        path: The folder that is to be written.
-
-    Raises:
-        UserError: If it holds anything.
-    """
+    """Raise UserError if a destination holds files."""
     with disk_errors(path, "read"):
         if path.is_dir() and any(path.iterdir()):
             raise UserError(
@@ -201,7 +161,7 @@ def check_unused_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that nobody can meet it half removed: renamed first, then deleted."""
+    """Rename a folder, then delete it, so that no process sees it half removed."""
     trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
     with disk_errors(path):
         path.rename(trash)
@@ -209,11 +169,9 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the temporary folders that a killed process left; those of living ones stay.
+    """Remove the temporary folders of killed processes; folders in use are kept.
 
-    Args:
-        parent: The folder in which to look.
-        prefix: How their names begin: `.tmp-...` or `.trash-...`.
+    `prefix` is the start of their names, `.tmp-...` or `.trash-...`.
     """
     for folder in parent.iterdir():
         if not folder.name.startswith(prefix) or folder.is_symlink() or not folder.is_dir():
@@ -224,27 +182,16 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 
 
 def remove_leftover_files(parent: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files that a killed process left.
-
-    Args:
-        parent: The folder; no other process may be writing these files.
-        names: What the files would have been called.
-    """
+    """Remove the temporary files of killed processes; no process may be writing them."""
     for name in names:
         for path in parent.glob(f".tmp-{'[0-9a-f]' * 8}-{name}"):
             path.unlink(missing_ok=True)
 
 
 def check_free_space(path: Path, num_bytes: int, what: str) -> None:
-    """Find a full disk before the work begins.
+    """Raise MachineError if fewer than `num_bytes` are free at a path, which need not exist.
 
-    Args:
-        path: Where it will be written; it need not exist yet.
-        num_bytes: Bytes that will be written.
-        what: What needs them, for the message: "the merged model".
-
-    Raises:
-        MachineError: If fewer bytes are free.
+    `what` names the purpose in the message, such as "the merged model".
     """
     place = path.resolve()
     while not place.exists():
@@ -266,26 +213,14 @@ def check_free_space(path: Path, num_bytes: int, what: str) -> None:
 
 
 def _show_size(num_bytes: int) -> str:
-    """Give GiB, or where that would round to nothing MiB."""
+    """Format a size in GiB, or in MiB if it is below 0.1 GiB."""
     if num_bytes >= _GIB / 10:
         return f"{num_bytes / _GIB:.2f} GiB"
     return f"{num_bytes / 2**20:.2f} MiB"
 
 
 def hash_bytes(path: Path, start: int = 0, num_bytes: int | None = None) -> str:
-    """SHA-256 of a file or of a stretch of it, read in pieces.
-
-    Args:
-        path: The file.
-        start: First byte.
-        num_bytes: Length of the stretch; None goes to the end.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        UserError: If the file ends before the stretch does, or cannot be read.
-    """
+    """Return the SHA-256 (hex) of `num_bytes` of a file from `start`, or of the rest of it."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
     with disk_errors(path, "read"), path.open("rb", buffering=0) as file:
@@ -321,13 +256,13 @@ def hold_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _settle(path: Path, mode: int) -> None:
-    """Give a file its mode (safetensors writes 0600 whatever the umask) and sync it to disk."""
+    """Set a file's mode (safetensors ignores the umask and writes 0600) and sync it to disk."""
     path.chmod(mode)
     _sync(path)
 
 
 def _settle_folder(folder: Path) -> None:
-    # The folder was made under the same umask: it tells the mode of a file.
+    # The folder was created under the same umask, so its mode gives the mode of a file.
     mode = folder.stat().st_mode & 0o666
     for root, _, names in os.walk(folder):
         for name in names:
@@ -348,24 +283,16 @@ _AT_FDCWD = -100  # fcntl.h
 
 
 def exchange_folders(temp: Path, path: Path) -> None:
-    """Put a finished folder in the place of another one.
+    """Move a finished folder to a path, and the old folder there to `.trash-<name>-...`.
 
-    On Linux the two names are swapped in one step. Elsewhere, and on file systems that cannot, a
-    process killed between two renames leaves the old folder as trash, for `heal_folder`.
-
-    Args:
-        temp: The new folder, beside `path`.
-        path: Where it goes; what stands there is left beside it as `.trash-<name>-...`, or under
-            the name of `temp` where it cannot be called so.
-
-    Raises:
-        OSError: If the disk fails; the old folder is then back in its place.
+    On Linux both names are swapped in one step. Elsewhere, a process killed between two renames
+    leaves the old folder as trash, which `heal_folder` restores.
     """
     trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
     if not (path.is_dir() and any(path.iterdir())):
         temp.rename(path)
     elif _swap(temp, path):
-        with suppress(OSError):  # the exchange is done: what fails now must not undo it
+        with suppress(OSError):  # the exchange is done, so an error here must not undo it
             temp.rename(trash)
     else:
         path.rename(trash)
@@ -377,14 +304,10 @@ def exchange_folders(temp: Path, path: Path) -> None:
 
 
 def heal_folder(path: Path, needed: Collection[str]) -> bool:
-    """Give a folder its name back that a process was killed while replacing.
+    """Restore a folder whose replacement was interrupted, and return whether it was needed.
 
-    Args:
-        path: The folder as it should be called; nobody else may be writing it.
-        needed: Files that it holds when it is whole; trash that was half removed stays trash.
-
-    Returns:
-        Whether there was something to heal.
+    A trash folder is restored only if it holds all `needed` files. No other process may write the
+    folder.
     """
     if path.exists() or not path.parent.is_dir():
         return False
@@ -396,7 +319,7 @@ def heal_folder(path: Path, needed: Collection[str]) -> bool:
 
 
 def _swap(one: Path, two: Path) -> bool:
-    """Exchange two names in one step; False where the system has no such call."""
+    """Swap two names in one step; return False if the system has no such call."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""What a folder seems to hold must lie in it: links and names that lead out of it are refused."""
+"""Refuse links and names that lead out of a model's or adapter's folder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from wegeft_cli.errors import UserError
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder with a file that is a link to somewhere else.
+    """Raise UserError if a file directly in the folder is a link out of it.
 
-    A folder that somebody sent may hold links to files of whoever unpacks it: their contents would
-    be read, and be copied into a merged model. The hub's cache is made of links into its own
-    `blobs` folder; these are followed.
-
-    Args:
-        folder: A model's, an adapter's or a checkpoint's; one that is not there has no links.
-
-    Raises:
-        UserError: If a file directly in it leads out of it.
+    In a folder from a third party, such a link would read the user's own files, and a merge would
+    copy them. Links of the hub's cache into its own `blobs` folder are allowed.
     """
     if not folder.is_dir():
         return
@@ -29,9 +22,9 @@ def check_links(folder: Path) -> None:
         with os.scandir(folder) as entries:
             links = sorted(entry.name for entry in entries if entry.is_symlink())
     except OSError:
-        return  # whoever reads the files tells
+        return  # the reader of the files reports it
     for name in links:
-        if (folder / name).is_file():  # nothing is read through another
+        if (folder / name).is_file():  # the index is read only if it is inside
             check_inside(folder / name, folder)
 
 
@@ -39,20 +32,14 @@ _SHARD_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 
 
 def is_shard_name(value: object) -> bool:
-    """Whether an index's value is the plain name of a safetensors file, which leads nowhere."""
+    """Return whether an index's value is the plain name of a safetensors file."""
     return isinstance(value, str) and _SHARD_NAME.fullmatch(value) is not None
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a model folder that leads out of itself, before another library reads it.
+    """Raise UserError if links or index entries lead out of a model folder.
 
-    transformers joins the names in an index with the folder as they stand.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        UserError: If a link, or a name in an index of shards, leads out of it.
+    transformers joins the names in an index with the folder without a check.
     """
     check_links(folder)
     check_links(folder / "additional_chat_templates")
@@ -73,16 +60,9 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file that is a link out of its folder.
+    """Raise UserError if a file is a link out of its folder.
 
-    The folder itself may be a link, and one of the hub's cache may link to the `blobs` beside it.
-
-    Args:
-        path: A file in the folder, or deeper in it.
-        folder: The folder that the user named.
-
-    Raises:
-        UserError: If the file lies elsewhere.
+    The folder itself may be a link, and files of the hub's cache may link to `blobs`.
     """
     # realpath, as Path.resolve raises on links that go round in circles.
     home, target = (Path(os.path.realpath(each)) for each in (folder, path))
@@ -93,5 +73,5 @@ def check_inside(path: Path, folder: Path) -> None:
         raise UserError(
             f"this is a link that leads out of its folder, to {str(target)!r}",
             file=str(path),
-            hint="copy the file itself into the folder, or give the folder that it lies in",
+            hint="copy the file itself into the folder, or name the folder that contains it",
         )

@@ -1,4 +1,4 @@
-"""Lock of a folder: one process at a time works in it."""
+"""Lock of a folder, so that one process at a time works in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: headers, index and tensors, checked before use."""
+"""Read and check the safetensors files of a model folder: headers, index and tensors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is.
+    """Position and type of a stored tensor.
 
     Args:
         shard: The file.
@@ -92,7 +92,7 @@ class Shard:
         path: The file.
         header: Its length bytes and JSON header, as stored.
         metadata: The texts in its header.
-        tensors: Name -> tensor, in the order in which they lie in the file.
+        tensors: Name -> tensor, in the order of the file.
     """
 
     path: Path
@@ -119,32 +119,15 @@ class StoredModel:
 
 
 def list_tensors(model_dir: Path) -> dict[str, TensorInfo]:
-    """List the tensors of a model folder, read from the headers alone.
-
-    Args:
-        model_dir: A folder as transformers writes it; links into a hub cache are followed.
-
-    Returns:
-        Name -> where it lies; empty if the folder holds no safetensors.
-
-    Raises:
-        UserError: If a file is missing or damaged, or the index names what is not there.
-    """
+    """Read the tensors of a model folder from the headers alone; empty without safetensors."""
     return {name: info for shard in read_shards(model_dir) for name, info in shard.tensors.items()}
 
 
 def read_shards(model_dir: Path) -> list[Shard]:
-    """Read the headers of a model folder's safetensors files.
+    """Read the headers of a model folder's safetensors files, in the order of their names.
 
-    Args:
-        model_dir: A folder with `model.safetensors`, or with an index and its shards.
-
-    Returns:
-        The shards by name; none if there are neither.
-
-    Raises:
-        UserError: If a file is missing or damaged, is a link out of the folder, or the index names
-            what is not there.
+    Raise UserError if a file is missing, damaged or a link out of the folder, or if the index does
+    not match the files.
     """
     with disk_errors(model_dir, "read"):
         if not model_dir.is_dir():
@@ -167,17 +150,7 @@ def read_shards(model_dir: Path) -> list[Shard]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read `model.safetensors.index.json`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The index; its `weight_map` maps tensor names to plain file names.
-
-    Raises:
-        UserError: If it is damaged, or a shard's name leads out of the folder.
-    """
+    """Read `model.safetensors.index.json`; its `weight_map` holds plain file names only."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -197,7 +170,7 @@ def _check_index(weight_map: dict[str, str], shards: Sequence[Shard], path: Path
     for shard in shards:
         for name in shard.tensors:
             if name in found:
-                message = f"{shorten(name)} also lies in {found[name]}"
+                message = f"{shorten(name)} is also in {found[name]}"
                 raise UserError(message, file=str(shard.path))
             found[name] = shard.path.name
     for name, file_name in weight_map.items():
@@ -212,14 +185,7 @@ def _check_index(weight_map: dict[str, str], shards: Sequence[Shard], path: Path
 def read_shard(path: Path) -> Shard:
     """Read and check the header of one safetensors file.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Its header; every tensor in it lies within the file and has the size of its shape.
-
-    Raises:
-        UserError: If the file is missing, truncated or damaged.
+    Every tensor is inside the file and has the size of its shape; otherwise raise UserError.
     """
     with disk_errors(path, "read"):
         if not path.is_file():
@@ -292,7 +258,7 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tens
     """
     if info.dtype not in TORCH_DTYPES:
         raise UserError(
-            f"a tensor in it is stored as {info.dtype}: a quantised base has no usable weights",
+            f"a tensor in it is stored as {info.dtype}: a quantized base has no usable weights",
             file=str(info.shard),
             hint="name the unquantised base with --base",
         )
@@ -317,17 +283,7 @@ def read_exactly(file: BufferedReader, num_bytes: int, path: Path) -> bytearray:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load a safetensors file into memory of its own, so that the file may go afterwards.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Name -> tensor on the CPU.
-
-    Raises:
-        UserError: If the file is missing or damaged, or holds types that do not belong there.
-    """
+    """Load a safetensors file into memory that is independent of the file."""
     for name, info in read_shard(path).tensors.items():
         if info.dtype not in _PLAIN_DTYPES:
             raise UserError(f"{shorten(name)} has the type {info.dtype}", file=str(path))
@@ -341,14 +297,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def encode_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Make the header of a new safetensors file, as the format's own library would.
+    """Encode the header of a new file as the safetensors library does: a multiple of 8 bytes.
 
-    Args:
-        tensors: Name -> (dtype, shape), in the order in which the tensors will lie in the file.
-        metadata: Texts for the header.
-
-    Returns:
-        Length bytes and JSON, padded to a multiple of 8 bytes.
+    `tensors` maps names to (dtype, shape), in the order of the file.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -362,10 +313,10 @@ def encode_header(
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor on disk."""
+    """Return the size of a tensor on disk in bytes."""
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def file_order(name: str, dtype: str) -> tuple[int, str]:
-    """Sort key of a tensor within a file: widest type first, then by name, as the format does."""
+    """Return the sort key of a tensor within a file: widest type first, then by name."""
     return -list(DTYPE_BITS).index(dtype), name

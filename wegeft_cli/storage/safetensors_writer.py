@@ -1,4 +1,4 @@
-"""What a copied model folder will hold: which tensor in which file, the index, the other files."""
+"""Plan and write the files of a copied model folder: tensors, index, other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from wegeft_cli.storage.safetensors_reader import (
     tensor_bytes,
 )
 
-# Weights in other formats, which the edits do not reach, so they must not stand beside the merged.
+# Weights in other formats, to which the edits do not apply; they must not be copied.
 _OTHER_WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5"),
     *(".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz"),
@@ -45,26 +45,26 @@ class TensorEdit(Protocol):
     """How one stored tensor changes."""
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
-        """Rows that the edit wants in one block; `block_rows(shape)` where any number will do."""
+        """Return the number of rows per block; `block_rows(shape)` if any will do."""
         ...
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
         """Return the new values of `block`, rows `start_row` onwards, in float32 or float64.
 
-        `block` is the edit's own: it may be changed, and returned.
+        The edit may change `block` and return it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the result: where it comes from and what becomes of it.
+    """One tensor of a new file.
 
     Args:
         name: Its name.
-        source: Where it lies.
+        source: The stored tensor that it comes from.
         dtype: The type that is written.
-        edit: What changes it.
+        edit: The change of its values, if any.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Item:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that will be written."""
+        """Bytes that are written."""
         return tensor_bytes(self.dtype, self.source.shape)
 
 
@@ -85,7 +85,7 @@ class Output:
     Args:
         file_name: Its name.
         header: Length bytes and JSON.
-        items: Its tensors, as they lie in it.
+        items: Its tensors, in the order of the file.
     """
 
     file_name: str
@@ -94,17 +94,7 @@ class Output:
 
 
 def parse_size(text: str) -> int:
-    """Read a size such as 5GB, 500MB or 2GiB.
-
-    Args:
-        text: A number with a unit; KB, MB, GB, TB are powers of 1000, KiB ... of 1024.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UserError: If it is no such size, or is zero.
-    """
+    """Parse a size such as 5GB (powers of 1000) or 2GiB (powers of 1024) into bytes."""
     found = _SIZE.fullmatch(text.strip())
     num_bytes = 0
     if found is not None:
@@ -123,16 +113,10 @@ def plan_outputs(
     dtype: str | None,
     max_shard_bytes: int | None,
 ) -> list[Output]:
-    """Decide which tensor goes into which file, and make the files' headers.
+    """Distribute the tensors over files and build the files' headers.
 
-    Args:
-        shards: The source's files.
-        edits: Tensor name -> edit.
-        dtype: The format's name of the type for all floating tensors; None keeps each.
-        max_shard_bytes: Largest size of a file's tensors; None keeps the source's files.
-
-    Returns:
-        The files.
+    `dtype` is the format's name for all floating tensors (None keeps each type), and
+    `max_shard_bytes` limits the tensors of a file (None keeps the source's files).
     """
 
     def as_item(name: str, info: TensorInfo) -> Item:
@@ -179,17 +163,7 @@ def _new_output(name: str, items: Sequence[Item], metadata: Mapping[str, str]) -
 def plan_index(
     base_dir: Path, outputs: Sequence[Output], dtype: str | None, max_shard_bytes: int | None
 ) -> bytes | None:
-    """Make the text of the index.
-
-    Args:
-        base_dir: The source.
-        outputs: The files.
-        dtype: As for `plan_outputs`.
-        max_shard_bytes: As for `plan_outputs`.
-
-    Returns:
-        The index; None for a single file.
-    """
+    """Return the text of the index, or None for a single file."""
     if [output.file_name for output in outputs] == [SINGLE_NAME]:
         return None
     source = base_dir / INDEX_NAME
@@ -206,17 +180,7 @@ def plan_index(
 
 
 def list_other_files(base_dir: Path) -> list[Path]:
-    """List what is copied beside the weights: no hidden files, no weights of another format.
-
-    Args:
-        base_dir: The source.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: If one of them is a link out of the folder.
-    """
+    """List the files to copy beside the weights: not hidden, and no other weights."""
     found: list[Path] = []
     for root, folders, names in os.walk(base_dir):
         folders[:] = [n for n in folders if not n.startswith(".") and n not in _OTHER_FOLDERS]
@@ -232,22 +196,13 @@ def list_other_files(base_dir: Path) -> list[Path]:
 
 
 def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file, making the folders above it."""
+    """Copy a file, and create the folders above it."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
 
 
 def write_config(source: Path, destination: Path, dtype: str) -> None:
-    """Copy a config.json that tells another type.
-
-    Args:
-        source: The file.
-        destination: The copy.
-        dtype: float32, bfloat16 or float16.
-
-    Raises:
-        UserError: If it is damaged.
-    """
+    """Copy a config.json with another `dtype` (float32, bfloat16 or float16)."""
     config = read_json(source, allow_nan=True)
     if not isinstance(config, dict):
         raise UserError("must be a JSON object", file=str(source))
@@ -258,7 +213,7 @@ def write_config(source: Path, destination: Path, dtype: str) -> None:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Change the type that a config tells, also in the configs of its parts."""
+    """Set the type in a config and in its nested configs."""
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
             config[key] = dtype
@@ -272,13 +227,13 @@ def write_tensors(
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> int:
-    """Write a safetensors file, byte for byte as the format's own library would.
+    """Write a safetensors file, byte for byte as the safetensors library does.
 
     Args:
-        path: The file, in a folder that is not in its place yet.
+        path: The file, in a folder that does not have its final name yet.
         tensors: Name -> (the format's name of the type, shape).
-        make: Gives a tensor by name; asked in the order of the file: widest type first, then by
-            name, so that the tensors of one layer follow each other.
+        make: Returns a tensor by name. It is called in the order of the file: widest type first,
+            then by name, so that the tensors of one layer follow each other.
         metadata: Texts for the header.
 
     Returns:

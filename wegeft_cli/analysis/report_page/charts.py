@@ -7,11 +7,11 @@ from typing import Any
 
 from wegeft_cli.storage.json_files import is_number
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; lines also differ in dashes.
+# Okabe and Ito's colors, distinct for any kind of color vision; lines also differ in dashes.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FDF", "#7F7F7F")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [10, 4], [4, 1], [3, 6])
-_ROW = 22  # pixels of a line of a chart of bars
-_MOST_CELLS = 64  # rows of a cosine matrix that are still drawn
+_ROW = 22  # pixels per bar
+_MOST_CELLS = 64  # largest cosine matrix that is drawn
 
 _CURVE_TITLES = {
     "loss": "Loss",
@@ -25,7 +25,7 @@ Chart = dict[str, Any]
 
 
 def draw_curves(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Draw the curves of training, all runs in each chart, and those of validation."""
+    """Draw the training curves, all runs in each chart, and the validation curves."""
     charts = []
     for name, title in _CURVE_TITLES.items():
         rows = [
@@ -178,7 +178,7 @@ def _draw_cosines(name: str, cosines: Mapping[str, Any]) -> Chart:
         "height": 230,
     }
     chart = _chart(name, f"{cosines['kind']}: cosine between layers' changes", spec, [])
-    # A drawing of thousands of cells; its figures are in the JSON, not in a table.
+    # Thousands of cells: the values are in the JSON, not in a table.
     return {**chart, "renderer": "canvas"}
 
 

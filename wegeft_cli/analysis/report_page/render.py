@@ -1,4 +1,4 @@
-"""A report's page: one HTML file that asks no network and runs no text that it shows.
+"""Render a report as one HTML file without network access; text in it is never executed.
 
 Every text goes through Jinja's escaping, or into a JSON block in which `<`, `>` and `&` are written
 as escapes. A Content Security Policy lets only this file's own scripts run, by their hashes, and
@@ -23,17 +23,7 @@ _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def render_page(runs: Sequence[Mapping[str, Any]], *, title: str, made: str, mark: str) -> str:
-    """Write the page.
-
-    Args:
-        runs: The fields of each `RunRecord`.
-        title: Its title.
-        made: By what and when.
-        mark: How the file begins.
-
-    Returns:
-        HTML.
-    """
+    """Return the page as HTML; `made` states its origin and `mark` is the file's beginning."""
     import jinja2
     import vl_convert
 
@@ -43,7 +33,7 @@ def render_page(runs: Sequence[Mapping[str, Any]], *, title: str, made: str, mar
     drawn = [*curves, *([scores] if scores else [])]
     drawn += [chart for found in inspections for chart in found["charts"] + found["ablations"]]
     data = {"charts": drawn, "answers": _collect_answers(runs)}
-    bundle: Any = vl_convert.javascript_bundle  # None is its default, which its types do not tell
+    bundle: Any = vl_convert.javascript_bundle  # None is its default, which its types lack
     library = bundle(None)
     script, style = _read("page.js"), _read("page.css")
     environment = jinja2.Environment(
@@ -76,7 +66,7 @@ def _read(name: str) -> str:
 
 
 def _to_script(value: Any) -> str:
-    """Write JSON that may stand inside a script element whatever texts it holds."""
+    """Return JSON that is safe inside a script element, for any text in it."""
     return json.dumps(to_finite(value), allow_nan=False, ensure_ascii=True).translate(_ESCAPES)
 
 
@@ -100,7 +90,7 @@ def _tell_number(value: Any) -> str:
 
 
 def _compare_facts(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Give the counts of every run, one row a fact; facts that no run has are left out."""
+    """Return the counts of all runs, one row per fact; facts without any value are omitted."""
 
     def seconds(run: Mapping[str, Any]) -> Any:
         from datetime import datetime
@@ -146,7 +136,7 @@ def _inner(run: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _compare_recipes(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Give the recipe's lines in which several runs differ, by the dotted key."""
+    """Return the recipe's lines in which several runs differ, by dotted key."""
     if len(runs) < 2:
         return []
     tables = [_flatten(run["recipe"]) for run in runs]
@@ -156,7 +146,7 @@ def _compare_recipes(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
 
 
 def _flatten(text: str) -> dict[str, str]:
-    """Read a resolved recipe's lines as dotted keys; lists stay with their key."""
+    """Parse a resolved recipe's lines as dotted keys; lists stay with their key."""
     found: dict[str, str] = {}
     path: list[tuple[int, str]] = []
     for line in text.splitlines():
@@ -178,7 +168,7 @@ def _flatten(text: str) -> dict[str, str]:
 
 
 def _prepare_inspection(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the charts and tables of one run's inspection."""
+    """Build the charts and tables of one run's inspection."""
     found = run["inspection"]
     drawn = [
         charts.draw_ablation(number, place, each) for place, each in enumerate(run["ablations"])
@@ -197,7 +187,7 @@ def _prepare_inspection(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _draw_maps(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Draw the token-clustering maps, where there are some and matplotlib is installed."""
+    """Draw the token-clustering maps, if there are any and matplotlib is installed."""
     if not found.get("maps"):
         return []
     try:
@@ -212,7 +202,7 @@ def _draw_maps(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _collect_answers(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lay the answers to one question side by side: base and tuned, run by run."""
+    """Collect the answers to one question side by side: base and tuned, for each run."""
     questions: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for run in runs:
         for answer in run["answers"]:

@@ -1,4 +1,4 @@
-"""A file becomes rows one at a time, each with the number by which it is found again."""
+"""Read data files row by row: JSON, JSON Lines, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PARQUET_ROWS = 256
 
 
 class RawRow(NamedTuple):
-    """A row as the file has it.
+    """A row as the file holds it.
 
     Args:
-        number: Its line, or where there are no lines its position, counted from 1.
-        value: The row; what is wrong with it; or None for one that was only counted.
+        number: Its line, or its position in formats without lines, counted from 1.
+        value: The row, or its defect, or None for a row that was only counted.
     """
 
     number: int
@@ -36,12 +36,12 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a kind of file is read.
+    """Reader of one kind of file.
 
     Args:
         read: (bytes, name, skip) -> the rows, of which the first `skip` are only counted.
-        has_lines: Whether rows are found by their lines.
-        can_stream: Whether one row is read without the others.
+        has_lines: Whether rows are located by their lines.
+        can_stream: Whether one row can be read without the others.
     """
 
     read: Callable[[BinaryIO, str, int], Iterator[RawRow]]
@@ -49,27 +49,17 @@ class FileKind:
     can_stream: bool = True
 
     def place(self, file: str, number: int) -> str:
-        """Where a row stands: `file:line`, or `file: row N`."""
+        """Return a row's location: `file:line`, or `file: row N`."""
         return f"{file}:{number}" if self.has_lines else f"{file}: row {number}"
 
 
 def find_suffix(file: Path) -> str:
-    """The ending that tells how the file is read; empty if none does."""
+    """Return the ending that selects a file's reader, or an empty text."""
     return next((ending for ending in KINDS if file.name.endswith(ending)), "")
 
 
 def find_kind(file: Path) -> FileKind:
-    """The way a file is read, by its name.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        The kind.
-
-    Raises:
-        UserError: If the name's ending is none that can be read.
-    """
+    """Return a file's reader by its name; raise UserError for an unknown ending."""
     suffix = find_suffix(file)
     if not suffix:
         raise UserError(f"an unknown kind of file; readable are {', '.join(KINDS)}", file=str(file))
@@ -172,8 +162,10 @@ def _read_jsonl_gz(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
 
 
 def _read_csv(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
-    csv.field_size_limit(MAX_ROW_BYTES)  # of the process; 128 KiB is less than a long text
-    # Bytes that are not UTF-8 come through as half surrogates, and so are found in their row.
+    csv.field_size_limit(
+        MAX_ROW_BYTES
+    )  # process-wide; the default of 128 KiB is too small for texts
+    # Invalid UTF-8 becomes half surrogates, which are then found in their row.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
     try:
@@ -194,7 +186,7 @@ def _read_csv(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
     except csv.Error as error:
         raise UserError(f"not CSV: {error}", file=f"{file}:{reader.line_num}") from error
     finally:
-        text.detach()  # whoever opened the stream closes it
+        text.detach()  # the caller closes the stream
 
 
 def _check_cells(header: list[str], cells: list[str], place: str) -> dict[str, Any] | UserError:
@@ -218,7 +210,7 @@ def _read_parquet(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
         for group in range(table.num_row_groups):
             size = table.metadata.row_group(group).num_rows
             if number + size <= skip:
-                # Nothing of it is read.
+                # A skipped row group is not read.
                 yield from (RawRow(number + i + 1, None) for i in range(size))
                 number += size
                 continue
@@ -234,7 +226,7 @@ def _to_rows(batch: Any, file: str, first: int) -> list[dict[str, Any] | UserErr
     try:
         rows: list[dict[str, Any] | UserError] = batch.to_pylist()
     except UnicodeDecodeError as error:
-        # Some writers do not check their texts: which row is it?
+        # Some writers do not check their texts; find the row.
         if batch.num_rows == 1:
             return [_not_utf8(error.object[error.start], f"{file}: row {first}")]
         parts = (batch.slice(i, 1) for i in range(batch.num_rows))

@@ -1,4 +1,4 @@
-"""Row formats: which columns a row must have, and how named corpora filter and read theirs."""
+"""Row formats: required columns, and the filters and fields of named corpora."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from wegeft_cli.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """The published selection of a corpus: which rows, how many of them, what of each.
+    """The published selection of a corpus: which rows, how many, and which part of each.
 
     Args:
         keeps: Whether a row is used at all.
-        instruction: The column that asks.
-        shorten: The part of the row that is learned.
-        length_below: Rows of so many tokens or more are left out (before EOS, BOS counted).
-        num_train: The first so many rows that remain are trained on, in file order.
-        num_validation: The next so many are for validation.
+        instruction: The column with the instruction.
+        shorten: Returns the part of the row that is learned.
+        length_below: Rows of this number of tokens or more are excluded (before EOS, BOS counted).
+        num_train: Number of rows for training: the first ones in file order.
+        num_validation: Number of rows for validation: the ones after these.
     """
 
     keeps: Callable[[Mapping[str, str]], bool]
@@ -39,14 +39,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The fields of a row, and the template that `auto` gives it.
+    """The fields of a row, and the template that `auto` selects for it.
 
     Args:
         required: Fields that every row has.
-        template: What `auto` is for it; for conversations always the chat template.
+        template: The template of `auto`; for conversations always the chat template.
         optional: Fields that a row may have.
-        corpus: The published selection, of a named corpus.
-        others: (field, another name under which files have it).
+        corpus: The published selection, for a named corpus.
+        others: (field, another name of it in files).
     """
 
     required: tuple[str, ...]
@@ -61,7 +61,7 @@ class RowFormat:
         return self.required + self.optional
 
     def find_columns(self, columns: Collection[str], renames: Mapping[str, str]) -> dict[str, str]:
-        """Complete the renames by the other names of fields that are not there."""
+        """Complete the renames with the other names of missing fields."""
         found = {
             field: other
             for field, other in self.others
@@ -71,7 +71,7 @@ class RowFormat:
 
 
 def _first_code_block(row: Mapping[str, str]) -> str:
-    """The answer up to and with its first fenced block."""
+    """Return the answer up to the end of its first fenced block."""
     return "```".join(row["answer"].split("```")[:2]) + "```"
 
 
@@ -119,19 +119,10 @@ FORMATS: dict[str, RowFormat] = {
 
 
 def find_format(name: str, columns: Collection[str], renames: Mapping[str, str]) -> str:
-    """Settle a source's row format and check that its columns are there.
+    """Return a source's format name; raise UserError if its columns are missing.
 
-    Args:
-        name: A name out of `FORMATS`, or `auto`.
-        columns: Column names of the source.
-        renames: The format's field -> the source's column.
-
-    Returns:
-        The format's name.
-
-    Raises:
-        UserError: If the name is unknown, no format fits, or a rename names what does not exist;
-            `key` is relative to the source (`format`, `columns`).
+    `renames` maps the format's fields to the source's columns. The error's `key` is relative to the
+    source (`format`, `columns`).
     """
     found = f"columns found: {', '.join(columns)}"
     for field, column in renames.items():
@@ -178,20 +169,11 @@ def find_format(name: str, columns: Collection[str], renames: Mapping[str, str])
 def read_row(
     row: Mapping[str, Any], row_format: RowFormat, renames: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """Check a row and keep its format's fields.
+    """Check a row and return its format's fields, or None if the corpus excludes the row.
 
-    Args:
-        row: The row as the file has it.
-        row_format: What it must hold.
-        renames: The format's field -> the file's column.
-
-    Returns:
-        The fields under the format's names (a corpus row as instruction and output; every
-        conversation as `messages`, and `learned` and `tools` where it has them), or none if the
-        corpus leaves the row out.
-
-    Raises:
-        UserError: If a field is missing, null or of a wrong type.
+    The fields have the format's names: a corpus row has instruction and output; a conversation has
+    `messages`, and `learned` and `tools` if it defines them. Raise UserError if a field is missing,
+    null or of a wrong type.
     """
     given: dict[str, tuple[str, Any]] = {}
     for name in row_format.fields:

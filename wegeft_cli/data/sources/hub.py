@@ -1,4 +1,4 @@
-"""Data sets of the hub, as a table or as a stream."""
+"""Hub data sets, as a table or as a stream."""
 
 from __future__ import annotations
 
@@ -19,19 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def open_hub(
     source: DataSource, recipe_dir: Path | None, *, streaming: bool = False
 ) -> tuple[Any, str]:
-    """Open a hub data set.
-
-    Args:
-        source: The recipe's entry.
-        recipe_dir: Folder of the recipe, where the path was looked for.
-        streaming: Whether its rows are fetched one by one.
-
-    Returns:
-        Its table, or its stream of rows, and its name.
-
-    Raises:
-        UserError: If the path is no hub id, or there is no such data set within reach.
-    """
+    """Open a hub data set and return its table, or its stream of rows, and its name."""
     path = source.path
     # A bare name would be one of the loader's own builders, which then read the working folder.
     if not _HUB_ID.fullmatch(path) or find_suffix(Path(path)):
@@ -62,14 +50,14 @@ def open_hub(
             key="path",
             hint="name a local file, or check the network and HF_HUB_OFFLINE",
         ) from error
-    except Exception as error:  # whatever else the loader meets: config, split, damaged files
+    except Exception as error:  # config, split, damaged files, ...
         raise UserError(f"the hub data set cannot be loaded: {error}", file=origin) from error
     return table, origin
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a set lies on the hub; the split is the one that the published numbers use."""
+    """The location of a data set on the hub, with the split that published results use."""
 
     path: str
     split: str
@@ -80,17 +68,10 @@ class HubSource:
 
 
 def load_hub_rows(source: HubSource, *, layout: str) -> tuple[list[PlacedRow], str]:
-    """The rows of a set on the hub (or in its local cache); no code from there is run.
+    """Load a data set's rows from the hub or its local cache, without running its code.
 
-    Args:
-        source: The set.
-        layout: What the user can do without the hub.
-
-    Returns:
-        The rows, and the SHA-256 of the rows as JSON lines with sorted keys.
-
-    Raises:
-        UserError: If the set cannot be had, for whatever reason.
+    Also return the SHA-256 of the rows as JSON lines with sorted keys. `layout` is the hint for
+    users without the hub.
     """
     import datasets
 
@@ -98,8 +79,8 @@ def load_hub_rows(source: HubSource, *, layout: str) -> tuple[list[PlacedRow], s
         table = datasets.load_dataset(source.path, source.name, split=source.split)
         values = [dict(row) for row in table]
     except Exception as error:
-        # The hub's client and its HTTP library raise errors of many unrelated types, and whatever
-        # went wrong, the way out is the same.
+        # The hub's client and its HTTP library raise errors of many unrelated types; the hint is
+        # the same for all of them.
         raise UserError(
             f"could not be loaded from the hub: {error}",
             file=str(source),
@@ -116,7 +97,7 @@ def load_hub_rows(source: HubSource, *, layout: str) -> tuple[list[PlacedRow], s
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """One row of a file and where it stands, as a fault names it."""
+    """One row of a file and its location for error messages."""
 
     place: str
     value: Any

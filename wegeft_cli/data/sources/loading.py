@@ -1,4 +1,4 @@
-"""Rows come from a file, a folder or the hub: all at once, or one after the other."""
+"""Load rows from a file, a folder or the hub, all at once or one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
 
 MAX_FAULTS = 5
-"""So many bad rows of one source are told at a time."""
+"""Number of bad rows of one source that are reported at a time."""
 
 _SHARD = re.compile(r"-\d+-of-\d+")
 _HASH_CHUNK_BYTES = 4 * 2**20
@@ -31,7 +31,7 @@ class Rows:
     Args:
         rows: One dict per row.
         origin: The file or folder read, or the hub id with its split.
-        sha256: Digest of the local bytes; none for the hub.
+        sha256: Digest of the local bytes; None for the hub.
         parts: (first row, file name, line numbers or none) of each file.
     """
 
@@ -41,7 +41,7 @@ class Rows:
     parts: tuple[tuple[int, str, Sequence[int] | None], ...]
 
     def place(self, index: int) -> str:
-        """Where the row stands: `file:line`, or `file: row N`, both counted from 1."""
+        """Return the row's location: `file:line`, or `file: row N`, both counted from 1."""
         starts = [start for start, _, _ in self.parts]
         start, file, lines = self.parts[bisect.bisect_right(starts, index) - 1]
         if lines is None:
@@ -51,7 +51,7 @@ class Rows:
 
 @dataclass
 class _Part:
-    """Rows of one file, and where there are lines those in which they stand."""
+    """The rows of one file, with their line numbers if the format has lines."""
 
     file: str
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -59,18 +59,10 @@ class _Part:
 
 
 def load_rows(source: DataSource, *, recipe_dir: Path | None) -> Rows:
-    """Read the rows of a source.
+    """Read the rows of a source: at least one, and at most `source.limit`.
 
-    Args:
-        source: The recipe's entry.
-        recipe_dir: Folder of the recipe; relative paths are tried there after the working folder.
-
-    Returns:
-        At least one row, at most `source.limit`.
-
-    Raises:
-        UserError: If nothing is there, or what is there cannot be read; with file and line.
-        ExceptionGroup: If several rows are bad.
+    Relative paths are resolved against the working folder, then against `recipe_dir`. Errors name
+    file and line; several bad rows raise an ExceptionGroup.
     """
     files = find_files(source, recipe_dir)
     rows = _load_hub(source, recipe_dir) if files is None else _load_files(files, source)
@@ -82,19 +74,10 @@ def load_rows(source: DataSource, *, recipe_dir: Path | None) -> Rows:
 def stream_rows(
     source: DataSource, *, recipe_dir: Path | None, skip: int = 0
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Read the rows of a source one after the other; what lies behind is forgotten.
+    """Read the rows of a source one at a time, with their locations.
 
-    Args:
-        source: The recipe's entry.
-        recipe_dir: Folder of the recipe, as in `load_rows`.
-        skip: So many first rows are only counted.
-
-    Yields:
-        Where the row stands, and the row; None in its place for one that was only counted.
-
-    Raises:
-        UserError: If nothing is there, it cannot be read row by row, or a row is bad.
-        MachineError: If the hub breaks off.
+    The first `skip` rows are only counted: their row is None. Raise UserError if a row is bad, and
+    MachineError if the hub fails.
     """
     files = find_files(source, recipe_dir)
     rows = _stream_hub(source, recipe_dir, skip) if files is None else _stream_files(files, skip)
@@ -102,18 +85,10 @@ def stream_rows(
 
 
 def digest_source(source: DataSource, *, recipe_dir: Path | None) -> str | None:
-    """Tell what a source holds without turning it into rows.
+    """Return the digest of a source without reading its rows.
 
-    Args:
-        source: The recipe's entry.
-        recipe_dir: Folder of the recipe, as in `load_rows`.
-
-    Returns:
-        The digest that `load_rows` gives local files; of a hub data set the fingerprint of the
-        version on this machine, or None if it has none.
-
-    Raises:
-        UserError: If nothing is there, or it cannot be read.
+    For local files it is the one of `load_rows`; for a hub data set it is the fingerprint of the
+    version on this machine, or None.
     """
     files = find_files(source, recipe_dir)
     if files is None:
@@ -131,7 +106,7 @@ def digest_source(source: DataSource, *, recipe_dir: Path | None) -> str | None:
 
 
 def find_local(path: str, recipe_dir: Path | None) -> Path | None:
-    """Find a path from the working folder, then from the recipe's; none if it is in neither."""
+    """Resolve a path against the working folder, then the recipe's; None if it is in neither."""
     given = Path(path).expanduser()
     for folder in (Path(), recipe_dir):
         if folder is not None and path and (folder / given).exists():
@@ -140,18 +115,7 @@ def find_local(path: str, recipe_dir: Path | None) -> Path | None:
 
 
 def find_files(source: DataSource, recipe_dir: Path | None) -> list[Path] | None:
-    """The local files of a source in their order; none if it is not on this machine.
-
-    Args:
-        source: The recipe's entry.
-        recipe_dir: Folder of the recipe, as in `load_rows`.
-
-    Returns:
-        The file, or those of the folder's split.
-
-    Raises:
-        UserError: If the folder does not hold the split, or holds it twice.
-    """
+    """Return the local files of a source in their order; None if it is not on this machine."""
     local = find_local(source.path, recipe_dir)
     if local is None:
         return None
@@ -222,14 +186,14 @@ def _stream_files(files: Sequence[Path], skip: int) -> Iterator[tuple[str, dict[
 
 
 def _join_digests(digests: Sequence[str]) -> str:
-    """One file's digest is its own; several are told by the digest of their digests, in order."""
+    """Return one file's digest, or the digest of several digests in their order."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The files of one split: `train.json`, or shards as `train-00000-of-00002.parquet`."""
+    """Return the files of a split: `train.json`, or shards as `train-00000-of-00002.parquet`."""
     readable = sorted(file for file in folder.iterdir() if find_suffix(file) in KINDS)
     chosen = []
     for file in readable:
@@ -269,11 +233,11 @@ def _stream_hub(
     for number in itertools.count(1):
         try:
             row = next(rows, None)
-        except Exception as error:  # whatever the network and the loader meet on the way
+        except Exception as error:  # any error of the network or the loader
             raise MachineError(
                 f"the hub data set broke off at row {number}: {error}",
                 file=origin,
-                hint="go on with --resume auto when the hub can be reached",
+                hint="resume with --resume auto when the hub can be reached",
             ) from error
         if row is None:
             return

@@ -1,4 +1,4 @@
-"""A conversation becomes a list of {role, content}, whichever way its file writes one."""
+"""Parse conversations in several notations into lists of {role, content}."""
 
 from __future__ import annotations
 
@@ -32,18 +32,7 @@ _FLAGS = ("train", "weight")  # axolotl's and OpenAI's word for "learn this turn
 
 
 def check_text(column: str, value: Any) -> str:
-    """Refuse what is not text that can be written.
-
-    Args:
-        column: Where it stands, for the message.
-        value: What stands there.
-
-    Returns:
-        The text.
-
-    Raises:
-        UserError: If it is not text, or holds half of a surrogate pair.
-    """
+    """Return a column's value if it is valid text, else raise UserError."""
     if not isinstance(value, str):
         raise UserError(f"`{column}` must be text, got {value!r:.60} ({type(value).__name__})")
     check_characters(f"`{column}`", value)
@@ -51,15 +40,7 @@ def check_text(column: str, value: Any) -> str:
 
 
 def check_characters(subject: str, text: str) -> None:
-    """Refuse a text that cannot be written.
-
-    Args:
-        subject: What it is, for the message.
-        text: The text.
-
-    Raises:
-        UserError: If it holds half of a surrogate pair.
-    """
+    """Raise UserError if a text holds half of a surrogate pair; `subject` names the text."""
     if text.isascii():
         return
     try:
@@ -71,19 +52,10 @@ def check_characters(subject: str, text: str) -> None:
 
 
 def read_conversation(column: str, value: Any) -> dict[str, Any]:
-    """Read a list of messages, {role, content} or {from, value}.
+    """Parse a list of messages, {role, content} or {from, value}.
 
-    Args:
-        column: The column, for messages about faults.
-        value: What the row holds.
-
-    Returns:
-        `messages` in the form of chat templates, and `learned` if a message says itself whether it
-        is learned (`train: false`, `weight: 0`): for each message true, false, or None where it
-        does not say.
-
-    Raises:
-        UserError: If a message has no text, an unknown speaker or a wrong flag.
+    Return `messages` in the form of chat templates. If a message states whether it is learned
+    (`train: false`, `weight: 0`), also return `learned`: true, false, or None for each message.
     """
     if not isinstance(value, list) or not value:
         raise UserError(
@@ -113,18 +85,10 @@ def read_conversation(column: str, value: Any) -> dict[str, Any]:
 
 
 def join_conversations(prompt: Any, completion: Any) -> dict[str, Any]:
-    """Read a prompt and a completion that are lists of messages.
+    """Parse a prompt and a completion that are lists of messages.
 
-    Args:
-        prompt: Messages that are only read, but for turns that say that they are learned, and
-            where all text is learned.
-        completion: Messages whose turns of the assistant are learned.
-
-    Returns:
-        As `read_conversation`, and `num_prompt`, how many of the messages are the prompt's.
-
-    Raises:
-        UserError: If one of them is no such list.
+    Return the fields of `read_conversation` and `num_prompt`, the number of messages of the prompt.
+    The prompt's messages are learned only if they say so, or if all text is learned.
     """
     before = read_conversation("prompt", prompt)
     after = read_conversation("completion", completion)
@@ -142,18 +106,7 @@ def join_conversations(prompt: Any, completion: Any) -> dict[str, Any]:
 
 
 def read_tools(column: str, value: Any) -> list[Any]:
-    """Read the tools that a conversation may call: a list, or the JSON text of one.
-
-    Args:
-        column: The column, for messages about faults.
-        value: What the row holds.
-
-    Returns:
-        The list.
-
-    Raises:
-        UserError: If it is neither.
-    """
+    """Parse the tools that a conversation may call: a list, or the JSON text of one."""
     tools = value
     if isinstance(value, str):
         try:
@@ -166,7 +119,7 @@ def read_tools(column: str, value: Any) -> list[Any]:
 
 
 def _read_flag(message: dict[str, Any], place: str) -> bool | None:
-    """Take the flag out of a message."""
+    """Remove the flag from a message and return it."""
     flags = [message.pop(name) for name in _FLAGS if name in message]
     # Compared by value, so 0 and 1 (OpenAI's weights) are as good as false and true.
     if any(flag not in (False, True) for flag in flags) or len(set(flags)) > 1:
@@ -180,7 +133,7 @@ def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
         if speaker.lower() not in ROLES:
             raise UserError(
                 f"`{place}.from` is {speaker!r:.40}; known are {', '.join(ROLES)}",
-                hint="use {role, content}, whose roles go to the chat template as they stand",
+                hint="use {role, content}, whose roles the chat template gets unchanged",
             )
         said = check_text(f"{place}.value", message.pop("value", None))
         return {**message, "role": ROLES[speaker.lower()], "content": said}
@@ -190,7 +143,7 @@ def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
         content = ""
     elif isinstance(content, list):
         content = _join_parts(content, f"{place}.content")
-    # Roles that are not known are the chat template's own.
+    # Unknown roles are left to the chat template.
     role = ROLES.get(role.lower(), role)
     return {**message, "role": role, "content": check_text(f"{place}.content", content)}
 

@@ -1,4 +1,4 @@
-"""Tokenised rows are kept on disk under a key of everything that they depend on."""
+"""Cache of tokenized rows on disk, under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One source's tokenised rows.
+    """The tokenized rows of one source.
 
     Args:
-        dataset: The rows; read from the entry's files, not into memory.
-        facts: What else is known of them, as JSON.
+        dataset: The rows, memory-mapped from the entry's files.
+        facts: The source's statistics, as JSON.
     """
 
     dataset: EncodedDataset
@@ -47,7 +47,7 @@ class CacheEntry:
 
 
 class DamagedEntryError(Exception):
-    """An entry whose files are not what was written."""
+    """The entry's files are not what was written."""
 
 
 def build_key(
@@ -60,19 +60,10 @@ def build_key(
     tokenizer: Any,
     chat: Template | None,
 ) -> str:
-    """Name the tokenised rows of a source by all that they depend on.
+    """Return the cache key of a source's tokenized rows: a digest of all their inputs.
 
-    Args:
-        source: The recipe's entry.
-        section: The recipe's `data`.
-        digest: What the source holds: its files' digest, or a hub data set's fingerprint.
-        kinds: The endings of its files.
-        group: train or validation, which take different rows of a corpus.
-        tokenizer: A fast tokenizer.
-        chat: The template that conversations are written by, if there is one.
-
-    Returns:
-        A name of 64 hex digits.
+    `digest` identifies the source's content, `kinds` are the endings of its files, and `group` is
+    train or validation, which take different rows of a corpus.
     """
     ingredients = {
         "data": digest,
@@ -94,18 +85,7 @@ def build_key(
 
 
 def read_entry(folder: Path, key: str) -> CacheEntry | None:
-    """Read an entry, checking every byte of it.
-
-    Args:
-        folder: The cache.
-        key: The entry's name.
-
-    Returns:
-        The entry; None if there is none.
-
-    Raises:
-        DamagedEntryError: If its files are not what was written.
-    """
+    """Read an entry and verify its digests; None if there is none."""
     entry = folder / key
     if not entry.is_dir():
         return None
@@ -150,7 +130,7 @@ def discard_entry(folder: Path, key: str) -> None:
 
 
 def digest_code(folder: Path) -> str:
-    """Digest of the program's own part in the rows: every module below a folder."""
+    """Return the digest of every module below a folder."""
     return _digest_modules(folder)
 
 

@@ -1,4 +1,4 @@
-"""A conversation becomes one text, and each turn of the assistant is found in it."""
+"""Render a conversation as one text and find the assistant's turns in it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Rendered:
         segments: Pieces that make up the whole text in order.
         append_eos: Whether the end-of-text token follows the text and is learned.
         add_special_tokens: Whether the tokenizer adds its own (BOS). Off for conversations: a chat
-            template writes them itself, and what serves the model adds none either.
-        render_whole: Renders the row with the turns that were not looked for.
-        is_unmarked: Whether the row itself says of every answer that it is not learned.
+            template writes them itself, and inference servers add none either.
+        render_whole: Renders the row with all turns, not only those before `max_characters`.
+        is_unmarked: Whether the row marks all of its answers as not learned.
     """
 
     segments: tuple[Segment, ...]
@@ -45,12 +45,12 @@ class Rendered:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """Return the whole text."""
         return "".join(segment.text for segment in self.segments)
 
     @property
     def is_blank(self) -> bool:
-        """Whether no learned piece holds anything but white space."""
+        """Whether all learned pieces are blank."""
         return not any(segment.trained and segment.text.strip() for segment in self.segments)
 
 
@@ -63,16 +63,16 @@ def render_chat(
 ) -> Rendered:
     """Render a conversation and find its learned turns as character spans of the one text.
 
-    A turn runs from where the generation prompt ends to where the rendering of the conversation up
-    to it ends. Both are found by rendering prefixes, so it works for every template whose prefixes
-    are prefixes of the whole, whether or not it marks its turns with `{% generation %}`.
+    A turn is the text from the end of the generation prompt to the end of the conversation up to
+    this turn. Both are found by rendering prefixes, so it works for every template whose prefixes
+    are prefixes of the whole, with or without `{% generation %}` marks.
 
     Args:
         messages: The conversation, each message with a text as `content`.
-        flags: For each message whether it is learned; None leaves it to `loss_on`.
+        flags: Whether each message is learned; None leaves the choice to `loss_on`.
         loss_on: completion (the last turn of the assistant), assistant (every one), all.
-        apply_chat_template: Renders it.
-        max_characters: What lies behind so many will be cut away: turns there are not looked for.
+        apply_chat_template: Renders the conversation.
+        max_characters: Text after this number of characters will be cut; turns there are ignored.
 
     Returns:
         The pieces of text.
@@ -81,10 +81,10 @@ def render_chat(
         UserError: If there is nothing to learn from, or the template does not show the answers.
     """
     turns = _choose_turns(messages, flags, loss_on)
-    # What follows the last answer teaches nothing.
+    # Text after the last answer is not learned.
     messages = messages[: max(turns) + 1]
     whole = apply_chat_template(messages, False)
-    # Any key of a message or a tool may have brought it in.
+    # It can come from any key of a message or a tool.
     check_characters("the conversation as the chat template writes it", whole)
     render_whole = None
     segments: list[Segment] = []
@@ -119,7 +119,7 @@ def render_chat(
 def _choose_turns(
     messages: Sequence[Message], flags: Sequence[bool | None], loss_on: str
 ) -> dict[int, bool]:
-    """The turns of the assistant to be found in the text -> whether they are learned."""
+    """Return the assistant's turns to find in the text -> whether they are learned."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("the conversation has no turn of the role `assistant`")
@@ -149,7 +149,7 @@ def _turn_span(
     if not (whole.startswith(upto) and upto.startswith(before)):
         raise UserError(
             f"the chat template writes turn {turn + 1} otherwise once later turns follow or its "
-            "answer is there, so the answer cannot be told from the prompt",
+            "answer is there, so the answer cannot be separated from the prompt",
             hint="use data.loss_on: completion, or a Jinja file of your own as data.template",
         )
     return len(before), len(upto)
@@ -158,7 +158,7 @@ def _turn_span(
 def _check_calls_shown(
     messages: Sequence[Message], turn: int, upto: str, apply_chat_template: ApplyChatTemplate
 ) -> None:
-    """Refuse a template that writes the same whether or not the answer calls a tool."""
+    """Raise UserError for a template that does not show the answer's tool calls."""
     bare = {name: value for name, value in messages[turn].items() if name != "tool_calls"}
     try:
         without = apply_chat_template([*messages[:turn], bare], False)
@@ -173,15 +173,16 @@ def _check_calls_shown(
 
 
 def _split_tail(span: str, message: Message) -> tuple[str, str]:
-    """Split a turn into (what is learned, what follows the content).
+    """Split a turn into the learned part and the text after the content.
 
-    The end-of-turn mark is learned, the white space behind it is not: nobody samples past the mark.
+    The end-of-turn mark is learned; the white space after it is not, because sampling stops at the
+    mark.
     """
     content = message["content"].strip()
     found = span.find(content)
     if found < 0:
         raise UserError(
-            f"the chat template does not show the answer {content[:40]!r} as it stands",
+            f"the chat template does not show the answer {content[:40]!r} unchanged",
             hint="use another data.template",
         )
     tail = span[found + len(content) :]

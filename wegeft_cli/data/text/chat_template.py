@@ -1,4 +1,4 @@
-"""Chat templates become renderers: the tokenizer's own, or a user's Jinja file."""
+"""Renderers of chat templates: the tokenizer's own, or a user's Jinja file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MARK = "answer"
 
 
 class Template(NamedTuple):
-    """A template ready to use.
+    """A template with its renderer.
 
     Args:
-        name: As the recipe has it.
+        name: The name in the recipe.
         digest: Its fingerprint.
-        apply: The renderer, if it is for conversations.
-        text: Its Jinja text, if it is for conversations; of several named ones all, as JSON.
+        apply: The renderer of a chat template, else None.
+        text: The Jinja text of a chat template; several named ones are JSON.
     """
 
     name: str
@@ -32,23 +32,14 @@ class Template(NamedTuple):
 
     @property
     def tells_the_day(self) -> bool:
-        """Whether it can write today's date, so that the same row reads otherwise tomorrow."""
+        """Whether it can write today's date, so that a row changes from day to day."""
         return self.text is not None and "strftime_now" in self.text
 
 
 def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Template:
-    """Make a template ready.
+    """Return the template of a name out of `TEMPLATES`, or of the path of a Jinja file.
 
-    Args:
-        name: A name out of `TEMPLATES`, or the path of a Jinja file.
-        tokenizer: Renders conversations, in transformers' sandboxed Jinja.
-        recipe_dir: Folder of the recipe, for relative paths.
-
-    Returns:
-        The template; its renderer is none where no conversation is written.
-
-    Raises:
-        UserError: If the file cannot be read, or the tokenizer has no chat template.
+    The tokenizer renders conversations in transformers' sandboxed Jinja.
     """
     text = None
     if is_template_file(name):
@@ -69,17 +60,10 @@ def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Templa
 
 
 def find_turn_ends(template: Template, tokenizer: Any) -> list[int]:
-    """Find what a chat template closes the assistant's turn with.
+    """Return the special token that ends an assistant's turn in a chat template, if any.
 
-    Some tokenizers name another token as their end of text: Gemma's turns end in `<end_of_turn>`,
-    Llama 3's in `<|eot_id|>`.
-
-    Args:
-        template: A template; one that writes no conversations has no turns.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        The special token behind the answer, if there is one.
+    Some tokenizers declare another end-of-text token: Gemma's turns end in `<end_of_turn>`, Llama
+    3's in `<|eot_id|>`.
     """
     if template.apply is None:
         return []

@@ -1,4 +1,4 @@
-"""The recipe's data section becomes tokenised data sets and a report of what became of the rows."""
+"""Build the tokenized data sets and their statistics from the recipe's data section."""
 
 from __future__ import annotations
 
@@ -39,21 +39,19 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 NUM_LOOKED_AT = 1000
-"""So many rows of a stream are looked at before training."""
+"""Number of rows of a stream that are read before training."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised rows and what became of them.
+    """Tokenized rows and their statistics.
 
     Args:
-        train: Training rows; of a stream its first ones, which stand for the others where lengths
-            are estimated.
+        train: Training rows; for a stream its first ones, from which lengths are estimated.
         validation: Validation rows, if there are any.
-        report: What became of the rows.
-        mixture: Which training rows an epoch takes, if the sources have weights and are not
-            streamed.
-        sources: What became of each training source's rows.
+        report: Statistics of the rows.
+        mixture: The training rows of an epoch, if the sources have weights and are not streamed.
+        sources: Statistics of each training source.
         packs: With `data.packing`, the numbers of each pack's training rows.
     """
 
@@ -72,22 +70,10 @@ def build_datasets(
     recipe_dir: Path | None,
     need_validation: bool = True,
 ) -> PreparedData:
-    """Read, render and tokenise the recipe's data; of a stream, its first rows.
+    """Read, render and tokenize the recipe's data; for a stream, its first rows.
 
-    Args:
-        section: The recipe's `data`.
-        tokenizer: The model's tokenizer.
-        recipe_dir: Folder of the recipe, for relative paths.
-        need_validation: Whether validation rows are read at all; what `validation_fraction` holds
-            out stays out of training either way.
-
-    Returns:
-        The data sets and the report.
-
-    Raises:
-        UserError: If a source cannot be read or has nothing to learn, or a row is bad; with the
-            file, the row or line, and the key.
-        ExceptionGroup: If there are several such faults.
+    Rows that `validation_fraction` holds out are never trained on, also without `need_validation`.
+    Errors name the file, the row or line, and the key; several raise an ExceptionGroup.
     """
     if not section.train:
         raise UserError(
@@ -135,7 +121,7 @@ def build_datasets(
 
 
 def _look_at_stream(builder: Builder, source: DataSource, key: str, num_rows: int) -> Part:
-    """The first rows of a streamed source: enough to know its faults and its lengths."""
+    """Tokenize the first rows of a streamed source, to find errors and lengths."""
     opened = open_source(
         source,
         builder.section,
@@ -178,7 +164,7 @@ def _split_off(
 
 
 def _build_mixture(section: DataSection, counts: list[int], num_rows: int) -> Mixture | None:
-    """The mixture of weighted sources, of which the first `num_rows` rows are trained on."""
+    """Return the mixture of weighted sources, whose first `num_rows` rows are trained on."""
     weights = [source.weight for source in section.train if source.weight is not None]
     if not weights:
         return None
@@ -206,7 +192,7 @@ def _build_mixture(section: DataSection, counts: list[int], num_rows: int) -> Mi
 
 @dataclass(frozen=True)
 class Part:
-    """One source, tokenised, and what became of its rows."""
+    """One tokenized source and its statistics."""
 
     dataset: EncodedDataset
     report: SourceReport
@@ -214,12 +200,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Builder:
-    """What all sources share.
+    """The inputs that all sources share.
 
     Args:
         section: The recipe's `data`.
         tokenizer: The model's tokenizer.
-        encoder: What `build_encoder` made of it.
+        encoder: The encoder of the tokenizer, see `build_encoder`.
         recipe_dir: Folder of the recipe, for relative paths.
     """
 
@@ -230,20 +216,9 @@ class Builder:
 
 
 def build_part(builder: Builder, source: DataSource, group: str) -> Part:
-    """Read, render and tokenise one source, or take it from the cache.
+    """Read, render and tokenize one source, or load it from the cache.
 
-    Args:
-        builder: What all sources share.
-        source: The recipe's entry.
-        group: train or validation.
-
-    Returns:
-        The tokenised source.
-
-    Raises:
-        UserError: If it cannot be read or has nothing to learn, or a row is bad; with the file, and
-            the row or line.
-        ExceptionGroup: If several rows are bad.
+    `group` is train or validation. Errors name the file and the row or line.
     """
     folder = builder.section.cache_dir
     if folder is None:
@@ -282,7 +257,7 @@ def build_part(builder: Builder, source: DataSource, group: str) -> Part:
         return Part(entry.dataset, report)
     part = _encode_source(builder, source, group)
     if part.report.sha256 is not None:
-        # Of the bytes that became these rows: the file may have changed since it was looked at.
+        # The digest of the bytes that were read: the file may have changed since.
         key = _find_key(builder, source, group, part.report.sha256)
     try:
         write_entry(cache, key, part.dataset, _tell_facts(part.report))
@@ -310,7 +285,7 @@ def _tell_facts(report: SourceReport) -> dict[str, Any]:
 def _choose_places(
     places: Mapping[str, str], source: DataSource, recipe_dir: Path | None
 ) -> dict[str, str]:
-    """Leave out places in files that have since moved: the cache knows files by what they hold."""
+    """Drop locations in files that have moved: the cache identifies files by content."""
     files = tuple(f"{file}:" for file in find_files(source, recipe_dir) or ())
     return {fate: place for fate, place in places.items() if place.startswith(files)}
 
@@ -329,7 +304,7 @@ def _find_key(builder: Builder, source: DataSource, group: str, digest: str) -> 
 
 
 def _find_chat_template(builder: Builder) -> Template | None:
-    """The template that the source's conversations would be written by, if it held any."""
+    """Return the template for the source's conversations, if it can have any."""
     name = builder.section.template
     if name in (AUTO, CHAT) and builder.tokenizer.chat_template:
         return build_template(CHAT, builder.tokenizer, builder.recipe_dir)
@@ -383,7 +358,7 @@ def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
 
 
 def tell_day(form: SourceForm) -> tuple[str, ...]:
-    """Warn of a template that writes today's date."""
+    """Return a warning if the template writes today's date."""
     if not (form.is_talk and form.template.tells_the_day):
         return ()
     return (
@@ -399,7 +374,7 @@ def _tell_nothing_left(report: SourceReport, section: DataSection) -> str:
 
 
 def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]:
-    """Check every row before any is tokenised: (index, fields) of those that are used."""
+    """Check all rows before tokenization and return (index, fields) of those that are used."""
     used: list[tuple[int, dict[str, Any]]] = []
     faults: list[UserError] = []
     for index, row in enumerate(rows.rows):

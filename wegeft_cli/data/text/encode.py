@@ -1,4 +1,4 @@
-"""Texts become token ids and label masks, in flat arrays that hold a whole data set."""
+"""Encode texts as token ids and label masks, in flat arrays for a whole data set."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from wegeft_cli.data.text.tokenizer import SPARE_TOKENS, Encoder, Tokens
 from wegeft_cli.errors import UserError
 
 DROPPED = ("empty", "unmarked", "cut_away")
-"""Fates of rows that hold nothing to learn."""
+"""Drop reasons of rows that hold nothing to learn."""
 CHUNK_ROWS = 2000
-"""Rows tokenised in one call: enough to keep the tokenizer's threads busy."""
+"""Rows tokenized in one call: enough to keep the tokenizer's threads busy."""
 
 
 @dataclass(frozen=True)
 class EncodedDataset:
-    """Tokenised rows, one behind the other.
+    """Tokenized rows in flat arrays.
 
     Args:
         ids: Token ids, int32 `[total]`.
         label_mask: Whether a token is learned, bool `[total]`; never a row's first token, which
             nothing before it predicts.
-        offsets: Where each row begins, int64 `[n + 1]`; the last is the total.
+        offsets: Start of each row, int64 `[n + 1]`; the last is the total.
     """
 
     ids: np.ndarray
@@ -40,7 +40,7 @@ class EncodedDataset:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's (ids, label mask), views of the whole."""
+        """Return a row's (ids, label mask), views of the whole."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.label_mask[part]
 
@@ -58,16 +58,16 @@ class EncodedDataset:
         return np.add.reduceat(self.label_mask, self.offsets[:-1], dtype=np.int64)
 
     def take(self, start: int, stop: int) -> EncodedDataset:
-        """The rows from `start` up to but without `stop`."""
+        """Return the rows from `start` up to but without `stop`."""
         begin, end = self.offsets[start], self.offsets[stop]
         offsets = self.offsets[start : stop + 1] - begin
         return EncodedDataset(self.ids[begin:end], self.label_mask[begin:end], offsets)
 
 
 def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
-    """All rows of the data sets in their order; at least one data set."""
+    """Concatenate at least one data set."""
     if len(datasets) == 1:
-        return datasets[0]  # which may be larger than memory: a cached one is read from its file
+        return datasets[0]  # it may be memory-mapped and larger than memory
     lengths = np.concatenate([dataset.lengths for dataset in datasets])
     return EncodedDataset(
         np.concatenate([dataset.ids for dataset in datasets]),
@@ -78,19 +78,19 @@ def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows given.
+    """Statistics of encoding.
 
     Args:
-        num_too_long: Rows left out by `length_below`.
+        num_too_long: Rows excluded by `length_below`.
         num_empty: Rows dropped because their completion is blank.
-        num_unmarked: Rows dropped because they say of every answer that it is not learned.
-        num_cut_away: Rows dropped because the cut left nothing of the completion.
-        num_truncated: Rows kept that were cut to `max_length`.
+        num_unmarked: Rows dropped because they mark all of their answers as not learned.
+        num_cut_away: Rows dropped because truncation removed the completion.
+        num_truncated: Rows kept that were truncated to `max_length`.
         num_boundary_merged: Rows kept in which a token holds characters of the prompt and of the
             completion.
-        longest: Tokens of the longest row before the cut.
-        num_overlong: Rows so long that only their beginning was tokenised; `longest` counts that.
-        first_dropped: The first row of each fate that drops one, counted from 0 over those given.
+        longest: Tokens of the longest row before truncation.
+        num_overlong: Rows of which only the beginning was tokenized; `longest` counts that.
+        first_dropped: The first row for each drop reason, counted from 0.
     """
 
     num_too_long: int = 0
@@ -109,7 +109,7 @@ class EncodeReport:
         return self.num_empty + self.num_unmarked + self.num_cut_away
 
     def add(self, row: EncodedRow, position: int) -> EncodeReport:
-        """The report with one row more, the one at a position of those given."""
+        """Return the statistics with the row at `position` added."""
         first = self.first_dropped
         if row.fate in DROPPED and row.fate not in first:
             first = {**first, row.fate: position}
@@ -127,16 +127,16 @@ class EncodeReport:
 
 
 class EncodedRow(NamedTuple):
-    """A row as tokens, or why there are none.
+    """A row as tokens, or the reason why it was dropped.
 
     Args:
-        fate: kept, too_long (by `length_below`), empty (a blank completion), unmarked (it says
-            itself that no answer is learned), cut_away (nothing to learn is left of it).
+        fate: kept, too_long (by `length_below`), empty (a blank completion), unmarked (all answers
+            are marked as not learned), cut_away (nothing to learn after truncation).
         ids: Token ids, at most `max_length`; none unless kept.
-        label_mask: For each whether it is learned, one byte each.
-        num_tokens: Tokens before the cut; 0 if it is not counted.
-        is_overlong: Whether only its beginning was tokenised.
-        is_truncated: Whether it was cut.
+        label_mask: One byte per token: whether it is learned.
+        num_tokens: Tokens before truncation; 0 if they are not counted.
+        is_overlong: Whether only its beginning was tokenized.
+        is_truncated: Whether it was truncated.
         is_merged: Whether a token holds characters of the prompt and of the completion.
     """
 
@@ -161,25 +161,13 @@ def encode_each(
     max_length: int,
     length_below: int | None = None,
 ) -> Iterator[EncodedRow]:
-    """Tokenise rows one after the other and mark the learned tokens.
+    """Tokenize rows one after the other and mark the learned tokens; also yield dropped rows.
 
-    A row's whole text is tokenised once, and the learned tokens are found by the characters they
-    hold. A token that holds characters on both sides of the boundary is learned (masking it would
-    leave the first piece of the answer unlearned). Of a text that is far too long only the part is
-    tokenised from which the first `max_length` tokens come, so a row of many megabytes takes
-    neither the time nor the memory of its tokens.
-
-    Args:
-        rendered: The rows' texts.
-        encoder: What `build_encoder` made of the tokenizer.
-        max_length: Tokens kept of a row, from the left, EOS counted.
-        length_below: Leave rows out that have so many tokens or more (EOS not counted).
-
-    Yields:
-        Every row, kept or not.
-
-    Raises:
-        UserError: If EOS is to be appended and the tokenizer has none.
+    A row's whole text is tokenized once, and the learned tokens are found by their characters. A
+    token with characters on both sides of the boundary is learned (masking it would leave the first
+    piece of the answer unlearned). Of a very long text only the part with the first `max_length`
+    tokens is tokenized, so a row of many megabytes costs neither the time nor the memory of its
+    tokens. `length_below` excludes rows of this number of tokens or more (EOS not counted).
     """
     num_needed = max(max_length, length_below or 0)
     for row, is_cut, tokens in _encode_chunks(rendered, encoder, num_needed):
@@ -220,21 +208,10 @@ def encode_rows(
     length_below: int | None = None,
     window: tuple[int, int] | None = None,
 ) -> tuple[EncodedDataset, EncodeReport]:
-    """Tokenise rows into one data set.
+    """Tokenize rows into one data set and return it with its statistics.
 
-    Args:
-        rendered: The rows' texts.
-        encoder: What `build_encoder` made of the tokenizer.
-        max_length: Tokens kept of a row, from the left, EOS counted.
-        length_below: Leave rows out that have so many tokens or more (EOS not counted).
-        window: Keep only the rows from the first number up to the second, counted after
-            `length_below`.
-
-    Returns:
-        The kept rows and what became of the others.
-
-    Raises:
-        UserError: If EOS is to be appended and the tokenizer has none.
+    `window` keeps only the rows from the first number up to the second, counted after
+    `length_below`.
     """
     ids = array("i")
     label_mask = bytearray()
@@ -265,7 +242,7 @@ def encode_rows(
 def _encode_chunks(
     rendered: Iterable[Rendered], encoder: Encoder, num_tokens: int
 ) -> Iterator[tuple[Rendered, bool, Tokens]]:
-    """Each row, whether characters behind its first `num_tokens` tokens were cut, its tokens."""
+    """Yield each row, whether text after its first `num_tokens` tokens was cut, its tokens."""
     limit = encoder.count_characters(num_tokens)
     rows = ((_shorten(row, limit), row) for row in rendered)
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
@@ -282,7 +259,7 @@ def _encode_chunks(
 
 
 def _shorten(row: Rendered, limit: int) -> Rendered:
-    """The row without what lies behind `limit` characters; itself if nothing does."""
+    """Return the row cut to `limit` characters, or the row itself if it is shorter."""
     if sum(len(segment.text) for segment in row.segments) <= limit:
         return row
     segments = []

@@ -1,4 +1,4 @@
-"""How the rows of one source become text: its format, its columns and its template, settled."""
+"""Renderer of one source's rows: its format, columns and template."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from wegeft_cli.recipe.schema import DataSection, DataSource
 
 @dataclass(frozen=True)
 class SourceForm:
-    """How rows become text.
+    """Renders the rows of one source as text.
 
     Args:
-        row_format: What a row must hold.
+        row_format: The fields of a row.
         columns: The format's field -> the file's column, where they differ.
-        template: The prompt form.
+        template: The template.
         is_talk: Whether rows are conversations.
         loss_on: Which part of the text is learned.
     """
@@ -34,17 +34,7 @@ class SourceForm:
     loss_on: str
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Check a row and keep its fields.
-
-        Args:
-            row: The row as the file has it.
-
-        Returns:
-            Its fields; none if a named corpus leaves the row out.
-
-        Raises:
-            UserError: If it is not what the first row promised.
-        """
+        """Check a row and return its fields, or None if a named corpus excludes it."""
         if "prompt" in self.row_format.fields:
             self._check_kind(row.get(self.columns.get("prompt", "prompt")))
         return read_row(row, self.row_format, self.columns)
@@ -57,17 +47,9 @@ class SourceForm:
             )
 
     def render(self, fields: Mapping[str, Any], *, max_characters: int) -> Rendered:
-        """Write a row as text.
+        """Render a row's fields as text; text after `max_characters` will be cut.
 
-        Args:
-            fields: What `read` gave.
-            max_characters: What lies behind so many characters will be cut away.
-
-        Returns:
-            The pieces of text.
-
-        Raises:
-            UserError: If the template does not fit; with `key` where all rows share the fault.
+        Raise UserError if the template does not fit, with `key` if the error concerns all rows.
         """
         return render_row(
             fields,
@@ -86,21 +68,7 @@ def build_form(
     tokenizer: Any,
     recipe_dir: Path | None,
 ) -> SourceForm:
-    """Settle how a source's rows become text.
-
-    Args:
-        source: The recipe's entry.
-        section: The recipe's `data`.
-        first_row: Its first row, which tells what `auto` is.
-        tokenizer: The model's tokenizer.
-        recipe_dir: Folder of the recipe, for a template's file.
-
-    Returns:
-        The form.
-
-    Raises:
-        UserError: If no format fits the columns, or the template cannot be used.
-    """
+    """Build the renderer of a source; its first row determines `auto`."""
     renames = source.columns or {}
     row_format = FORMATS[find_format(source.format, list(first_row), renames)]
     columns = row_format.find_columns(first_row, renames)
@@ -115,7 +83,7 @@ def build_form(
 
 
 def add_key(fault: UserError, key: str) -> UserError:
-    """The fault of a source with its key counted from the recipe's root."""
+    """Prefix a fault's key with the key of its source in the recipe."""
     if fault.key is None:
         fault.key = key
     elif "." not in fault.key:

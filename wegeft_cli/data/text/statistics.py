@@ -1,4 +1,4 @@
-"""What became of the rows that were read, in figures and in sentences for the user."""
+"""Statistics of the rows that were read, and warnings about them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from wegeft_cli.recipe.schema import DataSource
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was read for training and what became of it.
+    """Statistics of the training data.
 
     Args:
         num_rows: Training rows.
         num_tokens: Their tokens.
         num_label_tokens: Their learned tokens.
         num_validation_rows: Rows for the validation loss.
-        num_truncated: Training rows cut to `max_length`.
+        num_truncated: Training rows truncated to `max_length`.
         num_dropped_empty: Rows dropped because nothing in them is learned: the completion is blank
-            or was cut away entirely.
+            or was truncated entirely.
         num_boundary_merged: Rows in which a token holds the prompt's end and the completion's
             beginning.
-        num_filtered: Rows that a named corpus leaves out by its published rule.
+        num_filtered: Rows that a named corpus excludes by its published rule.
         lengths: Tokens per training row: p50, p95, max.
-        sources: Of every training source path, rows (as read) and sha256.
-        validation_sources: The same of every source of `data.validation`.
-        template: Name of the prompt form; several are joined by commas.
+        sources: Path, rows (as read) and sha256 of every training source.
+        validation_sources: The same for every source of `data.validation`.
+        template: Name of the template; several are joined by commas.
         template_hash: Fingerprint of its text.
         warnings: Sentences for the user.
-        num_from_cache: Sources whose tokenised rows came from `data.cache_dir`.
-        streaming: Whether these are the figures of a stream's first rows alone; `sources` then
+        num_from_cache: Sources whose tokenized rows came from `data.cache_dir`.
+        streaming: Whether these are the statistics of a stream's first rows alone; `sources` then
             have no row counts.
 
-    The counts of cut, dropped, merged and filtered rows are taken before `validation_fraction`
-    divides the rows.
+    Truncated, dropped, merged and filtered rows are counted before `validation_fraction` divides
+    the rows.
     """
 
     num_rows: int
@@ -62,19 +62,19 @@ class DataReport:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one source's rows.
+    """Statistics of one source.
 
     Args:
         source: The recipe's entry.
-        template: Name and fingerprint of its prompt form.
-        encoded: What tokenising did.
-        num_rows: Rows as read; of a stream, those looked at.
+        template: Name and fingerprint of its template.
+        encoded: Statistics of encoding.
+        num_rows: Rows as read; for a stream, the first ones.
         sha256: Digest of local files that were read as a whole.
-        num_filtered: Rows that a named corpus leaves out.
-        from_cache: Whether its tokenised rows came from the cache.
-        streaming: Whether only its first rows were looked at.
+        num_filtered: Rows that a named corpus excludes.
+        from_cache: Whether its tokenized rows came from the cache.
+        streaming: Whether only its first rows were read.
         notes: More sentences for the user.
-        places: Where the first row stands of each fate that drops one.
+        places: Drop reason -> location of the first such row.
     """
 
     source: DataSource
@@ -97,18 +97,7 @@ def build_report(
     *,
     max_length: int,
 ) -> DataReport:
-    """Sum up what was read.
-
-    Args:
-        train: Training rows; of a stream its first ones.
-        validation: Validation rows, if there are any.
-        sources: The training sources.
-        validation_sources: The validation sources.
-        max_length: Where rows were cut, in tokens.
-
-    Returns:
-        The report.
-    """
+    """Compute the statistics of the data from those of its sources."""
     lengths = train.lengths
     median, high = np.percentile(lengths, [50, 95], method="inverted_cdf")
     templates = dict(source.template for source in sources)
@@ -144,15 +133,7 @@ def _tell_source(part: SourceReport) -> dict[str, Any]:
 
 
 def list_reasons(part: SourceReport, limit: str) -> Iterator[str]:
-    """Tell why rows hold nothing to learn.
-
-    Args:
-        part: What became of the source's rows.
-        limit: Words for the recipe's `data.max_length`.
-
-    Yields:
-        For each reason how many rows, why, and where the first stands, or of a stream one of them.
-    """
+    """Yield why rows hold nothing to learn: their number, the reason, and a location."""
     for count, why, place in _find_reasons(part, limit):
         yield f"{count} {why}{place}"
 
@@ -170,7 +151,7 @@ def _find_reasons(part: SourceReport, limit: str) -> Iterator[tuple[int, str, st
     for fate, (count, why) in counts.items():
         if count:
             place = part.places.get(fate)
-            # A stream is read in a drawn order.
+            # A stream is read in random order.
             which = "one" if part.streaming else "the first"
             yield count, why, f" ({which} is {place})" if place else ""
 
@@ -187,7 +168,7 @@ def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
             f"{max_length} and lost their end; the longest has {more}{report.longest} tokens"
         )
     for count, why, place in _find_reasons(part, f"data.max_length {max_length}"):
-        yield f"{head}{count} of {total} {why} were left out{place}"
+        yield f"{head}{count} of {total} {why} were excluded{place}"
     if report.num_boundary_merged:
         yield (
             f"{head}in {report.num_boundary_merged} of {total} a token joins the prompt's end "
@@ -196,6 +177,6 @@ def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
         )
     if part.num_filtered:
         yield (
-            f"{head}{part.num_filtered} of {total} were left out by the rule of the format "
+            f"{head}{part.num_filtered} of {total} were excluded by the rule of the format "
             f"{part.source.format!r}"
         )

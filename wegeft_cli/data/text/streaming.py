@@ -1,4 +1,4 @@
-"""Training rows are read and tokenised while training: little of them is ever in memory."""
+"""Read and tokenize training rows during training, with a small part of them in memory."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 CHUNK_ROWS = 256
-"""Rows tokenised in one call: enough for the tokenizer's threads, little to hold."""
+"""Rows tokenized in one call: enough for the tokenizer's threads, little to hold."""
 
 Row = tuple[np.ndarray, np.ndarray]
 """A row's token ids, int32 `[length]`, and label mask, bool `[length]`."""
 
 
 class RowStream:
-    """Tokenised training rows without end, the same ones in every process.
+    """An endless stream of tokenized training rows, the same one in every process.
 
-    Unweighted sources are gone through one behind the other, pass after pass. Of weighted ones each
-    is gone through for itself, and the next row is drawn from the one that lags most behind its
-    share of the rows read.
+    Unweighted sources are read one after the other, pass after pass. Weighted sources are read
+    independently, and the next row is taken from the source that is furthest below its share.
 
     Args:
         sources: The sources in their order.
-        encoder: The tokenizer made ready.
+        encoder: The encoder of the tokenizer.
         max_length: Tokens kept of a row.
         seed: The run's seed.
-        buffer_size: Rows drawn from at a time, over all sources; None leaves them as they stand.
+        buffer_size: Rows of the shuffle buffer, over all sources; None keeps the files' order.
     """
 
     def __init__(
@@ -69,28 +68,20 @@ class RowStream:
             )
             for number, (group, share) in enumerate(zip(groups, shares, strict=True))
         ]
-        # Rows with the state behind each; None stands where a pass over all sources ends.
+        # Rows with the state after each; None marks the end of a pass over all sources.
         self._ready: deque[tuple[Row, list[dict[str, int]]] | None] = deque()
         self._state = [chain.state() for chain in self._chains]
 
     @property
     def num_passes(self) -> int:
-        """Whole passes over the rows; of weighted sources, over the one with the fewest."""
+        """Whole passes over the rows; with weights, over the source with the fewest."""
         return min(chain["pass"] for chain in self._state)
 
     def take(self, count: int) -> list[Row]:
-        """Give the next rows.
+        """Return the next `count` rows, or the rest of a pass over unweighted sources.
 
-        Args:
-            count: How many, at least 1.
-
-        Returns:
-            So many rows, or what is left of a pass over unweighted sources; at least one.
-
-        Raises:
-            UserError: If a row is bad, with its place, or in a whole pass there is nothing to
-                learn.
-            MachineError: If the hub breaks off.
+        At least one row is returned. Raise UserError for a bad row, or if a whole pass has nothing
+        to learn, and MachineError if the hub fails.
         """
         rows: list[Row] = []
         while len(rows) < count:
@@ -105,22 +96,18 @@ class RowStream:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """Give where the next row stands, as JSON."""
+        """Return the position of the next row as JSON."""
         return {"chains": self._state}
 
     def seek(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken; rows before it are counted, not tokenised.
-
-        Args:
-            state: What `state` gave, of a stream of the same recipe.
-        """
+        """Continue at a position from `state`; rows before it are counted, not tokenized."""
         for chain, position in zip(self._chains, state["chains"], strict=True):
             chain.seek(position)
         self._ready.clear()
         self._state = [chain.state() for chain in self._chains]
 
     def _fill(self) -> None:
-        """Tokenise the next rows, at most up to the end of a chain's pass."""
+        """Tokenize the next rows, at most up to the end of a pass."""
         drawn: list[tuple[Chain, Drawn, list[dict[str, int]]]] = []
         ended = None
         while len(drawn) < CHUNK_ROWS and ended is None:
@@ -151,21 +138,9 @@ class RowStream:
 def open_source(
     source: DataSource, section: DataSection, *, tokenizer: Any, recipe_dir: Path | None, key: str
 ) -> StreamedSource:
-    """Open one source and settle by its first row how the others are read.
+    """Open one source and build its renderer from its first row.
 
-    Args:
-        source: The recipe's entry.
-        section: The recipe's `data`.
-        tokenizer: The model's tokenizer.
-        recipe_dir: Folder of the recipe, for relative paths.
-        key: The entry's key in the recipe.
-
-    Returns:
-        The source.
-
-    Raises:
-        UserError: If it cannot be read row by row, is empty, or its first row fits no format; with
-            file and key.
+    Errors name file and `key`, the entry's key in the recipe.
     """
     try:
         rows = (row for _, row in stream_rows(source, recipe_dir=recipe_dir))
@@ -181,21 +156,7 @@ def open_source(
 def open_stream(
     section: DataSection, tokenizer: Any, recipe_dir: Path | None, seed: int
 ) -> RowStream:
-    """Open the training sources as one stream.
-
-    Args:
-        section: The recipe's `data`.
-        tokenizer: The model's tokenizer.
-        recipe_dir: Folder of the recipe, for relative paths.
-        seed: The run's seed.
-
-    Returns:
-        The stream, at its first row.
-
-    Raises:
-        UserError: If a source cannot be streamed.
-        ExceptionGroup: If several cannot.
-    """
+    """Open the training sources as one stream, at its first row."""
     check_template(section.template)
     opened: list[StreamedSource] = []
     faults: list[UserError] = []
@@ -217,13 +178,13 @@ def open_stream(
     )
 
 
-# Streams of orders apart from those of epochs, steps and mixtures: chain, pass and block follow.
+# Stream ids, distinct from those of epochs, steps and mixtures; chain, pass and block follow.
 _BLOCK_STREAM = 3 << 62
 _CHAIN_SHIFT, _PASS_SHIFT = 48, 32
 
 
 class Drawn(NamedTuple):
-    """A row as its file has it, whose it is and where it stands."""
+    """A row of a file, with its source and location."""
 
     source: StreamedSource
     place: str
@@ -231,11 +192,11 @@ class Drawn(NamedTuple):
 
 
 class StreamedSource:
-    """One source of a stream, and what became of its rows so far.
+    """One source of a stream, with the statistics of its rows so far.
 
     Args:
         source: The recipe's entry.
-        form: How its rows become text.
+        form: The renderer of its rows.
         key: The recipe's key.
         recipe_dir: Folder of the recipe, for relative paths.
     """
@@ -252,7 +213,7 @@ class StreamedSource:
         self._recipe_dir = recipe_dir
 
     def rows(self, skip: int) -> Iterator[Drawn | None]:
-        """Read the rows once; of the first `skip` only None is given."""
+        """Read the rows once; the first `skip` are None."""
         try:
             for place, value in stream_rows(self.source, recipe_dir=self._recipe_dir, skip=skip):
                 yield None if value is None else Drawn(self, place, value)
@@ -260,7 +221,7 @@ class StreamedSource:
             raise add_key(fault, self.key) from fault.__cause__
 
     def render(self, row: Drawn, max_characters: int) -> Rendered:
-        """Write a row as text."""
+        """Render a row as text."""
         try:
             fields = self.form.read(row.value)
             if fields is None:
@@ -272,14 +233,14 @@ class StreamedSource:
             raise add_key(fault, self.key) from fault.__cause__
 
     def count(self, row: EncodedRow, place: str) -> None:
-        """Count what became of a row."""
+        """Add a row to the statistics."""
         if row.fate in DROPPED:
             self.places.setdefault(row.fate, place)
         self.encoded = self.encoded.add(row, self.num_rows)
         self.num_rows += 1
 
     def report(self) -> SourceReport:
-        """Tell what became of the rows so far."""
+        """Return the statistics of the rows so far."""
         template = (self.form.template.name, self.form.template.digest)
         return SourceReport(
             self.source,
@@ -292,14 +253,14 @@ class StreamedSource:
 
 
 class Chain:
-    """Sources one behind the other, pass after pass, in an order drawn block by block.
+    """Sources read one after the other, pass after pass, through a shuffle buffer.
 
     Args:
         sources: The sources.
-        number: Which chain of the stream, for the order.
-        share: Of the stream's rows, above 0; those of all chains sum to 1.
+        number: Number in the stream, which selects the random order.
+        share: Share of the stream's rows, above 0; all shares sum to 1.
         seed: The run's seed.
-        buffer_size: Rows of a block; None leaves them as they stand.
+        buffer_size: Rows of the buffer; None keeps the order of the files.
     """
 
     def __init__(
@@ -320,18 +281,18 @@ class Chain:
         self.seek({"pass": 0, "row": 0, "taken": 0})
 
     def state(self) -> dict[str, int]:
-        """Where the next row stands: passes done, rows done of this one, and rows in all."""
+        """Return the position of the next row: passes, rows of this pass, and rows in all."""
         return {"pass": self._pass, "row": self._row, "taken": self.taken}
 
     def seek(self, state: Mapping[str, int]) -> None:
-        """Go to where a state was taken."""
+        """Continue at a position from `state`."""
         self._pass, self._row, self.taken = state["pass"], state["row"], state["taken"]
         self.is_whole_pass = self._row == 0
         self.num_kept = 0
         self._rows = self._read_pass(self._row)
 
     def take(self) -> Drawn | None:
-        """Draw the next row; None at the end of a pass, behind which the next one begins."""
+        """Return the next row, or None at the end of a pass."""
         drawn = next(self._rows, None)
         if drawn is None:
             self._pass, self._row = self._pass + 1, 0
@@ -342,7 +303,7 @@ class Chain:
         return drawn
 
     def end_pass(self) -> None:
-        """Check that the pass that ended gave anything at all."""
+        """Raise UserError if the whole pass had nothing to learn."""
         if self.is_whole_pass and not self.num_kept:
             raise UserError(
                 "none of the rows has anything to learn: "

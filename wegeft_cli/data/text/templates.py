@@ -1,4 +1,4 @@
-"""A row becomes text: every prompt form by name, byte for byte, and which part of it is learned."""
+"""Prompt templates by name, exact to the byte, and the learned part of each."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class PairTemplate:
 
     Args:
         prompt: Text before the completion, with `{instruction}`.
-        completion: What is learned, with `{output}`.
-        prompt_with_input: The prompt of rows with an `input`; none means such rows do not fit.
-        answer_mark: What stands for GSM8K's `####` in the completion.
-        asked_as: The prompt that the authors' scorer asks, where it is not the one of training.
+        completion: The learned text, with `{output}`.
+        prompt_with_input: The prompt of rows with an `input`; without it such rows do not fit.
+        answer_mark: Replacement of GSM8K's `####` in the completion.
+        asked_as: The prompt of the authors' scorer, if it differs from the one of training.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ class PairTemplate:
     asked_as: str | None = None
 
     def question(self, *, as_trained: bool = False) -> str:
-        """The prompt that a scorer asks, with `{instruction}`."""
+        """The prompt of the scorer, with `{instruction}`."""
         return self.prompt if as_trained or self.asked_as is None else self.asked_as
 
 
@@ -55,7 +55,7 @@ _ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
     "{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# LLM-Adapters indents the prompt as its source code stands, blank line included.
+# LLM-Adapters indents the prompt like its source code, blank line included.
 _INDENT = " " * 16
 _LLM_ADAPTERS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -99,12 +99,12 @@ TEMPLATES: dict[str, PairTemplate | None] = {
 
 
 def is_template_file(template: str) -> bool:
-    """Whether `data.template` names a user's own Jinja file."""
+    """Return whether `data.template` names a user's own Jinja file."""
     return PurePath(template).suffix in {".jinja", ".j2"}
 
 
 def check_template(template: str) -> None:
-    """Refuse a template name that does not exist, with the nearest one as the hint."""
+    """Raise UserError for an unknown template name, with the nearest one as the hint."""
     if template in {AUTO, *TEMPLATES} or is_template_file(template):
         return
     near = difflib.get_close_matches(template, TEMPLATES, n=1)
@@ -117,13 +117,9 @@ def check_template(template: str) -> None:
 
 
 def template_hash(name_or_text: str) -> str:
-    """Fingerprint of a prompt form, to tell two results apart.
+    """Return the first 16 hex digits of the SHA-256 of a template's text.
 
-    Args:
-        name_or_text: A template's name, or a chat template's Jinja text.
-
-    Returns:
-        The first 16 hex digits of the SHA-256 of the form's own text.
+    The argument is a template's name, or a chat template's Jinja text.
     """
     template = TEMPLATES.get(name_or_text)
     if template is None:
@@ -142,19 +138,19 @@ def render_row(
     apply_chat_template: ApplyChatTemplate | None = None,
     max_characters: int | None = None,
 ) -> Rendered:
-    """Write a row as text and say which part of it is learned.
+    """Render a row as text and mark its learned parts.
 
     Args:
-        row: `instruction`, `input` (may be left out), `output`; or `prompt`, `completion`; or
-            `messages` with `learned` (for each message whether it is, or None), `num_prompt` (of
-            so many first messages only `all` learns what does not say so itself) and `tools` where
-            there are any; or `text`. Texts are learned as a whole.
+        row: `instruction`, `input` (optional), `output`; or `prompt`, `completion`; or `messages`
+            with `learned` (whether each message is, or None), `num_prompt` (the number of first
+            messages that are learned only if they say so, or with `all`) and `tools`; or `text`,
+            which is learned as a whole.
         template: A name out of `TEMPLATES`, `auto`, or the path of a Jinja file (whose text
             `apply_chat_template` applies).
         loss_on: completion (of a conversation: its last assistant turn), assistant (every
             assistant turn), all.
         apply_chat_template: Renders a conversation; needed for `chat` and Jinja files.
-        max_characters: What lies behind so many will be cut away: turns there are not looked for.
+        max_characters: Text after this number of characters will be cut; turns there are ignored.
 
     Returns:
         The pieces of text.
@@ -204,7 +200,7 @@ def _misfit(rows: str, template: str, better: str) -> UserError:
 
 
 def _pair_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The row's (instruction, input, output), under either pair of names."""
+    """Return the row's (instruction, input, output), under either pair of names."""
     if "prompt" in row:
         return row["prompt"], "", row["completion"]
     return row["instruction"], row.get("input") or "", row["output"]

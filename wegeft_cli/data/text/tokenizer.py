@@ -1,4 +1,4 @@
-"""A tokenizer made ready: texts become ids, and learned stretches of text spans of them."""
+"""Encode texts with a tokenizer and map learned characters to spans of ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from wegeft_cli.data.text.chat_rendering import Rendered, Segment
 
 SPARE_TOKENS = 2
-"""A text is cut so many tokens behind those that are kept, so that the cut leaves them alone."""
+"""Tokens that are encoded beyond the kept ones, so that the cut text does not affect those."""
 
 
 @dataclass
 class Tokens:
-    """A text's ids, the learned [first, last) spans of them, and whether a token straddles one."""
+    """A text's ids, the learned [first, last) spans, and whether a token crosses a boundary."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -25,7 +25,7 @@ class Tokens:
 
 
 class Encoder(NamedTuple):
-    """A tokenizer made ready.
+    """Encodes texts with a tokenizer.
 
     Args:
         encode: From texts to tokens.
@@ -40,12 +40,15 @@ class Encoder(NamedTuple):
     longest_token: int
 
     def count_characters(self, num_tokens: int) -> int:
-        """So many characters make `num_tokens` and the spare ones, if none is taken away."""
+        """Return how many characters hold `num_tokens` and the spare tokens.
+
+        A tokenizer that removes characters can need more.
+        """
         return (num_tokens + SPARE_TOKENS) * self.longest_token
 
 
 def build_encoder(tokenizer: Any) -> Encoder:
-    """Make a transformers tokenizer ready for `encode_rows`; a fast one is quick and exact."""
+    """Build the encoder of a transformers tokenizer; a fast one is quick and exact."""
     build = _build_fast if tokenizer.is_fast else _build_slow
     # A byte-level token has at least one letter for each character that it stands for.
     longest = max(map(len, tokenizer.get_vocab()))
@@ -53,7 +56,7 @@ def build_encoder(tokenizer: Any) -> Encoder:
 
 
 def _boundaries(segments: Sequence[Segment]) -> list[int]:
-    """Character positions [begin, end, begin, end, ...] of the learned stretches."""
+    """Return the positions [begin, end, begin, end, ...] of the learned characters."""
     flips: list[int] = []
     position = 0
     trained = False
@@ -66,7 +69,7 @@ def _boundaries(segments: Sequence[Segment]) -> list[int]:
 
 
 def _build_fast(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Tokens]]:
-    """An encoder that finds the boundaries by the tokenizer's own character offsets."""
+    """Build an encoder that finds boundaries by the tokenizer's own character offsets."""
     backend = copy_backend(tokenizer)
 
     def encode(rows: Sequence[Rendered]) -> Iterator[Tokens]:
@@ -86,9 +89,9 @@ def _build_fast(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Token
 
 
 def _find_token(encoding: Any, text: str, position: int) -> tuple[int, bool]:
-    """The first token with a character at or behind the position, and whether it began before."""
+    """Return the first token with a character at or after the position, and if it began before."""
     for place in range(position, len(text)):
-        # None: the tokenizer's normaliser took the character away.
+        # None: the tokenizer's normalizer removed the character.
         token = encoding.char_to_token(place)
         if token is not None:
             return token, encoding.token_to_chars(token)[0] < position
@@ -100,10 +103,10 @@ def _pairs(cuts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def copy_backend(tokenizer: Any) -> Any:
-    """The tokenizer's Rust part, without truncation and padding and with whole offsets.
+    """Return the tokenizer's Rust part, without truncation and padding and with full offsets.
 
     Byte-level post-processors may trim white space off the offsets they report (`trim_offsets`),
-    which hides tokens such as `" 42"` that straddle a boundary; the ids are the same without.
+    which hides tokens such as `" 42"` that cross a boundary; the ids are the same without.
     """
     from tokenizers import Tokenizer
 
@@ -119,17 +122,11 @@ def copy_backend(tokenizer: Any) -> Any:
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Describe all of a tokenizer that shows in the rows, as JSON.
+    """Describe everything of a tokenizer that affects rows, as JSON.
 
-    That is how texts become ids, which ids begin and end a row, and what chat templates are given.
-    Padding and truncation do not show, and whoever used the tokenizer last may have changed them.
-
-    Args:
-        tokenizer: The model's.
-
-    Returns:
-        The description; of a slow tokenizer without how texts become ids, which only its code
-        knows.
+    That is how texts become ids, which ids begin and end a row, and the values for chat templates.
+    Padding and truncation are excluded, because other users of the tokenizer may have changed them.
+    For a slow tokenizer, only its code defines how texts become ids, so the description lacks it.
     """
     backend = None
     if tokenizer.is_fast:
@@ -143,7 +140,7 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _build_slow(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Tokens]]:
-    """An encoder without offsets: boundaries lie where the ids of a prefix and the whole part."""
+    """Build an encoder without offsets: boundaries are where the ids of prefixes differ."""
 
     def ids_of(text: str, row: Rendered) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=row.add_special_tokens)["input_ids"]

@@ -1,4 +1,4 @@
-"""Experiment trackers: figures and answers go there too, and no fault of theirs ends a run."""
+"""Experiment trackers, through Accelerate's; their errors never end a run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any, TypeAlias
 
 from wegeft_cli.redaction import mask_secrets
 
-_MAX_TOLD = 160
-"""Characters of a tracker's own words that a warning repeats."""
+_MAX_REASON = 160
+"""Longest error message of a tracker in a warning, in characters."""
 
 Sample: TypeAlias = tuple[str, str]
 """A prompt, and what the model wrote."""
 
 
 class Trackers:
-    """The trackers of one run, in the process that writes.
+    """The trackers of one run, in the main process.
 
-    A tracker that fails is told once and then left out: the run goes on without it. `ids` are the
-    trackers' own ids of the run; `status` is finished, interrupted or failed. Secrets are taken out
-    of both names.
+    A tracker that fails is reported once and disabled for the rest of the run. `ids` are the
+    trackers' own ids of the run; `status` is finished, interrupted or failed. Secrets are masked in
+    both names.
 
     Args:
-        names: Which ones; none is no tracker.
+        names: The trackers, possibly none.
         project: Project or experiment.
-        run_name: The run's name there.
+        run_name: The run's name in the project.
         run_dir: The run's folder: tensorboard writes to `logs` in it, wandb its files, and mlflow
-            to `mlruns` where no other store is set.
-        earlier: Tracker -> its own id of the run that goes on; empty for a new run.
+            to `mlruns` if no other store is set.
+        earlier: Tracker -> its id of the resumed run; empty for a new run.
         step: Optimizer steps done before.
-        warn: Told of a tracker that fails.
+        warn: Called with the message about a tracker that fails.
     """
 
     def __init__(
@@ -61,49 +61,49 @@ class Trackers:
 
     def log_config(self, values: Mapping[str, Any]) -> None:
         """Send the recipe, by dotted key."""
-        self._tell_each(lambda tracker: tracker.log_config(values))
+        self._call_each(lambda tracker: tracker.log_config(values))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Send the figures of a step."""
-        self._tell_each(lambda tracker: tracker.inner.log(dict(values), step=step))
+        """Send the metrics of a step."""
+        self._call_each(lambda tracker: tracker.inner.log(dict(values), step=step))
 
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Send what the model answered at a step."""
-        self._tell_each(lambda tracker: tracker.log_samples(samples, step))
+        """Send the model's answers at a step."""
+        self._call_each(lambda tracker: tracker.log_samples(samples, step))
 
     def finish(self) -> None:
-        """Close the trackers; `status` tells them how the run ended."""
-        self._tell_each(lambda tracker: tracker.finish(self.status))
+        """Close the trackers with `status`."""
+        self._call_each(lambda tracker: tracker.finish(self.status))
         self._open.clear()
 
-    def _tell_each(self, action: Callable[[_Tracker], None]) -> None:
+    def _call_each(self, action: Callable[[_Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 action(tracker)
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
-        """Call a tracker with its words off standard output; drop it at its first fault."""
+        """Call a tracker with its output on stderr, and disable it after an error."""
         try:
             with warnings.catch_warnings(), redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
                 yield
-        except Exception as error:  # whatever a network, a server or a package comes up with
+        except Exception as error:  # any error of a network, a server or a package
             self._open.pop(name, None)
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
             self._warn(
-                f"the tracker {name} failed and gets nothing more of this run; "
-                f"metrics.jsonl holds every figure ({reason[:_MAX_TOLD]})"
+                f"the tracker {name} failed and is disabled for the rest of this run; "
+                f"metrics.jsonl holds every figure ({reason[:_MAX_REASON]})"
             )
 
 
 class _Tracker:
-    """One of Accelerate's trackers, started; what follows is where they differ.
+    """One of Accelerate's trackers, started; the methods are what the trackers differ in.
 
     Args:
-        inner: Accelerate's.
-        run_id: What finds the run again.
+        inner: Accelerate's tracker.
+        run_id: The id by which the tracker resumes the run.
     """
 
     def __init__(self, inner: Any, run_id: str) -> None:
@@ -133,7 +133,7 @@ class _TensorBoard(_Tracker):
         super().__init__(inner, "logs")
 
     def log_config(self, values: Mapping[str, Any]) -> None:
-        # As hyperparameters they would make a second run beside this one.
+        # As hyperparameters they would create a second run.
         rows = "".join(f"| {key} | {value} |\n" for key, value in values.items())
         self.inner.log({"recipe": f"| key | value |\n|---|---|\n{rows}"}, step=0)
 
@@ -145,8 +145,8 @@ class _Wandb(_Tracker):
         import wandb
         from accelerate.tracking import WandBTracker
 
-        # By itself it would send the command line, overrides with their secrets included, the
-        # repository's address, and what the terminal shows.
+        # By default it sends the command line (with secrets in overrides), the repository's
+        # address and the terminal's output.
         silent = wandb.Settings(x_disable_meta=True, disable_git=True, console="off")
         place = {} if "WANDB_DIR" in os.environ else {"dir": str(run_dir)}
         again = {} if run_id is None else {"id": run_id, "resume": "allow"}
@@ -166,7 +166,7 @@ class _Mlflow(_Tracker):
     def __init__(
         self, project: str, run_name: str, run_dir: Path, run_id: str | None, step: int
     ) -> None:
-        # MLflow's small package writes to folders and servers alone; to folders only if told so.
+        # MLflow's small package writes to servers, and to folders only with this variable.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
         from accelerate.tracking import MLflowTracker
@@ -241,5 +241,5 @@ def _as_markdown(samples: Sequence[Sample]) -> str:
 
 
 def _as_code(text: str) -> str:
-    """Show a text as it stands: four blanks before each line are Markdown's code."""
+    """Format a text as a Markdown code block, indented by four spaces."""
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
