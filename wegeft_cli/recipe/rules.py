@@ -68,12 +68,20 @@ def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
             for position, item in enumerate(value):
                 if is_dataclass(item):
                     yield from check_values(item, f"{key}[{position}].")
-        elif get_origin(kind) is Literal and value not in get_args(kind):
-            yield _explain_choice(key, value, get_args(kind))
+        elif get_origin(kind) is Literal and value not in (choices := _choices(key, kind)):
+            yield _explain_choice(key, value, choices)
         elif get_origin(kind) is Annotated and value is not None:
             allowed: Range = get_args(kind)[1]
             if not allowed.holds(value):
                 yield key, f"must be {allowed.words}; got {value}", None
+
+
+def _choices(key: str, kind: Any) -> tuple[str, ...]:
+    """Return the choices of a key; for `adapter.type`, names that only the registry knows too."""
+    choices = get_args(kind)
+    if key != "adapter.type":
+        return choices
+    return tuple(dict.fromkeys((*choices, *load_rules(METHOD_RULES).method_names())))
 
 
 def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
