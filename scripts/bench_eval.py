@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
-from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.models.loading import load_model, load_tokenizer
 
 DEFAULT_MODEL = Path(".cache/quickstart/model")
@@ -114,10 +115,9 @@ def main() -> None:
         return generate_texts(
             model,
             tokenizer,
-            prompts,
+            Prompts(prompts, add_special_tokens=False),
+            Decoding(length),
             batch_size=size,
-            max_new_tokens=length,
-            add_special_tokens=False,
         ).new_ids
 
     ways = {"one by one": one_by_one, "static batches": static, "wegeft eval": wegeft}

@@ -99,14 +99,14 @@ def test_every_result_tells_what_it_rests_on(place: Path) -> None:
 
 def test_a_log_of_another_prompt_is_not_scored(place: Path) -> None:
     shown = score(place, "--task", "aqua", "--protocol", "llm_adapters", code=2)
-    assert "4 of 4 rows were asked otherwise" in shown
-    assert "the log is of protocol `wegeft`" in shown
+    assert "4 of 4 rows have another prompt" in shown
+    assert "the file is of protocol `wegeft`" in shown
     # gift asks alike.
     assert "25.0%" in score(place, "--task", "aqua", "--protocol", "gift")
     (place / "data" / "AQuA" / "test.json").write_text(
         json.dumps([{"instruction": f"Q{n + (n == 3)}?", "answer": "B"} for n in range(4)])
     )
-    assert "1 of 4 rows were asked otherwise, row 3 first" in score(place, "--task", "aqua", code=2)
+    assert "1 of 4 rows have another prompt, row 3 first" in score(place, "--task", "aqua", code=2)
 
 
 def test_the_scored_samples_do_not_replace_the_given_ones(place: Path) -> None:

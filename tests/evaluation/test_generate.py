@@ -10,19 +10,24 @@ from tokenizers import processors
 from transformers import BloomConfig, BloomForCausalLM
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.answers import evaluate_task
-from wegeft_cli.evaluation.score import result_dict, score_outputs
+from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext
+from wegeft_cli.evaluation.benchmarks.text import TextBenchmark
 from wegeft_cli.evaluation.text.loading import TaskData
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
-from wegeft_cli.generation.completion import Generations
-from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.evaluation.text.scoring import score_outputs
+from wegeft_cli.generation.completion import GenerationResult
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import GenerationEvents, generate_texts
+from wegeft_cli.inference.loaded_model import OpenedTarget
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "", "B" * 17]
 NUM_NEW = 12
 
 
-def generate(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 1) -> Generations:
-    return generate_texts(model, tokenizer, prompts, max_new_tokens=NUM_NEW, batch_size=batch_size)
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 1
+) -> GenerationResult:
+    return generate_texts(model, tokenizer, prompts, Decoding(NUM_NEW), batch_size=batch_size)
 
 
 def greedy_by_hand(model: Any, ids: list[int], eos_id: int) -> list[int]:
@@ -116,7 +121,14 @@ def test_model_and_tokenizer_are_left_as_they_were(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate_texts(llama, tokenizer, PROMPTS, max_new_tokens=1, batch_size=1, on_progress=stop)
+        generate_texts(
+            llama,
+            tokenizer,
+            PROMPTS,
+            Decoding(1),
+            events=GenerationEvents(on_progress=stop),
+            batch_size=1,
+        )
     assert [module.training for module in llama.modules()] == modes
     assert llama.generation_config is own
 
@@ -141,9 +153,9 @@ def test_the_longest_go_first_and_progress_is_told(
         llama,
         make_tokenizer(),
         PROMPTS,
-        max_new_tokens=1,
+        Decoding(1),
+        events=GenerationEvents(on_progress=lambda done, total: seen.append((done, total))),
         batch_size=2,
-        on_progress=lambda done, total: seen.append((done, total)),
     )
     assert widths == sorted((len(PROMPTS[1]) + 1, len(PROMPTS[2]) + 1, 1), reverse=True)
     assert seen == [(2, 5), (4, 5), (5, 5)]
@@ -168,11 +180,7 @@ def test_numbers_out_of_range_are_told(
 ) -> None:
     with pytest.raises(UserError) as caught:
         generate_texts(
-            llama,
-            make_tokenizer(),
-            PROMPTS,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            llama, make_tokenizer(), PROMPTS, Decoding(max_new_tokens), batch_size=batch_size
         )
     assert caught.value.key == ("batch_size" if batch_size == 0 else "max_new_tokens")
 
@@ -222,12 +230,13 @@ def test_a_task_is_scored_as_its_own_samples_would_be(
 ) -> None:
     data = make_data("boolq", [("Is it?", "true"), ("Is it not, then, at last?", "false")])
     protocol = PROTOCOLS["wegeft"]
-    score = evaluate_task(llama, make_tokenizer(), data, protocol, batch_size=2)
+    model = OpenedTarget("model", llama, make_tokenizer())
+    score = TextBenchmark(data, protocol).run(model, BenchmarkContext(2))
     assert score.generation is not None
     assert score.generation["max_new_tokens"] == 32
     assert 2 <= score.generation["num_new_tokens"] <= 64
     assert None not in score.generation.values()
-    json.dumps(result_dict(score), allow_nan=False)
+    json.dumps(score.to_dict(), allow_nan=False)
     again = score_outputs(protocol, data, {row["index"]: row["output"] for row in score.samples})
     assert again.samples == score.samples
 
@@ -245,8 +254,7 @@ def test_a_model_that_says_the_answer_scores_full_marks(
         head.bias[four] = 1.0
     llama.lm_head = head
     data = make_data("quickstart", [("2 + 2?", "44"), ("1 + 1?", "2")])
-    score = evaluate_task(
-        llama, tokenizer, data, PROTOCOLS["quickstart"], batch_size=4, max_new_tokens=2
-    )
+    benchmark = TextBenchmark(data, PROTOCOLS["quickstart"], max_new_tokens=2)
+    score = benchmark.run(OpenedTarget("model", llama, tokenizer), BenchmarkContext(4))
     assert [sample["output"] for sample in score.samples] == ["44", "44"]
     assert (score.num_correct, score.n, score.n_invalid) == (1, 2, 0)

@@ -9,10 +9,10 @@ import pytest
 
 from wegeft_cli.data.text.templates import TEMPLATES, render_row
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.answers import Questions
-from wegeft_cli.evaluation.score import score_outputs
+from wegeft_cli.evaluation.benchmarks.text import TextBenchmark
 from wegeft_cli.evaluation.text.loading import TASKS, TaskData, TaskRow, load_task_data
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS, find_protocol
+from wegeft_cli.evaluation.text.scoring import score_outputs
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -273,16 +273,17 @@ def test_chat_asks_in_the_models_own_template(
     data = make_data("mawps", [("How many?", "3")])
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
-    questions = Questions.build(data, PROTOCOLS["chat"], tokenizer)
-    assert questions.prompts == {0: "[user]How many?[assistant]"}
-    assert not questions.add_special_tokens
-    assert questions.template_hash == hashlib.sha256(CHAT.encode()).hexdigest()[:16]
+    prompts = TextBenchmark(data, PROTOCOLS["chat"]).prompts(tokenizer)
+    assert prompts.texts == {0: "[user]How many?[assistant]"}
+    assert not prompts.add_special_tokens
+    assert prompts.template_hash == hashlib.sha256(CHAT.encode()).hexdigest()[:16]
 
 
 def test_a_model_without_a_chat_template_is_not_asked_in_one(
     make_data: Callable[..., TaskData], make_tokenizer: Callable[..., Any]
 ) -> None:
+    benchmark = TextBenchmark(make_data("mawps", [("Q", "3")]), PROTOCOLS["chat"])
     with pytest.raises(UserError, match="no chat template") as caught:
-        Questions.build(make_data("mawps", [("Q", "3")]), PROTOCOLS["chat"], make_tokenizer())
+        benchmark.prompts(make_tokenizer())
     assert caught.value.key == "protocol"
     assert "instruction-tuned model" in str(caught.value.hint)

@@ -10,8 +10,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.engine import generate_texts
-from wegeft_cli.generation.kv_cache import Reading
+from wegeft_cli.generation.engine import Prompts, generate_texts
+from wegeft_cli.generation.kv_cache import PrefixCache
 
 NUM_NEW = 18  # a round and a bit
 TALK = ["a question", " the next one", " and a third, the longest", " end"]
@@ -46,16 +46,17 @@ def test_a_talk_goes_on_behind_what_was_read(
     tokenizer = make_tokenizer()
     say_letters(llama, tokenizer)
     decoding = Decoding(NUM_NEW, **drawing)
-    reading, text = Reading(), ""
+    reading, text = PrefixCache(), ""
     seen = widths_of(llama)
     for number, said in enumerate(TALK):
         text = text[-60:] + said if number == 3 else text + said  # at last the talk is cut
-        ask = {"batch_size": 1, "decoding": decoding, "numbers": [number]}
-        fresh = generate_texts(llama, tokenizer, [text], **ask)
+        ask = {"batch_size": 1, "decoding": decoding}
+        prompts = Prompts([text], sample_ids=[number])
+        fresh = generate_texts(llama, tokenizer, prompts, **ask)
         whole = seen[0]
         seen.clear()
-        told = generate_texts(llama, tokenizer, [text], **ask, reading=reading)
-        assert told.written == fresh.written
+        told = generate_texts(llama, tokenizer, prompts, prefix_cache=reading, **ask)
+        assert told.completions == fresh.completions
         if number in (1, 2):
             # The last token that was written has not been read yet.
             assert seen[0] == len(tokenizer(said, add_special_tokens=False)["input_ids"]) + 1
@@ -69,21 +70,20 @@ def test_a_talk_goes_on_behind_what_was_read(
 def test_the_same_prompt_again_reads_one_token(
     llama: Any, make_tokenizer: Callable[..., Any]
 ) -> None:
-    tokenizer, reading = make_tokenizer(), Reading()
-    first = generate_texts(llama, tokenizer, TALK[:1], batch_size=1, max_new_tokens=NUM_NEW,
-                           reading=reading)  # fmt: skip
+    tokenizer, reading = make_tokenizer(), PrefixCache()
+    ask: dict[str, Any] = {"decoding": Decoding(NUM_NEW), "batch_size": 1}
+    first = generate_texts(llama, tokenizer, TALK[:1], prefix_cache=reading, **ask)
     seen = widths_of(llama)
-    again = generate_texts(llama, tokenizer, TALK[:1], batch_size=1, max_new_tokens=NUM_NEW,
-                           reading=reading)  # fmt: skip
-    assert again.written == first.written
+    again = generate_texts(llama, tokenizer, TALK[:1], prefix_cache=reading, **ask)
+    assert again.completions == first.completions
     assert set(seen) == {1}
 
 
 def test_an_interrupted_answer_leaves_no_half_reading(
     llama: Any, make_tokenizer: Callable[..., Any]
 ) -> None:
-    tokenizer, reading = make_tokenizer(), Reading()
-    ask: dict[str, Any] = {"batch_size": 1, "max_new_tokens": NUM_NEW}
+    tokenizer, reading = make_tokenizer(), PrefixCache()
+    ask: dict[str, Any] = {"batch_size": 1, "decoding": Decoding(NUM_NEW)}
     fresh = generate_texts(llama, tokenizer, TALK[:1], **ask)
     calls: list[int] = []
 
@@ -95,11 +95,11 @@ def test_an_interrupted_answer_leaves_no_half_reading(
     # Between the two layers: one of them has read a token more than the other.
     handle = llama.model.layers[1].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        generate_texts(llama, tokenizer, TALK[:1], **ask, reading=reading)
+        generate_texts(llama, tokenizer, TALK[:1], prefix_cache=reading, **ask)
     handle.remove()
     seen = widths_of(llama)
-    told = generate_texts(llama, tokenizer, TALK[:1], **ask, reading=reading)
-    assert told.written == fresh.written
+    told = generate_texts(llama, tokenizer, TALK[:1], prefix_cache=reading, **ask)
+    assert told.completions == fresh.completions
     assert seen[0] == 1  # what the first round had read still counts
 
 
@@ -110,13 +110,13 @@ def test_a_cache_that_forgets_is_not_gone_on_with(make_tokenizer: Callable[..., 
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         sliding_window=8, initializer_range=0.4,
     )  # fmt: skip
-    model, tokenizer, reading = MistralForCausalLM(config), make_tokenizer(), Reading()
+    model, tokenizer, reading = MistralForCausalLM(config), make_tokenizer(), PrefixCache()
     seen, text = widths_of(model), ""
     for said in TALK[:2]:
         text += said
-        ask: dict[str, Any] = {"batch_size": 1, "max_new_tokens": NUM_NEW}
+        ask: dict[str, Any] = {"batch_size": 1, "decoding": Decoding(NUM_NEW)}
         seen.clear()
-        told = generate_texts(model, tokenizer, [text], **ask, reading=reading)
+        told = generate_texts(model, tokenizer, [text], prefix_cache=reading, **ask)
         assert seen[0] == len(tokenizer(text)["input_ids"])
-        assert told.written == generate_texts(model, tokenizer, [text], **ask).written
+        assert told.completions == generate_texts(model, tokenizer, [text], **ask).completions
         text += told.new_texts[0]

@@ -1,4 +1,4 @@
-"""Rows leave and join a batch, draw by themselves, stop at texts: each writes as if alone."""
+"""Rows leave a batch, draw by themselves, stop at texts: each writes as if alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generation.completion import Written
-from wegeft_cli.generation.continuous_batching import can_join, can_leave
+from wegeft_cli.generation.completion import Completion
+from wegeft_cli.generation.continuous_batching import caches_every_position, rows_can_leave
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.engine import generate_texts
-from wegeft_cli.generation.sampling import RowWise
+from wegeft_cli.generation.engine import GenerationEvents, Prompts, generate_texts
+from wegeft_cli.generation.sampling import PerSequenceSampler
 
 PROMPTS = ["a", "a rather long prompt, the longest", "two words", "B" * 17, "?", "seven", "ab" * 11]
 VOCABULARY = 259
@@ -33,7 +33,7 @@ DRAW_SPREAD = 5  # standard deviations that a right share stays within
 
 def write(model: Any, tokenizer: Any, batch_size: int, **decoding: Any) -> list[list[int]]:
     told = Decoding(**{"max_new_tokens": NUM_NEW, **decoding})
-    return generate_texts(model, tokenizer, PROMPTS, batch_size=batch_size, decoding=told).new_ids
+    return generate_texts(model, tokenizer, PROMPTS, told, batch_size=batch_size).new_ids
 
 
 def build_bloom() -> Any:
@@ -94,9 +94,7 @@ def test_every_family_writes_what_each_prompt_alone_would(ended_early: Any, toke
         assert write(ended_early, tokenizer, batch_size) == expected
 
 
-def test_rows_that_have_ended_leave_and_others_take_their_places(
-    llama: Any, tokenizer: Any
-) -> None:
+def test_rows_that_have_ended_leave_their_batch(llama: Any, tokenizer: Any) -> None:
     """Counted in forward passes: no row is computed once a round is over in which it ended."""
     expected = write(llama, tokenizer, 1)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(expected[0][3])
@@ -108,7 +106,7 @@ def test_rows_that_have_ended_leave_and_others_take_their_places(
     llama.model.embed_tokens.register_forward_pre_hook(
         lambda module, args: sizes.append(args[0].shape[0])
     )
-    assert can_join(llama)
+    assert rows_can_leave(llama)
     assert write(llama, tokenizer, 3) == expected
     computed = sum(sizes)
     static = 0
@@ -124,22 +122,23 @@ def test_answers_are_told_as_they_come_and_each_once(llama: Any, tokenizer: Any)
     told: list[int] = []
     done: list[tuple[int, int]] = []
 
-    def listen(answers: Mapping[int, Written]) -> None:
+    def listen(answers: Mapping[int, Completion]) -> None:
         told.extend(answers)
 
     generations = generate_texts(
         llama,
         tokenizer,
         PROMPTS,
+        Decoding(3),
+        events=GenerationEvents(
+            on_progress=lambda n, total: done.append((n, total)), on_completed=listen
+        ),
         batch_size=2,
-        max_new_tokens=3,
-        on_written=listen,
-        on_progress=lambda n, total: done.append((n, total)),
     )
     assert sorted(told) == list(range(len(PROMPTS)))
     assert done[-1] == (len(PROMPTS), len(PROMPTS))
     assert [n for n, _ in done] == sorted(n for n, _ in done)
-    assert len(generations.written) == len(PROMPTS)
+    assert len(generations.completions) == len(PROMPTS)
 
 
 def test_beams_are_those_of_one_prompt_and_differ_from_greed(llama: Any, tokenizer: Any) -> None:
@@ -167,19 +166,17 @@ def test_a_draw_hangs_on_seed_and_number_alone(llama: Any, tokenizer: Any) -> No
     alone = generate_texts(
         llama,
         tokenizer,
-        [PROMPTS[index] for index in some],
+        Prompts([PROMPTS[index] for index in some], sample_ids=some),
+        Decoding(NUM_NEW, **drawing),
         batch_size=2,
-        decoding=Decoding(NUM_NEW, **drawing),
-        numbers=some,
     )
     assert alone.new_ids == [expected[index] for index in some]
     twice = generate_texts(
         llama,
         tokenizer,
-        [PROMPTS[0]] * 2,
+        Prompts([PROMPTS[0]] * 2, sample_ids=[0, 100]),
+        Decoding(NUM_NEW, **drawing),
         batch_size=2,
-        decoding=Decoding(NUM_NEW, **drawing),
-        numbers=[0, 100],
     )
     assert twice.new_ids[0] == expected[0]
     assert twice.new_ids[1] != expected[0]
@@ -188,8 +185,8 @@ def test_a_draw_hangs_on_seed_and_number_alone(llama: Any, tokenizer: Any) -> No
 def test_draws_have_the_models_shares() -> None:
     """Ten thousand times one token, at temperature 2, of the three likeliest."""
     logits = torch.tensor([1.0, 3.0, 2.0, -4.0, 0.0])
-    choose = RowWise(Decoding(1, temperature=2.0, top_k=3))
-    choose.rows, choose.padding = list(range(NUM_DRAWS)), [0] * NUM_DRAWS
+    choose = PerSequenceSampler(Decoding(1, temperature=2.0, top_k=3))
+    choose.sample_ids, choose.padding = list(range(NUM_DRAWS)), [0] * NUM_DRAWS
     ids = torch.zeros(NUM_DRAWS, 1, dtype=torch.long)
     drawn = choose(ids, logits.expand(NUM_DRAWS, -1)).argmax(-1)
     counts = torch.bincount(drawn, minlength=5) / NUM_DRAWS
@@ -225,7 +222,7 @@ def test_penalties_do_not_see_the_padding(
 
 
 def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(llama: Any, tokenizer: Any) -> None:
-    whole = generate_texts(llama, tokenizer, PROMPTS, batch_size=2, max_new_tokens=NUM_NEW)
+    whole = generate_texts(llama, tokenizer, PROMPTS, Decoding(NUM_NEW), batch_size=2)
     # A text somewhere inside the first answer, not at a round's end.
     first = whole.new_texts[0]
     stop = first[5:7]
@@ -235,8 +232,8 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(llama: Any, tokenizer: 
             llama,
             tokenizer,
             PROMPTS,
+            Decoding(NUM_NEW, stop=("no such text", stop)),
             batch_size=batch_size,
-            decoding=Decoding(NUM_NEW, stop=("no such text", stop)),
         )
         for full, short, ids in zip(whole.new_texts, cut.new_texts, cut.new_ids, strict=True):
             assert short == full.split(stop)[0]
@@ -248,11 +245,9 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(llama: Any, tokenizer: 
 
 
 def test_a_prompt_longer_than_the_protocols_loses_its_end(llama: Any, tokenizer: Any) -> None:
-    cut = generate_texts(
-        llama, tokenizer, PROMPTS, batch_size=3, decoding=Decoding(4, max_prompt_tokens=5)
-    )
+    cut = generate_texts(llama, tokenizer, PROMPTS, Decoding(4, max_prompt_tokens=5), batch_size=3)
     kept = [prompt[:4] for prompt in PROMPTS]  # and the begin-of-text token
-    plain = generate_texts(llama, tokenizer, kept, batch_size=3, max_new_tokens=4)
+    plain = generate_texts(llama, tokenizer, kept, Decoding(4), batch_size=3)
     assert cut.new_ids == plain.new_ids
     assert cut.settings["num_truncated_prompts"] == sum(len(prompt) > 4 for prompt in PROMPTS)
 
@@ -262,13 +257,13 @@ def test_a_model_whose_cache_cannot_be_parted_goes_batch_by_batch(
 ) -> None:
     expected = write(llama, tokenizer, 3)
     monkeypatch.setattr(type(llama), "_is_stateful", True)
-    assert not can_leave(llama)
+    assert not rows_can_leave(llama)
     assert write(llama, tokenizer, 3) == expected
 
 
-def test_a_sliding_window_lets_rows_leave_but_not_join() -> None:
-    assert can_leave(build_mistral())
-    assert not can_join(build_mistral())
+def test_a_sliding_window_lets_rows_leave_but_keeps_no_prefix() -> None:
+    assert rows_can_leave(build_mistral())
+    assert not caches_every_position(build_mistral())
 
 
 def test_the_settings_are_whole_and_hold_no_null() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generation.completion import Generations
-from wegeft_cli.generation.decoding import Decoding, draw_number
-from wegeft_cli.generation.engine import generate_texts
-from wegeft_cli.generation.sampling import RowWise
+from wegeft_cli.generation.completion import GenerationResult
+from wegeft_cli.generation.decoding import Decoding, sample_id
+from wegeft_cli.generation.engine import GenerationEvents, Prompts, generate_texts
+from wegeft_cli.generation.sampling import PerSequenceSampler
 from wegeft_cli.generation.stopping import cut_at_stop
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "B" * 17]
@@ -25,10 +25,22 @@ NUM_DRAWS, WIDE = 4000, 5.0
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 1, **options: Any
-) -> Generations:
-    told = {"decoding": PLAIN, **options}
-    return generate_texts(model, tokenizer, prompts, batch_size=batch_size, **told)
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    batch_size: int = 1,
+    decoding: Decoding = PLAIN,
+    on_text: Any = None,
+    **options: Any,
+) -> GenerationResult:
+    return generate_texts(
+        model,
+        tokenizer,
+        Prompts(prompts, **options),
+        decoding,
+        batch_size=batch_size,
+        events=GenerationEvents(on_text=on_text),
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +51,7 @@ def test_a_batch_draws_what_each_prompt_alone_would(
 ) -> None:
     tokenizer = make_tokenizer("</s>")
     alone = [
-        generate(llama, tokenizer, [prompt], decoding=decoding, numbers=[number]).new_ids[0]
+        generate(llama, tokenizer, [prompt], decoding=decoding, sample_ids=[number]).new_ids[0]
         for number, prompt in enumerate(PROMPTS)
     ]
     for batch_size in (2, 4):
@@ -48,17 +60,17 @@ def test_a_batch_draws_what_each_prompt_alone_would(
 
 
 def test_the_first_answer_has_its_prompts_number_and_no_two_share_one() -> None:
-    numbers = [draw_number(index, sample) for index in range(50) for sample in range(50)]
+    numbers = [sample_id(index, sample) for index in range(50) for sample in range(50)]
     assert len(set(numbers)) == len(numbers)
-    assert [draw_number(index, 0) for index in range(50)] == list(range(50))
+    assert [sample_id(index, 0) for index in range(50)] == list(range(50))
 
 
 def test_min_p_leaves_what_reaches_its_share_of_the_likeliest() -> None:
     """Against the definition, on shares of which 0.3 lies just under half of the first."""
     shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
     for min_p, kept in ((0.61, 1), (0.59, 2), (0.29, 3), (0.01, 4)):
-        choose = RowWise(Decoding(1, temperature=1.0, min_p=min_p))
-        choose.rows, choose.padding = list(range(NUM_DRAWS)), [0] * NUM_DRAWS
+        choose = PerSequenceSampler(Decoding(1, temperature=1.0, min_p=min_p))
+        choose.sample_ids, choose.padding = list(range(NUM_DRAWS)), [0] * NUM_DRAWS
         ids = torch.zeros(NUM_DRAWS, 1, dtype=torch.long)
         drawn = choose(ids, shares.log().expand(NUM_DRAWS, -1)).argmax(-1)
         assert set(drawn.tolist()) == set(range(kept))
@@ -117,14 +129,14 @@ def test_an_answer_ends_at_the_tokenizers_the_models_and_the_turns_end(
     alone = replace(PLAIN, eos_alone=True)
     for own, turn_ends, end in ([[2, second], [first], 3], [second, [], 6], [[first], [second], 3]):
         llama.generation_config.eos_token_id = own
-        told = generate(llama, tokenizer, ["a"], turn_ends=turn_ends)
+        told = generate(llama, tokenizer, ["a"], end_of_turn_ids=turn_ends)
         assert told.new_ids[0] == whole[: end + 1]
         assert told.finish_reasons == ["stop"]
         assert set(told.settings["eos_token_id"]) == {2, first, second} - (
             {first} if end == 6 else set()
         )
         # A protocol whose code names the tokenizer's own end hears of no other.
-        told = generate(llama, tokenizer, ["a"], turn_ends=turn_ends, decoding=alone)
+        told = generate(llama, tokenizer, ["a"], end_of_turn_ids=turn_ends, decoding=alone)
         assert told.new_ids[0] == whole
         assert told.settings["eos_token_id"] == [2]
     tokenizer.eos_token = None

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.score import read_samples, result_dict, score_outputs
 from wegeft_cli.evaluation.text.loading import TaskData
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
+from wegeft_cli.evaluation.text.scoring import read_samples, score_outputs
 from wegeft_cli.statistics import wilson_interval
 
 INTERVAL_TOLERANCE = 5e-4  # the textbook values have three digits
@@ -54,7 +54,7 @@ def test_texts_decoded_together_are_scored_as_they_are(make_data: MakeData) -> N
 def test_a_result_is_json_and_names_what_it_depends_on(make_data: MakeData) -> None:
     data = make_data("boolq", [("Is it?", "true")])
     score = score_outputs(PROTOCOLS["gift"], data, {0: "the correct answer is true"})
-    result = json.loads(json.dumps(result_dict(score), allow_nan=False))
+    result = json.loads(json.dumps(score.to_dict(), allow_nan=False))
     assert result["task"] == "boolq"
     assert result["protocol"] == "gift"
     assert result["data_sha256"] == data.sha256
@@ -128,7 +128,7 @@ def test_a_missing_file_of_samples_is_told(make_data: MakeData, tmp_path: Path) 
 
 def test_scoring_loads_no_heavy_package() -> None:
     code = (
-        "import sys, wegeft_cli.evaluation.score;"
+        "import sys, wegeft_cli.evaluation.text.scoring;"
         "print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

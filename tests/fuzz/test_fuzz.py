@@ -49,8 +49,8 @@ from wegeft_cli.artifacts.run_results import read_last_line
 from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
 from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.score import read_samples
 from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.evaluation.text.scoring import read_samples
 from wegeft_cli.inference.loaded_model import open_target
 from wegeft_cli.inference.prompt_files import read_questions
 from wegeft_cli.inference.prompt_format import choose_form

@@ -24,7 +24,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.sampling import stream_seed
+from wegeft_cli.generation.sampling import sample_seed
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import save_adapter
 
@@ -154,16 +154,16 @@ def test_a_model_folder_needs_no_lora(
 
 def test_draws_have_a_seed_of_their_own(engine: type[LLM]) -> None:
     params = vllm._sampling_params(Decoding(9, temperature=0.8, top_p=0.95, seed=4), [3, 1], [EOS])
-    assert [param.told["seed"] for param in params] == [stream_seed(4, 3), stream_seed(4, 1)]
+    assert [param.told["seed"] for param in params] == [sample_seed(4, 3), sample_seed(4, 1)]
     assert params[0].told["temperature"] == 0.8
-    assert len({stream_seed(0, 1), stream_seed(0, 2), stream_seed(1, 1), stream_seed(1, 2)}) == 4
+    assert len({sample_seed(0, 1), sample_seed(0, 2), sample_seed(1, 1), sample_seed(1, 2)}) == 4
 
 
 @pytest.mark.parametrize(
     "decoding", [Decoding(9, num_beams=4), Decoding(9, no_repeat_ngram_size=5)]
 )
 def test_what_vllm_does_not_have_is_refused(engine: type[LLM], decoding: Decoding) -> None:
-    with pytest.raises(UserError, match="vLLM's engine does not have") as caught:
+    with pytest.raises(UserError, match="vLLM does not support") as caught:
         vllm._sampling_params(decoding, [0], [EOS])
     assert caught.value.key == "--backend"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.evaluation.score import score_outputs
 from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
+from wegeft_cli.evaluation.text.scoring import score_outputs
 
 BARE = "%s\n"
 ALPACA = """\

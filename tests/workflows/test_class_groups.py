@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
-from wegeft_cli.evaluation.benchmarks.model_groups import find_members
-from wegeft_cli.evaluation.benchmarks.registry import check_task
+from wegeft_cli.evaluation.benchmarks.registry import check_benchmark
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.model_groups import find_members
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSection, DataSource, Recipe
 from wegeft_cli.runs.train import train
@@ -145,6 +145,6 @@ def test_the_scored_rows_tell_the_set(group, data, expected):
 
 
 def test_a_recipe_that_names_the_group_is_told_what_it_is(llama_dir):
-    with pytest.raises(UserError, match="one tuned on each of its sets") as caught:
-        check_task("glue", "wegeft", must_fit=False)
+    with pytest.raises(UserError, match="one fine-tuned on each of its sets") as caught:
+        check_benchmark("glue", "wegeft", must_fit=False)
     assert "wegeft eval --task glue RUN" in str(caught.value.hint)

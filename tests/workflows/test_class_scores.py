@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from classifiers import write_images, write_recipe, write_vit
 
-import wegeft_cli.evaluation.benchmarks.classification as module
+import wegeft_cli.evaluation.classifiers as module
 from wegeft_cli.analysis.ablate import ablate
 from wegeft_cli.analysis.edit import edit
 from wegeft_cli.errors import UserError
@@ -103,10 +103,10 @@ def test_compare_base_is_refused_before_anything_is_loaded(run_dir, unloaded):
 
 def test_samples_of_a_classifier_are_refused_with_the_way_to_score_it(run_dir):
     path = Path(evaluate(run_dir)["samples_path"])
-    with pytest.raises(UserError, match="not out of a file") as caught:
+    with pytest.raises(UserError, match="not from a file") as caught:
         evaluate(samples=path, tasks=["boolq"])
     assert "wegeft eval RUN" in caught.value.hint
-    with pytest.raises(UserError, match="not out of a file"):
+    with pytest.raises(UserError, match="not from a file"):
         evaluate(samples=run_dir / "nothing.jsonl", tasks=["test"])
 
 

@@ -133,7 +133,7 @@ def test_nothing_is_run_until_it_is_allowed(sets):
 
 
 def test_several_greedy_samples_are_refused(sets):
-    with pytest.raises(UserError, match="3 times the same"):
+    with pytest.raises(UserError, match="3 samples at temperature 0 are all the same"):
         evaluate(
             "no-model", tasks=["humaneval"], data_dir=sets, options={**ALLOWED, "num_samples": 3}
         )

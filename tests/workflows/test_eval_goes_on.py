@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from wegeft_cli.distributed.processes import Processes
+from wegeft_cli.evaluation import answers
 from wegeft_cli.evaluation.evaluate import evaluate
-from wegeft_cli.evaluation.response_cache import AnswerLog
-from wegeft_cli.generation import engine as generate
+from wegeft_cli.evaluation.response_cache import ResponseCache
 
 TIMEOUT_SECONDS = 240
 NUM_ROWS = 12
@@ -57,13 +57,13 @@ def rows_dir(tmp_path, adapters_rows):
 def asked(monkeypatch):
     """The prompts that the model was asked."""
     prompts = []
-    plain = generate.generate_texts
+    plain = answers.generate_texts
 
-    def count(model, tokenizer, texts, **more):
-        prompts.extend(texts)
-        return plain(model, tokenizer, texts, **more)
+    def count(model, tokenizer, texts, *more, **named):
+        prompts.extend(texts.texts)
+        return plain(model, tokenizer, texts, *more, **named)
 
-    monkeypatch.setattr(generate, "generate_texts", count)
+    monkeypatch.setattr(answers, "generate_texts", count)
     return prompts
 
 
@@ -75,7 +75,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(llama_dir, rows_dir, tmp_path,
     interrupter = Interrupter(after=5)
     with pytest.raises(KeyboardInterrupt):
         evaluate(llama_dir, **settings, reporter=interrupter)
-    assert "the same command goes on" in interrupter.notes[0]
+    assert "the same command resumes" in interrupter.notes[0]
     logs = tmp_path / "a-samples.partial"
     (log,) = logs.glob("*/0.jsonl")
     num_kept = log.read_text().count("\n")
@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(llama_dir, rows_dir, tmp_path,
     listener = Interrupter()
     result = evaluate(llama_dir, **settings, reporter=listener)
     assert len(asked) == NUM_ROWS - num_kept
-    assert f"going on after {num_kept} of {NUM_ROWS} answers" in listener.notes[0]
+    assert f"resuming after {num_kept} of {NUM_ROWS} answers" in listener.notes[0]
     assert result["results"] == whole["results"]
     samples = [(tmp_path / f"{name}-samples.jsonl").read_text() for name in ("a", "whole")]
     assert samples[0] == samples[1]
@@ -134,18 +134,18 @@ def test_other_ends_of_an_answer_start_anew(llama_dir, rows_dir, tmp_path, asked
 
 
 def test_a_log_survives_a_line_that_was_cut(tmp_path):
-    log = AnswerLog(tmp_path, {"a": 1})
+    log = ResponseCache(tmp_path, {"a": 1})
     log.append({3: {"text": "drei"}})
     with (log.folder / "0.jsonl").open("ab") as file:
         file.write(b'{"index": 4, "ans')
-    again = AnswerLog(tmp_path, {"a": 1}, process_index=0)
+    again = ResponseCache(tmp_path, {"a": 1}, process_index=0)
     again.append({5: {"text": "f\u00fcnf\n"}})
-    other = AnswerLog(tmp_path, {"a": 1}, process_index=1)
+    other = ResponseCache(tmp_path, {"a": 1}, process_index=1)
     other.append({7: {"text": "sieben"}})
     assert again.read() == {
         3: {"text": "drei"}, 5: {"text": "f\u00fcnf\n"}, 7: {"text": "sieben"},
     }  # fmt: skip
-    assert AnswerLog(tmp_path, {"a": 2}).read() == {}
+    assert ResponseCache(tmp_path, {"a": 2}).read() == {}
 
 
 def test_shares_are_whole_and_even(monkeypatch):
@@ -196,8 +196,8 @@ def test_two_processes_give_what_one_gives_also_after_a_kill(llama_dir, rows_dir
     both = run_eval(*words, "--num-processes", "2", "--json")
     told, errors = both.communicate(timeout=TIMEOUT_SECONDS)
     assert both.returncode == 0, errors
-    assert "going on after" in errors
-    assert errors.count("going on after") == 1
+    assert "resuming after" in errors
+    assert errors.count("resuming after") == 1
     result = json.loads(told)
     assert result == json.loads(output.read_text())
     row, alone = result["results"][0], expected["results"][0]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.benchmarks.text import read_eval_tasks
+from wegeft_cli.evaluation.benchmarks.registry import load_training_benchmarks
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.load import load_recipe
@@ -70,7 +70,7 @@ def test_a_group_scores_its_sets_and_their_mean(write_recipe, learning, read_met
     validate_recipe(watched, named)
     with pytest.raises(UserError, match="there is eval_math10k and eval_gsm8k"):
         validate_recipe(watched, [*named, "train.metric_for_best_model=eval_boolq"])
-    assert list(read_eval_tasks(load_recipe(watched, named).recipe)) == [
+    assert list(load_training_benchmarks(load_recipe(watched, named).recipe)) == [
         "gsm8k", "aqua", "mawps", "svamp",
     ]  # fmt: skip
     result = train(write_recipe(**learning))

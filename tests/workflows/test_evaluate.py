@@ -244,7 +244,7 @@ def test_a_run_asked_in_another_template_than_its_own_is_warned_of(place, data_d
     assert not any("template" in text for text in listener.warnings)
     evaluate("runs/tiny", protocol="llm_adapters_fixed", limit=1, reporter=listener)
     (told,) = [text for text in listener.warnings if "template" in text]
-    assert "asks in the template `llm_adapters`, but the run was trained in `commonsense`" in told
+    assert "uses the template `llm_adapters`, but the run was trained with `commonsense`" in told
 
 
 def test_compare_base_comes_with_the_paired_test(place):

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
-from wegeft_cli.evaluation.score import read_samples
 from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.evaluation.text.scoring import read_samples
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.inference.chat import Reply, open_conversation
 from wegeft_cli.inference.generate import generate
 from wegeft_cli.merging.merge import merge
@@ -48,7 +48,7 @@ def ask_plain(model_dir: Path, texts: list[str], num: int, special: bool = True)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     return generate_texts(
-        model, tokenizer, texts, max_new_tokens=num, batch_size=1, add_special_tokens=special
+        model, tokenizer, Prompts(texts, add_special_tokens=special), Decoding(num), batch_size=1
     ).new_texts
 
 

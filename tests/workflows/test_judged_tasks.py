@@ -184,12 +184,12 @@ def test_each_category_is_answered_at_its_temperature_and_turn_two_sees_turn_one
 
     seen = []
 
-    def write(model, tokenizer, prompts, *, decoding, numbers, **rest):
+    def write(model, tokenizer, prompts, decoding, **rest):
         seen.extend(
             (number, decoding.temperature, prompt)
-            for number, prompt in zip(numbers, prompts, strict=True)
+            for number, prompt in zip(prompts.sample_ids, prompts.texts, strict=True)
         )
-        return real(model, tokenizer, prompts, decoding=decoding, numbers=numbers, **rest)
+        return real(model, tokenizer, prompts, decoding, **rest)
 
     real = module.generate_texts
     monkeypatch.setattr(module, "generate_texts", write)
@@ -319,10 +319,10 @@ def test_gift_limits_prompt_and_answer_together(sets, llama_dir, monkeypatch):
 
     totals = []
 
-    def write(model, tokenizer, prompts, *, decoding, **rest):
-        lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    def write(model, tokenizer, prompts, decoding, **rest):
+        lengths = [len(ids) for ids in prompts.encode(tokenizer)]
         totals.extend(length + decoding.max_new_tokens for length in lengths)
-        return real(model, tokenizer, prompts, decoding=decoding, **rest)
+        return real(model, tokenizer, prompts, decoding, **rest)
 
     real = module.generate_texts
     monkeypatch.setattr(module, "generate_texts", write)
@@ -340,8 +340,8 @@ def test_gift_limits_prompt_and_answer_together(sets, llama_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"judge_url": "http://localhost:1/v1"}, "a judge is an address and a model's name"),
-        ({"judge_model": "m"}, "a judge is an address and a model's name"),
+        ({"judge_url": "http://localhost:1/v1"}, "a judge needs an address and a model's name"),
+        ({"judge_model": "m"}, "a judge needs an address and a model's name"),
         ({"judge_url": "localhost:8000", "judge_model": "m"}, "is no address"),
         ({"judge_url": "http://a:b@c/v1", "judge_model": "m"}, "holds a name or password"),
     ],

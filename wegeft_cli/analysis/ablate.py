@@ -1,15 +1,15 @@
-"""Which parts of an adapter carry a behaviour: a task scored with one of them off at a time."""
+"""Ablation: a benchmark's score with one part of an adapter disabled at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wegeft_cli.analysis.adapter_parts import KINDS, Element, list_elements
-from wegeft_cli.analysis.class_ablate import open_split, without_head
 from wegeft_cli.analysis.edit import edit_files
 from wegeft_cli.analysis.output_files import check_output, check_plots, save_ablation, write_json
 from wegeft_cli.artifacts.adapter import (
@@ -17,20 +17,28 @@ from wegeft_cli.artifacts.adapter import (
     AdapterFiles,
 )
 from wegeft_cli.artifacts.run_directory import find_recipe_of
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.benchmarks.base import Asked, EvalJob, TaskRequest
-from wegeft_cli.evaluation.class_scores import refuse_foreign
-from wegeft_cli.evaluation.evaluate import read_jobs
-from wegeft_cli.evaluation.score import TaskScore, result_dict
-from wegeft_cli.inference.loaded_classifier import is_classifier
-from wegeft_cli.inference.loaded_model import OpenedTarget, open_target
+from wegeft_cli.evaluation.benchmarks.base import EvaluationRequest
+from wegeft_cli.evaluation.benchmarks.classification import check_splits
+from wegeft_cli.evaluation.benchmarks.registry import load_benchmarks
+from wegeft_cli.evaluation.classifiers import batch_size_of, load_splits, refuse_foreign
+from wegeft_cli.evaluation.runner import EvaluationRunner
+from wegeft_cli.evaluation.score import Score
+from wegeft_cli.inference.loaded_classifier import (
+    find_classifier,
+    is_classifier,
+    load_classifier,
+)
+from wegeft_cli.inference.loaded_model import open_target
 from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
-from wegeft_cli.models.device_memory import generation_memory_errors
-from wegeft_cli.recipe.schema import EvalSection
+from wegeft_cli.models.heads import find_head_modules
+from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.statistics import mcnemar_exact
+from wegeft_cli.tasks.classification import check_metrics
 
 DEFAULT_DIRECTIONS = 16
 
@@ -51,34 +59,33 @@ def ablate(
     output: Path | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Score a task with each part of an adapter switched off, one at a time, and rank the parts.
+    """Score a task with each part of an adapter disabled, one at a time, and rank the parts.
 
-    A part off is the adapter that `edit(drop=[part])` would write. The rows are the same every
-    time, so answers are compared one by one: `lost` became wrong without the part, `gained` became
-    right, and `p_value` is that of the exact sign test of the two (McNemar). With many parts some
-    p-values are small by chance. `base` is the base alone; of a classifier, whose base has no head
-    for these classes, it is the base with the head that was learned.
+    An adapter without a part is the one that `edit(drop=[part])` writes. All rows are the same, so
+    answers are compared one by one: `lost` became wrong without the part, `gained` became right,
+    and `p_value` is that of the exact sign test of the two (McNemar). With many parts some p-values
+    are small by chance. `base` is the base alone; for a classifier, whose base has no head for
+    these classes, it is the base with the trained head.
 
     Args:
-        adapter: An adapter or run folder; None takes the newest finished run under runs/.
+        adapter: An adapter or run folder. Default: the newest finished run under runs/.
         by: group, layer, module, direction, or saved (modules that were trained whole).
-        task: Task by name, or of a classifier test or validation; None takes the first of the
-            run's recipe.
+        task: Task by name; for a classifier test or validation. Default: the recipe's first.
         protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with `<set>/test.json`.
-        limit: Only the first so many rows.
+        limit: Number of rows. Default: all.
         batch_size: Prompts generated at a time.
-        max_new_tokens: Longest answer.
-        top: Of directions, only so many, the largest first; None takes 16.
-        base: The base's folder or hub id, where it is not as recorded.
-        plots: Folder for the picture, where matplotlib is installed (`wegeft-cli[plot]`).
-        output: A file that holds the JSON object, written anew after every part.
-        reporter: Where words and progress go.
+        max_new_tokens: Longest answer in tokens. Default: the protocol's.
+        top: Number of directions, the largest first. Default: 16.
+        base: The base's folder or hub id, if it is not where the adapter records it.
+        plots: Folder for the picture; needs matplotlib (`wegeft-cli[plot]`).
+        output: A file for the JSON object, rewritten after every part.
+        reporter: Progress and messages. Default: none.
 
     Returns:
         The JSON object of `wegeft inspect --ablate`: adapter, by, num_parts, whole and base (as
         rows of `wegeft eval`), parts (part, score, change, num_correct, n, n_invalid, ci95, lost,
-        gained, p_value), those whose loss costs most first.
+        gained, p_value), the most costly first.
 
     Raises:
         UserError: If the adapter is not WeGeFT's, has no such parts, or task or data are at fault.
@@ -90,71 +97,31 @@ def ablate(
         check_plots()
     if output is not None:
         check_output(output)
-    opened_adapter = Adapter.open(adapter)
-    adapter_dir = opened_adapter.folder
-    hint = "train it by adapter.type: wegeft to switch parts off"
-    require_generators(opened_adapter, "only WeGeFT's parts can be switched off", hint=hint)
-    files = opened_adapter.files
+    adapter_dir, files = _load_files(adapter)
     elements = list_elements(files, by, DEFAULT_DIRECTIONS if top is None else top)
     if not elements:
         raise UserError(f"the adapter has no {by} to switch off", key="--ablate")
+    request = EvaluationRequest(protocol, data_dir, limit, batch_size, max_new_tokens)
     recipe = find_recipe_of(adapter_dir)
-    score: Callable[[str], TaskScore]
     classifies = is_classifier(adapter_dir, recipe)
-    if classifies:
-        refuse_foreign({"protocol": protocol, "max_new_tokens": max_new_tokens})
-        model, score = open_split(
-            adapter_dir,
-            recipe,
-            split=task,
-            data_dir=data_dir,
-            limit=limit,
-            batch_size=batch_size,
-            base=base,
-            reporter=reporter,
-        )
-        elements = without_head(elements, model)
-    else:
-        settings = recipe.eval if recipe is not None else EvalSection()
-        names = [task] if task is not None else list(settings.tasks)[:1]
-        request = TaskRequest("", protocol, data_dir, limit, max_new_tokens, settings)
-        job = read_jobs(names, request)[0]
-        opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
-        model = opened.model
-        score = _asking(job, opened, batch_size or settings.batch_size, reporter)
-
-    def switch(files: AdapterFiles) -> None:
-        remove_generators(model)
-        attach_files(model, files, adapter_dir)
-        model.eval()
-
-    whole = score("whole")
+    open_subject = _open_classifier if classifies else _open_language_model
+    subject = open_subject(adapter_dir, recipe, request, task, base, reporter)
+    if subject.is_classifier:
+        elements = _without_head(elements, subject.module)
+    whole = subject.score("whole")
     if whole.score is None:
-        raise UserError(f"{job.name} gives no score of its own to compare", key="--task")
-    if classifies:
-        switch(_without_factors(files))
-        without = score("base")
-    else:
-        with disable_generators(model):
-            without = score("base")
+        raise UserError(f"{whole.task} gives no score of its own to compare", key="--task")
+    without = subject.score_base(files)
     result: dict[str, Any] = {
         "adapter": str(adapter_dir),
         "by": by,
         "num_parts": len(elements),
-        "whole": result_dict(whole),
-        "base": result_dict(without),
+        "whole": _row(whole),
+        "base": _row(without),
         "parts": [],
     }
     for element in elements:
-        remaining = edit_files(files, [(element, 0.0)])
-        if remaining.manifest.modules:
-            switch(remaining)
-            found = score(element.text)
-        elif remaining.saved_modules:
-            switch(_without_factors(files))  # what it trained whole stays
-            found = score(element.text)
-        else:
-            found = without
+        found = subject.score_without(element, files, without)
         result["parts"].append(_compare(element, found, whole))
         result["parts"].sort(key=lambda row: row["change"])
         if output is not None:
@@ -164,31 +131,128 @@ def ablate(
     return result
 
 
-def _asking(
-    job: EvalJob, opened: OpenedTarget, batch_size: int, reporter: Reporter
-) -> Callable[[str], TaskScore]:
-    """Give what scores a language model as it then is, given a title."""
+def _load_files(adapter: str | Path | None) -> tuple[Path, AdapterFiles]:
+    """Return the folder and the files of a WeGeFT adapter; UserError for another method's."""
+    opened = Adapter.open(adapter)
+    hint = "train it by adapter.type: wegeft to switch parts off"
+    require_generators(opened, "only WeGeFT's parts can be switched off", hint=hint)
+    return opened.folder, opened.files
 
-    def score(title: str) -> TaskScore:
-        with reporter.progress(f"{title}: {job.name}", job.num_rows) as advance:
-            asked = Asked(batch_size, lambda done, total: advance(done), reporter.warn, title=title)
-            with generation_memory_errors():
-                return job.run(opened.model, opened.tokenizer, asked)
 
-    return score
+@dataclass(frozen=True)
+class _Subject:
+    """A loaded model, whose adapter is replaced again and again, and the benchmark."""
+
+    adapter_dir: Path
+    model: Any
+    module: Any
+    runner: EvaluationRunner
+    is_classifier: bool
+
+    def score(self, title: str) -> Score:
+        """Score the model with its present adapter."""
+        (score,) = self.runner.score(self.model, title)
+        return score
+
+    def score_base(self, files: AdapterFiles) -> Score:
+        """Score the base; a classifier keeps its trained head."""
+        if self.is_classifier:
+            self._attach(_without_factors(files))
+            return self.score("base")
+        with disable_generators(self.module):
+            return self.score("base")
+
+    def score_without(self, element: Element, files: AdapterFiles, base: Score) -> Score:
+        """Score the adapter without one part; without its last part it is the base."""
+        remaining = edit_files(files, [(element, 0.0)])
+        if remaining.manifest.modules:
+            self._attach(remaining)
+        elif remaining.saved_modules:
+            self._attach(_without_factors(files))  # modules that were trained whole stay
+        else:
+            return base
+        return self.score(element.text)
+
+    def _attach(self, files: AdapterFiles) -> None:
+        remove_generators(self.module)
+        attach_files(self.module, files, self.adapter_dir)
+        self.module.eval()
+
+
+def _open_language_model(
+    adapter_dir: Path,
+    recipe: Recipe | None,
+    request: EvaluationRequest,
+    task: str | None,
+    base: str | None,
+    reporter: Reporter,
+) -> _Subject:
+    if recipe is not None:
+        request = replace(request, settings=recipe.eval)
+    names = [task] if task is not None else list(request.settings.tasks)[:1]
+    benchmarks = load_benchmarks(names, request)[:1]
+    opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
+    size = request.batch_size or request.settings.batch_size
+    runner = EvaluationRunner(benchmarks, size, Processes.single(), reporter)
+    return _Subject(adapter_dir, opened, opened.model, runner, is_classifier=False)
+
+
+def _open_classifier(
+    adapter_dir: Path,
+    recipe: Recipe | None,
+    request: EvaluationRequest,
+    task: str | None,
+    base: str | None,
+    reporter: Reporter,
+) -> _Subject:
+    refuse_foreign({"protocol": request.protocol, "max_new_tokens": request.max_new_tokens})
+    splits = [] if task is None else [task]
+    check_splits(splits)
+    found = find_classifier(adapter_dir, recipe, base=base)
+    if not found.head.labels:
+        raise UserError(
+            "an ablation counts right answers, and this model predicts numbers",
+            key="--ablate",
+            hint="switch a part off by `wegeft edit --drop` and score that adapter",
+        )
+    check_metrics(found.recipe, found.head)
+    opened = load_classifier(found, base=base, warn=reporter.warn)
+    size = batch_size_of(opened, request)
+    runner = EvaluationRunner(
+        load_splits(opened, splits, request), size, Processes.single(), reporter
+    )
+    return _Subject(adapter_dir, opened, opened.model, runner, is_classifier=True)
+
+
+def _without_head(elements: Sequence[Element], model: Any) -> list[Element]:
+    """Remove a classifier's head from the parts; UserError if no other part is left."""
+    heads = set(find_head_modules(model))
+    kept = [each for each in elements if each.kind != "saved" or each.name not in heads]
+    if not kept:
+        raise UserError(
+            "only the head was trained whole, and a classifier without it answers nothing",
+            key="--ablate",
+            hint="switch off a group, layer, module or direction",
+        )
+    return kept
+
+
+def _row(score: Score) -> dict[str, Any]:
+    """Return a score's row; a classifier's has the keys of a prompt too, empty."""
+    return {"template": None, "template_hash": "", "generation": None, **score.to_dict()}
 
 
 def _without_factors(files: AdapterFiles) -> AdapterFiles:
-    """Give the adapter with every psi at zero: what it trained whole is all that it changes."""
+    """Return the adapter with every psi at zero: only modules trained whole change the model."""
     factors = {group: (phi, torch.zeros_like(psi)) for group, (phi, psi) in files.factors.items()}
     return AdapterFiles(files.manifest, factors, files.saved_modules)
 
 
-def _compare(element: Element, found: TaskScore, whole: TaskScore) -> dict[str, Any]:
+def _compare(element: Element, found: Score, whole: Score) -> dict[str, Any]:
     before = [sample["correct"] for sample in whole.samples]
     after = [sample["correct"] for sample in found.samples]
     lost, gained = _count(before, after), _count(after, before)
-    row = result_dict(found)
+    row = found.to_dict()
     kept = {key: row[key] for key in ("score", "num_correct", "n", "n_invalid", "ci95")}
     return {
         "part": element.text,

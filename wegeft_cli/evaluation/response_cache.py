@@ -1,4 +1,4 @@
-"""Answers kept while an evaluation runs, so that a killed one goes on where it was."""
+"""Response cache: answers stored during an evaluation, so that an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from wegeft_cli.storage.atomic import disk_errors, remove_folder
 _KEY_NAME = "key.json"
 
 
-class AnswerLog:
-    """The answers of one job, a line each, appended and flushed as they come.
+class ResponseCache:
+    """The answers of one benchmark, one per line, appended and flushed as they come.
 
-    A job's folder is named by the hash of everything its answers depend on: another model, test
-    file, protocol, length or version finds another folder and starts anew. Each process appends to
-    a file of its own, and reads those of all, so that a run goes on with another number of them.
+    The folder is named by the hash of everything that the answers depend on: another model, test
+    file, protocol, length or version uses another folder. Each process appends to its own file and
+    reads all files, so that an evaluation resumes with any number of processes.
 
     Args:
-        folder: Where the logs of an evaluation lie.
-        key: All that the answers depend on, as JSON values.
+        folder: The folder of the evaluation's caches.
+        key: Everything that the answers depend on, as JSON values.
         process_index: This process's number.
     """
 
@@ -37,10 +37,7 @@ class AnswerLog:
                 (self.folder / _KEY_NAME).write_text(text + "\n", encoding="utf-8")
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Give the answers of all processes: index -> what `append` was given.
-
-        A line that a kill cut off is left out: that row is asked again.
-        """
+        """Return the answers of all processes by index; incomplete lines are skipped."""
         answers: dict[int, dict[str, Any]] = {}
         with disk_errors(self.folder, "read"):
             for path in sorted(self.folder.glob("*.jsonl")):
@@ -53,13 +50,13 @@ class AnswerLog:
         return answers
 
     def append(self, answers: Mapping[int, Mapping[str, Any]]) -> None:
-        """Keep answers; they have reached the disk when this returns."""
+        """Append answers and flush them to the disk."""
         lines = [
             json.dumps({"index": index, "answer": answer}) + "\n"
             for index, answer in answers.items()
         ]
         with disk_errors(self._path), self._path.open("ab") as file:
-            # What a kill cut off must not run into the next line.
+            # The next line must not continue an incomplete one.
             if file.tell() and not _ends_line(self._path):
                 file.write(b"\n")
             file.write("".join(lines).encode())
@@ -73,7 +70,7 @@ def _ends_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def drop_logs(folder: Path) -> None:
-    """Remove the logs of an evaluation whose result is written."""
+def remove_caches(folder: Path) -> None:
+    """Remove the caches of an evaluation whose result is written."""
     if folder.is_dir():
         remove_folder(folder)

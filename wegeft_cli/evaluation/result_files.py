@@ -1,15 +1,18 @@
-"""Where the files of an evaluation lie, and what may be written there."""
+"""The files of an evaluation: result, samples, third-party formats."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.run_directory import SCORES_END
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.score import TaskScore
+from wegeft_cli.evaluation.response_cache import remove_caches
+from wegeft_cli.evaluation.runner import Evaluation
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
 
 SAMPLES_END = "-samples.jsonl"
@@ -19,25 +22,17 @@ _SAMPLES_START = '{"model": "'
 
 
 def check_outputs(output: Path) -> None:
-    """Find out before the work begins that --output cannot be written or would replace a file.
-
-    Args:
-        output: The result file; the samples file goes beside it.
-
-    Raises:
-        UserError: If either cannot be written, or is a file that is no earlier result.
-    """
+    """Raise UserError if --output or its samples file cannot be written or is no earlier result."""
     _check_output(output)
     _check_output(beside(output), is_ours=_SAMPLES_START)
 
 
 def beside(output: Path) -> Path:
-    """Give the samples file that goes with a result file."""
+    """Return the samples file of a result file."""
     return output.with_name(f"{output.stem}-samples.jsonl")
 
 
 def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
-    """Find out before the work begins that --output cannot be written or would replace a file."""
     place = output.parent
     while not place.exists():
         place = place.parent
@@ -62,7 +57,7 @@ def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
 def choose_samples_path(
     path: str | Path | None, output: Path | None, names: Sequence[str], protocol: str
 ) -> Path:
-    """Choose where the samples go: beside --output, in the run's folder, or under runs/."""
+    """Return the path of the samples: beside --output, in the run's folder, or under runs/."""
     if output is not None:
         return beside(output)
     name = "-".join([*names, protocol])
@@ -74,42 +69,65 @@ def choose_samples_path(
 
 
 def choose_scores_path(samples_path: Path) -> Path:
-    """Give the result file that goes with a samples file."""
+    """Return the result file of a samples file."""
     return samples_path.with_name(samples_path.name.replace(SAMPLES_END, SCORES_END))
 
 
-def write_line(sample: Mapping[str, Any]) -> str:
-    """Give one line of a samples file."""
-    return json.dumps(sample, ensure_ascii=False) + "\n"
+def response_cache_dir(samples_path: Path) -> Path:
+    """Return the folder of the response caches, which exists until the samples are written."""
+    return samples_path.with_suffix(".partial")
 
 
-_SAMPLES_END = "-samples"
-
-
-def write_public_files(
-    result: dict[str, Any],
-    samples_path: Path,
-    scores: Sequence[TaskScore],
-    base_scores: Sequence[TaskScore] | None,
-) -> None:
-    """Write the scores' files, and tell in the result where they are.
+@dataclass(frozen=True)
+class ResultFiles:
+    """The files of one evaluation.
 
     Args:
-        result: The JSON object of `wegeft eval`; each result that has files gets a `files` list.
-        samples_path: They go beside it and begin like it.
-        scores: The target's.
-        base_scores: The base's; the names of its files say so.
+        samples_path: One line per answer.
+        output: The JSON object. Default: beside the samples, where model cards find it.
+        writes_samples: False writes neither samples nor a default output.
     """
-    stem = samples_path.stem.removesuffix(_SAMPLES_END)
-    groups = [("", scores, result["results"])]
-    if base_scores is not None:
-        groups.append(("base-", base_scores, result["base_results"]))
-    for prefix, group, rows in groups:
-        for score, row in zip(group, rows, strict=True):
+
+    samples_path: Path
+    output: Path | None
+    writes_samples: bool = True
+
+    def write(self, evaluation: Evaluation, result: dict[str, Any]) -> None:
+        """Write all files and remove the response caches.
+
+        Each entry of `results` whose score has third-party files gets a list `files`.
+        """
+        output = self.output
+        if self.writes_samples:
+            lines = [
+                json.dumps(line, ensure_ascii=False) + "\n" for line in _sample_lines(evaluation)
+            ]
+            write_text_atomic(self.samples_path, "".join(lines))
+            output = output or choose_scores_path(self.samples_path)
+        self._write_third_party(evaluation.scores, result["results"], "")
+        if evaluation.base_scores is not None:
+            self._write_third_party(evaluation.base_scores, result["base_results"], "base-")
+        if output is not None:
+            write_text_atomic(output, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        remove_caches(response_cache_dir(self.samples_path))
+
+    def _write_third_party(
+        self, scores: Sequence[Score], rows: Sequence[dict[str, Any]], prefix: str
+    ) -> None:
+        stem = self.samples_path.stem.removesuffix("-samples")
+        for score, row in zip(scores, rows, strict=True):
             paths = []
             for end, content in score.files.items():
-                path = samples_path.with_name(f"{stem}-{prefix}{end}")
+                path = self.samples_path.with_name(f"{stem}-{prefix}{end}")
                 write_text_atomic(path, content)
                 paths.append(str(path))
             if paths:
                 row["files"] = paths
+
+
+def _sample_lines(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a samples file: model, benchmark, protocol, and the record of a row."""
+    for model, scores in (("base", evaluation.base_scores or ()), ("target", evaluation.scores)):
+        for score in scores:
+            for sample in score.samples:
+                yield {"model": model, "task": score.task, "protocol": score.protocol, **sample}

@@ -1,8 +1,8 @@
-"""Rows that are written side by side: they go on a few tokens at a time, leave and are replaced.
+"""Batched generation in segments: after each segment the finished rows leave the batch.
 
-A batch that waits for its longest answer computes mostly padding. Here `generate` runs for a round
-of some tokens, gives back its cache, rows that have ended leave it, and prompts that wait take
-their places. Every row gets the tokens that it would get alone.
+A static batch computes padding until its longest answer ends. Here `generate` runs for a segment of
+a few tokens, returns its cache, and the rows that have ended are removed from it. The next batch
+begins when every row has ended. Each row gets the tokens that it gets alone.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.kv_cache import Reading
-from wegeft_cli.generation.sampling import RowWise
-from wegeft_cli.generation.stopping import StopTexts, holds_stop
-from wegeft_cli.generation.streaming import TextStream
+from wegeft_cli.generation.kv_cache import PrefixCache
+from wegeft_cli.generation.sampling import PerSequenceSampler
+from wegeft_cli.generation.stopping import StopTexts, contains_stop
+from wegeft_cli.generation.streaming import TextStreamer
 
-ROUND_TOKENS = 16
-"""Tokens written between two looks at who has ended."""
+SEGMENT_TOKENS = 16
+"""Tokens generated between two removals of finished rows."""
 
 
-def can_leave(model: Any) -> bool:
-    """Whether rows can be taken out of the cache that the model's generation keeps."""
+def rows_can_leave(model: Any) -> bool:
+    """Return whether rows can be removed from the cache that the model's generation uses."""
     return set(_layer_types(model)) <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def can_join(model: Any) -> bool:
-    """Whether new rows can be put into that cache: it must hold every position."""
+def caches_every_position(model: Any) -> bool:
+    """Return whether that cache keeps every position, so that its prefix can be reused."""
     return set(_layer_types(model)) <= {DynamicLayer}
 
 
@@ -52,74 +52,47 @@ def _layer_types(model: Any) -> list[type]:
     return [type(layer) for layer in DynamicCache(config=config).layers]
 
 
-class Running:
-    """The rows under way.
+class ActiveBatch:
+    """The rows in generation: their left-padded tokens (rows, width), mask and KV cache."""
 
-    Args:
-        model: A causal language model under the generation config that holds for all rows.
-        pad_token_id: Stands where a row has no token; the mask hides it.
-    """
-
-    def __init__(self, model: Any, pad_token_id: int) -> None:
-        self.model = model
-        self.pad_token_id = pad_token_id
-        self.rows: list[int] = []
-        """Whose rows they are, as given to `start`."""
-        self._ids = torch.empty(0, 0, dtype=torch.long)
-        self._mask = torch.empty(0, 0, dtype=torch.long)
-        self._cache: DynamicCache | None = None
-
-    def start(
+    def __init__(
         self,
+        model: Any,
+        pad_token_id: int,
         rows: Sequence[int],
         prompts: Sequence[list[int]],
         cache: DynamicCache | None = None,
     ) -> None:
-        """Take up rows where none is under way; they are read with the next tokens written.
-
-        Args:
-            rows: Whose they are.
-            prompts: Their tokens.
-            cache: Of a single row, what the model has read of its beginning.
-        """
         width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self.pad_token_id, dtype=torch.long)
-        # The mask comes from the lengths: a prompt may hold the padding token as a real one.
+        ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+        # The mask comes from the lengths: a prompt may contain the padding token as a real one.
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
+        self.model = model
         self.rows = list(rows)
-        self._ids, self._mask = ids.to(self.model.device), mask.to(self.model.device)
+        self._ids, self._mask = ids.to(model.device), mask.to(model.device)
         self._cache = cache
 
-    def leave_reading(self, reading: Reading) -> None:
-        """Let what a single row has read be kept."""
+    def store_prefix(self, prefix_cache: PrefixCache) -> None:
+        """Hand the cache of a single row to the prefix cache."""
         if self._cache is not None:
-            reading.keep(self._ids[0].tolist(), self._cache)
+            prefix_cache.store(self._ids[0].tolist(), self._cache)
 
     def padding(self) -> list[int]:
-        """How many positions before each row's first token hold none."""
+        """Return the number of padding positions at the left of each row."""
         return (self._mask.shape[1] - self._mask.sum(1)).tolist()
 
-    def write(self, num_tokens: int, config: GenerationConfig, **more: Any) -> list[list[int]]:
-        """Write the next tokens of every row.
-
-        Args:
-            num_tokens: At most so many; a row that ends is padded.
-            config: How; `max_new_tokens` is set here.
-            **more: Passed on to `generate`.
-
-        Returns:
-            The new tokens of each row.
-        """
+    def generate(self, num_tokens: int, config: GenerationConfig, **more: Any) -> list[list[int]]:
+        """Generate up to `num_tokens` tokens of every row; a row that ends is padded."""
         config.max_new_tokens = num_tokens
-        kept = {} if self._cache is None else {"past_key_values": self._cache}
+        cached = {} if self._cache is None else {"past_key_values": self._cache}
         output = self.model.generate(
             input_ids=self._ids,
             attention_mask=self._mask,
             generation_config=config,
-            **kept,
+            **cached,
             **more,
         )
         new = output.sequences[:, self._ids.shape[1] :]
@@ -129,7 +102,7 @@ class Running:
         return new.tolist()
 
     def keep(self, positions: Sequence[int]) -> None:
-        """Let all rows leave but those at the given positions."""
+        """Remove all rows but those at the given positions."""
         if len(positions) == len(self.rows):
             return
         index = torch.tensor(positions, dtype=torch.long, device=self._ids.device)
@@ -138,56 +111,19 @@ class Running:
         if self._cache is not None and self.rows:
             self._cache.batch_select_indices(index)
 
-    def join(self, other: Running) -> None:
-        """Take in the rows of another one, which has written at least a token of each."""
-        if not other.rows:  # all ended at their first token
-            return
-        if not self.rows:
-            self.rows, self._ids, self._mask = other.rows, other._ids, other._mask
-            self._cache = other._cache
-            return
-        assert self._cache is not None
-        assert other._cache is not None
-        self._trim()
-        width = max(self._ids.shape[1], other._ids.shape[1])
-        parts = (self, other)
-        gaps = [width - part._ids.shape[1] for part in parts]
-        for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
-            for name in ("keys", "values"):
-                tensors = [getattr(layer, name) for layer in (mine, theirs)]
-                # Positions without a token: the mask hides what is there, so zeros will do.
-                wide = [pad(t, (0, 0, gap, 0)) for t, gap in zip(tensors, gaps, strict=True)]
-                setattr(mine, name, torch.cat(wide))
-        fill = self.pad_token_id
-        ids = [pad(part._ids, (gap, 0), value=fill) for part, gap in zip(parts, gaps, strict=True)]
-        masks = [pad(part._mask, (gap, 0)) for part, gap in zip(parts, gaps, strict=True)]
-        self._ids, self._mask = torch.cat(ids), torch.cat(masks)
-        self.rows = [*self.rows, *other.rows]
 
-    def _trim(self) -> None:
-        """Drop the positions at the left at which no row has a token."""
-        gap = min(self.padding())
-        if not gap or self._cache is None:
-            return
-        self._ids, self._mask = self._ids[:, gap:], self._mask[:, gap:]
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[..., gap:, :]
-            layer.values = layer.values[..., gap:, :]
-
-
-class Writer:
-    """Keeps a batch full until every prompt is answered.
+class BatchScheduler:
+    """Generate the answers of all prompts, batch by batch.
 
     Args:
         model: A causal language model that runs under `config`.
         tokenizer: Finds the stop texts.
-        config: Lengths are set here, round by round.
-        decoding: How to write.
+        config: Its `max_new_tokens` is set for each segment.
+        decoding: Decoding settings.
         prompts: Tokens, at least one each.
-        numbers: Each prompt's number, of which its stream of draws is made; None counts them.
-        stream: Takes the tokens of a single prompt one by one.
-        reading: What the model has read of a single prompt before; left as it is where the cache
-            cannot be cut.
+        sample_ids: Each prompt's sample id. Default: its position.
+        streamer: Receives the tokens of a single prompt one by one.
+        prefix_cache: Used for a single prompt if the model's cache allows it.
     """
 
     def __init__(
@@ -197,94 +133,77 @@ class Writer:
         config: GenerationConfig,
         decoding: Decoding,
         prompts: Sequence[list[int]],
-        numbers: Sequence[int] | None = None,
-        stream: TextStream | None = None,
-        reading: Reading | None = None,
+        sample_ids: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
         self.decoding = decoding
         self.prompts = prompts
-        self.numbers = range(len(prompts)) if numbers is None else numbers
-        self.choose = RowWise(decoding)
-        self.new_ids: dict[int, list[int]] = {}
-        one_piece = decoding.num_beams > 1 or not can_leave(model)
-        self.round_tokens = decoding.max_new_tokens if one_piece else ROUND_TOKENS
-        self.can_join = not one_piece and can_join(model)
-        self.stream = stream
-        self.reading = reading if self.can_join else None
-        # Between rounds a look for stop texts is enough; without them, or where somebody waits for
-        # the end, it is taken after every token. Beams are rows of another kind.
-        looks_always = (one_piece or stream is not None) and decoding.num_beams == 1
-        self.stop = decoding.stop if looks_always else ()
+        self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
+        self.streamer: TextStreamer | None = None
+        self.prefix_cache: PrefixCache | None = None
+        self._sampler = PerSequenceSampler(decoding)
+        self._new_ids: dict[int, list[int]] = {}
+        self._in_segments = decoding.num_beams == 1 and rows_can_leave(model)
 
     def run(self, order: Sequence[int], batch_size: int) -> Iterator[dict[int, list[int]]]:
-        """Answer the prompts in an order.
+        """Yield {prompt: its new tokens} as answers end; `order` has the longest prompts first."""
+        uses_prefix = self._in_segments and caches_every_position(self.model)
+        prefix_cache = self.prefix_cache if uses_prefix else None
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            prompts = [self.prompts[index] for index in rows]
+            cache = None if prefix_cache is None else prefix_cache.take(prompts[0])
+            batch = ActiveBatch(self.model, self.config.pad_token_id, rows, prompts, cache)
+            while batch.rows:
+                new = self._generate_segment(batch)
+                if prefix_cache is not None:
+                    batch.store_prefix(prefix_cache)
+                yield self._remove_finished(batch, new)
 
-        Args:
-            order: Which prompts, the longest first.
-            batch_size: How many at a time.
-
-        Yields:
-            Prompt -> its new tokens, as answers end.
-        """
-        waiting = list(order)
-        running = Running(self.model, self.config.pad_token_id)
-        while waiting or running.rows:
-            num_free = batch_size - len(running.rows)
-            if not running.rows:
-                fresh, waiting = waiting[:batch_size], waiting[batch_size:]
-                prompts = [self.prompts[index] for index in fresh]
-                cache = None if self.reading is None else self.reading.take(prompts[0])
-                running.start(fresh, prompts, cache)
-            elif waiting and self.can_join and num_free > batch_size // 4:
-                fresh, waiting = waiting[:num_free], waiting[num_free:]
-                beginning = Running(self.model, self.config.pad_token_id)
-                beginning.start(fresh, [self.prompts[index] for index in fresh])
-                yield self._write(beginning, 1)
-                running.join(beginning)
-                if not running.rows:
-                    continue
-            yield self._write(running, self.round_tokens)
-
-    def _write(self, running: Running, num_tokens: int) -> dict[int, list[int]]:
-        """Write a round and take out of it whoever has ended: row -> tokens."""
-        longest = max(len(self.new_ids.get(row, ())) for row in running.rows)
-        num_tokens = min(num_tokens, self.decoding.max_new_tokens - longest)
+    def _generate_segment(self, batch: ActiveBatch) -> list[list[int]]:
+        longest = max(len(self._new_ids.get(row, ())) for row in batch.rows)
+        num_tokens = self.decoding.max_new_tokens - longest
+        if self._in_segments:
+            num_tokens = min(SEGMENT_TOKENS, num_tokens)
         more: dict[str, Any] = {}
-        if self.choose.is_needed:
-            self.choose.rows = [self.numbers[row] for row in running.rows]
-            self.choose.padding = running.padding()
-            more["logits_processor"] = LogitsProcessorList([self.choose])
-        if self.stop:
-            width = max(len(self.prompts[row]) for row in running.rows)
-            stops = StopTexts(self.tokenizer, self.stop, width)
+        if self._sampler.is_needed:
+            self._sampler.sample_ids = [self.sample_ids[row] for row in batch.rows]
+            self._sampler.padding = batch.padding()
+            more["logits_processor"] = LogitsProcessorList([self._sampler])
+        # Between segments one look for stop texts is enough. Without segments, or if the text is
+        # streamed, every token is checked. Beams are no rows of their own and are never checked.
+        checks_tokens = not self._in_segments or self.streamer is not None
+        if self.decoding.stop and checks_tokens and self.decoding.num_beams == 1:
+            width = max(len(self.prompts[row]) for row in batch.rows)
+            stops = StopTexts(self.tokenizer, self.decoding.stop, width)
             more["stopping_criteria"] = StoppingCriteriaList([stops])
-        if self.stream is not None:
-            more["streamer"] = self.stream
-        new = running.write(num_tokens, self.config, **more)
-        if self.reading is not None:
-            running.leave_reading(self.reading)
+        if self.streamer is not None:
+            more["streamer"] = self.streamer
+        return batch.generate(num_tokens, self.config, **more)
+
+    def _remove_finished(self, batch: ActiveBatch, new: list[list[int]]) -> dict[int, list[int]]:
+        """Remove the rows that have ended from the batch and return their tokens."""
         ended: dict[int, list[int]] = {}
-        going: list[int] = []
-        for position, (row, ids) in enumerate(zip(running.rows, new, strict=True)):
-            whole = self.new_ids.pop(row, []) + ids
+        active: list[int] = []
+        for position, (row, ids) in enumerate(zip(batch.rows, new, strict=True)):
+            whole = self._new_ids.pop(row, []) + ids
             end = self._find_end(whole)
             if end is None and len(whole) < self.decoding.max_new_tokens:
-                self.new_ids[row] = whole
-                going.append(position)
+                self._new_ids[row] = whole
+                active.append(position)
             else:
                 ended[row] = whole[:end]
-        self.choose.forget([self.numbers[row] for row in ended])
-        running.keep(going)
+        self._sampler.forget([self.sample_ids[row] for row in ended])
+        batch.keep(active)
         return ended
 
     def _find_end(self, ids: list[int]) -> int | None:
-        """How many tokens the answer has, if it has ended; what follows is padding."""
+        """Return the length of an answer that has ended; padding follows it."""
         eos_ids = self.config.eos_token_id or ()
         for position, token in enumerate(ids):
             if token in eos_ids:
                 return position + 1
         stop = self.decoding.stop
-        return len(ids) if stop and holds_stop(self.tokenizer, ids, stop) else None
+        return len(ids) if stop and contains_stop(self.tokenizer, ids, stop) else None

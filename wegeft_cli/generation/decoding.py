@@ -1,4 +1,4 @@
-"""How a text is written: greedily, by beams or by drawing, with nothing left to a model's file."""
+"""Decoding settings: greedy, beam search or sampling, independent of a model's own config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from wegeft_cli.errors import UserError, raise_all
 
-_SAMPLE_STRIDE = 2**32  # more rows than any set has
+_SAMPLE_STRIDE = 2**32  # above the number of rows of any set
 
 
 @dataclass(frozen=True)
@@ -16,22 +16,23 @@ class Decoding:
     """Everything that an answer depends on besides model and prompt.
 
     Args:
-        max_new_tokens: Longest answer, at least 1.
-        temperature: 0 takes the likeliest token; above 0 tokens are drawn at that temperature.
-        top_p: Draw from the likeliest tokens that together have this probability, 0 < p <= 1.
-        top_k: Draw from the so many likeliest tokens; 0 is all.
-        min_p: Draw from tokens with at least this share of the likeliest one's probability, 0 to 1.
-        num_beams: Beam search without drawing, where above 1.
-        repetition_penalty: Scores of tokens that occurred, prompt included, are divided by it where
-            they are positive and multiplied where they are negative, above 0; 1 is none (Keskar et
-            al., arXiv 1909.05858, section 4.1).
+        max_new_tokens: Longest answer in tokens, at least 1.
+        temperature: 0 is greedy; above 0 tokens are sampled at that temperature.
+        top_p: Sample from the likeliest tokens that together have this probability, 0 < p <= 1.
+        top_k: Sample from the k likeliest tokens; 0 is all.
+        min_p: Sample from tokens with at least this share of the highest probability, 0 to 1.
+        num_beams: Beam search without sampling, if above 1.
+        repetition_penalty: Scores of tokens that occurred, prompt included, are divided by it if
+            positive and multiplied if negative, above 0; 1 is none (Keskar et al.,
+            arXiv 1909.05858, section 4.1).
         no_repeat_ngram_size: No n-gram of this size occurs twice, prompt included; 0 is no limit.
         stop: An answer ends before the first of these texts.
-        eos_alone: An answer ends at the tokenizer's end of text alone, as the protocol's code says;
-            else also at the ends of the model's generation config and of a chat template's turn.
-        max_prompt_tokens: Longer prompts lose their end, as the protocol's code does.
-        seed: Of the draws. Each answer draws from a stream of its own, made of the seed and the
-            answer's number, so that it hangs on no other answer.
+        eos_alone: An answer ends at the tokenizer's end of text alone, as in the protocol's
+            original code. Default: also at the stop tokens of the model's generation config and at
+            the end of a chat template's turn.
+        max_prompt_tokens: Longer prompts lose their end, as in the protocol's original code.
+        seed: Sampling seed. Each answer has its own random stream, seeded by this seed and the
+            answer's sample id, and does not depend on other answers.
 
     Raises:
         UserError: If a value is out of range.
@@ -71,40 +72,37 @@ class Decoding:
             ]
         )
         if self.num_beams > 1 and self.do_sample:
-            raise ValueError("beams and drawing do not go together here")
+            raise ValueError("beam search and sampling cannot be combined")
 
     @property
     def do_sample(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature > 0
 
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON values, those without effect left out."""
+        """Return the settings that have an effect, as JSON values."""
         values: dict[str, Any] = {
             "do_sample": self.do_sample,
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
         }
-        told = {"temperature", "top_p", "top_k", "seed"} if self.do_sample else set()
+        always = {"temperature", "top_p", "top_k", "seed"} if self.do_sample else set()
         without_effect = set() if self.do_sample else {"top_p", "top_k", "min_p", "seed"}
         plain = Decoding(1)
         for name, value in asdict(self).items():
             if name in values or name in without_effect:
                 continue
-            if name in told or value != getattr(plain, name):
+            if name in always or value != getattr(plain, name):
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
 
 
-def draw_number(index: int, sample: int) -> int:
-    """The number of an answer, of which with the seed its draws are made.
+def sample_id(index: int, sample: int) -> int:
+    """Return the id of one answer, which with the seed determines its random stream.
 
     Args:
-        index: Of the prompt, from 0 to 2^32 - 1.
-        sample: Which answer to it, from 0.
-
-    Returns:
-        Of the first answer the prompt's index itself: the same on every road by which a prompt is
-        asked, however many answers there are to each.
+        index: The prompt's position, from 0 to 2^32 - 1.
+        sample: Which answer to it, from 0. The first answer's id is the prompt's index, so that it
+            does not depend on the number of answers per prompt.
     """
     return index + _SAMPLE_STRIDE * sample

@@ -1,99 +1,126 @@
-"""Prompts become texts: batches that stay full, every setting explicit, every row as if alone."""
+"""Generation with transformers: explicit settings, and each row as if it were alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.generation.completion import Generations, Written, decode_answer
-from wegeft_cli.generation.continuous_batching import Writer
+from wegeft_cli.generation.completion import Completion, GenerationResult, decode_completion
+from wegeft_cli.generation.continuous_batching import BatchScheduler
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.kv_cache import Reading
-from wegeft_cli.generation.stopping import find_end_ids
-from wegeft_cli.generation.streaming import TextStream
+from wegeft_cli.generation.kv_cache import PrefixCache
+from wegeft_cli.generation.stopping import stop_token_ids
+from wegeft_cli.generation.streaming import TextStreamer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to continue.
+
+    Args:
+        texts: The texts.
+        sample_ids: Each prompt's sample id. Default: its position. Two answers to one prompt need
+            two ids.
+        add_special_tokens: Whether the tokenizer adds its special tokens; off for the text of a
+            chat template, which contains them already.
+        end_of_turn_ids: Tokens that end a turn in the chat template. They end an answer too.
+    """
+
+    texts: Sequence[str]
+    sample_ids: Sequence[int] | None = None
+    add_special_tokens: bool = True
+    end_of_turn_ids: Sequence[int] = ()
+
+    def encode(self, tokenizer: Any) -> list[list[int]]:
+        """Return the tokens of each text."""
+        if not self.texts:
+            return []
+        encoded = tokenizer(list(self.texts), add_special_tokens=self.add_special_tokens)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+
+@dataclass(frozen=True)
+class GenerationEvents:
+    """Callbacks of a generation.
+
+    Args:
+        on_progress: Called with (prompts done, prompts in all) whenever some are done.
+        on_completed: Called with {position of the prompt: its completion} as answers end.
+        on_text: Called with the text of a single prompt piece by piece.
+    """
+
+    on_progress: Callable[[int, int], None] | None = None
+    on_completed: Callable[[Mapping[int, Completion]], None] | None = None
+    on_text: Callable[[str], None] | None = None
+
+    def report(self, completions: Mapping[int, Completion], done: int, total: int) -> None:
+        """Call `on_completed` and `on_progress`."""
+        if self.on_completed is not None:
+            self.on_completed(completions)
+        if self.on_progress is not None:
+            self.on_progress(done, total)
+
+
+NO_EVENTS = GenerationEvents()
 
 
 def generate_texts(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Prompts | Sequence[str],
+    decoding: Decoding,
     *,
     batch_size: int,
-    max_new_tokens: int | None = None,
-    decoding: Decoding | None = None,
-    numbers: Sequence[int] | None = None,
-    add_special_tokens: bool = True,
-    turn_ends: Sequence[int] = (),
-    on_progress: Callable[[int, int], None] | None = None,
-    on_written: Callable[[Mapping[int, Written]], None] | None = None,
-    on_text: Callable[[str], None] | None = None,
-    reading: Reading | None = None,
-) -> Generations:
-    """Continue the prompts; each text is what its prompt alone would give.
+    events: GenerationEvents = NO_EVENTS,
+    prefix_cache: PrefixCache | None = None,
+) -> GenerationResult:
+    """Continue the prompts; each answer is the one that its prompt alone would get.
 
-    The longest prompts go first, so that a batch too large for the memory fails at once, and rows
-    of about one length stand together. An answer that has ended leaves the batch and a waiting
-    prompt takes its place (`rounds.py`); beams, and models whose cache cannot be parted, go batch
-    by batch. A prompt that leaves no room for the answer in the model's context loses tokens from
-    its left, after the begin-of-text token; `settings["num_truncated_prompts"]` counts these. The
-    model's own generation config is put aside meanwhile: transformers would fill the gaps of ours
-    from it, and so let a hub file switch on a repetition penalty. Config, training mode and
-    tokenizer are left as they were.
+    The longest prompts go first, so that a batch that is too large for the memory fails at once.
+    Finished answers leave their batch (`continuous_batching`). A prompt that leaves no room for the
+    answer in the model's context loses tokens from its left, after the begin-of-text token;
+    `settings["num_truncated_prompts"]` counts these. The model's own generation config is replaced
+    during the call: transformers would fill gaps from it, such as a repetition penalty. Config,
+    training mode and tokenizer are restored.
 
     Args:
         model: A transformers causal language model, on any device.
-        tokenizer: Its tokenizer; a missing padding token is no hindrance.
-        prompts: Texts.
+        tokenizer: Its tokenizer; it needs no padding token.
+        prompts: Texts, with or without how they are encoded.
+        decoding: Decoding settings.
         batch_size: Prompts at a time, at least 1.
-        max_new_tokens: Longest answer of greedy decoding, at least 1; or give `decoding`.
-        decoding: How to write; None is greedy.
-        numbers: Each prompt's number, which with the seed gives its stream of draws; None counts
-            the prompts. Two answers to one prompt need two numbers.
-        add_special_tokens: Encode them with the special tokens that the tokenizer adds by itself;
-            off for what a chat template wrote, which holds them already.
-        turn_ends: Tokens that end a turn in the template that wrote the prompts; they end an
-            answer besides the tokenizer's end of text and those of the model's generation config.
-        on_progress: Called with (prompts done, prompts in all) whenever some are done.
-        on_written: Called with answers as they come: place of the prompt -> answer.
-        on_text: Takes the text of a single prompt piece by piece, as it is written.
-        reading: What this same model has read before, of which a single prompt may be the
-            continuation; what it reads now is left there. Nothing is kept where the model's cache
-            does not hold every position.
-
-    Returns:
-        The texts and the resolved settings.
+        events: Callbacks.
+        prefix_cache: The same model's cache of an earlier text, of which a single prompt may be the
+            continuation; it is updated. Unused if the model's cache does not keep every position.
 
     Raises:
         UserError: If a number is out of range, a prompt has no tokens, or the answer alone fills
             the model's context.
     """
-    if decoding is None:
-        if max_new_tokens is None:
-            raise TypeError("give max_new_tokens or decoding")
-        decoding = Decoding(max_new_tokens)
+    prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
+    total = len(prompts.texts)
     if batch_size < 1:
         raise UserError(f"{batch_size} is too small", key="batch_size", hint="give 1 or more")
-    if len(prompts) != 1 and (on_text is not None or reading is not None):
-        raise ValueError(f"{len(prompts)} prompts: one at a time is streamed, or goes on")
-    encoded = []
-    if prompts:
-        told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
-        encoded = [list(ids) for ids in told["input_ids"]]
-    prompt_ids, truncated = fit_context(model, tokenizer, encoded, decoding)
-    end_ids = find_end_ids(model, tokenizer, decoding, turn_ends)
+    if total != 1 and (events.on_text is not None or prefix_cache is not None):
+        raise ValueError(f"{total} prompts: streaming and the prefix cache take one")
+    prompt_ids, truncated = fit_context(model, tokenizer, prompts.encode(tokenizer), decoding)
+    end_ids = stop_token_ids(model, tokenizer, decoding, prompts.end_of_turn_ids)
     config = _build_config(tokenizer, decoding, end_ids)
-    stream = None if on_text is None else TextStream(tokenizer, decoding.stop, on_text)
-    written: dict[int, Written] = {}
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompt_ids[index]))
-    writer = Writer(model, tokenizer, config, decoding, prompt_ids, numbers, stream, reading)
+    scheduler = BatchScheduler(model, tokenizer, config, decoding, prompt_ids, prompts.sample_ids)
+    scheduler.prefix_cache = prefix_cache
+    if events.on_text is not None:
+        scheduler.streamer = TextStreamer(tokenizer, decoding.stop, events.on_text)
+    completions: dict[int, Completion] = {}
+    order = sorted(range(total), key=lambda index: -len(prompt_ids[index]))
     with _generating(model, config):
-        for ended in writer.run(order, batch_size):
-            answers = {
-                index: decode_answer(
+        for ended in scheduler.run(order, batch_size):
+            new = {
+                index: decode_completion(
                     tokenizer,
                     prompt_ids[index],
                     ids,
@@ -103,40 +130,35 @@ def generate_texts(
                 )
                 for index, ids in ended.items()
             }
-            written |= answers
-            if on_written is not None:
-                on_written(answers)
-            if on_progress is not None:
-                on_progress(len(written), len(prompts))
-    if stream is not None:
-        stream.finish(written[0].new_text)
-    return Generations(
-        [written[index] for index in range(len(prompts))],
-        {
-            **decoding.settings(),
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-            "padding_side": "left",
-            "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "num_truncated_prompts": sum(truncated),
-        },
-    )
+            completions |= new
+            events.report(new, len(completions), total)
+    if scheduler.streamer is not None:
+        scheduler.streamer.finish(completions[0].new_text)
+    settings = {
+        **decoding.settings(),
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "padding_side": "left",
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_truncated_prompts": sum(truncated),
+    }
+    return GenerationResult([completions[index] for index in range(total)], settings)
 
 
 def fit_context(
     model: Any, tokenizer: Any, encoded: list[list[int]], decoding: Decoding
 ) -> tuple[list[list[int]], list[bool]]:
-    """The prompts, cut where protocol, context or answer demand it, and whether each was cut.
+    """Truncate prompts to the protocol's limit and the model's context.
 
     Args:
-        model: Its config tells the context.
-        tokenizer: Its begin-of-text token stays where the left is cut.
+        model: A causal language model.
+        tokenizer: Its begin-of-text token stays when the left is cut.
         encoded: The prompts' tokens.
-        decoding: Tells the longest prompt and answer.
+        decoding: Limits the length of prompts and answers.
 
     Returns:
-        The prompts, and for each whether it lost tokens.
+        The prompts, and for each whether it was truncated.
 
     Raises:
         UserError: If a prompt has no tokens, or the answer alone fills the context.
@@ -145,7 +167,7 @@ def fit_context(
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")
     fitted = [ids[: decoding.max_prompt_tokens] for ids in encoded]
-    context = find_context(model)
+    context = context_length(model)
     if context is not None:
         room = context - decoding.max_new_tokens
         if room < 1:
@@ -162,8 +184,8 @@ def fit_context(
     return fitted, [len(ids) < len(whole) for ids, whole in zip(fitted, encoded, strict=True)]
 
 
-def find_context(model: Any) -> int | None:
-    """How many tokens a model reads, answer included; None where nothing bounds them."""
+def context_length(model: Any) -> int | None:
+    """Return the model's context length in tokens, answer included; None if unlimited."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -174,10 +196,10 @@ def _cut_left(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:
 
 
 def _build_config(tokenizer: Any, decoding: Decoding, end_ids: list[int]) -> GenerationConfig:
-    """Nothing is left open that a model's own config could fill; draws are made in `RowWise`."""
+    """Build a config without gaps that the model's own could fill; `PerSequenceSampler` samples."""
     pad_token_id = tokenizer.pad_token_id
     if pad_token_id is None:
-        # For padding only, which the attention mask hides: any token that exists would do.
+        # The attention mask hides padding, so any valid token works.
         pad_token_id = end_ids[0] if end_ids else 0
     return GenerationConfig(
         do_sample=False,
@@ -192,9 +214,9 @@ def _build_config(tokenizer: Any, decoding: Decoding, end_ids: list[int]) -> Gen
 
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """The model in eval mode under `config` alone; both as before afterwards."""
+    """Set eval mode and `config` alone inside the block; restore both afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    # Wrappers (PEFT's) pass their inner model's config on: it is replaced wherever one is kept.
+    # PEFT's wrappers forward their inner model's config: replace it wherever one is stored.
     configs = [
         (module, vars(module)["generation_config"])
         for module in model.modules()
@@ -206,7 +228,7 @@ def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, kept in configs:
-            module.generation_config = kept
+        for module, original in configs:
+            module.generation_config = original
         for module, training in modes:
             module.training = training

@@ -1,4 +1,4 @@
-"""What a model has read, kept for the next prompt that begins alike."""
+"""Prefix cache: the KV cache of a text, reused by the next prompt with the same beginning."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from transformers import DynamicCache
 
 
-class Reading:
-    """The tokens of one text and the cache that the model made of them.
+class PrefixCache:
+    """The tokens of one text and their KV cache.
 
-    A prompt that begins with the same tokens goes on behind them instead of being read anew. It is
-    one model's: with an adapter switched off or other weights it must be another one.
+    A prompt with the same first tokens continues after them. The cache belongs to one model: with
+    the adapter disabled, or with other weights, use another instance.
     """
 
     def __init__(self) -> None:
@@ -19,14 +19,10 @@ class Reading:
         self._cache: DynamicCache | None = None
 
     def take(self, prompt: Sequence[int]) -> DynamicCache | None:
-        """Hand the cache over, cut down to what a prompt begins with.
+        """Remove the cache from here and return it, cut to the prefix that it shares with a prompt.
 
-        Args:
-            prompt: Its tokens.
-
-        Returns:
-            The cache of the tokens in common, at least one less than the prompt has (the model must
-            read something to go on); None where there are none. Nothing is kept here meanwhile.
+        At least one token of the prompt is left for the model to read. None without a shared
+        prefix.
         """
         ids, cache = self._ids, self._cache
         self._ids, self._cache = [], None
@@ -34,17 +30,12 @@ class Reading:
         shared = next((n for n, (old, new) in pairs if old != new), min(len(ids), len(prompt) - 1))
         if cache is None or shared == 0:
             return None
-        # By hand: what `crop` counts is not the same in every version of transformers.
+        # Not `crop`: the meaning of its argument differs between versions of transformers.
         for layer in cache.layers:
             layer.keys = layer.keys[..., :shared, :]
             layer.values = layer.values[..., :shared, :]
         return cache
 
-    def keep(self, ids: Sequence[int], cache: DynamicCache) -> None:
-        """Keep what has been read.
-
-        Args:
-            ids: Tokens, of which the cache may hold all but the last.
-            cache: With plain layers, which hold every position.
-        """
+    def store(self, ids: Sequence[int], cache: DynamicCache) -> None:
+        """Keep a cache of full-attention layers and its tokens; the last token may be missing."""
         self._ids, self._cache = list(ids[: cache.get_seq_length()]), cache

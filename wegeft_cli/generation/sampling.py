@@ -1,4 +1,4 @@
-"""Choosing tokens row by row: what a row gets does not hang on who is written beside it."""
+"""Per-sequence sampling: the tokens of a row do not depend on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -19,30 +19,27 @@ from transformers import (
 from wegeft_cli.generation.decoding import Decoding
 
 
-def stream_seed(seed: int, number: int) -> int:
-    """The seed of one answer's draws, below 2^56, of the run's seed and the answer's number."""
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+def sample_seed(seed: int, sample_id: int) -> int:
+    """Return the seed of one answer's random stream, below 2^56, from the run's seed and its id."""
+    digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
-class RowWise(LogitsProcessor):
-    """Penalties and draws for every row by itself.
+class PerSequenceSampler(LogitsProcessor):
+    """Apply penalties and sample for every row by itself.
 
-    transformers draws all rows from one stream and lets padding count as tokens that occurred, so
-    that an answer changes with its batch. Here padding is left out, and each row draws by one
-    uniform number a token from a stream made of the seed and the row's number. The chosen token is
-    the only one with a finite score, so that taking the likeliest takes it.
-
-    Args:
-        decoding: Temperature, top-k, top-p, min-p, penalties and seed.
+    transformers samples all rows from one random stream and counts padding as tokens that occurred,
+    so that an answer changes with its batch. Here padding does not count, and each row uses one
+    uniform number per token from a stream seeded by the run's seed and the row's sample id. The
+    chosen token is the only one with a finite score, so that greedy decoding takes it.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
-        self.rows: list[int] = []
-        """The numbers of the rows, set before each call of `generate`."""
+        self.sample_ids: list[int] = []
+        """The sample ids of the rows, set before each call of `generate`."""
         self.padding: list[int] = []
-        """Positions before each row's first token."""
+        """Number of positions before each row's first token."""
         self._streams: dict[int, torch.Generator] = {}
         self._penalties: list[LogitsProcessor] = []
         if decoding.repetition_penalty != 1:
@@ -61,35 +58,35 @@ class RowWise(LogitsProcessor):
 
     @property
     def is_needed(self) -> bool:
-        """Whether it changes anything."""
+        """Whether the scores change at all."""
         return bool(self._penalties or self._warpers)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Score the next token of every row."""
+        """Return the scores of the next token, (rows, vocabulary), from those of the model."""
         rows = [
-            self._score(number, ids[padding:], row)
-            for number, padding, ids, row in zip(
-                self.rows, self.padding, input_ids, scores, strict=True
+            self._score(sample_id, ids[padding:], row)
+            for sample_id, padding, ids, row in zip(
+                self.sample_ids, self.padding, input_ids, scores, strict=True
             )
         ]
         return torch.stack(rows)
 
-    def forget(self, rows: Sequence[int]) -> None:
-        """Drop the streams of rows that have ended."""
-        for row in rows:
-            self._streams.pop(row, None)
+    def forget(self, sample_ids: Sequence[int]) -> None:
+        """Drop the random streams of rows that have ended."""
+        for sample_id in sample_ids:
+            self._streams.pop(sample_id, None)
 
-    def _score(self, number: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _score(self, sample_id: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         one, ids = scores[None], ids[None]
         for processor in (*self._penalties, *self._warpers):
             one = processor(ids, one)
         if not self._warpers:
             return one[0]
-        if number not in self._streams:
-            seed = stream_seed(self.decoding.seed, number)
-            self._streams[number] = torch.Generator().manual_seed(seed)
-        draw = torch.rand(1, dtype=torch.float64, generator=self._streams[number])
-        # By falling probability: a rounding of the scores moves few tokens' places in the sum.
+        if sample_id not in self._streams:
+            seed = sample_seed(self.decoding.seed, sample_id)
+            self._streams[sample_id] = torch.Generator().manual_seed(seed)
+        draw = torch.rand(1, dtype=torch.float64, generator=self._streams[sample_id])
+        # In order of falling probability, rounding moves few tokens in the cumulative sum.
         shares, tokens = torch.softmax(one[0].double(), -1).sort(descending=True, stable=True)
         place = torch.searchsorted(shares.cumsum(-1), draw.to(shares.device) * shares.sum())
         token = tokens[place.clamp(max=len(tokens) - 1)]

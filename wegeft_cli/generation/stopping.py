@@ -1,4 +1,4 @@
-"""Where an answer ends: at a token, or before a text."""
+"""Stopping criteria: stop tokens and stop texts."""
 
 from __future__ import annotations
 
@@ -12,51 +12,35 @@ from transformers import StoppingCriteria
 from wegeft_cli.generation.decoding import Decoding
 
 
-def find_end_ids(
-    model: Any, tokenizer: Any, decoding: Decoding, turn_ends: Iterable[int] = ()
+def stop_token_ids(
+    model: Any, tokenizer: Any, decoding: Decoding, end_of_turn_ids: Iterable[int] = ()
 ) -> list[int]:
-    """Find every token that ends an answer.
+    """Return every token that ends an answer, the tokenizer's end of text first.
 
-    Args:
-        model: Its generation config may name several.
-        tokenizer: Its end of text comes first.
-        decoding: With `eos_alone` the tokenizer's end of text is all, or where it has none the
-            model's.
-        turn_ends: What ends a turn in the chat template that the prompts are written in.
-
-    Returns:
-        The ids; there may be none.
+    With `decoding.eos_alone` that is the tokenizer's end of text, or the model's if the tokenizer
+    has none. Else the ids of the model's generation config and of the chat template count too.
     """
-    own = model.generation_config.eos_token_id
-    models = own if isinstance(own, list) else [own]
+    of_config = model.generation_config.eos_token_id
+    of_model = of_config if isinstance(of_config, list) else [of_config]
     if decoding.eos_alone and tokenizer.eos_token_id is not None:
         return [tokenizer.eos_token_id]
-    found = [tokenizer.eos_token_id, *models, *(() if decoding.eos_alone else turn_ends)]
+    found = [tokenizer.eos_token_id, *of_model, *(() if decoding.eos_alone else end_of_turn_ids)]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int:
-    """Where the first stop text begins; -1 where there is none."""
+    """Return the position of the first stop text; -1 if there is none."""
     return min((start for word in stop if (start := text.find(word)) >= 0), default=-1)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first stop text in it."""
+    """Return a text up to its first stop text."""
     start = find_stop(text, stop)
     return text if start < 0 else text[:start]
 
 
-def holds_stop(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> bool:
-    """Whether a stop text is in what the tokens say.
-
-    Args:
-        tokenizer: Decodes, once with the special tokens: one of them may be the stop text.
-        ids: New tokens.
-        stop: Stop texts.
-
-    Returns:
-        Whether there is one.
-    """
+def contains_stop(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> bool:
+    """Return whether the decoded tokens contain a stop text, which may be a special token."""
     return any(
         find_stop(tokenizer.decode(ids, skip_special_tokens=skip), stop) >= 0
         for skip in (True, False)
@@ -64,12 +48,12 @@ def holds_stop(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> bool:
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a row as soon as its answer holds a stop text; the prompt is not looked at.
+    """End a row as soon as its answer contains a stop text; the prompt does not count.
 
     Args:
-        tokenizer: Decodes.
+        tokenizer: Decodes the new tokens.
         stop: Stop texts.
-        width: Tokens of the padded prompts.
+        width: Width of the padded prompts in tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
@@ -78,9 +62,9 @@ class StopTexts(StoppingCriteria):
         self.width = width
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Tell of each row whether it has ended."""
+        """Return for each row whether it has ended, shape (rows,)."""
         is_done = [
-            holds_stop(self.tokenizer, ids, self.stop)
+            contains_stop(self.tokenizer, ids, self.stop)
             for ids in input_ids[:, self.width :].tolist()
         ]
         return torch.tensor(is_done, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""One answer's text, given piece by piece while it is written."""
+"""Streaming of one answer's text during generation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from torch import Tensor
 
 from wegeft_cli.generation.stopping import cut_at_stop
 
-_REPLACEMENT = "\ufffd"  # what a decoder writes for the first bytes of a longer character
+_REPLACEMENT = "\ufffd"  # decoded from the first bytes of a longer character
 
 
-class TextStream:
-    """A transformers streamer that gives one row's text as soon as it is settled.
+class TextStreamer:
+    """A transformers streamer that passes one row's text to `on_text` as soon as it is final.
 
-    Args:
-        tokenizer: Decodes.
-        stop: Texts that end the answer: nothing of them is given.
-        on_text: Takes each new piece.
-
-    What may still become another character or a stop text is held back.
+    Text that may still become another character or a stop text is held back.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
@@ -28,36 +23,36 @@ class TextStream:
         self.stop = stop
         self.on_text = on_text
         self.ids: list[int] = []
-        self.given = ""
+        self.emitted = ""
         self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Take what was there before a round first, then token after token."""
+        """Take the tokens of a segment; its first call holds what was there before."""
         if self._is_prompt:
             self._is_prompt = False
             return
         self.ids += value.flatten().tolist()
         text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         if not text.endswith(_REPLACEMENT):
-            self._give(_hold_back(text, self.stop))
+            self._emit(_hold_back(text, self.stop))
 
     def end(self) -> None:
-        """Take the end of a round; the text itself ends with `finish`."""
+        """End a segment; `finish` ends the text."""
         self._is_prompt = True
 
     def finish(self, text: str) -> None:
-        """Give what was held back of the answer as it was settled in the end."""
-        self._give(text)
+        """Emit the rest of the final text."""
+        self._emit(text)
 
-    def _give(self, text: str) -> None:
-        if len(text) > len(self.given) and text.startswith(self.given):
-            piece = text[len(self.given) :]
-            self.given = text
+    def _emit(self, text: str) -> None:
+        if len(text) > len(self.emitted) and text.startswith(self.emitted):
+            piece = text[len(self.emitted) :]
+            self.emitted = text
             self.on_text(piece)
 
 
 def _hold_back(text: str, stop: Sequence[str]) -> str:
-    """The text without an end that may be the beginning of a stop text."""
+    """Return the text without an end that may be the beginning of a stop text."""
     cut = cut_at_stop(text, stop)
     if cut != text:
         return cut

@@ -1,20 +1,20 @@
-"""vLLM as the engine of an evaluation: our prompts as tokens in, its tokens out."""
+"""Generation with vLLM, as an alternative to transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.lora_files import SERVED_RANKS
 from wegeft_cli.errors import UserError
-from wegeft_cli.generation.completion import Generations, Written, decode_answer
+from wegeft_cli.generation.completion import Completion, GenerationResult, decode_completion
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.engine import fit_context
-from wegeft_cli.generation.sampling import stream_seed
-from wegeft_cli.generation.stopping import find_end_ids
+from wegeft_cli.generation.engine import NO_EVENTS, GenerationEvents, Prompts, fit_context
+from wegeft_cli.generation.sampling import sample_seed
+from wegeft_cli.generation.stopping import stop_token_ids
 
-_AT_ONCE = 1024  # vLLM schedules by itself; this many answers are lost at most by a kill
+_AT_ONCE = 1024  # vLLM schedules by itself; a kill loses at most this many answers
 
 
 class VllmModel:
@@ -22,10 +22,10 @@ class VllmModel:
 
     Args:
         config: The base's transformers config.
-        generation_config: Its generation config, which may name tokens that end an answer.
-        dtype: Of the weights, as vLLM is told: auto, float32, bfloat16, float16.
+        generation_config: Its generation config, which may list stop tokens.
+        dtype: Type of the weights as vLLM names it.
         llm: vLLM's engine.
-        lora: The adapter that every request names; None asks the base.
+        lora: The adapter of every request; None is the base.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class VllmModel:
         self.lora = lora
 
     def without_lora(self) -> VllmModel:
-        """The base alone, in the same engine."""
+        """Return the base alone, in the same engine."""
         return VllmModel(self.config, self.generation_config, self.dtype, self.llm, None)
 
 
@@ -48,28 +48,14 @@ def open_model(
     config: Any,
     generation_config: Any,
     dtype: str = "auto",
-    revision: str | None = None,
     trust_remote_code: bool = False,
     lora_dir: Path | None = None,
     rank: int | None = None,
 ) -> VllmModel:
-    """Start vLLM's engine on a base.
-
-    Args:
-        name_or_path: Folder or hub id.
-        config: Its transformers config.
-        generation_config: Its generation config.
-        dtype: Type of the weights.
-        revision: Hub revision.
-        trust_remote_code: Run code that comes with the model.
-        lora_dir: A LoRA adapter in PEFT's format.
-        rank: Its rank.
-
-    Returns:
-        The model.
+    """Start vLLM's engine on a base, with a PEFT LoRA adapter of a rank if one is given.
 
     Raises:
-        UserError: If vLLM is not installed, or makes no room for such a rank.
+        UserError: If vLLM is not installed, or does not support the rank.
     """
     try:
         from vllm import LLM
@@ -80,14 +66,13 @@ def open_model(
             key="--backend",
             hint="pip install 'wegeft-cli[vllm]', on a machine with a GPU",
         ) from error
-    told: dict[str, Any] = {
+    params: dict[str, Any] = {
         "model": name_or_path,
         "tokenizer": name_or_path,
         "dtype": dtype,
-        "revision": revision,
         "trust_remote_code": trust_remote_code,
-        # A hub's generation_config.json would add defaults of its own; its end tokens are named
-        # with each prompt, where the protocol ends at them.
+        # Not the hub's generation_config.json, which adds defaults. Its stop tokens are passed with
+        # each prompt.
         "generation_config": "vllm",
         "seed": 0,
     }
@@ -100,83 +85,54 @@ def open_model(
                 key="--backend",
                 hint="use the transformers backend, or merge the adapter first",
             )
-        told |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+        params |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
         lora = LoRARequest("wegeft", 1, str(lora_dir))
-    return VllmModel(config, generation_config, dtype, LLM(**told), lora)
+    return VllmModel(config, generation_config, dtype, LLM(**params), lora)
 
 
-def write_texts(
+def generate_in_vllm(
     model: VllmModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Prompts,
+    decoding: Decoding,
     *,
     batch_size: int,
-    decoding: Decoding,
-    numbers: Sequence[int] | None = None,
-    add_special_tokens: bool = True,
-    turn_ends: Sequence[int] = (),
-    on_progress: Callable[[int, int], None] | None = None,
-    on_written: Callable[[Mapping[int, Written]], None] | None = None,
-) -> Generations:
-    """Continue prompts in vLLM, as `generate_texts` does in transformers.
+    events: GenerationEvents = NO_EVENTS,
+) -> GenerationResult:
+    """Continue prompts in vLLM; arguments and result as of `engine.generate_texts`.
 
-    The engine is given tokens, so that templates, cuts and special tokens are those of the other
-    engine.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompts: Texts.
-        batch_size: Only told: vLLM schedules by itself.
-        decoding: How to write.
-        numbers: Each prompt's number, of which its seed is made; None counts the prompts.
-        add_special_tokens: Encode prompts with the tokenizer's own special tokens.
-        turn_ends: Tokens that end a turn in the template that wrote the prompts.
-        on_progress: Called with (prompts done, prompts in all).
-        on_written: Called with answers as they come: place of the prompt -> answer.
-
-    Returns:
-        The texts and the settings.
-
-    Raises:
-        UserError: If the protocol writes in a way that vLLM does not have.
+    The engine gets tokens, so that templates, truncation and special tokens are the same as in
+    transformers. `batch_size` is only recorded: vLLM schedules by itself.
     """
-    end_ids = find_end_ids(model, tokenizer, decoding, turn_ends)
-    params = _sampling_params(
-        decoding, numbers if numbers is not None else range(len(prompts)), end_ids
-    )
-    encoded = []
-    if prompts:
-        told = tokenizer(list(prompts), add_special_tokens=add_special_tokens)
-        encoded = [list(ids) for ids in told["input_ids"]]
-    prompt_ids, truncated = fit_context(model, tokenizer, encoded, decoding)
-    written: dict[int, Written] = {}
-    for start in range(0, len(prompts), _AT_ONCE):
-        places = range(start, min(start + _AT_ONCE, len(prompts)))
+    end_ids = stop_token_ids(model, tokenizer, decoding, prompts.end_of_turn_ids)
+    total = len(prompts.texts)
+    sample_ids = range(total) if prompts.sample_ids is None else prompts.sample_ids
+    params = _sampling_params(decoding, sample_ids, end_ids)
+    prompt_ids, truncated = fit_context(model, tokenizer, prompts.encode(tokenizer), decoding)
+    completions: dict[int, Completion] = {}
+    for start in range(0, total, _AT_ONCE):
+        places = range(start, min(start + _AT_ONCE, total))
         outputs = model.llm.generate(
             [{"prompt_token_ids": prompt_ids[place]} for place in places],
             [params[place] for place in places],
             lora_request=model.lora,
             use_tqdm=False,
         )
-        answers = {}
-        for place, output in zip(places, outputs, strict=True):
-            ids = list(output.outputs[0].token_ids)
-            answers[place] = decode_answer(
+        new = {
+            place: decode_completion(
                 tokenizer,
                 prompt_ids[place],
-                ids,
+                list(output.outputs[0].token_ids),
                 decoding.stop,
                 is_truncated=truncated[place],
                 has_ended=output.outputs[0].finish_reason == "stop",
             )
-        written |= answers
-        if on_written is not None:
-            on_written(answers)
-        if on_progress is not None:
-            on_progress(len(written), len(prompts))
-    return Generations(
-        [written[place] for place in range(len(prompts))],
+            for place, output in zip(places, outputs, strict=True)
+        }
+        completions |= new
+        events.report(new, len(completions), total)
+    return GenerationResult(
+        [completions[place] for place in range(total)],
         {
             **decoding.settings(),
             "engine": "vllm",
@@ -189,9 +145,9 @@ def write_texts(
 
 
 def _sampling_params(
-    decoding: Decoding, numbers: Sequence[int], end_ids: Sequence[int]
+    decoding: Decoding, sample_ids: Sequence[int], end_ids: Sequence[int]
 ) -> list[Any]:
-    """One set of parameters a prompt: each draws from a stream of its own."""
+    """Return each prompt's sampling parameters; each has its own random stream."""
     unknown = [
         words
         for words, is_asked in (
@@ -202,13 +158,13 @@ def _sampling_params(
     ]
     if unknown:
         raise UserError(
-            f"this protocol writes with {' and '.join(unknown)}, which vLLM's engine does not have",
+            f"this protocol uses {' and '.join(unknown)}, which vLLM does not support",
             key="--backend",
             hint="leave --backend out",
         )
     from vllm import SamplingParams
 
-    told: dict[str, Any] = {
+    params: dict[str, Any] = {
         "max_tokens": decoding.max_new_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -219,5 +175,5 @@ def _sampling_params(
         "stop_token_ids": list(end_ids),
     }
     if not decoding.do_sample:
-        return [SamplingParams(**told)] * len(numbers)
-    return [SamplingParams(**told, seed=stream_seed(decoding.seed, number)) for number in numbers]
+        return [SamplingParams(**params)] * len(sample_ids)
+    return [SamplingParams(**params, seed=sample_seed(decoding.seed, n)) for n in sample_ids]

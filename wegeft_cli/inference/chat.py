@@ -16,8 +16,8 @@ from wegeft_cli.data.sources.messages import check_text
 from wegeft_cli.data.text.chat_rendering import Message
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.generation.engine import find_context, generate_texts
-from wegeft_cli.generation.kv_cache import Reading
+from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
+from wegeft_cli.generation.kv_cache import PrefixCache
 from wegeft_cli.inference.generate import GREEDY, default_new_tokens, describe_target
 from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form
@@ -68,7 +68,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     _num_answers: int = 0
     # What was read stays read, by the tuned model and by its base: each turn goes on behind it.
-    _readings: dict[bool, Reading] = field(default_factory=lambda: defaultdict(Reading))
+    _readings: dict[bool, PrefixCache] = field(default_factory=lambda: defaultdict(PrefixCache))
 
     @property
     def max_new_tokens(self) -> int:
@@ -125,14 +125,16 @@ class Conversation:
                 written = generate_texts(
                     model,
                     tokenizer,
-                    [text],
+                    Prompts(
+                        [text],
+                        sample_ids=[number],
+                        add_special_tokens=not self.form.holds_turns,
+                        end_of_turn_ids=self.form.find_turn_ends(tokenizer),
+                    ),
+                    self.decoding,
+                    events=GenerationEvents(on_text=take),
+                    prefix_cache=self._readings[tuned],
                     batch_size=1,
-                    decoding=self.decoding,
-                    numbers=[number],
-                    add_special_tokens=not self.form.holds_turns,
-                    turn_ends=self.form.find_turn_ends(tokenizer),
-                    on_text=take,
-                    reading=self._readings[tuned],
                 )
         except KeyboardInterrupt:
             seconds = time.monotonic() - start
@@ -230,7 +232,7 @@ class Conversation:
         write_text_atomic(path, json.dumps(row, ensure_ascii=False) + "\n")
 
     def _check_length(self, value: int) -> None:
-        context = find_context(self.opened.model)
+        context = context_length(self.opened.model)
         if value < 1 or (context is not None and value >= context):
             raise UserError(
                 f"{value} is out of range",
@@ -244,7 +246,7 @@ class Conversation:
             text = self.form.write({"instruction": question}, self.system)
             self._check_room(text)
             return text, 0
-        context = find_context(self.opened.model)
+        context = context_length(self.opened.model)
         for first in range(0, len(self.messages) + 1, 2):
             asked = [*self.messages[first:], {"role": "user", "content": question}]
             text = self.form.write({"messages": asked}, self.system)
@@ -254,7 +256,7 @@ class Conversation:
         raise AssertionError("unreachable")
 
     def _check_room(self, text: str) -> None:
-        context, length = find_context(self.opened.model), self._count(text)
+        context, length = context_length(self.opened.model), self._count(text)
         if context is not None and length + self.max_new_tokens > context:
             raise UserError(
                 f"{length} tokens, and {self.max_new_tokens} for the answer, are more than the "

@@ -13,9 +13,9 @@ from typing import Any
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.generation.completion import Generations
-from wegeft_cli.generation.decoding import Decoding, draw_number
-from wegeft_cli.generation.engine import find_context, generate_texts
+from wegeft_cli.generation.completion import GenerationResult
+from wegeft_cli.generation.decoding import Decoding, sample_id
+from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
 from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form, tell_question
@@ -100,7 +100,7 @@ def generate(
     count = len(texts) * num_samples
     job = _Job(
         texts=[text for text in texts for _ in range(num_samples)],
-        numbers=[draw_number(q.index, n) for q in questions for n in range(num_samples)],
+        numbers=[sample_id(q.index, n) for q in questions for n in range(num_samples)],
         form=form,
         decoding=replace(
             decoding, max_new_tokens=max_new_tokens or default_new_tokens(opened.model)
@@ -159,19 +159,23 @@ class _Job:
         who: str,
         reporter: Reporter,
         on_text: Callable[[str, str], None] | None,
-    ) -> Generations:
+    ) -> GenerationResult:
         with _shown(reporter, who, len(self.texts), on_text) as advance, generation_memory_errors():
             return generate_texts(
                 model,
                 tokenizer,
-                self.texts,
+                Prompts(
+                    self.texts,
+                    sample_ids=self.numbers,
+                    add_special_tokens=not self.form.holds_turns,
+                    end_of_turn_ids=self.form.find_turn_ends(tokenizer),
+                ),
+                self.decoding,
+                events=GenerationEvents(
+                    on_progress=lambda done, total: advance(done),
+                    on_text=None if on_text is None else lambda piece: on_text(who, piece),
+                ),
                 batch_size=self.batch_size,
-                decoding=self.decoding,
-                numbers=self.numbers,
-                add_special_tokens=not self.form.holds_turns,
-                turn_ends=self.form.find_turn_ends(tokenizer),
-                on_progress=lambda done, total: advance(done),
-                on_text=None if on_text is None else lambda piece: on_text(who, piece),
             )
 
 
@@ -196,7 +200,7 @@ def default_new_tokens(model: Any) -> int:
     Returns:
         Tokens.
     """
-    context = find_context(model)
+    context = context_length(model)
     return DEFAULT_NEW_TOKENS if context is None else min(DEFAULT_NEW_TOKENS, max(1, context // 2))
 
 
@@ -237,14 +241,14 @@ def _build_results(
     questions: Sequence[Question],
     num_samples: int,
     texts: Sequence[str],
-    written: Generations,
-    base_written: Generations | None,
+    written: GenerationResult,
+    base_written: GenerationResult | None,
 ) -> list[dict[str, Any]]:
     results = []
     for position in range(len(texts)):
         question, sample = questions[position // num_samples], position % num_samples
-        answer = written.written[position]
-        base = None if base_written is None else base_written.written[position]
+        answer = written.completions[position]
+        base = None if base_written is None else base_written.completions[position]
         results.append(
             {
                 "index": question.index,

@@ -84,7 +84,7 @@ def open_in_vllm(
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
     if adapter is None:
         model = vllm.open_model(str(folder), **told)
-        return VllmTarget("model", model, tokenizer, None, section, None, vllm.write_texts)
+        return VllmTarget("model", model, tokenizer, None, section, None, vllm.generate_in_vllm)
     scratch = None
     method = method_of(adapter)
     if method.has_generators:
@@ -106,7 +106,7 @@ def open_in_vllm(
     model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
-    return VllmTarget("adapter", model, tokenizer, None, section, adapter, vllm.write_texts)
+    return VllmTarget("adapter", model, tokenizer, None, section, adapter, vllm.generate_in_vllm)
 
 
 def write_lora_equivalent(adapter: Adapter, base_dir: Path, output_dir: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wegeft_cli.data.sources.messages import check_text, read_conversation, read_tools
 from wegeft_cli.data.text.chat_rendering import Message
@@ -194,44 +194,46 @@ def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
     return None
 
 
-Turns = Sequence[Mapping[str, str]]
-"""Messages with role and content, the user's last."""
+@dataclass(frozen=True)
+class RenderedPrompts:
+    """Prompts as the model reads them.
 
-
-class ChatPrompts(NamedTuple):
-    """Prompts in a chat template.
-
-    They hold the special tokens: encode them with `add_special_tokens` off.
+    Args:
+        texts: The texts by number.
+        template_hash: Hash of the template.
+        add_special_tokens: Whether the tokenizer adds its special tokens; a chat template's text
+            contains them.
+        end_of_turn_ids: Tokens that end the model's turn in the chat template.
     """
 
-    texts: dict[int, str]
-    """By the conversations' numbers."""
+    texts: Mapping[int, str]
     template_hash: str
-    turn_ends: list[int]
-    """Tokens that end the model's turn."""
+    add_special_tokens: bool = True
+    end_of_turn_ids: Sequence[int] = ()
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer brings a chat template."""
+    """Return whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def write_chat_prompts(
-    tokenizer: Any, conversations: Mapping[int, Turns], *, protocol: str, other: str
-) -> ChatPrompts:
-    """Write conversations as the model was taught to read them, up to where it answers.
+def render_chat_prompts(
+    tokenizer: Any,
+    conversations: Mapping[int, Sequence[Mapping[str, str]]],
+    *,
+    protocol: str,
+    other: str,
+) -> RenderedPrompts:
+    """Render conversations with the model's chat template, up to the answer.
 
     Args:
-        tokenizer: Holds the chat template.
-        conversations: By whatever number.
-        protocol: Who asks so, for the fault.
-        other: Which protocol asks otherwise, for its hint.
-
-    Returns:
-        The prompts.
+        tokenizer: Has the chat template.
+        conversations: Messages with role and content by number, the user's last.
+        protocol: The protocol, for the message of an error.
+        other: A protocol without a chat template, for its hint.
 
     Raises:
-        UserError: If there is no chat template, or it refuses a conversation.
+        UserError: If there is no chat template, or it rejects a conversation.
     """
     try:
         chat = build_template(CHAT, tokenizer, None)
@@ -239,7 +241,7 @@ def write_chat_prompts(
         raise UserError(
             fault.message,
             key="protocol",
-            hint=f"`{protocol}` asks in the model's own chat template: use an instruction-tuned "
+            hint=f"`{protocol}` uses the model's own chat template: use an instruction-tuned "
             f"model, or the protocol `{other}`",
         ) from fault
     assert chat.apply is not None
@@ -247,7 +249,15 @@ def write_chat_prompts(
         number: chat.apply([dict(turn) for turn in turns], True)
         for number, turns in conversations.items()
     }
-    return ChatPrompts(texts, chat.digest, find_turn_ends(chat, tokenizer))
+    return RenderedPrompts(texts, chat.digest, False, find_turn_ends(chat, tokenizer))
+
+
+def render_user_prompts(
+    tokenizer: Any, texts: Mapping[int, str], *, protocol: str, other: str
+) -> RenderedPrompts:
+    """Render single user messages; see `render_chat_prompts`."""
+    conversations = {n: [{"role": "user", "content": text}] for n, text in texts.items()}
+    return render_chat_prompts(tokenizer, conversations, protocol=protocol, other=other)
 
 
 _MAX_NEW_TOKENS = 128
@@ -264,7 +274,7 @@ class SamplePrompts:
         add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
         max_new_tokens: Longest answer in tokens.
         batch_size: Prompts at a time.
-        turn_ends: Tokens that end a turn in the chat template.
+        end_of_turn_ids: Tokens that end a turn in the chat template.
     """
 
     prompts: list[str]
@@ -272,7 +282,7 @@ class SamplePrompts:
     add_special_tokens: bool
     max_new_tokens: int
     batch_size: int
-    turn_ends: Sequence[int] = ()
+    end_of_turn_ids: Sequence[int] = ()
 
 
 def build_prompts(
@@ -319,5 +329,5 @@ def build_prompts(
         add_special_tokens=template.apply is None,
         max_new_tokens=recipe.eval.max_new_tokens or _MAX_NEW_TOKENS,
         batch_size=recipe.eval.batch_size,
-        turn_ends=find_turn_ends(template, tokenizer),
+        end_of_turn_ids=find_turn_ends(template, tokenizer),
     )

@@ -23,7 +23,8 @@ from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.statistics import DataReport
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.evaluation.benchmarks.text import Job, read_eval_tasks
+from wegeft_cli.evaluation.benchmarks.base import Benchmark
+from wegeft_cli.evaluation.benchmarks.registry import load_training_benchmarks
 from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
 from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.methods.init_from import check_init_from
@@ -93,7 +94,7 @@ class RunInputs:
     groups: list[ParameterGroup]
     estimated_gib: float | None
     checkpoint_bytes: float
-    tasks: dict[str, Job]
+    tasks: dict[str, Benchmark]
     prompts: SamplePrompts | None
     trackers: tuple[str, ...]
     digests: dict[str, Any]
@@ -141,7 +142,7 @@ def read_inputs(
         check_init_from(recipe.adapter, skeleton, recipe_dir, base_dir=base_dir)
     groups = plan_groups(skeleton, recipe.adapter)
     check_context(config, recipe)
-    tasks = read_eval_tasks(recipe)
+    tasks = load_training_benchmarks(recipe)
     tokenizer = load_tokenizer(
         recipe.model.name_or_path,
         revision=recipe.model.revision,

@@ -12,8 +12,12 @@ from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.groups import expand_groups
-from wegeft_cli.evaluation.benchmarks.registry import check_task, find_folder
-from wegeft_cli.evaluation.benchmarks.text import check_watched
+from wegeft_cli.evaluation.benchmarks.registry import (
+    check_benchmark,
+    check_training_benchmark,
+    check_watched,
+    find_folder,
+)
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import load_sweep
@@ -118,7 +122,10 @@ def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> I
     """Tell of a task that does not exist, or that the recipe's protocol does not score."""
     try:
         for member in expand_groups([name]):
-            check_task(member, loaded.recipe.eval.protocol, must_fit=is_own)
+            if is_own:
+                check_benchmark(member, loaded.recipe.eval.protocol, must_fit=True)
+            else:
+                check_training_benchmark(member, loaded.recipe.eval.protocol)
     except UserError as fault:
         yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)
 

@@ -1,4 +1,4 @@
-"""AlpacaEval: instructions are answered, and compared by the judge that the user names."""
+"""AlpacaEval: answers to instructions, compared with a reference model's by a judge."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from wegeft_cli.data.text.templates import TEMPLATES
-from wegeft_cli.evaluation.benchmarks.base import Asked, TaskRequest
+from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.judged import (
-    JudgedTask,
-    collect_verdicts,
-    name_answerer,
+    JudgedBenchmark,
+    JudgedRequest,
+    Rows,
+    judged_family,
     to_array,
 )
 from wegeft_cli.evaluation.judged import alpaca_eval_data as alpaca_eval
-from wegeft_cli.evaluation.judged.judge_client import Judge
-from wegeft_cli.evaluation.score import TaskScore
+from wegeft_cli.evaluation.judged.judge_client import JudgeRequest
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.evaluation.text.answer_extraction import text_after_first
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.inference.prompt_format import ChatPrompts, write_chat_prompts
+from wegeft_cli.inference.prompt_format import RenderedPrompts, render_user_prompts
 from wegeft_cli.statistics import normal_interval
 
 _GIFT_LENGTH = 2048
@@ -34,161 +35,132 @@ _PROTOCOLS = {
     "chat": "For instruction-tuned models: the instruction in the model's own chat template, "
     "greedy, at most 2,048 tokens.",
 }
-_TASK = JudgedTask(
-    "alpaca_eval",
-    _PROTOCOLS,
-    f"{alpaca_eval.FOLDER}/alpaca_eval.json",
-    alpaca_eval.NUM_PUBLISHED,
-)
 
 
 @dataclass(frozen=True)
-class AlpacaEvalJob:
+class AlpacaEval(JudgedBenchmark[str]):
     """AlpacaEval under one protocol."""
 
+    name: ClassVar[str] = "alpaca_eval"
     instructions: alpaca_eval.Instructions
-    protocol: str
-    max_new_tokens: int | None
-    judge: Judge | None
     messages: Sequence[tuple[str, str]]
-    options: Mapping[str, Any]
 
     @property
-    def name(self) -> str:
-        """The task's name."""
-        return _TASK.name
-
-    @property
-    def protocol_name(self) -> str:
-        """The protocol's name."""
-        return self.protocol
-
-    @property
-    def num_rows(self) -> int:
-        """Instructions to be answered."""
+    def num_examples(self) -> int:
+        """Number of instructions."""
         return len(self.instructions.rows)
 
-    def key(self) -> Mapping[str, Any]:
-        """All that the answers depend on besides the model; the judge is none of it."""
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return everything that the answers depend on besides the model and the judge."""
         return {
-            "task": _TASK.name,
-            "protocol": self.protocol,
+            "task": self.name,
+            "protocol": self.protocol_name,
             "data_sha256": self.instructions.sha256,
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.request.max_new_tokens,
         }
 
-    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Let the model answer, and the judge compare."""
-        from wegeft_cli.evaluation.answers import write_answers
-        from wegeft_cli.generation.completion import Written
+    def answer(
+        self, model: Any, context: BenchmarkContext
+    ) -> tuple[dict[int, str], dict[str, Any], str]:
+        """Generate the answers, length by length."""
+        from wegeft_cli.evaluation.answers import Answers, generate_answers
 
-        prompts, template_hash, turn_ends = self._write_prompts(tokenizer)
-        written: dict[int, Written] = {}
-        settings: dict[str, Any] = {}
-        for length, numbers in self._lengths(model, tokenizer, prompts).items():
+        is_gift = self.protocol_name == "gift"
+        prompts = self._render(model.tokenizer)
+        answers = Answers({}, {})
+        for length, numbers in self._lengths(model, prompts.texts).items():
             decoding = Decoding(length)
-            if self.protocol == "gift":
+            if is_gift:
                 decoding = Decoding(
                     length, repetition_penalty=1.1, no_repeat_ngram_size=5, eos_alone=True
                 )
-            num_done = len(written)
-            answers, settings = write_answers(
+
+            def report(done: int, before: int = len(answers.completions)) -> None:
+                context.on_progress(before + done, self.num_examples)
+
+            new = generate_answers(
                 model,
-                tokenizer,
-                {number: prompts[number] for number in numbers},
+                replace(prompts, texts={number: prompts.texts[number] for number in numbers}),
                 decoding,
-                asked,
-                add_special_tokens=self.protocol != "chat",
-                turn_ends=turn_ends,
-                on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
+                context,
+                on_progress=report,
             )
-            written |= answers
+            answers = Answers(answers.completions | new.completions, new.settings)
         outputs = {
-            number: answer.new_text.strip()
-            if self.protocol == "chat"
-            else text_after_first(answer.text, _MARK)
-            for number, answer in written.items()
+            number: text_after_first(answer.text, _MARK) if is_gift else answer.new_text.strip()
+            for number, answer in answers.completions.items()
         }
-        score = self._score(outputs, name_answerer(model, self.options, asked), asked)
-        generation = {
-            **settings,
-            "max_length": _GIFT_LENGTH if self.protocol == "gift" else None,
-            "num_truncated_prompts": sum(answer.is_truncated for answer in written.values()),
-            "num_new_tokens": sum(len(answer.new_ids) for answer in written.values()),
-        }
-        return replace(score, generation=generation, template_hash=template_hash)
+        generation = answers.generation(max_length=_GIFT_LENGTH if is_gift else None)
+        return outputs, generation, prompts.template_hash
 
-    def score_samples(self, path: Path) -> TaskScore:
-        """Score an annotation file as it is, or let the judge compare an output file."""
-        if self.options.get("is_judged"):
-            annotations = alpaca_eval.read_annotations(path, self.instructions)
-            return self._summarise(annotations, {}, {})
-        outputs = alpaca_eval.read_outputs(path, self.instructions)
-        return self._score(outputs, path.stem, Asked(1))
-
-    def _write_prompts(self, tokenizer: Any) -> ChatPrompts:
-        rows = self.instructions.rows
-        if self.protocol == "chat":
-            return write_chat_prompts(
-                tokenizer,
-                {row.index: [{"role": "user", "content": row.instruction}] for row in rows},
-                protocol="chat",
-                other="gift",
-            )
+    def _render(self, tokenizer: Any) -> RenderedPrompts:
+        texts = {row.index: row.instruction for row in self.instructions.rows}
+        if self.protocol_name == "chat":
+            return render_user_prompts(tokenizer, texts, protocol="chat", other="gift")
         template = TEMPLATES["alpaca"]
         assert template is not None
-        texts = {
-            row.index: template.prompt.replace("{instruction}", row.instruction, 1) for row in rows
-        }
+        filled = {n: template.prompt.replace("{instruction}", t, 1) for n, t in texts.items()}
         digest = hashlib.sha256(template.prompt.encode()).hexdigest()[:16]
-        return ChatPrompts(texts, digest, [])
+        return RenderedPrompts(filled, digest)
 
-    def _lengths(
-        self, model: Any, tokenizer: Any, prompts: Mapping[int, str]
-    ) -> dict[int, list[int]]:
-        """Longest answer -> the prompts that may have it.
+    def _lengths(self, model: Any, texts: Mapping[int, str]) -> dict[int, list[int]]:
+        """Group the prompts by the longest answer that they may have.
 
-        GIFT limits prompt and answer together, so each length of prompt has a limit of its own.
+        GIFT limits prompt and answer together, so that the limit depends on the prompt's length.
         """
-        from wegeft_cli.generation.engine import find_context
+        from wegeft_cli.generation.engine import context_length
 
-        if self.max_new_tokens is not None:
-            return {self.max_new_tokens: list(prompts)}
-        if self.protocol == "chat":
-            return {_CHAT_TOKENS: list(prompts)}
-        longest = min(_GIFT_LENGTH, find_context(model) or _GIFT_LENGTH)
+        if self.request.max_new_tokens is not None:
+            return {self.request.max_new_tokens: list(texts)}
+        if self.protocol_name == "chat":
+            return {_CHAT_TOKENS: list(texts)}
+        longest = min(_GIFT_LENGTH, context_length(model.model) or _GIFT_LENGTH)
         groups: dict[int, list[int]] = {}
-        for number, text in prompts.items():
-            room = max(1, longest - len(tokenizer(text)["input_ids"]))
+        for number, text in texts.items():
+            room = max(1, longest - len(model.tokenizer(text)["input_ids"]))
             groups.setdefault(room, []).append(number)
         return dict(sorted(groups.items()))
 
-    def _score(self, outputs: Mapping[int, str], generator: str, asked: Asked) -> TaskScore:
-        rows = alpaca_eval.output_rows(self.instructions, outputs, generator)
-        files = {"alpaca_eval-outputs.json": to_array(rows)}
-        if self.judge is None:
-            return self._summarise(None, outputs, files)
-        requests = alpaca_eval.judge_requests(self.instructions, outputs, self.messages)
-        words = collect_verdicts(self.judge, requests, asked)
-        annotations = alpaca_eval.annotation_rows(
-            self.instructions, outputs, words, generator=generator, annotator=self.judge.model
-        )
-        files["alpaca_eval-annotations.json"] = to_array(annotations)
-        return self._summarise(annotations, outputs, files)
+    def judge_requests(self, outputs: Mapping[int, str]) -> list[JudgeRequest]:
+        """Return the questions to the judge."""
+        return alpaca_eval.judge_requests(self.instructions, outputs, self.messages)
 
-    def _summarise(
-        self,
-        annotations: Sequence[Mapping[str, Any]] | None,
-        outputs: Mapping[int, str],
-        files: dict[str, str],
-    ) -> TaskScore:
+    def output_file(self, outputs: Mapping[int, str], generator: str) -> tuple[str, str]:
+        """Return AlpacaEval's file of outputs."""
+        rows = alpaca_eval.output_rows(self.instructions, outputs, generator)
+        return "alpaca_eval-outputs.json", to_array(rows)
+
+    def verdict_file(
+        self, outputs: Mapping[int, str], generator: str, texts: Mapping[int, str]
+    ) -> tuple[Rows, str, str]:
+        """Return AlpacaEval's file of annotations."""
+        assert self.request.judge is not None
+        rows = alpaca_eval.annotation_rows(
+            self.instructions,
+            outputs,
+            texts,
+            generator=generator,
+            annotator=self.request.judge.model,
+        )
+        return rows, "alpaca_eval-annotations.json", to_array(rows)
+
+    def read_verdicts(self, path: Path) -> Rows:
+        """Read AlpacaEval's file of annotations."""
+        return alpaca_eval.read_annotations(path, self.instructions)
+
+    def read_outputs(self, path: Path) -> dict[int, str]:
+        """Read AlpacaEval's file of outputs."""
+        return alpaca_eval.read_outputs(path, self.instructions)
+
+    def summarise(self, verdicts: Rows | None, outputs: Mapping[int, str]) -> Score:
+        """Return the win rate."""
         rows = self.instructions.rows
-        told = None if annotations is None else alpaca_eval.summarise_preferences(annotations)
+        summary = None if verdicts is None else alpaca_eval.summarise_preferences(verdicts)
         preferences: list[float | None] = [None] * len(rows)
-        if annotations is not None:
-            preferences = [alpaca_eval.read_preference(row) for row in annotations]
+        if verdicts is not None:
+            preferences = [alpaca_eval.read_preference(row) for row in verdicts]
         shares = [float(value) - 1 for value in preferences if value is not None]
-        is_judged = told is not None
+        is_judged = summary is not None
         samples = [
             {
                 "index": row.index,
@@ -201,56 +173,40 @@ class AlpacaEvalJob:
             }
             for row, preference in zip(rows, preferences, strict=True)
         ]
-        return TaskScore(
-            task=_TASK.name,
-            protocol=self.protocol,
-            score=None if told is None else told["win_rate"],
-            num_correct=None if told is None else told["n_wins"],
+        return Score(
+            task=self.name,
+            protocol=self.protocol_name,
+            score=None if summary is None else summary["win_rate"],
+            num_correct=None if summary is None else summary["n_wins"],
             n=len(rows),
-            n_invalid=0 if told is None else told["n_invalid"],
+            n_invalid=0 if summary is None else summary["n_invalid"],
             ci95=normal_interval(shares) if shares else None,
             template_hash="",
             data_sha256=self.instructions.sha256,
             origin=self.instructions.origin,
             samples=samples,
-            template="alpaca" if self.protocol == "gift" else self.protocol,
+            template="alpaca" if self.protocol_name == "gift" else self.protocol_name,
             extra={
-                "preference": told,
-                "judge": str(annotations[0].get("annotator")) if annotations else None,
+                "preference": summary,
+                "judge": str(verdicts[0].get("annotator")) if verdicts else None,
                 "reference": rows[0].generator,
                 "num_rows": self.instructions.num_rows,
             },
-            files=files,
         )
 
 
-def read_alpaca_eval(request: TaskRequest) -> AlpacaEvalJob:
-    """Read AlpacaEval, and the judge's prompt where there is a judge, before any model is loaded.
-
-    Args:
-        request: The task; `options` may hold judge_url, judge_model, is_judged.
-
-    Returns:
-        The job.
-
-    Raises:
-        UserError: If files are missing or damaged, or the options do not go together.
-        ExceptionGroup: If there are several such faults.
-    """
-    wishes = _TASK.read(request)
+def _load(request: JudgedRequest, whole: EvaluationRequest) -> AlpacaEval:
+    instructions = alpaca_eval.load_instructions(request.data_dir, request.limit)
     messages: Sequence[tuple[str, str]] = ()
-    instructions = alpaca_eval.load_instructions(wishes.data_dir, wishes.limit)
-    if wishes.judge is not None:
-        messages = alpaca_eval.load_judge_prompt(wishes.data_dir)
-    return AlpacaEvalJob(
-        instructions,
-        wishes.protocol,
-        wishes.max_new_tokens,
-        wishes.judge,
-        messages,
-        request.options,
-    )
+    if request.judge is not None:
+        messages = alpaca_eval.load_judge_prompt(request.data_dir)
+    return AlpacaEval(request, whole.options, instructions, messages)
 
 
-ALPACA_EVAL = _TASK.as_kind(read_alpaca_eval)
-"""Answers compared with a reference model's by a judge."""
+FAMILY = judged_family(
+    ("alpaca_eval",),
+    _PROTOCOLS,
+    f"{alpaca_eval.FOLDER}/alpaca_eval.json",
+    alpaca_eval.NUM_PUBLISHED,
+    _load,
+)

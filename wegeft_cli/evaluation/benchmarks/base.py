@@ -1,134 +1,160 @@
-"""What every kind of task has in common: it is asked for, read, answered by a model, and scored.
+"""`Benchmark`: what `wegeft eval` and `train.eval_tasks` score.
 
-A new kind (generated code, judged answers, another harness, images) is one module that builds a
-`TaskKind`, and one entry in `kinds.KINDS`. `wegeft eval` then lists its tasks, takes them by name
-and in groups, and writes their scores into the same table, JSON and samples file.
+A module of this package that defines `FAMILY`, a `BenchmarkFamily`, adds its benchmarks: they are
+listed, found by name, and scored by every road. Module level of these files loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from wegeft_cli.distributed.processes import Processes
-from wegeft_cli.evaluation.response_cache import AnswerLog
-from wegeft_cli.evaluation.score import TaskScore
+from wegeft_cli.evaluation.response_cache import ResponseCache
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.recipe.schema import EvalSection
 
 
 @dataclass(frozen=True)
-class TaskRequest:
-    """One task as it was asked for; what is None was not said.
+class EvaluationRequest:
+    """What an evaluation asks for; None takes the recipe's setting, else the benchmark's own.
 
     Args:
-        name: As typed, or as in the recipe.
-        protocol: Typed on the command line.
+        protocol: Prompt, decoding and scoring rules by name.
         data_dir: Folder with test sets.
-        limit: Only the first so many rows.
-        max_new_tokens: Longest answer.
-        settings: The `eval` section of the run's recipe, or its defaults. They hold for what was
-            not said; limit and length only for tasks that the recipe names.
-        options: What only some kinds understand, by the name of its command-line option
-            (`allow_leaky`, ...).
+        limit: Number of rows of each test set.
+        batch_size: Prompts at a time.
+        max_new_tokens: Longest answer in tokens.
+        options: What only some families read, by the name of its option (`allow_leaky`, ...).
+        settings: The `eval` section of the run's recipe, or its defaults. Its `limit` and
+            `max_new_tokens` apply to the benchmarks that its `tasks` name.
+        classifier: The loaded classifier, whose splits are scored.
     """
 
-    name: str
     protocol: str | None = None
     data_dir: Path | None = None
     limit: int | None = None
+    batch_size: int | None = None
     max_new_tokens: int | None = None
-    settings: EvalSection = field(default_factory=EvalSection)
     options: Mapping[str, Any] = field(default_factory=dict)
+    settings: EvalSection = field(default_factory=EvalSection)
+    classifier: Any = None
+
+    @property
+    def settings_dir(self) -> Path | None:
+        """The recipe's `eval.data_dir`."""
+        folder = self.settings.data_dir
+        return None if folder is None else Path(folder).expanduser()
+
+    def limits(self, *, is_named: bool) -> tuple[int | None, int | None]:
+        """Return the number of rows and the longest answer of a benchmark.
+
+        Args:
+            is_named: Whether the recipe's `eval.tasks` names it.
+        """
+        limit = self.settings.limit if is_named else None
+        length = self.settings.max_new_tokens if is_named else None
+        return self.limit or limit, self.max_new_tokens or length
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a job is to be worked off.
+class BenchmarkContext:
+    """How a benchmark runs.
 
     Args:
         batch_size: Prompts at a time.
-        on_progress: Called with (rows done, rows in all).
-        warn: Told what the user should know before trusting the score.
-        log: Keeps the answers, so that a killed evaluation goes on; None keeps none.
         processes: The processes that share the rows.
-        write: Writes texts in the model's place (another engine); None asks the model.
-        title: What is asked: `base`, or the kind of target.
+        title: Name of the model in messages: `base`, `target`, `adapter`, ...
+        cache: Stores the answers, so that an interrupted evaluation resumes.
+        on_progress: Called with (rows done, rows in all).
+        warn: Called with what the user must know to read the score.
+        check_stop: Called between two batches, on all processes at the same place; may raise.
+            Default: answers are generated in one call of the engine.
+        in_lockstep: Whether every forward pass needs all processes (a sharded base).
     """
 
     batch_size: int
+    processes: Processes = field(default_factory=Processes.single)
+    title: str = "model"
+    cache: ResponseCache | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None
     warn: Callable[[str], None] = lambda text: None
-    log: AnswerLog | None = None
-    processes: Processes = field(default_factory=Processes.single)
-    write: Callable[..., Any] | None = None
-    title: str = "model"
+    check_stop: Callable[[], None] | None = None
+    in_lockstep: bool = False
 
 
-class EvalJob(Protocol):
-    """One task, read and ready to be asked."""
+class Benchmark(Protocol):
+    """A test set and the protocol that scores it, loaded."""
 
     @property
     def name(self) -> str:
-        """The task's name in the results."""
+        """The benchmark's name in the results."""
         ...
 
     @property
     def protocol_name(self) -> str:
-        """The protocol's name in the results; scores of different ones are never shown together."""
+        """The protocol's name in the results; scores of different ones are never comparable."""
         ...
 
     @property
-    def num_rows(self) -> int:
-        """Rows that will be asked, for the progress bar."""
+    def num_examples(self) -> int:
+        """Number of answers, for the progress bar."""
         ...
 
-    def key(self) -> Mapping[str, Any]:
-        """All that the answers depend on besides the model, as JSON values.
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return everything that the answers depend on besides the model, as JSON values.
 
-        An evaluation goes on from logged answers only where this is the same.
+        Cached answers are reused if and only if this is equal.
         """
         ...
 
-    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Ask the model and score it. All processes call this; all get the whole score."""
+    def run(self, model: Any, context: BenchmarkContext) -> Score:
+        """Score a model. All processes call this; each returns the whole score.
+
+        Args:
+            model: The loaded model.
+            context: How to run.
+        """
         ...
 
-    def score_samples(self, path: Path) -> TaskScore:
-        """Score outputs that somebody else produced (`--samples`).
+    def score_file(self, path: Path) -> Score:
+        """Score outputs from a file (`--samples`).
 
         Args:
             path: JSON Lines.
 
-        Returns:
-            The score.
-
         Raises:
-            UserError: If the file does not answer every row once, or this kind takes none.
+            UserError: If the file does not answer every row once, or files cannot be scored.
         """
         ...
 
 
 @dataclass(frozen=True)
-class TaskKind:
-    """A kind of task.
+class BenchmarkFamily:
+    """Benchmarks that are loaded and scored alike.
 
     Args:
         name: Such as `text`.
-        owns: Whether a name, as typed, is one of this kind's tasks.
-        read: Reads the test set before any model is loaded; UserError tells what is missing.
-        check: Refuses a protocol that does not score a task, for `wegeft validate`: called with
-            task, protocol, and whether they must belong together (False: the task may take
-            another). None refuses none.
-        list_tasks: For `wegeft eval --list`: dicts of name, file (under --data-dir), kind, and
-            whatever else is worth telling.
-        list_protocols: For `wegeft eval --list`: dicts of name, description.
+        find_name: Returns the name of a benchmark as the results have it, given the name as typed;
+            None if the family has no such benchmark.
+        load: Reads the test set before any model is loaded. Raises UserError if it is missing.
+        list_benchmarks: Returns dicts of name, file (under --data-dir), kind, ..., for
+            `wegeft eval --list`.
+        check_protocol: Raises UserError if a protocol does not score a benchmark. Called with the
+            benchmark, the protocol, and whether the benchmark may not fall back on another one.
+        check_training: Raises UserError if a benchmark cannot be scored during training. Called
+            with the benchmark and the options.
+        list_protocols: Returns dicts of name, description, ..., for `wegeft eval --list`.
+        scores_classifiers: Whether the benchmarks are those of classifiers.
     """
 
     name: str
-    owns: Callable[[str], bool]
-    read: Callable[[TaskRequest], EvalJob]
-    list_tasks: Callable[[], list[dict[str, Any]]]
-    check: Callable[[str, str, bool], None] | None = None
-    list_protocols: Callable[[], list[dict[str, Any]]] = list
+    find_name: Callable[[str], str | None]
+    load: Callable[[str, EvaluationRequest], Benchmark]
+    list_benchmarks: Callable[[], Sequence[dict[str, Any]]] = list
+    check_protocol: Callable[[str, str, bool], None] = lambda name, protocol, must_fit: None
+    check_training: Callable[[str, Mapping[str, Any]], None] = lambda name, options: None
+    list_protocols: Callable[[], Sequence[dict[str, Any]]] = list
+    scores_classifiers: bool = False

@@ -1,317 +1,193 @@
-"""A classifier becomes scores: one figure for each split, every class, every sample."""
+"""Benchmarks of classifiers: their test and validation splits, row by row and class by class."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from wegeft_cli.artifacts.adapter import read_provenance
-from wegeft_cli.data.batches.labelled import iterate_batches, show_input
-from wegeft_cli.data.labelled.dataset import ClassRows, encode_rows, join_rows, read_source
-from wegeft_cli.data.labelled.labels import Labels
-from wegeft_cli.data.sources.files import KINDS
-from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError, UserError, raise_all
-from wegeft_cli.inference.loaded_classifier import (
-    FoundClassifier,
-    OpenedClassifier,
-    find_classifier,
-    load_classifier,
+from wegeft_cli.evaluation.benchmarks.base import (
+    BenchmarkContext,
+    BenchmarkFamily,
+    EvaluationRequest,
 )
-from wegeft_cli.models.heads import HeadSpec, read_labels
-from wegeft_cli.models.image_processor import check_images
-from wegeft_cli.models.loading import load_base_config
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.recipe.schema import DataSource, Recipe
-from wegeft_cli.reporter import Reporter
 from wegeft_cli.statistics import wilson_interval
-from wegeft_cli.tasks.classification import (
-    ClassScore,
-    build_collator,
-    check_metrics,
-    choose_metric,
-    score_answers,
-)
-from wegeft_cli.training.classification_loss import Answers, ClassLoss
+
+if TYPE_CHECKING:
+    from wegeft_cli.data.labelled.dataset import ClassRows
+    from wegeft_cli.inference.loaded_classifier import OpenedClassifier
+    from wegeft_cli.models.heads import HeadSpec
+    from wegeft_cli.tasks.classification import ClassScore
 
 PROTOCOL = "classification"
-
-
-def evaluate_classes(
-    path: str | Path,
-    recipe: Recipe | None,
-    *,
-    splits: Sequence[str] = (),
-    data_dir: Path | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    compare_base: bool = False,
-    base: str | None = None,
-    processes: Processes,
-    reporter: Reporter,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[dict[str, Any]]]:
-    """Score a classifier on its splits.
-
-    Args:
-        path: An adapter, run or model folder.
-        recipe: The run's recipe, where it belongs to a run.
-        splits: test or validation, or both; none takes the first that there is.
-        data_dir: Folder that holds them: `<split>/<class>/...`, `<split>.json` and so on; None
-            takes the recipe's.
-        limit: Only the first so many rows of each.
-        batch_size: Rows at a time.
-        compare_base: Score the base too, whose head must know the same classes.
-        base: The base's folder or hub id, where it is not as recorded.
-        processes: The processes that share the rows.
-        reporter: Where words and progress go.
-
-    Returns:
-        Results, the base's results, and the lines of the samples file.
-
-    Raises:
-        UserError: If there is no such split, or it holds a class that the model does not know.
-        ExceptionGroup: If several rows are at fault.
-    """
-    check_splits(splits)
-    found = find_classifier(path, recipe, base=base)
-    known = found.recipe
-    check_metrics(known, found.head)
-    alone = _find_base(found, path, base) if compare_base else None
-    opened = load_classifier(found, base=base, warn=reporter.warn)
-    rows = read_splits(opened, splits, data_dir=data_dir, limit=limit)
-    asking = Asking(batch_size or known.train.per_device_eval_batch_size, processes, reporter)
-    samples: list[dict[str, Any]] = []
-    base_results = None
-    if alone is not None:
-        base_results = _score_splits(load_classifier(alone), rows, asking, "base", samples)
-    results = _score_splits(opened, rows, asking, "target", samples)
-    return results, base_results, samples
+SPLITS = ("test", "validation")
+"""The benchmarks of a classifier."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How a classifier is asked.
+class ClassificationBenchmark:
+    """One split of a classifier's data.
 
     Args:
-        batch_size: Rows at a time.
-        processes: The processes that share the rows.
-        reporter: Where progress goes.
+        name: test or validation.
+        rows: The rows.
+        data_sha256: Digest of the rows.
+        head: The classes.
+        metric: The metric that is the score.
     """
 
-    batch_size: int
-    processes: Processes
-    reporter: Reporter
+    name: str
+    rows: ClassRows
+    data_sha256: str
+    head: HeadSpec
+    metric: str
 
-    def ask(self, opened: OpenedClassifier, rows: ClassRows, title: str) -> ClassScore:
-        """Score the rows of a split, those of all processes together.
+    @property
+    def protocol_name(self) -> str:
+        """The protocol's name."""
+        return PROTOCOL
 
-        Args:
-            opened: The classifier.
-            rows: The split.
-            title: What the progress is called.
+    @property
+    def num_examples(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
 
-        Returns:
-            The score, the same in every process.
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return the split's name; the answers of classifiers are not cached."""
+        return {"task": self.name}
 
-        Raises:
-            MachineError: If the memory does not suffice.
-        """
+    def run(self, model: OpenedClassifier, context: BenchmarkContext) -> Score:
+        """Classify the rows, this process its shard of them."""
+        score = self._classify(model, context)
+        interval = None
+        if self.metric == "accuracy" and score.num_correct is not None:
+            interval = wilson_interval(score.num_correct, score.n)
+        return Score(
+            task=self.name,
+            protocol=PROTOCOL,
+            metric=self.metric,
+            score=score.metrics[self.metric],
+            num_correct=score.num_correct,
+            n=score.n,
+            n_invalid=0,
+            ci95=interval,
+            metrics={"metrics": score.metrics, "per_class": score.per_class},
+            data_sha256=self.data_sha256,
+            origin=self.rows.origin,
+            samples=self._samples(score),
+        )
+
+    def score_file(self, path: Path) -> Score:
+        """Raise UserError: a classifier's answers are scored as it gives them."""
+        raise samples_error()
+
+    def _classify(self, model: OpenedClassifier, context: BenchmarkContext) -> ClassScore:
+        """Return the score of the rows of all processes."""
+        import torch
         from accelerate import PartialState
 
-        model: Any = opened.model.to(PartialState().device)
-        config = getattr(model, "config", None)
-        collator = build_collator(opened.recipe, opened.processor, config, model)
-        loss = ClassLoss(is_regression=not opened.head.labels)
-        device = next(model.parameters()).device
-        place = {"rank": self.processes.rank, "world_size": self.processes.count}
+        from wegeft_cli.data.batches.labelled import iterate_batches
+        from wegeft_cli.tasks.classification import build_collator, score_answers
+        from wegeft_cli.training.classification_loss import Answers, ClassLoss
+
+        module: Any = model.model.to(PartialState().device)
+        config = getattr(module, "config", None)
+        collator = build_collator(model.recipe, model.processor, config, module)
+        loss = ClassLoss(is_regression=not self.head.labels)
+        device = next(module.parameters()).device
+        processes = context.processes
+        place = {"rank": processes.rank, "world_size": processes.count}
         done = 0
+        batches = iterate_batches(self.rows, collator, batch_size=context.batch_size, **place)
         try:
-            with torch.no_grad(), self.reporter.progress(title, len(rows)) as advance:
-                for batch in iterate_batches(rows, collator, batch_size=self.batch_size, **place):
-                    loss(model, batch.to(device))
+            with torch.no_grad():
+                for batch in batches:
+                    loss(module, batch.to(device))
                     done += len(batch.rows)
-                    advance(done)
+                    context.on_progress(done, self.num_examples)
         except torch.OutOfMemoryError as error:
             raise MachineError("out of memory", key="--batch-size", hint="lower it") from error
         answers = loss.take_answers()
-        every = self.processes.merge(dict(zip(answers.rows, answers.logits, strict=True)))
-        labels = [rows.labels[row].item() for row in every]
-        return score_answers(Answers(list(every), list(every.values()), labels), opened.head)
+        every = processes.merge(dict(zip(answers.rows, answers.logits, strict=True)))
+        labels = [self.rows.labels[row].item() for row in every]
+        return score_answers(Answers(list(every), list(every.values()), labels), self.head)
+
+    def _samples(self, score: ClassScore) -> list[dict[str, Any]]:
+        """Return a record per row, in the rows' order."""
+        from wegeft_cli.data.batches.labelled import show_input
+
+        samples = []
+        for index in range(len(self.rows)):
+            answer, label = score.predicted[index], self.rows.labels[index].item()
+            sample: dict[str, Any] = {"index": index, "input": show_input(self.rows.shown[index])}
+            if self.head.labels:
+                sample |= {
+                    "prediction": self.head.labels[int(answer)],
+                    "answer": self.head.labels[label],
+                    "correct": int(answer) == label,
+                    "confidence": score.confidence[index],
+                }
+            else:
+                sample |= {"prediction": answer, "answer": label, "correct": None}
+            samples.append(sample)
+        return samples
 
 
-def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> FoundClassifier:
-    """Find the base alone, before anything is loaded; its own head must know the same classes."""
-    section = found.recipe.model
-    if found.adapter_dir is None:
-        base = base or read_provenance(Path(path))
-        if base is None:
-            raise UserError(
-                "nothing tells which base this model came from",
-                key="--base",
-                hint="name it with --base",
-            )
-        section = replace(section, name_or_path=base, revision=None)
-    config = load_base_config(section)
-    if not found.head.labels or set(read_labels(config)) != set(found.head.labels):
-        raise UserError(
-            f"the base {section.name_or_path!r} has no head for these classes: there is nothing to "
-            "compare with",
-            key="--compare-base",
-            hint="train a linear probe of it instead: adapter.type=linear_probe",
-        )
-    head = replace(found.head, labels=read_labels(config), keeps_base_head=True)
-    return FoundClassifier(None, head, replace(found.recipe, model=section))
-
-
-def _score_splits(
-    opened: OpenedClassifier,
-    splits: dict[str, tuple[ClassRows, str]],
-    asking: Asking,
-    title: str,
-    samples: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    results = []
-    for name, (rows, digest) in splits.items():
-        score = asking.ask(opened, rows, f"{title}: {name}")
-        results.append(tell_result(name, rows, score, opened, digest))
-        samples += tell_samples(title, name, rows, score, opened.head)
-    return results
-
-
-def tell_result(
-    name: str, rows: ClassRows, score: ClassScore, opened: OpenedClassifier, digest: str
-) -> dict[str, Any]:
-    """Give a split's score as an entry of `results`.
-
-    Args:
-        name: The split.
-        rows: Its rows.
-        score: Their score.
-        opened: What was asked.
-        digest: Of the rows.
-
-    Returns:
-        The entry.
-    """
-    metric = choose_metric(opened.recipe, opened.head)
-    interval = None
-    if metric == "accuracy" and score.num_correct is not None:
-        interval = list(wilson_interval(score.num_correct, score.n))
-    return {
-        "task": name,
-        "protocol": PROTOCOL,
-        "metric": metric,
-        "score": score.metrics[metric],
-        "num_correct": score.num_correct,
-        "n": score.n,
-        "n_invalid": 0,
-        "ci95": interval,
-        "metrics": score.metrics,
-        "per_class": score.per_class,
-        "data_sha256": digest,
-        "origin": rows.origin,
-    }
-
-
-def tell_samples(
-    title: str, name: str, rows: ClassRows, score: ClassScore, head: HeadSpec
-) -> list[dict[str, Any]]:
-    """Give the lines of the samples file.
-
-    Args:
-        title: What was asked: base or target.
-        name: The split.
-        rows: Its rows.
-        score: Their score.
-        head: What the classifier tells apart.
-
-    Returns:
-        One line a row, in the rows' order.
-    """
-    lines = []
-    for index in range(len(rows)):
-        answer, label = score.predicted[index], rows.labels[index].item()
-        line: dict[str, Any] = {
-            "model": title,
-            "task": name,
-            "protocol": PROTOCOL,
-            "index": index,
-            "input": show_input(rows.shown[index]),
-        }
-        if head.labels:
-            line |= {
-                "prediction": head.labels[int(answer)],
-                "answer": head.labels[label],
-                "correct": int(answer) == label,
-                "confidence": score.confidence[index],
-            }
-        else:
-            line |= {"prediction": answer, "answer": label, "correct": None}
-        lines.append(line)
-    return lines
-
-
-SPLITS = ("test", "validation")
-"""What `--task` names of a classifier."""
+def samples_error() -> UserError:
+    """Return the error of a samples file for a classifier."""
+    return UserError(
+        "answers of a classifier are scored as it gives them, not from a file",
+        key="--samples",
+        hint="score the run: wegeft eval RUN --task test; its samples file has each row",
+    )
 
 
 def check_splits(names: Sequence[str]) -> None:
-    """Refuse what is no split of a classifier.
-
-    Args:
-        names: As typed.
-
-    Raises:
-        UserError: If one is none.
-    """
+    """Raise UserError if a name is no split of a classifier."""
     for name in names:
         if name not in SPLITS:
             raise UserError(
                 f"{name!r} is no split of a classifier",
                 key="--task",
-                hint=f"name {' or '.join(SPLITS)}; texts are generated by language models alone",
+                hint=f"name {' or '.join(SPLITS)}; only language models generate texts",
             )
 
 
-def read_splits(
-    opened: OpenedClassifier,
-    splits: Sequence[str],
-    *,
-    data_dir: Path | None = None,
-    limit: int | None = None,
-) -> dict[str, tuple[ClassRows, str]]:
-    """Read the splits that are to be scored.
+def split_names(names: Sequence[str], request: EvaluationRequest) -> list[str]:
+    """Return the splits to score: the names, or else the first split that exists."""
+    return list(_find_splits(request.classifier.recipe, names, _data_dir(request)))
 
-    Args:
-        opened: The classifier.
-        splits: test or validation, or both; none takes the first that there is.
-        data_dir: Folder that holds them: `<split>/<class>/...`, `<split>.json` and so on; None
-            takes the recipe's.
-        limit: Only the first so many rows of each.
 
-    Returns:
-        The rows of each split, and their digest.
+def _data_dir(request: EvaluationRequest) -> Path | None:
+    folder = request.classifier.recipe.eval.data_dir
+    return request.data_dir or (Path(folder) if folder else None)
+
+
+def _load(name: str, request: EvaluationRequest) -> ClassificationBenchmark:
+    """Load a split.
 
     Raises:
-        UserError: If there is no such split, or it holds a class that the model does not know.
+        UserError: If the split does not exist, or contains a class that the model does not know.
         ExceptionGroup: If several rows are at fault.
     """
-    known = opened.recipe
-    folder = data_dir or (Path(known.eval.data_dir) if known.eval.data_dir else None)
-    return {
-        name: _read_split(opened, sources, limit or known.eval.limit)
-        for name, sources in _find_splits(known, splits, folder).items()
-    }
+    from wegeft_cli.tasks.classification import choose_metric
+
+    opened: OpenedClassifier = request.classifier
+    sources = _find_splits(opened.recipe, [name], _data_dir(request))[name]
+    rows, digest = _read_split(opened, sources, request.limit or opened.recipe.eval.limit)
+    metric = choose_metric(opened.recipe, opened.head)
+    return ClassificationBenchmark(name, rows, digest, opened.head, metric)
 
 
 def _find_splits(
     recipe: Recipe, splits: Sequence[str], data_dir: Path | None
 ) -> dict[str, list[DataSource]]:
-    """The sources of each split that is to be scored."""
+    """Return the sources of each split to score."""
     found: dict[str, list[DataSource]] = {}
     for name in splits or SPLITS:
         sources = getattr(recipe.data, name)
@@ -339,9 +215,11 @@ def _find_splits(
 
 
 def _find_in(data_dir: Path, name: str, like: DataSource) -> list[DataSource]:
+    from wegeft_cli.data.sources.files import KINDS
+
     if not data_dir.is_dir():
         raise UserError(f"no such folder: {str(data_dir)!r}", key="--data-dir")
-    # Another folder has its own pictures: where the recipe's lie says nothing of them.
+    # The recipe's image folder does not apply to another data folder.
     source = replace(like, name=None, limit=None, split=name, image_dir=None)
     for suffix in KINDS:
         file = data_dir / f"{name}{suffix}"
@@ -355,7 +233,13 @@ def _find_in(data_dir: Path, name: str, like: DataSource) -> list[DataSource]:
 def _read_split(
     opened: OpenedClassifier, sources: Sequence[DataSource], limit: int | None
 ) -> tuple[ClassRows, str]:
-    """Read a split's rows, and digest what was read."""
+    """Read a split's rows and their digest."""
+    import torch
+
+    from wegeft_cli.data.labelled.dataset import encode_rows, join_rows, read_source
+    from wegeft_cli.data.labelled.labels import Labels
+    from wegeft_cli.models.image_processor import check_images
+
     recipe, labels = opened.recipe, Labels(opened.head.labels)
     is_image = recipe.task == "image_classification"
     parts = []
@@ -375,3 +259,11 @@ def _read_split(
     if len(digests) == 1:
         return joined, digests[0]
     return joined, hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+FAMILY = BenchmarkFamily(
+    "classification",
+    lambda name: name if name in SPLITS else None,
+    _load,
+    scores_classifiers=True,
+)

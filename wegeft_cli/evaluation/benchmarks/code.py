@@ -1,4 +1,4 @@
-"""Tasks whose answers are code: HumanEval, run in a sandbox after the user has allowed it."""
+"""HumanEval: generated code, run in a sandbox with the user's consent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.benchmarks.base import Asked, TaskKind, TaskRequest
+from wegeft_cli.evaluation.benchmarks.base import (
+    BenchmarkContext,
+    BenchmarkFamily,
+    EvaluationRequest,
+)
+from wegeft_cli.evaluation.benchmarks.training import ALLOW_CODE_VARIABLE
 from wegeft_cli.evaluation.code.problems import (
     FILE,
     NUM_PUBLISHED,
@@ -22,15 +27,15 @@ from wegeft_cli.evaluation.code.protocols import (
     CodeProtocol,
     find_code_protocol,
 )
-from wegeft_cli.evaluation.score import TaskScore
-from wegeft_cli.generation.decoding import Decoding, draw_number
-from wegeft_cli.inference.prompt_format import write_chat_prompts
+from wegeft_cli.evaluation.score import Score
+from wegeft_cli.generation.decoding import Decoding, sample_id
+from wegeft_cli.inference.prompt_format import RenderedPrompts, render_user_prompts
 
-TASK = "humaneval"
+NAME = "humaneval"
 
 
 @dataclass(frozen=True)
-class CodeJob:
+class CodeBenchmark:
     """HumanEval under one protocol."""
 
     problems: Problems
@@ -40,8 +45,8 @@ class CodeJob:
 
     @property
     def name(self) -> str:
-        """The task's name."""
-        return TASK
+        """The benchmark's name."""
+        return NAME
 
     @property
     def protocol_name(self) -> str:
@@ -49,14 +54,14 @@ class CodeJob:
         return self.protocol.name
 
     @property
-    def num_rows(self) -> int:
-        """Samples to be written."""
+    def num_examples(self) -> int:
+        """Number of samples: problems times answers per problem."""
         return len(self.problems.rows) * self.num_samples
 
-    def key(self) -> Mapping[str, Any]:
-        """All that the answers depend on besides the model."""
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return everything that the answers depend on besides the model."""
         return {
-            "task": TASK,
+            "task": NAME,
             "protocol": self.protocol.name,
             "template_hash": self.protocol.template_hash(),
             "data_sha256": self.problems.sha256,
@@ -64,63 +69,57 @@ class CodeJob:
             "num_samples": self.num_samples,
         }
 
-    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Let the model write code, and run it."""
-        from wegeft_cli.evaluation.answers import write_answers
+    def prompts(self, tokenizer: Any) -> RenderedPrompts:
+        """Render one prompt per problem, by the problem's index."""
+        texts = {row.index: self.protocol.prompt(row.prompt) for row in self.problems.rows}
+        if self.protocol.is_chat:
+            return render_user_prompts(
+                tokenizer, texts, protocol=self.protocol.name, other=DEFAULT_CODE_PROTOCOL
+            )
+        return RenderedPrompts(texts, self.protocol.template_hash())
+
+    def run(self, model: Any, context: BenchmarkContext) -> Score:
+        """Generate code and run it."""
+        from wegeft_cli.evaluation.answers import generate_answers
         from wegeft_cli.evaluation.code.scoring import CODE_TIMEOUT, CodeSample
         from wegeft_cli.sandbox.run import open_sandbox
 
-        # Before anything is written: where no wall can be put up, nothing is worth writing.
+        # The sandbox first: without isolation, no answer can be scored.
         with open_sandbox(timeout=CODE_TIMEOUT) as sandbox:
-            self._tell_data(asked)
-            texts = {row.index: self.protocol.prompt(row.prompt) for row in self.problems.rows}
-            template_hash = self.protocol.template_hash()
-            turn_ends: list[int] = []
-            if self.protocol.is_chat:
-                texts, template_hash, turn_ends = write_chat_prompts(
-                    tokenizer,
-                    {n: [{"role": "user", "content": text}] for n, text in texts.items()},
-                    protocol=self.protocol.name,
-                    other=DEFAULT_CODE_PROTOCOL,
-                )
-            problems = {row.index: row for row in self.problems.rows}
+            self._warn_of_other_data(context)
+            prompts = self.prompts(model.tokenizer)
+            texts = prompts.texts
             numbers = {
                 index * self.num_samples + sample: (index, sample)
                 for index in texts
                 for sample in range(self.num_samples)
             }
-            written, settings = write_answers(
+            answers = generate_answers(
                 model,
-                tokenizer,
-                {number: texts[index] for number, (index, _) in numbers.items()},
+                replace(prompts, texts={n: texts[index] for n, (index, _) in numbers.items()}),
                 self.decoding,
-                asked,
-                draws={n: draw_number(index, sample) for n, (index, sample) in numbers.items()},
-                add_special_tokens=not self.protocol.is_chat,
-                turn_ends=turn_ends,
-                on_progress=lambda done: asked.on_progress(done, self.num_rows),
+                context,
+                sample_ids={n: sample_id(*place) for n, place in numbers.items()},
+                on_progress=lambda done: context.on_progress(done, self.num_examples),
             )
+            problems = {row.index: row for row in self.problems.rows}
+            outputs = {n: answer.new_text for n, answer in answers.completions.items()}
             samples = {
-                number: CodeSample(
+                n: CodeSample(
                     problems[index],
                     sample,
                     texts[index],
-                    written[number].new_text,
-                    self.protocol.extract(written[number].new_text),
+                    outputs[n],
+                    self.protocol.extract(outputs[n]),
                 )
-                for number, (index, sample) in numbers.items()
+                for n, (index, sample) in numbers.items()
             }
-            score = self._score(sandbox, samples, asked)
-        generation = {
-            **settings,
-            "num_samples": self.num_samples,
-            "num_truncated_prompts": sum(answer.is_truncated for answer in written.values()),
-            "num_new_tokens": sum(len(answer.new_ids) for answer in written.values()),
-        }
-        return replace(score, generation=generation, template_hash=template_hash)
+            score = self._score(sandbox, samples, context)
+        generation = answers.generation(num_samples=self.num_samples)
+        return replace(score, generation=generation, template_hash=prompts.template_hash)
 
-    def score_samples(self, path: Path) -> TaskScore:
-        """Run code that somebody else's model wrote."""
+    def score_file(self, path: Path) -> Score:
+        """Run code from a samples file."""
         from wegeft_cli.evaluation.code.scoring import CODE_TIMEOUT, CodeSample
         from wegeft_cli.sandbox.run import open_sandbox
 
@@ -132,29 +131,28 @@ class CodeJob:
             samples[len(samples)] = CodeSample(problems[index], counts[index], "", text, completion)
             counts[index] += 1
         with open_sandbox(timeout=CODE_TIMEOUT) as sandbox:
-            return self._score(sandbox, samples, Asked(1))
+            return self._score(sandbox, samples, BenchmarkContext(1))
 
-    def _score(self, sandbox: Any, samples: Mapping[int, Any], asked: Asked) -> TaskScore:
+    def _score(self, sandbox: Any, samples: Mapping[int, Any], context: BenchmarkContext) -> Score:
         from wegeft_cli.evaluation.code.scoring import run_samples, sample_record, summarise
 
-        mine = asked.processes.shard(sorted(samples))
-        outcomes = asked.processes.merge(run_samples(sandbox, {n: samples[n] for n in mine}))
+        mine = context.processes.shard(sorted(samples))
+        outcomes = context.processes.merge(run_samples(sandbox, {n: samples[n] for n in mine}))
         result = summarise(
             [samples[number] for number in sorted(samples)],
             [outcomes[number] for number in sorted(samples)],
         )
         if num_errors := result.outcomes["sandbox_error"]:
             reason = next(o.detail for o in outcomes.values() if o.kind == "sandbox_error")
-            asked.warn(
-                f"{TASK}: {num_errors} samples could not be run ({reason}); they are left out of "
-                "the score"
+            context.warn(
+                f"{NAME}: {num_errors} samples could not be run ({reason}); the score excludes them"
             )
         records = [
             {**sample_record(samples[number], outcomes[number]), "index": number}
             for number in sorted(samples)
         ]
-        return TaskScore(
-            task=TASK,
+        return Score(
+            task=NAME,
             protocol=self.protocol.name,
             score=result.pass_at_k["1"],
             num_correct=result.num_passed,
@@ -174,26 +172,20 @@ class CodeJob:
             },
         )
 
-    def _tell_data(self, asked: Asked) -> None:
+    def _warn_of_other_data(self, context: BenchmarkContext) -> None:
         if self.problems.is_published is False:
-            asked.warn(
-                f"{TASK}: {self.problems.origin} is not the published file; its score stands "
-                "beside no published one"
+            context.warn(
+                f"{NAME}: {self.problems.origin} is not the published file; its score is not "
+                "comparable with published ones"
             )
 
 
-def read_code_task(request: TaskRequest) -> CodeJob:
-    """Read HumanEval before any model is loaded.
-
-    Args:
-        request: The task; `options` may hold allow_code_execution, num_samples, temperature, seed.
-
-    Returns:
-        The job.
+def load_code_benchmark(name: str, request: EvaluationRequest) -> CodeBenchmark:
+    """Load HumanEval; options: allow_code_execution, num_samples, temperature, seed.
 
     Raises:
         UserError: If running code was not allowed, the file is missing or damaged, or the settings
-            do not go together.
+            contradict each other.
         ExceptionGroup: If there are several such faults.
     """
     if not request.options.get("allow_code_execution"):
@@ -203,22 +195,17 @@ def read_code_task(request: TaskRequest) -> CodeJob:
             hint="add this option; the code runs in a sandbox, see docs/code-and-judges.md",
         )
     settings = request.settings
-    is_named = TASK in settings.tasks
-    name = request.protocol
-    if name is None and settings.protocol in CODE_PROTOCOLS:
-        name = settings.protocol
-    protocol = find_code_protocol(name)
+    is_named = NAME in settings.tasks
+    protocol_name = request.protocol
+    if protocol_name is None and settings.protocol in CODE_PROTOCOLS:
+        protocol_name = settings.protocol
+    protocol = find_code_protocol(protocol_name)
     folder = request.data_dir
-    if folder is None and settings.data_dir is not None:
-        own_folder = Path(settings.data_dir).expanduser()
-        is_there = (own_folder / FILE).is_file() or (
-            own_folder / FILE.removesuffix(".gz")
-        ).is_file()
-        folder = own_folder if is_there else None
-    problems = load_problems(
-        data_dir=folder, limit=request.limit or (settings.limit if is_named else None)
-    )
-    length = request.max_new_tokens or (settings.max_new_tokens if is_named else None)
+    if folder is None and (own := request.settings_dir) is not None:
+        files = (own / FILE, own / FILE.removesuffix(".gz"))
+        folder = own if any(file.is_file() for file in files) else None
+    limit, length = request.limits(is_named=is_named)
+    problems = load_problems(data_dir=folder, limit=limit)
     temperature = request.options.get("temperature")
     num_samples = request.options.get("num_samples") or protocol.num_samples
     decoding = replace(
@@ -229,22 +216,31 @@ def read_code_task(request: TaskRequest) -> CodeJob:
     )
     if num_samples > 1 and not decoding.do_sample:
         raise UserError(
-            f"{num_samples} samples at temperature 0 are {num_samples} times the same",
+            f"{num_samples} samples at temperature 0 are all the same",
             key="--num-samples",
             hint="add --temperature, such as 0.2 for pass@1 or 0.8 for pass@10 and more",
         )
-    return CodeJob(problems, protocol, decoding, num_samples)
+    return CodeBenchmark(problems, protocol, decoding, num_samples)
 
 
-def _check(task: str, protocol: str, must: bool) -> None:
-    if must:
+def _check_protocol(name: str, protocol: str, must_fit: bool) -> None:
+    if must_fit:
         find_code_protocol(protocol)
+
+
+def _check_training(name: str, options: Mapping[str, Any]) -> None:
+    if not options.get("allow_code_execution"):
+        raise UserError(
+            "HumanEval runs the code that a model writes",
+            hint=f"set the environment variable {ALLOW_CODE_VARIABLE}=1 to allow it; the code runs "
+            "in a sandbox, see docs/code-and-judges.md",
+        )
 
 
 def _list_tasks() -> list[dict[str, Any]]:
     return [
         {
-            "name": TASK,
+            "name": NAME,
             "file": FILE,
             "kind": "code",
             "num_rows": NUM_PUBLISHED,
@@ -257,20 +253,20 @@ def _list_protocols() -> list[dict[str, Any]]:
     return [
         {
             "name": protocol.name,
-            "description": f"For {TASK}: {protocol.description}",
+            "description": f"For {NAME}: {protocol.description}",
             "fixed": protocol.fixed,
-            "task": TASK,
+            "task": NAME,
         }
         for protocol in CODE_PROTOCOLS.values()
     ]
 
 
-CODE = TaskKind(
+FAMILY = BenchmarkFamily(
     "code",
-    lambda name: name.lower() == TASK,
-    read_code_task,
+    lambda name: NAME if name.lower() == NAME else None,
+    load_code_benchmark,
     _list_tasks,
-    _check,
+    _check_protocol,
+    _check_training,
     _list_protocols,
 )
-"""Answers in code, run against tests."""

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, named `lm-eval:TASK`."""
+"""Tasks of EleutherAI's lm-evaluation-harness, named `lm-eval:TASK`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.benchmarks.base import Asked, TaskKind, TaskRequest
+from wegeft_cli.evaluation.benchmarks.base import (
+    BenchmarkContext,
+    BenchmarkFamily,
+    EvaluationRequest,
+)
 from wegeft_cli.evaluation.lm_eval.bridge import HarnessTask, load_harness_task, run_harness
-from wegeft_cli.evaluation.score import TaskScore
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.statistics import normal_interval, wilson_interval
 
 PREFIX = "lm-eval:"
@@ -19,7 +23,7 @@ PROTOCOL = "lm_eval"
 
 
 @dataclass(frozen=True)
-class HarnessJob:
+class HarnessBenchmark:
     """One task (or group) of the harness."""
 
     task: HarnessTask
@@ -27,40 +31,44 @@ class HarnessJob:
 
     @property
     def name(self) -> str:
-        """The task's name, prefix included."""
+        """The task's name with the prefix."""
         return PREFIX + self.task.name
 
     @property
     def protocol_name(self) -> str:
-        """The harness is a protocol of its own."""
+        """The harness is one protocol."""
         return PROTOCOL
 
     @property
-    def num_rows(self) -> int:
-        """Rows of all its tasks."""
+    def num_examples(self) -> int:
+        """Number of rows of all its tasks."""
         counts = (len(task.eval_docs) for task in self.task.loaded["tasks"].values())
         return sum(count if self.limit is None else min(count, self.limit) for count in counts)
 
-    def key(self) -> Mapping[str, Any]:
-        """The harness keeps no answers between runs."""
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return the task and the limit; the harness caches no answers."""
         return {"task": self.name, "limit": self.limit}
 
-    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Let the harness ask the model; of many processes the first, and the others wait."""
-        if asked.write is not None:
+    def run(self, model: Any, context: BenchmarkContext) -> Score:
+        """Run the harness on the first process, or in lockstep on all; share its result."""
+        if model.write is not None:
             raise UserError(
                 f"`{self.name}` needs the model in memory",
                 key="--backend",
                 hint="leave out --backend",
             )
         result = None
-        if asked.processes.is_main:  # the harness gives a model in memory no others to share with
+        if context.processes.is_main or context.in_lockstep:
             result = run_harness(
-                model, tokenizer, self.task, batch_size=asked.batch_size, limit=self.limit
+                model.model,
+                model.tokenizer,
+                self.task,
+                batch_size=context.batch_size,
+                limit=self.limit,
             )
-        result = asked.processes.broadcast(result)
+        result = context.processes.broadcast(result)
         assert result is not None
-        asked.on_progress(self.num_rows, self.num_rows)
+        context.on_progress(self.num_examples, self.num_examples)
         values = [sample["value"] for sample in result.samples]
         is_share = bool(values) and set(values) <= {0.0, 1.0}
         is_single = len(self.task.loaded["tasks"]) == 1
@@ -70,7 +78,7 @@ class HarnessJob:
             interval = wilson_interval(round(sum(values)), len(values))
         elif fits and is_single and values and None not in values:
             interval = normal_interval(values)
-        return TaskScore(
+        return Score(
             task=self.name,
             protocol=PROTOCOL,
             score=result.score if fits else None,
@@ -91,12 +99,12 @@ class HarnessJob:
                 }
                 for index, sample in enumerate(result.samples)
             ],
-            generation={**result.settings, "batch_size": asked.batch_size},
+            generation={**result.settings, "batch_size": context.batch_size},
             extra={"metric": result.metric, "metrics": dict(result.metrics)},
         )
 
-    def score_samples(self, path: Path) -> TaskScore:
-        """The harness reads likelihoods, which no file of outputs has."""
+    def score_file(self, path: Path) -> Score:
+        """Raise UserError: the harness reads likelihoods, which no file of outputs contains."""
         raise UserError(
             f"`{self.name}` is scored from the model, not from a file",
             key="--samples",
@@ -111,51 +119,42 @@ class HarnessJob:
         return digest.hexdigest()
 
     def _hash_prompts(self, samples: Any) -> str:
-        """Of the first prompt: the harness's templates are spread over files and code."""
+        """Hash the first prompt: the harness has no single template."""
         first = samples[0]["prompt"] if samples else ""
         return hashlib.sha256(first.encode()).hexdigest()[:16]
 
 
-def read_harness_task(request: TaskRequest) -> HarnessJob:
-    """Read a task of the harness with its data, before any model is loaded.
-
-    Args:
-        request: The task; `options` may hold trust_task_code.
-
-    Returns:
-        The job.
+def load_harness_benchmark(name: str, request: EvaluationRequest) -> HarnessBenchmark:
+    """Load a task of the harness with its data; option: trust_task_code.
 
     Raises:
-        UserError: If the harness is not installed, knows no such task or cannot read its data, or
-            another protocol than its own is asked for.
+        UserError: If the harness is not installed, has no such task or cannot read its data, or
+            the request names another protocol.
     """
     if request.protocol not in (None, PROTOCOL):
-        _check(request.name, str(request.protocol), True)
-    folder = request.data_dir
-    if folder is None and request.settings.data_dir is not None:
-        folder = Path(request.settings.data_dir).expanduser()
+        _check_protocol(name, str(request.protocol), True)
     task = load_harness_task(
-        request.name[len(PREFIX) :],
-        data_dir=folder,
+        name[len(PREFIX) :],
+        data_dir=request.data_dir or request.settings_dir,
         trust_code=bool(request.options.get("trust_task_code")),
     )
-    is_named = request.name in request.settings.tasks
-    return HarnessJob(task, request.limit or (request.settings.limit if is_named else None))
+    limit, _ = request.limits(is_named=name in request.settings.tasks)
+    return HarnessBenchmark(task, limit)
 
 
-def _check(task: str, protocol: str, must: bool) -> None:
-    if must and protocol != PROTOCOL:
+def _check_protocol(name: str, protocol: str, must_fit: bool) -> None:
+    if must_fit and protocol != PROTOCOL:
         raise UserError(
-            f"`{protocol}` does not score the task `{task}`",
+            f"`{protocol}` does not score the task `{name}`",
             key="protocol",
-            hint=f"leave it out: the harness is a protocol of its own, `{PROTOCOL}`",
+            hint=f"leave it out: the harness has one protocol, `{PROTOCOL}`",
         )
 
 
-HARNESS = TaskKind(
+FAMILY = BenchmarkFamily(
     "lm_eval",
-    lambda name: name.startswith(PREFIX),
-    read_harness_task,
+    lambda name: name if name.startswith(PREFIX) else None,
+    load_harness_benchmark,
     lambda: [
         {
             "name": f"{PREFIX}TASK",
@@ -165,8 +164,8 @@ HARNESS = TaskKind(
             "protocols": [PROTOCOL],
         }
     ],
-    _check,
-    lambda: [
+    _check_protocol,
+    list_protocols=lambda: [
         {
             "name": PROTOCOL,
             "description": "EleutherAI's lm-evaluation-harness on the model in memory, for its own "
@@ -176,4 +175,3 @@ HARNESS = TaskKind(
         }
     ],
 )
-"""Tasks of another harness."""

@@ -1,25 +1,30 @@
-"""MT-Bench: two turns are answered by the rules, and rated by the judge that the user names."""
+"""MT-Bench: answers of two turns, rated by a judge."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from wegeft_cli.evaluation.benchmarks.base import Asked, TaskRequest
+from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.judged import (
-    JudgedTask,
-    collect_verdicts,
-    name_answerer,
+    JudgedBenchmark,
+    JudgedRequest,
+    Rows,
+    judged_family,
     to_lines,
 )
 from wegeft_cli.evaluation.judged import mt_bench_questions as mt_bench
-from wegeft_cli.evaluation.judged import mt_bench_ratings as judging
-from wegeft_cli.evaluation.judged.judge_client import Judge
-from wegeft_cli.evaluation.score import TaskScore
+from wegeft_cli.evaluation.judged import mt_bench_ratings as ratings_of
+from wegeft_cli.evaluation.judged.judge_client import JudgeRequest
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.inference.prompt_format import ChatPrompts, has_chat_template, write_chat_prompts
+from wegeft_cli.inference.prompt_format import (
+    RenderedPrompts,
+    has_chat_template,
+    render_chat_prompts,
+)
 from wegeft_cli.statistics import normal_interval
 
 _ALPACA = "fastchat_alpaca"
@@ -30,71 +35,55 @@ _PROTOCOLS = {
     _ALPACA: "fastchat, in FastChat's conversation template `alpaca` whatever the model brings.",
 }
 _HIGHEST = 10
-_TASK = JudgedTask(
-    "mt_bench", _PROTOCOLS, f"{mt_bench.FOLDER}/question.jsonl", 160, other_names=("mt-bench",)
-)
+Turns = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class MtBenchJob:
+class MtBench(JudgedBenchmark[Turns]):
     """MT-Bench under one protocol."""
 
+    name: ClassVar[str] = "mt_bench"
     questions: mt_bench.Questions
-    protocol: str
     max_new_tokens: int
     seed: int
-    judge: Judge | None
-    files: judging.JudgeFiles | None
-    options: Mapping[str, Any]
+    judge_files: ratings_of.JudgeFiles | None
 
     @property
-    def name(self) -> str:
-        """The task's name."""
-        return _TASK.name
-
-    @property
-    def protocol_name(self) -> str:
-        """The protocol's name."""
-        return self.protocol
-
-    @property
-    def num_rows(self) -> int:
-        """Turns to be answered."""
+    def num_examples(self) -> int:
+        """Number of turns to answer."""
         return mt_bench.NUM_TURNS * len(self.questions.rows)
 
-    def key(self) -> Mapping[str, Any]:
-        """All that the answers depend on besides the model; the judge is none of it."""
+    def cache_key(self) -> Mapping[str, Any]:
+        """Return everything that the answers depend on besides the model and the judge."""
         return {
-            "task": _TASK.name,
-            "protocol": self.protocol,
+            "task": self.name,
+            "protocol": self.protocol_name,
             "data_sha256": self.questions.sha256,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
         }
 
-    def run(self, model: Any, tokenizer: Any, asked: Asked) -> TaskScore:
-        """Let the model answer both turns, and the judge rate them."""
+    def answer(
+        self, model: Any, context: BenchmarkContext
+    ) -> tuple[dict[int, Turns], dict[str, Any], str]:
+        """Generate both turns of every question."""
         histories: dict[int, list[dict[str, str]]] = {q.index: [] for q in self.questions.rows}
         settings: dict[str, Any] = {}
-        digest, num_tokens = "", 0
+        template_hash, num_tokens = "", 0
         for turn in range(mt_bench.NUM_TURNS):
             for question in self.questions.rows:
                 text = question.turns[turn]
                 histories[question.index].append({"role": "user", "content": text})
-            prompts, is_chat = self._write_prompts(tokenizer, histories)
-            digest = prompts.template_hash
-            answers, settings, added = self._answer_turn(
-                model, tokenizer, prompts, turn, asked, is_chat=is_chat
-            )
+            prompts = self._render(model.tokenizer, histories)
+            template_hash = prompts.template_hash
+            answers, settings, added = self._answer_turn(model, prompts, turn, context)
             num_tokens += added
             for index, answer in answers.items():
                 histories[index].append({"role": "assistant", "content": answer})
-        answers_by_question = {
+        outputs = {
             index: (history[1]["content"], history[3]["content"])
             for index, history in histories.items()
         }
-        model_id = name_answerer(model, self.options, asked)
-        score = self._score(answers_by_question, model_id, asked)
         kept = {key: value for key, value in settings.items() if key not in ("do_sample", "seed")}
         generation = {
             **kept,
@@ -102,86 +91,85 @@ class MtBenchJob:
             "seed": self.seed,
             "num_new_tokens": num_tokens,
         }
-        return replace(score, generation=generation, template_hash=digest)
+        return outputs, generation, template_hash
 
-    def score_samples(self, path: Path) -> TaskScore:
-        """Score a judgment file as it is, or let the judge rate an answer file."""
-        if self.options.get("is_judged"):
-            return self._summarise(judging.read_judgments(path, self.questions), {}, {})
-        answers = mt_bench.read_answers(path, self.questions)
-        return self._score(answers, path.stem, Asked(1))
-
-    def _write_prompts(
+    def _render(
         self, tokenizer: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
-    ) -> tuple[ChatPrompts, bool]:
-        """Prompts, and whether they hold their special tokens already."""
-        if self.protocol != _ALPACA and has_chat_template(tokenizer):
-            told = write_chat_prompts(tokenizer, histories, protocol=self.protocol, other=_ALPACA)
-            return told, True
+    ) -> RenderedPrompts:
+        if self.protocol_name != _ALPACA and has_chat_template(tokenizer):
+            return render_chat_prompts(
+                tokenizer, histories, protocol=self.protocol_name, other=_ALPACA
+            )
         eos = tokenizer.eos_token or ""
-        prompts = {
+        texts = {
             index: mt_bench.alpaca_conversation(history, eos)
             for index, history in histories.items()
         }
-        return ChatPrompts(prompts, _ALPACA, []), False
+        return RenderedPrompts(texts, _ALPACA)
 
     def _answer_turn(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompts: ChatPrompts,
-        turn: int,
-        asked: Asked,
-        *,
-        is_chat: bool,
+        self, model: Any, prompts: RenderedPrompts, turn: int, context: BenchmarkContext
     ) -> tuple[dict[int, str], dict[str, Any], int]:
-        """Answer one turn of every question, temperature by temperature."""
-        from wegeft_cli.evaluation.answers import write_answers
+        """Generate one turn of every question, temperature by temperature."""
+        from wegeft_cli.evaluation.answers import generate_answers
 
-        answers: dict[int, str] = {}
+        texts: dict[int, str] = {}
         settings: dict[str, Any] = {}
         num_tokens, num_before = 0, turn * len(prompts.texts)
         for temperature in sorted({question.temperature for question in self.questions.rows}):
             indices = [q.index for q in self.questions.rows if q.temperature == temperature]
-            num_done = num_before + len(answers)
-            written, settings = write_answers(
+            some = {mt_bench.NUM_TURNS * index + turn: prompts.texts[index] for index in indices}
+            num_done = num_before + len(texts)
+
+            def report(done: int, before: int = num_done) -> None:
+                context.on_progress(before + done, self.num_examples)
+
+            answers = generate_answers(
                 model,
-                tokenizer,
-                {mt_bench.NUM_TURNS * index + turn: prompts.texts[index] for index in indices},
+                replace(prompts, texts=some),
                 Decoding(self.max_new_tokens, temperature=temperature, seed=self.seed),
-                asked,
-                add_special_tokens=not is_chat,
-                turn_ends=prompts.turn_ends,
-                on_progress=lambda done, n=num_done: asked.on_progress(n + done, self.num_rows),  # type: ignore[misc]
+                context,
+                on_progress=report,
             )
-            for number, answer in written.items():
-                answers[number // mt_bench.NUM_TURNS] = answer.new_text.strip()
+            settings = answers.settings
+            for number, answer in answers.completions.items():
+                texts[number // mt_bench.NUM_TURNS] = answer.new_text.strip()
                 num_tokens += len(answer.new_ids)
-        return answers, settings, num_tokens
+        return texts, settings, num_tokens
 
-    def _score(
-        self, answers: Mapping[int, tuple[str, str]], model_id: str, asked: Asked
-    ) -> TaskScore:
-        rows = mt_bench.answer_rows(self.questions, answers, model_id)
-        files = {"mt_bench-answers.jsonl": to_lines(rows)}
-        if self.judge is None or self.files is None:
-            return self._summarise(None, answers, files)
-        requests = judging.judge_requests(self.questions, answers, self.files)
-        words = collect_verdicts(self.judge, requests, asked)
-        judgments = judging.judgment_rows(requests, words, model_id, self.judge.model)
-        files["mt_bench-judgments.jsonl"] = to_lines(judgments)
-        return self._summarise(judgments, answers, files)
+    def judge_requests(self, outputs: Mapping[int, Turns]) -> list[JudgeRequest]:
+        """Return the questions to the judge."""
+        assert self.judge_files is not None
+        return ratings_of.judge_requests(self.questions, outputs, self.judge_files)
 
-    def _summarise(
-        self,
-        judgments: Sequence[Mapping[str, Any]] | None,
-        answers: Mapping[int, tuple[str, str]],
-        files: dict[str, str],
-    ) -> TaskScore:
-        ratings = {(row["question_id"], row["turn"]): row["score"] for row in judgments or ()}
-        told = None
-        if judgments is not None:
-            told = judging.summarise_ratings(self.questions, judgments)
+    def output_file(self, outputs: Mapping[int, Turns], generator: str) -> tuple[str, str]:
+        """Return FastChat's file of answers."""
+        rows = mt_bench.answer_rows(self.questions, outputs, generator)
+        return "mt_bench-answers.jsonl", to_lines(rows)
+
+    def verdict_file(
+        self, outputs: Mapping[int, Turns], generator: str, texts: Mapping[int, str]
+    ) -> tuple[Rows, str, str]:
+        """Return FastChat's file of judgments."""
+        assert self.request.judge is not None
+        requests = self.judge_requests(outputs)
+        rows = ratings_of.judgment_rows(requests, texts, generator, self.request.judge.model)
+        return rows, "mt_bench-judgments.jsonl", to_lines(rows)
+
+    def read_verdicts(self, path: Path) -> Rows:
+        """Read FastChat's file of judgments."""
+        return ratings_of.read_judgments(path, self.questions)
+
+    def read_outputs(self, path: Path) -> dict[int, Turns]:
+        """Read FastChat's file of answers."""
+        return mt_bench.read_answers(path, self.questions)
+
+    def summarise(self, verdicts: Rows | None, outputs: Mapping[int, Turns]) -> Score:
+        """Return the mean rating divided by 10."""
+        ratings = {(row["question_id"], row["turn"]): row["score"] for row in verdicts or ()}
+        summary = None
+        if verdicts is not None:
+            summary = ratings_of.summarise_ratings(self.questions, verdicts)
         rated = [value / _HIGHEST for value in ratings.values() if value >= 0]
         samples = [
             {
@@ -190,7 +178,7 @@ class MtBenchJob:
                 "category": question.category,
                 "turn": turn + 1,
                 "prompt": question.turns[turn],
-                "output": answers[question.index][turn] if answers else None,
+                "output": outputs[question.index][turn] if outputs else None,
                 "prediction": ratings.get((question.question_id, turn + 1)),
                 "answer": None,
                 "correct": None,
@@ -199,59 +187,45 @@ class MtBenchJob:
             for question in self.questions.rows
             for turn in range(mt_bench.NUM_TURNS)
         ]
-        return TaskScore(
-            task=_TASK.name,
-            protocol=self.protocol,
+        return Score(
+            task=self.name,
+            protocol=self.protocol_name,
             score=sum(rated) / len(rated) if rated else None,
             num_correct=None,
-            n=self.num_rows,
-            n_invalid=0 if told is None else told["n_invalid"],
+            n=self.num_examples,
+            n_invalid=0 if summary is None else summary["n_invalid"],
             ci95=normal_interval(rated) if rated else None,
             template_hash="",
             data_sha256=self.questions.sha256,
             origin=self.questions.origin,
             samples=samples,
             extra={
-                "rating": told,
-                "judge": _judge_of(judgments),
+                "rating": summary,
+                "judge": _judge_name(verdicts),
                 "num_rows": mt_bench.NUM_TURNS * self.questions.num_rows,
             },
-            files=files,
         )
 
 
-def read_mt_bench(request: TaskRequest) -> MtBenchJob:
-    """Read MT-Bench, and the judge's files where there is a judge, before any model is loaded.
-
-    Args:
-        request: The task; `options` may hold judge_url, judge_model, is_judged, seed.
-
-    Returns:
-        The job.
-
-    Raises:
-        UserError: If files are missing or damaged, or the options do not go together.
-        ExceptionGroup: If there are several such faults.
-    """
-    wishes = _TASK.read(request)
-    questions = mt_bench.load_questions(wishes.data_dir, wishes.limit)
+def _load(request: JudgedRequest, whole: EvaluationRequest) -> MtBench:
+    questions = mt_bench.load_questions(request.data_dir, request.limit)
     files = None
-    if wishes.judge is not None:
-        files = judging.load_judge_files(wishes.data_dir, questions)
-    return MtBenchJob(
+    if request.judge is not None:
+        files = ratings_of.load_judge_files(request.data_dir, questions)
+    return MtBench(
+        request,
+        whole.options,
         questions,
-        wishes.protocol,
-        wishes.max_new_tokens or mt_bench.MAX_NEW_TOKENS,
-        int(request.options.get("seed") or 0),
-        wishes.judge,
+        request.max_new_tokens or mt_bench.MAX_NEW_TOKENS,
+        int(whole.options.get("seed") or 0),
         files,
-        request.options,
     )
 
 
-def _judge_of(judgments: Sequence[Mapping[str, Any]] | None) -> str | None:
-    return str(judgments[0].get("judge", ["?"])[0]) if judgments else None
+def _judge_name(verdicts: Sequence[Mapping[str, Any]] | None) -> str | None:
+    return str(verdicts[0].get("judge", ["?"])[0]) if verdicts else None
 
 
-MT_BENCH = _TASK.as_kind(read_mt_bench)
-"""Answers of two turns, rated by a judge."""
+FAMILY = judged_family(
+    ("mt_bench", "mt-bench"), _PROTOCOLS, f"{mt_bench.FOLDER}/question.jsonl", 160, _load
+)

@@ -1,54 +1,50 @@
-"""Every kind of task that `wegeft eval` knows; a new kind is one more entry here."""
+"""Benchmark families, found by folder; benchmarks and protocols by name."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL
-from wegeft_cli.evaluation.benchmarks.base import EvalJob, TaskKind, TaskRequest
-from wegeft_cli.evaluation.benchmarks.code import CODE
+from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.evaluation import benchmarks as package
+from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkFamily, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
-from wegeft_cli.evaluation.benchmarks.groups import GROUPS
-from wegeft_cli.evaluation.benchmarks.lm_eval import HARNESS
-from wegeft_cli.evaluation.benchmarks.mt_bench import MT_BENCH
-from wegeft_cli.evaluation.benchmarks.text import TEXT
+from wegeft_cli.evaluation.benchmarks.groups import GROUPS, expand_groups
+from wegeft_cli.evaluation.benchmarks.training import training_options
+from wegeft_cli.recipe.keys import find_nearest
+from wegeft_cli.recipe.schema import Recipe
 
-KINDS: tuple[TaskKind, ...] = (TEXT, CODE, MT_BENCH, ALPACA_EVAL, HARNESS)
-
-
-def read_task(request: TaskRequest) -> EvalJob:
-    """Read one task, of whatever kind it is.
-
-    Args:
-        request: The task.
-
-    Returns:
-        The job, ready to be asked.
-
-    Raises:
-        UserError: If no kind has a task of that name, or its test set is missing or damaged.
-        ExceptionGroup: If there are several such faults.
-    """
-    return _find_kind(request.name).read(request)
+_ORDER = ("text", "code", "mt_bench", "alpaca_eval", "lm_eval")
+"""Order of the list of benchmarks, and of the search; other families follow by name."""
 
 
-def _find_kind(name: str) -> TaskKind:
-    for kind in KINDS:
-        if kind.owns(name):
-            return kind
+def families(*, of_classifiers: bool = False) -> Iterator[BenchmarkFamily]:
+    """Import and yield the families one by one, so that a search imports no more than it needs."""
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    for name in sorted(names, key=lambda name: (name not in _ORDER, [*_ORDER, name].index(name))):
+        family = getattr(importlib.import_module(f"{package.__name__}.{name}"), "FAMILY", None)
+        if family is not None and family.scores_classifiers == of_classifiers:
+            yield family
+
+
+def find_family(name: str, *, of_classifiers: bool = False) -> BenchmarkFamily:
+    """Return the family of a benchmark; UserError if there is none."""
+    for family in families(of_classifiers=of_classifiers):
+        if family.find_name(name) is not None:
+            return family
     if name.lower() in CLASS_GROUPS:
         raise UserError(
-            f"`{name}` is the mean over classifiers, one tuned on each of its sets",
+            f"`{name}` is the mean over classifiers, one fine-tuned on each of its sets",
             key="task",
             hint=f"wegeft eval --task {name.lower()} RUN RUN ...",
         )
-    known = [
-        *(task["name"] for kind in KINDS for task in kind.list_tasks()),
-        *GROUPS,
-        *CLASS_GROUPS,
-    ]
+    listed = [task["name"] for family in families() for task in family.list_benchmarks()]
+    known = [*listed, *GROUPS, *CLASS_GROUPS]
     near = difflib.get_close_matches(name.lower(), known, n=1)
     raise UserError(
         f"no task is called `{name}`",
@@ -57,34 +53,137 @@ def _find_kind(name: str) -> TaskKind:
     )
 
 
-def check_task(name: str, protocol: str, *, must_fit: bool) -> None:
-    """Refuse a task that does not exist, or one that the protocol does not score.
+def benchmark_name(name: str) -> str:
+    """Return a benchmark's name in the results, given the name as typed."""
+    return find_family(name).find_name(name) or name
+
+
+def check_benchmark(name: str, protocol: str, *, must_fit: bool) -> None:
+    """Raise UserError if a benchmark does not exist or the recipe's protocol does not score it.
 
     Args:
-        name: The task.
+        name: The benchmark.
         protocol: The recipe's protocol.
-        must_fit: The task has to be scored by this one; else it may fall back on its own.
-
-    Raises:
-        UserError: If it does not hold.
+        must_fit: False allows the benchmark to fall back on a protocol of its own.
     """
-    kind = _find_kind(name)
-    if kind.check is not None:
-        kind.check(name, protocol, must_fit)
+    find_family(name).check_protocol(name, protocol, must_fit)
+
+
+def check_training_benchmark(name: str, protocol: str) -> None:
+    """Raise UserError if a benchmark of `train.eval_tasks` cannot be scored during training."""
+    family = find_family(name)
+    family.check_protocol(name, protocol, False)
+    family.check_training(name, training_options())
 
 
 def find_folder(name: str) -> str | None:
-    """Give a task's folder (or file) under the data folder; None where it has none."""
-    for task in _find_kind(name).list_tasks():
+    """Return a benchmark's folder (or file) under the data folder; None if it has none."""
+    for task in find_family(name).list_benchmarks():
         if task["name"] == name.lower() and task.get("file"):
             return str(task["file"]).split("/", maxsplit=1)[0]
     return None
 
 
+def load_benchmarks(names: Sequence[str], request: EvaluationRequest) -> list[Benchmark]:
+    """Load every test set before any model, each benchmark once; names may be groups.
+
+    Raises:
+        UserError: If none is named, or a benchmark is unknown, missing or damaged.
+        ExceptionGroup: If there are several such faults.
+    """
+    if not names:
+        raise UserError(
+            "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
+        )
+    found: dict[tuple[str, str], Benchmark] = {}
+    faults: list[UserError] = []
+    for name in expand_groups(names):
+        with _collect(faults):
+            family = find_family(name, of_classifiers=request.classifier is not None)
+            benchmark = family.load(name, request)
+            found.setdefault((benchmark.name, benchmark.protocol_name), benchmark)
+    raise_all(faults)
+    return list(found.values())
+
+
+def load_training_benchmarks(recipe: Recipe) -> dict[str, Benchmark]:
+    """Load the test sets of `train.eval_tasks`, by the settings of `eval`: {name: benchmark}.
+
+    A benchmark that is named twice, or alone and in a group, comes once.
+
+    Raises:
+        UserError: If a benchmark or protocol is unknown, a test set is missing or damaged, or the
+            watched metric is not measured.
+        ExceptionGroup: If there are several such faults.
+    """
+    keys = {"--data-dir": "eval.data_dir", "protocol": "eval.protocol"}
+    options = training_options()
+    found: dict[str, Benchmark] = {}
+    faults: list[UserError] = []
+    for position, typed in enumerate(recipe.train.eval_tasks):
+        for name in expand_groups([typed]):
+            with _collect(faults, keys, f"train.eval_tasks[{position}]"):
+                family = find_family(name)
+                known = family.find_name(name) or name
+                if known in found:
+                    continue
+                family.check_training(known, options)
+                settings = replace(recipe.eval, tasks=[name, known])
+                request = EvaluationRequest(options=options, settings=settings)
+                found[known] = family.load(name, request)
+    raise_all(faults)
+    check_watched(recipe)
+    return found
+
+
+@contextmanager
+def _collect(
+    faults: list[UserError], keys: Mapping[str, str] | None = None, other_key: str | None = None
+) -> Iterator[None]:
+    """Append the faults of the block, and rename the key of each if `keys` are given."""
+    try:
+        yield
+    except UserError as fault:
+        found = [fault]
+    except ExceptionGroup as group:
+        mine, others = group.split(UserError)
+        if mine is None or others is not None:
+            raise
+        found = [fault for fault in mine.exceptions if isinstance(fault, UserError)]
+    else:
+        return
+    for each in found:
+        if keys is not None:
+            each.key = keys.get(each.key or "", other_key)
+    faults.extend(found)
+
+
+def check_watched(recipe: Recipe) -> None:
+    """Raise UserError if nothing measures `train.metric_for_best_model`, or a task is unknown.
+
+    A recipe without `train.eval_tasks` is checked by its own rules.
+    """
+    train = recipe.train
+    members = [benchmark_name(name) for name in expand_groups(train.eval_tasks)]
+    groups = [name.lower() for name in train.eval_tasks if name.lower() in GROUPS]
+    scores = [f"eval_{name}" for name in dict.fromkeys([*groups, *members])]
+    if not scores or train.metric_for_best_model in ("eval_loss", *scores):
+        return
+    near = find_nearest(train.metric_for_best_model, scores)
+    raise UserError(
+        f"{train.metric_for_best_model!r} is not measured: there is {' and '.join(scores)}",
+        key="train.metric_for_best_model",
+        hint=f"did you mean `{near}`?" if near else "name its task in `train.eval_tasks`",
+    )
+
+
 def list_tasks() -> dict[str, Any]:
-    """Give the tasks, groups and protocols as the JSON object of `wegeft eval --list`."""
+    """Return the benchmarks, groups and protocols: the JSON object of `wegeft eval --list`."""
+    known = list(families())
     return {
-        "tasks": [{**task, "type": kind.name} for kind in KINDS for task in kind.list_tasks()],
+        "tasks": [
+            {**task, "type": family.name} for family in known for task in family.list_benchmarks()
+        ],
         "groups": [
             *(
                 {"name": group.name, "tasks": list(group.members), "description": group.description}
@@ -100,5 +199,5 @@ def list_tasks() -> dict[str, Any]:
                 for group in CLASS_GROUPS.values()
             ),
         ],
-        "protocols": [protocol for kind in KINDS for protocol in kind.list_protocols()],
+        "protocols": [protocol for family in known for protocol in family.list_protocols()],
     }

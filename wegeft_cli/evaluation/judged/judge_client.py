@@ -208,7 +208,7 @@ class Judge(Protocol):
         ...
 
 
-def ask_judge(
+def query_judge(
     judge: Judge,
     requests: Sequence[JudgeRequest],
     *,

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,24 +150,21 @@ def run_harness(
     batch_size: int,
     limit: int | None = None,
 ) -> HarnessResult:
-    """Evaluate the model in memory.
+    """Evaluate the model in memory; training modes and random states are restored.
 
     Args:
-        model: A transformers causal language model; its training modes are left as they were.
+        model: A transformers causal language model.
         tokenizer: Its tokenizer.
-        task: What to ask.
+        task: The task.
         batch_size: Requests at a time.
-        limit: Only the first so many rows of every task.
-
-    Returns:
-        The main metric, all metrics, and the samples.
+        limit: Number of rows of each task. Default: all.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with _quiet():
+        with _quiet(), _kept_random_states():
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = simple_evaluate(
                 model=wrapped,
@@ -265,6 +263,21 @@ def _number(value: Any) -> float | None:
 
 def _is_unsafe(task: Any) -> bool:
     return bool(getattr(getattr(task, "config", None), "unsafe_code", False))
+
+
+@contextlib.contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """Restore the random states that the harness seeds: a training may continue afterwards."""
+    import numpy as np
+    import torch
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextlib.contextmanager

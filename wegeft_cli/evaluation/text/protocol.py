@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from wegeft_cli.data.text.templates import CHAT, TEMPLATES
@@ -159,8 +159,3 @@ class EvalProtocol:
                 if "####" not in str(row.source.get("answer"))
             ]
         )
-
-
-def with_length(decoding: Decoding, max_new_tokens: int | None) -> Decoding:
-    """Return the decoding with another longest answer. Default: unchanged."""
-    return decoding if max_new_tokens is None else replace(decoding, max_new_tokens=max_new_tokens)

@@ -1,72 +1,62 @@
-"""Scores of a model on test sets while it learns: `train.eval_tasks`."""
+"""Scores of a model on benchmarks during training: `train.eval_tasks`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.distributed.processes import Processes
-from wegeft_cli.evaluation.answers import evaluate_task
+from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
-from wegeft_cli.evaluation.benchmarks.text import Job
+from wegeft_cli.inference.loaded_model import OpenedTarget
 
 
-def score_tasks(
+def score_benchmarks(
     model: Any,
     tokenizer: Any,
-    jobs: Mapping[str, Job],
+    benchmarks: Mapping[str, Benchmark],
     *,
-    groups: Sequence[str] = (),
+    groups: Sequence[str],
     batch_size: int,
     processes: Processes,
     check_stop: Callable[[], None],
     on_progress: Callable[[str, int, int], None],
+    warn: Callable[[str], None],
 ) -> dict[str, float]:
-    """Score a model that is being trained; the processes share the rows.
+    """Score a model in training; the processes share the rows.
 
     Args:
         model: The model on this process's device.
         tokenizer: Its tokenizer.
-        jobs: Name -> the set and how it is asked.
-        groups: Names among which groups of these sets may be; each gets its mean.
+        benchmarks: The benchmarks by name.
+        groups: Names that may be groups of them; each gets its mean.
         batch_size: Prompts at a time on each process.
         processes: The processes of the run.
-        check_stop: Called between two batches, and two sets, on all processes at the same place.
+        check_stop: Called between two batches and two benchmarks, on all processes at the same
+            place.
         on_progress: Called with name, rows done and rows in all.
+        warn: Called with what the user must know to read a score.
 
     Returns:
-        `eval_<name>` -> share of rows answered rightly, 0 to 1, and of a group the unweighted mean
-        of its sets'; the same on all processes.
+        `eval_<name>` -> score, 0 to 1, for each benchmark that has one and each complete group; the
+        same on all processes.
     """
+    target = OpenedTarget("adapter", model, tokenizer)
     scores: dict[str, float] = {}
-    shares_base = is_sharded(model)
-    for name, job in jobs.items():
-        # The longest first, so that a batch too large for the memory fails at once, and dealt out
-        # like cards: each process has as many rounds as the others.
-        rows = sorted(job.data.rows, key=lambda row: -len(row.instruction))
-        in_round = batch_size * processes.count
-        num_correct = 0
-        for start in range(0, len(rows), in_round):
-            if start or scores:
-                check_stop()
-            mine = processes.shard(rows[start : start + in_round])
-            # Where the base is shared, a process without rows answers one for the others' sake.
-            asked = mine or (rows[start : start + 1] if shares_base else [])
-            if asked:
-                score = evaluate_task(
-                    model,
-                    tokenizer,
-                    replace(job.data, rows=asked),
-                    job.protocol,
-                    batch_size=batch_size,
-                    max_new_tokens=job.max_new_tokens,
-                )
-                num_correct += (score.num_correct or 0) if mine else 0
-            on_progress(name, min(start + in_round, len(rows)), len(rows))
-        scores[f"eval_{name}"] = int(processes.sum(num_correct)[0]) / len(rows)
-    shares = {name: scores[f"eval_{name}"] for name in jobs}
-    for mean in group_means(groups, shares):
-        scores[f"eval_{mean['group']}"] = mean["score"]
-    return scores
+    for position, (name, benchmark) in enumerate(benchmarks.items()):
+        if position:
+            check_stop()
+        context = BenchmarkContext(
+            batch_size,
+            processes,
+            on_progress=lambda done, total, name=name: on_progress(name, done, total),  # type: ignore[misc]
+            warn=warn,
+            check_stop=check_stop,
+            in_lockstep=is_sharded(model),
+        )
+        score = benchmark.run(target, context).score
+        if score is not None:
+            scores[name] = score
+    means = {mean["group"]: mean["score"] for mean in group_means(groups, scores)}
+    return {f"eval_{name}": score for name, score in (scores | means).items()}

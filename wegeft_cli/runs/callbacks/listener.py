@@ -13,7 +13,7 @@ from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter
-from wegeft_cli.runs.callbacks.evaluation import score_tasks
+from wegeft_cli.runs.callbacks.evaluation import score_benchmarks
 from wegeft_cli.runs.callbacks.sample_prompts import answer_prompts
 from wegeft_cli.runs.callbacks.skipped_steps import write_skipped
 from wegeft_cli.runs.callbacks.trackers import Trackers
@@ -71,6 +71,7 @@ class RunListener:
         self._reporter = reporter
         self._advance = advance
         self._is_main = processes.is_main
+        self._warned: set[str] = set()
 
     def hooks(self) -> LoopHooks:
         """Give what the loop calls."""
@@ -135,6 +136,11 @@ class RunListener:
             f"its rows are in {path}"
         )
 
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._reporter.warn(text)
+
     def _evaluate(self, step: int) -> dict[str, float]:
         """Score the test sets and answer the prompts of a validation; or a classifier's answers."""
         if isinstance(self._loss, ClassLoss):
@@ -147,7 +153,7 @@ class RunListener:
         def check() -> None:
             check_stop(self._should_stop, self._processes)
 
-        scores = score_tasks(
+        scores = score_benchmarks(
             self._model,
             self._inputs.tokenizer,
             self._inputs.tasks,
@@ -156,6 +162,7 @@ class RunListener:
             processes=self._processes,
             check_stop=check,
             on_progress=on_progress,
+            warn=self._warn_once,
         )
         prompts = self._inputs.prompts
         if prompts is None:

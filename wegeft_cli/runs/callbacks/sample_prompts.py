@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from wegeft_cli.data.batches.lockstep import is_sharded
-from wegeft_cli.generation.engine import generate_texts
+from wegeft_cli.generation.decoding import Decoding
+from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.inference.prompt_format import SamplePrompts
 
 
@@ -41,10 +42,12 @@ def answer_prompts(
             answers += generate_texts(
                 model,
                 tokenizer,
-                asked.texts[start : start + asked.batch_size],
-                max_new_tokens=asked.max_new_tokens,
+                Prompts(
+                    asked.texts[start : start + asked.batch_size],
+                    add_special_tokens=asked.add_special_tokens,
+                    end_of_turn_ids=asked.end_of_turn_ids,
+                ),
+                Decoding(asked.max_new_tokens),
                 batch_size=asked.batch_size,
-                add_special_tokens=asked.add_special_tokens,
-                turn_ends=asked.turn_ends,
             ).new_texts
     return list(zip(asked.prompts, answers, strict=True)) if is_main else []

@@ -1,39 +1,33 @@
-"""`wegeft eval --task glue RUN RUN ...`: classifiers, one of each set, become a group's score."""
+"""Benchmark groups with one fine-tuned model per dataset (GLUE, FGVC, VTAB)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import find_recipe_of
-from wegeft_cli.distributed.processes import evaluation_processes
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL, SPLITS, evaluate_classes
+from wegeft_cli.evaluation.benchmarks.base import EvaluationRequest
+from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL, SPLITS
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS, ClassGroup, Member
-from wegeft_cli.evaluation.class_scores import refuse_foreign
-from wegeft_cli.evaluation.result_files import choose_samples_path, choose_scores_path, write_line
+from wegeft_cli.evaluation.classifiers import evaluate_classifier
+from wegeft_cli.evaluation.result_files import ResultFiles, choose_samples_path
+from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall
+from wegeft_cli.evaluation.score import Score
 from wegeft_cli.inference.loaded_classifier import is_classifier
 from wegeft_cli.inference.loaded_model import find_target
 from wegeft_cli.recipe.schema import DataSource, Recipe
-from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.statistics import wilson_interval
-from wegeft_cli.storage.atomic import write_text_atomic
 
 
 def find_class_group(tasks: Sequence[str]) -> ClassGroup | None:
-    """Give the group of classifiers that is asked for.
-
-    Args:
-        tasks: As typed.
-
-    Returns:
-        The group; None if there is none among them.
+    """Return the group of classifiers among the names as typed; None if there is none.
 
     Raises:
-        UserError: If something else is asked for at the same time.
+        UserError: If another benchmark is named beside it.
     """
     group = next(
         (CLASS_GROUPS[name.lower()] for name in tasks if name.lower() in CLASS_GROUPS), None
@@ -51,79 +45,54 @@ def find_class_group(tasks: Sequence[str]) -> ClassGroup | None:
 def evaluate_group(
     group: ClassGroup,
     targets: Sequence[str | Path],
-    *,
-    splits: Sequence[str],
-    limit: int | None,
-    batch_size: int | None,
-    output: Path | None,
-    foreign: Mapping[str, Any],
-    reporter: Reporter,
+    request: EvaluationRequest,
+    call: EvaluationCall,
 ) -> dict[str, Any]:
-    """Score a classifier of each set, and take their mean.
+    """Score a classifier of each set, and return the command's JSON object with their mean.
 
-    Which set a run is of is read off the sources that are scored: their `name`, or else the deepest
-    part of their path that names one.
+    The set of a run is taken from the evaluated sources: their `name`, else the last part of their
+    path that is a set of the group.
 
     Args:
         group: The sets.
         targets: Adapter, run or model folders, or recipes: one of each set, in any order.
-        splits: test or validation; none takes the first that a run has.
-        limit: Only the first so many rows of each.
-        batch_size: Rows at a time.
-        output: The result file; None lets it lie under runs/eval.
-        foreign: Options that say nothing here, by name; none may be given.
-        reporter: Where words and progress go.
-
-    Returns:
-        The command's JSON object: results (one a set, by the set's own metric), groups, targets.
+        request: Limit and batch size.
+        call: Its names may contain test or validation. Default: the first split that a run has.
 
     Raises:
         UserError: If a run is missing, is of no set or of the same as another, or as
-            `evaluate_classes`.
+            `evaluate_classifier`.
         ExceptionGroup: If there are several faults.
     """
-    refuse_foreign(foreign)
+    splits = [name for name in call.names if name.lower() != group.name]
     runs = _assign(group, targets, splits)
-    processes = evaluation_processes()
-    if processes.rank:
-        reporter = SilentReporter()
-    results: list[dict[str, Any]] = []
-    lines: list[str] = []
+    call = replace(call, names=splits).joined()
+    scores: list[Score] = []
     for member in group.members:
         path, recipe = runs[member.name]
-        (row, *_), _, samples = evaluate_classes(
-            path,
-            recipe,
-            splits=splits,
-            limit=limit,
-            batch_size=batch_size,
-            processes=processes,
-            reporter=reporter,
-        )
-        results.append(_count_by(member, row, path))
-        lines += [write_line({**line, "task": member.name}) for line in samples]
-    mean = group.mean({row["task"]: row["score"] for row in results})
-    samples_path = choose_samples_path(None, output, [group.name], PROTOCOL)
+        first, *_ = evaluate_classifier(path, recipe, request, call).scores
+        scores.append(_count_by(member, first, path))
+    evaluation = Evaluation((), scores)
+    results = evaluation.to_dict()["results"]
+    samples_path = choose_samples_path(None, call.output, [group.name], PROTOCOL)
     result: dict[str, Any] = {
         "results": results,
-        "groups": [mean],
+        "groups": [group.mean({score.task: score.score or 0.0 for score in scores})],
         "samples_path": str(samples_path),
         "target": None,
         "targets": [row["target"] for row in results],
         **describe_environment(),
     }
-    if processes.is_main:
-        write_text_atomic(samples_path, "".join(lines))
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_text_atomic(output or choose_scores_path(samples_path), text)
-    processes.leave()
+    if call.processes.is_main:
+        ResultFiles(samples_path, call.output).write(evaluation, result)
+    call.processes.leave()
     return result
 
 
 def _assign(
     group: ClassGroup, targets: Sequence[str | Path], splits: Sequence[str]
 ) -> dict[str, tuple[str | Path, Recipe | None]]:
-    """Find out which set each run is of, before any is loaded."""
+    """Return the run of each set, before any model is loaded."""
     runs: dict[str, tuple[str | Path, Recipe | None]] = {}
     faults: list[UserError] = []
     for target in targets:
@@ -135,10 +104,10 @@ def _assign(
         found = [] if recipe is None else find_members(group, recipe, splits)
         if len(found) != 1 or found[0] is None:
             names = ["something else" if member is None else member.name for member in found]
-            told = " and ".join(names) if any(found) else "none"
+            listed = " and ".join(names) if any(found) else "none"
             faults.append(
                 UserError(
-                    f"its data names {told} of the sets of `{group.name}`",
+                    f"its data names {listed} of the sets of `{group.name}`",
                     file=str(target),
                     key="--task",
                     hint="what its recipe scores, `data.test` or else `data.validation`, is to "
@@ -166,17 +135,15 @@ def _assign(
 
 
 def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> list[Member | None]:
-    """Find the sets of a group that a run's scored sources are of.
+    """Return the sets of a group that a run's scored sources belong to, None for another source.
+
+    Each set comes once, in the order of the sources. A source is matched by its `name`, then its
+    split, its file name, and the folders of its path, the deepest first.
 
     Args:
         group: The sets.
         recipe: The run's.
-        splits: As asked for; none takes the first of test and validation that the recipe has.
-
-    Returns:
-        Each set once, by the sources' order, and None for a source that is of none. Of a source
-        its `name` is asked first, then the split, the file's name and the folders of its path, the
-        deepest first: a folder above them all may have any name.
+        splits: The splits to score. Default: the first of test and validation that exists.
     """
     scored = (getattr(recipe.data, split) for split in splits or SPLITS)
     found = [group.find_member(_name_source(source)) for source in next(filter(None, scored), ())]
@@ -189,22 +156,24 @@ def _name_source(source: DataSource) -> list[str]:
     return [source.name or "", source.split or "", path.name.partition(".")[0], *folders]
 
 
-def _count_by(member: Member, row: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """A run's result as the group counts it."""
-    if member.metric not in row["metrics"]:
+def _count_by(member: Member, score: Score, path: str | Path) -> Score:
+    """Return a run's score by the metric of its set."""
+    metrics = score.metrics["metrics"]
+    if member.metric not in metrics:
         raise UserError(
-            f"{member.name} counts by {member.metric}, this run has {', '.join(row['metrics'])}",
+            f"{member.name} counts by {member.metric}, this run has {', '.join(metrics)}",
             file=str(path),
             key="data.problem_type",
-            hint="STS-B is learned as regression, the other sets as classes",
+            hint="train STS-B as a regression, the other sets as classifications",
         )
-    is_share = member.metric == "accuracy"
-    return {
-        **row,
-        "task": member.name,
-        "split": row["task"],
-        "metric": member.metric,
-        "score": row["metrics"][member.metric],
-        "ci95": list(wilson_interval(row["num_correct"], row["n"])) if is_share else None,
-        "target": str(path),
-    }
+    interval = None
+    if member.metric == "accuracy" and score.num_correct is not None:
+        interval = wilson_interval(score.num_correct, score.n)
+    return replace(
+        score,
+        task=member.name,
+        metric=member.metric,
+        score=metrics[member.metric],
+        ci95=interval,
+        extra={"split": score.task, "target": str(path)},
+    )
