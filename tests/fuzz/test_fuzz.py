@@ -44,8 +44,7 @@ from wegeft_cli.artifacts.adapter import (
 )
 from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.artifacts.run_directory import RunFolder, find_newest_run, find_recipe_of
-from wegeft_cli.artifacts.run_results import read_last_line
+from wegeft_cli.artifacts.run_directory import RunDirectory, find_newest_run, find_recipe_of
 from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
 from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
@@ -98,18 +97,18 @@ def read_data(folder: Path, name: str) -> None:
 
 def read_run(folder: Path) -> None:
     find_newest_run(folder.parent)
-    run = RunFolder(folder)
-    run.read_status()
-    run.adopt()
+    run = RunDirectory(folder)
+    run.status()
+    run.load_record()
     find_recipe_of(folder)
     choose_form(None, folder, load_recipe(SOUND["recipe"], need_data=False).recipe, SOUND["tok"])
     resolve_adapter_dir(folder)
 
 
 def read_metrics(folder: Path) -> None:
-    read_last_line(folder)
-    RunFolder(folder).read_validation()
-    RunFolder(folder).start_lines(1, redo_validation=False)
+    RunDirectory(folder).last_metrics()
+    RunDirectory(folder).validation()
+    RunDirectory(folder).truncate_lines(1, redo_validation=False)
 
 
 def read_test_set(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wegeft_cli.artifacts.adapter import CONFIG_NAME
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.signals import STOP_SIGNALS, StopRequest
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.runs import start as begin
@@ -219,7 +219,7 @@ def test_nohup_holds():
 
 
 def test_run_json_takes_figures_that_json_has_no_word_for(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.update({"validation": {"2": {"eval_loss": float("nan")}}, "rows": [float("inf"), 1]})
     written = json.loads((tmp_path / "run.json").read_text())
     assert written == {"validation": {"2": {"eval_loss": None}}, "rows": [None, 1]}

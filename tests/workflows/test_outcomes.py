@@ -7,12 +7,11 @@ import statistics
 
 import pytest
 
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.artifacts.run_results import (
     RunOutcome,
     average,
     find_best,
-    is_finished,
-    read_last_line,
     read_outcome,
 )
 
@@ -38,7 +37,7 @@ def write_run(tmp_path):
 def test_figures_of_a_run(write_run):
     evals = [{"eval_loss": 3.0, "eval_gsm8k": 0.5}, {"eval_loss": 4.0, "eval_gsm8k": 0.25}]
     before = write_run("a", {"seed": 1}, [2.0, None, 1.0], evals)
-    assert is_finished(before.run_dir)
+    assert RunDirectory(before.run_dir).is_finished()
     by_loss = read_outcome(before, "eval_loss", "finished", None)
     assert by_loss.figures == {
         "final_loss": 1.0,
@@ -57,13 +56,13 @@ def test_figures_of_a_run(write_run):
 def test_an_empty_folder_gives_no_figures(tmp_path):
     outcome = read_outcome(RunOutcome("a", {}, tmp_path / "none"), "eval_loss", "failed", "x")
     assert (outcome.figures, outcome.num_steps, outcome.status) == ({}, 0, "failed")
-    assert not is_finished(outcome.run_dir)
-    assert read_last_line(outcome.run_dir) == {}
+    assert not RunDirectory(outcome.run_dir).is_finished()
+    assert RunDirectory(outcome.run_dir).last_metrics() == {}
 
 
 def test_the_last_whole_line_is_found(write_run):
     run = write_run("a", {}, [float(n) for n in range(200)], [{"eval_loss": 1.0}])
-    assert read_last_line(run.run_dir)["loss"] == 199.0
+    assert RunDirectory(run.run_dir).last_metrics()["loss"] == 199.0
 
 
 def outcome(rate, seed, loss, best, status="finished"):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import load_tokenizer
 from wegeft_cli.planning.data_fingerprint import digest_inputs
@@ -52,7 +52,7 @@ def test_another_prompt_form_or_tokenizer_is_refused(write_recipe, stop_after, r
     run_dir = train(recipe, should_stop=stop_after(2)).run_dir
     run = read_run(run_dir)
     (run["data"] if key in run["data"] else run)[key] = "another"
-    RunFolder(run_dir).update(run)
+    RunDirectory(run_dir).update(run)
     with pytest.raises(UserError, match=f"{key}: another then, [0-9a-f]+ now"):
         train(recipe, resume="auto")
 
@@ -63,7 +63,7 @@ def test_an_older_run_that_recorded_less_goes_on(write_recipe, stop_after, read_
     run = read_run(run_dir)
     for key in ("data", "tokenizer_sha256", "stream_digests"):
         del run[key]
-    RunFolder(run_dir).update(run)
+    RunDirectory(run_dir).update(run)
     assert train(recipe, resume="auto").status == "finished"
     assert read_run(run_dir)["data"]["num_rows"] == 10
 

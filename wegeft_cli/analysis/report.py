@@ -11,7 +11,7 @@ from typing import Any
 from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.analysis.output_files import write_json
 from wegeft_cli.artifacts.adapter import WEIGHTS_NAME
-from wegeft_cli.artifacts.run_directory import find_run, now
+from wegeft_cli.artifacts.run_directory import RunDirectory, find_run, now
 from wegeft_cli.artifacts.run_results import (
     RunRecord,
     add_evaluation,
@@ -133,7 +133,7 @@ def _as_values(record: RunRecord) -> dict[str, Any]:
 
 def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) -> None:
     """Add the result of `inspect` to a run, or a note with the reason for its absence."""
-    weights = record.run_dir / "adapter" / WEIGHTS_NAME
+    weights = RunDirectory(record.run_dir).adapter_dir / WEIGHTS_NAME
     if not look_inside:
         record.notes.append("The adapter was not looked into (--no-inspect).")
         return

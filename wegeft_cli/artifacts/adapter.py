@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wegeft_cli.artifacts.head_file import HEAD_NAME, read_head
 from wegeft_cli.artifacts.manifest import AdapterManifest
-from wegeft_cli.artifacts.run_directory import _read_run, find_recipe_of, find_run
+from wegeft_cli.artifacts.run_directory import RunDirectory, find_recipe_of, find_run
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.storage.atomic import (
@@ -245,8 +245,9 @@ def resolve_adapter_dir(path: Path) -> Path:
     """
     if (path / CONFIG_NAME).is_file():
         return path
-    if (path / "adapter" / CONFIG_NAME).is_file():
-        return path / "adapter"
+    run = RunDirectory(path)
+    if (run.adapter_dir / CONFIG_NAME).is_file():
+        return run.adapter_dir
     if not path.is_dir():
         what = "this is a file, not an adapter folder" if path.exists() else "there is no such path"
         raise UserError(what, file=str(path), hint="give an adapter folder or a run folder")
@@ -256,16 +257,15 @@ def resolve_adapter_dir(path: Path) -> Path:
             file=str(path),
             hint=f"give the run's folder, {path.parent.parent}",
         )
-    run = _read_run(path)
-    if (path / "adapter").is_dir():
+    if run.adapter_dir.is_dir():
         raise UserError(
             f"this adapter folder lacks its {CONFIG_NAME}",
-            file=str(path / "adapter"),
+            file=str(run.adapter_dir),
             hint="an adapter has both files: copy it again",
         )
-    if run is not None:
+    if run.record():
         raise UserError(
-            f"this run has no adapter yet (its status is {shorten(run.get('status'))})",
+            f"this run has no adapter yet (its status is {shorten(run.status())})",
             file=str(path),
             hint="finish it: wegeft train RECIPE --resume auto",
         )

@@ -1,9 +1,20 @@
-"""A run's folder: `recipe.yaml`, `run.json`, `metrics.jsonl`, and who may write there."""
+"""The directory of a training run: its files, their formats, and who may write there.
+
+recipe.yaml     the resolved recipe, which repeats the run
+run.json        the record: status, environment, data and results
+metrics.jsonl   one line per logged step, and one per validation
+samples.jsonl   answers to `logging.sample_prompts`
+checkpoints/    training states to resume from, see `artifacts.checkpoint`
+adapter/        the result, see `artifacts.adapter`
+eval/           answers and scores of `wegeft eval`
+skipped/        rows of the steps that were skipped
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,58 +28,214 @@ from wegeft_cli.storage.atomic import (
     write_bytes_atomic,
     write_text_atomic,
 )
-from wegeft_cli.storage.json_files import read_json, read_object, to_finite
+from wegeft_cli.storage.json_files import (
+    parse_object,
+    read_json,
+    read_object,
+    read_object_lines,
+    to_finite,
+)
+from wegeft_cli.storage.lock import lock_folder
 
-_RESOLVED = "# Resolved by wegeft-cli"  # how a run's own recipe.yaml begins
-METRICS_NAME = "metrics.jsonl"
-SAMPLES_NAME = "samples.jsonl"
 SCORES_END = "-scores.json"
-"""How the results of `wegeft eval` are called that lie in a run's folder, under eval/."""
-_FILES = ("recipe.yaml", "run.json", METRICS_NAME, SAMPLES_NAME)
+"""End of the name of a result file of `wegeft eval`."""
+SAMPLES_END = "-samples.jsonl"
+"""End of the name of a file of answers of `wegeft eval`."""
+
+_RESOLVED = "# Resolved by wegeft-cli"  # how the recipe.yaml of a run begins
+_TAIL_BYTES = 4096  # more than a line of metrics has
 # What a damaged line of JSON, or one of another kind, raises where it is read.
 _DAMAGES = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-class RunFolder:
-    """The files of one run besides its checkpoints and its adapter.
+class RunDirectory:
+    """The directory of one run.
+
+    Readers are lenient: a file that is missing or damaged reads as an empty one.
 
     Args:
-        path: The folder.
+        path: The directory; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.adapter_dir = path / "adapter"
+        self.recipe_path = path / "recipe.yaml"
+        self.record_path = path / "run.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.samples_path = path / "samples.jsonl"
         self.checkpoints_dir = path / "checkpoints"
+        self.adapter_dir = path / "adapter"
+        self.eval_dir = path / "eval"
+        self.skipped_dir = path / "skipped"
         self._values: dict[str, Any] = {}
 
-    def remove_leftovers(self) -> None:
-        """Remove what a process left that was killed while writing; for who holds the folder."""
-        remove_leftover_files(self.path, _FILES)
+    @classmethod
+    def containing(cls, path: str | Path) -> RunDirectory | None:
+        """Return the run whose directory is `path` or the parent of `path`, if there is one."""
+        candidates = (cls(Path(path)), cls(Path(path).parent))
+        return next((each for each in candidates if each.exists()), None)
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> RunDirectory:
+        """Return the run of a checkpoint, `<run>/checkpoints/step-<8 digits>`."""
+        return cls(path.resolve().parent.parent)
+
+    def exists(self) -> bool:
+        """Return whether the directory holds a run."""
+        return self.record_path.is_file()
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.checkpoints_dir / f"step-{step:08d}"
+
+    def checkpoint_dirs(self) -> list[Path]:
+        """Return the folders of all checkpoints, complete or not."""
+        return sorted(self.checkpoints_dir.glob("step-*"))
+
+    def skipped_path(self, step: int) -> Path:
+        """Return the file of a skipped step's rows."""
+        return self.skipped_dir / f"step-{step:08d}.json"
+
+    # Reading.
+
+    def record(self, *, strict: bool = False) -> dict[str, Any]:
+        """Return the values of run.json; `strict` raises UserError if the file is damaged."""
+        if not strict or not self.exists():
+            return read_object(self.record_path)
+        values = read_json(self.record_path)
+        return values if isinstance(values, dict) else {}
+
+    def status(self) -> str | None:
+        """Return the status in run.json: running, finished, interrupted or failed."""
+        return self.record().get("status")
+
+    def is_finished(self) -> bool:
+        """Return whether the run has finished and written its adapter."""
+        return self.status() == "finished" and self.adapter_dir.is_dir()
+
+    def recipe(self) -> Recipe:
+        """Load the resolved recipe; raise UserError if it is damaged."""
+        return load_recipe(self.recipe_path, need_data=False).recipe
+
+    def recipe_text(self) -> str:
+        """Return the text of recipe.yaml, empty if there is none."""
+        try:
+            return self.recipe_path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return list(read_object_lines(self.metrics_path))
+
+    def last_metrics(self) -> dict[str, Any]:
+        """Return the last complete line of a logged step, without reading the whole file."""
+        try:
+            with self.metrics_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+                lines = file.read().splitlines()
+        except OSError:
+            return {}
+        return next((line for line in map(parse_object, reversed(lines)) if "loss" in line), {})
+
+    def validation(self) -> dict[int, dict[str, float]]:
+        """Return the validations in metrics.jsonl: step -> metrics; raise if the disk fails."""
+        found: dict[int, dict[str, float]] = {}
+        with disk_errors(self.metrics_path, "read"):
+            lines = self.metrics_path.read_bytes().split(b"\n")
+        for line in lines:
+            try:
+                values = json.loads(line)
+                if "loss" not in values:
+                    found[int(values.pop("step"))] = values
+            except _DAMAGES:
+                continue  # a damaged line must not cost the run its end
+        return found
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Return the lines of samples.jsonl: step, prompt, output."""
+        return list(read_object_lines(self.samples_path))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the results that `wegeft eval` has written about the run's adapter."""
+        paths = sorted(self.eval_dir.glob(f"{self.adapter_dir.name}*{SCORES_END}"))
+        return [read_object(path) for path in paths]
+
+    def answer_paths(self) -> list[Path]:
+        """Return the files of answers that `wegeft eval` has written."""
+        return sorted(self.eval_dir.glob(f"*{SAMPLES_END}"))
+
+    # Writing, by the process that holds the lock.
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory, and remove what a process left that was killed while it wrote."""
+        with lock_folder(self.path):
+            written = (self.recipe_path, self.record_path, self.metrics_path, self.samples_path)
+            remove_leftover_files(self.path, tuple(path.name for path in written))
+            yield
+
+    def load_record(self) -> dict[str, Any]:
+        """Read run.json and keep its values: `update` merges into them."""
+        self._values = self.record()
+        return self._values
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Merge values into run.json and write it whole."""
+        self._values.update(values)
+        text = json.dumps(to_finite(self._values), indent=2, allow_nan=False) + "\n"
+        write_text_atomic(self.record_path, text)
+
+    def write_recipe(self, text: str) -> None:
+        """Write the resolved recipe."""
+        write_text_atomic(self.recipe_path, text)
+
+    def truncate_lines(self, step: int, *, redo_validation: bool) -> None:
+        """Keep the lines of metrics and samples up to a checkpoint, and drop later ones.
+
+        Args:
+            step: The checkpoint's step; 0 drops all lines.
+            redo_validation: Drop the lines of that step's validation too: it runs again.
+        """
+        for path in (self.metrics_path, self.samples_path):
+            kept: list[bytes] = []
+            if step and path.is_file():
+                with disk_errors(path, "read"):
+                    lines = path.read_bytes().split(b"\n")
+                kept = [line for line in lines if _is_kept(line, step, redo_validation)]
+            if path == self.metrics_path or path.is_file():
+                write_bytes_atomic(path, b"".join(line + b"\n" for line in kept))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        _append(self.metrics_path, [line])
+
+    def append_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Append the answers at a step, (prompt, output) each, to samples.jsonl."""
+        lines = [{"step": step, "prompt": prompt, "output": output} for prompt, output in samples]
+        _append(self.samples_path, lines)
+
+    # Refusals before a new run.
 
     def check_unused(self) -> None:
-        """Refuse a folder that already holds a run, or a recipe that the run's own would replace.
+        """Raise UserError if the directory holds a run, or a recipe.yaml that is not a run's.
 
-        What a run left that failed before its first checkpoint holds nothing to lose.
-
-        Raises:
-            UserError: If it does; the message says how the run can go on.
+        A run that failed before its first checkpoint is replaced.
         """
         self._check_place()
         if not self._holds_work():
             return
-        status = self.read_status()
-        finished = status == "finished"
+        status = self.status()
+        resume = "" if status == "finished" else ", or resume the run with --resume auto"
         raise UserError(
             f"this folder already holds a run (status: {status or 'unknown'})",
             file=str(self.path),
             key="output_dir",
-            hint="choose another one, such as output_dir=runs/second"
-            + ("" if finished else ", or go on with --resume auto"),
+            hint=f"choose another folder, such as output_dir=runs/second{resume}",
         )
 
     def _check_place(self) -> None:
-        """Refuse a path that leads through a file, and a folder with somebody's own recipe.yaml."""
+        """Raise UserError if the path leads through a file, or recipe.yaml is a user's own."""
         place = self.path
         while not place.exists() and place != place.parent:
             place = place.parent
@@ -78,14 +245,13 @@ class RunFolder:
                 key="output_dir",
                 hint="choose another one",
             )
-        path = self.path / "recipe.yaml"
-        if path.exists():
-            with disk_errors(path, "read"):
-                text = path.read_text(encoding="utf-8", errors="replace")
+        if self.recipe_path.exists():
+            with disk_errors(self.recipe_path, "read"):
+                text = self.recipe_path.read_text(encoding="utf-8", errors="replace")
             if not text.startswith(_RESOLVED):
                 raise UserError(
                     "this recipe.yaml is not a run's own, and the run would replace it",
-                    file=str(path),
+                    file=str(self.recipe_path),
                     key="output_dir",
                     hint="choose another one, such as output_dir=runs/first",
                 )
@@ -94,93 +260,19 @@ class RunFolder:
         with disk_errors(self.path, "read"):
             if self.adapter_dir.exists():
                 return True
-            metrics, run = self.path / METRICS_NAME, self.path / "run.json"
-            if metrics.exists() and metrics.stat().st_size:
+            if self.metrics_path.exists() and self.metrics_path.stat().st_size:
                 return True
             if self.checkpoints_dir.is_dir() and any(self.checkpoints_dir.iterdir()):
                 return True
-            return run.exists() and self.read_status() not in ("failed", "interrupted", "running")
-
-    def read_status(self) -> str | None:
-        """Return the status in run.json, or None if no status can be read."""
-        return read_object(self.path / "run.json").get("status")
-
-    def adopt(self) -> dict[str, Any]:
-        """Go on from the run.json that is there; what `update` writes is merged into it."""
-        self._values = read_object(self.path / "run.json")
-        return self._values
-
-    def write_recipe(self, text: str) -> None:
-        """Write the resolved recipe, which repeats the run."""
-        write_text_atomic(self.path / "recipe.yaml", text)
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        """Merge values into run.json and write it whole."""
-        self._values.update(values)
-        text = json.dumps(to_finite(self._values), indent=2, allow_nan=False) + "\n"
-        write_text_atomic(self.path / "run.json", text)
-
-    def start_lines(self, step: int, *, redo_validation: bool) -> None:
-        """Keep the lines of metrics and samples up to a checkpoint, drop later ones.
-
-        Args:
-            step: The checkpoint's step; 0 drops all.
-            redo_validation: The validation of that step is still to be done: its lines are dropped.
-        """
-        for name in (METRICS_NAME, SAMPLES_NAME):
-            path = self.path / name
-            kept: list[bytes] = []
-            if step and path.is_file():
-                with disk_errors(path, "read"):
-                    lines = path.read_bytes().split(b"\n")
-                kept = [line for line in lines if _is_kept(line, step, redo_validation)]
-            if name == METRICS_NAME or path.is_file():
-                write_bytes_atomic(path, b"".join(line + b"\n" for line in kept))
-
-    def read_validation(self) -> dict[int, dict[str, float]]:
-        """Give the validations in metrics.jsonl: step -> metrics."""
-        path = self.path / METRICS_NAME
-        found: dict[int, dict[str, float]] = {}
-        with disk_errors(path, "read"):
-            lines = path.read_bytes().split(b"\n")
-        for line in lines:
-            try:
-                values = json.loads(line)
-                if "loss" not in values:
-                    found[int(values.pop("step"))] = values
-            except _DAMAGES:
-                continue  # what cannot be read must not cost the run its end
-        return found
-
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        self._append(METRICS_NAME, [line])
-
-    def append_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Append what the model answered at a step, (prompt, output) each, to samples.jsonl."""
-        self._append(
-            SAMPLES_NAME,
-            [{"step": step, "prompt": prompt, "output": output} for prompt, output in samples],
-        )
-
-    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        path = self.path / name
-        text = "".join(json.dumps(to_finite(dict(line)), allow_nan=False) + "\n" for line in lines)
-        with disk_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(text)
+            unfinished = ("failed", "interrupted", "running")
+            return self.record_path.exists() and self.status() not in unfinished
 
 
 def find_run(path: str | Path | None) -> Path:
-    """Give the folder that a command means; left out, the newest finished run under runs/.
-
-    Args:
-        path: What was typed, or None.
-
-    Returns:
-        The folder.
+    """Return the path that a command was given; None means the newest finished run under runs/.
 
     Raises:
-        UserError: If nothing was typed and no run has finished.
+        UserError: If `path` is None and no run has finished.
     """
     if path is not None:
         return Path(path)
@@ -193,73 +285,56 @@ def find_run(path: str | Path | None) -> Path:
     return newest
 
 
+def find_newest_run(runs_dir: Path) -> Path | None:
+    """Return the directory under `runs_dir` of the run that finished last, if any has."""
+    if not runs_dir.is_dir():
+        return None
+    finished: list[tuple[float, Path]] = []
+    for path in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
+        directory = RunDirectory(path)
+        record = directory.record()
+        if record.get("status") == "finished":
+            finished.append((_finished_at(record, directory), path))
+    return max(finished)[1] if finished else None
+
+
 def find_recipe_of(path: str | Path | None) -> Recipe | None:
-    """Read the recipe of the run that a folder belongs to, if it belongs to one.
-
-    Args:
-        path: A run's folder, or a folder in it; None belongs to none.
-
-    Returns:
-        The run's resolved recipe, or None.
+    """Load the recipe of the run that a folder belongs to: a run's directory or a folder in it.
 
     Raises:
         UserError: If the run's recipe is damaged.
     """
-    if path is None:
+    directory = None if path is None else RunDirectory.containing(path)
+    if directory is None or not directory.recipe_path.is_file():
         return None
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-            return load_recipe(folder / "recipe.yaml", need_data=False).recipe
-    return None
+    return directory.recipe()
 
 
 def now() -> str:
-    """Give the time in UTC, ISO 8601."""
+    """Return the time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(to_finite(dict(line)), allow_nan=False) + "\n" for line in lines)
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _is_kept(line: bytes, step: int, redo_validation: bool) -> bool:
     try:
         values = json.loads(line)
-        its_step = float(values["step"])
+        line_step = float(values["step"])
     except _DAMAGES:
-        return False  # a line cut off by a kill
-    is_of_validation = "loss" not in values
-    return its_step < step or (its_step == step and not (redo_validation and is_of_validation))
+        return False  # a line that a kill cut off
+    is_validation = "loss" not in values
+    return line_step < step or (line_step == step and not (redo_validation and is_validation))
 
 
-def find_newest_run(runs_dir: Path) -> Path | None:
-    """Find the run that finished last.
-
-    Args:
-        runs_dir: The folder of the runs' folders.
-
-    Returns:
-        The run's folder, or None if no run in there has finished.
-    """
-    if not runs_dir.is_dir():
-        return None
-    finished: list[tuple[float, Path]] = []
-    for run_dir in sorted(path for path in runs_dir.iterdir() if path.is_dir()):
-        run = _read_run(run_dir)
-        if run is not None and run.get("status") == "finished":
-            finished.append((_finished_at(run, run_dir), run_dir))
-    return max(finished)[1] if finished else None
-
-
-def _read_run(run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "run.json"
+def _finished_at(record: Mapping[str, Any], directory: RunDirectory) -> float:
+    """Return the seconds since the epoch by the record, or by the file's time."""
     try:
-        run = read_json(path, allow_nan=True)
-    except UserError:
-        return None
-    return run if isinstance(run, dict) else None
-
-
-def _finished_at(run: Mapping[str, Any], run_dir: Path) -> float:
-    """Seconds since the epoch: as the run says, else as its file does."""
-    try:
-        told = datetime.fromisoformat(run["finished_at"])
-        return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
+        finished = datetime.fromisoformat(record["finished_at"])
+        return (finished if finished.tzinfo else finished.replace(tzinfo=UTC)).timestamp()
     except (KeyError, TypeError, ValueError, OverflowError):
-        return (run_dir / "run.json").stat().st_mtime
+        return directory.record_path.stat().st_mtime

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.run_directory import METRICS_NAME, SAMPLES_NAME
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.errors import UserError
 from wegeft_cli.statistics import wilson_interval
 from wegeft_cli.storage.json_files import (
     is_number,
-    parse_object,
     read_object,
     read_object_lines,
 )
@@ -86,12 +85,6 @@ class SweepRow:
     figures: dict[str, Statistic]
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Tell whether a run has come to its end and has its adapter."""
-    status = read_object(run_dir / "run.json").get("status")
-    return status == "finished" and (run_dir / "adapter").is_dir()
-
-
 def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None) -> RunOutcome:
     """Read a run's figures.
 
@@ -104,13 +97,14 @@ def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None
     Returns:
         The run with its figures; none are made up where its folder holds none.
     """
-    lines = list(read_object_lines(before.run_dir / "metrics.jsonl"))
+    directory = RunDirectory(before.run_dir)
+    lines = directory.metrics()
     steps = [line for line in lines if "loss" in line]
     validations = [line for line in lines if any(key.startswith("eval_") for key in line)]
     figures: dict[str, Any] = {}
     if steps:
-        run = read_object(before.run_dir / "run.json")
-        figures[FINAL_LOSS] = run.get(FINAL_LOSS) if status == "finished" else steps[-1]["loss"]
+        final = directory.record().get(FINAL_LOSS)
+        figures[FINAL_LOSS] = final if status == "finished" else steps[-1]["loss"]
     watched = [line[metric] for line in validations if is_number(line.get(metric))]
     if watched:
         figures[BEST + metric] = min(watched) if metric == LOWER_IS_BETTER else max(watched)
@@ -176,21 +170,6 @@ def find_best(rows: Sequence[SweepRow], metric: str) -> SweepRow | None:
     return min(whole, key=lambda row: sign * row.figures[figure].mean)
 
 
-def read_last_line(run_dir: Path) -> dict[str, Any]:
-    """Read the last whole line of a run's metrics without reading all of them."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        values = parse_object(line)
-        if "loss" in values:
-            return values
-    return {}
-
-
 def _describe(values: list[float]) -> Statistic:
     std = statistics.stdev(values) if len(values) > 1 else None
     return Statistic(statistics.fmean(values), std, len(values))
@@ -250,27 +229,27 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
     Raises:
         UserError: If it is no run's folder.
     """
-    run_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
-    if run_dir is None:
+    directory = RunDirectory.containing(path)
+    if directory is None:
         what = "this folder holds no run.json" if path.is_dir() else "there is no such folder"
         raise UserError(what, file=str(path), hint="give the folder of a training run")
-    lines = list(read_object_lines(run_dir / METRICS_NAME))
+    lines = directory.metrics()
     steps = [line for line in lines if "loss" in line and is_number(line.get("step"))]
     others = [line for line in lines if "loss" not in line and is_number(line.get("step"))]
     metrics = dict.fromkeys(key for line in others for key in line if key not in ("step", "epoch"))
     record = RunRecord(
-        name=run_dir.resolve().name,
-        run_dir=run_dir,
-        run=read_object(run_dir / "run.json"),
-        recipe=_read_text(run_dir / "recipe.yaml"),
+        name=directory.path.resolve().name,
+        run_dir=directory.path,
+        run=directory.record(),
+        recipe=directory.recipe_text(),
         curves={name: _thin(_series(steps, name)) for name in CURVES},
         validation={name: _thin(_series(others, name)) for name in metrics},
         num_lines=len(steps),
-        told=list(read_object_lines(run_dir / SAMPLES_NAME))[-max_samples:],
+        told=directory.samples()[-max_samples:],
     )
-    for file in sorted((run_dir / "eval").glob("*-samples.jsonl")):
+    for file in directory.answer_paths():
         _add_answers(record, file, max_samples)
-    for file in sorted(run_dir.glob("ablation*.json")):
+    for file in sorted(directory.path.glob("ablation*.json")):
         ablation = read_object(file)
         if isinstance(ablation.get("parts"), list) and isinstance(ablation.get("whole"), dict):
             record.ablations.append(ablation)
@@ -383,10 +362,3 @@ def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
         return points
     gap = (len(points) - 1) / (_MAX_POINTS - 1)
     return [points[round(number * gap)] for number in range(_MAX_POINTS)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.run_directory import SCORES_END
+from wegeft_cli.artifacts.run_directory import SAMPLES_END, SCORES_END, RunDirectory
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.response_cache import remove_caches
 from wegeft_cli.evaluation.runner import Evaluation
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
-
-SAMPLES_END = "-samples.jsonl"
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
 _SAMPLES_START = '{"model": "'
@@ -29,7 +27,7 @@ def check_outputs(output: Path) -> None:
 
 def beside(output: Path) -> Path:
     """Return the samples file of a result file."""
-    return output.with_name(f"{output.stem}-samples.jsonl")
+    return output.with_name(f"{output.stem}{SAMPLES_END}")
 
 
 def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
@@ -62,10 +60,8 @@ def choose_samples_path(
         return beside(output)
     name = "-".join([*names, protocol])
     folder = Path(path) if path is not None else Path("runs")
-    for candidate in (folder, folder.parent):
-        if (candidate / "run.json").is_file():
-            return candidate / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
-    return Path("runs") / "eval" / f"{folder.name}-{name}{SAMPLES_END}"
+    run = RunDirectory.containing(folder) or RunDirectory(Path("runs"))
+    return run.eval_dir / f"{folder.name}-{name}{SAMPLES_END}"
 
 
 def choose_scores_path(samples_path: Path) -> Path:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.messages import check_text, read_conversation, read_tools
 from wegeft_cli.data.text.chat_rendering import Message
 from wegeft_cli.data.text.chat_template import Template, build_template, find_turn_ends
 from wegeft_cli.data.text.templates import AUTO, CHAT, TEMPLATES, PairTemplate, check_template
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.storage.json_files import read_object
 
 _ASKS = ("prompt", "instruction", "question", "text")
 _TALKS = ("messages", "conversations")
@@ -186,7 +186,7 @@ def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
         return recipe.data.template
     for folder in (Path(target), Path(target).parent):
         try:
-            name = str(read_object(folder / "run.json")["data"]["template"]).partition(", ")[0]
+            name = str(RunDirectory(folder).record()["data"]["template"]).partition(", ")[0]
             check_template(name)
         except (OSError, ValueError, LookupError, TypeError, RecursionError, UserError):
             continue

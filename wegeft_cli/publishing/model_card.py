@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.lora_files import served_rank
-from wegeft_cli.artifacts.run_directory import SCORES_END, find_recipe_of
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.redaction import mask_secrets
-from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -198,14 +197,11 @@ def _recipe_text(facts: CardFacts) -> str:
 
 def read_facts(adapter_dir: Path, base: str, revision: str | None) -> CardFacts:
     """Read the facts about an adapter from its run's folder; raise UserError for a bad recipe."""
-    recipe = find_recipe_of(adapter_dir)
-    if recipe is None:
+    run = RunDirectory.containing(adapter_dir)
+    if run is None or not run.recipe_path.is_file():
         return CardFacts(base, revision)
-    run_dir = adapter_dir if (adapter_dir / "run.json").is_file() else adapter_dir.parent
-    scores: list[Mapping[str, Any]] = []
-    for path in sorted((run_dir / "eval").glob(f"adapter*{SCORES_END}")):
-        scores += _read_scores(read_object(path))
-    return CardFacts(base, revision, recipe, read_object(run_dir / "run.json"), scores)
+    scores = [score for values in run.evaluations() for score in _read_scores(values)]
+    return CardFacts(base, revision, run.recipe(), run.record(), scores)
 
 
 def _read_scores(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:

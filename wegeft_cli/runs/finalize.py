@@ -7,7 +7,7 @@ from torch import nn
 
 from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.base import AdapterRecord
 from wegeft_cli.methods.registry import TASK_TYPES, find_method
@@ -23,7 +23,7 @@ from wegeft_cli.training.trainer import LoopResult
 def write_adapter(
     model: nn.Module,
     recipe: Recipe,
-    folder: RunFolder,
+    folder: RunDirectory,
     result: LoopResult,
     fingerprint: str | None,
     reporter: Reporter,
@@ -104,7 +104,7 @@ def describe_head(head: HeadSpec, recipe: Recipe) -> str:
     )
 
 
-def recall_result(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> LoopResult:
+def recall_result(recipe: Recipe, folder: RunDirectory, checkpoint: Checkpoint) -> LoopResult:
     """Give how the loop of a finished run ended, from what it left.
 
     Args:
@@ -123,7 +123,7 @@ def recall_result(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> 
         "finished",
         checkpoint.step,
         loss,
-        validation=folder.read_validation(),
+        validation=folder.validation(),
         stopped_early=has_stopped_early(checkpoint, recipe),
         best_step=progress.best_step,
         best_metric=progress.best_metric,
@@ -132,7 +132,7 @@ def recall_result(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> 
 
 
 def recall_adapter_step(
-    recipe: Recipe, folder: RunFolder, result: LoopResult, reporter: Reporter
+    recipe: Recipe, folder: RunDirectory, result: LoopResult, reporter: Reporter
 ) -> int:
     """Give the step that `write_adapter` took, where a kill came before it was written down.
 
@@ -153,7 +153,7 @@ def recall_adapter_step(
 
 
 def _find_best(
-    recipe: Recipe, folder: RunFolder, result: LoopResult, reporter: Reporter
+    recipe: Recipe, folder: RunDirectory, result: LoopResult, reporter: Reporter
 ) -> Checkpoint | None:
     """Read the checkpoint of the best step, where the adapter is to be of an earlier one.
 
@@ -163,7 +163,7 @@ def _find_best(
     if not recipe.train.load_best_model_at_end or step is None or step == result.num_steps:
         return None
     try:
-        return load_checkpoint(folder.checkpoints_dir / f"step-{step:08d}")
+        return load_checkpoint(folder.checkpoint_dir(step))
     except MachineError:
         raise
     except UserError as fault:

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import DataSource, Recipe
-from wegeft_cli.storage.json_files import parse_json
 
 # These change how long a run goes on and what it tells, never what an earlier step computed.
 _PROLONGING = ("train.num_train_epochs", "train.max_steps")
@@ -39,7 +39,7 @@ _DIVIDING = ("train.per_device_train_batch_size", "train.gradient_accumulation_s
 
 
 def check_same_recipe(
-    saved_path: Path,
+    directory: RunDirectory,
     recipe: Recipe,
     *,
     is_finished: bool = False,
@@ -48,7 +48,7 @@ def check_same_recipe(
     """Refuse to go on with a run under another recipe, or with steps of another number of rows.
 
     Args:
-        saved_path: The run's own `recipe.yaml`; a folder without one has nothing to go on from.
+        directory: The run's directory; without a recipe there is nothing to resume.
         recipe: The recipe given now, as a run keeps it.
         is_finished: The run is not to go on but to count as done: its length may not change either.
         num_processes: How many the run is to go on with. The rows of a step may then be divided
@@ -57,7 +57,7 @@ def check_same_recipe(
     Raises:
         UserError: If keys differ that may not change; each is listed with both values.
     """
-    if not saved_path.is_file():
+    if not directory.recipe_path.is_file():
         return
     # What is compared between validations must be measured alike: with a watched task, `eval` too.
     watches_task = _watches(recipe) and recipe.train.metric_for_best_model != "eval_loss"
@@ -68,9 +68,9 @@ def check_same_recipe(
         *(() if num_processes is None else _DIVIDING),
     )
     # Earlier versions kept paths as they were typed.
-    saved = keep_recipe(load_recipe(saved_path))
+    saved = keep_recipe(load_recipe(directory.recipe_path))
     if num_processes is not None:
-        _check_same_rows(saved_path, saved, recipe, num_processes)
+        _check_same_rows(directory, saved, recipe, num_processes)
     before = dict(flatten(asdict(saved)))
     after = dict(flatten(asdict(recipe)))
     changed = [
@@ -81,16 +81,16 @@ def check_same_recipe(
     if changed:
         raise UserError(
             "the run was begun under another recipe: " + "; ".join(changed),
-            file=str(saved_path),
+            file=str(directory.recipe_path),
             hint="resume with the run's own recipe.yaml, or choose another output_dir",
         )
 
 
-def _check_same_rows(saved_path: Path, saved: Recipe, recipe: Recipe, num_processes: int) -> None:
+def _check_same_rows(
+    directory: RunDirectory, saved: Recipe, recipe: Recipe, num_processes: int
+) -> None:
     """Refuse steps of another number of rows: they would stand at another place in the data."""
-    path = saved_path.with_name("run.json")
-    told = parse_json(path.read_bytes(), file=str(path)) if path.is_file() else {}
-    earlier = told.get("num_processes") if isinstance(told, dict) else None
+    earlier = directory.record(strict=True).get("num_processes")
     if not isinstance(earlier, int):
         return
     before, now = _rows_of(saved) * earlier, _rows_of(recipe) * num_processes
@@ -101,7 +101,7 @@ def _check_same_rows(saved_path: Path, saved: Recipe, recipe: Recipe, num_proces
     raise UserError(
         f"the run's steps have {before} rows, on {earlier} processes; on {num_processes} processes "
         f"this recipe gives them {now}",
-        file=str(path),
+        file=str(directory.record_path),
         key="train.gradient_accumulation_steps",
         hint=f"go on with train.gradient_accumulation_steps={passes}"
         if not rest

@@ -14,7 +14,7 @@ import torch
 from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.artifacts.run_directory import RunFolder, now
+from wegeft_cli.artifacts.run_directory import RunDirectory, now
 from wegeft_cli.distributed.failures import is_lost_process, tell_lost_process
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
@@ -28,7 +28,6 @@ from wegeft_cli.reporter import Reporter
 from wegeft_cli.runs.describe import describe_data
 from wegeft_cli.runs.resume_rules import check_same_recipe
 from wegeft_cli.storage.atomic import check_free_space, heal_folder
-from wegeft_cli.storage.lock import lock_folder
 
 AUTO = "auto"
 
@@ -56,7 +55,7 @@ class Start:
 
 
 def check_start(
-    folder: RunFolder, recipe: Recipe, resume: str | None, processes: Processes
+    folder: RunDirectory, recipe: Recipe, resume: str | None, processes: Processes
 ) -> Checkpoint | None:
     """Check, before anything is read, that the run may begin or go on in its folder.
 
@@ -77,11 +76,11 @@ def check_start(
             folder.check_unused()
         return None
     many = processes.count
-    check_same_recipe(folder.path / "recipe.yaml", recipe, num_processes=many)
+    check_same_recipe(folder, recipe, num_processes=many)
     if resume == AUTO:
         return None
     path = Path(resume).expanduser()
-    if (path / "checkpoints").is_dir():
+    if RunDirectory(path).checkpoints_dir.is_dir():
         raise UserError(
             "this is a run's folder, not one of its checkpoints",
             file=resume,
@@ -89,20 +88,19 @@ def check_start(
             hint="name a folder such as checkpoints/step-00000100 in it, or say --resume auto",
         )
     given = load_checkpoint(path)
-    # <run>/checkpoints/step-00000100: the checkpoint of another run brings that run's recipe.
-    saved_path = path.resolve().parent.parent / "recipe.yaml"
-    check_same_recipe(saved_path, recipe, num_processes=many)
+    # The checkpoint of another run must fit that run's recipe.
+    check_same_recipe(RunDirectory.of_checkpoint(path), recipe, num_processes=many)
     return given
 
 
-def may_go_on(folder: RunFolder, resume: str | None) -> bool:
+def may_go_on(folder: RunDirectory, resume: str | None) -> bool:
     """Tell, without reading checkpoints, whether a run will go on rather than begin."""
-    return resume is not None and (resume != AUTO or any(folder.checkpoints_dir.glob("step-*")))
+    return resume is not None and (resume != AUTO or bool(folder.checkpoint_dirs()))
 
 
 @contextmanager
 def begin_run(
-    folder: RunFolder,
+    folder: RunDirectory,
     recipe: Recipe,
     resume: str | None,
     given: Checkpoint | None,
@@ -131,9 +129,7 @@ def begin_run(
         MachineError: If the body runs out of memory.
     """
     is_main = processes.is_main
-    with lock_folder(folder.path) if is_main else contextlib.nullcontext():
-        if is_main:
-            folder.remove_leftovers()
+    with folder.lock() if is_main else contextlib.nullcontext():
         if is_main and heal_folder(folder.adapter_dir, (CONFIG_NAME, WEIGHTS_NAME)):
             reporter.note(f"{folder.adapter_dir} was being replaced when a process was killed")
         if is_main and resume is None:
@@ -144,7 +140,7 @@ def begin_run(
         if start.checkpoint is None and folder.adapter_dir.exists():
             folder.check_unused()  # its checkpoints are gone, its adapter stays
         if start.checkpoint is not None:
-            start.earlier = dict(folder.adopt())
+            start.earlier = dict(folder.load_record())
             if folder.adapter_dir.exists():
                 _check_nothing_left(folder, recipe, inputs, start.checkpoint, resume)
                 start.is_done = True
@@ -157,13 +153,13 @@ def begin_run(
             if is_main:
                 progress = {} if start.checkpoint is None else start.checkpoint.state["progress"]
                 folder.write_recipe(recipe_to_yaml(recipe))
-                folder.start_lines(
+                folder.truncate_lines(
                     start.step, redo_validation=progress.get("validation_due", False)
                 )
             yield start
 
 
-def note_base(start: Start, recipe: Recipe, folder: RunFolder, *, is_loaded: bool) -> None:
+def note_base(start: Start, recipe: Recipe, folder: RunDirectory, *, is_loaded: bool) -> None:
     """Fingerprint the base where it is on this machine; a run goes on upon its own base alone.
 
     Args:
@@ -183,17 +179,17 @@ def note_base(start: Start, recipe: Recipe, folder: RunFolder, *, is_loaded: boo
     if before is not None and before != start.fingerprint:
         raise UserError(
             f"the base {recipe.model.name_or_path!r} has changed since the run began",
-            file=str(folder.path / "run.json"),
+            file=str(folder.record_path),
             key="base_fingerprint",
             hint="give the same weights, or begin a new run with another output_dir",
         )
 
 
-def _check_data(folder: RunFolder, resume: str | None, inputs: RunInputs) -> None:
+def _check_data(folder: RunDirectory, resume: str | None, inputs: RunInputs) -> None:
     """Refuse other data than those of the checkpoint's own run; every process looks for itself."""
     if resume is not None and resume != AUTO:
-        folder = RunFolder(Path(resume).expanduser().resolve().parent.parent)
-    check_same_data(folder.adopt(), describe_data(inputs), folder.path / "run.json")
+        folder = RunDirectory.of_checkpoint(Path(resume).expanduser())
+    check_same_data(folder.record(), describe_data(inputs), folder.record_path)
 
 
 def _tell_threads(start: Start, processes: Processes, reporter: Reporter) -> None:
@@ -207,7 +203,7 @@ def _tell_threads(start: Start, processes: Processes, reporter: Reporter) -> Non
         )
 
 
-def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:
+def _find_checkpoint(folder: RunDirectory, reporter: Reporter) -> Checkpoint | None:
     checkpoint, notes = find_newest_checkpoint(folder.checkpoints_dir)
     for note in notes:
         reporter.warn(note)
@@ -224,7 +220,7 @@ def has_stopped_early(checkpoint: Checkpoint, recipe: Recipe) -> bool:
     return patience is not None and checkpoint.state["progress"]["num_bad_evals"] >= patience
 
 
-def check_disk(folder: RunFolder, recipe: Recipe, inputs: RunInputs) -> None:
+def check_disk(folder: RunDirectory, recipe: Recipe, inputs: RunInputs) -> None:
     """Find a disk too small for the checkpoints that a run still adds.
 
     Args:
@@ -238,14 +234,14 @@ def check_disk(folder: RunFolder, recipe: Recipe, inputs: RunInputs) -> None:
     if folder.adapter_dir.exists():
         return
     num_in_all = count_checkpoints(recipe.train, inputs.source.num_steps) or 0
-    num_there = len(list(folder.checkpoints_dir.glob("step-*")))
+    num_there = len(folder.checkpoint_dirs())
     # However many are there, the next one is whole before an old one goes.
     num_bytes = max(1, num_in_all - num_there) * inputs.checkpoint_bytes
     check_free_space(folder.path, int(num_bytes), "the run's checkpoints")
 
 
 def _check_nothing_left(
-    folder: RunFolder,
+    folder: RunDirectory,
     recipe: Recipe,
     inputs: RunInputs,
     checkpoint: Checkpoint,
@@ -256,7 +252,7 @@ def _check_nothing_left(
     # The checkpoint tells, not run.json: a kill may have come before it was written.
     is_done = checkpoint.step >= inputs.source.num_steps or has_stopped_early(checkpoint, recipe)
     if is_given or not is_done:
-        place = resume if is_given else folder.checkpoints_dir / f"step-{checkpoint.step:08d}"
+        place = resume if is_given else folder.checkpoint_dir(checkpoint.step)
         raise UserError(
             "this run has its adapter already, and it is not replaced",
             file=str(folder.adapter_dir),
@@ -267,7 +263,7 @@ def _check_nothing_left(
 
 @contextmanager
 def _told_in_run_json(
-    folder: RunFolder, recipe: Recipe, estimated_gib: float | None, processes: Processes
+    folder: RunDirectory, recipe: Recipe, estimated_gib: float | None, processes: Processes
 ) -> Iterator[None]:
     """Write down how the run failed, if it does, and translate what torch says."""
     try:
@@ -279,7 +275,7 @@ def _told_in_run_json(
         elif processes.count > 1 and is_lost_process(error):
             told = tell_lost_process(recipe.train.ddp_timeout)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        if processes.is_main and (folder.path / "run.json").exists():
+        if processes.is_main and folder.record_path.exists():
             with contextlib.suppress(UserError, OSError):
                 folder.update({"status": status, "error": str(told), "finished_at": now()})
         if told is not error:

@@ -16,14 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.artifacts.run_results import (
     BEST,
     RunOutcome,
     SweepRow,
     average,
     find_best,
-    is_finished,
-    read_last_line,
     read_outcome,
 )
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
@@ -158,13 +157,12 @@ def _check_recipes(loaded: LoadedSweep, outcomes: Sequence[RunOutcome]) -> None:
     """Refuse runs that were begun under another recipe, before the first one starts."""
     faults = []
     for run, outcome in zip(loaded.runs, outcomes, strict=True):
-        if not (outcome.run_dir / "run.json").is_file():
+        directory = RunDirectory(outcome.run_dir)
+        if not directory.exists():
             continue
         try:
             check_same_recipe(
-                outcome.run_dir / "recipe.yaml",
-                keep_recipe(run.loaded),
-                is_finished=is_finished(outcome.run_dir),
+                directory, keep_recipe(run.loaded), is_finished=directory.is_finished()
             )
         except UserError as fault:
             fault.hint = "give back the old values, or choose another output_dir"
@@ -205,13 +203,13 @@ def _train_all(
     """Train what is not finished yet, one after the other; say how it went altogether."""
     metrics = [run.loaded.recipe.train.metric_for_best_model for run in loaded.runs]
     for position, outcome in enumerate(outcomes):
-        if is_finished(outcome.run_dir):
+        if RunDirectory(outcome.run_dir).is_finished():
             outcomes[position] = read_outcome(outcome, metrics[position], "finished", None)
             reporter.note(f"{outcome.name} is finished already")
         else:
             # Written for all at once: an edit of the recipe from now on changes no later run.
             text = recipe_to_yaml(keep_recipe(loaded.runs[position].loaded))
-            write_text_atomic(outcome.run_dir / "recipe.yaml", text)
+            RunDirectory(outcome.run_dir).write_recipe(text)
     num_done = sum(outcome.status == "finished" for outcome in outcomes)
     with reporter.progress("runs", len(outcomes)) as advance:
         advance(num_done)
@@ -220,13 +218,14 @@ def _train_all(
                 continue
             if should_stop():
                 return "interrupted"
-            with lock_folder(outcome.run_dir):
+            directory = RunDirectory(outcome.run_dir)
+            with directory.lock():
                 pass  # a run that outlived its sweep is told as such, not as a failure
             outcomes[position] = replace(outcome, status="running")
             _write(_summarize(loaded, output_dir, outcomes, "running"))
             tell = _Teller(outcome, num_done, advance)
             log = outcome.run_dir / LOG_NAME
-            end = run_training(outcome.run_dir / "recipe.yaml", log, should_stop, tell)
+            end = run_training(directory.recipe_path, log, should_stop, tell)
             outcomes[position] = read_outcome(outcome, metrics[position], end.status, end.error)
             if end.status == "interrupted":
                 return "interrupted"
@@ -246,7 +245,7 @@ class _Teller:
         self._advance = advance
 
     def __call__(self) -> None:
-        line = read_last_line(self._outcome.run_dir)
+        line = RunDirectory(self._outcome.run_dir).last_metrics()
         loss = line.get("loss")
         self._advance(
             self._num_done,

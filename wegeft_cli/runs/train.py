@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.models.heads import finish_head, pad_as_tokenizer
@@ -126,7 +126,7 @@ def _train(
     check_launcher()
     processes = Processes.join(timedelta(seconds=recipe.train.ddp_timeout))
     sharding = build_sharding(recipe.train, processes)
-    folder = RunFolder(find_run_dir(recipe))
+    folder = RunDirectory(find_run_dir(recipe))
     given = check_start(folder, recipe, resume, processes)
     if resume is not None:  # before the first process writes what the others compare
         processes.wait()
@@ -165,7 +165,7 @@ def _train(
                 model, recipe, inputs, folder, start, trackers, processes, should_stop, reporter
             )
             if processes.is_main:
-                result.validation = folder.read_validation()
+                result.validation = folder.validation()
             ended = describe_end(result, processes)
             if processes.is_main:
                 if result.status == "finished":
@@ -189,7 +189,7 @@ def _run(
     model: nn.Module,
     recipe: Recipe,
     inputs: RunInputs,
-    folder: RunFolder,
+    folder: RunDirectory,
     start: Start,
     trackers: Trackers,
     processes: Processes,
@@ -234,7 +234,7 @@ def _run(
 def _tracked(
     recipe: Recipe,
     inputs: RunInputs,
-    folder: RunFolder,
+    folder: RunDirectory,
     start: Start,
     processes: Processes,
     reporter: Reporter,
@@ -262,7 +262,7 @@ def _tracked(
         trackers.finish()
 
 
-def _tell_checked(folder: RunFolder, inputs: RunInputs) -> TrainResult:
+def _tell_checked(folder: RunDirectory, inputs: RunInputs) -> TrainResult:
     """Give the result of a dry run."""
     return TrainResult(
         folder.path,
@@ -277,7 +277,7 @@ def _tell_checked(folder: RunFolder, inputs: RunInputs) -> TrainResult:
 
 
 def _tell_ended(
-    folder: RunFolder, inputs: RunInputs, result: LoopResult, told: Mapping[str, Any]
+    folder: RunDirectory, inputs: RunInputs, result: LoopResult, told: Mapping[str, Any]
 ) -> TrainResult:
     """Give the result of a run that trained, and what its run.json tells beside it."""
     is_finished = result.status == "finished"
@@ -302,7 +302,7 @@ def _tell_ended(
 
 def _tell_finished(
     recipe: Recipe,
-    folder: RunFolder,
+    folder: RunDirectory,
     inputs: RunInputs,
     start: Start,
     processes: Processes,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wegeft_cli.artifacts.checkpoint import save_checkpoint
-from wegeft_cli.artifacts.run_directory import RunFolder
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
@@ -53,7 +53,7 @@ class RunListener:
         recipe: Recipe,
         inputs: RunInputs,
         loss: CausalLoss | ClassLoss,
-        folder: RunFolder,
+        folder: RunDirectory,
         trackers: Trackers,
         processes: Processes,
         should_stop: Callable[[], bool],
