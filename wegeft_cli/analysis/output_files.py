@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors, write_bytes_atomic, write_text_atomic
+from wegeft_cli.storage.atomic import check_output_file, write_bytes_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import to_finite
 
 _START = '{\n  "adapter": "'  # as these results begin
@@ -27,17 +27,7 @@ def check_plots() -> None:
 
 def check_output(output: Path) -> None:
     """Raise UserError if an output file exists that is not an earlier result."""
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = "" if output.is_dir() else output.read_text(encoding="utf-8", errors="replace")
-    if output.is_dir() or (text and not text.startswith(_START)):
-        raise UserError(
-            "this is no earlier result, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name",
-        )
+    check_output_file(output, _START, "earlier result", "result.json")
 
 
 def write_json(output: Path, result: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from wegeft_cli.artifacts.run_results import (
 )
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.version import VERSION
 
@@ -104,7 +104,7 @@ def report(
     name_apart(records)
     first = records[0].run_dir
     output = output or (first if len(records) == 1 else first.parent) / "report.html"
-    _check_output(output)
+    check_output_file(output, _MARK, "report", "report.html")
     for record in records:
         _add_inspection(record, look_inside, reporter)
 
@@ -155,18 +155,3 @@ def _add_inspection(record: RunRecord, look_inside: bool, reporter: Reporter) ->
         reporter.warn(f"{record.name} is not inspected: {fault}")
         return
     write_json(kept, record.inspection)
-
-
-def _check_output(output: Path) -> None:
-    """Raise UserError if an output file exists that is not a report."""
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = "" if output.is_dir() else output.read_text(encoding="utf-8", errors="replace")
-    if output.is_dir() or (text and not text.startswith(_MARK)):
-        raise UserError(
-            "this is no report, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name, such as report.html",
-        )

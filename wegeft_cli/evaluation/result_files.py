@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.run_directory import SAMPLES_END, SCORES_END, RunDirectory
-from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.response_cache import remove_caches
 from wegeft_cli.evaluation.runner import Evaluation
 from wegeft_cli.evaluation.score import Score
-from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 
 _RESULT_START = '{\n  "results": ['  # as json.dumps(indent=2) begins it
 _SAMPLES_START = '{"model": "'
@@ -21,35 +20,13 @@ _SAMPLES_START = '{"model": "'
 
 def check_outputs(output: Path) -> None:
     """Raise UserError if --output or its samples file cannot be written or is no earlier result."""
-    _check_output(output)
-    _check_output(beside(output), is_ours=_SAMPLES_START)
+    check_output_file(output, _RESULT_START, "earlier result", "scores.json")
+    check_output_file(beside(output), _SAMPLES_START, "earlier result", "scores.json")
 
 
 def beside(output: Path) -> Path:
     """Return the samples file of a result file."""
     return output.with_name(f"{output.stem}{SAMPLES_END}")
-
-
-def _check_output(output: Path, *, is_ours: str = _RESULT_START) -> None:
-    place = output.parent
-    while not place.exists():
-        place = place.parent
-    if output.is_dir() or not place.is_dir():
-        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
-        raise UserError(
-            what, file=str(output), key="--output", hint="give a file such as scores.json"
-        )
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = output.read_text(encoding="utf-8", errors="replace")
-    if text and not text.startswith(is_ours):
-        raise UserError(
-            "this file is no earlier result, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name",
-        )
 
 
 def choose_samples_path(

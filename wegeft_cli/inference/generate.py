@@ -22,7 +22,7 @@ from wegeft_cli.inference.prompt_format import PromptForm, choose_form, tell_que
 from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.storage.atomic import disk_errors, write_text_atomic
+from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 
 DEFAULT_NEW_TOKENS = 512
 GREEDY = Decoding(DEFAULT_NEW_TOKENS)
@@ -89,7 +89,7 @@ def generate(
             hint="add --temperature 1, or ask for one",
         )
     if output is not None:
-        _check_output(output)
+        check_output_file(output, _OUTPUT_START, "file of earlier answers", "answers.jsonl")
     questions = read_questions(prompts, file, limit)
     path = find_target(target)
     recipe = find_recipe_of(path)
@@ -268,26 +268,3 @@ def _build_results(
             }
         )
     return results
-
-
-def _check_output(output: Path) -> None:
-    """Find out before the work begins that the file cannot be written, or is someone's own."""
-    place = output.parent
-    while not place.exists():
-        place = place.parent
-    if output.is_dir() or not place.is_dir():
-        what = "this is a folder" if output.is_dir() else f"{str(place)!r} is no folder"
-        raise UserError(
-            what, file=str(output), key="--output", hint="give a file such as answers.jsonl"
-        )
-    if not output.exists():
-        return
-    with disk_errors(output, "read"):
-        text = output.read_text(encoding="utf-8", errors="replace")
-    if text and not text.startswith(_OUTPUT_START):
-        raise UserError(
-            "this file holds no earlier answers, and nothing else is overwritten",
-            file=str(output),
-            key="--output",
-            hint="give another name",
-        )

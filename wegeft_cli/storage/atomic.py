@@ -160,6 +160,32 @@ def check_unused_folder(path: Path) -> None:
             )
 
 
+def check_output_file(output: Path, start: str, what: str, example: str) -> None:
+    """Raise UserError if `--output` cannot be written, or would replace a file of another kind.
+
+    A file is replaced only if it is empty or begins with `start`; `what` names this kind of file
+    in the message, and `example` is a valid name.
+    """
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    if output.is_dir() or not place.is_dir():
+        problem = "this is a folder" if output.is_dir() else f"{str(place)!r} is not a folder"
+        hint = f"name a file such as {example}"
+        raise UserError(problem, file=str(output), key="--output", hint=hint)
+    if not output.exists():
+        return
+    with disk_errors(output, "read"):
+        text = output.read_text(encoding="utf-8", errors="replace")
+    if text and not text.startswith(start):
+        raise UserError(
+            f"this file is no {what}, and nothing else is overwritten",
+            file=str(output),
+            key="--output",
+            hint=f"choose another name, such as {example}",
+        )
+
+
 def remove_folder(path: Path) -> None:
     """Rename a folder, then delete it, so that no process sees it half removed."""
     trash = path.parent / f".trash-{path.name}-{secrets.token_hex(4)}"
