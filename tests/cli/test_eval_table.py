@@ -141,7 +141,7 @@ def test_the_comparison_is_shown(place: Path, capsys: pytest.CaptureFixture[str]
     print_comparison(changed)
     shown = capsys.readouterr().out
     assert "only in A, not compared: piqa (gift)" in shown
-    assert "generated with other settings" in shown
+    assert "generated with different settings" in shown
 
 
 def test_a_gain_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

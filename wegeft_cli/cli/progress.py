@@ -1,4 +1,4 @@
-"""How far a run is: one line that takes a second one, and then drops figures, where it is narrow.
+"""A progress line that wraps, then drops figures, on narrow terminals.
 
 training ━━━━━━━━━━━━━━━━━━━━━━━━ 120/500  loss 0.4312  lr 2.00e-04  0:01:10  left 0:03:41
 """
@@ -14,21 +14,16 @@ from rich.live import Live
 from rich.text import Text
 
 _BAR_CELLS = 24
-_LEAST_BAR_CELLS = 8
+_MIN_BAR_CELLS = 8
 _GAP = "  "
 _REFRESHES_PER_SECOND = 4
 
 LOG_SECONDS = 30.0
-"""Where the output is no terminal, a line is written so often, and at the end."""
+"""Interval of the lines in a log, which also gets one at the end."""
 
 
 class ProgressLine:
-    """What is known of one task's progress, drawn to the width that there is.
-
-    Args:
-        title: What is done.
-        total: Amount at the end.
-    """
+    """The progress of one job, drawn to the width of the terminal."""
 
     def __init__(self, title: str, total: float) -> None:
         self.title = title
@@ -40,16 +35,16 @@ class ProgressLine:
         self._last = self._start
 
     def advance(self, done: float, **figures: str) -> None:
-        """Take the amount done so far, and figures to show from now on."""
+        """Set the amount done, and figures to show from now on."""
         self.done = done
         self.figures.update(figures)
         self._last = time.monotonic()
-        # The first step is slow, and a resumed run begins far from zero: both stay out of the rate.
+        # The rate excludes the slow first step and the steps before a resume.
         self._first = self._first or (done, self._last)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the end at the rate so far; None before two steps are done."""
+        """Remaining seconds at the current rate; None before two steps are done."""
         if self.done >= self.total:
             return 0.0
         if self._first is None or self.done <= self._first[0]:
@@ -57,44 +52,36 @@ class ProgressLine:
         rate = (self._last - self._first[1]) / (self.done - self._first[0])
         return max(0.0, rate * (self.total - self.done) - (time.monotonic() - self._last))
 
-    def head(self, bar: Text | None = None) -> Text:
-        """Give title and count, with a bar between them on request."""
+    def title_and_count(self, bar: Text | None = None) -> Text:
+        """Return title and count, with an optional bar between them."""
         count = f"{self.done:,.0f}/{self.total:,.0f}"
         return Text(" ").join(part for part in (Text(self.title, "bold"), bar, Text(count)) if part)
 
     def clock(self) -> Text:
-        """Give the time that went by and the time left."""
-        elapsed = _tell_time(time.monotonic() - self._start)
+        """Return the elapsed and the remaining time."""
+        elapsed = _format_time(time.monotonic() - self._start)
         if self.done >= self.total:
             return Text(elapsed)
-        left = "-:--:--" if self.seconds_left is None else _tell_time(self.seconds_left)
+        left = "-:--:--" if self.seconds_left is None else _format_time(self.seconds_left)
         return Text.assemble(elapsed, _GAP, ("left ", "dim"), left)
 
-    def tell_figures(self) -> list[Text]:
-        """Give each figure with its name: `tokens_per_s` is written tokens/s."""
+    def format_figures(self) -> list[Text]:
+        """Return each figure with its name: `tokens_per_s` becomes tokens/s."""
         return [
             Text.assemble((name.replace("_per_", "/") + " ", "dim"), value)
             for name, value in self.figures.items()
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """Draw one line if all fits into it, else two; figures that still do not fit are left out.
-
-        Args:
-            console: Where it is drawn.
-            options: The width, and whether only ASCII can be shown.
-
-        Yields:
-            The lines.
-        """
+        """Yield one line if everything fits, else two; figures that do not fit are dropped."""
         width = options.max_width
-        clock, figures = self.clock(), self.tell_figures()
-        room = width - self.head().cell_len - clock.cell_len - len(_GAP) - 1
+        clock, figures = self.clock(), self.format_figures()
+        room = width - self.title_and_count().cell_len - clock.cell_len - len(_GAP) - 1
         for_figures = sum(figure.cell_len + len(_GAP) for figure in figures)
-        in_one_line = room - for_figures >= _LEAST_BAR_CELLS
+        in_one_line = room - for_figures >= _MIN_BAR_CELLS
         cells = min(_BAR_CELLS, room - for_figures if in_one_line else room)
-        bar = self._draw_bar(cells, options.ascii_only) if cells >= _LEAST_BAR_CELLS else None
-        parts = [self.head(bar), *(figures if in_one_line else []), clock]
+        bar = self._draw_bar(cells, options.ascii_only) if cells >= _MIN_BAR_CELLS else None
+        parts = [self.title_and_count(bar), *(figures if in_one_line else []), clock]
         yield _join(parts, width)
         if not in_one_line and figures:
             yield _join(figures, width)
@@ -110,15 +97,7 @@ class ProgressLine:
 
 @contextmanager
 def show_progress(console: Console, line: ProgressLine) -> Iterator[Callable[..., None]]:
-    """Keep a line on the screen while the body runs; in a log, write it from time to time.
-
-    Args:
-        console: Where it is drawn.
-        line: The line.
-
-    Yields:
-        The function that takes the amount done so far, and figures.
-    """
+    """Show a line while the body runs, in a log every 30 s; yield its `advance`."""
     if console.is_interactive and not console.quiet:
         with Live(line, console=console, refresh_per_second=_REFRESHES_PER_SECOND):
             yield line.advance
@@ -126,7 +105,7 @@ def show_progress(console: Console, line: ProgressLine) -> Iterator[Callable[...
     due = time.monotonic() + LOG_SECONDS
 
     def write() -> None:
-        parts = [line.head(), *line.tell_figures(), line.clock()]
+        parts = [line.title_and_count(), *line.format_figures(), line.clock()]
         console.print(Text(_GAP).join(parts), soft_wrap=True)
 
     def advance(done: float, **figures: str) -> None:
@@ -144,7 +123,7 @@ def show_progress(console: Console, line: ProgressLine) -> Iterator[Callable[...
 
 
 def _join(parts: list[Text], width: int) -> Text:
-    """Put as many parts as fit beside each other."""
+    """Join as many parts as fit."""
     line = parts[0].copy()
     for part in parts[1:]:
         if line.cell_len + len(_GAP) + part.cell_len <= width:
@@ -153,7 +132,7 @@ def _join(parts: list[Text], width: int) -> Text:
     return line
 
 
-def _tell_time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,32 +1,31 @@
-"""Scores, comparisons and the list of tasks as tables."""
+"""Tables: the one drawer, and those of scores, comparisons and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from wegeft_cli.cli.console import get_console, print_json, show
 
 _NUM_CLASSES_SHOWN = 5
-_LEFT = ("task", "protocol", "file under --data-dir", "answers", "protocols", "group", "tasks")
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
-    """Show a result of `wegeft eval`: a table for each protocol, whose scores never mix.
-
-    Args:
-        result: The JSON object.
-    """
+    """Print a result of `wegeft eval`, with one table per protocol."""
     rows = result["results"]
     bases = result.get("base_results") or [None] * len(rows)
     tests = result.get("comparison") or [None] * len(rows)
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
-        told = [
+        shown = [
             triple
             for triple in zip(rows, bases, tests, strict=True)
             if triple[0]["protocol"] == protocol
         ]
-        _show_table(_score_columns(told), drop=("95 % interval", "protocol", "invalid", "p"))
+        show_table(
+            _score_columns(shown),
+            text=("protocol",),
+            drop=("95 % interval", "protocol", "invalid", "p"),
+        )
     for mean, base in zip(
         result.get("groups", ()),
         result.get("base_groups") or [None] * len(result.get("groups", ())),
@@ -45,13 +44,11 @@ def print_scores(result: Mapping[str, Any]) -> None:
     for row in rows:
         _show_classes(row)
     if result.get("samples_path"):
-        show(
-            f"every sample: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim"
-        )
+        show(f"samples: {result['samples_path']}", highlight=False, soft_wrap=True, style="dim")
 
 
-def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]:
-    rows = [row for row, _, _ in told]
+def _score_columns(triples: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]:
+    rows = [row for row, _, _ in triples]
     columns = {
         "task": [row["task"] + (" (leaks)" if row.get("leak") else "") for row in rows],
         "protocol": [row["protocol"] for row in rows],
@@ -60,16 +57,16 @@ def _score_columns(told: Sequence[tuple[Any, Any, Any]]) -> dict[str, list[str]]
         "95 % interval": [_interval(row["ci95"]) for row in rows],
         "invalid": [str(row["n_invalid"]) for row in rows],
     }
-    if told[0][1] is not None:
-        columns["base"] = [_percent(base["score"]) for _, base, _ in told]
-        columns["gain"] = [_gain(base["score"], row["score"]) for row, base, _ in told]
-    if any(test is not None for _, _, test in told):
-        columns["p"] = ["" if test is None else _show_p(test["p_value"]) for _, _, test in told]
+    if triples[0][1] is not None:
+        columns["base"] = [_percent(base["score"]) for _, base, _ in triples]
+        columns["gain"] = [_gain(base["score"], row["score"]) for row, base, _ in triples]
+    if any(test is not None for _, _, test in triples):
+        columns["p"] = ["" if test is None else _show_p(test["p_value"]) for _, _, test in triples]
     return columns
 
 
 def _show_classes(row: Mapping[str, Any]) -> None:
-    """Show a classifier's other figures, and the classes that it takes for others most often."""
+    """Print a classifier's other metrics and the classes that it confuses most often."""
     if "per_class" not in row:
         return
     figures = "  ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
@@ -79,7 +76,7 @@ def _show_classes(row: Mapping[str, Any]) -> None:
     for each in wrong[:_NUM_CLASSES_SHOWN]:
         other, count = next(iter(each["mistaken_for"].items()))
         show(
-            f"  {each['label']}: {each['accuracy']:.1%} of {each['n']}, most often taken for "
+            f"  {each['label']}: {each['accuracy']:.1%} of {each['n']}, most often confused with "
             f"{other} ({count})",
             highlight=False,
             markup=False,
@@ -88,37 +85,33 @@ def _show_classes(row: Mapping[str, Any]) -> None:
 
 
 def _count(row: Mapping[str, Any]) -> str:
-    """Rows answered rightly; just the rows where answers are neither right nor wrong."""
+    """Return the number of correct rows, or of rows if answers are neither right nor wrong."""
     correct = row["num_correct"]
     return f"{row['n']} rows" if correct is None else f"{correct} / {row['n']}"
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
-    """Show a result of `wegeft compare`.
-
-    Args:
-        result: The JSON object.
-    """
+    """Print a result of `wegeft compare`."""
     show(f"A: {result['a']}\nB: {result['b']}", highlight=False, soft_wrap=True)
     tasks = result["tasks"]
     for protocol in dict.fromkeys(task["protocol"] for task in tasks):
-        told = [task for task in tasks if task["protocol"] == protocol]
+        shown = [task for task in tasks if task["protocol"] == protocol]
         columns = {
-            "task": [task["task"] for task in told],
-            "protocol": [task["protocol"] for task in told],
-            "n": [str(task["n"]) for task in told],
-            "A": [_percent(task["score_a"]) for task in told],
-            "B": [_percent(task["score_b"]) for task in told],
-            "B - A": [f"{100 * task['difference']:+.1f}" for task in told],
-            "95 % interval": [_interval(task["ci95"], sign="+") for task in told],
-            "only A": [str(task["only_a"]) for task in told],
-            "only B": [str(task["only_b"]) for task in told],
-            "p": [f"{task['p_value']:.2g}" for task in told],
+            "task": [task["task"] for task in shown],
+            "protocol": [task["protocol"] for task in shown],
+            "n": [str(task["n"]) for task in shown],
+            "A": [_percent(task["score_a"]) for task in shown],
+            "B": [_percent(task["score_b"]) for task in shown],
+            "B - A": [f"{100 * task['difference']:+.1f}" for task in shown],
+            "95 % interval": [_interval(task["ci95"], sign="+") for task in shown],
+            "only A": [str(task["only_a"]) for task in shown],
+            "only B": [str(task["only_b"]) for task in shown],
+            "p": [f"{task['p_value']:.2g}" for task in shown],
         }
-        _show_table(columns, drop=("95 % interval", "protocol"))
+        show_table(columns, text=("protocol",), drop=("95 % interval", "protocol"))
     if left := result["not_compared"]:
         names = ", ".join(f"{task} ({protocol})" for task, protocol in left)
-        why = "not compared, since answers are neither right nor wrong"
+        why = "not compared, because answers are neither right nor wrong"
         show(f"{why}: {names}", highlight=False, soft_wrap=True)
     for side in ("a", "b"):
         if left := result[f"only_in_{side}"]:
@@ -127,13 +120,13 @@ def print_comparison(result: Mapping[str, Any]) -> None:
     for task in tasks:
         if "generation" in task["differs"]:
             show(
-                f"[yellow]note:[/] {task['task']} was generated with other settings in the two "
+                f"[yellow]note:[/] {task['task']} was generated with different settings "
                 "(`generation` in the files)",
                 highlight=False,
                 soft_wrap=True,
             )
     show(
-        "p: McNemar's exact two-sided test on the rows where one alone is right",
+        "p: McNemar's exact two-sided test on rows that only one answers correctly",
         style="dim",
         highlight=False,
         soft_wrap=True,
@@ -141,12 +134,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
 
 
 def print_tasks(listing: Mapping[str, Any], as_json: bool) -> None:
-    """Show the tasks, groups and protocols.
-
-    Args:
-        listing: The JSON object of `wegeft eval --list`.
-        as_json: Print it as it is.
-    """
+    """Print the result of `wegeft eval --list`."""
     if as_json:
         print_json(dict(listing))
         return
@@ -157,18 +145,18 @@ def print_tasks(listing: Mapping[str, Any], as_json: bool) -> None:
         "answers": [str(task.get("kind") or "") for task in tasks],
         "rows": [f"{task['num_rows']:,}" if task.get("num_rows") else "" for task in tasks],
     }
-    _show_table(columns)
+    show_table(columns, text=("file under --data-dir", "answers"))
     for task in tasks:
         for note in (task.get("part"), task.get("leak")):
             if note:
-                told = f"{note}; needs --allow-leaky" if note == task.get("leak") else note
-                show(f"[bold]{task['name']}[/]  {told}", highlight=False, soft_wrap=True)
-    show("\n[bold]groups[/] (the score is the unweighted mean of the tasks')", highlight=False)
+                needs = "; needs --allow-leaky" if note == task.get("leak") else ""
+                show(f"[bold]{task['name']}[/]  {note}{needs}", highlight=False, soft_wrap=True)
+    show("\n[bold]groups[/] (score: unweighted mean of the tasks)", highlight=False)
     for group in listing["groups"]:
-        how = "; --task NAME RUN RUN ...: a run of each" if group.get("of_runs") else ""
-        told = f"[bold]{group['name']}[/]  {', '.join(group['tasks'])}{how}"
-        show(told, highlight=False, soft_wrap=True)
-    show("\n[bold]protocols[/] (scores of two of them are never comparable)", highlight=False)
+        how = "; --task NAME RUN RUN ...: one run per dataset" if group.get("of_runs") else ""
+        line = f"[bold]{group['name']}[/]  {', '.join(group['tasks'])}{how}"
+        show(line, highlight=False, soft_wrap=True)
+    show("\n[bold]protocols[/] (scores of different protocols are not comparable)", highlight=False)
     for protocol in listing["protocols"]:
         show(
             f"[bold]{protocol['name']}[/]  {protocol['description']}",
@@ -177,21 +165,41 @@ def print_tasks(listing: Mapping[str, Any], as_json: bool) -> None:
         )
 
 
-def _show_table(columns: dict[str, list[str]], *, drop: Sequence[str] = ()) -> None:
+def show_table(
+    columns: Mapping[str, Sequence[str]],
+    *,
+    title: str = "",
+    text: Collection[str] = (),
+    drop: Iterable[str] = (),
+    bold_rows: Collection[int] = (),
+) -> None:
+    """Print columns of cells as a table that fits the terminal.
+
+    The first column and those in `text` are aligned to the left. While the table is too wide, the
+    columns in `drop` are removed in order: no figure is cut, and --json has all of them.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
-    # A narrow terminal shows less rather than cut figures; --json and --output hold all.
+    kept = dict(columns)
     for name in drop:
-        widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
-        if name in columns and sum(widths) + 3 * len(widths) > get_console().width:
-            del columns[name]
-    table = Table(box=SIMPLE)
-    for name in columns:
-        justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
-        table.add_column(name, no_wrap=True, justify=justify)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
+        widths = [max(map(len, (header, *cells))) for header, cells in kept.items()]
+        if sum(widths) + 3 * len(widths) > get_console().width:
+            kept.pop(name, None)
+    table = Table(box=SIMPLE, title=Text(title) if title else None, title_justify="left")
+    table.title_style = "bold"
+    for position, name in enumerate(kept):
+        is_text = position == 0 or name in text
+        table.add_column(
+            Text(name),
+            justify="left" if is_text else "right",
+            no_wrap=position == 0 or not is_text,
+            overflow="ellipsis" if position == 0 else "fold",
+            min_width=None if is_text else len(name),
+        )
+    for position, cells in enumerate(zip(*kept.values(), strict=True)):
+        table.add_row(*map(Text, cells), style="bold" if position in bold_rows else None)
     show(table)
 
 
@@ -204,12 +212,12 @@ def _gain(before: float | None, after: float | None) -> str:
 
 
 def _interval(bounds: Sequence[float] | None, *, sign: str = "") -> str:
-    if bounds is None:  # of what is no share of rows
+    if bounds is None:  # the score is not a fraction of rows
         return "-"
     low, high = (f"{100 * bound:{sign}.1f}" for bound in bounds)
     return f"{low} to {high}" if sign else f"{low}-{high}"
 
 
 def _show_p(value: float) -> str:
-    """Give a p-value as a narrow terminal has room for; the JSON has all of it."""
+    """Return a short p-value; the JSON has all digits."""
     return "<0.001" if value < 0.001 else f"{value:.2g}"

@@ -1,1 +1,1 @@
-"""A YAML file becomes a typed, frozen recipe; every fault in it is told with its place."""
+"""Load a YAML file as a typed, frozen recipe, and report every fault with its place."""

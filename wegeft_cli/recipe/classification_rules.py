@@ -1,4 +1,4 @@
-"""Rules of the classification tasks: what they take, and what only language modelling reads."""
+"""Rules of the tasks: keys that a task does not read, and what classification needs."""
 
 from __future__ import annotations
 

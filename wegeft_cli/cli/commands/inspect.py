@@ -16,11 +16,12 @@ from wegeft_cli.cli.arguments import (
     JsonOption,
     LimitOption,
 )
-from wegeft_cli.cli.console import RichReporter, get_console, print_json, show
+from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.tables import show_table
 from wegeft_cli.errors import UserError
 
 _NUM_SHOWN = 20  # modules in a table
-_LEAST_COLUMNS = 4
+_MIN_COLUMNS = 4
 _NUM_WITH_TOKENS = 4  # modules whose tokens are shown
 
 
@@ -167,7 +168,7 @@ def inspect(
 
 
 def _print_groups(result: dict[str, Any]) -> None:
-    _show_table(
+    _show_rows(
         f"change by group (familiar: in the {result['top_k']} leading singular directions of W)",
         ["group", "modules", "||dW||/||W||", "familiar", "novel", "eff. rank"],
         [
@@ -188,7 +189,7 @@ def _print_modules(result: dict[str, Any]) -> None:
     rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
     shown = rows[:_NUM_SHOWN]
     more = f", {len(shown)} of {len(rows)}; --json has all" if len(rows) > len(shown) else ""
-    _show_table(
+    _show_rows(
         f"largest changes{more}",
         ["module", "||dW||/||W||", "familiar", "eff. rank", "by chance", "least angle"],
         [
@@ -225,7 +226,7 @@ def _print_tokens(result: dict[str, Any]) -> None:
             for direction in row["tokens"]
         ]
         if cells:
-            _show_table(title, ["module", "direction", *names], cells, wrap=True)
+            _show_rows(title, ["module", "direction", *names], cells, wrap=True)
 
 
 def _print_against(against: dict[str, Any]) -> None:
@@ -238,7 +239,7 @@ def _print_against(against: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    _show_table(
+    _show_rows(
         "least similar",
         ["module", "cosine", "size ratio", "overlap left", "right"],
         [
@@ -263,7 +264,7 @@ def _print_ablation(result: dict[str, Any]) -> None:
         highlight=False,
         markup=False,
     )
-    _show_table(
+    _show_rows(
         f"without one {result['by']}; rows lost and gained, p of the sign test",
         ["part", metric, "change", "lost", "gained", "p"],
         [
@@ -286,36 +287,15 @@ def _print_plots(result: dict[str, Any]) -> None:
         show(f"plot: {path}", highlight=False, soft_wrap=True, markup=False, style="dim")
 
 
-def _show_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, wrap: bool = False
+def _show_rows(
+    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, wrap: bool = False
 ) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    names = max((len(row[0]) for row in rows), default=0)
-    num_shown = len(columns)
-    # A narrow terminal shows fewer figures, and then cut names, rather than cut figures.
-    while not wrap and num_shown > _LEAST_COLUMNS:
-        figures = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-        if names + sum(figures[1:num_shown]) + 3 * num_shown <= get_console().width:
-            break
-        num_shown -= 1
-    columns, rows = columns[:num_shown], [row[:num_shown] for row in rows]
-    table = Table(box=SIMPLE, title=Text(title), title_justify="left", title_style="bold")
-    for number, name in enumerate(columns):
-        # Names are cut rather than figures where the terminal is narrow.
-        is_text = number == 0 or wrap
-        table.add_column(
-            Text(name),
-            justify="left" if is_text else "right",
-            no_wrap=not wrap or number == 0,
-            overflow="ellipsis" if number == 0 else "fold",
-            min_width=None if is_text else len(name),
-        )
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    show(table)
+    cells = zip(*rows, strict=True) if rows else ((),) * len(names)
+    columns = dict(zip(names, map(list, cells), strict=True))
+    if wrap:
+        show_table(columns, title=title, text=names)
+    else:
+        show_table(columns, title=title, drop=reversed(names[_MIN_COLUMNS:]))
 
 
 def _percent(value: float) -> str:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
-from wegeft_cli.cli.console import RichReporter, get_console, note, print_json, show
+from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.cli.tables import show_table
 from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from wegeft_cli.artifacts.run_results import Statistic
     from wegeft_cli.runs.sweep import SweepResult
-
-_GAP = 2  # cells between two columns
 
 
 def sweep(
@@ -55,9 +54,6 @@ def sweep(
 
 
 def _print_rows(result: SweepResult) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     from wegeft_cli.artifacts.run_results import BEST
     from wegeft_cli.recipe.grid import name_value, short_names
 
@@ -72,18 +68,13 @@ def _print_rows(result: SweepResult) -> None:
     for name in names:
         title = {"peak_memory_gib": "GiB"}.get(name, name.replace("_", " "))
         columns[title] = [_format(name, row.figures.get(name)) for row in result.rows]
-    # A narrow terminal shows less rather than cut figures; --json and sweep.json hold all.
     scores = [title for title in columns if title.startswith("eval ")]
-    for title in ("seconds", "GiB", "runs", "final loss", *reversed(scores)):
-        widths = [max(map(len, (name, *cells))) + _GAP + 1 for name, cells in columns.items()]
-        if sum(widths) > get_console().width:
-            columns.pop(title, None)
-    table = Table(box=SIMPLE)
-    for name in columns:
-        table.add_column(name, no_wrap=True, justify="left" if name in short.values() else "right")
-    for row, cells in zip(result.rows, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(*cells, style="bold" if row.values == result.best else None)
-    show(table)
+    show_table(
+        columns,
+        text=short.values(),
+        drop=("seconds", "GiB", "runs", "final loss", *reversed(scores)),
+        bold_rows=[number for number, row in enumerate(result.rows) if row.values == result.best],
+    )
 
 
 def _format(name: str, figure: Statistic | None) -> str:
