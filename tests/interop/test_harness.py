@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.evaluation.lm_eval.bridge import load_harness_task
+from wegeft_cli.planning.validate import validate_recipe
+from wegeft_cli.runs.train import train
 
 # The harness and what it imports take seconds to load, and warn of their own affairs.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -158,3 +160,24 @@ def test_another_protocol_a_samples_file_and_a_missing_harness_are_refused(
     with pytest.raises(UserError, match="not installed") as caught:
         load_harness_task("tiny_choice", data_dir=folder)
     assert "wegeft-cli[lm-eval]" in str(caught.value.hint)
+
+
+def test_training_scores_a_task_and_goes_on_as_without_it(folder, write_recipe):
+    settings = {
+        "adapter": {"dropout": 0.1},
+        "train": {"max_steps": 3, "eval_steps": 1, "eval_tasks": ["lm-eval:tiny_choice"]},
+        "eval": {"data_dir": str(folder), "batch_size": 2},
+    }
+    recipe = write_recipe("scored", **settings)
+    validate_recipe(recipe)
+    run_dir = train(recipe).run_dir
+    plain = train(write_recipe("plain", **settings), ["train.eval_tasks=[]", "train.eval_steps=0"])
+    scored, alone = (
+        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
+        for each in (run_dir, plain.run_dir)
+    )
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (scored, alone)]
+    assert losses[0] == losses[1]
+    last = scored[-1]
+    (row,) = evaluate(run_dir, tasks=["lm-eval:tiny_choice"], data_dir=folder)["results"]
+    assert last["eval_lm-eval:tiny_choice"] == row["score"]

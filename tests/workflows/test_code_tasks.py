@@ -15,6 +15,8 @@ from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.code.problems import NUM_PUBLISHED, load_problems
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.planning.validate import validate_recipe
+from wegeft_cli.runs.train import train
 
 ALLOWED = {"allow_code_execution": True}
 PROMPTS = [
@@ -193,3 +195,22 @@ def test_all_canonical_solutions_of_the_published_file_pass(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (row,) = evaluate(tasks=["humaneval"], samples=path, options=ALLOWED)["results"]
     assert (row["n"], row["outcomes"]["passed"]) == (NUM_PUBLISHED, NUM_PUBLISHED)
+
+
+def test_training_scores_humaneval_with_consent(sets, write_recipe, read_metrics, monkeypatch):
+    recipe = write_recipe(
+        train={"max_steps": 2, "eval_steps": 2, "eval_tasks": ["HumanEval"]},
+        eval={"data_dir": str(sets), "max_new_tokens": 4, "protocol": "humaneval"},
+    )
+    for check in (validate_recipe, train):
+        with pytest.raises(UserError, match="runs the code") as caught:
+            check(recipe)
+        assert caught.value.key == "train.eval_tasks[0]"
+        assert "WEGEFT_ALLOW_CODE_EXECUTION=1" in caught.value.hint
+    monkeypatch.setenv("WEGEFT_ALLOW_CODE_EXECUTION", "1")
+    validate_recipe(recipe)
+    result = train(recipe)
+    found = evaluate(
+        result.run_dir, tasks=["humaneval"], data_dir=sets, max_new_tokens=4, options=ALLOWED
+    )
+    assert read_metrics(result.run_dir)[-1]["eval_humaneval"] == found["results"][0]["score"]

@@ -16,6 +16,8 @@ from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.evaluation.judged import judge_client as judge_module
 from wegeft_cli.evaluation.judged.mt_bench_questions import TEMPERATURES
+from wegeft_cli.planning.validate import validate_recipe
+from wegeft_cli.runs.train import train
 
 KEY = "a-key-that-nobody-may-see"
 CATEGORIES = ["writing", "math", "stem", "coding"]
@@ -423,3 +425,25 @@ def test_answers_end_where_the_model_and_its_chat_template_say_so(
         max_new_tokens=2,
     )
     assert result["results"][0]["generation"]["eos_token_id"] == ends
+
+
+def test_training_scores_mt_bench_by_the_judge_of_the_environment(
+    sets, server, write_recipe, read_metrics, monkeypatch
+):
+    recipe = write_recipe(
+        train={"max_steps": 2, "eval_steps": 1, "eval_tasks": ["mt-bench", "alpaca_eval"]},
+        eval={"data_dir": str(sets), "max_new_tokens": 4},
+    )
+    for check in (validate_recipe, train):
+        with pytest.raises((UserError, ExceptionGroup)) as caught:
+            check(recipe)
+        faults = getattr(caught.value, "exceptions", [caught.value])
+        assert [fault.key for fault in faults] == ["train.eval_tasks[0]", "train.eval_tasks[1]"]
+        assert all("WEGEFT_JUDGE_URL" in fault.hint for fault in faults)
+    monkeypatch.setenv("WEGEFT_JUDGE_URL", server.url)
+    monkeypatch.setenv("WEGEFT_JUDGE_MODEL", "strict")
+    server.say = lambda prompt: RANKING if " | " in prompt else "Good. Rating: [[7]]"
+    validate_recipe(recipe)
+    lines = [line for line in read_metrics(train(recipe).run_dir) if "eval_mt_bench" in line]
+    assert [line["eval_mt_bench"] for line in lines] == pytest.approx([0.7, 0.7])
+    assert all(0 <= line["eval_alpaca_eval"] <= 1 for line in lines)

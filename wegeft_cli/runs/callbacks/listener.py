@@ -10,6 +10,7 @@ from torch import nn
 from wegeft_cli.artifacts.checkpoint import save_checkpoint
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
+from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext
 from wegeft_cli.planning.preflight import RunInputs
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter
@@ -153,16 +154,19 @@ class RunListener:
         def check() -> None:
             check_stop(self._should_stop, self._processes)
 
+        context = BenchmarkContext(
+            self._recipe.eval.batch_size,
+            self._processes,
+            warn=self._warn_once,
+            check_stop=check,
+        )
         scores = score_benchmarks(
             self._model,
             self._inputs.tokenizer,
             self._inputs.tasks,
-            groups=self._recipe.train.eval_tasks,
-            batch_size=self._recipe.eval.batch_size,
-            processes=self._processes,
-            check_stop=check,
-            on_progress=on_progress,
-            warn=self._warn_once,
+            self._recipe.train.eval_tasks,
+            context,
+            on_progress,
         )
         prompts = self._inputs.prompts
         if prompts is None:
