@@ -8,7 +8,7 @@ import pytest
 
 from wegeft_cli.cli.preview_page import draw_tokens
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
-from wegeft_cli.planning.row_viewer import TokenPiece
+from wegeft_cli.tasks.support.row_viewer import TokenPiece
 
 ESCAPE = re.compile("\x1b\\[[0-9;]*m")
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from wegeft_cli.tasks.classification_metrics import (
+from wegeft_cli.tasks.support.classification_metrics import (
     count_confusion,
     describe_per_class,
     measure_classes,

@@ -1,45 +1,27 @@
 """Operations counted from shapes against those that torch counts while a real model trains."""
 
 import pytest
-import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.batches.text import build_source
 from wegeft_cli.data.text.dataset import build_datasets
-from wegeft_cli.methods.registry import inject_adapter
 from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.models.loading import (
-    build_meta_model,
     build_skeleton,
-    load_config,
     load_model,
     load_tokenizer,
 )
-from wegeft_cli.planning.batch_shapes import survey_passes
-from wegeft_cli.planning.fake_step import count_run_flops, find_flop_rates, prepare_skeleton
+from wegeft_cli.planning.batch_shapes import batch_shapes
+from wegeft_cli.planning.fake_step import skeleton_with_adapter
+from wegeft_cli.planning.flops import ATTENTION, count_flops
 from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.tasks.registry import inject_adapter
 from wegeft_cli.training.loss import CausalLoss
 
 # The first layer needs no gradient for its input, and the last product of a recomputed layer is
 # not computed again: both are counted as if they were, a share that shrinks with the layers.
 TOLERANCE = 0.06
-
-# The counter knows the GPU's fused attention, not the CPU's, which does as much.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *args, out_val=None, **kwargs: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, query, key, value, *args, out_val=None, **kwargs: sdpa_backward_flop_count(
-            grad, query, key, value
-        )
-    ),
-}
 
 
 @pytest.fixture
@@ -58,10 +40,8 @@ def prepare(write_recipe, build_llama_dir):
 
 def estimate(recipe, data, plan):
     _, skeleton = build_skeleton(recipe.model)
-    survey = survey_passes(recipe, data, plan)
-    positions = float((survey.sequences * survey.lengths).mean())
-    rates = find_flop_rates(prepare_skeleton(skeleton, recipe), recipe, positions)
-    return count_run_flops(rates, survey)
+    shapes = batch_shapes(recipe, data, plan)
+    return count_flops(skeleton_with_adapter(skeleton, recipe), recipe, shapes)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +86,7 @@ def test_a_run_counts_what_torch_counts(prepare, overrides):
 
 def test_a_long_run_is_told_from_its_first_steps(prepare):
     recipe, data, plan = prepare("train.max_steps=5000")
-    survey = survey_passes(recipe, data, plan)
+    survey = batch_shapes(recipe, data, plan)
     assert survey.num_steps == 4096
     assert survey.num_steps_in_all == 5000
     per_step, in_all = estimate(recipe, data, plan)
@@ -116,10 +96,17 @@ def test_a_long_run_is_told_from_its_first_steps(prepare):
     assert per_step == pytest.approx(two[0], rel=TOLERANCE)
 
 
-def test_what_does_not_follow_from_shapes_is_refused(prepare):
-    recipe, _, _ = prepare()
-    config = load_config(recipe.model.name_or_path)
-    model = prepare_skeleton(build_meta_model(config), recipe)
-    model.config.num_local_experts = 4
-    with pytest.raises(LookupError, match="mixture of experts"):
-        find_flop_rates(model, recipe, 10.0)
+def test_a_model_that_looks_at_values_is_refused(prepare, monkeypatch):
+    recipe, data, plan = prepare()
+    _, skeleton = build_skeleton(recipe.model)
+    model = skeleton_with_adapter(skeleton, recipe)
+    forward = type(model).forward
+
+    def look(self, *args, **kwargs):
+        if float(next(self.parameters()).sum()) > 0:
+            return None
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", look)
+    with pytest.raises(RuntimeError, match="does not run without numbers"):
+        count_flops(model, recipe, batch_shapes(recipe, data, plan))

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import nn
 
+from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.collate import collate_rows
-from wegeft_cli.methods.registry import inject_adapter
 from wegeft_cli.models.loading import build_skeleton, load_config, load_model
-from wegeft_cli.planning.batch_shapes import BatchShape
-from wegeft_cli.planning.fake_step import prepare_skeleton, rehearse_step, rehearse_validation
+from wegeft_cli.planning.fake_step import skeleton_with_adapter, trace_step, trace_validation
 from wegeft_cli.planning.memory import (
     count_optimizer_bytes,
     estimate_memory,
     measure_available,
-    tell_fit,
+    memory_warnings,
 )
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Optimizer, TrainSection
+from wegeft_cli.tasks.registry import inject_adapter
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optimizer import build_optimizer
 
@@ -111,7 +111,7 @@ def test_activations_are_what_autograd_saves(read_recipe, overrides, is_padded):
     )
     _, skeleton = build_skeleton(recipe.model)
     shape = BatchShape(ROWS, LENGTH, ROWS * LABELS, is_padded)
-    step = rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape)
+    step = trace_step(skeleton_with_adapter(skeleton, recipe), recipe, shape)
     assert saved > 100_000
     assert step.activations == pytest.approx(saved, rel=TOLERANCE)
     assert step.blocks == step.activations  # no tensor here is too large for a heap
@@ -121,9 +121,9 @@ def test_checkpointing_keeps_one_hidden_state_a_layer(read_recipe):
     recipe = read_recipe("train.gradient_checkpointing=true")
     _, skeleton = build_skeleton(recipe.model)
     shape = BatchShape(ROWS, LENGTH, LABELS, True)
-    spared = rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape)
+    spared = trace_step(skeleton_with_adapter(skeleton, recipe), recipe, shape)
     plain = replace(recipe, train=replace(recipe.train, gradient_checkpointing=False))
-    whole = rehearse_step(prepare_skeleton(skeleton, plain), plain, shape)
+    whole = trace_step(skeleton_with_adapter(skeleton, plain), plain, shape)
     hidden = ROWS * LENGTH * 32 * 4
     assert 4 * hidden < spared.activations < 8 * hidden  # beside four layers' inputs the mask
     # The backward pass holds one layer whole; the heap's holes are as of a run that keeps all.
@@ -137,7 +137,7 @@ def test_layers_that_differ_are_all_run(read_recipe):
     def activations(*overrides):
         recipe = read_recipe(*overrides)
         _, skeleton = build_skeleton(recipe.model)
-        return rehearse_step(prepare_skeleton(skeleton, recipe), recipe, shape).activations
+        return trace_step(skeleton_with_adapter(skeleton, recipe), recipe, shape).activations
 
     none_above = "adapter.target_modules='.*layers.3.*down_proj'"
     all_above = "adapter.target_modules='.*layers.0.*down_proj'"
@@ -150,7 +150,7 @@ def test_layers_that_differ_are_all_run(read_recipe):
 def test_a_model_that_needs_numbers_leaves_its_figures_open(read_recipe):
     recipe = read_recipe()
     config, skeleton = build_skeleton(recipe.model)
-    model = prepare_skeleton(skeleton, recipe)
+    model = skeleton_with_adapter(skeleton, recipe)
 
     def look(module, args):
         if bool((args[0] > 0).all()):  # as a router that looks for idle experts
@@ -159,7 +159,7 @@ def test_a_model_that_needs_numbers_leaves_its_figures_open(read_recipe):
     model.model.layers[1].mlp.register_forward_pre_hook(look)
     shape = BatchShape(ROWS, LENGTH, LABELS, True)
     with pytest.raises(RuntimeError, match="without numbers"):
-        rehearse_step(model, recipe, shape)
+        trace_step(model, recipe, shape)
     memory, reason = estimate_memory(recipe, config, model, [shape])
     assert "without numbers" in reason
     assert memory["activations"] is None
@@ -206,7 +206,7 @@ def test_every_optimizer_has_its_figure():
 def test_a_gpu_counts_neither_the_runtime_nor_the_heap(read_recipe):
     recipe = read_recipe("model.dtype=bfloat16", "train.ema_decay=0.9")
     config, skeleton = build_skeleton(recipe.model)
-    model = prepare_skeleton(skeleton, recipe)
+    model = skeleton_with_adapter(skeleton, recipe)
     shape = [BatchShape(ROWS, LENGTH, LABELS, True)]
     on_gpu, _ = estimate_memory(recipe, config, model, shape, on_gpu=True)
     on_cpu, _ = estimate_memory(recipe, config, model, shape, on_gpu=False)
@@ -224,7 +224,7 @@ def test_loading_counts_where_the_file_has_another_type(read_recipe, build_llama
     config.vocab_size = 2**20
     from wegeft_cli.models.loading import build_meta_model
 
-    model = prepare_skeleton(build_meta_model(config), recipe)
+    model = skeleton_with_adapter(build_meta_model(config), recipe)
     shape = [BatchShape(1, 4, 2, False)]
     memory, _ = estimate_memory(recipe, config, model, shape, on_gpu=False)
     copies = 3 * memory["base_weights"]  # float32 and bfloat16
@@ -239,9 +239,9 @@ def test_what_does_not_fit_is_told_with_the_keys(read_recipe):
     device, available = measure_available()
     assert device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert available > 0.1
-    assert tell_fit(recipe, 1.0, "cpu", 2.0) == []
-    assert tell_fit(recipe, None, "cpu", 2.0) == []
-    (told,) = tell_fit(recipe, 3.0, "cpu", 2.0)
+    assert memory_warnings(recipe, 1.0, "cpu", 2.0) == []
+    assert memory_warnings(recipe, None, "cpu", 2.0) == []
+    (told,) = memory_warnings(recipe, 3.0, "cpu", 2.0)
     for part in [
         "3.00 GiB", "2.00 GiB", "cpu", "train.per_device_train_batch_size (4)",
         "data.max_length (64)", "train.gradient_checkpointing: true", "model.dtype: bfloat16",
@@ -252,8 +252,8 @@ def test_what_does_not_fit_is_told_with_the_keys(read_recipe):
 def test_checkpointing_is_left_as_it_was(read_recipe):
     recipe = read_recipe("train.gradient_checkpointing=true")
     _, skeleton = build_skeleton(recipe.model)
-    model = prepare_skeleton(skeleton, recipe)
-    rehearse_step(model, recipe, BatchShape(1, 8, 4, False))
+    model = skeleton_with_adapter(skeleton, recipe)
+    trace_step(model, recipe, BatchShape(1, 8, 4, False))
     assert model.is_activation_checkpointing
     assert len(model.model.layers) == 4
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -264,7 +264,7 @@ def test_checkpointing_is_left_as_it_was(read_recipe):
 def test_a_validation_larger_than_a_step_counts(read_recipe):
     recipe = read_recipe()
     config, skeleton = build_skeleton(recipe.model)
-    model = prepare_skeleton(skeleton, recipe)
+    model = skeleton_with_adapter(skeleton, recipe)
     step = [BatchShape(1, 8, 4, False)]
 
     def estimate(validation):
@@ -289,11 +289,11 @@ def test_a_validation_keeps_nothing_of_its_layers(read_recipe, build_llama_dir):
         recipe = read_recipe(f"model.name_or_path={folder}")
         _, skeleton = build_skeleton(recipe.model)
         shape = BatchShape(ROWS, LENGTH, LABELS, True)
-        model = prepare_skeleton(skeleton, recipe)
+        model = skeleton_with_adapter(skeleton, recipe)
         before = len(model.model.layers)
-        bytes_ = rehearse_validation(model, recipe, shape)
+        bytes_ = trace_validation(model, recipe, shape)
         assert len(model.model.layers) == before == layers
-        return bytes_, rehearse_step(model, recipe, shape).activations
+        return bytes_, trace_step(model, recipe, shape).activations
 
     (few, _), (many, kept) = peak(2), peak(6)
     assert few == many

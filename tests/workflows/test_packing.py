@@ -25,7 +25,7 @@ from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, ModelSection, Recipe, TrainSection
 from wegeft_cli.runs.train import train
-from wegeft_cli.tasks.causal_lm import check_packing
+from wegeft_cli.tasks.support.packing_check import check_packing
 
 # Float32 sums in another order, over some steps of training.
 FLOAT32 = 1e-5
@@ -240,7 +240,7 @@ def test_an_epoch_holds_every_token_once_and_waste_counts_the_rest(dataset, way,
     # The ids number the tokens; 0 is a token and what fills up.
     assert sorted(set(tokens)) == list(range(dataset.offsets[-1]))
     assert len(tokens) - tokens.count(0) + 1 == dataset.offsets[-1]
-    assert ranks[0].waste() == {
+    assert ranks[0].padding_statistics() == {
         "padding_share": pytest.approx(1 - dataset.offsets[-1] / positions),
         "packed_sequences": 31 if "packs" in way else None,
         "head_share": pytest.approx(num_labels / positions),
@@ -248,5 +248,5 @@ def test_an_epoch_holds_every_token_once_and_waste_counts_the_rest(dataset, way,
 
 
 def test_what_is_done_against_padding_leaves_less(dataset):
-    shares = [build_batches(dataset, **way).waste()["padding_share"] for way in WAYS]
+    shares = [build_batches(dataset, **way).padding_statistics()["padding_share"] for way in WAYS]
     assert shares[0] > shares[1] > shares[3] == 0

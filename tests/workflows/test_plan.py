@@ -251,15 +251,18 @@ def test_what_optimizer_or_schedule_refuse_is_found(write_recipe, settings, word
         plan(write_recipe(train=settings))
 
 
-def test_bad_data_leaves_the_figures_open_but_a_bad_target_does_not(write_recipe, tmp_path):
+def test_missing_data_leave_the_figures_open_and_bad_data_are_refused(write_recipe, tmp_path):
     recipe = write_recipe()
-    (tmp_path / "tiny.jsonl").write_text("not json\n")
+    (tmp_path / "tiny.jsonl").rename(tmp_path / "elsewhere.jsonl")
     result = plan(recipe)
     assert result.num_steps is None
     assert "tiny.jsonl" in result.unknown[0]
     assert plan(recipe, ["train.max_steps=5"]).num_steps == 5
     with pytest.raises(UserError, match="matches no linear"):
         plan(recipe, ["adapter.target_modules=[q_prj]"])
+    (tmp_path / "tiny.jsonl").write_text("not json\n")
+    with pytest.raises(UserError, match="not JSON"):
+        plan(recipe)
 
 
 def test_the_command_prints_one_object(write_recipe):

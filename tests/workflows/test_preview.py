@@ -8,9 +8,9 @@ import pytest
 from wegeft_cli.data.text.dataset import build_datasets
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import load_tokenizer
-from wegeft_cli.planning.histogram import count_lengths
 from wegeft_cli.planning.preview import preview
 from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.tasks.support.histogram import count_lengths
 
 TURNS = [
     {"role": "user", "content": "Two plus two?"},
@@ -168,7 +168,7 @@ def test_it_reads_no_weights_and_leaves_nothing(write_recipe, build_llama_dir, t
 def test_slow_tokenizers_show_their_pieces(write_recipe, monkeypatch):
     from wegeft_cli.data.text.chat_rendering import Rendered, Segment
     from wegeft_cli.data.text.encode import EncodedRow
-    from wegeft_cli.planning.row_viewer import RowSplitter
+    from wegeft_cli.tasks.support.row_viewer import RowSplitter
 
     tokenizer = load_tokenizer(load_recipe(write_recipe()).recipe.model.name_or_path)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)

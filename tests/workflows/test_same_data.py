@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
+from wegeft_cli.data.fingerprint import digest_inputs
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import load_tokenizer
-from wegeft_cli.planning.data_fingerprint import digest_inputs
 from wegeft_cli.recipe.schema import DataSection, DataSource
 from wegeft_cli.runs.train import train
 

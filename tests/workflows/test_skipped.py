@@ -73,7 +73,7 @@ def test_the_rows_told_are_those_of_the_batches(write_recipe, data, numbered):
     recipe = write_recipe(data=data, train={"max_steps": 3, "per_device_train_batch_size": 2})
     processes = Processes.single()
     source = read_inputs(load_recipe(recipe), processes, SilentReporter(), resuming=False).source
-    told = list(source.rows_at(0))
+    told = list(source.examples_at(0))
     batches = list(source.micro_batches(0))
     assert len(told) >= 2
     assert all((number is not None) == numbered for number, _, _ in told)

@@ -72,7 +72,10 @@ def test_unshuffled_batches_are_the_planned_ones(load, world_size, accumulation)
         assert walk(streamed) == walk(planned)
         assert streamed.num_steps == planned.num_steps
         assert report.streaming
-        assert streamed.waste() == {**planned.waste(), "estimated_from_rows": 10}
+        assert streamed.padding_statistics() == {
+            **planned.padding_statistics(),
+            "estimated_from_rows": 10,
+        }
 
 
 @pytest.mark.parametrize("weights", [False, True])

@@ -28,7 +28,7 @@ from wegeft_cli.models.heads import image_options
 from wegeft_cli.models.image_processor import make_array, make_picture, make_thumbnail
 from wegeft_cli.models.loading import load_backbone, load_image_processor
 from wegeft_cli.reporter import Reporter
-from wegeft_cli.tasks.classification import build_transform
+from wegeft_cli.tasks.support.classifier import build_transform
 
 _CUT = 0.5
 _DIGITS = 4

@@ -10,9 +10,9 @@ from wegeft_cli.cli.console import escape_control, get_console, show
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from wegeft_cli.planning.class_preview import ClassPreview
-    from wegeft_cli.planning.preview import Preview
-    from wegeft_cli.planning.row_viewer import PreviewRow, TokenPiece
+    from wegeft_cli.tasks.support.label_preview import LabelPreview
+    from wegeft_cli.tasks.support.row_viewer import PreviewRow, TokenPiece
+    from wegeft_cli.tasks.support.token_preview import TokenPreview
 
 _LEARNED = ("green3", "spring_green3")  # alternating, so that tokens are distinguishable
 _READ = ("default", "dim")  # gray is invisible on some backgrounds
@@ -42,7 +42,7 @@ def print_preview(result: Any) -> None:
         _print_rows(result)
 
 
-def _print_rows(result: Preview) -> None:
+def _print_rows(result: TokenPreview) -> None:
     has_colors = _has_colors()
     if result.rows:
         show(_draw_legend(has_colors))
@@ -127,7 +127,7 @@ def _title(row: PreviewRow) -> str:
     return title + (", prompt and answer joined in a token" if row.is_merged else "")
 
 
-def _show_sources(result: Preview) -> None:
+def _show_sources(result: TokenPreview) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -159,7 +159,7 @@ def _plain(text: str) -> Text:
     return Text(_escape(text), overflow="fold")
 
 
-def _show_figures(result: Preview) -> None:
+def _show_figures(result: TokenPreview) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -207,7 +207,9 @@ def _show_bars(titles: tuple[str, str], counts: Sequence[tuple[str, int]]) -> No
     show(bars)
 
 
-def _describe_waste(setting: str, waste: dict[str, Any], result: Preview) -> tuple[str, str, str]:
+def _describe_waste(
+    setting: str, waste: dict[str, Any], result: TokenPreview
+) -> tuple[str, str, str]:
     own = " (the recipe)" if setting == result.setting else ""
     sequences = waste["packed_sequences"] or result.num_rows
     return f"{_SETTINGS[setting]}{own}", f"{waste['padding_share']:.1%}", f"{sequences:,}"
@@ -221,7 +223,7 @@ def _show_lengths(title: str, lengths: Mapping[str, int]) -> None:
     )
 
 
-def _print_labelled(result: ClassPreview) -> None:
+def _print_labelled(result: LabelPreview) -> None:
     """Print the preview of a classifier's rows."""
     for row in result.rows:
         show(_plain(f"row {row['number']}  {row['label']}  {_describe_size(row)}"), style="bold")
@@ -256,7 +258,7 @@ def _describe_size(row: dict[str, Any]) -> str:
     return f"{width} x {height} pixels, {row['mode']}"
 
 
-def _show_classes(result: ClassPreview) -> None:
+def _show_classes(result: LabelPreview) -> None:
     shown = result.classes[:_MAX_CLASSES]
     _show_bars(("class", "training rows"), [(each["label"], each["train"]) for each in shown])
     left = len(result.classes) - len(shown)
@@ -271,7 +273,7 @@ def _show_classes(result: ClassPreview) -> None:
     )
 
 
-def _show_sizes(result: ClassPreview) -> None:
+def _show_sizes(result: LabelPreview) -> None:
     sizes = ", ".join(
         f"{each['size'][0]} x {each['size'][1]} ({each['images']:,} images)"
         for each in result.sizes
@@ -284,7 +286,7 @@ def _show_sizes(result: ClassPreview) -> None:
     )
 
 
-def _show_token_lengths(result: ClassPreview) -> None:
+def _show_token_lengths(result: LabelPreview) -> None:
     _show_bars(
         ("tokens", "rows"),
         [(_span(bar), bar["rows"]) for bar in result.histogram],

@@ -13,10 +13,10 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import put_adapter
 from wegeft_cli.methods.wegeft.save_load import tell_base
-from wegeft_cli.models.heads import HeadSpec, find_task, pad_as_tokenizer, read_labels
+from wegeft_cli.models.heads import HeadSpec, read_labels
 from wegeft_cli.models.loading import load_config, load_model
 from wegeft_cli.recipe.schema import DataSection, ModelSection, ProblemType, Recipe, TaskName
-from wegeft_cli.tasks.classification import load_processor
+from wegeft_cli.tasks.registry import find_task, task_of_config
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def is_classifier(path: str | Path, recipe: Recipe | None) -> bool:
         Whether it does; what cannot be read is taken for a language model, whose loading tells.
     """
     if recipe is not None:
-        return recipe.task != "causal_lm"
+        return find_task(recipe.task).has_head
     folder = Path(path)
     if (folder / "config.json").is_file():
         try:
-            return find_task(load_config(str(folder))) != "causal_lm"
+            return task_of_config(load_config(str(folder))).has_head
         except UserError:
             return False
     if folder.is_dir():
@@ -102,7 +102,7 @@ def find_classifier(
     folder = Path(path)
     if (folder / "config.json").is_file():
         config = load_config(str(folder))
-        head = _head_of_config(config, find_task(config))
+        head = _head_of_config(config, task_of_config(config).name)
         known = recipe or _recipe_of_head(head, {})
         section = replace(known.model, name_or_path=str(folder), revision=None)
         return FoundClassifier(None, head, replace(known, model=section))
@@ -137,15 +137,16 @@ def load_classifier(
         UserError: If it is damaged, or its base is another one.
     """
     head, section = found.head, found.recipe.model
+    task = find_task(head.task)
     if found.adapter is None:
         model = _load(section, head)
-        processor = load_processor(section, head.task)
-        pad_as_tokenizer(model, processor)
+        processor = task.load_processor(section)
+        task.prepare_base(model, head, processor)
         return OpenedClassifier(model, processor, head, found.recipe)
     with tell_base(base, found.adapter.folder):
         model = _load(section, head)
-        processor = load_processor(section, head.task)
-    pad_as_tokenizer(model, processor)
+        processor = task.load_processor(section)
+    task.prepare_base(model, head, processor)
     model = put_adapter(model, found.adapter, section, warn=warn)
     return OpenedClassifier(model.eval(), processor, head, found.recipe)
 

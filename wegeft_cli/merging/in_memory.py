@@ -71,8 +71,7 @@ def fold_whole(
     """
     # Imported here, so that a streamed merge does not load them.
     from wegeft_cli.inference.loaded_classifier import read_head_spec
-    from wegeft_cli.models.heads import pad_as_tokenizer
-    from wegeft_cli.tasks.classification import load_processor
+    from wegeft_cli.tasks.registry import task_of_head
 
     head = None if adapter.head is None else read_head_spec(adapter)[0]
     model: Any = load_model(
@@ -81,9 +80,9 @@ def fold_whole(
         trust_remote_code=section.trust_remote_code,
         head=head,
     )
-    processor = load_processor(section, "causal_lm" if head is None else head.task)
-    if head is not None:
-        pad_as_tokenizer(model, processor)
+    task = task_of_head(head)
+    processor = task.load_processor(section)
+    task.prepare_base(model, head, processor)
     if method_of(adapter).trains_in_place and dtype is None:
         model = model.float()
     model, num_folded = fold_onto(model, adapter, section, reporter)

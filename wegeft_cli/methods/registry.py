@@ -95,15 +95,6 @@ def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     yield from find_method(recipe.adapter.type).check(recipe)
 
 
-def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Prepare a base for training by the recipe's method, a classification head included."""
-    from wegeft_cli.models.heads import with_head
-
-    section = with_head(recipe.adapter, model, recipe.task)
-    method = find_method(section.type)
-    return method.inject(model, section, task_type=TASK_TYPES[recipe.task], seed=recipe.seed)
-
-
 def put_adapter(
     model: nn.Module,
     adapter: Adapter,
@@ -129,11 +120,3 @@ def put_adapter(
 
     base_dir = find_base_folder(section.name_or_path, section.revision)
     return method_of(adapter).load(model, adapter, base_dir=base_dir, warn=warn)
-
-
-TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "sequence_classification": "SEQ_CLS",
-    "image_classification": None,
-}
-"""PEFT's names of the tasks; it has none for images."""

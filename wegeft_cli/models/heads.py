@@ -15,16 +15,6 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.models.stochastic_depth import check_drop_path
 from wegeft_cli.recipe.schema import AdapterSection
 
-_AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "image_classification": "AutoModelForImageClassification",
-}
-_WORDS = {
-    "causal_lm": "causal language model",
-    "sequence_classification": "sequence classifier",
-    "image_classification": "image classifier",
-}
 _STD = 0.02
 
 
@@ -46,6 +36,16 @@ class HeadSpec:
     keeps_base_head: bool = False
     drop_path_rate: float | None = None
 
+    @property
+    def auto_class(self) -> str:
+        """Class of transformers that loads the model: `AutoModelForSequenceClassification`."""
+        return "AutoModelFor" + "".join(word.title() for word in self.task.split("_"))
+
+    @property
+    def noun(self) -> str:
+        """The model in words, e.g. "sequence classifier"."""
+        return self.task.replace("_", " ").replace("classification", "classifier")
+
     def apply(self, config: Any) -> None:
         """Write the head into a model's configuration."""
         names = self.labels or ("value",)
@@ -54,30 +54,6 @@ class HeadSpec:
         config.problem_type = self.problem_type
         if self.drop_path_rate is not None and hasattr(config, "drop_path_rate"):
             config.drop_path_rate = self.drop_path_rate
-
-
-def auto_class(task: str) -> Any:
-    """Give the class of transformers that loads models for a task."""
-    import transformers
-
-    return getattr(transformers, _AUTO_CLASSES[task])
-
-
-def name_task(task: str) -> str:
-    """Give a task's model in words."""
-    return _WORDS[task]
-
-
-def find_task(config: Any) -> str:
-    """Tell from a configuration which task a saved model is for."""
-    names = " ".join(getattr(config, "architectures", None) or ())
-    for task, word in (
-        ("sequence_classification", "ForSequenceClassification"),
-        ("image_classification", "ForImageClassification"),
-    ):
-        if word in names:
-            return task
-    return "causal_lm"
 
 
 def read_labels(config: Any) -> tuple[str, ...]:
@@ -192,18 +168,10 @@ def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = pad
 
 
-def with_head(section: AdapterSection, model: nn.Module, task: str) -> AdapterSection:
-    """Add a classifier's head to the modules that learn whole: it is new, so it learns always.
+def with_head(section: AdapterSection, model: nn.Module) -> AdapterSection:
+    """Return the recipe's `adapter` with the head's modules first among those trained whole.
 
-    Args:
-        section: The recipe's `adapter`.
-        model: The base before anything is put into it; the meta device will do.
-        task: The recipe's task.
-
-    Returns:
-        The section; of a language model as it is.
+    `model` is the base before an adapter is injected; it may be on the meta device.
     """
-    if task == "causal_lm":
-        return section
     names = dict.fromkeys([*find_head_modules(model), *section.modules_to_save])
     return replace(section, modules_to_save=list(names))

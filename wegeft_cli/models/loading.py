@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.heads import HeadSpec, auto_class, name_task
+from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
 from wegeft_cli.storage.containment import check_model_folder
@@ -38,19 +38,29 @@ def load_config(
         )
 
 
+_LANGUAGE_MODEL = "causal language model"
+
+
+def _auto_class(head: HeadSpec | None) -> Any:
+    """Return the class of transformers that loads a model with a head, or a language model."""
+    import transformers
+
+    return getattr(transformers, "AutoModelForCausalLM" if head is None else head.auto_class)
+
+
 def build_meta_model(
-    config: Any, *, trust_remote_code: bool = False, task: str = "causal_lm"
+    config: Any, *, trust_remote_code: bool = False, head: HeadSpec | None = None
 ) -> nn.Module:
     """Build a model on the meta device (without weights), for counts and checks."""
     with quiet_transformers(), torch.device("meta"):
         try:
-            model: nn.Module = auto_class(task).from_config(
+            model: nn.Module = _auto_class(head).from_config(
                 config, trust_remote_code=trust_remote_code
             )
             return model
         except ValueError as error:
             raise UserError(
-                f"{type(config).__name__} is no {name_task(task)}",
+                f"{type(config).__name__} is no {_LANGUAGE_MODEL if head is None else head.noun}",
                 key="model.name_or_path",
                 hint=str(error).splitlines()[0],
             ) from None
@@ -101,7 +111,7 @@ def load_model(
         head.apply(config)
         source |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _translated(name_or_path), quiet_transformers():
-        model = auto_class("causal_lm" if head is None else head.task).from_pretrained(
+        model = _auto_class(head).from_pretrained(
             **source,
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=attn_implementation,
@@ -381,6 +391,5 @@ def build_skeleton(section: ModelSection, head: HeadSpec | None = None) -> tuple
     config = load_base_config(section)
     if head is not None:
         head.apply(config)
-    task = "causal_lm" if head is None else head.task
     trusts = section.trust_remote_code
-    return config, build_meta_model(config, trust_remote_code=trusts, task=task)
+    return config, build_meta_model(config, trust_remote_code=trusts, head=head)

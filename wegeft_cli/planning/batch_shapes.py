@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
-from wegeft_cli.data.batches.sampler import PlannedData, StepPlan
-from wegeft_cli.data.labelled.dataset import ClassData
-from wegeft_cli.data.text.dataset import PreparedData
+from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.tasks.base import TaskData
 
 MAX_STEPS = 4096
-"""Steps that are looked at; a longer run is told from its first so many."""
+"""Steps that are examined; the shapes of a longer run are those of its first steps."""
 
 
 @dataclass(frozen=True)
-class PassSurvey:
+class BatchShapes:
     """The forward passes of a run's steps over all processes, as they will be cut.
 
     Args:
@@ -39,14 +39,14 @@ class PassSurvey:
     is_packed: bool = False
 
     def find_largest(self) -> list[BatchShape]:
-        """Give the passes that may take the most memory: most positions, and most labels."""
+        """Return the passes that may take the most memory: most positions, and most labels."""
         positions = self.sequences * self.lengths
         chosen = {int(np.lexsort((self.labels, positions))[-1]): None}
         chosen[int(np.lexsort((positions, self.labels))[-1])] = None
         return [self.shape(number) for number in chosen]
 
     def shape(self, number: int) -> BatchShape:
-        """Give one pass."""
+        """Return the shape of one pass."""
         return BatchShape(
             num_sequences=int(self.sequences[number]),
             length=int(self.lengths[number]),
@@ -55,7 +55,7 @@ class PassSurvey:
         )
 
 
-def survey_passes(recipe: Recipe, data: PlannedData, plan: StepPlan) -> PassSurvey:
+def batch_shapes(recipe: Recipe, data: TaskData, plan: StepPlan) -> BatchShapes:
     """Cut the rows into forward passes without building a batch.
 
     Args:
@@ -80,7 +80,7 @@ def survey_passes(recipe: Recipe, data: PlannedData, plan: StepPlan) -> PassSurv
                 size = (1, int(own.sum())) if flat else (len(numbers), int(own.max()))
                 passes.append((*size, int(labels[numbers].sum()), bool(own.min() < own.max())))
     sequences, longest, labelled, is_padded = np.array(passes, dtype=np.int64).T
-    return PassSurvey(
+    return BatchShapes(
         sequences=sequences,
         lengths=longest,
         labels=labelled,
@@ -91,14 +91,14 @@ def survey_passes(recipe: Recipe, data: PlannedData, plan: StepPlan) -> PassSurv
     )
 
 
-def assume_longest(recipe: Recipe) -> BatchShape:
-    """Give the largest pass that can come, for rows that nobody has seen."""
+def worst_case_shape(recipe: Recipe) -> BatchShape:
+    """Return the largest possible pass, for rows that cannot be read."""
     size, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
     is_packed = recipe.data.packing != "none" and not lays_packs_flat(recipe)
     return BatchShape(size, length, size * max(1, length - 1), size > 1 or is_packed)
 
 
-def find_validation_shape(recipe: Recipe, data: PreparedData | ClassData) -> BatchShape | None:
+def validation_shape(recipe: Recipe, data: TaskData) -> BatchShape | None:
     """Give the largest batch of a validation, its first: the longest rows come first.
 
     Args:
@@ -119,25 +119,3 @@ def find_validation_shape(recipe: Recipe, data: PreparedData | ClassData) -> Bat
         num_labels=max(1, int(data.validation.label_counts[longest].sum())),
         is_masked=bool(lengths.min() < lengths.max()),
     )
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The shape of one forward pass.
-
-    Args:
-        num_sequences: Rows or packs.
-        length: Positions of each, padding counted.
-        num_labels: Positions whose loss is computed, at least 1.
-        is_masked: Whether an attention mask is needed: rows of unequal length, or packed ones.
-    """
-
-    num_sequences: int
-    length: int
-    num_labels: int
-    is_masked: bool
-
-    @property
-    def num_positions(self) -> int:
-        """Positions of all sequences."""
-        return self.num_sequences * self.length

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.distributed.launch import num_sharing
 from wegeft_cli.models.loading import find_dtype
-from wegeft_cli.planning.batch_shapes import BatchShape
-from wegeft_cli.planning.fake_step import rehearse_step, rehearse_validation
+from wegeft_cli.planning.fake_step import trace_step, trace_validation
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def estimate_memory(
     Args:
         recipe: The recipe.
         config: The base's configuration.
-        model: The model without weights, as `prepare_skeleton` gives it.
+        model: The model without weights, as `skeleton_with_adapter` gives it.
         shapes: The batches of which one takes the most.
         validation: The largest batch of a validation; None for none.
         on_gpu: Whether a GPU trains; None asks torch.
@@ -101,8 +101,8 @@ def estimate_memory(
         "ema": _count_average(recipe, learned),
     }
     try:
-        steps = [rehearse_step(model, recipe, shape) for shape in shapes]
-        evaluated = 0 if validation is None else rehearse_validation(model, recipe, validation)
+        steps = [trace_step(model, recipe, shape) for shape in shapes]
+        evaluated = 0 if validation is None else trace_validation(model, recipe, validation)
     except RuntimeError as error:
         names = (
             "activations", "logits", "backward", "allocator", "validation", "loading", "total",
@@ -219,7 +219,7 @@ def measure_available() -> tuple[str, float]:
     return "cpu", free / GIB
 
 
-def tell_fit(
+def memory_warnings(
     recipe: Recipe, total_gib: float | None, device: str, available_gib: float
 ) -> list[str]:
     """Say so if a run will not fit, with the keys that need less; nothing where it does.

@@ -4,55 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from wegeft_cli.data.batches.sampler import build_step_plan
-from wegeft_cli.data.labelled.dataset import ClassData, read_class_data, without_data
-from wegeft_cli.data.text.dataset import PreparedData, build_datasets
-from wegeft_cli.data.text.templates import check_template
-from wegeft_cli.errors import UserError
 from wegeft_cli.methods.base import ParameterGroup
-from wegeft_cli.models.heads import HeadSpec, pad_as_tokenizer, with_head
-from wegeft_cli.models.loading import build_skeleton, load_base_config, load_tokenizer
-from wegeft_cli.planning.batch_shapes import (
-    BatchShape,
-    PassSurvey,
-    assume_longest,
-    find_validation_shape,
-    survey_passes,
-)
-from wegeft_cli.planning.fake_step import (
-    count_run_flops,
-    find_flop_rates,
-    prepare_skeleton,
-    rehearse_flops,
-)
-from wegeft_cli.planning.memory import (
-    GIB,
-    count_checkpoint_bytes,
-    estimate_memory,
-    list_learned,
-    measure_available,
-    tell_fit,
-)
+from wegeft_cli.planning.flops import count_flops
+from wegeft_cli.planning.memory import GIB, measure_available, memory_warnings
 from wegeft_cli.planning.preflight import (
-    check_context,
-    check_learning,
-    check_run_schedule,
+    Preflight,
+    attach_locations,
+    check_run,
     count_checkpoints,
     find_run_dir,
-    plan_groups,
-    tell_places,
 )
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import disk_errors
-from wegeft_cli.tasks.classification import load_processor
 
 
 @dataclass(frozen=True)
@@ -126,7 +95,7 @@ def plan(
     loaded = load_recipe(recipe_path, overrides)
     for note in loaded.notes:
         reporter.note(note)
-    with tell_places(loaded):
+    with attach_locations(loaded):
         result = _plan(loaded)
     for warning in result.warnings:
         reporter.warn(warning)
@@ -135,42 +104,26 @@ def plan(
 
 def _plan(loaded: LoadedRecipe) -> Plan:
     recipe = loaded.recipe
-    check_template(recipe.data.template)
-    check_learning(recipe, None)  # the run may be for another machine
-    data, unknown, head, tokenizer = _read(loaded)
-    config, skeleton = build_skeleton(recipe.model, head)
-    if head is not None:
-        pad_as_tokenizer(skeleton, tokenizer)
-    base_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    if recipe.task != "image_classification":
-        check_context(config, recipe)
-    groups = plan_groups(skeleton, with_head(recipe.adapter, skeleton, recipe.task), recipe.task)
-    model = prepare_skeleton(skeleton, recipe)
-    checkpoint = count_checkpoint_bytes(recipe, list_learned(model)) / GIB
+    checked = check_run(loaded, files_may_be_missing=True)
+    data, unknown, steps = checked.data, checked.unknown, checked.steps
+    checkpoint = checked.checkpoint_bytes / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))
-    survey, num_steps = None, max(recipe.train.max_steps, 0) or None
-    if data is not None:
-        steps = build_step_plan(recipe, data, 1)
-        num_steps = steps.num_steps
-        check_run_schedule(recipe, num_steps)
-        survey = survey_passes(recipe, data, steps)
+    num_steps = steps.num_steps if steps is not None else max(recipe.train.max_steps, 0) or None
     num_checkpoints = count_checkpoints(recipe.train, num_steps)
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
-    shapes = survey.find_largest() if survey is not None else [assume_longest(recipe)]
-    held_out = None if data is None else find_validation_shape(recipe, data)
-    memory, reason = estimate_memory(recipe, config, model, shapes, validation=held_out)
+    memory, reason = checked.estimate_memory()
     if reason is not None:
         unknown.append(f"memory: {reason}")
-    per_step, in_all, reason = _count_flops(model, recipe, survey)
+    per_step, in_all, reason = _count_flops(checked)
     if reason is not None:
         unknown.append(f"operations: {reason}")
     device, available = measure_available()
-    largest = max(shapes, key=lambda shape: (shape.num_positions, shape.num_labels))
+    largest = max(checked.largest_shapes, key=lambda shape: (shape.num_positions, shape.num_labels))
     is_known = data is not None and not data.report.streaming
     return Plan(
-        trainable_parameters=sum(group.num_parameters for group in groups),
-        base_parameters=base_parameters,
-        groups=groups,
+        trainable_parameters=sum(group.num_parameters for group in checked.groups),
+        base_parameters=sum(parameter.numel() for parameter in checked.skeleton.parameters()),
+        groups=checked.groups,
         num_rows=data.report.num_rows if data is not None and is_known else None,
         num_steps=num_steps,
         lengths=None if data is None else data.report.lengths,
@@ -189,92 +142,26 @@ def _plan(loaded: LoadedRecipe) -> Plan:
         free_disk_gib=free_disk,
         warnings=[
             *(data.report.warnings if data is not None else ()),
-            *tell_fit(recipe, memory["total"], device, available),
-            *_tell_disk(recipe, disk, free_disk),
+            *memory_warnings(recipe, memory["total"], device, available),
+            *_disk_warnings(recipe, disk, free_disk),
         ],
         unknown=unknown,
     )
 
 
-def _read(
-    loaded: LoadedRecipe,
-) -> tuple[PreparedData | ClassData | None, list[str], HeadSpec | None, Any]:
-    """Read the data where it can be reached, and of a classifier its head and its tokenizer."""
-    recipe = loaded.recipe
-    if recipe.task == "causal_lm":
-        return (*_read_data(loaded), None, None)
-    config = load_base_config(recipe.model)
-    tokenizer = None
+def _count_flops(checked: Preflight) -> tuple[float | None, float | None, str | None]:
+    """Return the operations of a step and of the run, or the reason why they are not known."""
+    if checked.shapes is None:
+        return None, None, "they depend on the rows' lengths"
     try:
-        is_text = recipe.task == "sequence_classification"
-        tokenizer = load_processor(recipe.model, recipe.task) if is_text else None
-        data = read_class_data(recipe, loaded.path.parent, config, tokenizer)
-    except* UserError as group:
-        faults = [fault for fault in group.exceptions if isinstance(fault, UserError)]
-        told = [f"rows and steps: {fault}" for fault in faults]
-        head = without_data(recipe, config)
-        told.append(f"classes: the head is counted with {len(head.labels) or 1}, as in the base")
-        data = None
-    if data is None:
-        return None, told, head, tokenizer
-    return data, [], data.head, tokenizer
-
-
-def _read_data(loaded: LoadedRecipe) -> tuple[PreparedData | None, list[str]]:
-    """Read the data where it can be reached; else say why not."""
-    recipe = loaded.recipe
-    try:
-        tokenizer = load_tokenizer(
-            recipe.model.name_or_path,
-            revision=recipe.model.revision,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-        data = build_datasets(
-            # A plan leaves nothing behind.
-            replace(recipe.data, cache_dir=None),
-            tokenizer=tokenizer,
-            recipe_dir=loaded.path.parent,
-            need_validation=False,
-        )
-    except UserError as fault:
-        return None, [f"rows and steps: {fault}"]
-    except ExceptionGroup as group:
-        return None, [f"rows and steps: {fault}" for fault in group.exceptions]
-    return data, []
-
-
-def _count_flops(
-    model: nn.Module, recipe: Recipe, survey: PassSurvey | None
-) -> tuple[float | None, float | None, str | None]:
-    """Give the operations of a step and of the run, or the reason why they are not known."""
-    if survey is None:
-        return None, None, "they hang on the rows' lengths"
-    if recipe.task != "causal_lm":
-        return _count_class_flops(model, recipe, survey)
-    positions = float((survey.sequences * survey.lengths).mean())
-    try:
-        rates = find_flop_rates(model, recipe, positions)
-    except LookupError as error:
+        counts = count_flops(checked.model, checked.loaded.recipe, checked.shapes)
+    except RuntimeError as error:
         return None, None, str(error)
-    return (*count_run_flops(rates, survey), None)
-
-
-def _count_class_flops(
-    model: nn.Module, recipe: Recipe, survey: PassSurvey
-) -> tuple[float | None, float | None, str | None]:
-    """Count a row of mean length, as torch does, and take it as often as rows come."""
-    rows = survey.sequences.astype(float)
-    mean = max(1, round(float((rows * survey.lengths).sum() / rows.sum())))
-    try:
-        per_row = rehearse_flops(model, recipe, BatchShape(1, mean, 1, False))
-    except LookupError as error:
-        return None, None, str(error)
-    per_step = per_row * float(rows.sum()) / survey.num_steps
-    return per_step, per_step * survey.num_steps_in_all, None
+    return (*counts, None)
 
 
 def _measure_free_disk(path: Path) -> float:
-    """Give the free GiB of the file system where the run's folder is or will be."""
+    """Return the free GiB of the file system where the run's folder is or will be."""
     place = path.resolve()
     while not place.exists():
         place = place.parent
@@ -282,7 +169,7 @@ def _measure_free_disk(path: Path) -> float:
         return shutil.disk_usage(place).free / GIB
 
 
-def _tell_disk(recipe: Recipe, disk_gib: float | None, free_gib: float) -> list[str]:
+def _disk_warnings(recipe: Recipe, disk_gib: float | None, free_gib: float) -> list[str]:
     if disk_gib is None or disk_gib <= free_gib:
         return []
     return [

@@ -1,26 +1,22 @@
-"""What a run needs besides weights, all of it checked and read before any weight is loaded."""
+"""The checks of a run before any weight is loaded, shared by `train`, its dry run and `plan`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from wegeft_cli.data.batches.base import StepSource
+from wegeft_cli.data.batches.base import BatchShape, BatchSource
 from wegeft_cli.data.batches.sampler import StepPlan, build_step_plan
-from wegeft_cli.data.batches.text import build_source, build_streamed_source
-from wegeft_cli.data.labelled.dataset import ClassData, ClassReport
-from wegeft_cli.data.text.dataset import PreparedData, build_datasets
-from wegeft_cli.data.text.statistics import DataReport
+from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.base import Benchmark
@@ -28,69 +24,255 @@ from wegeft_cli.evaluation.benchmarks.registry import load_training_benchmarks
 from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
 from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.methods.init_from import check_init_from
-from wegeft_cli.methods.registry import TASK_TYPES, find_method
+from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.kernels import check_liger
-from wegeft_cli.models.loading import (
-    build_skeleton,
-    find_base_folder,
-    load_tokenizer,
-    name_quantization,
-    pad_token_id,
-)
+from wegeft_cli.models.loading import build_skeleton, find_base_folder, name_quantization
 from wegeft_cli.models.quantization import check_quantization
-from wegeft_cli.planning.batch_shapes import find_validation_shape, survey_passes
-from wegeft_cli.planning.data_fingerprint import digest_inputs
-from wegeft_cli.planning.fake_step import prepare_skeleton
+from wegeft_cli.planning.batch_shapes import (
+    BatchShapes,
+    batch_shapes,
+    validation_shape,
+    worst_case_shape,
+)
+from wegeft_cli.planning.fake_step import skeleton_with_adapter
+from wegeft_cli.planning.inputs import list_inputs
 from wegeft_cli.planning.memory import (
     count_checkpoint_bytes,
     estimate_memory,
     list_learned,
     measure_available,
-    tell_fit,
+    memory_warnings,
 )
 from wegeft_cli.recipe.load import LoadedRecipe
-from wegeft_cli.recipe.schema import AdapterSection, Recipe, TrainSection
+from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.reporter import Reporter
+from wegeft_cli.tasks.base import DataReport, Task, TaskData, without_cache
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
 
+_MANY_STEPS = 10**9
+"""Enough steps for every warm-up and decay that a run could have."""
+_PROCESSOR_FILES = ("*token*", "vocab*", "*.model", "*.gguf", "*processor*")
 
-class RunSource(StepSource, Protocol):
-    """Batches whose rows can be looked at again."""
 
-    def rows_at(
-        self, step: int
-    ) -> Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]]:
-        """Give this process's rows of a step just done: number, ids, label mask; or words."""
-        ...
+@dataclass
+class Preflight:
+    """What the checks of a recipe found: everything but weights.
 
-    def waste(self) -> dict[str, Any]:
-        """Give the shares of positions without a token, and of those without logits."""
-        ...
+    Args:
+        loaded: The recipe and its file.
+        task: The recipe's task.
+        config: The base's configuration.
+        skeleton: The base on the meta device, nothing injected.
+        model: A copy of it that is ready to train: adapter and gradient checkpointing.
+        groups: The learned parameters by group.
+        processor: Tokenizer or image processor; None if it is not on this machine.
+        data: The rows; None if they are not on this machine.
+        head: The task's new head, if it has one.
+        steps: The rows of each optimizer step; None without rows.
+        eval_tasks: Benchmarks that each validation scores, by their name in the recipe.
+        prompts: Prompts that the model answers at each validation, if any.
+        unknown: Why something could not be read. Empty unless files may be missing.
+    """
+
+    loaded: LoadedRecipe
+    task: Task
+    config: Any
+    skeleton: nn.Module
+    model: nn.Module
+    groups: list[ParameterGroup]
+    processor: Any = None
+    data: TaskData | None = None
+    head: HeadSpec | None = None
+    steps: StepPlan | None = None
+    eval_tasks: dict[str, Benchmark] = field(default_factory=dict)
+    prompts: SamplePrompts | None = None
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Estimated bytes of one checkpoint."""
+        return count_checkpoint_bytes(self.loaded.recipe, list_learned(self.model))
+
+    @cached_property
+    def shapes(self) -> BatchShapes | None:
+        """Shapes of the run's forward passes; None without rows."""
+        if self.data is None or self.steps is None:
+            return None
+        return batch_shapes(self.loaded.recipe, self.data, self.steps)
+
+    @property
+    def largest_shapes(self) -> list[BatchShape]:
+        """The passes that may take the most memory."""
+        if self.shapes is not None:
+            return self.shapes.find_largest()
+        return [worst_case_shape(self.loaded.recipe)]
+
+    def estimate_memory(self) -> tuple[dict[str, float | None], str | None]:
+        """Estimate the peak memory of one device; see `memory.estimate_memory`."""
+        recipe = self.loaded.recipe
+        held_out = None if self.data is None else validation_shape(recipe, self.data)
+        return estimate_memory(
+            recipe, self.config, self.model, self.largest_shapes, validation=held_out
+        )
+
+
+def check_run(
+    loaded: LoadedRecipe,
+    *,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    resuming: bool = False,
+    files_may_be_missing: bool = False,
+) -> Preflight:
+    """Check everything about a run that needs no weights.
+
+    Args:
+        loaded: The recipe.
+        world_size: Processes of the run.
+        device: Where it trains; None skips what depends on the machine.
+        resuming: The run continues, so the adapter that it started from is not read.
+        files_may_be_missing: Plan without what the recipe names and this machine lacks; the
+            reasons are in `unknown`.
+
+    Returns:
+        What was read.
+
+    Raises:
+        UserError: If the recipe, the model or the data is at fault.
+        ExceptionGroup: If there are several such faults.
+    """
+    recipe, task = loaded.recipe, find_task(loaded.recipe.task)
+    check_template(recipe.data.template)
+    check_learning(recipe, device)
+    missing = _Missing(loaded, files_may_be_missing)
+    # The size of a new head follows from the rows. Otherwise the model comes first: it is cheaper.
+    checked = None if task.has_head else _check_model(loaded, task, None, missing, resuming)
+    processor, data = _read_rows(recipe, task, missing)
+    if checked is None:
+        head = task.assumed_head(recipe) if data is None else data.head
+        if data is None and head is not None:
+            count = len(head.labels) or 1
+            missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
+        checked = _check_model(loaded, task, head, missing, resuming)
+    task.check_model(recipe, checked.skeleton, data)
+    if processor is not None:
+        task.prepare_base(checked.skeleton, checked.head, processor)
+        task.prepare_base(checked.model, checked.head, processor)
+    checked.processor, checked.data, checked.unknown = processor, data, missing.reasons
+    if data is not None:
+        checked.steps = build_step_plan(recipe, data, world_size)
+        check_run_schedule(recipe, checked.steps.num_steps)
+    if task.generates_text:
+        with missing.tolerated("train.eval_tasks", "eval.data_dir"):
+            checked.eval_tasks = load_training_benchmarks(recipe)
+        if processor is not None and data is not None:
+            template = getattr(data.report, "template", "")
+            checked.prompts = build_prompts(recipe, processor, loaded.path.parent, template)
+    return checked
+
+
+def _check_model(
+    loaded: LoadedRecipe, task: Task, head: HeadSpec | None, missing: _Missing, resuming: bool
+) -> Preflight:
+    """Check the base without weights, with the method's targets and the adapter to start from."""
+    recipe = loaded.recipe
+    config, skeleton = build_skeleton(recipe.model, head)
+    if recipe.train.use_liger_kernel:
+        check_liger(config.model_type)
+    section = task.adapter_section(recipe.adapter, skeleton)
+    if not resuming:
+        base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
+        with missing.tolerated("adapter.init_from"):
+            check_init_from(section, skeleton, loaded.path.parent, base_dir=base_dir)
+    groups = find_method(section.type).count(skeleton, section, task.peft_task_type)
+    model = skeleton_with_adapter(skeleton, recipe)
+    return Preflight(loaded, task, config, skeleton, model, groups, head=head)
+
+
+def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, TaskData | None]:
+    """Read the processor and the rows; None for what may be missing and is."""
+    processor = data = None
+    with missing.tolerated("processor"):
+        processor = task.load_processor(recipe.model)
+    if processor is not None:
+        with missing.tolerated("data."):
+            data = task.load_data(missing.recipe, missing.loaded.path.parent, processor)
+    return processor, data
+
+
+class _Missing:
+    """Inputs that the recipe names and this machine lacks, and the faults that follow from it."""
+
+    def __init__(self, loaded: LoadedRecipe, is_allowed: bool) -> None:
+        self.loaded = loaded
+        self.recipe = without_cache(loaded.recipe) if is_allowed else loaded.recipe
+        """What rows are read by: planning leaves no files behind."""
+        self.reasons: list[str] = []
+        self._is_allowed = is_allowed
+
+    @cached_property
+    def _keys(self) -> set[str]:
+        recipe = self.loaded.recipe
+        inputs = list_inputs(recipe, self.loaded.path.parent)
+        keys = {found.key.removesuffix(".path") for found in inputs if not found.found}
+        if (
+            recipe.eval.data_dir is not None
+            and not Path(recipe.eval.data_dir).expanduser().is_dir()
+        ):
+            keys.add("eval.data_dir")
+        base = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
+        if base is None or not any(any(base.glob(name)) for name in _PROCESSOR_FILES):
+            keys.add("processor")
+        return keys
+
+    @contextmanager
+    def tolerated(self, *concerned: str) -> Iterator[None]:
+        """Record the faults of missing inputs; raise all others, and all if none may be missing."""
+        if not self._is_allowed:
+            yield
+            return
+        try:
+            yield
+        except* UserError as group:
+            faults = [fault for fault in group.exceptions if isinstance(fault, UserError)]
+            missing = [key for key in self._keys if key.startswith(concerned)]
+            others = [fault for fault in faults if not _concerns(fault, missing)]
+            if others:
+                raise_all(others)
+            self.reasons += [f"rows and steps: {fault}" for fault in faults]
+
+
+def _concerns(fault: UserError, missing: Sequence[str]) -> bool:
+    """Return whether a fault follows from one of the missing inputs."""
+    if not (fault.key or "").startswith("data."):
+        return bool(missing)
+    return any((fault.key or "").startswith(key) for key in missing)
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Everything but the weights.
+    """Everything that a run needs but the weights.
 
     Args:
         tokenizer: The base's; of an image model its image processor.
         source: This process's batches.
-        report: What was found in the data.
-        groups: What learns, group by group.
-        estimated_gib: The plan's estimate of the peak memory of one device.
-        checkpoint_bytes: The plan's estimate of one checkpoint.
-        tasks: Test sets that each validation scores, by their name in the recipe.
+        report: Statistics of the data.
+        groups: The learned parameters by group.
+        estimated_gib: Estimated peak memory of one device.
+        checkpoint_bytes: Estimated size of one checkpoint.
+        tasks: Benchmarks that each validation scores, by their name in the recipe.
         prompts: Prompts that the model answers at each validation, if any.
         trackers: Names of the experiment trackers.
-        digests: What tells other data and another tokenizer, see `digest_inputs`.
-        head: A classifier's head; None of a language model.
+        digests: Hashes by which a resumed run recognizes its data and tokenizer.
+        head: The task's new head, if it has one.
     """
 
     tokenizer: Any
-    source: RunSource
-    report: DataReport | ClassReport
+    source: BatchSource
+    report: DataReport
     groups: list[ParameterGroup]
     estimated_gib: float | None
     checkpoint_bytes: float
@@ -102,100 +284,74 @@ class RunInputs:
 
     @property
     def trainable(self) -> int:
-        """Parameters that learn."""
+        """Number of learned parameters."""
         return sum(group.num_parameters for group in self.groups)
 
     @cached_property
     def waste(self) -> dict[str, Any]:
         """Shares of an epoch's positions: without a token, and with logits."""
-        return self.source.waste()
+        return self.source.padding_statistics()
 
 
 def read_inputs(
     loaded: LoadedRecipe, processes: Processes, reporter: Reporter, *, resuming: bool
 ) -> RunInputs:
-    """Do every cheap check: model's shape and targets, tokenizer, rows, test sets, prompts.
+    """Check a run on this machine and build its batches.
 
-    Args:
-        loaded: The recipe and where it was read.
-        processes: The processes of the run.
-        reporter: Where words go.
-        resuming: The run goes on: the adapter that it began with is no longer needed.
-
-    Returns:
-        What was read.
+    `resuming` skips the adapter that the run started from.
 
     Raises:
         UserError: If something is at fault.
         ExceptionGroup: If several things are.
     """
-    recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    trackers = check_surroundings(recipe, processes.device)
-    config, skeleton = build_skeleton(recipe.model)
-    if recipe.train.use_liger_kernel:
-        check_liger(config.model_type)
+    recipe, is_main = loaded.recipe, processes.is_main
+    trackers = list_trackers(recipe.logging.report_to)
+    check_trackers(trackers)
     quantization = name_quantization(recipe.model)
     if quantization is not None:
         check_quantization(quantization)
-    if not resuming:
-        base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
-        check_init_from(recipe.adapter, skeleton, recipe_dir, base_dir=base_dir)
-    groups = plan_groups(skeleton, recipe.adapter)
-    check_context(config, recipe)
-    tasks = load_training_benchmarks(recipe)
-    tokenizer = load_tokenizer(
-        recipe.model.name_or_path,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
+    checked = check_run(
+        loaded,
+        world_size=processes.count,
+        device=processes.device,
+        resuming=resuming,
     )
-    pad = pad_token_id(tokenizer)
-    rank, world_size = processes.rank, processes.count
-    data = build_datasets(recipe.data, tokenizer=tokenizer, recipe_dir=recipe_dir)
-    plan = build_step_plan(recipe, data, world_size)
-    source: RunSource
-    if recipe.data.streaming:
-        source = build_streamed_source(loaded, tokenizer, data, plan, rank=rank, pad_token_id=pad)
-    else:
-        source = build_source(recipe, data, plan, rank=rank, pad_token_id=pad)
-    report = data.report
-    check_run_schedule(recipe, source.num_steps)
-    prompts = build_prompts(recipe, tokenizer, recipe_dir, report.template)
-    _tell(report, reporter)
-    estimated, checkpoint_bytes = foresee(
-        recipe, config, skeleton, data, plan, is_main=processes.is_main, reporter=reporter
+    task, data, processor = checked.task, checked.data, checked.processor
+    assert data is not None
+    assert checked.steps is not None
+    source = task.batches(
+        loaded, data, checked.steps, processor, checked.skeleton, processes.rank
     )
-    digests = digest_inputs(recipe.data, tokenizer, recipe_dir)
-    return RunInputs(
-        tokenizer,
-        source,
-        report,
-        groups,
-        estimated,
-        checkpoint_bytes,
-        tasks,
-        prompts,
-        trackers,
-        digests,
-    )
-
-
-def _tell(report: DataReport, reporter: Reporter) -> None:
-    which = "looked at of the stream: the first " if report.streaming else ""
-    reporter.note(
-        f"{which}{report.num_rows:,} rows, {report.num_tokens:,} tokens, "
-        f"{report.num_label_tokens / report.num_tokens:.0%} of them learned"
-    )
-    for warning in report.warnings:
+    if is_main:
+        task.check_rows(data)
+    for note in task.describe_data(data):
+        reporter.note(note)
+    for warning in data.report.warnings:
         reporter.warn(warning)
-
-
-# Steps enough for every warm-up and decay that a run could have.
-_MANY_STEPS = 10**9
+    estimated = None
+    if is_main:
+        memory, _ = checked.estimate_memory()
+        estimated = memory["total"]
+        for warning in memory_warnings(recipe, estimated, *measure_available()):
+            reporter.warn(warning)
+    return RunInputs(
+        processor,
+        source,
+        data.report,
+        checked.groups,
+        estimated,
+        checked.checkpoint_bytes,
+        checked.eval_tasks,
+        checked.prompts,
+        trackers,
+        task.digest_inputs(recipe, loaded.path.parent, processor),
+        head=checked.head,
+    )
 
 
 @contextmanager
-def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
-    """Say of a fault that names a key alone where in the recipe that key was set.
+def attach_locations(loaded: LoadedRecipe) -> Iterator[None]:
+    """Add to a fault that names only a key where in the recipe that key was set.
 
     Args:
         loaded: The recipe, which knows the places.
@@ -220,32 +376,6 @@ def tell_places(loaded: LoadedRecipe) -> Iterator[None]:
     except (UserError, ExceptionGroup) as error:
         place(error)
         raise
-
-
-def plan_groups(
-    skeleton: nn.Module, section: AdapterSection, task: str = "causal_lm"
-) -> list[ParameterGroup]:
-    """Count the learned parameters by group on a model without weights, see `with_head`."""
-    return find_method(section.type).count(skeleton, section, TASK_TYPES[task])
-
-
-def check_context(config: Any, recipe: Recipe) -> None:
-    """Check that the model can see as far as the recipe's longest row.
-
-    Args:
-        config: The base's configuration.
-        recipe: The recipe.
-
-    Raises:
-        UserError: If rows may be longer than the model's context.
-    """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and recipe.data.max_length > context:
-        raise UserError(
-            f"rows of {recipe.data.max_length} tokens exceed the model's context of {context}",
-            key="data.max_length",
-            hint=f"use {context} or less",
-        )
 
 
 def check_learning(recipe: Recipe, device: torch.device | None) -> None:
@@ -330,66 +460,10 @@ def find_run_dir(recipe: Recipe) -> Path:
     return Path(recipe.output_dir).expanduser()
 
 
-def check_surroundings(recipe: Recipe, device: torch.device) -> tuple[str, ...]:
-    """Check what hangs on neither model nor data: trackers, optimizer, schedule.
-
-    Args:
-        recipe: The recipe.
-        device: Where the run trains.
-
-    Returns:
-        Names of the experiment trackers.
-
-    Raises:
-        UserError: If one is not installed, or the optimizer cannot work there.
-    """
-    trackers = list_trackers(recipe.logging.report_to)
-    check_trackers(trackers)
-    check_learning(recipe, device)
-    return trackers
-
-
 def list_trackers(report_to: Any) -> tuple[str, ...]:
     """Read `logging.report_to`: none, a name, or a list of names."""
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     return tuple(name for name in dict.fromkeys(names) if name != "none")
-
-
-def foresee(
-    recipe: Recipe,
-    config: Any,
-    skeleton: nn.Module,
-    data: PreparedData | ClassData,
-    plan: StepPlan,
-    *,
-    is_main: bool,
-    reporter: Reporter,
-) -> tuple[float | None, float]:
-    """Estimate a run's memory and disk, and warn where the memory will not do.
-
-    Args:
-        recipe: The recipe.
-        config: The base's configuration.
-        skeleton: The base without weights.
-        data: The run's rows.
-        plan: Which rows each step takes.
-        is_main: Whether this process tells; the others estimate no memory.
-        reporter: Where warnings go.
-
-    Returns:
-        The peak memory of one device in GiB, None where it is not known, and one checkpoint's
-        bytes.
-    """
-    model = prepare_skeleton(skeleton, recipe)
-    estimated = None
-    if is_main:
-        shapes = survey_passes(recipe, data, plan).find_largest()
-        held_out = find_validation_shape(recipe, data)
-        memory, _ = estimate_memory(recipe, config, model, shapes, validation=held_out)
-        estimated = memory["total"]
-        for warning in tell_fit(recipe, estimated, *measure_available()):
-            reporter.warn(warning)
-    return estimated, count_checkpoint_bytes(recipe, list_learned(model))
 
 
 def check_trackers(names: Sequence[str]) -> None:

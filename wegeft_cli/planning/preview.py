@@ -1,77 +1,15 @@
-"""`wegeft preview`: what a recipe makes of its rows, token by token, before anything is trained."""
+"""`wegeft preview`: training rows as the model reads them, before anything is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from wegeft_cli.data.batches.packing import pack_rows
-from wegeft_cli.data.batches.sampler import build_step_plan
-from wegeft_cli.data.batches.text import build_source
-from wegeft_cli.data.text.dataset import PreparedData, build_datasets
-from wegeft_cli.data.text.statistics import SourceReport
-from wegeft_cli.errors import UserError
-from wegeft_cli.models.loading import load_tokenizer, pad_token_id
-from wegeft_cli.planning.class_preview import ClassPreview, preview_classes
-from wegeft_cli.planning.histogram import count_lengths
-from wegeft_cli.planning.preflight import tell_places
-from wegeft_cli.planning.row_viewer import PreviewRow, RowWalker
-from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.planning.preflight import attach_locations
+from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
-
-_UNCUT_LENGTH = 2**20
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Rows to look at, and what became of all of them.
-
-    Args:
-        rows: The rows asked for.
-        sources: Of every training source: `path`, `num_rows` (as read), `num_truncated`,
-            `num_empty`, `num_unmarked`, `num_cut_away`, `num_filtered`, `num_boundary_merged`,
-            `template`, `template_hash`.
-        num_rows: Training rows; of a stream, those looked at.
-        num_tokens: Their tokens.
-        num_label_tokens: Their learned tokens.
-        loss_on: The recipe's `data.loss_on`.
-        max_length: The recipe's `data.max_length`.
-        lengths: Tokens per row: p50, p95, max.
-        uncut_lengths: The same before the cut to `data.max_length`, of the rows left out by it too;
-            rows longer than 2^20 tokens count as so many.
-        uncut_histogram: Rows by their length before the cut.
-        histogram: Rows by length: `start`, `stop` (the first length that is too long), `rows`.
-        template: Name of the prompt form; several are joined by commas.
-        template_hash: Fingerprint of its text.
-        setting: What the recipe does about padding: none, group_by_length or packing.
-        waste: `padding_share`, `packed_sequences` and `head_share` of the planned batches, by
-            setting; settings that the recipe's data cannot have are left out.
-        warnings: Sentences for the user.
-    """
-
-    rows: list[PreviewRow]
-    sources: list[dict[str, Any]]
-    num_rows: int
-    num_tokens: int
-    num_label_tokens: int
-    loss_on: str
-    max_length: int
-    lengths: dict[str, int]
-    uncut_lengths: dict[str, int]
-    uncut_histogram: list[dict[str, int]]
-    histogram: list[dict[str, int]]
-    template: str
-    template_hash: str
-    setting: str
-    waste: dict[str, dict[str, Any]]
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the preview as a JSON object."""
-        return asdict(self)
+from wegeft_cli.tasks.base import Preview
+from wegeft_cli.tasks.registry import find_task
 
 
 def preview(
@@ -81,19 +19,19 @@ def preview(
     num_rows: int = 2,
     row: int | None = None,
     reporter: Reporter | None = None,
-) -> Preview | ClassPreview:
-    """Read, render and tokenise a recipe's training rows as `train` does; no weights are needed.
+) -> Preview:
+    """Read a recipe's training rows as `train` does; no weights are needed.
 
     Args:
         recipe_path: A recipe file, or the name of a shipped one.
         overrides: `key=value` texts that win over the file.
-        num_rows: So many first rows of each source are shown, those left out too; of a classifier
-            of each class, 20 in all at most.
-        row: Show the row of this number in the training set alone, from 0.
-        reporter: Where words go.
+        num_rows: First rows to show of each source, dropped ones included; of a classifier, of each
+            class, at most 20 in all.
+        row: Show only the row of this number in the training set, from 0.
+        reporter: Receives notes and warnings.
 
     Returns:
-        The rows and the figures: a `ClassPreview` where the recipe's task is no language model's.
+        The rows and statistics of all rows; the type depends on the recipe's task.
 
     Raises:
         UserError: If the recipe, the tokenizer or the data is at fault, or there is no such row.
@@ -103,122 +41,8 @@ def preview(
     loaded = load_recipe(recipe_path, overrides)
     for note in loaded.notes:
         reporter.note(note)
-    with tell_places(loaded):
-        result: Preview | ClassPreview
-        if loaded.recipe.task == "causal_lm":
-            result = _preview(loaded, num_rows, row)
-        else:
-            result = preview_classes(loaded, num_rows, row)
+    with attach_locations(loaded):
+        result = find_task(loaded.recipe.task).preview(loaded, num_rows, row)
     for warning in result.warnings:
         reporter.warn(warning)
     return result
-
-
-def _preview(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
-    recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    tokenizer = load_tokenizer(
-        recipe.model.name_or_path,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    # A look leaves nothing behind.
-    section = replace(recipe.data, cache_dir=None)
-    data = build_datasets(
-        section, tokenizer=tokenizer, recipe_dir=recipe_dir, need_validation=False
-    )
-    report = data.report
-    whole = data
-    if report.num_truncated or any(source.encoded.num_cut_away for source in data.sources):
-        uncut = replace(section, max_length=_UNCUT_LENGTH, packing="none")
-        whole = build_datasets(
-            uncut, tokenizer=tokenizer, recipe_dir=recipe_dir, need_validation=False
-        )
-    return Preview(
-        rows=_choose_rows(recipe, data.sources, tokenizer, recipe_dir, num_rows, row),
-        sources=[_describe_source(source) for source in data.sources],
-        num_rows=report.num_rows,
-        num_tokens=report.num_tokens,
-        num_label_tokens=report.num_label_tokens,
-        loss_on=section.loss_on,
-        max_length=section.max_length,
-        lengths=report.lengths,
-        uncut_lengths=whole.report.lengths,
-        uncut_histogram=count_lengths(whole.train.lengths),
-        histogram=count_lengths(data.train.lengths),
-        template=report.template,
-        template_hash=report.template_hash,
-        setting=_find_setting(recipe),
-        waste=_count_waste(recipe, data, pad_token_id(tokenizer)),
-        warnings=report.warnings,
-    )
-
-
-def _choose_rows(
-    recipe: Recipe,
-    sources: Sequence[SourceReport],
-    tokenizer: Any,
-    recipe_dir: Path,
-    num_rows: int,
-    row: int | None,
-) -> list[PreviewRow]:
-    walker = RowWalker(recipe, tokenizer, recipe_dir)
-    shown: list[PreviewRow] = []
-    first = 0
-    for position, report in enumerate(sources):
-        num_kept = report.num_rows - report.num_filtered - report.encoded.num_dropped
-        if row is None:
-            shown += walker.take(position, first, num_rows)
-        elif report.streaming or row < first + num_kept:
-            found = walker.find(position, first, row)
-            if found is not None:
-                return [found]
-        first += num_kept
-    if row is not None:
-        raise UserError(
-            f"there is no row {row}: the training set has {first} rows, counted from 0",
-            key="--row",
-            hint=f"give 0 to {first - 1}",
-        )
-    return shown
-
-
-def _describe_source(source: SourceReport) -> dict[str, Any]:
-    name, digest = source.template
-    encoded = source.encoded
-    return {
-        "path": source.source.path,
-        "num_rows": source.num_rows,
-        "num_truncated": encoded.num_truncated,
-        "num_empty": encoded.num_empty,
-        "num_unmarked": encoded.num_unmarked,
-        "num_cut_away": encoded.num_cut_away,
-        "num_filtered": source.num_filtered,
-        "num_boundary_merged": encoded.num_boundary_merged,
-        "template": name,
-        "template_hash": digest,
-    }
-
-
-def _find_setting(recipe: Recipe) -> str:
-    if recipe.data.packing != "none":
-        return "packing"
-    return "group_by_length" if recipe.train.group_by_length else "none"
-
-
-def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict[str, Any]]:
-    """Count what each way to make batches computes for nothing."""
-    waste = {}
-    for setting in ("none", "group_by_length", "packing"):
-        if setting != _find_setting(recipe) and (
-            (recipe.data.streaming and setting != "none")
-            or (data.mixture is not None and setting == "packing")
-        ):
-            continue
-        grouped = replace(recipe.train, group_by_length=setting == "group_by_length")
-        changed = replace(recipe, train=grouped)
-        is_packed = setting == "packing"
-        packs = pack_rows(data.train.lengths, recipe.data.max_length) if is_packed else None
-        cut = replace(data, packs=packs)
-        plan = build_step_plan(changed, cut, 1)
-        waste[setting] = build_source(changed, cut, plan, rank=0, pad_token_id=pad).waste()
-    return waste

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.groups import expand_groups
@@ -16,27 +14,10 @@ from wegeft_cli.evaluation.benchmarks.registry import (
     check_benchmark,
     check_training_benchmark,
     check_watched,
-    find_folder,
 )
+from wegeft_cli.planning.inputs import Input, list_inputs
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
-from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import load_sweep
-
-_HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
-_HUB = "not found here; it would be taken from the hub, which is not asked"
-_LATER = "not found here; it must be there when it is used"
-
-
-@dataclass(frozen=True)
-class Input:
-    """Something that the recipe names and a run would read."""
-
-    key: str
-    path: str
-    found: bool
-    """Whether it is on this machine."""
-    note: str
-    """What it is, or what is missing; never a fault of the recipe."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
     )
     if loaded.recipe.sweep:
         checked = (*checked, _check_sweep(path, overrides))
-    inputs = tuple(_find_inputs(loaded.recipe, loaded.path.parent))
+    inputs = tuple(list_inputs(loaded.recipe, loaded.path.parent))
     return ValidateReport(str(loaded.path), checked, inputs, loaded.notes)
 
 
@@ -155,45 +136,3 @@ def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
 
 def _place(fault: UserError, key: str, loaded: LoadedRecipe) -> UserError:
     return UserError(fault.message, file=loaded.find_place(key), key=key, hint=fault.hint)
-
-
-def _find_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
-    yield _find_model(recipe.model.name_or_path)
-    start = recipe.adapter.init_from
-    if start is not None:
-        place = find_local(start, recipe_dir)
-        note = _LATER if place is None else f"at {place}"
-        yield Input("adapter.init_from", start, place is not None, note)
-    for part in ("train", "validation"):
-        for position, source in enumerate(getattr(recipe.data, part)):
-            key = f"data.{part}[{position}].path"
-            local = find_local(source.path, recipe_dir)
-            if local is None:
-                yield Input(key, source.path, False, _explain_missing(source.path))
-            else:
-                yield Input(key, source.path, True, f"at {local}")
-    if recipe.eval.data_dir is not None:
-        for name in expand_groups(recipe.eval.tasks):
-            place_in = find_folder(name)
-            if place_in is None:
-                continue
-            folder = Path(recipe.eval.data_dir).expanduser() / place_in
-            found = folder.is_dir()
-            note = f"at {folder}" if found else _LATER
-            yield Input("eval.data_dir", str(folder), found, note)
-
-
-def _find_model(name_or_path: str) -> Input:
-    key, path = "model.name_or_path", Path(name_or_path).expanduser()
-    if path.is_file():
-        return Input(key, name_or_path, True, "a file")
-    if (path / "config.json").is_file():
-        return Input(key, name_or_path, True, "a model folder")
-    if path.is_dir():
-        return Input(key, name_or_path, False, "a folder without config.json")
-    return Input(key, name_or_path, False, _explain_missing(name_or_path))
-
-
-def _explain_missing(path: str) -> str:
-    is_hub_id = _HUB_ID.fullmatch(path) is not None and not Path(path).suffix.startswith(".json")
-    return _HUB if is_hub_id else _LATER

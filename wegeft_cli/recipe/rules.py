@@ -24,8 +24,8 @@ Fault: TypeAlias = tuple[str, str, str | None]
 """Key, message, hint."""
 
 _CORPORA = ("metamath", "codefeedback", "wizardlm")
-TASK_RULES = "wegeft_cli.recipe.classification_rules"
-"""Module with `check_recipe(recipe)` and `validation_metrics(recipe)`, the rules of the tasks."""
+TASK_RULES = "wegeft_cli.tasks.registry"
+"""Module of the tasks: `check_recipe(recipe)`, `validation_metrics(recipe)`, `task_names()`."""
 METHOD_RULES = "wegeft_cli.methods.registry"
 """Module with `check_recipe(recipe)` and `unread_keys(method)`, the rules of the methods.
 
@@ -77,11 +77,13 @@ def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
 
 
 def _choices(key: str, kind: Any) -> tuple[str, ...]:
-    """Return the choices of a key; for `adapter.type`, names that only the registry knows too."""
+    """Return the choices of a key, with the methods and tasks that only a registry knows."""
     choices = get_args(kind)
-    if key != "adapter.type":
-        return choices
-    return tuple(dict.fromkeys((*choices, *load_rules(METHOD_RULES).method_names())))
+    if key == "adapter.type":
+        choices += load_rules(METHOD_RULES).method_names()
+    elif key == "task":
+        choices += load_rules(TASK_RULES).task_names()
+    return tuple(dict.fromkeys(choices))
 
 
 def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:

@@ -12,14 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.methods.init_from import init_from_adapter
-from wegeft_cli.methods.registry import find_method, inject_adapter
+from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
 from wegeft_cli.models.stochastic_depth import add_drop_path
 from wegeft_cli.planning.preflight import count_steps
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.causal_lm import check_packing
-from wegeft_cli.training.classification_loss import ClassLoss
-from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.tasks.registry import find_task, inject_adapter
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
@@ -70,8 +68,7 @@ def build_model(
     model.to(processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    if recipe.task == "causal_lm":
-        check_packing(model, recipe)
+    find_task(recipe.task).check_built(model, recipe)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:
@@ -132,13 +129,6 @@ def build_learning(
         save_before_validation=bool(train.eval_tasks or recipe.logging.sample_prompts),
     )
     return optimizer, schedule, settings
-
-
-def build_loss(model: nn.Module, recipe: Recipe) -> CausalLoss | ClassLoss:
-    """Build the loss of the recipe's task."""
-    if recipe.task == "causal_lm":
-        return CausalLoss(model)
-    return ClassLoss(is_regression=recipe.data.problem_type == "regression")
 
 
 def build_method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,7 +51,7 @@ def describe_start(recipe: Recipe, inputs: RunInputs, processes: Processes) -> d
 
 def describe_data(inputs: RunInputs) -> dict[str, Any]:
     """Give what was read, as run.json keeps it and a run that goes on compares it."""
-    return {"data": asdict(inputs.report), **inputs.digests}
+    return {"data": asdict(cast(Any, inputs.report)), **inputs.digests}
 
 
 def describe_end(result: LoopResult, processes: Processes) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.base import AdapterRecord
-from wegeft_cli.methods.registry import TASK_TYPES, find_method
+from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.runs.start import has_stopped_early
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.snapshot import Progress
 from wegeft_cli.training.trainer import LoopResult
 
@@ -77,7 +78,7 @@ def write_adapter(
         validation=result.validation,
     )
     more = {} if head is None else {HEAD_NAME: describe_head(head, recipe)}
-    record = AdapterRecord(recipe, TASK_TYPES[recipe.task], fingerprint, card, more)
+    record = AdapterRecord(recipe, find_task(recipe.task).peft_task_type, fingerprint, card, more)
     method.save(model, folder.adapter_dir, record)
     return step
 

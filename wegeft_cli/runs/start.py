@@ -15,12 +15,12 @@ from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.run_directory import RunDirectory, now
+from wegeft_cli.data.fingerprint import check_same_data
 from wegeft_cli.distributed.failures import is_lost_process, tell_lost_process
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
 from wegeft_cli.models.loading import find_base_folder
-from wegeft_cli.planning.data_fingerprint import check_same_data
 from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe

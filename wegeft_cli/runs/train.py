@@ -14,20 +14,19 @@ from torch import nn
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
-from wegeft_cli.models.heads import finish_head, pad_as_tokenizer
 from wegeft_cli.models.loading import load_base
-from wegeft_cli.planning.class_inputs import read_class_inputs
-from wegeft_cli.planning.preflight import RunInputs, find_run_dir, read_inputs, tell_places
+from wegeft_cli.planning.preflight import RunInputs, attach_locations, find_run_dir, read_inputs
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.runs.build import build_learning, build_loss, build_method, build_model
+from wegeft_cli.runs.build import build_learning, build_method, build_model
 from wegeft_cli.runs.callbacks.listener import RunListener
 from wegeft_cli.runs.callbacks.trackers import Trackers
 from wegeft_cli.runs.describe import describe_end, describe_settings, describe_start
 from wegeft_cli.runs.finalize import recall_adapter_step, recall_result, write_adapter
 from wegeft_cli.runs.resume_rules import keep_recipe
 from wegeft_cli.runs.start import Start, begin_run, check_disk, check_start, may_go_on, note_base
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.snapshot import Snapshot
 from wegeft_cli.training.trainer import LoopResult, run_loop
 
@@ -111,7 +110,7 @@ def train(
         loaded = load_recipe(recipe_path, overrides)
     for note in loaded.notes:
         reporter.note(note)
-    with tell_places(loaded):
+    with attach_locations(loaded):
         return _train(loaded, resume, dry_run, should_stop, reporter)
 
 
@@ -130,8 +129,7 @@ def _train(
     given = check_start(folder, recipe, resume, processes)
     if resume is not None:  # before the first process writes what the others compare
         processes.wait()
-    read = read_inputs if recipe.task == "causal_lm" else read_class_inputs
-    inputs = read(loaded, processes, reporter, resuming=may_go_on(folder, resume))
+    inputs = read_inputs(loaded, processes, reporter, resuming=may_go_on(folder, resume))
     check_disk(folder, recipe, inputs)
     if dry_run:
         return _tell_checked(folder, inputs)
@@ -143,12 +141,10 @@ def _train(
             known = start.fingerprint or start.earlier.get("base_fingerprint")
             folder.update({"base_fingerprint": known})
         with _tracked(recipe, inputs, folder, start, processes, reporter) as trackers:
-            if inputs.head is None:
-                base = load_base(recipe.model, **sharding)
-            else:
-                base = load_base(recipe.model, head=inputs.head)
-                finish_head(base, inputs.head, recipe.adapter.modules_to_save, recipe.seed)
-                pad_as_tokenizer(base, inputs.tokenizer)
+            base = load_base(recipe.model, head=inputs.head, **sharding)
+            task = find_task(recipe.task)
+            task.initialize_head(base, inputs.head, recipe)
+            task.prepare_base(base, inputs.head, inputs.tokenizer)
             if start.fingerprint is None:  # a hub's model is on this machine only now
                 note_base(start, recipe, folder, is_loaded=True)
                 if processes.is_main:
@@ -200,7 +196,7 @@ def _run(
     source, checkpoint = inputs.source, start.checkpoint
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
-    loss = build_loss(model, recipe)
+    loss = find_task(recipe.task).loss(model, recipe)
     method, training_loss = build_method(model, recipe, loss, source.num_steps)
     with reporter.progress("training", source.num_steps) as advance:
         listener = RunListener(

@@ -1,228 +1,171 @@
-"""What a classifier needs beside a model: its processor, its collator, its scores."""
+"""What sequence and image classification share: labels, a head, its metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from wegeft_cli.data.batches.labelled import Collator, ImageCollator, TextCollator
-from wegeft_cli.distributed.processes import Processes
-from wegeft_cli.errors import UserError
-from wegeft_cli.models.heads import HeadSpec, image_options
-from wegeft_cli.models.image_processor import ImageTransform
-from wegeft_cli.models.loading import load_image_processor, load_tokenizer
-from wegeft_cli.recipe.schema import ModelSection, Recipe
-from wegeft_cli.tasks.classification_metrics import (
-    count_confusion,
-    describe_per_class,
-    measure_classes,
-    measure_regression,
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import (
+    CLASS_METRICS,
+    METRICS,
+    REGRESSION_METRICS,
+    AdapterSection,
+    DataSource,
+    Recipe,
 )
-from wegeft_cli.training.classification_loss import Answers, ClassLoss
+from wegeft_cli.tasks.base import FakePass, Loss, Preview, Task, TaskData, list_sources
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wegeft_cli.data.batches.base import BatchShape, BatchSource
+    from wegeft_cli.data.batches.labelled import Collator
+    from wegeft_cli.data.batches.sampler import StepPlan
+    from wegeft_cli.data.labelled.texts import LabelledRows
+    from wegeft_cli.models.heads import HeadSpec
+    from wegeft_cli.recipe.load import LoadedRecipe
+
+LANGUAGE_ONLY = (
+    "data.template", "data.loss_on", "data.packing", "data.streaming", "data.cache_dir",
+    "train.eval_tasks", "train.use_liger_kernel", "logging.sample_prompts", "eval.tasks",
+    "eval.max_new_tokens", "eval.protocol", "model.load_in_4bit", "model.load_in_8bit",
+    "train.strategy", "train.compile",
+)  # fmt: skip
+"""Keys that only language modeling reads."""
 
 
-def load_processor(section: ModelSection, task: str) -> Any:
-    """Load what goes with a base: its tokenizer, or for images its image processor.
+class ClassificationTask(Task):
+    """A model with a head of one output per class, or of one number."""
 
-    Args:
-        section: The recipe's `model`.
-        task: The recipe's task.
+    has_head = True
 
-    Returns:
-        Either. A tokenizer without a padding token pads a classifier's rows with its end of text,
-        as the language models' own examples do.
+    @abstractmethod
+    def read_source(
+        self, recipe: Recipe, source: DataSource, recipe_dir: Path | None
+    ) -> LabelledRows:
+        """Return the rows of one source with their labels.
 
-    Raises:
-        UserError: If there is none, or a classifier's tokenizer has nothing to pad with.
-    """
-    load = load_image_processor if task == "image_classification" else load_tokenizer
-    loaded = load(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    if task == "sequence_classification" and loaded.pad_token_id is None:
-        if loaded.eos_token is None:
-            raise UserError(
-                "the tokenizer has neither a padding token nor an end of text, and rows of unequal "
-                "length need one",
-                key="model.name_or_path",
-                hint="set pad_token in the folder's tokenizer_config.json",
-            )
-        loaded.pad_token = loaded.eos_token
-    return loaded
+        Raises:
+            UserError: If it cannot be read, or a row is bad.
+            ExceptionGroup: If several rows are bad.
+        """
 
+    @abstractmethod
+    def collator(self, recipe: Recipe, processor: Any, model: nn.Module) -> Collator:
+        """Return what makes the model's inputs; `model` may be on the meta device."""
 
-def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransform:
-    """Build the transform of a recipe's images.
+    @abstractmethod
+    def fake_inputs(self, model: Any, recipe: Recipe, shape: BatchShape) -> dict[str, Any]:
+        """Return the model's inputs of a batch of the given shape, on the model's device."""
 
-    Args:
-        recipe: The recipe: size and kind.
-        processor: The base's: mean, deviation, and the size where the recipe names none.
-        config: The base's configuration: channels.
+    def tokenizer_of(self, processor: Any) -> Any | None:
+        """Return the tokenizer of a task that reads text, else None."""
+        return None if self.reads_images else processor
 
-    Returns:
-        The transform.
+    def check(self, recipe: Recipe) -> Iterator[Fault]:
+        yield from super().check(recipe)
+        yield from self.check_sources(recipe)
+        for key, source in list_sources(recipe):
+            if source.format != "auto":
+                message = f"{source.format!r} is a form of language rows; `task` is {recipe.task!r}"
+                yield f"{key}.format", message, "leave it out, and name columns in `columns`"
+            if source.weight is not None:
+                message = f"mixtures are for causal_lm; `task` is {recipe.task!r}"
+                yield f"{key}.weight", message, "remove it"
+        metric, known = recipe.eval.metric, self.validation_metrics(recipe)
+        if metric in METRICS and metric not in known:
+            message = f"{metric!r} does not measure a {recipe.data.problem_type}"
+            yield "eval.metric", message, f"use one of {', '.join(known)}"
 
-    Raises:
-        UserError: If mean and channels do not agree.
-    """
-    num_channels = getattr(config, "num_channels", 3)
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    if len(mean) != num_channels or num_channels not in (1, 3):
-        raise UserError(
-            f"the base's images have {num_channels} channels, and its image processor knows the "
-            f"mean of {len(mean)}",
-            key="model.name_or_path",
-            hint="mend preprocessor_config.json",
+    def check_sources(self, recipe: Recipe) -> Iterator[Fault]:
+        """Yield what is wrong with the recipe's sources for this task's inputs."""
+        yield from ()
+
+    def validation_metrics(self, recipe: Recipe) -> tuple[str, ...]:
+        return REGRESSION_METRICS if recipe.data.problem_type == "regression" else CLASS_METRICS
+
+    def load_data(self, recipe: Recipe, recipe_dir: Path | None, processor: Any) -> TaskData:
+        from wegeft_cli.data.labelled.dataset import read_class_data
+        from wegeft_cli.models.loading import load_base_config
+
+        config, tokenizer = load_base_config(recipe.model), self.tokenizer_of(processor)
+        return read_class_data(recipe, recipe_dir, config, tokenizer, self.read_source)
+
+    def assumed_head(self, recipe: Recipe) -> HeadSpec | None:
+        from wegeft_cli.data.labelled.dataset import without_data
+        from wegeft_cli.models.loading import load_base_config
+
+        return without_data(recipe, load_base_config(recipe.model))
+
+    def describe_data(self, data: Any) -> list[str]:
+        report = data.report
+        of = f" of {len(report.labels)} classes" if report.labels else ""
+        counts = (("validation", report.num_validation_rows), ("test", report.num_test_rows))
+        others = ", ".join(f"{count:,} {name}" for name, count in counts if count)
+        beside = f" ({others} beside them)" if others else ""
+        told = [f"{report.num_rows:,} {self.row_noun}{of}{beside}"]
+        if data.head.keeps_base_head:
+            told.append("the base's head tells these classes apart already, and is the start")
+        return told
+
+    def check_model(self, recipe: Recipe, skeleton: Any, data: TaskData | None) -> None:
+        from wegeft_cli.models.stochastic_depth import check_drop_path
+        from wegeft_cli.tasks.support.classifier import check_metrics
+
+        if data is not None and data.head is not None:
+            check_metrics(recipe, data.head)
+        if recipe.model.drop_path_rate and not hasattr(skeleton.config, "drop_path_rate"):
+            check_drop_path(skeleton)
+
+    def adapter_section(self, section: AdapterSection, model: nn.Module) -> AdapterSection:
+        from wegeft_cli.models.heads import with_head
+
+        return with_head(section, model)
+
+    def initialize_head(self, model: nn.Module, head: HeadSpec | None, recipe: Recipe) -> None:
+        from wegeft_cli.models.heads import finish_head
+
+        assert head is not None
+        finish_head(model, head, recipe.adapter.modules_to_save, recipe.seed)
+
+    def batches(
+        self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,
+        rank: int,
+    ) -> BatchSource:  # fmt: skip
+        from wegeft_cli.data.batches.labelled import ClassBatches
+
+        recipe = loaded.recipe
+        return ClassBatches(
+            data.train,
+            plan,
+            self.collator(recipe, processor, model),
+            validation=data.validation,
+            rank=rank,
+            eval_batch_size=recipe.train.per_device_eval_batch_size,
         )
-    own: Any = getattr(config, "image_size", 224)
-    own = own[0] if isinstance(own, list | tuple) else own
-    size = int(recipe.data.image_size or _read_size(processor) or own)
-    return ImageTransform(size, recipe.data.image_transform, mean, std)
 
+    def loss(self, model: nn.Module, recipe: Recipe) -> Loss:
+        from wegeft_cli.training.classification_loss import ClassLoss
 
-def build_collator(
-    recipe: Recipe, processor: Any, config: Any, model: nn.Module | None
-) -> Collator:
-    """Build what makes the model's inputs.
+        return ClassLoss(is_regression=recipe.data.problem_type == "regression")
 
-    Args:
-        recipe: The recipe.
-        processor: The base's tokenizer or image processor.
-        config: The base's configuration.
-        model: The model; the meta device will do.
+    def measure_validation(
+        self, loss: Any, head: HeadSpec | None, gather: Callable[[Any], list[Any]]
+    ) -> dict[str, float]:
+        from wegeft_cli.tasks.support.classifier import gather_metrics
 
-    Returns:
-        The collator.
-    """
-    if recipe.task != "image_classification":
-        return TextCollator(processor)
-    transform = build_transform(recipe, processor, config)
-    options = {} if model is None else image_options(model, transform.size)
-    return ImageCollator(transform, options)
+        assert head is not None
+        return gather_metrics(loss, head, gather)
 
+    def fake_pass(self, model: nn.Module, recipe: Recipe) -> FakePass:
+        from wegeft_cli.tasks.support.fake_passes import classifier_pass
 
-def _read_size(processor: Any) -> int | None:
-    """The edge of the square that a processor cuts or makes, if it is one."""
-    for name in ("crop_size", "size"):
-        size = getattr(processor, name, None)
-        height = size.get("height") if isinstance(size, dict) else getattr(size, "height", None)
-        if height:
-            return int(height)
-    return None
+        return classifier_pass(model, recipe, self.fake_inputs)
 
+    def preview(self, loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
+        from wegeft_cli.tasks.support.label_preview import preview_labels
 
-@dataclass(frozen=True)
-class ClassScore:
-    """What a classifier's answers came to.
-
-    Args:
-        metrics: Figures by name.
-        per_class: As `describe_per_class`; empty of a regression.
-        num_correct: Rows answered rightly; None of a regression.
-        n: Rows.
-        predicted: Each row's answer as a class number, or a number, by row.
-        confidence: Each row's probability of its answer, by row; empty of a regression.
-    """
-
-    metrics: dict[str, float]
-    per_class: list[dict[str, Any]]
-    num_correct: int | None
-    n: int
-    predicted: dict[int, float]
-    confidence: dict[int, float]
-
-
-def score_answers(answers: Answers, head: HeadSpec) -> ClassScore:
-    """Score what a model answered.
-
-    Args:
-        answers: The answers.
-        head: The model's head.
-
-    Returns:
-        The score.
-    """
-    logits = torch.stack(answers.logits)
-    if not head.labels:
-        numbers = logits.squeeze(-1).tolist()
-        metrics = measure_regression(numbers, answers.labels)
-        predicted = dict(zip(answers.rows, numbers, strict=True))
-        return ClassScore(metrics, [], None, len(numbers), predicted, {})
-    chosen = logits.argmax(-1).tolist()
-    labels = [int(label) for label in answers.labels]
-    counts = count_confusion(chosen, labels, len(head.labels))
-    best = logits.softmax(-1).amax(-1).tolist()
-    return ClassScore(
-        metrics=measure_classes(chosen, labels, len(head.labels)),
-        per_class=describe_per_class(counts, head.labels),
-        num_correct=int(counts.trace()),
-        n=len(labels),
-        predicted=dict(zip(answers.rows, map(float, chosen), strict=True)),
-        confidence=dict(zip(answers.rows, best, strict=True)),
-    )
-
-
-def gather_metrics(loss: ClassLoss, head: HeadSpec, processes: Processes) -> dict[str, float]:
-    """Give a validation's metrics over all processes, after its loss was measured.
-
-    Args:
-        loss: Holds this process's answers.
-        head: The model's head.
-        processes: The processes of the run.
-
-    Returns:
-        `eval_<metric>` -> value; empty without validation rows.
-    """
-    shares = processes.gather(loss.take_answers())
-    everything = Answers(
-        [row for share in shares for row in share.rows],
-        [each for share in shares for each in share.logits],
-        [label for share in shares for label in share.labels],
-    )
-    if not everything.rows:
-        return {}
-    metrics = score_answers(everything, head).metrics
-    return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-def choose_metric(recipe: Recipe | None, head: HeadSpec) -> str:
-    """Give the name of the figure that is the score.
-
-    Args:
-        recipe: The run's recipe, if there is one.
-        head: The model's head.
-
-    Returns:
-        A name of `eval.metric`.
-    """
-    name = "auto" if recipe is None else recipe.eval.metric
-    if name != "auto":
-        return name
-    return "accuracy" if head.labels else "pearson"
-
-
-def check_metrics(recipe: Recipe, head: HeadSpec) -> None:
-    """Refuse a watched or chosen metric that these classes do not have.
-
-    Args:
-        recipe: The recipe.
-        head: The model's head.
-
-    Raises:
-        UserError: If F1 of one class is asked for, and there are not two.
-    """
-    for key, name in (
-        ("eval.metric", recipe.eval.metric),
-        ("train.metric_for_best_model", recipe.train.metric_for_best_model.removeprefix("eval_")),
-    ):
-        if name == "f1" and len(head.labels) != 2:
-            raise UserError(
-                f"f1 is that of the second of two classes, and there are {len(head.labels)}",
-                key=key,
-                hint="use f1_macro",
-            )
+        return preview_labels(loaded, self, num_rows, row)

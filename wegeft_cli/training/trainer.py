@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wegeft_cli.data.batches.base import Batch, StepSource
+from wegeft_cli.data.batches.base import Batch, BatchSource
 from wegeft_cli.data.batches.lockstep import is_sharded, pad_to_lockstep, seed_forward
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
@@ -38,7 +38,7 @@ __all__ = [
     "LoopHooks",
     "LoopResult",
     "LoopSettings",
-    "StepSource",
+    "BatchSource",
     "run_loop",
 ]
 
@@ -147,7 +147,7 @@ def run_loop(
     loss_function: Callable[[nn.Module, Any], Tensor],
     optimizer: Optimizer,
     schedule: LRScheduler,
-    source: StepSource,
+    source: BatchSource,
     settings: LoopSettings,
     *,
     processes: Processes,

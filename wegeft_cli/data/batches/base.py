@@ -1,4 +1,4 @@
-"""What the loop asks of the batches, and of the place where they come from."""
+"""Batches, and the source that yields them step by step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from wegeft_cli.data.batches.sampler import StepPlan
 
 
 class Batch(Protocol):
@@ -23,42 +26,161 @@ class Batch(Protocol):
         ...
 
 
-class StepSource(Protocol):
-    """Where the batches come from; nothing here draws from torch's global random state."""
+class BatchSource(Protocol):
+    """The batches of a run in one process; nothing here draws from torch's global random state."""
 
     num_steps: int
 
     def micro_batches(self, step: int) -> Iterable[Batch]:
-        """Give this process's batches of one optimizer step.
+        """Return this process's batches of one optimizer step.
 
-        In an epoch's last step a process may get fewer than another, even none: no collective may
-        stand between them.
+        In an epoch's last step a process may get fewer than another, even none: a collective
+        operation between them would deadlock.
         """
         ...
 
     def num_label_tokens(self, step: int) -> int:
-        """Count the labelled tokens of one optimizer step over all processes."""
+        """Return the labels of one optimizer step over all processes."""
         ...
 
     def num_tokens(self, step: int) -> int:
-        """Count the tokens of one optimizer step over all processes, padding excluded."""
+        """Return the tokens of one optimizer step over all processes, padding excluded."""
         ...
 
     def epoch_at(self, step: int) -> float:
-        """Tell how many passes over the data `step` steps make."""
+        """Return how many passes over the data `step` steps make."""
         ...
 
     def validation_batches(self) -> Iterable[Batch]:
-        """Give this process's share of the validation rows; none where there is no such set."""
+        """Return this process's share of the validation rows; none where there is no such set."""
+        ...
+
+    def examples_at(
+        self, step: int
+    ) -> Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]]:
+        """Return this process's rows of a step just done: number, ids, label mask; or a record."""
+        ...
+
+    def padding_statistics(self) -> dict[str, Any]:
+        """Return the shares of positions without a token and of those with logits."""
         ...
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Give what `seek` needs to go on from `step`, as a JSON object."""
+        """Return what `seek` needs to continue at `step`, as a JSON object."""
         ...
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go on from `step`; called once, before the first step of a resumed run."""
+        """Continue at `step`; called once, before the first step of a resumed run."""
         ...
+
+
+class PlannedSource:
+    """Batches as a pure function of the step: what every task's source of known rows shares.
+
+    Args:
+        plan: Which sequences each step takes.
+        lengths: Tokens, or patches, of each sequence.
+        label_counts: Labels of each sequence.
+        validation_lengths: Tokens of each validation row; None without such rows.
+        rank: This process.
+        eval_batch_size: Validation rows in one forward pass.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        lengths: np.ndarray,
+        label_counts: np.ndarray,
+        *,
+        validation_lengths: np.ndarray | None,
+        rank: int,
+        eval_batch_size: int,
+    ) -> None:
+        self.num_steps = plan.num_steps
+        self.plan = plan
+        self.lengths = lengths
+        self.label_counts = label_counts
+        self._validation_lengths = validation_lengths
+        self._rank = rank
+        self._eval_batch_size = eval_batch_size
+
+    def numbers_at(self, step: int) -> list[list[int]]:
+        """Return the sequences of each of this process's forward passes of a step."""
+        return self.plan.step_indices(step, self.lengths)[self._rank]
+
+    def num_label_tokens(self, step: int) -> int:
+        """Return the labels of one optimizer step over all processes."""
+        return int(self.label_counts[self.plan.global_batch(step)].sum())
+
+    def num_tokens(self, step: int) -> int:
+        """Return the tokens of one optimizer step over all processes, padding excluded."""
+        return int(self.lengths[self.plan.global_batch(step)].sum())
+
+    def epoch_at(self, step: int) -> float:
+        """Return how many passes over the data `step` steps make."""
+        return self.plan.epoch_of(step)
+
+    def validation_numbers(self) -> list[list[int]]:
+        """Return the rows of each of this process's validation batches, longest first."""
+        if self._validation_lengths is None:
+            return []
+        world_size, size = self.plan.world_size, self._eval_batch_size
+        return longest_first(self._validation_lengths, size, self._rank, world_size)
+
+    def num_positions(self) -> int:
+        """Return the positions of one epoch, padding included."""
+        return self.plan.count_positions(self.lengths)
+
+    def padding_statistics(self) -> dict[str, Any]:
+        """Return what one epoch computes for nothing, without building its batches.
+
+        `padding_share`: share of positions without a token; `packed_sequences`: number of packs,
+        None without packing; `head_share`: share of positions that the output head computes.
+        """
+        order = self.plan.epoch_order(0)
+        positions = self.num_positions()
+        return {
+            "padding_share": 1 - int(self.lengths[order].sum()) / positions,
+            "packed_sequences": None,
+            "head_share": int(self.label_counts[order].sum()) / positions,
+        }
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return nothing: a step's rows follow from its number."""
+        return {}
+
+    def seek(self, step: int, state: Mapping[str, Any]) -> None:
+        """Do nothing: a step's rows follow from its number."""
+
+
+def longest_first(
+    lengths: np.ndarray, batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Return the rows of each of a process's batches of rows to score, longest first."""
+    mine = np.argsort(-lengths, kind="stable")[rank::world_size].tolist()
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of one forward pass.
+
+    Args:
+        num_sequences: Rows or packs.
+        length: Positions of each, padding counted.
+        num_labels: Positions whose loss is computed, at least 1.
+        is_masked: Whether an attention mask is needed: rows of unequal length, or packed ones.
+    """
+
+    num_sequences: int
+    length: int
+    num_labels: int
+    is_masked: bool
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of all sequences."""
+        return self.num_sequences * self.length
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wegeft_cli.data.batches.base import ClassBatch
+from wegeft_cli.data.batches.base import ClassBatch, PlannedSource, longest_first
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.labelled.dataset import ClassRows
 from wegeft_cli.models.image_processor import ImageTransform
@@ -113,8 +113,8 @@ class ImageCollator:
         }
 
 
-class ClassBatches:
-    """Batches as a pure function of the step, the next step's images made while one is computed.
+class ClassBatches(PlannedSource):
+    """Batches of labeled rows; the next step's images are made while a step is computed.
 
     Args:
         train: Training rows.
@@ -135,17 +135,21 @@ class ClassBatches:
         rank: int,
         eval_batch_size: int,
     ) -> None:
-        self.num_steps = plan.num_steps
+        super().__init__(
+            plan,
+            train.lengths,
+            train.label_counts,
+            validation_lengths=None if validation is None else validation.lengths,
+            rank=rank,
+            eval_batch_size=eval_batch_size,
+        )
         self._train = train
-        self._plan = plan
         self._collator = collator
         self._validation = validation
-        self._rank = rank
-        self._eval_batch_size = eval_batch_size
         self._ahead: dict[int, list[Callable[[], ClassBatch]]] = {}
 
     def micro_batches(self, step: int) -> Iterator[ClassBatch]:
-        """Give this process's batches of one optimizer step."""
+        """Yield this process's batches of one optimizer step."""
         pending = self._ahead.pop(step, None) or self._submit(step)
         self._ahead.clear()
         if step + 1 < self.num_steps:
@@ -153,66 +157,23 @@ class ClassBatches:
         for make in pending:
             yield make()
 
-    def rows_at(self, step: int) -> Iterator[dict[str, Any]]:
-        """Give this process's rows of one optimizer step, as a file of skipped rows shows them."""
-        for numbers in self._plan.step_indices(step, self._train.lengths)[self._rank]:
-            for number in numbers:
-                yield {
-                    "row": number,
-                    "input": show_input(self._train.shown[number]),
-                    "label": self._train.labels[number].item(),
-                }
-
-    def num_label_tokens(self, step: int) -> int:
-        """Count the labels of one optimizer step over all processes: one a row."""
-        return len(self._plan.global_batch(step))
-
-    def num_tokens(self, step: int) -> int:
-        """Count the tokens, or patches, of one optimizer step over all processes."""
-        return int(self._train.lengths[self._plan.global_batch(step)].sum())
-
-    def epoch_at(self, step: int) -> float:
-        """Tell how many passes over the data `step` steps make."""
-        return self._plan.epoch_of(step)
+    def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield this process's rows of one optimizer step, as a file of skipped rows shows them."""
+        for numbers in self.numbers_at(step):
+            yield from map(self._train.describe, numbers)
 
     def validation_batches(self) -> Iterator[ClassBatch]:
-        """Give this process's share of the validation rows, longest first."""
-        if self._validation is None:
-            return
-        yield from iterate_batches(
-            self._validation,
-            self._collator,
-            batch_size=self._eval_batch_size,
-            rank=self._rank,
-            world_size=self._plan.world_size,
-        )
-
-    def waste(self) -> dict[str, Any]:
-        """Count the share of positions without a token; rows are not packed, heads see rows."""
-        order = self._plan.epoch_order(0)
-        lengths = self._train.lengths
-        positions = self._plan.count_positions(lengths)
-        return {
-            "padding_share": 1 - int(lengths[order].sum()) / positions,
-            "packed_sequences": None,
-            "head_share": len(order) / positions,
-        }
-
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Give nothing: a step's rows follow from its number."""
-        return {}
-
-    def seek(self, step: int, state: Mapping[str, Any]) -> None:
-        """Do nothing: a step's rows follow from its number."""
+        """Yield this process's share of the validation rows, longest first."""
+        if self._validation is not None:
+            yield from _make_ahead(self._validation, self._collator, self.validation_numbers())
 
     def _submit(self, step: int) -> list[Callable[[], ClassBatch]]:
-        micro = self._plan.step_indices(step, self._train.lengths)[self._rank]
-        # A row's crop and flip hang on the run's seed and the step alone: a run that goes on, or
-        # is cut into other batches, sees the same pictures.
-        seeds = (self._plan.seed, step)
+        # A row's crop and flip depend only on the run's seed and the step: a resumed run, or one
+        # cut into other batches, sees the same images.
+        seeds = (self.plan.seed, step)
         return [
             submit_batch(self._train, self._collator, numbers, seeds)
-            for numbers in micro
+            for numbers in self.numbers_at(step)
             if numbers
         ]
 
@@ -240,34 +201,21 @@ def submit_batch(
 def iterate_batches(
     rows: ClassRows, collator: Collator, *, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[ClassBatch]:
-    """Give a process's share of rows to be scored, longest first, one batch made ahead.
+    """Yield a process's share of rows to score, longest first."""
+    yield from _make_ahead(
+        rows, collator, longest_first(rows.lengths, batch_size, rank, world_size)
+    )
 
-    Args:
-        rows: The split.
-        collator: Makes inputs of rows.
-        batch_size: Rows of one batch.
-        rank: This process.
-        world_size: Processes.
 
-    Yields:
-        The batches.
-    """
-    mine = np.argsort(-rows.lengths, kind="stable")[rank::world_size].tolist()
-    starts = range(0, len(mine), batch_size)
+def _make_ahead(
+    rows: ClassRows, collator: Collator, batches: Sequence[Sequence[int]]
+) -> Iterator[ClassBatch]:
+    """Yield batches, the next one being made while one is used."""
     ahead: Callable[[], ClassBatch] | None = None
-    for start in starts:
-        make = submit_batch(rows, collator, mine[start : start + batch_size], None)
+    for numbers in batches:
+        make = submit_batch(rows, collator, numbers, None)
         if ahead is not None:
             yield ahead()
         ahead = make
     if ahead is not None:
         yield ahead()
-
-
-def show_input(value: Any) -> Any:
-    """Give what JSON can hold of a row's input: its texts, or its image's path."""
-    if isinstance(value, bytes):
-        return f"an image of {len(value)} bytes"
-    if isinstance(value, tuple):
-        return [text for text in value if text is not None]
-    return str(value)

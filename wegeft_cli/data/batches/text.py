@@ -1,4 +1,4 @@
-"""The training loop's source of batches: a data set, a plan of steps, and this process's share."""
+"""Batches of tokens for language modeling, of known rows or of a stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wegeft_cli.data.batches.base import PlannedSource
 from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
 from wegeft_cli.data.batches.sampler import StepPlan
@@ -18,19 +19,19 @@ from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
 
 
-class PlannedBatches:
-    """Batches as a pure function of the step.
+class PlannedBatches(PlannedSource):
+    """Token batches as a pure function of the step.
 
     Args:
         train: Training rows.
-        plan: Which rows each step takes; which packs, where rows are packed.
+        plan: Which rows each step takes; which packs, with packing.
         packs: Rows of each pack; None takes the rows one by one, padded. Validation rows are never
             packed.
-        flat: Lay a batch's packs into one sequence.
+        flat: Concatenate a batch's packs into one sequence.
         validation: Validation rows, or None.
         rank: This process.
         eval_batch_size: Validation rows in one forward pass.
-        pad_token_id: What fills up short rows.
+        pad_token_id: Fills short rows.
     """
 
     def __init__(
@@ -41,85 +42,49 @@ class PlannedBatches:
         packs: Sequence[Sequence[int]] | None = None,
         flat: bool = False,
         validation: EncodedDataset | None,
-        rank: int,
-        eval_batch_size: int,
         pad_token_id: int,
+        **place: int,
     ) -> None:
-        self.num_steps = plan.num_steps
-        self._train = train
-        self._lengths = train.lengths
-        self._label_counts = train.label_counts
+        lengths, label_counts = train.lengths, train.label_counts
         if packs is not None:
-            self._lengths = sum_packs(self._lengths, packs)
-            self._label_counts = sum_packs(self._label_counts, packs)
-        self._plan = plan
+            lengths, label_counts = sum_packs(lengths, packs), sum_packs(label_counts, packs)
+        held_out = None if validation is None else validation.lengths
+        super().__init__(plan, lengths, label_counts, validation_lengths=held_out, **place)
+        self._train = train
         self._packs = packs
         self._flat = flat
         self._validation = validation
-        self._rank = rank
-        self._eval_batch_size = eval_batch_size
         self._pad_token_id = pad_token_id
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """Give this process's batches of one optimizer step."""
-        for numbers in self._plan.step_indices(step, self._lengths)[self._rank]:
+        """Yield this process's batches of one optimizer step."""
+        for numbers in self.numbers_at(step):
             if numbers:
                 yield self._collate_train(numbers)
 
-    def rows_at(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Give this process's rows of one optimizer step: number, ids and label mask of each."""
-        for numbers in self._plan.step_indices(step, self._lengths)[self._rank]:
+    def examples_at(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield this process's rows of one optimizer step: number, ids and label mask of each."""
+        for numbers in self.numbers_at(step):
             for number in numbers:
                 for row in [number] if self._packs is None else self._packs[number]:
                     yield (row, *self._train.row(row))
 
-    def num_label_tokens(self, step: int) -> int:
-        """Count the labelled tokens of one optimizer step over all processes."""
-        return int(self._label_counts[self._plan.global_batch(step)].sum())
-
-    def num_tokens(self, step: int) -> int:
-        """Count the tokens of one optimizer step over all processes, padding excluded."""
-        return int(self._lengths[self._plan.global_batch(step)].sum())
-
-    def epoch_at(self, step: int) -> float:
-        """Tell how many passes over the data `step` steps make."""
-        return self._plan.epoch_of(step)
-
     def validation_batches(self) -> Iterator[Batch]:
-        """Give this process's share of the validation rows, longest first."""
-        if self._validation is None:
-            return
-        order = np.argsort(-self._validation.lengths, kind="stable")
-        mine = order[self._rank :: self._plan.world_size]
-        for start in range(0, len(mine), self._eval_batch_size):
-            rows = mine[start : start + self._eval_batch_size].tolist()
+        """Yield this process's share of the validation rows, longest first."""
+        for rows in self.validation_numbers():
+            assert self._validation is not None
             yield self._collate(self._validation, rows)
 
-    def waste(self) -> dict[str, Any]:
-        """Count what one epoch computes for nothing, without building its batches.
-
-        Returns:
-            `padding_share`: positions that hold no token, of all; `packed_sequences`: the number of
-            packs, None without packing; `head_share`: positions that the output head computes, of
-            all.
-        """
-        order = self._plan.epoch_order(0)
-        num_tokens = int(self._lengths[order].sum())
-        positions = num_tokens
+    def num_positions(self) -> int:
+        """Return the positions of one epoch; packs laid flat need no padding."""
         if self._packs is None or not self._flat:
-            positions = self._plan.count_positions(self._lengths)
-        return {
-            "padding_share": 1 - num_tokens / positions,
-            "packed_sequences": None if self._packs is None else len(self._packs),
-            "head_share": int(self._label_counts[order].sum()) / positions,
-        }
+            return super().num_positions()
+        return int(self.lengths[self.plan.epoch_order(0)].sum())
 
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Give nothing: a step's rows follow from its number."""
-        return {}
-
-    def seek(self, step: int, state: Mapping[str, Any]) -> None:
-        """Do nothing: a step's rows follow from its number."""
+    def padding_statistics(self) -> dict[str, Any]:
+        """Return what one epoch computes for nothing; see `PlannedSource`."""
+        packed = None if self._packs is None else len(self._packs)
+        return {**super().padding_statistics(), "packed_sequences": packed}
 
     def _collate_train(self, numbers: list[int]) -> Batch:
         if self._packs is None:
@@ -203,7 +168,7 @@ class StreamedBatches:
             if rows:
                 yield collate_rows(rows, pad_token_id=self._pad_token_id)
 
-    def rows_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+    def examples_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
         """Give this process's rows of the step under way: no number, ids and label mask of each."""
         for rows in self._shares(step):
             yield from ((None, ids, mask) for ids, mask in rows)
@@ -227,12 +192,12 @@ class StreamedBatches:
         """Give this process's share of the validation rows, longest first."""
         return self._first.validation_batches()
 
-    def waste(self) -> dict[str, Any]:
-        """Estimate what is computed for nothing, as `PlannedBatches.waste`, by the first rows.
+    def padding_statistics(self) -> dict[str, Any]:
+        """Estimate what is computed for nothing, as `PlannedBatches` does, by the first rows.
 
         `estimated_from_rows` tells by how many: rows as they stand, whatever the sources' weights.
         """
-        return {**self._first.waste(), "estimated_from_rows": self._num_first}
+        return {**self._first.padding_statistics(), "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Give where the stream stands before a step: the next one, or the one under way."""

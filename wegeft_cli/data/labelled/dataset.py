@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from wegeft_cli.data.labelled.images import read_images
 from wegeft_cli.data.labelled.labels import Labels, build_labels
-from wegeft_cli.data.labelled.texts import LabelledRows, read_texts
+from wegeft_cli.data.labelled.texts import LabelledRows
 from wegeft_cli.data.text.row_renderer import add_key
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.models.heads import HeadSpec, read_labels
 from wegeft_cli.recipe.schema import DataSource, Recipe
+
+SourceReader: TypeAlias = Callable[[Recipe, DataSource, Path | None], LabelledRows]
+"""Reads one source: recipe, source, folder for relative paths."""
 
 _TOLD = 5
 
@@ -47,6 +49,14 @@ class ClassRows:
     def label_counts(self) -> np.ndarray:
         """One label a row."""
         return np.ones(len(self), dtype=np.int64)
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """Return what a record of skipped rows shows of a row."""
+        return {
+            "row": number,
+            "input": show_input(self.shown[number]),
+            "label": self.labels[number].item(),
+        }
 
     def take(self, numbers: np.ndarray) -> ClassRows:
         """Give some of the rows."""
@@ -119,7 +129,11 @@ class ClassData:
 
 
 def read_class_data(
-    recipe: Recipe, recipe_dir: Path | None, config: Any, tokenizer: Any | None
+    recipe: Recipe,
+    recipe_dir: Path | None,
+    config: Any,
+    tokenizer: Any | None,
+    read_source: SourceReader,
 ) -> ClassData:
     """Read the splits of a classification recipe and number their classes together.
 
@@ -128,6 +142,7 @@ def read_class_data(
         recipe_dir: Its folder, for relative paths.
         config: The base's configuration.
         tokenizer: The base's; None for images.
+        read_source: Reads one source as the recipe's task does.
 
     Returns:
         The data; no image is decoded.
@@ -180,27 +195,6 @@ def read_class_data(
         recipe, labels, train, validation, splits["test"], found["train"], num_truncated
     )
     return ClassData(head, train, validation, splits["test"], report)
-
-
-def read_source(recipe: Recipe, source: DataSource, recipe_dir: Path | None) -> LabelledRows:
-    """Read one source as the recipe's task reads it.
-
-    Args:
-        recipe: The recipe.
-        source: Its entry.
-        recipe_dir: Its folder, for relative paths.
-
-    Returns:
-        The rows.
-
-    Raises:
-        UserError: If it cannot be read, or a row is bad.
-        ExceptionGroup: If several rows are bad.
-    """
-    if recipe.task == "image_classification":
-        return read_images(source, recipe_dir=recipe_dir)
-    is_regression = recipe.data.problem_type == "regression"
-    return read_texts(source, recipe_dir=recipe_dir, is_regression=is_regression)
 
 
 def encode_rows(
@@ -350,3 +344,12 @@ def without_data(recipe: Recipe, config: Any) -> HeadSpec:
     labels = () if recipe.data.problem_type == "regression" else read_labels(config)
     head = HeadSpec(recipe.task, labels, recipe.data.problem_type)
     return replace(head, drop_path_rate=recipe.model.drop_path_rate)
+
+
+def show_input(value: Any) -> Any:
+    """Return what JSON can hold of a row's input: its texts, or its image's path."""
+    if isinstance(value, bytes):
+        return f"an image of {len(value)} bytes"
+    if isinstance(value, tuple):
+        return [text for text in value if text is not None]
+    return str(value)

@@ -53,6 +53,7 @@ class PreparedData:
         mixture: The training rows of an epoch, if the sources have weights and are not streamed.
         sources: Statistics of each training source.
         packs: With `data.packing`, the numbers of each pack's training rows.
+        head: None: a language model keeps its base's head.
     """
 
     train: EncodedDataset
@@ -61,6 +62,7 @@ class PreparedData:
     mixture: Mixture | None = None
     sources: tuple[SourceReport, ...] = ()
     packs: list[list[int]] | None = None
+    head: None = None
 
 
 def build_datasets(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.base import (
@@ -17,12 +17,14 @@ from wegeft_cli.evaluation.benchmarks.base import (
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.recipe.schema import DataSource, Recipe
 from wegeft_cli.statistics import wilson_interval
+from wegeft_cli.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from wegeft_cli.data.labelled.dataset import ClassRows
     from wegeft_cli.inference.loaded_classifier import OpenedClassifier
     from wegeft_cli.models.heads import HeadSpec
-    from wegeft_cli.tasks.classification import ClassScore
+    from wegeft_cli.tasks.classification import ClassificationTask
+    from wegeft_cli.tasks.support.classifier import ClassScore
 
 PROTOCOL = "classification"
 SPLITS = ("test", "validation")
@@ -92,12 +94,11 @@ class ClassificationBenchmark:
         from accelerate import PartialState
 
         from wegeft_cli.data.batches.labelled import iterate_batches
-        from wegeft_cli.tasks.classification import build_collator, score_answers
+        from wegeft_cli.tasks.support.classifier import score_answers
         from wegeft_cli.training.classification_loss import Answers, ClassLoss
 
         module: Any = model.model.to(PartialState().device)
-        config = getattr(module, "config", None)
-        collator = build_collator(model.recipe, model.processor, config, module)
+        collator = _task_of(model.recipe).collator(model.recipe, model.processor, module)
         loss = ClassLoss(is_regression=not self.head.labels)
         device = next(module.parameters()).device
         processes = context.processes
@@ -119,7 +120,7 @@ class ClassificationBenchmark:
 
     def _samples(self, score: ClassScore) -> list[dict[str, Any]]:
         """Return a record per row, in the rows' order."""
-        from wegeft_cli.data.batches.labelled import show_input
+        from wegeft_cli.data.labelled.dataset import show_input
 
         samples = []
         for index in range(len(self.rows)):
@@ -175,13 +176,18 @@ def _load(name: str, request: EvaluationRequest) -> ClassificationBenchmark:
         UserError: If the split does not exist, or contains a class that the model does not know.
         ExceptionGroup: If several rows are at fault.
     """
-    from wegeft_cli.tasks.classification import choose_metric
+    from wegeft_cli.tasks.support.classifier import choose_metric
 
     opened: OpenedClassifier = request.classifier
     sources = _find_splits(opened.recipe, [name], _data_dir(request))[name]
     rows, digest = _read_split(opened, sources, request.limit or opened.recipe.eval.limit)
     metric = choose_metric(opened.recipe, opened.head)
     return ClassificationBenchmark(name, rows, digest, opened.head, metric)
+
+
+def _task_of(recipe: Recipe) -> ClassificationTask:
+    task = find_task(recipe.task)
+    return cast("ClassificationTask", task)
 
 
 def _find_splits(
@@ -236,25 +242,25 @@ def _read_split(
     """Read a split's rows and their digest."""
     import torch
 
-    from wegeft_cli.data.labelled.dataset import encode_rows, join_rows, read_source
+    from wegeft_cli.data.labelled.dataset import encode_rows, join_rows
     from wegeft_cli.data.labelled.labels import Labels
     from wegeft_cli.models.image_processor import check_images
 
     recipe, labels = opened.recipe, Labels(opened.head.labels)
-    is_image = recipe.task == "image_classification"
+    task = _task_of(recipe)
     parts = []
     digests = []
     for source in sources:
         cut = source if limit is None else replace(source, limit=limit)
-        rows = read_source(recipe, cut, None)
-        tokenizer = None if is_image else opened.processor
+        rows = task.read_source(recipe, cut, None)
+        tokenizer = task.tokenizer_of(opened.processor)
         parts.append(encode_rows(recipe, rows, labels, opened.model.config, tokenizer)[0])
         digests.append(rows.sha256 or rows.origin)
     joined = join_rows(parts)
     assert joined is not None
     if limit is not None:
         joined = joined.take(torch.arange(min(limit, len(joined))).numpy())
-    if is_image:
+    if task.reads_images:
         raise_all(check_images(joined.shown))
     if len(digests) == 1:
         return joined, digests[0]

@@ -18,9 +18,8 @@ from wegeft_cli.runs.callbacks.evaluation import score_benchmarks
 from wegeft_cli.runs.callbacks.sample_prompts import answer_prompts
 from wegeft_cli.runs.callbacks.skipped_steps import write_skipped
 from wegeft_cli.runs.callbacks.trackers import Trackers
-from wegeft_cli.tasks.classification import gather_metrics
-from wegeft_cli.training.classification_loss import ClassLoss
-from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.tasks.base import Loss
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.metrics import StepMetrics
 from wegeft_cli.training.snapshot import Snapshot
 from wegeft_cli.training.trainer import LoopHooks
@@ -53,7 +52,7 @@ class RunListener:
         model: nn.Module,
         recipe: Recipe,
         inputs: RunInputs,
-        loss: CausalLoss | ClassLoss,
+        loss: Loss,
         folder: RunDirectory,
         trackers: Trackers,
         processes: Processes,
@@ -128,7 +127,7 @@ class RunListener:
             step,
             loss,
             grad_norm,
-            self._inputs.source.rows_at(step - 1),
+            self._inputs.source.examples_at(step - 1),
             self._inputs.tokenizer,
             self._processes,
         )
@@ -143,10 +142,11 @@ class RunListener:
             self._reporter.warn(text)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Score the test sets and answer the prompts of a validation; or a classifier's answers."""
-        if isinstance(self._loss, ClassLoss):
-            assert self._inputs.head is not None
-            return gather_metrics(self._loss, self._inputs.head, self._processes)
+        """Compute the task's metrics; score test sets and answer prompts if it generates text."""
+        task = find_task(self._recipe.task)
+        metrics = task.measure_validation(self._loss, self._inputs.head, self._processes.gather)
+        if not task.generates_text:
+            return metrics
 
         def on_progress(name: str, done: int, total: int) -> None:
             self._advance(step, scoring=f"{name} {done}/{total}")

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from wegeft_cli.data.batches.labelled import show_input
-from wegeft_cli.data.labelled.dataset import ClassData, ClassRows, read_class_data
+from wegeft_cli.data.labelled.dataset import ClassData, ClassRows, show_input
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.image_processor import read_size
 from wegeft_cli.models.loading import load_base_config
-from wegeft_cli.planning.histogram import count_lengths
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.classification import build_transform, load_processor
+from wegeft_cli.tasks.classification import ClassificationTask
+from wegeft_cli.tasks.support.classifier import build_transform
+from wegeft_cli.tasks.support.histogram import count_lengths
 
 _MOST_ROWS = 20
 _MOST_SIZES = 5
 
 
 @dataclass(frozen=True)
-class ClassPreview:
+class LabelPreview:
     """Rows to look at, and what became of all of them.
 
     Args:
@@ -49,6 +49,7 @@ class ClassPreview:
         warnings: Sentences for the user.
     """
 
+    kind: ClassVar = "labels"
     task: str
     rows: list[dict[str, Any]]
     classes: list[dict[str, Any]]
@@ -71,34 +72,22 @@ class ClassPreview:
         return asdict(self)
 
 
-def preview_classes(loaded: LoadedRecipe, num_rows: int, row: int | None) -> ClassPreview:
-    """Read a classifier's rows as `train` does; no weights are needed.
-
-    Args:
-        loaded: The recipe and where it was read.
-        num_rows: So many first training rows of each class are shown, 20 in all at most.
-        row: Show the row of this number in the training set alone, from 0.
-
-    Returns:
-        The rows and the figures.
-
-    Raises:
-        UserError: If the base's processor or the data is at fault, or there is no such row.
-        ExceptionGroup: If there are several such faults.
-    """
+def preview_labels(
+    loaded: LoadedRecipe, task: ClassificationTask, num_rows: int, row: int | None
+) -> LabelPreview:
+    """Read a classifier's rows as `train` does: the first of each class, or one by its number."""
     recipe = loaded.recipe
-    config = load_base_config(recipe.model)
-    processor = load_processor(recipe.model, recipe.task)
-    is_text = recipe.task == "sequence_classification"
-    data = read_class_data(recipe, loaded.path.parent, config, processor if is_text else None)
+    processor = task.load_processor(recipe.model)
+    is_text = not task.reads_images
+    data: Any = task.load_data(recipe, loaded.path.parent, processor)
     train, report = data.train, data.report
     numbers = _choose(train, num_rows, row)
     sizes: Counter[tuple[int, int]] = Counter()
     if not is_text:
         sizes.update(read_size(image)[0] for image in train.inputs)
-    return ClassPreview(
+    return LabelPreview(
         task=recipe.task,
-        rows=[_describe(recipe, data, number, processor) for number in numbers],
+        rows=[_describe(data, number, processor, is_text) for number in numbers],
         classes=_count_classes(data),
         values=None if report.labels else _tell_values(train.labels),
         num_rows=report.num_rows,
@@ -111,7 +100,7 @@ def preview_classes(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Cla
         sizes=[
             {"size": list(size), "images": count} for size, count in sizes.most_common(_MOST_SIZES)
         ],
-        edge=None if is_text else build_transform(recipe, processor, config).size,
+        edge=None if is_text else _find_edge(recipe, processor),
         image_transform=None if is_text else recipe.data.image_transform,
         sources=report.sources,
         warnings=report.warnings,
@@ -133,7 +122,11 @@ def _choose(train: ClassRows, num_rows: int, row: int | None) -> list[int]:
     return [row]
 
 
-def _describe(recipe: Recipe, data: ClassData, number: int, processor: Any) -> dict[str, Any]:
+def _find_edge(recipe: Recipe, processor: Any) -> int:
+    return build_transform(recipe, processor, load_base_config(recipe.model)).size
+
+
+def _describe(data: ClassData, number: int, processor: Any, is_text: bool) -> dict[str, Any]:
     train, label = data.train, data.train.labels[number].item()
     told = {
         "number": number,
@@ -141,7 +134,7 @@ def _describe(recipe: Recipe, data: ClassData, number: int, processor: Any) -> d
         "input": show_input(train.shown[number]),
         "length": int(train.lengths[number]),
     }
-    if recipe.task == "sequence_classification":
+    if is_text:
         return told | {"read": processor.decode(train.inputs[number]["input_ids"])}
     size, mode = read_size(train.inputs[number])
     return told | {"size": list(size), "mode": mode}

@@ -1,0 +1,90 @@
+"""Image classification: one image, and its class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import DataSource, ModelSection, Recipe
+from wegeft_cli.tasks.classification import LANGUAGE_ONLY, ClassificationTask
+
+if TYPE_CHECKING:
+    from wegeft_cli.data.batches.base import BatchShape
+    from wegeft_cli.data.batches.labelled import Collator
+    from wegeft_cli.data.labelled.texts import LabelledRows
+
+
+class ImageClassification(ClassificationTask):
+    """The rows are image files, decoded and transformed for each batch."""
+
+    auto_class = "AutoModelForImageClassification"
+    noun = "image classifier"
+    peft_task_type = None
+    pipeline_tag = "image-classification"
+    reads_images = True
+    row_noun = "images"
+    ignored_keys = (
+        *LANGUAGE_ONLY, "train.neftune_noise_alpha", "train.group_by_length", "data.max_length"
+    )  # fmt: skip
+
+    def check_sources(self, recipe: Recipe) -> Iterator[Fault]:
+        if recipe.data.problem_type == "regression":
+            message = (
+                "'regression' is for sequence_classification; `task` is 'image_classification'"
+            )
+            yield "data.problem_type", message, "use `single_label_classification`"
+
+    def load_processor(self, section: ModelSection) -> Any:
+        from wegeft_cli.models.loading import load_image_processor
+
+        return load_image_processor(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+
+    def read_source(
+        self, recipe: Recipe, source: DataSource, recipe_dir: Path | None
+    ) -> LabelledRows:
+        from wegeft_cli.data.labelled.images import read_images
+
+        return read_images(source, recipe_dir=recipe_dir)
+
+    def check_rows(self, data: Any) -> None:
+        from wegeft_cli.errors import raise_all
+        from wegeft_cli.models.image_processor import check_images
+
+        held_out = [] if data.validation is None else data.validation.shown
+        raise_all(check_images([*data.train.shown, *held_out]))
+
+    def collator(self, recipe: Recipe, processor: Any, model: Any) -> Collator:
+        from wegeft_cli.data.batches.labelled import ImageCollator
+        from wegeft_cli.models.heads import image_options
+        from wegeft_cli.tasks.support.classifier import build_transform
+
+        transform = build_transform(recipe, processor, model.config)
+        return ImageCollator(transform, image_options(model, transform.size))
+
+    def fake_inputs(self, model: Any, recipe: Recipe, shape: BatchShape) -> dict[str, Any]:
+        import torch
+
+        from wegeft_cli.models.heads import image_options
+
+        config = model.config
+        own = config.image_size
+        own = own[0] if isinstance(own, list | tuple) else own
+        edge = recipe.data.image_size or own
+        first = next(model.parameters())
+        size = (shape.num_sequences, getattr(config, "num_channels", 3), edge, edge)
+        pixels = torch.zeros(size, dtype=first.dtype, device=first.device)
+        return {"pixel_values": pixels, **image_options(model, edge)}
+
+    def digest_inputs(
+        self, recipe: Recipe, recipe_dir: Path | None, processor: Any
+    ) -> dict[str, Any]:
+        return {"tokenizer_sha256": None}
+
+
+TASK = ImageClassification()

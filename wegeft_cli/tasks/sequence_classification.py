@@ -1,0 +1,80 @@
+"""Sequence classification: one text or a pair, and a class or a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wegeft_cli.recipe.rules import Fault
+from wegeft_cli.recipe.schema import DataSource, ModelSection, Recipe
+from wegeft_cli.tasks.base import TaskData, refuse_image_folders
+from wegeft_cli.tasks.causal_lm import check_context
+from wegeft_cli.tasks.classification import LANGUAGE_ONLY, ClassificationTask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wegeft_cli.data.batches.base import BatchShape
+    from wegeft_cli.data.batches.labelled import Collator
+    from wegeft_cli.data.labelled.texts import LabelledRows
+    from wegeft_cli.models.heads import HeadSpec
+
+
+class SequenceClassification(ClassificationTask):
+    """The rows are tokenized texts, padded on the right."""
+
+    auto_class = "AutoModelForSequenceClassification"
+    noun = "sequence classifier"
+    peft_task_type = "SEQ_CLS"
+    pipeline_tag = "text-classification"
+    ignored_keys = (
+        *LANGUAGE_ONLY, "data.image_size", "data.image_transform", "model.drop_path_rate"
+    )  # fmt: skip
+
+    def check_sources(self, recipe: Recipe) -> Iterator[Fault]:
+        yield from refuse_image_folders(recipe)
+
+    def load_processor(self, section: ModelSection) -> Any:
+        from wegeft_cli.tasks.support.classifier import load_padding_tokenizer
+
+        return load_padding_tokenizer(section)
+
+    def read_source(
+        self, recipe: Recipe, source: DataSource, recipe_dir: Path | None
+    ) -> LabelledRows:
+        from wegeft_cli.data.labelled.texts import read_texts
+
+        is_regression = recipe.data.problem_type == "regression"
+        return read_texts(source, recipe_dir=recipe_dir, is_regression=is_regression)
+
+    def check_model(self, recipe: Recipe, skeleton: Any, data: TaskData | None) -> None:
+        super().check_model(recipe, skeleton, data)
+        check_context(recipe, skeleton)
+
+    def prepare_base(self, model: nn.Module, head: HeadSpec | None, processor: Any) -> None:
+        from wegeft_cli.models.heads import pad_as_tokenizer
+
+        pad_as_tokenizer(model, processor)
+
+    def collator(self, recipe: Recipe, processor: Any, model: nn.Module) -> Collator:
+        from wegeft_cli.data.batches.labelled import TextCollator
+
+        return TextCollator(processor)
+
+    def fake_inputs(self, model: Any, recipe: Recipe, shape: BatchShape) -> dict[str, Any]:
+        import torch
+
+        size = (shape.num_sequences, shape.length)
+        ids = torch.zeros(size, dtype=torch.int64, device=next(model.parameters()).device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def digest_inputs(
+        self, recipe: Recipe, recipe_dir: Path | None, processor: Any
+    ) -> dict[str, Any]:
+        from wegeft_cli.tasks.support.classifier import digest_tokenizer
+
+        return {"tokenizer_sha256": digest_tokenizer(processor)}
+
+
+TASK = SequenceClassification()

@@ -1,0 +1,1 @@
+"""Parts of the tasks that load torch; a task imports them inside its methods."""

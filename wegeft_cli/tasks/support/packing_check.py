@@ -1,0 +1,107 @@
+"""Packing: how a batch's packs lie, and the proof on the loaded model that no row sees another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wegeft_cli.data.batches.collate import Row, collate_packs, collate_rows
+from wegeft_cli.data.batches.packing import lays_packs_flat
+from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.schema import PACKING_ATTENTION, Recipe
+from wegeft_cli.training.loss import CausalLoss
+from wegeft_cli.training.mixed_precision import autocast
+
+_KEY = "data.packing"
+# Largest difference of logits, as a share of the largest logit: float32 sums in another order, and
+# the roundings of 16-bit layers. A row that sees its neighbour is off by tens of per cent.
+_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.05}
+_TOLERANCE_FLOAT32 = 1e-4
+# Rows of the test, by pack: neighbours of every kind, one of a single token among them.
+_LENGTHS = ((5, 1, 9), (7, 3))
+_COMPARED = 4
+"""Last tokens of a row whose logits are compared, those furthest from the row's start."""
+
+
+def check_packing(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse packing unless packed rows give this model the logits of rows by themselves.
+
+    Transformers' attention finds packed rows by their positions, but not in every model, kernel and
+    version, and where it does not, rows see each other without a word. So a few rows go through the
+    loaded model both ways. Rows are longer than a sliding window or attention chunk of the model
+    where `data.max_length` is. Without packing nothing is run.
+
+    Args:
+        model: The model as it will be trained, on its device; its mode is left as it is.
+        recipe: The recipe.
+
+    Raises:
+        UserError: If the attention is none that keeps rows apart, the model takes no positions, or
+            the logits differ.
+    """
+    if recipe.data.packing == "none":
+        return
+    loss = CausalLoss(model)
+    config: Any = model.config
+    text = config.get_text_config()
+    attention = getattr(text, "_attn_implementation", None)
+    flat = lays_packs_flat(recipe)
+    if attention not in PACKING_ATTENTION:
+        raise _refuse(f"the attention {attention!r} is not known to keep packed rows apart", True)
+    if flat != attention.startswith("flash_attention"):
+        raise _refuse(f"the model came with the attention {attention!r}", True)
+    if getattr(config, "is_encoder_decoder", False) or not loss.takes_positions:
+        raise _refuse("the model takes no `position_ids`, by which packed rows are told apart")
+    packed, alone = _compute_both(model, loss, _build_rows(text, recipe), recipe)
+    error = float((packed - alone).abs().max() / alone.abs().max())
+    tolerance = _TOLERANCE.get(packed.dtype, _TOLERANCE_FLOAT32)
+    if not error <= tolerance:
+        raise _refuse(
+            f"packed rows see each other in this {type(model).__name__}: their logits are "
+            f"{error:.1%} off those of rows by themselves"
+        )
+
+
+def _refuse(message: str, attention: bool = False) -> UserError:
+    hint = "set data.packing: none"
+    if attention:
+        hint = f"set model.attn_implementation to one of {', '.join(PACKING_ATTENTION)}, or {hint}"
+    return UserError(message, key=_KEY, hint=hint)
+
+
+def _build_rows(config: Any, recipe: Recipe) -> list[list[Row]]:
+    """Packs of rows of fixed, arbitrary ids."""
+    reaches = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    reach = max((r for r in reaches if r is not None and r < recipe.data.max_length), default=0)
+    random = np.random.default_rng(0)
+
+    def build(length: int) -> Row:
+        ids = random.integers(0, min(config.vocab_size, 1000), length)
+        return ids, np.arange(length) >= length - _COMPARED
+
+    packs = [[build(length) for length in lengths] for lengths in _LENGTHS]
+    if reach:
+        packs[0].append(build(min(reach + 2 * _COMPARED, recipe.data.max_length)))
+    return packs
+
+
+def _compute_both(
+    model: nn.Module, loss: CausalLoss, packs: list[list[Row]], recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Give the logits of the packs, and those of their rows one by one, both [tokens, vocab]."""
+    device = next(model.parameters()).device
+    together = collate_packs(packs, pad_token_id=0, flat=lays_packs_flat(recipe))
+    singles = [collate_rows([row], pad_token_id=0) for pack in packs for row in pack]
+    training = model.training
+    model.eval()  # without dropout, whose random state is the run's
+    try:
+        with torch.no_grad(), autocast(device.type, recipe.train.mixed_precision):
+            packed, *alone = (
+                loss.compute_logits(model, batch.to(device)) for batch in (together, *singles)
+            )
+    finally:
+        model.train(training)
+    return packed, torch.cat(alone)
