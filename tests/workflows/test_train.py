@@ -167,7 +167,7 @@ def test_the_optimizer_is_tried_before_a_row_is_read(write_recipe, monkeypatch, 
     def read(*_, **__):
         raise AssertionError("rows are read")
 
-    monkeypatch.setattr("wegeft_cli.planning.preflight.build_datasets", read)
+    monkeypatch.setattr("wegeft_cli.data.text.dataset.build_datasets", read)
     with pytest.raises(UserError) as caught:
         train(write_recipe(train=settings), dry_run=True)
     assert caught.value.key == key

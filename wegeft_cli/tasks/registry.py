@@ -13,7 +13,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.base import Task
+from wegeft_cli.tasks.base import Task, refuse_keys
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,8 +89,12 @@ def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     """Yield each rule of the recipe's task that the recipe breaks."""
-    if recipe.task in task_names():
-        yield from find_task(recipe.task).check(recipe)
+    tasks = all_tasks()
+    if recipe.task in tasks:
+        yield from tasks[recipe.task].check(recipe)
+        return
+    ignored = (key for task in tasks.values() for key in task.ignored_keys)
+    yield from refuse_keys(recipe, tuple(dict.fromkeys(ignored)))
 
 
 def validation_metrics(recipe: Recipe) -> tuple[str, ...]:
