@@ -319,9 +319,7 @@ def read_inputs(
     task, data, processor = checked.task, checked.data, checked.processor
     assert data is not None
     assert checked.steps is not None
-    source = task.batches(
-        loaded, data, checked.steps, processor, checked.skeleton, processes.rank
-    )
+    source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
     if is_main:
         task.check_rows(data)
     for note in task.describe_data(data):
