@@ -36,7 +36,7 @@ _MAX_CLASSES = 30
 
 def print_preview(result: Any) -> None:
     """Print a preview of any task."""
-    if hasattr(result, "classes"):
+    if result.kind == "labels":
         _print_labelled(result)
     else:
         _print_rows(result)
