@@ -38,7 +38,7 @@ from wegeft_cli.models.heads import find_head_modules
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.statistics import mcnemar_exact
-from wegeft_cli.tasks.classification import check_metrics
+from wegeft_cli.tasks.support.classifier import check_metrics
 
 DEFAULT_DIRECTIONS = 16
 

@@ -29,7 +29,7 @@ from wegeft_cli.inference.loaded_classifier import (
 from wegeft_cli.models.heads import read_labels
 from wegeft_cli.models.loading import load_base_config
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.classification import check_metrics
+from wegeft_cli.tasks.support.classifier import check_metrics
 
 
 def evaluate_classifier(
