@@ -129,7 +129,7 @@ def test_the_summary_of_a_finished_run_is_told_again(write_recipe, overfitting):
     ("change", "message"),
     [
         ("train.metric_for_best_model=eval_lss", "not measured"),
-        ("train.eval_steps=0", "needs validation while training"),
+        ("train.eval_steps=0", "requires validation during training"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(write_recipe, overfitting, change, message):

@@ -122,18 +122,21 @@ def train(
         url = publish(result.adapter_dir, push, RichReporter())
     if as_json:
         print_json(result.to_json() | ({} if url is None else {"url": url}))
-    elif result.status == "checked":
-        show(
-            f"[green]ready[/]: {result.num_steps} steps, "
-            f"{result.trainable_parameters:,} trainable parameters"
-        )
+    else:
+        _print_result(result, url)
+    if result.status == "interrupted":
+        # The launcher would restart a process that exits with an error.
+        raise typer.Exit(EXIT_DONE if may_be_restarted() else EXIT_INTERRUPTED)
+
+
+def _print_result(result: TrainResult, url: str | None) -> None:
+    counts = f"{result.trainable_parameters:,} trainable parameters"
+    if result.status == "checked":
+        show(f"[green]ready[/]: {result.num_steps} steps, {counts}")
         _show_summary(result)
     elif result.status == "finished":
         loss = "" if result.final_loss is None else f"final loss {result.final_loss:.4f}, "
-        show(
-            f"[green]finished[/]: {result.num_steps} steps, {loss}"
-            f"{result.trainable_parameters:,} trainable parameters"
-        )
+        show(f"[green]finished[/]: {result.num_steps} steps, {loss}{counts}")
         _show_summary(result)
         show(f"adapter: {result.adapter_dir}", highlight=False, soft_wrap=True)
         if url is not None:
@@ -142,14 +145,8 @@ def train(
         is_classifier = folder is not None and (folder / "head.json").is_file()
         task = "" if is_classifier else " --task NAME"
         show(f"next: wegeft merge, wegeft eval{task}", style="dim", highlight=False)
-    if result.status == "interrupted":
-        if not as_json:
-            show(
-                f"[yellow]interrupted[/] at step {result.num_steps}, saved; "
-                "resume with --resume auto"
-            )
-        # The launcher would restart a process that exits with an error.
-        raise typer.Exit(EXIT_DONE if may_be_restarted() else EXIT_INTERRUPTED)
+    else:
+        show(f"[yellow]interrupted[/] at step {result.num_steps}, saved; resume with --resume auto")
 
 
 def _show_summary(result: TrainResult) -> None:
