@@ -226,7 +226,7 @@ def test_every_named_chat_template_is_an_ingredient(
     assert len(digests) == 2
     dated = "{{ strftime_now('%Y') }}" + plain
     chat_tokenizer.chat_template = {"default": plain, "tool_use": dated}
-    assert chat.build_template("chat", chat_tokenizer, None).tells_the_day
+    assert chat.build_template("chat", chat_tokenizer, None).writes_date
 
 
 def test_a_template_that_writes_the_day_is_not_kept_for_the_next_one(
@@ -237,7 +237,7 @@ def test_a_template_that_writes_the_day_is_not_kept_for_the_next_one(
     chat_tokenizer.chat_template = (
         "{{ strftime_now('%Y') }}\n" + chat_tokenizer.chat_template.replace("\n", "")
     )
-    assert chat.build_template("chat", chat_tokenizer, None).tells_the_day
+    assert chat.build_template("chat", chat_tokenizer, None).writes_date
     data = prepare(talk_section, chat_tokenizer)
     assert "writes today's date" in data.report.warnings[0]
     again = prepare(talk_section, chat_tokenizer).report

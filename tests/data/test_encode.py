@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from wegeft_cli.data.text.chat_rendering import Rendered, Segment, render_chat
+from wegeft_cli.data.text.chat_rendering import RenderedText, Segment, render_chat
 from wegeft_cli.data.text.encode import (
     EncodedDataset,
-    EncodeReport,
+    EncodeStatistics,
     concatenate_datasets,
     encode_rows,
 )
@@ -24,13 +24,13 @@ from wegeft_cli.errors import UserError
 BOS, EOS = 0, 1
 
 
-def pair(prompt: str, completion: str, **fields: bool) -> Rendered:
-    return Rendered((Segment(prompt, False), Segment(completion, True)), **fields)
+def pair(prompt: str, completion: str, **fields: bool) -> RenderedText:
+    return RenderedText((Segment(prompt, False), Segment(completion, True)), **fields)
 
 
 def encode(
-    rows: list[Rendered], tokenizer: Any, *, max_length: int = 512, **fields: Any
-) -> tuple[EncodedDataset, EncodeReport]:
+    rows: list[RenderedText], tokenizer: Any, *, max_length: int = 512, **fields: Any
+) -> tuple[EncodedDataset, EncodeStatistics]:
     return encode_rows(rows, encoder=build_encoder(tokenizer), max_length=max_length, **fields)
 
 
@@ -43,7 +43,7 @@ def trained_text(dataset: EncodedDataset, index: int, tokenizer: Any) -> str:
 def test_ids_are_the_tokenizers_own_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair("Question: 1 + 1?\nAnswer:", " 2"), pair("é 😀\n\n", "the correct answer")]
     dataset, report = encode(rows, tokenizer)
-    assert report == EncodeReport(longest=int(dataset.lengths.max()))
+    assert report == EncodeStatistics(longest=int(dataset.lengths.max()))
     assert len(dataset) == 2
     for i, row in enumerate(rows):
         assert dataset.row(i)[0].tolist() == [*tokenizer(row.text)["input_ids"], EOS]
@@ -106,7 +106,7 @@ def test_a_token_across_the_boundary_is_learned_and_counted(
 
 
 def test_several_learned_stretches(tokenizer: PreTrainedTokenizerFast) -> None:
-    row = Rendered(
+    row = RenderedText(
         (
             Segment("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
             Segment("the sum<|im_end|>", True),
@@ -127,7 +127,7 @@ def test_several_learned_stretches(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_a_token_behind_a_learned_stretch_is_learned_when_it_holds_some_of_it(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    row = Rendered((Segment("a", False), Segment("x t", True), Segment("he b", False)), False)
+    row = RenderedText((Segment("a", False), Segment("x t", True), Segment("he b", False)), False)
     dataset, report = encode([row], tokenizer)
     assert trained_text(dataset, 0, tokenizer) == "x the"
     assert report.num_boundary_merged == 1
@@ -164,9 +164,9 @@ def test_bos_comes_once(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_rows_first_token_is_not_a_label(tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset, _ = encode([Rendered((Segment("the sum", True),))], tokenizer)
+    dataset, _ = encode([RenderedText((Segment("the sum", True),))], tokenizer)
     assert trained_text(dataset, 0, tokenizer) == "the sum</s>"
-    bare = Rendered((Segment("the sum", True),), add_special_tokens=False)
+    bare = RenderedText((Segment("the sum", True),), add_special_tokens=False)
     assert trained_text(encode([bare], tokenizer)[0], 0, tokenizer) == " sum</s>"
 
 
@@ -176,7 +176,7 @@ def test_long_rows_are_cut_from_the_right(tokenizer: PreTrainedTokenizerFast) ->
     dataset, report = encode([row, pair("q", "a")], tokenizer, max_length=6)
     assert dataset.row(0)[0].tolist() == whole[0][:6].tolist()
     assert dataset.row(0)[1].tolist() == whole[1][:6].tolist()
-    assert report == EncodeReport(num_truncated=1, longest=len(whole[0]))
+    assert report == EncodeStatistics(num_truncated=1, longest=len(whole[0]))
     exact, report = encode([row], tokenizer, max_length=len(whole[0]))
     assert report.num_truncated == 0
     assert exact.row(0)[0][-1] == EOS
@@ -205,7 +205,7 @@ def test_a_row_of_ten_megabytes_is_cut_like_any_other(tokenizer: PreTrainedToken
         pair("q", "x" * 10_000_000),
         pair("x" * 10_000_000, "a"),
         pair("q", "a"),
-        Rendered((Segment("word " * 2_000_000, True),)),
+        RenderedText((Segment("word " * 2_000_000, True),)),
     ]
     dataset, report = encode(rows, tokenizer, max_length=16)
     assert dataset.lengths.tolist() == [16, *encode(rows[2:3], tokenizer)[0].lengths, 16]
@@ -311,7 +311,7 @@ def test_slow_tokenizers_give_the_same_masks() -> None:
     assert not slow.is_fast
     rows = [
         pair("Answer: ", "é 42"),
-        Rendered((Segment("a", False), Segment("bc", True), Segment("d", False)), False),
+        RenderedText((Segment("a", False), Segment("bc", True), Segment("d", False)), False),
     ]
     dataset, report = encode(rows, slow)
     assert trained_text(dataset, 0, slow) == "é 42</s>"
@@ -334,7 +334,7 @@ class PairMerging:
 
 
 def test_slow_tokenizers_show_a_token_across_the_boundary() -> None:
-    row = Rendered((Segment("xa", False), Segment("bca", True), Segment("bd", False)), False)
+    row = RenderedText((Segment("xa", False), Segment("bca", True), Segment("bd", False)), False)
     dataset, report = encode([row], PairMerging())
     ids, mask = dataset.row(0)
     assert "".join(map(chr, ids)) == "x%c%d"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.templates import (
     TEMPLATES,
     check_template,
@@ -60,7 +60,7 @@ def talk(*turns: str) -> dict[str, Any]:
     return {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
 
 
-def trained(rendered: Rendered) -> list[str]:
+def trained(rendered: RenderedText) -> list[str]:
     return [segment.text for segment in rendered.segments if segment.trained]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.templates import render_row
 from wegeft_cli.errors import UserError
 
@@ -29,7 +29,7 @@ def talk(*turns: str) -> list[dict[str, Any]]:
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
 
-def render(messages: list[dict[str, Any]], loss_on: str = "completion", **row: Any) -> Rendered:
+def render(messages: list[dict[str, Any]], loss_on: str = "completion", **row: Any) -> RenderedText:
     return render_row(
         {"messages": messages, **row},
         template="chat",
@@ -38,7 +38,7 @@ def render(messages: list[dict[str, Any]], loss_on: str = "completion", **row: A
     )
 
 
-def learned(rendered: Rendered) -> list[str]:
+def learned(rendered: RenderedText) -> list[str]:
     return [segment.text for segment in rendered.segments if segment.trained]
 
 

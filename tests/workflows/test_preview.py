@@ -166,14 +166,14 @@ def test_it_reads_no_weights_and_leaves_nothing(write_recipe, build_llama_dir, t
 
 
 def test_slow_tokenizers_show_their_pieces(write_recipe, monkeypatch):
-    from wegeft_cli.data.text.chat_rendering import Rendered, Segment
+    from wegeft_cli.data.text.chat_rendering import RenderedText, Segment
     from wegeft_cli.data.text.encode import EncodedRow
     from wegeft_cli.tasks.support.row_viewer import RowSplitter
 
     tokenizer = load_tokenizer(load_recipe(write_recipe()).recipe.model.name_or_path)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     ids = tokenizer("Q: true")["input_ids"]
-    rendered = Rendered((Segment("Q: true", True),))
+    rendered = RenderedText((Segment("Q: true", True),))
     row = EncodedRow("kept", ids, b"\1" * len(ids), len(ids))
     pieces = RowSplitter(tokenizer).split(row, rendered)
     assert "".join(piece.text for piece in pieces) == "<s>Q: true"

@@ -47,7 +47,7 @@ from wegeft_cli.planning.memory import (
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.reporter import Reporter
-from wegeft_cli.tasks.base import DataReport, Task, TaskData, without_cache
+from wegeft_cli.tasks.base import DataStatistics, Task, TaskData, without_cache
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
@@ -272,7 +272,7 @@ class RunInputs:
 
     tokenizer: Any
     source: BatchSource
-    report: DataReport
+    report: DataStatistics
     groups: list[ParameterGroup]
     estimated_gib: float | None
     checkpoint_bytes: float

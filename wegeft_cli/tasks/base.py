@@ -52,7 +52,7 @@ class Split(Protocol):
         ...
 
 
-class DataReport(Protocol):
+class DataStatistics(Protocol):
     """Statistics of a task's rows that every task has."""
 
     @property
@@ -90,7 +90,7 @@ class TaskData(Protocol):
         ...
 
     @property
-    def report(self) -> DataReport:
+    def report(self) -> DataStatistics:
         """Statistics of the rows."""
         ...
 

@@ -74,7 +74,7 @@ def build_key(
         "group": group,
         "template": section.template,
         "chat": chat and chat.text,
-        "day": date.today().isoformat() if chat and chat.tells_the_day else None,
+        "day": date.today().isoformat() if chat and chat.writes_date else None,
         "loss_on": section.loss_on,
         "max_length": section.max_length,
         "tokenizer": describe_tokenizer(tokenizer),
@@ -90,9 +90,9 @@ def read_entry(folder: Path, key: str) -> CacheEntry | None:
     if not entry.is_dir():
         return None
     try:
-        told = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
-        content = told["content"]
-        if told["sha256"] != _digest(json.dumps(content, sort_keys=True)):
+        sealed = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+        content = sealed["content"]
+        if sealed["sha256"] != _digest(json.dumps(content, sort_keys=True)):
             raise DamagedEntryError("entry.json is not what was written")
         arrays = {name: _read_array(entry, name, content["files"][name]) for name in _ARRAYS}
     except (OSError, ValueError, LookupError, TypeError, UserError) as error:

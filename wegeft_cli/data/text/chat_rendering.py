@@ -25,7 +25,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedText:
     """A row as text.
 
     Args:
@@ -40,7 +40,7 @@ class Rendered:
     segments: tuple[Segment, ...]
     append_eos: bool = True
     add_special_tokens: bool = True
-    render_whole: Callable[[], Rendered] | None = None
+    render_whole: Callable[[], RenderedText] | None = None
     is_unmarked: bool = False
 
     @property
@@ -60,7 +60,7 @@ def render_chat(
     loss_on: str,
     apply_chat_template: ApplyChatTemplate,
     max_characters: int | None,
-) -> Rendered:
+) -> RenderedText:
     """Render a conversation and find its learned turns as character spans of the one text.
 
     A turn is the text from the end of the generation prompt to the end of the conversation up to
@@ -106,7 +106,7 @@ def render_chat(
         segments.append(Segment(answer, is_learned and (is_said or loss_on == "all")))
         position = begin + len(answer)
     segments.append(Segment(whole[position:], loss_on == "all"))
-    return Rendered(
+    return RenderedText(
         tuple(segment for segment in segments if segment.text),
         # A template that writes nothing after the answer never says when to stop.
         append_eos=not last_tail.strip(),

@@ -31,7 +31,7 @@ class Template(NamedTuple):
     text: str | None = None
 
     @property
-    def tells_the_day(self) -> bool:
+    def writes_date(self) -> bool:
         """Whether it can write today's date, so that a row changes from day to day."""
         return self.text is not None and "strftime_now" in self.text
 

@@ -22,23 +22,28 @@ from wegeft_cli.data.text.cache import (
     read_entry,
     write_entry,
 )
-from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.chat_template import Template, build_template
 from wegeft_cli.data.text.encode import (
     EncodedDataset,
-    EncodeReport,
+    EncodeStatistics,
     concatenate_datasets,
     encode_rows,
 )
-from wegeft_cli.data.text.row_renderer import SourceForm, add_key, build_form
-from wegeft_cli.data.text.statistics import DataReport, SourceReport, build_report, list_reasons
+from wegeft_cli.data.text.row_renderer import RowRenderer, add_key, build_renderer
+from wegeft_cli.data.text.statistics import (
+    DataStatistics,
+    SourceStatistics,
+    compute_statistics,
+    list_reasons,
+)
 from wegeft_cli.data.text.streaming import RowStream, open_source
 from wegeft_cli.data.text.templates import AUTO, CHAT, check_template, is_template_file
 from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
-NUM_LOOKED_AT = 1000
+NUM_HEAD_ROWS = 1000
 """Number of rows of a stream that are read before training."""
 
 
@@ -58,9 +63,9 @@ class PreparedData:
 
     train: EncodedDataset
     validation: EncodedDataset | None
-    report: DataReport
+    report: DataStatistics
     mixture: Mixture | None = None
-    sources: tuple[SourceReport, ...] = ()
+    sources: tuple[SourceStatistics, ...] = ()
     packs: list[list[int]] | None = None
     head: None = None
 
@@ -82,18 +87,20 @@ def build_datasets(
             "no data to train on", key="data.train", hint="add an entry: - path: rows.jsonl"
         )
     check_template(section.template)
-    builder = Builder(section, tokenizer, build_encoder(tokenizer), recipe_dir)
+    inputs = SourceInputs(section, tokenizer, build_encoder(tokenizer), recipe_dir)
     groups = {"train": section.train, "validation": section.validation if need_validation else []}
-    parts: dict[str, list[Part]] = {"train": [], "validation": []}
+    parts: dict[str, list[EncodedSource]] = {"train": [], "validation": []}
     faults: list[UserError] = []
     for group, sources in groups.items():
         for number, source in enumerate(sources):
             key = f"data.{group}[{number}]"
             try:
                 if section.streaming and group == "train":
-                    part = _look_at_stream(builder, source, key, NUM_LOOKED_AT // len(sources) + 1)
+                    part = _encode_stream_head(
+                        inputs, source, key, NUM_HEAD_ROWS // len(sources) + 1
+                    )
                 else:
-                    part = build_part(builder, source, group)
+                    part = load_source(inputs, source, group)
             except* UserError as caught:
                 found = (each for each in caught.exceptions if isinstance(each, UserError))
                 faults += [add_key(fault, key) for fault in found]
@@ -106,7 +113,7 @@ def build_datasets(
         validation = concatenate_datasets([part.dataset for part in parts["validation"]])
     if not need_validation:
         validation = None
-    report = build_report(
+    report = compute_statistics(
         train,
         validation,
         [part.report for part in parts["train"]],
@@ -122,19 +129,21 @@ def build_datasets(
     return PreparedData(train, validation, report, mixture, reports, packs)
 
 
-def _look_at_stream(builder: Builder, source: DataSource, key: str, num_rows: int) -> Part:
+def _encode_stream_head(
+    inputs: SourceInputs, source: DataSource, key: str, num_rows: int
+) -> EncodedSource:
     """Tokenize the first rows of a streamed source, to find errors and lengths."""
     opened = open_source(
         source,
-        builder.section,
-        tokenizer=builder.tokenizer,
-        recipe_dir=builder.recipe_dir,
+        inputs.section,
+        tokenizer=inputs.tokenizer,
+        recipe_dir=inputs.recipe_dir,
         key=key,
     )
     stream = RowStream(
         [opened],
-        encoder=builder.encoder,
-        max_length=builder.section.max_length,
+        encoder=inputs.encoder,
+        max_length=inputs.section.max_length,
         seed=0,
         buffer_size=None,
     )
@@ -144,7 +153,7 @@ def _look_at_stream(builder: Builder, source: DataSource, key: str, num_rows: in
         np.concatenate([mask for _, mask in rows]),
         np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
     )
-    return Part(dataset, replace(opened.report(), notes=tell_day(opened.form)))
+    return EncodedSource(dataset, replace(opened.report(), notes=date_warning(opened.renderer)))
 
 
 def _split_off(
@@ -193,15 +202,15 @@ def _build_mixture(section: DataSection, counts: list[int], num_rows: int) -> Mi
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedSource:
     """One tokenized source and its statistics."""
 
     dataset: EncodedDataset
-    report: SourceReport
+    report: SourceStatistics
 
 
 @dataclass(frozen=True)
-class Builder:
+class SourceInputs:
     """The inputs that all sources share.
 
     Args:
@@ -217,26 +226,26 @@ class Builder:
     recipe_dir: Path | None
 
 
-def build_part(builder: Builder, source: DataSource, group: str) -> Part:
+def load_source(inputs: SourceInputs, source: DataSource, group: str) -> EncodedSource:
     """Read, render and tokenize one source, or load it from the cache.
 
     `group` is train or validation. Errors name the file and the row or line.
     """
-    folder = builder.section.cache_dir
+    folder = inputs.section.cache_dir
     if folder is None:
-        return _encode_source(builder, source, group)
+        return _encode_source(inputs, source, group)
     cache = Path(folder).expanduser()
     notes: list[str] = []
-    digest = digest_source(source, recipe_dir=builder.recipe_dir)
-    if digest is None or not builder.tokenizer.is_fast:
+    digest = digest_source(source, recipe_dir=inputs.recipe_dir)
+    if digest is None or not inputs.tokenizer.is_fast:
         reason = (
             "the hub names no version of it"
             if digest is None
             else "the tokenizer is no fast one, so there is nothing to know it by"
         )
         notes.append(f"not kept in data.cache_dir: {reason}")
-        return _add_notes(_encode_source(builder, source, group), notes)
-    key = _find_key(builder, source, group, digest)
+        return _add_notes(_encode_source(inputs, source, group), notes)
+    key = _find_key(inputs, source, group, digest)
     try:
         entry = read_entry(cache, key)
     except DamagedEntryError as error:
@@ -245,34 +254,34 @@ def build_part(builder: Builder, source: DataSource, group: str) -> Part:
         notes.append(f"the rows kept in {cache / key} are damaged and are built anew: {error}")
     if entry is not None:
         facts = entry.facts
-        report = SourceReport(
+        report = SourceStatistics(
             source,
             tuple(facts["template"]),
-            EncodeReport(**facts["encoded"]),
+            EncodeStatistics(**facts["encoded"]),
             num_rows=facts["num_rows"],
             sha256=facts["sha256"],
             num_filtered=facts["num_filtered"],
             from_cache=True,
             notes=tuple(facts["notes"]),
-            places=_choose_places(facts["places"], source, builder.recipe_dir),
+            places=_choose_places(facts["places"], source, inputs.recipe_dir),
         )
-        return Part(entry.dataset, report)
-    part = _encode_source(builder, source, group)
+        return EncodedSource(entry.dataset, report)
+    part = _encode_source(inputs, source, group)
     if part.report.sha256 is not None:
         # The digest of the bytes that were read: the file may have changed since.
-        key = _find_key(builder, source, group, part.report.sha256)
+        key = _find_key(inputs, source, group, part.report.sha256)
     try:
-        write_entry(cache, key, part.dataset, _tell_facts(part.report))
+        write_entry(cache, key, part.dataset, _cached_facts(part.report))
     except UserError as error:
         notes.append(f"not kept in data.cache_dir: {error.message}")
     return _add_notes(part, notes)
 
 
-def _add_notes(part: Part, notes: Sequence[str]) -> Part:
-    return Part(part.dataset, replace(part.report, notes=(*part.report.notes, *notes)))
+def _add_notes(part: EncodedSource, notes: Sequence[str]) -> EncodedSource:
+    return EncodedSource(part.dataset, replace(part.report, notes=(*part.report.notes, *notes)))
 
 
-def _tell_facts(report: SourceReport) -> dict[str, Any]:
+def _cached_facts(report: SourceStatistics) -> dict[str, Any]:
     return {
         "template": list(report.template),
         "encoded": asdict(report.encoded),
@@ -292,76 +301,75 @@ def _choose_places(
     return {fate: place for fate, place in places.items() if place.startswith(files)}
 
 
-def _find_key(builder: Builder, source: DataSource, group: str, digest: str) -> str:
-    files = find_files(source, builder.recipe_dir)
+def _find_key(inputs: SourceInputs, source: DataSource, group: str, digest: str) -> str:
+    files = find_files(source, inputs.recipe_dir)
     return build_key(
         source,
-        builder.section,
+        inputs.section,
         digest=digest,
         kinds=[] if files is None else [find_suffix(file) for file in files],
         group=group,
-        tokenizer=builder.tokenizer,
-        chat=_find_chat_template(builder),
+        tokenizer=inputs.tokenizer,
+        chat=_find_chat_template(inputs),
     )
 
 
-def _find_chat_template(builder: Builder) -> Template | None:
+def _find_chat_template(inputs: SourceInputs) -> Template | None:
     """Return the template for the source's conversations, if it can have any."""
-    name = builder.section.template
-    if name in (AUTO, CHAT) and builder.tokenizer.chat_template:
-        return build_template(CHAT, builder.tokenizer, builder.recipe_dir)
+    name = inputs.section.template
+    if name in (AUTO, CHAT) and inputs.tokenizer.chat_template:
+        return build_template(CHAT, inputs.tokenizer, inputs.recipe_dir)
     if is_template_file(name):
-        return build_template(name, builder.tokenizer, builder.recipe_dir)
+        return build_template(name, inputs.tokenizer, inputs.recipe_dir)
     return None
 
 
-def _encode_source(builder: Builder, source: DataSource, group: str) -> Part:
-    section = builder.section
-    rows = load_rows(source, recipe_dir=builder.recipe_dir)
-    form = build_form(
+def _encode_source(inputs: SourceInputs, source: DataSource, group: str) -> EncodedSource:
+    section = inputs.section
+    rows = load_rows(source, recipe_dir=inputs.recipe_dir)
+    renderer = build_renderer(
         source,
         section,
         rows.rows[0],
-        tokenizer=builder.tokenizer,
-        recipe_dir=builder.recipe_dir,
+        tokenizer=inputs.tokenizer,
+        recipe_dir=inputs.recipe_dir,
     )
-    fields = _read_rows(rows, form)
-    corpus = form.row_format.corpus
+    fields = _read_rows(rows, renderer)
+    corpus = renderer.row_format.corpus
     window = None
     if corpus is not None:
         total = corpus.num_train + corpus.num_validation
         window = (0, corpus.num_train) if group == "train" else (corpus.num_train, total)
-    length_below = corpus.length_below if corpus else None
-    longest = builder.encoder.count_characters(max(section.max_length, length_below or 0))
+    longest = renderer.max_characters(inputs.encoder, section.max_length)
     dataset, encoded = encode_rows(
-        _render_rows(rows, fields, form, longest),
-        encoder=builder.encoder,
+        _render_rows(rows, fields, renderer, longest),
+        encoder=inputs.encoder,
         max_length=section.max_length,
-        length_below=length_below,
+        length_below=renderer.length_below,
         window=window,
     )
     num_used = len(dataset) + encoded.num_dropped
-    report = SourceReport(
+    report = SourceStatistics(
         source,
-        (form.template.name, form.template.digest),
+        (renderer.template.name, renderer.template.digest),
         encoded,
         num_rows=len(rows.rows),
         sha256=rows.sha256,
         num_filtered=len(rows.rows) - num_used if corpus else 0,
-        notes=tell_day(form),
+        notes=date_warning(renderer),
         places={
             fate: rows.place(fields[position][0])
             for fate, position in encoded.first_dropped.items()
         },
     )
     if not len(dataset):
-        raise UserError(_tell_nothing_left(report, section), file=rows.origin)
-    return Part(dataset, report)
+        raise UserError(_nothing_left_message(report, section), file=rows.origin)
+    return EncodedSource(dataset, report)
 
 
-def tell_day(form: SourceForm) -> tuple[str, ...]:
+def date_warning(renderer: RowRenderer) -> tuple[str, ...]:
     """Return a warning if the template writes today's date."""
-    if not (form.is_talk and form.template.tells_the_day):
+    if not (renderer.is_conversation and renderer.template.writes_date):
         return ()
     return (
         "the chat template writes today's date into every row, so a run on another day, a resumed "
@@ -369,19 +377,19 @@ def tell_day(form: SourceForm) -> tuple[str, ...]:
     )
 
 
-def _tell_nothing_left(report: SourceReport, section: DataSection) -> str:
+def _nothing_left_message(report: SourceStatistics, section: DataSection) -> str:
     reasons = list_reasons(report, f"data.max_length {section.max_length}")
     told = ", ".join(reasons) or "the corpus's rule keeps none"
     return f"none of the {report.num_rows} rows has anything to learn: {told}"
 
 
-def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]:
+def _read_rows(rows: Rows, renderer: RowRenderer) -> list[tuple[int, dict[str, Any]]]:
     """Check all rows before tokenization and return (index, fields) of those that are used."""
     used: list[tuple[int, dict[str, Any]]] = []
     faults: list[UserError] = []
     for index, row in enumerate(rows.rows):
         try:
-            fields = form.read(row)
+            fields = renderer.read(row)
         except UserError as fault:
             fault.file = rows.place(index)
             faults.append(fault)
@@ -395,12 +403,15 @@ def _read_rows(rows: Rows, form: SourceForm) -> list[tuple[int, dict[str, Any]]]
 
 
 def _render_rows(
-    rows: Rows, used: Sequence[tuple[int, dict[str, Any]]], form: SourceForm, max_characters: int
-) -> Iterator[Rendered]:
+    rows: Rows,
+    used: Sequence[tuple[int, dict[str, Any]]],
+    renderer: RowRenderer,
+    max_characters: int,
+) -> Iterator[RenderedText]:
     faults: list[UserError] = []
     for index, fields in used:
         try:
-            yield form.render(fields, max_characters=max_characters)
+            yield renderer.render(fields, max_characters=max_characters)
         except UserError as fault:
             if fault.key is not None:
                 raise  # the recipe is at fault, not this row

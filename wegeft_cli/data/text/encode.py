@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wegeft_cli.data.text.chat_rendering import Rendered, Segment
+from wegeft_cli.data.text.chat_rendering import RenderedText, Segment
 from wegeft_cli.data.text.tokenizer import SPARE_TOKENS, Encoder, Tokens
 from wegeft_cli.errors import UserError
 
@@ -77,7 +77,7 @@ def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
 
 
 @dataclass(frozen=True)
-class EncodeReport:
+class EncodeStatistics:
     """Statistics of encoding.
 
     Args:
@@ -108,12 +108,12 @@ class EncodeReport:
         """Rows dropped because they hold nothing to learn."""
         return self.num_empty + self.num_unmarked + self.num_cut_away
 
-    def add(self, row: EncodedRow, position: int) -> EncodeReport:
+    def add(self, row: EncodedRow, position: int) -> EncodeStatistics:
         """Return the statistics with the row at `position` added."""
         first = self.first_dropped
         if row.fate in DROPPED and row.fate not in first:
             first = {**first, row.fate: position}
-        return EncodeReport(
+        return EncodeStatistics(
             self.num_too_long + (row.fate == "too_long"),
             self.num_empty + (row.fate == "empty"),
             self.num_unmarked + (row.fate == "unmarked"),
@@ -155,7 +155,7 @@ class EncodedRow(NamedTuple):
 
 
 def encode_each(
-    rendered: Iterable[Rendered],
+    rendered: Iterable[RenderedText],
     *,
     encoder: Encoder,
     max_length: int,
@@ -201,13 +201,13 @@ def _cut_row(tokens: Tokens, is_cut: bool, max_length: int) -> EncodedRow:
 
 
 def encode_rows(
-    rendered: Iterable[Rendered],
+    rendered: Iterable[RenderedText],
     *,
     encoder: Encoder,
     max_length: int,
     length_below: int | None = None,
     window: tuple[int, int] | None = None,
-) -> tuple[EncodedDataset, EncodeReport]:
+) -> tuple[EncodedDataset, EncodeStatistics]:
     """Tokenize rows into one data set and return it with its statistics.
 
     `window` keeps only the rows from the first number up to the second, counted after
@@ -216,7 +216,7 @@ def encode_rows(
     ids = array("i")
     label_mask = bytearray()
     lengths: list[int] = []
-    report = EncodeReport()
+    report = EncodeStatistics()
     num_passed = 0
     rows = encode_each(rendered, encoder=encoder, max_length=max_length, length_below=length_below)
     for position, row in enumerate(rows):
@@ -240,8 +240,8 @@ def encode_rows(
 
 
 def _encode_chunks(
-    rendered: Iterable[Rendered], encoder: Encoder, num_tokens: int
-) -> Iterator[tuple[Rendered, bool, Tokens]]:
+    rendered: Iterable[RenderedText], encoder: Encoder, num_tokens: int
+) -> Iterator[tuple[RenderedText, bool, Tokens]]:
     """Yield each row, whether text after its first `num_tokens` tokens was cut, its tokens."""
     limit = encoder.count_characters(num_tokens)
     rows = ((_shorten(row, limit), row) for row in rendered)
@@ -258,7 +258,7 @@ def _encode_chunks(
                     yield whole, False, next(encoder.encode([whole]))
 
 
-def _shorten(row: Rendered, limit: int) -> Rendered:
+def _shorten(row: RenderedText, limit: int) -> RenderedText:
     """Return the row cut to `limit` characters, or the row itself if it is shorter."""
     if sum(len(segment.text) for segment in row.segments) <= limit:
         return row

@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.sources.formats import FORMATS, RowFormat, find_format, read_row
-from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.chat_template import Template, build_template
 from wegeft_cli.data.text.templates import AUTO, CHAT, render_row
+from wegeft_cli.data.text.tokenizer import Encoder
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 
 @dataclass(frozen=True)
-class SourceForm:
+class RowRenderer:
     """Renders the rows of one source as text.
 
     Args:
         row_format: The fields of a row.
         columns: The format's field -> the file's column, where they differ.
         template: The template.
-        is_talk: Whether rows are conversations.
+        is_conversation: Whether rows are conversations.
         loss_on: Which part of the text is learned.
     """
 
     row_format: RowFormat
     columns: Mapping[str, str]
     template: Template
-    is_talk: bool
+    is_conversation: bool
     loss_on: str
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -40,13 +41,23 @@ class SourceForm:
         return read_row(row, self.row_format, self.columns)
 
     def _check_kind(self, prompt: Any) -> None:
-        if prompt is not None and isinstance(prompt, list) != self.is_talk:
+        if prompt is not None and isinstance(prompt, list) != self.is_conversation:
             kinds = ("text", "a list of messages")
             raise UserError(
-                f"`prompt` must be {kinds[self.is_talk]}, as in the first row; got {prompt!r:.60}"
+                f"`prompt` must be {kinds[self.is_conversation]}, as in the first row; "
+                f"got {prompt!r:.60}"
             )
 
-    def render(self, fields: Mapping[str, Any], *, max_characters: int) -> Rendered:
+    @property
+    def length_below(self) -> int | None:
+        """The corpus's rule: rows of this number of tokens or more are excluded."""
+        return self.row_format.corpus.length_below if self.row_format.corpus else None
+
+    def max_characters(self, encoder: Encoder, max_length: int) -> int:
+        """Return after how many characters text cannot affect the tokens that are kept."""
+        return encoder.count_characters(max(max_length, self.length_below or 0))
+
+    def render(self, fields: Mapping[str, Any], *, max_characters: int) -> RenderedText:
         """Render a row's fields as text; text after `max_characters` will be cut.
 
         Raise UserError if the template does not fit, with `key` if the error concerns all rows.
@@ -60,26 +71,26 @@ class SourceForm:
         )
 
 
-def build_form(
+def build_renderer(
     source: DataSource,
     section: DataSection,
     first_row: Mapping[str, Any],
     *,
     tokenizer: Any,
     recipe_dir: Path | None,
-) -> SourceForm:
+) -> RowRenderer:
     """Build the renderer of a source; its first row determines `auto`."""
     renames = source.columns or {}
     row_format = FORMATS[find_format(source.format, list(first_row), renames)]
     columns = row_format.find_columns(first_row, renames)
     prompt = first_row.get(columns.get("prompt", "prompt"))
-    is_pair_of_talks = "prompt" in row_format.fields and isinstance(prompt, list)
-    is_talk = row_format.template == CHAT or is_pair_of_talks
+    is_pair_of_conversations = "prompt" in row_format.fields and isinstance(prompt, list)
+    is_conversation = row_format.template == CHAT or is_pair_of_conversations
     name = section.template
     if name == AUTO:
-        name = CHAT if is_talk else row_format.template
+        name = CHAT if is_conversation else row_format.template
     template = build_template(name, tokenizer, recipe_dir)
-    return SourceForm(row_format, columns, template, is_talk, section.loss_on)
+    return RowRenderer(row_format, columns, template, is_conversation, section.loss_on)
 
 
 def add_key(fault: UserError, key: str) -> UserError:

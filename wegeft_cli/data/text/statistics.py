@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from wegeft_cli.data.text.encode import EncodedDataset, EncodeReport
+from wegeft_cli.data.text.encode import EncodedDataset, EncodeStatistics
 from wegeft_cli.data.text.templates import template_hash
 from wegeft_cli.recipe.schema import DataSource
 
 
 @dataclass(frozen=True)
-class DataReport:
+class DataStatistics:
     """Statistics of the training data.
 
     Args:
@@ -61,7 +61,7 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class SourceReport:
+class SourceStatistics:
     """Statistics of one source.
 
     Args:
@@ -79,7 +79,7 @@ class SourceReport:
 
     source: DataSource
     template: tuple[str, str]
-    encoded: EncodeReport
+    encoded: EncodeStatistics
     num_rows: int
     sha256: str | None = None
     num_filtered: int = 0
@@ -89,14 +89,14 @@ class SourceReport:
     places: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_report(
+def compute_statistics(
     train: EncodedDataset,
     validation: EncodedDataset | None,
-    sources: Sequence[SourceReport],
-    validation_sources: Sequence[SourceReport],
+    sources: Sequence[SourceStatistics],
+    validation_sources: Sequence[SourceStatistics],
     *,
     max_length: int,
-) -> DataReport:
+) -> DataStatistics:
     """Compute the statistics of the data from those of its sources."""
     lengths = train.lengths
     median, high = np.percentile(lengths, [50, 95], method="inverted_cdf")
@@ -104,7 +104,7 @@ def build_report(
     digests = list(templates.values())
     encoded = [source.encoded for source in sources]
     everything = (*sources, *validation_sources)
-    return DataReport(
+    return DataStatistics(
         num_rows=len(train),
         num_tokens=int(lengths.sum()),
         num_label_tokens=int(train.label_counts.sum()),
@@ -114,17 +114,19 @@ def build_report(
         num_boundary_merged=sum(each.num_boundary_merged for each in encoded),
         num_filtered=sum(source.num_filtered for source in sources),
         lengths={"p50": int(median), "p95": int(high), "max": int(lengths.max())},
-        sources=[_tell_source(each) for each in sources],
-        validation_sources=[_tell_source(each) for each in validation_sources],
+        sources=[_describe_source(each) for each in sources],
+        validation_sources=[_describe_source(each) for each in validation_sources],
         template=", ".join(templates),
         template_hash=digests[0] if len(digests) == 1 else template_hash("\n".join(digests)),
-        warnings=[sentence for each in everything for sentence in _tell_warnings(each, max_length)],
+        warnings=[
+            sentence for each in everything for sentence in _source_warnings(each, max_length)
+        ],
         num_from_cache=sum(each.from_cache for each in everything),
         streaming=any(source.streaming for source in sources),
     )
 
 
-def _tell_source(part: SourceReport) -> dict[str, Any]:
+def _describe_source(part: SourceStatistics) -> dict[str, Any]:
     return {
         "path": part.source.path,
         "rows": None if part.streaming else part.num_rows,
@@ -132,13 +134,13 @@ def _tell_source(part: SourceReport) -> dict[str, Any]:
     }
 
 
-def list_reasons(part: SourceReport, limit: str) -> Iterator[str]:
+def list_reasons(part: SourceStatistics, limit: str) -> Iterator[str]:
     """Yield why rows hold nothing to learn: their number, the reason, and a location."""
     for count, why, place in _find_reasons(part, limit):
         yield f"{count} {why}{place}"
 
 
-def _find_reasons(part: SourceReport, limit: str) -> Iterator[tuple[int, str, str]]:
+def _find_reasons(part: SourceStatistics, limit: str) -> Iterator[tuple[int, str, str]]:
     counts = {
         "empty": (part.encoded.num_empty, "with an empty completion"),
         "unmarked": (
@@ -156,7 +158,7 @@ def _find_reasons(part: SourceReport, limit: str) -> Iterator[tuple[int, str, st
             yield count, why, f" ({which} is {place})" if place else ""
 
 
-def _tell_warnings(part: SourceReport, max_length: int) -> Iterator[str]:
+def _source_warnings(part: SourceStatistics, max_length: int) -> Iterator[str]:
     report = part.encoded
     head = f"{part.source.path}: "
     total = f"{'the first ' if part.streaming else ''}{part.num_rows} rows"

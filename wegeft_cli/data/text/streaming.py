@@ -12,10 +12,10 @@ import numpy as np
 
 from wegeft_cli.data.batches.shuffle import shuffled
 from wegeft_cli.data.sources.loading import stream_rows
-from wegeft_cli.data.text.chat_rendering import Rendered
-from wegeft_cli.data.text.encode import DROPPED, EncodedRow, EncodeReport, encode_each
-from wegeft_cli.data.text.row_renderer import SourceForm, add_key, build_form
-from wegeft_cli.data.text.statistics import SourceReport, list_reasons
+from wegeft_cli.data.text.chat_rendering import RenderedText
+from wegeft_cli.data.text.encode import DROPPED, EncodedRow, EncodeStatistics, encode_each
+from wegeft_cli.data.text.row_renderer import RowRenderer, add_key, build_renderer
+from wegeft_cli.data.text.statistics import SourceStatistics, list_reasons
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
 from wegeft_cli.errors import UserError, raise_all
@@ -59,7 +59,7 @@ class RowStream:
         groups = [[each] for each in sources] if weights else [list(sources)]
         shares = [weight / sum(weights) for weight in weights] or [1.0]
         self._chains = [
-            Chain(
+            ShuffleBuffer(
                 group,
                 number=number,
                 share=share,
@@ -108,7 +108,7 @@ class RowStream:
 
     def _fill(self) -> None:
         """Tokenize the next rows, at most up to the end of a pass."""
-        drawn: list[tuple[Chain, Drawn, list[dict[str, int]]]] = []
+        drawn: list[tuple[ShuffleBuffer, SourceRow, list[dict[str, int]]]] = []
         ended = None
         while len(drawn) < CHUNK_ROWS and ended is None:
             chain = self._find_next_chain()
@@ -130,7 +130,7 @@ class RowStream:
             if len(self._chains) == 1:
                 self._ready.append(None)
 
-    def _find_next_chain(self) -> Chain:
+    def _find_next_chain(self) -> ShuffleBuffer:
         total = sum(chain.taken for chain in self._chains) + 1
         return max(self._chains, key=lambda chain: chain.share * total - chain.taken)
 
@@ -147,10 +147,12 @@ def open_source(
         first_row = next(rows, None)
         if first_row is None:
             raise UserError("there are no rows", file=source.path)
-        form = build_form(source, section, first_row, tokenizer=tokenizer, recipe_dir=recipe_dir)
+        renderer = build_renderer(
+            source, section, first_row, tokenizer=tokenizer, recipe_dir=recipe_dir
+        )
     except UserError as fault:
         raise add_key(fault, key) from fault.__cause__
-    return StreamedSource(source, form, key, recipe_dir)
+    return StreamedSource(source, renderer, key, recipe_dir)
 
 
 def open_stream(
@@ -183,7 +185,7 @@ _BLOCK_STREAM = 3 << 62
 _CHAIN_SHIFT, _PASS_SHIFT = 48, 32
 
 
-class Drawn(NamedTuple):
+class SourceRow(NamedTuple):
     """A row of a file, with its source and location."""
 
     source: StreamedSource
@@ -196,37 +198,37 @@ class StreamedSource:
 
     Args:
         source: The recipe's entry.
-        form: The renderer of its rows.
+        renderer: The renderer of its rows.
         key: The recipe's key.
         recipe_dir: Folder of the recipe, for relative paths.
     """
 
     def __init__(
-        self, source: DataSource, form: SourceForm, key: str, recipe_dir: Path | None
+        self, source: DataSource, renderer: RowRenderer, key: str, recipe_dir: Path | None
     ) -> None:
         self.source = source
-        self.form = form
+        self.renderer = renderer
         self.key = key
         self.num_rows = 0
-        self.encoded = EncodeReport()
+        self.encoded = EncodeStatistics()
         self.places: dict[str, str] = {}
         self._recipe_dir = recipe_dir
 
-    def rows(self, skip: int) -> Iterator[Drawn | None]:
+    def rows(self, skip: int) -> Iterator[SourceRow | None]:
         """Read the rows once; the first `skip` are None."""
         try:
             for place, value in stream_rows(self.source, recipe_dir=self._recipe_dir, skip=skip):
-                yield None if value is None else Drawn(self, place, value)
+                yield None if value is None else SourceRow(self, place, value)
         except UserError as fault:
             raise add_key(fault, self.key) from fault.__cause__
 
-    def render(self, row: Drawn, max_characters: int) -> Rendered:
+    def render(self, row: SourceRow, max_characters: int) -> RenderedText:
         """Render a row as text."""
         try:
-            fields = self.form.read(row.value)
+            fields = self.renderer.read(row.value)
             if fields is None:
                 raise ValueError(f"a corpus cannot be streamed: {self.source}")
-            return self.form.render(fields, max_characters=max_characters)
+            return self.renderer.render(fields, max_characters=max_characters)
         except UserError as fault:
             if fault.key is None:
                 fault.file = row.place
@@ -239,10 +241,10 @@ class StreamedSource:
         self.encoded = self.encoded.add(row, self.num_rows)
         self.num_rows += 1
 
-    def report(self) -> SourceReport:
+    def report(self) -> SourceStatistics:
         """Return the statistics of the rows so far."""
-        template = (self.form.template.name, self.form.template.digest)
-        return SourceReport(
+        template = (self.renderer.template.name, self.renderer.template.digest)
+        return SourceStatistics(
             self.source,
             template,
             self.encoded,
@@ -252,7 +254,7 @@ class StreamedSource:
         )
 
 
-class Chain:
+class ShuffleBuffer:
     """Sources read one after the other, pass after pass, through a shuffle buffer.
 
     Args:
@@ -291,7 +293,7 @@ class Chain:
         self.num_kept = 0
         self._rows = self._read_pass(self._row)
 
-    def take(self) -> Drawn | None:
+    def take(self) -> SourceRow | None:
         """Return the next row, or None at the end of a pass."""
         drawn = next(self._rows, None)
         if drawn is None:
@@ -318,7 +320,7 @@ class Chain:
         self.is_whole_pass = True
         self.num_kept = 0
 
-    def _read_pass(self, row: int) -> Iterator[Drawn]:
+    def _read_pass(self, row: int) -> Iterator[SourceRow]:
         size = self._buffer_size
         if size is None:
             yield from self._read_sources(row)
@@ -332,7 +334,7 @@ class Chain:
             buffer.clear()  # before the next block is read: only one is held
             block, done = block + 1, 0
 
-    def _read_sources(self, skip: int) -> Iterator[Drawn]:
+    def _read_sources(self, skip: int) -> Iterator[SourceRow]:
         for source in self._sources:
             for drawn in source.rows(skip):
                 if drawn is None:

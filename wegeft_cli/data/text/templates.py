@@ -13,7 +13,7 @@ from typing import Any
 from wegeft_cli.data.text.chat_rendering import (
     ApplyChatTemplate,
     Message,
-    Rendered,
+    RenderedText,
     Segment,
     render_chat,
 )
@@ -137,7 +137,7 @@ def render_row(
     loss_on: str,
     apply_chat_template: ApplyChatTemplate | None = None,
     max_characters: int | None = None,
-) -> Rendered:
+) -> RenderedText:
     """Render a row as text and mark its learned parts.
 
     Args:
@@ -181,7 +181,7 @@ def render_row(
     if "text" in row:
         if template != "plain":
             raise _misfit("text", template, "auto")
-        return Rendered((Segment(row["text"], True),))
+        return RenderedText((Segment(row["text"], True),))
     return _render_pair(row, pair, template, loss_on)
 
 
@@ -208,7 +208,7 @@ def _pair_fields(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _render_pair(
     row: Mapping[str, Any], template: PairTemplate, name: str, loss_on: str
-) -> Rendered:
+) -> RenderedText:
     instruction, extra, output = _pair_fields(row)
     form = template.prompt
     if extra.strip():
@@ -223,7 +223,7 @@ def _render_pair(
     # The values go in by one call: braces inside a row are never read as fields.
     prompt = form.format(instruction=instruction, input=extra)
     completion = template.completion.format(output=output)
-    return Rendered((Segment(prompt, loss_on == "all"), Segment(completion, True)))
+    return RenderedText((Segment(prompt, loss_on == "all"), Segment(completion, True)))
 
 
 def _as_messages(row: Mapping[str, Any]) -> list[Message]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from wegeft_cli.data.text.chat_rendering import Rendered, Segment
+from wegeft_cli.data.text.chat_rendering import RenderedText, Segment
 
 SPARE_TOKENS = 2
 """Tokens that are encoded beyond the kept ones, so that the cut text does not affect those."""
@@ -34,7 +34,7 @@ class Encoder(NamedTuple):
         longest_token: Characters of its longest token.
     """
 
-    encode: Callable[[Sequence[Rendered]], Iterator[Tokens]]
+    encode: Callable[[Sequence[RenderedText]], Iterator[Tokens]]
     bos: int | None
     eos: int | None
     longest_token: int
@@ -68,11 +68,11 @@ def _boundaries(segments: Sequence[Segment]) -> list[int]:
     return [*flips, position] if trained else flips
 
 
-def _build_fast(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Tokens]]:
+def _build_fast(tokenizer: Any) -> Callable[[Sequence[RenderedText]], Iterator[Tokens]]:
     """Build an encoder that finds boundaries by the tokenizer's own character offsets."""
     backend = copy_backend(tokenizer)
 
-    def encode(rows: Sequence[Rendered]) -> Iterator[Tokens]:
+    def encode(rows: Sequence[RenderedText]) -> Iterator[Tokens]:
         texts = [row.text for row in rows]
         encodings = backend.encode_batch(texts, add_special_tokens=rows[0].add_special_tokens)
         for row, text, encoding in zip(rows, texts, encodings, strict=True):
@@ -139,14 +139,14 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _build_slow(tokenizer: Any) -> Callable[[Sequence[Rendered]], Iterator[Tokens]]:
+def _build_slow(tokenizer: Any) -> Callable[[Sequence[RenderedText]], Iterator[Tokens]]:
     """Build an encoder without offsets: boundaries are where the ids of prefixes differ."""
 
-    def ids_of(text: str, row: Rendered) -> list[int]:
+    def ids_of(text: str, row: RenderedText) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=row.add_special_tokens)["input_ids"]
         return ids
 
-    def encode(rows: Sequence[Rendered]) -> Iterator[Tokens]:
+    def encode(rows: Sequence[RenderedText]) -> Iterator[Tokens]:
         for row in rows:
             text = row.text
             whole = ids_of(text, row)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.sources.loading import load_rows, stream_rows
-from wegeft_cli.data.text.chat_rendering import Rendered
+from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.encode import EncodedRow, encode_each
-from wegeft_cli.data.text.row_renderer import add_key, build_form
+from wegeft_cli.data.text.row_renderer import add_key, build_renderer
 from wegeft_cli.data.text.tokenizer import build_encoder, copy_backend
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSource, Recipe
@@ -98,32 +98,30 @@ class RowWalker:
 
     def _walk(
         self, position: int, number: int
-    ) -> Iterator[tuple[str, int | None, EncodedRow, Rendered]]:
+    ) -> Iterator[tuple[str, int | None, EncodedRow, RenderedText]]:
         """Tokenise row by row: place, number, tokens and text."""
         source, section = self._section.train[position], self._section
         form = None
         try:
             for place, row in _read_rows(source, self._recipe_dir, streaming=section.streaming):
                 if form is None:
-                    form = build_form(
+                    form = build_renderer(
                         source,
                         section,
                         row,
                         tokenizer=self._tokenizer,
                         recipe_dir=self._recipe_dir,
                     )
-                corpus = form.row_format.corpus
-                below = corpus.length_below if corpus is not None else None
                 fields = form.read(row)
                 if fields is None:
                     continue
-                longest = self._encoder.count_characters(max(section.max_length, below or 0))
+                longest = form.max_characters(self._encoder, section.max_length)
                 rendered = form.render(fields, max_characters=longest)
                 (encoded,) = encode_each(
                     [rendered],
                     encoder=self._encoder,
                     max_length=section.max_length,
-                    length_below=below,
+                    length_below=form.length_below,
                 )
                 yield place, number if encoded.is_kept else None, encoded, rendered
                 number += encoded.is_kept
@@ -131,7 +129,12 @@ class RowWalker:
             raise add_key(fault, f"data.train[{position}]") from None
 
     def _describe(
-        self, position: int, place: str, number: int | None, encoded: EncodedRow, rendered: Rendered
+        self,
+        position: int,
+        place: str,
+        number: int | None,
+        encoded: EncodedRow,
+        rendered: RenderedText,
     ) -> PreviewRow:
         return PreviewRow(
             source=self._section.train[position].path,
@@ -191,7 +194,7 @@ class RowSplitter:
         self._backend = copy_backend(tokenizer) if tokenizer.is_fast else None
         self._specials = set(tokenizer.all_special_ids)
 
-    def split(self, encoded: EncodedRow, rendered: Rendered) -> list[TokenPiece]:
+    def split(self, encoded: EncodedRow, rendered: RenderedText) -> list[TokenPiece]:
         """Give a piece for each token.
 
         Args:
@@ -215,7 +218,7 @@ class RowSplitter:
             pieces.append(TokenPiece(number, text, bool(learned), special, merged))
         return pieces
 
-    def _find_spans(self, ids: list[int], rendered: Rendered) -> list[tuple[int, int] | None]:
+    def _find_spans(self, ids: list[int], rendered: RenderedText) -> list[tuple[int, int] | None]:
         """Give the characters of each token; none where the tokenizer or the row's end adds it."""
         unknown: list[tuple[int, int] | None] = [None] * len(ids)
         if self._backend is None:
@@ -236,7 +239,7 @@ class RowSplitter:
         return told + unknown[len(told) :]
 
 
-def _find_edges(rendered: Rendered) -> list[int]:
+def _find_edges(rendered: RenderedText) -> list[int]:
     """Give the characters where learned and unlearned text meet."""
     segments = [segment for segment in rendered.segments if segment.text]
     ends = itertools.accumulate(len(segment.text) for segment in segments)

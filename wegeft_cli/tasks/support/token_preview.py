@@ -11,7 +11,7 @@ from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.batches.text import build_source
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
-from wegeft_cli.data.text.statistics import SourceReport
+from wegeft_cli.data.text.statistics import SourceStatistics
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.loading import load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe
@@ -114,7 +114,7 @@ def preview_tokens(loaded: LoadedRecipe, num_rows: int, row: int | None) -> Toke
 
 def _choose_rows(
     recipe: Recipe,
-    sources: Sequence[SourceReport],
+    sources: Sequence[SourceStatistics],
     tokenizer: Any,
     recipe_dir: Path,
     num_rows: int,
@@ -141,7 +141,7 @@ def _choose_rows(
     return shown
 
 
-def _describe_source(source: SourceReport) -> dict[str, Any]:
+def _describe_source(source: SourceStatistics) -> dict[str, Any]:
     name, digest = source.template
     encoded = source.encoded
     return {
