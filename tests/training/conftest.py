@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loop_hooks import LoopHooks
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +21,7 @@ from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optimizer import build_optimizer
 from wegeft_cli.training.scheduler import build_schedule
 from wegeft_cli.training.snapshot import Snapshot
-from wegeft_cli.training.trainer import LoopHooks, LoopResult, LoopSettings, run_loop
+from wegeft_cli.training.trainer import LoopResult, LoopSettings, Trainer
 
 Row = tuple[np.ndarray, np.ndarray]
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -149,7 +151,7 @@ def run(make_source) -> Callable[..., LoopResult]:
         **settings: Any,
     ) -> LoopResult:
         source = source or make_source()
-        model.to(Processes.single().device)
+        model.to(Processes.join(timedelta(minutes=10)).device)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(
             optim,
@@ -166,7 +168,7 @@ def run(make_source) -> Callable[..., LoopResult]:
             warmup_steps=warmup_steps,
             options=schedule_args,
         )
-        return run_loop(
+        trainer = Trainer(
             model,
             parameters,
             CausalLoss(model),
@@ -174,10 +176,10 @@ def run(make_source) -> Callable[..., LoopResult]:
             rates,
             source,
             LoopSettings(**{"max_grad_norm": 0.0, **settings}),
-            processes=Processes.single(),
-            resume_from=resume_from,
-            hooks=hooks,
+            Processes.join(timedelta(minutes=10)),
+            callbacks=[] if hooks is None else [hooks.to_callback()],
         )
+        return trainer.fit(resume_from)
 
     return run_
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from wegeft_cli.training.trainer import LoopHooks
+from loop_hooks import LoopHooks
 
 # A sum of a few float32 products against the same in double precision.
 ROUNDING = 1e-6

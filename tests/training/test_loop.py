@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from loop_hooks import LoopHooks
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.training.trainer import LoopHooks
 
 # Sums of the same float64 numbers in another order; the loss itself rounds each logit to float32,
 # the same way however the rows are cut, but for the odd logit that lies on the edge.

@@ -4,12 +4,12 @@ from typing import get_args
 
 import pytest
 import torch
+from loop_hooks import LoopHooks
 from torch import nn
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Optimizer
 from wegeft_cli.training.optimizer import build_optimizer, check_optimizer, list_optimizer_options
-from wegeft_cli.training.trainer import LoopHooks
 
 CPU = torch.device("cpu")
 PEAK = 0.3

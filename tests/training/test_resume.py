@@ -5,6 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
+from loop_hooks import LoopHooks
 
 from wegeft_cli.artifacts.checkpoint import load_checkpoint, save_checkpoint
 from wegeft_cli.distributed.processes import Processes
@@ -13,7 +14,6 @@ from wegeft_cli.recipe.schema import Optimizer, Scheduler
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.scheduler import build_schedule
 from wegeft_cli.training.snapshot import Progress, Snapshot, capture_snapshot, restore_snapshot
-from wegeft_cli.training.trainer import LoopHooks
 
 NUM_STEPS, STOP = 7, 4
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from loop_hooks import LoopHooks
 
 from wegeft_cli.errors import MachineError
-from wegeft_cli.training.trainer import LoopHooks
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01}
 

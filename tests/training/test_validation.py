@@ -5,10 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from loop_hooks import LoopHooks
 
 from wegeft_cli.training.snapshot import Progress
-from wegeft_cli.training.trainer import LoopHooks
-from wegeft_cli.training.validation import note_best
+from wegeft_cli.training.validation import update_best
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.02}
 
@@ -205,5 +205,5 @@ def test_what_is_not_finite_is_never_the_best(greater, unsound):
     progress = Progress()
     for step, value in enumerate([unsound, None, 2.0, unsound, 2.0], start=1):
         progress.step = step
-        note_best(progress, value, greater)
+        update_best(progress, value, greater)
     assert (progress.best_step, progress.best_metric, progress.num_bad_evals) == (3, 2.0, 2)

@@ -13,7 +13,7 @@ from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs import train as train_module
 from wegeft_cli.runs.callbacks import trackers
-from wegeft_cli.runs.callbacks.listener import RunListener
+from wegeft_cli.runs.callbacks.run_files import RunFilesCallback
 from wegeft_cli.runs.train import train
 
 # The first validation stays the best; two steps make a line, so that the last has none.
@@ -70,15 +70,15 @@ def test_a_finished_run_asked_again_tells_the_same(write_recipe, files_in):
 
 def test_a_run_that_goes_on_takes_back_how_it_ended(write_recipe, monkeypatch, read_run):
     recipe = write_recipe(train={"save_steps": 2})
-    on_metrics, run_dir = RunListener._on_metrics, recipe.parent / "runs" / "tiny"
+    on_log, run_dir = RunFilesCallback.on_log, recipe.parent / "runs" / "tiny"
 
-    def fail(self, metrics):
+    def fail(self, trainer, metrics):
         if metrics.step == 4:
             raise MachineError("the disk is gone")
-        on_metrics(self, metrics)
+        on_log(self, trainer, metrics)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunListener, "_on_metrics", fail)
+        patched.setattr(RunFilesCallback, "on_log", fail)
         with pytest.raises(MachineError):
             train(recipe)
     told = read_run(run_dir)
@@ -104,9 +104,9 @@ def test_a_base_still_on_a_hub_is_compared_once_it_is_loaded(
     fingerprint = read_run(run_dir)["base_fingerprint"]
     find, load, is_here = begin.find_base_folder, train_module.load_base, []
 
-    def load_it(recipe):
+    def load_it(section, **options):
         is_here.append(True)
-        return load(recipe)
+        return load(section, **options)
 
     monkeypatch.setattr(train_module, "load_base", load_it)
     monkeypatch.setattr(begin, "find_base_folder", lambda *args: find(*args) if is_here else None)

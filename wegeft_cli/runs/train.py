@@ -20,15 +20,21 @@ from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_method, build_model
-from wegeft_cli.runs.callbacks.listener import RunListener
-from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.runs.callbacks.checkpoints import CheckpointCallback
+from wegeft_cli.runs.callbacks.progress import ProgressCallback
+from wegeft_cli.runs.callbacks.run_files import RunFilesCallback
+from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
+from wegeft_cli.runs.callbacks.skipped_steps import SkippedStepsCallback
+from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
+from wegeft_cli.runs.callbacks.validation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.describe import describe_end, describe_settings, describe_start
 from wegeft_cli.runs.finalize import recall_adapter_step, recall_result, write_adapter
 from wegeft_cli.runs.resume_rules import keep_recipe
 from wegeft_cli.runs.start import Start, begin_run, check_disk, check_start, may_go_on, note_base
 from wegeft_cli.tasks.registry import find_task
+from wegeft_cli.training.callbacks import Callback, StopCallback
 from wegeft_cli.training.snapshot import Snapshot
-from wegeft_cli.training.trainer import LoopResult, run_loop
+from wegeft_cli.training.trainer import LoopResult, Trainer
 
 
 @dataclass(frozen=True)
@@ -196,22 +202,26 @@ def _run(
     source, checkpoint = inputs.source, start.checkpoint
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(recipe, parameters, source.num_steps)
-    loss = find_task(recipe.task).loss(model, recipe)
+    task = find_task(recipe.task)
+    loss = task.loss(model, recipe)
     method, training_loss = build_method(model, recipe, loss, source.num_steps)
     with reporter.progress("training", source.num_steps) as advance:
-        listener = RunListener(
-            model,
-            recipe,
-            inputs,
-            loss,
-            folder,
-            trackers,
-            processes,
-            should_stop,
-            reporter,
-            advance,
-        )
-        return run_loop(
+        callbacks: list[Callback] = [
+            StopCallback(should_stop),
+            ProgressCallback(advance, reporter),
+            RunFilesCallback(folder),
+            TrackersCallback(trackers),
+            SkippedStepsCallback(folder, inputs.tokenizer, reporter),
+            CheckpointCallback(folder, recipe.train),
+            TaskMetricsCallback(task, loss, inputs.head),
+        ]
+        if inputs.tasks:
+            callbacks.append(BenchmarksCallback(recipe, inputs, reporter, advance))
+        if inputs.prompts is not None:
+            callbacks.append(
+                SamplePromptsCallback(inputs.prompts, inputs.tokenizer, folder, trackers, reporter)
+            )
+        trainer = Trainer(
             model,
             parameters,
             training_loss,
@@ -219,11 +229,11 @@ def _run(
             schedule,
             source,
             settings,
-            processes=processes,
-            method=method,
-            resume_from=Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None,
-            hooks=listener.hooks(),
+            processes,
+            method,
+            callbacks,
         )
+        return trainer.fit(Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None)
 
 
 @contextmanager

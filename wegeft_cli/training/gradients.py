@@ -1,4 +1,4 @@
-"""Gradients between the backward pass and the optimizer: summed over processes, clipped, judged."""
+"""Sum gradients over processes, clip them, and check that they are finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.distributed.processes import Processes
 
-# Below this scale an overflow in fp16 is not the scale's doing.
+# Below this loss scale, an overflow in fp16 is not caused by the scale.
 _SMALLEST_SCALE = 1.0
 
 
@@ -22,22 +22,22 @@ def sum_gradients(
     stop: bool,
     is_cut: bool,
 ) -> tuple[float, bool, bool]:
-    """Sum the gradients over the processes, and with them the loss and the wish to stop.
+    """Sum gradients, loss and stop flags over the processes.
 
-    One flat float32 tensor, one collective: every process leaves with the same bits, so all stop
-    at the same step, and skip the same steps. A process whose micro-batches held no rows adds
-    zeros.
+    All of them are one flat float32 tensor in one collective. Every process gets the same bits, so
+    that all stop at the same step and skip the same steps. A process without batches adds zeros.
 
     Args:
-        parameters: What learns, in the same order on every process; gradients change in place.
+        parameters: The trained parameters, in the same order on every process; their gradients
+            change in place.
         loss_sum: This process's summed loss, a scalar.
-        processes: The processes of the run.
-        stop: Whether this process wants to stop.
-        is_cut: Whether it left passes of the step undone for that.
+        processes: The processes.
+        stop: Whether this process was asked to stop.
+        is_cut: Whether this process left passes of the step undone because of that.
 
     Returns:
-        The summed loss of all processes, whether any wants to stop, and whether any left passes
-        undone: the sums are then of a part of the step.
+        The summed loss of all processes, whether any was asked to stop, and whether any left passes
+        undone: the sums then cover a part of the step.
     """
     if processes.count == 1:
         return float(loss_sum), stop, is_cut
@@ -46,8 +46,8 @@ def sum_gradients(
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    wishes = torch.tensor([stop, is_cut], dtype=torch.float32, device=loss_sum.device)
-    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], wishes])
+    flags = torch.tensor([stop, is_cut], dtype=torch.float32, device=loss_sum.device)
+    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], flags])
     torch.distributed.all_reduce(flat)
     start = 0
     for grad in grads:
@@ -57,31 +57,21 @@ def sum_gradients(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
-    """Clip the global gradient norm in place.
-
-    Args:
-        parameters: What learns.
-        max_grad_norm: The largest norm; 0 switches clipping off.
-
-    Returns:
-        The norm before.
-    """
+    """Clip the global gradient norm in place (0: no clipping), and return the norm before."""
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     return float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
 
 
-def is_sound(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScaler) -> bool:
-    """Tell whether a step may be taken; equal on all processes, as its arguments are.
+def is_finite_step(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScaler) -> bool:
+    """Return whether a step may be taken; equal on all processes, as the arguments are.
+
+    The loss scaler handles a gradient that overflows by lowering its scale. It cannot handle a loss
+    that is not finite, because the loss is computed before it is scaled.
 
     Args:
         loss_sum: The step's summed loss over all processes.
-        grad_norm: Its gradient's norm, unscaled.
+        grad_norm: The norm of its unscaled gradient.
         scaler: The loss scaler, enabled or not.
-
-    Returns:
-        False if the loss or the gradient is not finite and no loss scaler mends that.
     """
-    # The scaler mends a gradient that overflows, by a smaller scale, but no loss: that is not
-    # scaled where it is looked at.
-    mends = scaler.is_enabled() and scaler.get_scale() >= _SMALLEST_SCALE
-    return math.isfinite(loss_sum) and (mends or math.isfinite(grad_norm))
+    can_rescale = scaler.is_enabled() and scaler.get_scale() >= _SMALLEST_SCALE
+    return math.isfinite(loss_sum) and (can_rescale or math.isfinite(grad_norm))

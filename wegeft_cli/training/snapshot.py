@@ -100,7 +100,7 @@ def capture_snapshot(
         schedule: Its schedule.
         scaler: The loss scaler, enabled or not.
         progress: The counters.
-        processes: The processes of the run: each process draws its own dropout.
+        processes: The processes: each process draws its own dropout.
         average: The moving average of the parameters, where one is kept.
         method: The method's own state, where it has one.
         source: The batches' own state, a JSON object.
@@ -174,7 +174,7 @@ def restore_snapshot(
         optimizer: A fresh optimizer over them.
         schedule: A fresh schedule; of a run that is prolonged, the longer one, which then rules.
         scaler: A fresh scaler.
-        processes: The processes of the run.
+        processes: The processes.
         average: A fresh average, if the snapshot's run kept one.
         method: The method's fresh state, if it has one.
 
@@ -223,7 +223,7 @@ def restore_snapshot(
     return progress
 
 
-def check_agreement(
+def check_replicas_equal(
     step: int, parameters: Mapping[str, nn.Parameter], processes: Processes
 ) -> None:
     """Stop a run whose processes hold different factors, or stand at different steps.
@@ -231,7 +231,7 @@ def check_agreement(
     Args:
         step: Optimizer steps done.
         parameters: What learns.
-        processes: The processes of the run; with one process there is nothing to compare.
+        processes: The processes; with one process there is nothing to compare.
 
     Raises:
         MachineError: If the processes disagree; nothing is saved then.

@@ -1,9 +1,8 @@
-"""The training loop, to be read from top to bottom."""
+"""The training loop. Start reading at `Trainer.fit`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,53 +18,53 @@ from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.training.activation_offload import offload_activations
+from wegeft_cli.training.callbacks import Callback
 from wegeft_cli.training.ema import ParameterAverage
-from wegeft_cli.training.gradients import clip_gradients, is_sound, sum_gradients
-from wegeft_cli.training.metrics import StepMetrics
+from wegeft_cli.training.gradients import clip_gradients, is_finite_step, sum_gradients
+from wegeft_cli.training.metrics import StepMetrics, Stopwatch
 from wegeft_cli.training.mixed_precision import autocast
 from wegeft_cli.training.snapshot import (
     MethodState,
     Progress,
     Snapshot,
     capture_snapshot,
-    check_agreement,
+    check_replicas_equal,
     restore_snapshot,
 )
-from wegeft_cli.training.validation import ValidationStopped, mean_loss, measure, note_best
-
-__all__ = [
-    "Batch",
-    "LoopHooks",
-    "LoopResult",
-    "LoopSettings",
-    "BatchSource",
-    "run_loop",
-]
+from wegeft_cli.training.validation import (
+    ValidationStopped,
+    check_stop,
+    mean_loss,
+    measure,
+    update_best,
+)
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The loop's numbers.
+    """Settings of the training loop.
 
     Args:
-        max_grad_norm: Largest global gradient norm; 0 switches clipping off.
+        max_grad_norm: Largest global gradient norm; 0 turns clipping off.
         mixed_precision: none, bf16 or fp16.
-        logging_steps: A line of metrics every so many steps.
-        eval_steps: Validation every so many steps; 0: only after the last.
-        save_steps: Checkpoint every so many steps; 0: only when stopped and after the last.
-        early_stopping_patience: Stop after so many validations without improvement; None: never.
-        max_skipped_steps: More steps than these, or than half of all steps, with a loss or
-            gradient that is not finite end the run; up to so many are skipped.
-        ema_decay: Keep a moving average of what learns, with this decay; None: none.
-        check_steps: Compare what learns over the processes every so many steps; 0: only at saves.
-        seed: Of what a forward pass draws at random.
-        activation_offload: Keep activations in the host's memory until the backward pass.
-        metric_for_best_model: The watched metric of a validation; one that does not measure it
-            neither betters nor worsens anything.
-        greater_is_better: Whether that metric is to rise.
-        save_best: Save at each validation that is the best so far, due or not.
-        save_before_validation: Save ahead of each validation too: one that takes long is then all
-            that a kill in it costs.
+        logging_steps: Steps between two lines of metrics.
+        eval_steps: Steps between two validations; 0: one validation after the last step.
+        save_steps: Steps between two checkpoints; 0: one after the last step or at a stop.
+        early_stopping_patience: Stop after this number of validations without improvement; None:
+            never.
+        max_skipped_steps: Steps with a loss or gradient that is not finite, which are skipped. More
+            of them, or more than half of all steps, end the run.
+        ema_decay: Decay of a moving average of the trained parameters; None: no average.
+        check_steps: Steps between two comparisons of the trained parameters across processes; 0:
+            they are compared at saves only.
+        seed: Seed of the random numbers of forward passes.
+        activation_offload: Keep activations in host memory until the backward pass.
+        metric_for_best_model: Metric used for model selection; validations that do not report it
+            are ignored.
+        greater_is_better: Whether a higher value of that metric is better.
+        save_best: Save after each validation that is the best so far, whether a save is due or not.
+        save_before_validation: Save before each validation as well, so that a kill during a long
+            validation costs only the validation.
     """
 
     max_grad_norm: float = 1.0
@@ -86,47 +85,16 @@ class LoopSettings:
 
 
 @dataclass
-class LoopHooks:
-    """What the outside does at the loop's events.
-
-    Args:
-        on_step: Called after every step that was done, with the step and its loss per labelled
-            token.
-        on_skip: Called after every step that was skipped, with the step, its loss per labelled
-            token and its gradient norm.
-        on_metrics: Called with each line of metrics.
-        evaluate: Called at a validation on every process, with the step; gives metrics beside
-            the validation loss. The model is in eval mode and holds the average where one is
-            kept; what is drawn at random here does not change the training. It may raise
-            `ValidationStopped` on all processes.
-        on_validation: Called with the step and all metrics of the validation.
-        on_save: Called with the step, a snapshot to keep, and whether the best validation so far
-            is this step's.
-        should_stop: Asked between the forward passes of a step, after each step, and between the
-            batches of a validation; true saves and leaves. A step or a validation that was cut is
-            done whole when the run goes on.
-    """
-
-    on_step: Callable[[int, float], None] = lambda step, loss: None
-    on_skip: Callable[[int, float, float], None] = lambda step, loss, grad_norm: None
-    on_metrics: Callable[[StepMetrics], None] = lambda metrics: None
-    evaluate: Callable[[int], dict[str, float]] = lambda step: {}
-    on_validation: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    on_save: Callable[[int, Snapshot, bool], None] = lambda step, snapshot, is_best: None
-    should_stop: Callable[[], bool] = lambda: False
-
-
-@dataclass
 class LoopResult:
     """How the loop ended.
 
     Args:
         status: finished or interrupted.
-        num_steps: Optimizer steps done in all, the skipped ones included.
-        final_loss: Mean loss of the last line of metrics, or since then where steps followed it.
-        validation: Step -> metrics of its validation, of those done now.
-        stopped_early: Whether patience ran out.
-        best_step: Step of the best validation of the whole run, None without one.
+        num_steps: Optimizer steps of the whole run, skipped ones included.
+        final_loss: Mean loss of the last line of metrics, or since then if steps followed it.
+        validation: Step -> metrics of its validation, for the validations of this process.
+        stopped_early: Whether the patience ran out.
+        best_step: Step of the best validation of the whole run; None without one.
         best_metric: Its value of the watched metric.
         num_skipped: Steps skipped in the whole run.
     """
@@ -141,244 +109,349 @@ class LoopResult:
     num_skipped: int = 0
 
 
-def run_loop(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    loss_function: Callable[[nn.Module, Any], Tensor],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    source: BatchSource,
-    settings: LoopSettings,
-    *,
-    processes: Processes,
-    method: MethodState | None = None,
-    resume_from: Snapshot | None = None,
-    hooks: LoopHooks | None = None,
-) -> LoopResult:
-    """Train.
+@dataclass
+class Trainer:
+    """Trains a model.
 
-    A step's gradient is that of `sum of the losses of all labelled tokens / their number`, over all
-    micro-batches and processes: accumulation and data parallelism are exact for unequal lengths.
-    The model is not wrapped; each process keeps the base, or its share of it, and the gradients of
-    `parameters` are summed in one collective per step, which is right for parameters shared by many
-    layers.
+    The gradient of a step is that of `sum of the losses of all labeled tokens / their number`, over
+    all micro-batches and processes: accumulation and data parallelism are exact for unequal
+    lengths. The model is not wrapped. Each process keeps the base, or its share of it, and one
+    collective per step sums the gradients of `parameters`, which is correct for parameters that
+    layers share.
 
-    A step whose loss or gradient is not finite is skipped: it counts as a step, moves neither the
-    parameters nor the optimizer, the schedule or the average, and its loss is in no mean.
+    A step whose loss or gradient is not finite is skipped: it counts as a step, but changes neither
+    the parameters nor the optimizer, the schedule or the average, and its loss enters no mean.
 
     Args:
-        model: The model on its device. Where an average is kept, it holds it in the end.
-        parameters: What learns, by name; the same on every process.
+        model: The model on its device.
+        parameters: The trained parameters by name; the same on every process.
         loss_function: (model, batch) -> summed loss of the batch.
-        optimizer: Over `parameters`; its first group's rate is the one that is told.
-        schedule: Of the optimizer.
+        optimizer: Optimizer of `parameters`; the first group's learning rate is reported.
+        scheduler: Learning rate scheduler of the optimizer.
         source: The batches.
-        settings: The numbers.
-        processes: The processes of the run.
-        method: What the method does after each step, where it does something.
-        resume_from: Where to go on.
-        hooks: What the outside does.
-
-    Returns:
-        How it ended.
-
-    Raises:
-        MachineError: If more steps had to be skipped than may be.
+        settings: The settings.
+        processes: The processes.
+        method: What the method does after each step, if anything.
+        callbacks: Called in this order at each event.
     """
-    hooks = hooks or LoopHooks()
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16")
-    decay = settings.ema_decay
-    average = None if decay is None else ParameterAverage(parameters, decay)
-    progress = Progress()
-    if resume_from is not None:
-        progress = restore_snapshot(
-            resume_from, parameters, optimizer, schedule, scaler, processes,
-            average=average, method=method,
-        )  # fmt: skip
-        source.seek(progress.step, resume_from.state.get("source", {}))
-    # Where most steps move nothing, what is left at the end is not what was asked for.
-    max_skipped_steps = min(settings.max_skipped_steps, source.num_steps // 2)
-    patience = settings.early_stopping_patience
-    result = LoopResult("finished", progress.step, progress.last_loss)
-    result.stopped_early = patience is not None and progress.num_bad_evals >= patience
-    check_agreement(progress.step, parameters, processes)
 
-    shares_base = is_sharded(model)
-    saved_step = progress.step if resume_from is not None else None
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    loss_function: Callable[[nn.Module, Any], Tensor]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    source: BatchSource
+    settings: LoopSettings
+    processes: Processes
+    method: MethodState | None = None
+    callbacks: Sequence[Callback] = ()
 
-    def offloaded() -> AbstractContextManager[Any]:
-        return offload_activations(model) if settings.activation_offload else nullcontext()
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self.validation: dict[int, dict[str, float]] = {}
+        self._scaler = torch.amp.GradScaler(
+            self.processes.device.type, enabled=self.settings.mixed_precision == "fp16"
+        )
+        decay = self.settings.ema_decay
+        self._average = None if decay is None else ParameterAverage(self.parameters, decay)
+        self._is_sharded = is_sharded(self.model)
+        self._saved_step: int | None = None
+        self._stop = False
+        self._learning_rate = 0.0
+        self._stopwatch = Stopwatch()
 
-    def own_batches(step: int) -> Iterable[Batch]:
-        batches = source.micro_batches(step)
-        return pad_to_lockstep(batches, processes) if shares_base else batches
+    def fit(self, resume_from: Snapshot | None = None) -> LoopResult:
+        """Train to the last step, to the end of the patience, or until a callback asks to stop.
 
-    def is_asked() -> bool:
-        # Where a pass is all processes', all leave together; else the one that was asked leaves,
-        # and the sum of the gradients tells the others.
-        return processes.any(hooks.should_stop()) if shares_base else hooks.should_stop()
+        Args:
+            resume_from: The state to resume from.
 
-    def save() -> None:
-        nonlocal saved_step
-        saved_step = progress.step
-        check_agreement(progress.step, parameters, processes)
-        snapshot = capture_snapshot(
-            parameters, optimizer, schedule, scaler, progress, processes,
-            average=average, method=method, source=source.state_at(progress.step),
-        )  # fmt: skip
-        hooks.on_save(progress.step, snapshot, progress.best_step == progress.step)
+        Returns:
+            How it ended. The model holds the average, if there is one.
 
-    def validation_loss() -> float | None:
-        with autocast(processes.device.type, settings.mixed_precision):
-            batches = source.validation_batches()
-            return mean_loss(model, loss_function, batches, processes, hooks.should_stop)
+        Raises:
+            MachineError: If too many steps had to be skipped, or the processes disagree.
+        """
+        self.restore(resume_from)
+        self.finish_pending_validation()
+        self.model.train()
+        self._stopwatch.restart()
+        while not (self.is_done or self._stop):
+            loss_sum = self.forward_backward()
+            if loss_sum is None:
+                self.leave_step()
+                break
+            self.update(loss_sum)
+            self.log_if_due()
+            with self._stopwatch.paused():
+                self.validate_and_save_if_due()
+        return self.finish()
 
-    def validate() -> bool:
-        nonlocal saved_step
-        try:
-            metrics = measure(
-                model, validation_loss, lambda: hooks.evaluate(progress.step), average, processes
-            )
-        except ValidationStopped:
-            return False
-        progress.validation_due = False
-        saved_step = None  # what was saved ahead of it does not tell of it
-        if not metrics:
-            return False
-        result.validation[progress.step] = metrics
-        watched = metrics.get(settings.metric_for_best_model)
-        note_best(progress, watched, settings.greater_is_better)
-        hooks.on_validation(progress.step, metrics)
-        result.stopped_early = patience is not None and progress.num_bad_evals >= patience
-        return True
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
 
-    if progress.validation_due:  # the run was stopped or killed in it
-        validate()
-        save()
-    model.train()
-    last_line = time.perf_counter()
-    steps_since, tokens_since = 0, 0
-    stop = progress.validation_due
-    while progress.step < source.num_steps and not result.stopped_early and not stop:
-        step = progress.step
-        num_labels = source.num_label_tokens(step)
-        own_loss_sum = torch.zeros((), device=processes.device)
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the patience ran out."""
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.progress.num_bad_evals >= patience
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the last step is done."""
+        return self.step == self.source.num_steps
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left to do."""
+        return self.stopped_early or self.step >= self.source.num_steps
+
+    def should_stop(self) -> bool:
+        """Return whether a callback asks this process to stop."""
+        return any(callback.should_stop() for callback in self.callbacks)
+
+    def check_stop(self) -> None:
+        """Raise `ValidationStopped` on every process if any was asked to stop; a collective."""
+        check_stop(self.should_stop, self.processes)
+
+    def restore(self, snapshot: Snapshot | None) -> None:
+        """Restore the state of a run and the position in its data."""
+        if snapshot is not None:
+            self.progress = restore_snapshot(
+                snapshot, self.parameters, self.optimizer, self.scheduler, self._scaler,
+                self.processes, average=self._average, method=self.method,
+            )  # fmt: skip
+            self.source.seek(self.step, snapshot.state.get("source", {}))
+            self._saved_step = self.step
+        check_replicas_equal(self.step, self.parameters, self.processes)
+
+    def finish_pending_validation(self) -> None:
+        """Repeat the validation during which the run was stopped or killed."""
+        if self.progress.validation_due:
+            self.validate()
+            self.save()
+        self._stop = self.progress.validation_due
+
+    def forward_backward(self) -> float | None:
+        """Accumulate a step's gradient; return its summed loss, or None if it was interrupted."""
+        num_labels = self.source.num_label_tokens(self.step)
+        own_loss_sum = torch.zeros((), device=self.processes.device)
         is_cut = False
-        for number, batch in enumerate(own_batches(step)):
-            is_cut = number > 0 and is_asked()
+        for number, batch in enumerate(self._micro_batches()):
+            is_cut = number > 0 and self._is_stop_requested()
             if is_cut:
                 break
-            place = number * processes.count + processes.rank
-            seed_forward(settings.seed, step, place)
-            with autocast(processes.device.type, settings.mixed_precision), offloaded():
-                summed = loss_function(model, batch.to(processes.device))
-            scaler.scale(summed / num_labels).backward()
+            number_of_all = number * self.processes.count + self.processes.rank
+            seed_forward(self.settings.seed, self.step, number_of_all)
+            with self._autocast(), self._offload():
+                summed = self.loss_function(self.model, batch.to(self.processes.device))
+            self._scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
-        loss_sum, stop, is_cut = sum_gradients(
-            parameters.values(), own_loss_sum, processes,
-            stop=is_cut or hooks.should_stop(), is_cut=is_cut,
+        loss_sum, self._stop, is_cut = sum_gradients(
+            self.parameters.values(), own_loss_sum, self.processes,
+            stop=is_cut or self.should_stop(), is_cut=is_cut,
         )  # fmt: skip
-        if is_cut:  # nothing has moved yet: the run that goes on does this step from its start
-            optimizer.zero_grad(set_to_none=True)
-            if saved_step != progress.step:
-                save()
-            break
-        learning_rate = float(schedule.get_last_lr()[0])
-        scaler.unscale_(optimizer)
-        grad_norm = clip_gradients(parameters.values(), settings.max_grad_norm)
-        scale = scaler.get_scale()
-        progress.step += 1
-        if is_sound(loss_sum, grad_norm, scaler):
-            scaler.step(optimizer)
-            scaler.update()
-            if scaler.get_scale() >= scale:
-                # A step that overflowed in fp16 moved nothing: the rate waits, as in transformers.
-                schedule.step()
-                if average is not None:
-                    average.update()
-                if method is not None:
-                    method.after_step(progress.step)
-            progress.loss_sum += loss_sum
-            progress.label_tokens += num_labels
-            progress.grad_norm = grad_norm
-            hooks.on_step(progress.step, loss_sum / num_labels)
+        return None if is_cut else loss_sum
+
+    def leave_step(self) -> None:
+        """Discard an interrupted step: the parameters have not changed, so a resume repeats it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._saved_step != self.step:
+            self.save()
+
+    def update(self, loss_sum: float) -> None:
+        """Apply the step's gradient, or skip the step if it is not finite."""
+        step = self.step
+        num_labels, num_tokens = self.source.num_label_tokens(step), self.source.num_tokens(step)
+        self._learning_rate = float(self.scheduler.get_last_lr()[0])
+        self._scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.parameters.values(), self.settings.max_grad_norm)
+        self.progress.step += 1
+        if is_finite_step(loss_sum, grad_norm, self._scaler):
+            self._apply_gradient()
+            self.progress.loss_sum += loss_sum
+            self.progress.label_tokens += num_labels
+            self.progress.grad_norm = grad_norm
+            for callback in self.callbacks:
+                callback.on_step(self, loss_sum / num_labels)
         else:
-            scaler.update(scale)  # forgets this step's gradients, and leaves the scale as it was
-            progress.num_skipped += 1
-            hooks.on_skip(progress.step, loss_sum / num_labels, grad_norm)
-            if progress.num_skipped > max_skipped_steps:
-                raise _diverged(progress, loss_sum / num_labels, grad_norm)
-        optimizer.zero_grad(set_to_none=True)
-        if method is not None and progress.step == source.num_steps:
-            method.finish()
-        if _is_due(progress.step, settings.check_steps):
-            check_agreement(progress.step, parameters, processes)
-        progress.num_tokens += source.num_tokens(step)
-        steps_since, tokens_since = steps_since + 1, tokens_since + source.num_tokens(step)
-        is_last = progress.step == source.num_steps
+            self._skip_step(loss_sum / num_labels, grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.method is not None and self.is_last_step:
+            self.method.finish()
+        if _is_due(self.step, self.settings.check_steps):
+            check_replicas_equal(self.step, self.parameters, self.processes)
+        self.progress.num_tokens += num_tokens
+        self._stopwatch.add_step(num_tokens)
 
-        # Not at a stop: the unfinished line's sums are saved, so that a resumed run writes the
-        # lines of a run that was never stopped. And not where all steps since were skipped.
-        if progress.label_tokens and (is_last or _is_due(progress.step, settings.logging_steps)):
-            seconds = time.perf_counter() - last_line
-            progress.last_loss = progress.loss_sum / progress.label_tokens
-            progress.loss_sum, progress.label_tokens = 0.0, 0
-            hooks.on_metrics(
-                StepMetrics(
-                    step=progress.step,
-                    epoch=source.epoch_at(progress.step),
-                    loss=progress.last_loss,
-                    learning_rate=learning_rate,
-                    grad_norm=progress.grad_norm,
-                    num_tokens=progress.num_tokens,
-                    tokens_per_second=tokens_since / seconds,
-                    step_seconds=seconds / steps_since,
-                    peak_memory_gib=measure_peak_memory_gib(processes.device),
-                )
-            )
-            last_line, steps_since, tokens_since = time.perf_counter(), 0, 0
+    def log_if_due(self) -> None:
+        """Report a line of metrics.
 
-        pause = time.perf_counter()
+        Not at a stop: the sums of the unfinished line are saved, so that a resumed run writes the
+        same lines as a run that was not stopped. And not if all steps since then were skipped.
+        """
+        progress = self.progress
+        is_due = self.is_last_step or _is_due(self.step, self.settings.logging_steps)
+        if not (progress.label_tokens and is_due):
+            return
+        progress.last_loss = progress.loss_sum / progress.label_tokens
+        progress.loss_sum, progress.label_tokens = 0.0, 0
+        tokens_per_second, step_seconds = self._stopwatch.read()
+        metrics = StepMetrics(
+            step=self.step,
+            epoch=self.source.epoch_at(self.step),
+            loss=progress.last_loss,
+            learning_rate=self._learning_rate,
+            grad_norm=progress.grad_norm,
+            num_tokens=progress.num_tokens,
+            tokens_per_second=tokens_per_second,
+            step_seconds=step_seconds,
+            peak_memory_gib=measure_peak_memory_gib(self.processes.device),
+        )
+        for callback in self.callbacks:
+            callback.on_log(self, metrics)
+        self._stopwatch.restart()
+
+    def validate_and_save_if_due(self) -> None:
+        """Validate and save when it is due, and save at a stop and after the last step."""
+        settings, is_last = self.settings, self.is_last_step
         saved = validated = False
-        if is_last or _is_due(progress.step, settings.eval_steps):
-            progress.validation_due = True
-            if is_last or stop or settings.save_before_validation:
-                save()  # what a validation takes or breaks must not cost the run
+        if is_last or _is_due(self.step, settings.eval_steps):
+            self.progress.validation_due = True
+            if is_last or self._stop or settings.save_before_validation:
+                self.save()  # a validation that fails or is killed must not cost the run
                 saved = True
-            validated = validate()
-            stop = stop or progress.validation_due
-        is_new_best = validated and progress.best_step == progress.step
-        due = stop or is_last or result.stopped_early or _is_due(progress.step, settings.save_steps)
-        if (due and (validated or not saved)) or (is_new_best and settings.save_best):
-            save()
-        # What validations and checkpoints take is no step's time.
-        last_line += time.perf_counter() - pause
-    is_done = result.stopped_early or progress.step >= source.num_steps
-    if progress.validation_due or not is_done:
-        result.status = "interrupted"
-    if average is not None:
-        average.write()
-    result.num_steps = progress.step
-    result.final_loss = progress.last_loss
-    if progress.label_tokens:
-        result.final_loss = progress.loss_sum / progress.label_tokens
-    result.best_step, result.best_metric = progress.best_step, progress.best_metric
-    result.num_skipped = progress.num_skipped
-    return result
+            validated = self.validate()
+            self._stop = self._stop or self.progress.validation_due
+        is_new_best = validated and self.progress.best_step == self.step
+        is_due = self._stop or self.is_done or _is_due(self.step, settings.save_steps)
+        if (is_due and (validated or not saved)) or (is_new_best and settings.save_best):
+            self.save()
+
+    def validate(self) -> bool:
+        """Validate, and return whether there are metrics; none if the run was asked to stop."""
+        try:
+            metrics = measure(
+                self.model, self._validation_loss, self._further_metrics, self._average,
+                self.processes,
+            )  # fmt: skip
+        except ValidationStopped:
+            return False
+        self.progress.validation_due = False
+        self._saved_step = None  # a snapshot from before the validation lacks its result
+        if not metrics:
+            return False
+        self.validation[self.step] = metrics
+        watched = metrics.get(self.settings.metric_for_best_model)
+        update_best(self.progress, watched, self.settings.greater_is_better)
+        for callback in self.callbacks:
+            callback.on_validated(self, metrics)
+        return True
+
+    def save(self) -> None:
+        """Let the callbacks store a snapshot of the run."""
+        self._saved_step = self.step
+        check_replicas_equal(self.step, self.parameters, self.processes)
+        snapshot = capture_snapshot(
+            self.parameters, self.optimizer, self.scheduler, self._scaler, self.progress,
+            self.processes, average=self._average, method=self.method,
+            source=self.source.state_at(self.step),
+        )  # fmt: skip
+        for callback in self.callbacks:
+            callback.on_save(self, snapshot, self.progress.best_step == self.step)
+
+    def finish(self) -> LoopResult:
+        """Put the average into the model, if there is one, and return how the loop ended."""
+        if self._average is not None:
+            self._average.write()
+        progress = self.progress
+        loss = progress.last_loss
+        if progress.label_tokens:
+            loss = progress.loss_sum / progress.label_tokens
+        return LoopResult(
+            status="finished" if self.is_done and not progress.validation_due else "interrupted",
+            num_steps=progress.step,
+            final_loss=loss,
+            validation=self.validation,
+            stopped_early=self.stopped_early,
+            best_step=progress.best_step,
+            best_metric=progress.best_metric,
+            num_skipped=progress.num_skipped,
+        )
+
+    def _micro_batches(self) -> Iterable[Batch]:
+        batches = self.source.micro_batches(self.step)
+        return pad_to_lockstep(batches, self.processes) if self._is_sharded else batches
+
+    def _is_stop_requested(self) -> bool:
+        """Return whether to leave the step here.
+
+        If a forward pass needs all processes, all leave together. Otherwise the one that was asked
+        leaves, and the others learn of it when the gradients are summed.
+        """
+        stop = self.should_stop()
+        return self.processes.any(stop) if self._is_sharded else stop
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self.processes.device.type, self.settings.mixed_precision)
+
+    def _offload(self) -> AbstractContextManager[Any]:
+        offload = self.settings.activation_offload
+        return offload_activations(self.model) if offload else nullcontext()
+
+    def _apply_gradient(self) -> None:
+        scale = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._scaler.get_scale() < scale:
+            # The gradient overflowed in fp16 and nothing moved: as in transformers, neither does
+            # the learning rate.
+            return
+        self.scheduler.step()
+        if self._average is not None:
+            self._average.update()
+        if self.method is not None:
+            self.method.after_step(self.step)
+
+    def _skip_step(self, loss: float, grad_norm: float) -> None:
+        self._scaler.update(self._scaler.get_scale())  # discards the gradients, keeps the scale
+        self.progress.num_skipped += 1
+        for callback in self.callbacks:
+            callback.on_skipped_step(self, loss, grad_norm)
+        # A run that skips most of its steps does not train.
+        limit = min(self.settings.max_skipped_steps, self.source.num_steps // 2)
+        if self.progress.num_skipped > limit:
+            raise _divergence_error(self.progress, loss, grad_norm)
+
+    def _validation_loss(self) -> float | None:
+        with self._autocast():
+            batches = self.source.validation_batches()
+            return mean_loss(
+                self.model, self.loss_function, batches, self.processes, self.should_stop
+            )
+
+    def _further_metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for callback in self.callbacks:
+            if metrics:  # what took time was done: leave before the next callback does more
+                self.check_stop()
+            metrics.update(callback.on_validate(self))
+        return metrics
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _diverged(progress: Progress, loss: float, grad_norm: float) -> MachineError:
+def _divergence_error(progress: Progress, loss: float, grad_norm: float) -> MachineError:
     earlier = progress.num_skipped - 1
     skipped = f" ({earlier} earlier steps were skipped)" if earlier else ""
     return MachineError(
         f"training diverged at step {progress.step}: loss {loss}, gradient norm {grad_norm}"
         + skipped,
-        hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio; the run's "
-        "folder skipped/ holds the rows of each such step, in case they are at fault, and "
-        "train.max_skipped_steps is how many are borne; checkpoints written before this step are "
-        "whole",
+        hint="lower train.learning_rate or adapter.alpha, or raise train.warmup_ratio. The run's "
+        "folder skipped/ contains the rows of each such step. train.max_skipped_steps is the "
+        "number of steps that may be skipped. Checkpoints from before this step are valid",
     )

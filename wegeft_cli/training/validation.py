@@ -1,4 +1,4 @@
-"""Validation: figures of the model as it would be kept, and which of them is the best so far."""
+"""Validation: metrics of the model as it would be saved, and which validation is the best."""
 
 from __future__ import annotations
 
@@ -17,20 +17,12 @@ from wegeft_cli.training.ema import ParameterAverage
 from wegeft_cli.training.snapshot import Progress
 
 
-class ValidationStopped(Exception):  # noqa: N818 - a way out, no error
-    """Someone asked for a stop while a validation was under way; raised on all processes alike."""
+class ValidationStopped(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop during a validation; raised on all processes alike."""
 
 
 def check_stop(should_stop: Callable[[], bool], processes: Processes) -> None:
-    """Leave a validation if a process was asked to stop.
-
-    Args:
-        should_stop: Whether this process was.
-        processes: The processes of the run; all processes call this at the same place.
-
-    Raises:
-        ValidationStopped: If any was, on every process.
-    """
+    """Raise `ValidationStopped` on every process if any was asked to stop; a collective."""
     if processes.any(should_stop()):
         raise ValidationStopped
 
@@ -42,23 +34,23 @@ def measure(
     average: ParameterAverage | None,
     processes: Processes,
 ) -> dict[str, float]:
-    """Take a validation's figures; training goes on as if it had not happened.
+    """Compute the metrics of a validation without any effect on the training that follows.
 
     Args:
-        model: The model; in eval mode meanwhile, with the average's weights where there is one.
-        measure_loss: Gives the validation loss, or None where there are no validation rows.
-        evaluate: Gives further metrics; called on every process.
-        average: The moving average of what learns.
-        processes: The processes of the run.
+        model: The model; it is in eval mode meanwhile, with the average's weights if there is one.
+        measure_loss: Returns the validation loss, or None without validation rows.
+        evaluate: Returns further metrics; called on every process.
+        average: The moving average of the trained parameters.
+        processes: The processes.
 
     Returns:
         Metric -> value, equal on all processes; empty if there is nothing to measure.
 
     Raises:
-        ValidationStopped: If the loss or the further metrics were left for a stop.
+        ValidationStopped: If the run was asked to stop meanwhile.
     """
     averaged = nullcontext() if average is None else average.swapped_in()
-    with averaged, _kept_random_state(processes.device), torch.no_grad():
+    with averaged, _preserved_random_state(processes.device), torch.no_grad():
         model.eval()
         try:
             loss = measure_loss()
@@ -66,7 +58,7 @@ def measure(
             metrics.update(evaluate())
         finally:
             model.train()
-    # The best step and early stopping are decided by these values, equally on every process.
+    # The processes decide by these values which step is best and when the patience ends.
     return processes.broadcast(metrics)
 
 
@@ -77,22 +69,19 @@ def mean_loss(
     processes: Processes,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Give the mean loss per labelled token over all processes.
+    """Return the mean loss per labeled token over all processes, or None without such a token.
 
     Args:
         model: The model, in eval mode, under the autocast of the caller.
         loss_function: (model, batch) -> summed loss of the batch.
         batches: This process's share.
-        processes: The processes of the run.
-        should_stop: Asked between two batches.
-
-    Returns:
-        The mean; None where no token is labelled on any process.
+        processes: The processes.
+        should_stop: Called between two batches.
 
     Raises:
-        ValidationStopped: If a stop was asked for.
+        ValidationStopped: If the run was asked to stop.
     """
-    loss_sum, num_labels = 0.0, 0.0
+    loss_sum, num_labels = 0.0, 0
     in_step = pad_to_lockstep if is_sharded(model) else in_lockstep
     for number, batch in enumerate(in_step(batches, processes)):
         if number:
@@ -101,17 +90,17 @@ def mean_loss(
             continue
         loss_sum += float(loss_function(model, batch.to(processes.device)))
         num_labels += batch.num_label_tokens
-    loss_sum, num_labels = processes.sum(loss_sum, num_labels)
-    return loss_sum / num_labels if num_labels > 0 else None
+    loss_sum, total_labels = processes.sum(loss_sum, num_labels)
+    return loss_sum / total_labels if total_labels > 0 else None
 
 
-def note_best(progress: Progress, value: float | None, greater_is_better: bool) -> None:
-    """Count a validation as the best so far, or as one without improvement.
+def update_best(progress: Progress, value: float | None, greater_is_better: bool) -> None:
+    """Record a validation as the best so far, or as one without improvement.
 
     Args:
-        progress: The counters; its step is the validation's.
-        value: The watched metric; None, where it was not measured, changes nothing. What is not
-            finite betters nothing, and is bettered by everything.
+        progress: The counters at the validation's step.
+        value: The watched metric. None, where it was not measured, changes nothing. A value that
+            is not finite is never an improvement.
         greater_is_better: Whether higher is better.
     """
     if value is None:
@@ -125,7 +114,7 @@ def note_best(progress: Progress, value: float | None, greater_is_better: bool) 
 
 
 @contextmanager
-def _kept_random_state(device: torch.device) -> Iterator[None]:
+def _preserved_random_state(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,53 +1,78 @@
-"""Prompts that the model answers while it learns: `logging.sample_prompts`."""
+"""Prompts that the model answers during training: `logging.sample_prompts`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.inference.prompt_format import SamplePrompts
+from wegeft_cli.reporter import Reporter
+from wegeft_cli.runs.callbacks.trackers import Trackers
+from wegeft_cli.training.callbacks import Callback
+from wegeft_cli.training.trainer import Trainer
+
+_SHOWN = 60
+"""Characters of a prompt or an answer that the terminal shows."""
 
 
-def answer_prompts(
-    model: Any,
-    tokenizer: Any,
-    asked: SamplePrompts,
-    *,
-    is_main: bool,
-    check_stop: Callable[[], None],
-) -> list[tuple[str, str]]:
-    """Let the model answer, greedily, in the first process; the others wait for it.
+class SamplePromptsCallback(Callback):
+    """Generates answers at each validation, and writes them to the run's files and trackers.
 
-    Where the base is shared they answer too, since each pass is all processes'.
-
-    Args:
-        model: The model on its device.
-        tokenizer: Its tokenizer.
-        asked: The prompts.
-        is_main: Whether this is the first process.
-        check_stop: Called between two batches, on all processes at the same place.
-
-    Returns:
-        (prompt as in the recipe, answer) of each; nothing in the other processes.
+    The first process generates greedily and the others wait for it. They generate as well where the
+    base is sharded, because each forward pass then needs all processes.
     """
-    answers: list[str] = []
-    shares_base = is_sharded(model)
-    for start in range(0, len(asked.texts), asked.batch_size):
-        if start:
-            check_stop()
-        if is_main or shares_base:
-            answers += generate_texts(
-                model,
-                tokenizer,
-                Prompts(
-                    asked.texts[start : start + asked.batch_size],
-                    add_special_tokens=asked.add_special_tokens,
-                    end_of_turn_ids=asked.end_of_turn_ids,
-                ),
-                Decoding(asked.max_new_tokens),
-                batch_size=asked.batch_size,
-            ).new_texts
-    return list(zip(asked.prompts, answers, strict=True)) if is_main else []
+
+    def __init__(
+        self,
+        prompts: SamplePrompts,
+        tokenizer: Any,
+        directory: RunDirectory,
+        trackers: Trackers,
+        reporter: Reporter,
+    ) -> None:
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        self._directory = directory
+        self._trackers = trackers
+        self._reporter = reporter
+
+    def on_validate(self, trainer: Trainer) -> dict[str, float]:
+        """Generate the answers; they are no metrics."""
+        answers = self._generate(trainer)
+        if trainer.processes.is_main:
+            samples = list(zip(self._prompts.prompts, answers, strict=True))
+            self._directory.append_samples(trainer.step, samples)
+            self._trackers.log_samples(samples, trainer.step)
+            for prompt, output in samples:
+                self._reporter.note(
+                    f"step {trainer.step}: {_shorten(prompt)} -> {_shorten(output)}"
+                )
+        return {}
+
+    def _generate(self, trainer: Trainer) -> list[str]:
+        answers: list[str] = []
+        prompts, generates = self._prompts, trainer.processes.is_main or is_sharded(trainer.model)
+        for start in range(0, len(prompts.texts), prompts.batch_size):
+            if start:
+                trainer.check_stop()
+            if generates:
+                answers += generate_texts(
+                    trainer.model,
+                    self._tokenizer,
+                    Prompts(
+                        prompts.texts[start : start + prompts.batch_size],
+                        add_special_tokens=prompts.add_special_tokens,
+                        end_of_turn_ids=prompts.end_of_turn_ids,
+                    ),
+                    Decoding(prompts.max_new_tokens),
+                    batch_size=prompts.batch_size,
+                ).new_texts
+        return answers
+
+
+def _shorten(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _SHOWN else flat[: _SHOWN - 1] + "…"

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from wegeft_cli.redaction import mask_secrets
+from wegeft_cli.training.callbacks import Callback
+from wegeft_cli.training.metrics import StepMetrics
+from wegeft_cli.training.trainer import Trainer
 
 _MAX_REASON = 160
 """Longest error message of a tracker in a warning, in characters."""
@@ -243,3 +246,19 @@ def _as_markdown(samples: Sequence[Sample]) -> str:
 def _as_code(text: str) -> str:
     """Format a text as a Markdown code block, indented by four spaces."""
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+class TrackersCallback(Callback):
+    """Sends each line of metrics and each validation to the trackers."""
+
+    def __init__(self, trackers: Trackers) -> None:
+        self._trackers = trackers
+
+    def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """Send the metrics."""
+        values = metrics.to_json()
+        self._trackers.log(values, values.pop("step"))
+
+    def on_validated(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Send the metrics of the validation."""
+        self._trackers.log(metrics, trainer.step)
