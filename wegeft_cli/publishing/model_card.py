@@ -14,21 +14,12 @@ from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.redaction import mask_secrets
+from wegeft_cli.tasks.base import Task
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
-
-_AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "image_classification": "AutoModelForImageClassification",
-}
-_PIPELINE_TAGS = {
-    "causal_lm": "text-generation",
-    "sequence_classification": "text-classification",
-    "image_classification": "image-classification",
-}
 
 
 @dataclass(frozen=True)
@@ -55,9 +46,9 @@ class CardFacts:
         return not Path(self.base).expanduser().exists() and self.base.count("/") <= 1
 
     @property
-    def task(self) -> str:
-        """The name of the recipe's task; causal_lm without a recipe."""
-        return "causal_lm" if self.recipe is None else self.recipe.task
+    def task(self) -> Task:
+        """The recipe's task, or the default task without a recipe."""
+        return find_task((self.recipe or Recipe()).task)
 
     def find_license(self) -> tuple[str | None, bool]:
         """Return the license in the base's card, and whether the base has a license file."""
@@ -84,8 +75,7 @@ def write_card(
     """
     facts = CardFacts(recipe.model.name_or_path, recipe.model.revision, recipe)
     method = find_method(recipe.adapter.type)
-    is_classifier = _AUTO_CLASSES[recipe.task] != "AutoModelForCausalLM"
-    needs_package = method.needs_package or is_classifier
+    needs_package = method.needs_package or facts.task.has_head
     return _render(
         "adapter",
         facts,
@@ -168,14 +158,15 @@ def _render(
         base_model=facts.base if facts.is_on_hub else None,  # the hub refuses paths
         license=license_name,
         library_name=library,
-        pipeline_tag=_PIPELINE_TAGS[facts.task],
+        pipeline_tag=facts.task.pipeline_tag,
         tags=list(tags),
     )
     texts = [(_TEMPLATES / f"{name}.md.jinja").read_text("utf-8") for name in (template, "end")]
     shared = {
         "base": facts.base,
         "version": VERSION,
-        "auto_class": _AUTO_CLASSES[facts.task],
+        "auto_class": facts.task.auto_class,
+        "has_head": facts.task.has_head,
         "license": license_name,
         "has_license_file": has_license_file,
         "recipe": _recipe_text(facts),
