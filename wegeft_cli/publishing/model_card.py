@@ -162,7 +162,7 @@ def _render(
         tags=list(tags),
     )
     texts = [(_TEMPLATES / f"{name}.md.jinja").read_text("utf-8") for name in (template, "end")]
-    shared = {
+    shared: dict[str, Any] = {
         "base": facts.base,
         "version": VERSION,
         "auto_class": facts.task.auto_class,
