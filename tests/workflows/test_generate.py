@@ -251,7 +251,7 @@ def test_each_turn_goes_on_behind_what_was_read_with_the_adapter_on_and_off(
     )
     asked: dict[str, list[int]] = {"kept": [], "all": []}
     for number, tuned in enumerate([True, True, False, True, False, False]):
-        fresh.forget_readings()
+        fresh.clear_prefix_caches()
         seen.clear()
         question = f"question {number}"
         reply = kept.ask(question, tuned=tuned)

@@ -1,4 +1,4 @@
-"""Two results of `wegeft eval` on the same rows: which is better, and whether it may be chance."""
+"""`wegeft compare`: two results of `wegeft eval` on the same rows, with a paired test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wegeft_cli.storage.atomic import disk_errors
 from wegeft_cli.storage.json_files import parse_json
 
 _SAME = ("template_hash", "data_sha256", "n")
-_TOLD = ("base_fingerprint", "base_quantization", "adapter_fingerprint", "generation")
+_REPORTED = ("base_fingerprint", "base_quantization", "adapter_fingerprint", "generation")
 
 
 def compare_scores(
@@ -23,17 +23,7 @@ def compare_scores(
     a: Sequence[Mapping[str, Any]],
     b: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Compare two models' samples of one task.
-
-    Args:
-        task: The task's name.
-        protocol: The protocol's name.
-        a: Samples with `index` and `correct`.
-        b: The same rows', by the other model.
-
-    Returns:
-        task, protocol, and what `compare_paired` finds.
-    """
+    """Return task, protocol and the paired test of two models' samples (`index`, `correct`)."""
     verdicts = [{sample["index"]: bool(sample["correct"]) for sample in side} for side in (a, b)]
     return {"task": task, "protocol": protocol, **asdict(compare_paired(*verdicts))}
 
@@ -41,11 +31,10 @@ def compare_scores(
 def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
     """Compare two result files, task by task.
 
-    Only what was asked alike is compared: the same protocol, template, rows and settings. What only
-    one file has is named and left out.
+    Only results with the same protocol, template, rows and settings are compared.
 
     Args:
-        path_a: A file that `wegeft eval --output` wrote; its samples file must be there.
+        path_a: A file of `wegeft eval --output`; its samples file must exist.
         path_b: Another one.
 
     Returns:
@@ -54,8 +43,8 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
         neither right nor wrong), only_in_a, only_in_b.
 
     Raises:
-        UserError: If a file is no result, lost its samples, or nothing is in both; and where a
-            task was asked otherwise in the two.
+        UserError: If a file is no result, has lost its samples, or has nothing in common with the
+            other; and if a task's prompts or rows differ.
         ExceptionGroup: If there are several such faults.
     """
     results = [_read_results(path) for path in (path_a, path_b)]
@@ -84,10 +73,12 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
             continue
         if {row["index"] for row in rows_a} != {row["index"] for row in rows_b}:
             raise UserError(f"the samples of `{name[0]}` are of other rows", file=str(path_b))
-        told = compare_scores(*name, rows_a, rows_b)
-        told |= {"score_a": results[0][name]["score"], "score_b": results[1][name]["score"]}
-        differing = [key for key in _TOLD if results[0][name].get(key) != results[1][name].get(key)]
-        tasks.append({**told, "differs": differing})
+        compared = compare_scores(*name, rows_a, rows_b)
+        compared |= {"score_a": results[0][name]["score"], "score_b": results[1][name]["score"]}
+        differing = [
+            key for key in _REPORTED if results[0][name].get(key) != results[1][name].get(key)
+        ]
+        tasks.append({**compared, "differs": differing})
     return {
         "a": str(path_a),
         "b": str(path_b),
@@ -101,7 +92,7 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
 def _find_differences(
     name: tuple[str, str], a: Mapping[str, Any], b: Mapping[str, Any], path_b: Path
 ) -> list[UserError]:
-    """Tell what forbids a comparison: another test set, prompt, or number of rows."""
+    """Return an error for another test set, prompt, or number of rows."""
     words = {"template_hash": "prompt", "data_sha256": "test file", "n": "number of rows"}
     return [
         UserError(
@@ -117,7 +108,7 @@ def _find_differences(
 
 
 def _read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Give (task, protocol) -> result."""
+    """Return the results by (task, protocol)."""
     values = _read_object(path)
     rows = values.get("results")
     if not isinstance(rows, list) or not all(
@@ -137,14 +128,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """Read the samples that go with a result: where it says, or beside it."""
-    told = Path(str(_read_object(path).get("samples_path")))
-    for place in (path.with_name(told.name), told):
+    """Read the samples of a result: beside it, or at the recorded path."""
+    recorded = Path(str(_read_object(path).get("samples_path")))
+    for place in (path.with_name(recorded.name), recorded):
         if place.is_file():
             break
     else:
         raise UserError(
-            f"its samples file {str(told)!r} is gone: rows can only be compared with it",
+            f"its samples file {str(recorded)!r} is gone: rows can only be compared with it",
             file=str(path),
             key="samples_path",
             hint="put it beside the result, or score again",

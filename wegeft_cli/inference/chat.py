@@ -1,4 +1,4 @@
-"""A talk with a model: turn after turn, with its adapter on or off."""
+"""A conversation with a model, with its adapter enabled or disabled."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SETTINGS = ("temperature", *_NARROWS, "repetition_penalty", "max_new_tokens", "
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a turn.
+    """The answer of one turn.
 
     Args:
-        text: The answer, without white space around it.
+        text: The answer without surrounding white space.
         finish_reason: `stop`, `length`, or `interrupted`.
-        num_new_tokens: Tokens written; of an interrupted answer None.
-        seconds: How long it took.
-        num_left_out: Oldest messages that had no room in the model's context.
+        num_new_tokens: Number of generated tokens; None for an interrupted answer.
+        seconds: Duration.
+        num_left_out: Number of oldest messages without room in the model's context.
     """
 
     text: str
@@ -49,15 +49,15 @@ class Reply:
 
 @dataclass
 class Conversation:
-    """What was said so far, and how the next answer is made.
+    """The messages so far, and how the next answer is generated.
 
     Args:
         opened: The model.
-        form: In which form it is asked.
-        about: One line for the user: what answers.
-        decoding: How tokens are chosen; each answer draws from another stream.
+        form: The prompt format.
+        about: One line for the user about the model.
+        decoding: Decoding settings; each answer has its own random stream.
         system: The system message.
-        messages: The turns, user and assistant by turns.
+        messages: The turns, user and assistant alternately.
     """
 
     opened: OpenedTarget
@@ -67,8 +67,10 @@ class Conversation:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     _num_answers: int = 0
-    # What was read stays read, by the tuned model and by its base: each turn goes on behind it.
-    _readings: dict[bool, PrefixCache] = field(default_factory=lambda: defaultdict(PrefixCache))
+    # One of the adapted model and one of its base.
+    _prefix_caches: dict[bool, PrefixCache] = field(
+        default_factory=lambda: defaultdict(PrefixCache)
+    )
 
     @property
     def max_new_tokens(self) -> int:
@@ -83,22 +85,19 @@ class Conversation:
     def ask(
         self, question: str, *, tuned: bool = True, on_text: Callable[[str], None] | None = None
     ) -> Reply:
-        """Let the model answer after all that was said; nothing is kept of it yet.
+        """Generate the answer to a question after the messages so far; neither is stored yet.
 
-        A Ctrl-C ends the answer, not the talk.
+        Ctrl-C ends the answer, not the conversation.
 
         Args:
             question: The user's turn.
-            tuned: With the adapter; else the base alone.
-            on_text: Takes the answer piece by piece.
-
-        Returns:
-            The answer.
+            tuned: Whether the adapter is enabled.
+            on_text: Called with the answer piece by piece.
 
         Raises:
-            UserError: If the question alone is too long for the model's context, cannot be
-                written, or the form refuses it.
-            MachineError: If the memory does not do.
+            UserError: If the question alone is too long for the model's context, contains invalid
+                text, or the prompt format rejects it.
+            MachineError: If the memory does not suffice.
         """
         check_text("question", question)
         text, num_left_out = self._fit(question)
@@ -133,7 +132,7 @@ class Conversation:
                     ),
                     self.decoding,
                     events=GenerationEvents(on_text=take),
-                    prefix_cache=self._readings[tuned],
+                    prefix_cache=self._prefix_caches[tuned],
                     batch_size=1,
                 )
         except KeyboardInterrupt:
@@ -148,25 +147,21 @@ class Conversation:
         )
 
     def keep(self, question: str, reply: Reply) -> None:
-        """Make a question and its answer part of what was said."""
+        """Append a question and its answer to the messages."""
         self.messages.append({"role": "user", "content": question})
         self.messages.append({"role": "assistant", "content": reply.text})
 
     def reset(self) -> None:
-        """Forget what was said; the system message stays."""
+        """Remove all messages but the system message."""
         self.messages.clear()
-        self.forget_readings()
+        self.clear_prefix_caches()
 
-    def forget_readings(self) -> None:
-        """Let the next turn be read from its beginning, and give back the caches' memory."""
-        self._readings.clear()
+    def clear_prefix_caches(self) -> None:
+        """Free the prefix caches; the next turn is read from its beginning."""
+        self._prefix_caches.clear()
 
     def take_back(self) -> str | None:
-        """Forget the last question and its answer.
-
-        Returns:
-            The question; None if there is none.
-        """
+        """Remove the last question with its answer and return it; None without one."""
         if not self.messages:
             return None
         question = str(self.messages[-2]["content"])
@@ -174,13 +169,10 @@ class Conversation:
         return question
 
     def set_system(self, text: str | None) -> None:
-        """Set the system message, or with None take it away.
-
-        Args:
-            text: The message.
+        """Set the system message; None removes it.
 
         Raises:
-            UserError: If the form has no place for one, or refuses it.
+            UserError: If the prompt format has no place for one, or rejects it.
         """
         if text is not None:
             check_text("system", text)
@@ -188,7 +180,7 @@ class Conversation:
         self.system = text
 
     def set_value(self, key: str, text: str) -> None:
-        """Change one setting for the answers to come.
+        """Change one setting of the answers to come.
 
         Args:
             key: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
@@ -215,13 +207,10 @@ class Conversation:
         self.decoding = replace(self.decoding, **values)
 
     def save(self, path: Path) -> None:
-        """Write what was said as one row of `messages`, which `wegeft train` reads.
-
-        Args:
-            path: A file that is not there yet.
+        """Write the conversation as one row of `messages`, which `wegeft train` reads.
 
         Raises:
-            UserError: If nothing was said, or something stands there.
+            UserError: If there are no messages, or the file exists.
         """
         if not self.messages:
             raise UserError("nothing was said yet", key="/save")
@@ -241,7 +230,7 @@ class Conversation:
             )
 
     def _fit(self, question: str) -> tuple[str, int]:
-        """Write the prompt with as many of the last turns as the context has room for."""
+        """Render the prompt with as many of the last turns as fit into the context."""
         if not self.form.holds_turns:
             text = self.form.write({"instruction": question}, self.system)
             self._check_room(text)
@@ -279,23 +268,20 @@ def open_conversation(
     base: str | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Conversation:
-    """Load a model to talk with.
+    """Load a model for a conversation.
 
     Args:
-        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
-        template: The form in which it is asked; None takes that of its training.
+        target: An adapter, run or model folder, or a hub id. Default: the newest finished run.
+        template: The prompt format. Default: that of the training.
         system: The system message.
-        decoding: How tokens are chosen, and the seed of the draws.
-        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+        decoding: Decoding settings and seed.
+        max_new_tokens: Longest answer, instead of the one in `decoding`. Default: 512, or half of a
             smaller context.
-        base: The base's folder or hub id, where it is not as recorded.
-        warn: Told where something may be wrong.
-
-    Returns:
-        The conversation, in which nothing was said.
+        base: The base's folder or hub id, if it is not where the adapter records it.
+        warn: Called with warnings.
 
     Raises:
-        UserError: If the target, the form or a setting is at fault.
+        UserError: If the target, the prompt format or a setting is at fault.
     """
     path = find_target(target)
     recipe = find_recipe_of(path)
@@ -303,20 +289,13 @@ def open_conversation(
     form = choose_form(template, path, recipe, opened.tokenizer)
     length = max_new_tokens or default_new_tokens(opened.model)
     decoding = replace(decoding, max_new_tokens=length)
-    talk = Conversation(opened, form, describe_target(opened, path, form), decoding)
-    talk._check_length(length)
-    talk.set_system(system)
-    return talk
+    conversation = Conversation(opened, form, describe_target(opened, path, form), decoding)
+    conversation._check_length(length)
+    conversation.set_system(system)
+    return conversation
 
 
-def describe_decoding(talk: Conversation) -> dict[str, Any]:
-    """Give the settings that the next answer is made with.
-
-    Args:
-        talk: The conversation.
-
-    Returns:
-        Name -> value.
-    """
-    told = talk.decoding.settings()
-    return {name: value for name, value in told.items() if name != "num_beams"}
+def describe_decoding(conversation: Conversation) -> dict[str, Any]:
+    """Return the settings of the next answer: {name: value}."""
+    settings = conversation.decoding.settings()
+    return {name: value for name, value in settings.items() if name != "num_beams"}

@@ -1,4 +1,4 @@
-"""Prompts become answers: of an adapter, a run or a model, and of its base on request."""
+"""`wegeft generate`: answers of an adapter, run or model, and of its base on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wegeft_cli.generation.decoding import Decoding, sample_id
 from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
 from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
-from wegeft_cli.inference.prompt_format import PromptForm, choose_form, tell_question
+from wegeft_cli.inference.prompt_format import PromptForm, choose_form, question_text
 from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -47,31 +47,31 @@ def generate(
     reporter: Reporter | None = None,
     on_text: Callable[[str, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Let a model answer.
+    """Generate answers to prompts.
 
-    The same question, seed and sample number give the same answer, however the questions are
-    batched (to the rounding of a batched matrix product), and the one that `wegeft eval` gets under
-    a protocol with the same prompt and decoding.
+    The same question, seed and sample number get the same answer, independent of the batch (up to
+    the rounding of a batched matrix product), and the one that `wegeft eval` gets under a protocol
+    with the same prompt and decoding.
 
     Args:
-        target: An adapter, run or model folder, or a hub id; None takes the newest finished run.
-        prompts: What is asked.
-        file: Questions from a file instead: rows (JSON, JSONL, CSV, Parquet), or any other file's
-            whole text as one question; `-` is standard input.
-        limit: Only the first so many rows.
-        template: The form in which the model is asked; None takes that of its training.
-        system: A system message for every conversation that has none.
-        decoding: How tokens are chosen, and the seed of the draws.
-        num_samples: Answers to each question, drawn one by one; more than one only if sampled.
-        max_new_tokens: Longest answer, whatever `decoding` says; None takes 512, or half of a
+        target: An adapter, run or model folder, or a hub id. Default: the newest finished run.
+        prompts: The questions.
+        file: Questions from a file instead: rows (JSON, JSONL, CSV, Parquet), or the whole text of
+            any other file as one question; `-` is standard input.
+        limit: Number of rows of the file. Default: all.
+        template: The prompt format. Default: that of the training.
+        system: A system message for every conversation without one.
+        decoding: Decoding settings and seed.
+        num_samples: Answers per question; more than one only with sampling.
+        max_new_tokens: Longest answer, instead of the one in `decoding`. Default: 512, or half of a
             smaller context.
-        batch_size: Prompts at a time; None takes the recipe's `eval.batch_size`.
-        compare_base: Let the base answer too.
-        base: The base's folder or hub id, where it is not as recorded.
+        batch_size: Prompts at a time. Default: the recipe's `eval.batch_size`.
+        compare_base: Generate the base's answers too.
+        base: The base's folder or hub id, if it is not where the adapter records it.
         output: Write the answers to this file too, one JSON object per line.
-        reporter: Where words and progress go.
-        on_text: Takes (`base`, `tuned` or `model`, piece) of a single answer as it is written;
-            `model` where nothing tells that it was tuned.
+        reporter: Progress and messages. Default: none.
+        on_text: Called with (`base`, `tuned` or `model`, piece) of a single answer during
+            generation; `model` if no base is known.
 
     Returns:
         The JSON object of `wegeft generate`.
@@ -79,12 +79,12 @@ def generate(
     Raises:
         UserError: If the target, a question, a setting or the output file is at fault.
         ExceptionGroup: If several are.
-        MachineError: If the memory does not do.
+        MachineError: If the memory does not suffice.
     """
     reporter = reporter or SilentReporter()
     if num_samples > 1 and not decoding.do_sample:
         raise UserError(
-            "several answers to a question are all the same where nothing is drawn",
+            "several answers to a question are all the same without sampling",
             key="--num-samples",
             hint="add --temperature 1, or ask for one",
         )
@@ -98,9 +98,9 @@ def generate(
     form = choose_form(template, path, recipe, opened.tokenizer)
     texts = _write_prompts(questions, form, system)
     count = len(texts) * num_samples
-    job = _Job(
+    job = _Batch(
         texts=[text for text in texts for _ in range(num_samples)],
-        numbers=[sample_id(q.index, n) for q in questions for n in range(num_samples)],
+        sample_ids=[sample_id(q.index, n) for q in questions for n in range(num_samples)],
         form=form,
         decoding=replace(
             decoding, max_new_tokens=max_new_tokens or default_new_tokens(opened.model)
@@ -120,7 +120,7 @@ def generate(
     if written.settings["num_truncated_prompts"]:
         reporter.warn(
             f"{written.settings['num_truncated_prompts']} of {count} prompts are longer than the "
-            "model's context has room for: they lost their beginnings"
+            "model's context has room for: their beginnings were cut off"
         )
     results = _build_results(questions, num_samples, job.texts, written, base_written)
     if output is not None:
@@ -143,11 +143,11 @@ def generate(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Texts to go on from, and how."""
+class _Batch:
+    """Prompts, and how to continue them."""
 
     texts: list[str]
-    numbers: list[int]
+    sample_ids: list[int]
     form: PromptForm
     decoding: Decoding
     batch_size: int
@@ -166,7 +166,7 @@ class _Job:
                 tokenizer,
                 Prompts(
                     self.texts,
-                    sample_ids=self.numbers,
+                    sample_ids=self.sample_ids,
                     add_special_tokens=not self.form.holds_turns,
                     end_of_turn_ids=self.form.find_turn_ends(tokenizer),
                 ),
@@ -183,7 +183,7 @@ class _Job:
 def _shown(
     reporter: Reporter, who: str, count: int, on_text: Callable[[str, str], None] | None
 ) -> Iterator[Callable[..., None]]:
-    """Show how far it is, where no text shows it."""
+    """Show the progress, unless the text is shown."""
     if on_text is not None:
         yield lambda done: None
         return
@@ -192,30 +192,14 @@ def _shown(
 
 
 def default_new_tokens(model: Any) -> int:
-    """Give the longest answer where nothing was said: half of a small context stays for it.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Tokens.
-    """
+    """Return the default length of an answer: 512 tokens, or half of a smaller context."""
     context = context_length(model)
     return DEFAULT_NEW_TOKENS if context is None else min(DEFAULT_NEW_TOKENS, max(1, context // 2))
 
 
 def describe_target(opened: OpenedTarget, path: str | Path, form: PromptForm) -> str:
-    """Say in a line what answers, and in which form it is asked.
-
-    Args:
-        opened: The model.
-        path: Where it came from.
-        form: The form.
-
-    Returns:
-        The line.
-    """
-    return f"{opened.kind} {path}, asked in the form {form.name} ({form.why})"
+    """Return one line about the model and its prompt format."""
+    return f"{opened.kind} {path}, prompt format {form.name} ({form.why})"
 
 
 def _write_prompts(
@@ -254,7 +238,7 @@ def _build_results(
                 "index": question.index,
                 **({} if question.row_id is None else {"id": question.row_id}),
                 **({"sample": sample} if num_samples > 1 else {}),
-                "prompt": tell_question(question.asked),
+                "prompt": question_text(question.asked),
                 "text": texts[position],
                 "output": answer.new_text,
                 "finish_reason": answer.finish_reason,

@@ -1,4 +1,4 @@
-"""What `wegeft generate` is asked: prompts as typed, the rows of a file, or a text."""
+"""Questions of `wegeft generate`: prompts as typed, the rows of a file, or a text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from wegeft_cli.recipe.schema import DataSource
 from wegeft_cli.storage.atomic import disk_errors
 
 MAX_FAULTS = 5
-"""Told at once; more would hide the first."""
+"""Reported at once; more would hide the first."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that is asked.
+    """One question.
 
     Args:
-        index: Its position in what was given, from 0.
-        asked: As `read_question` gives it.
+        index: Its position, from 0.
+        asked: As `read_question` returns it.
         row_id: The row's own `id`, if it has one.
     """
 
@@ -38,19 +38,16 @@ class Question:
 def read_questions(
     prompts: Sequence[str], file: str | Path | None, limit: int | None
 ) -> list[Question]:
-    """Read everything that is asked.
+    """Read all questions.
 
     Args:
         prompts: Texts, one question each.
-        file: Questions from a file instead: rows, or any other file's whole text as one question;
-            `-` is standard input.
-        limit: Only the first so many rows.
-
-    Returns:
-        The questions.
+        file: A file instead: rows, or the whole text of any other file as one question; `-` is
+            standard input.
+        limit: Number of rows. Default: all.
 
     Raises:
-        UserError: If nothing is asked, the file cannot be read, or a row is at fault.
+        UserError: If there is no question, the file cannot be read, or a row is at fault.
         ExceptionGroup: If several rows are.
     """
     if prompts and file is not None:
@@ -112,7 +109,7 @@ def _read_rows(path: Path, limit: int | None) -> list[Question]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not there before it is taken for a hub's name."""
+    """Raise UserError if the file does not exist, before it is taken for a hub id."""
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "no such file"
         raise UserError(what, file=str(path), key="--file")

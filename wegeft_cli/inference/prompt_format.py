@@ -1,4 +1,4 @@
-"""The form in which a model is asked: as its training rows were, by its chat template, or plain."""
+"""Prompt formats: as in training, the chat template, or plain."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _TALKS = ("messages", "conversations")
 
 @dataclass(frozen=True)
 class PromptForm:
-    """A template, asked for what comes before the answer.
+    """A template that renders what comes before the answer.
 
     Args:
-        template: As rows are written with it.
-        why: What settled it, in words: the run, the tokenizer, the option.
+        template: The template of the rows.
+        why: Why it was chosen: the run, the tokenizer, the option.
     """
 
     template: Template
@@ -38,21 +38,18 @@ class PromptForm:
 
     @property
     def holds_turns(self) -> bool:
-        """Whether it writes conversations; else each question stands alone."""
+        """Whether it renders conversations; else each question alone."""
         return self.template.apply is not None
 
     def write(self, question: Mapping[str, Any], system: str | None = None) -> str:
-        """Write what the model reads.
+        """Render a question up to the answer.
 
         Args:
-            question: `messages` (and `tools`), or `instruction` and perhaps `input`.
-            system: Set before a conversation that begins with no system message of its own.
-
-        Returns:
-            The text up to where the answer begins.
+            question: `messages` (and `tools`), or `instruction` and optionally `input`.
+            system: System message for a conversation without one.
 
         Raises:
-            UserError: If the template has no place for what is given, or refuses it.
+            UserError: If the template has no place for a part of it, or rejects it.
         """
         apply = self.template.apply
         if apply is None:
@@ -64,7 +61,7 @@ class PromptForm:
         return str(apply(messages, True, **tools))
 
     def find_turn_ends(self, tokenizer: Any) -> list[int]:
-        """Find what ends a turn in this form; nothing does where it writes no conversations."""
+        """Return the tokens that end a turn; none without conversations."""
         return find_turn_ends(self.template, tokenizer)
 
     def _fill(self, question: Mapping[str, Any], system: str | None) -> str:
@@ -93,17 +90,14 @@ class PromptForm:
 def choose_form(
     name: str | None, target: str | Path, recipe: Recipe | None, tokenizer: Any
 ) -> PromptForm:
-    """Settle in which form a model is asked.
+    """Choose the prompt format of a model.
 
     Args:
-        name: A template's name or Jinja file, as typed; None or `auto` takes the one that the run
-            was trained with, else the tokenizer's chat template, else the text as it stands.
+        name: A template's name or Jinja file, as typed. Default, and with `auto`: that of the
+            run's training, else the tokenizer's chat template, else the plain text.
         target: What the model was loaded from.
-        recipe: The run's recipe, where it belongs to one.
+        recipe: The run's recipe, if it belongs to one.
         tokenizer: Renders conversations.
-
-    Returns:
-        The form.
 
     Raises:
         UserError: If there is no such template, or it cannot be read.
@@ -124,18 +118,17 @@ def choose_form(
 
 
 def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what a row asks; what it answers is left out.
+    """Read the question of a row without its answer.
 
     Args:
-        row: With `messages` (or `conversations`), or `prompt`, `instruction` (with `input`),
-            `question` or `text`.
+        row: Has `messages` (or `conversations`), `prompt`, `instruction` (with `input`), `question`
+            or `text`.
 
     Returns:
-        `messages` without the last turn if that is the assistant's (and `tools`), or `instruction`
-        and `input`.
+        `messages` without the assistant's last turn (and `tools`), or `instruction` and `input`.
 
     Raises:
-        UserError: If it asks nothing, or a field is no text.
+        UserError: If there is no question, or a field is no text.
     """
     talks = [name for name in (*_TALKS, "prompt") if isinstance(row.get(name), list)]
     if talks:
@@ -159,15 +152,8 @@ def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell_question(question: Mapping[str, Any]) -> str:
-    """Give a question's last words, to show which one it is.
-
-    Args:
-        question: As `read_question` gives it.
-
-    Returns:
-        The instruction, or the last message.
-    """
+def question_text(question: Mapping[str, Any]) -> str:
+    """Return the instruction or the last message of a question, to display."""
     messages: Sequence[Message] = question.get("messages", ())
     return str(messages[-1]["content"] if messages else question["instruction"])
 
@@ -179,7 +165,7 @@ def _as_message(question: Mapping[str, Any]) -> Message:
 
 
 def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
-    """The template of the training rows: the recipe's, or of `auto` the first that they took."""
+    """Return the template of the training rows; with `auto` the first that they used."""
     if recipe is None:
         return None
     if recipe.data.template != AUTO:
@@ -261,17 +247,17 @@ def render_user_prompts(
 
 
 _MAX_NEW_TOKENS = 128
-"""Longest answer where `eval.max_new_tokens` does not say."""
+"""Longest answer without `eval.max_new_tokens`."""
 
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """What is asked, and how.
+    """The prompts of `logging.sample_prompts`, and how to continue them.
 
     Args:
         prompts: As in the recipe.
         texts: As the model reads them.
-        add_special_tokens: Whether the tokenizer adds its own: a chat template writes them itself.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
         max_new_tokens: Longest answer in tokens.
         batch_size: Prompts at a time.
         end_of_turn_ids: Tokens that end a turn in the chat template.
@@ -288,20 +274,17 @@ class SamplePrompts:
 def build_prompts(
     recipe: Recipe, tokenizer: Any, recipe_dir: Path, data_templates: str
 ) -> SamplePrompts | None:
-    """Write the recipe's prompts as the training rows are written.
+    """Render the recipe's sample prompts like the training rows; None if there are none.
 
     Args:
         recipe: The recipe.
         tokenizer: Renders conversations.
         recipe_dir: Folder of the recipe, for a template's path.
-        data_templates: Templates that the training rows took, with commas between them; the first
-            one holds where the recipe says `auto`.
-
-    Returns:
-        The prompts; None where there are none.
+        data_templates: Templates of the training rows, separated by commas; the first applies if
+            the recipe's template is `auto`.
 
     Raises:
-        UserError: If the template cannot be read, or refuses a prompt.
+        UserError: If the template cannot be read, or rejects a prompt.
     """
     prompts = recipe.logging.sample_prompts
     if not prompts:

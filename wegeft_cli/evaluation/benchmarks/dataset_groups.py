@@ -1,4 +1,4 @@
-"""Sets on which a model is tuned for each: their scores by each set's own metric, and the mean."""
+"""Groups of datasets with one fine-tuned model each: names, metrics, means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wegeft_cli.evaluation.benchmarks.groups import MEAN
 
 @dataclass(frozen=True)
 class Member:
-    """One set."""
+    """One dataset."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -21,7 +21,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ClassGroup:
-    """Sets of classes (or numbers) under one name."""
+    """Datasets of classes (or numbers) under one name."""
 
     name: str
     description: str
@@ -30,18 +30,11 @@ class ClassGroup:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All sets."""
+        """All datasets."""
         return tuple(member for part in self.parts.values() for member in part)
 
     def find_member(self, words: Iterable[str]) -> Member | None:
-        """The set that the first of some names to name one names.
-
-        Args:
-            words: Such as the folders of a path; case, dashes and underscores do not count.
-
-        Returns:
-            That set; None if no word names one.
-        """
+        """Return the dataset of the first word that names one, ignoring case, dashes and _."""
         by_name = {
             _plain(name): member
             for member in self.members
@@ -50,20 +43,16 @@ class ClassGroup:
         return next((by_name[plain] for plain in map(_plain, words) if plain in by_name), None)
 
     def mean(self, scores: Mapping[str, float]) -> dict[str, object]:
-        """The group's score.
+        """Return the group's entry in `groups`: score, tasks, aggregate, metrics, means of parts.
 
         Args:
-            scores: Set -> its score by the set's own metric, of every set.
-
-        Returns:
-            A dict of group, score, num_tasks, tasks, aggregate and metrics; of a group in parts
-            also parts (the mean of each) and mean_of_tasks (over all sets alike).
+            scores: The score of every dataset by its own metric, by name.
         """
         means = {
             part: sum(scores[member.name] for member in members) / len(members)
             for part, members in self.parts.items()
         }
-        told: dict[str, object] = {
+        mean: dict[str, object] = {
             "group": self.name,
             "score": sum(means.values()) / len(means),
             "num_tasks": len(self.members),
@@ -72,10 +61,10 @@ class ClassGroup:
             "metrics": {member.name: member.metric for member in self.members},
         }
         if len(self.parts) > 1:
-            told["aggregate"] = f"mean of the means of {', '.join(self.parts)}"
-            told["parts"] = means
-            told["mean_of_tasks"] = sum(scores.values()) / len(scores)
-        return told
+            mean["aggregate"] = f"mean of the means of {', '.join(self.parts)}"
+            mean["parts"] = means
+            mean["mean_of_tasks"] = sum(scores.values()) / len(scores)
+        return mean
 
 
 _GLUE = (

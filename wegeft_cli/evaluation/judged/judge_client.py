@@ -1,4 +1,4 @@
-"""A judge behind an address that speaks OpenAI's chat completions; nothing else calls out."""
+"""Client of a judge with OpenAI's chat completions API."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from urllib.parse import urlsplit
 from wegeft_cli.errors import MachineError, UserError
 
 KEY_VARIABLE = "WEGEFT_JUDGE_API_KEY"
-"""The environment variable that holds the judge's key; never logged, never written."""
+"""Environment variable of the judge's key, which is never logged or written."""
 
 _PATH = "/chat/completions"
 _TRIES = 6
 _TIMEOUT_SECONDS = 120.0
 _LONGEST_WAIT_SECONDS = 60.0
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-_MAX_TOLD = 300
+_MAX_SHOWN = 300
 
 
 class OpenAIJudge:
-    """Asks a model behind an address.
+    """A model behind an address.
 
     Args:
         url: Such as `http://localhost:8000/v1`.
         model: The model's name there.
-        key: Sent as a bearer token; None sends none.
-        sleep: Waits between tries.
+        key: Bearer token. Default: none.
+        sleep: Waits between retries.
     """
 
     def __init__(
@@ -56,17 +56,11 @@ class OpenAIJudge:
         return self._model
 
     def ask(self, request: JudgeRequest) -> str:
-        """Ask once, and again where the address is busy or away.
-
-        Args:
-            request: The question.
-
-        Returns:
-            The judge's words.
+        """Send one request, with retries while the server is busy or unreachable.
 
         Raises:
-            UserError: If the address, the key or the model is refused.
-            MachineError: If no answer came after several tries.
+            UserError: If the server rejects the address, the key or the model.
+            MachineError: If there is no answer after several retries.
         """
         import httpx
 
@@ -77,7 +71,7 @@ class OpenAIJudge:
             "max_tokens": request.max_tokens,
             "n": 1,
         }
-        told, wait_seconds = "", 0.0
+        problem, wait_seconds = "", 0.0
         for attempt in range(_TRIES):
             if attempt:
                 self._sleep(wait_seconds)
@@ -85,22 +79,22 @@ class OpenAIJudge:
             try:
                 response = self._client.post(self.url, json=body)
             except httpx.HTTPError as error:
-                told = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}"
                 continue
             if response.status_code == 200:
                 return self._read(response)
-            told = f"status {response.status_code}: {response.text[:_MAX_TOLD]}"
+            problem = f"status {response.status_code}: {response.text[:_MAX_SHOWN]}"
             if response.status_code not in _TRY_AGAIN:
                 raise UserError(
-                    f"the judge at {self.url} refuses: {self._hide(told)}",
+                    f"the judge at {self.url} refuses: {self._hide(problem)}",
                     key="--judge-url",
                     hint=self._hint(response.status_code),
                 )
             wait_seconds = _wait_of(response.headers, wait_seconds)
         raise MachineError(
-            f"the judge at {self.url} gave no answer in {_TRIES} tries: {self._hide(told)}",
+            f"the judge at {self.url} gave no answer in {_TRIES} tries: {self._hide(problem)}",
             key="--judge-url",
-            hint="the answers and verdicts so far are kept: the same command goes on from there",
+            hint="the answers and verdicts so far are cached: the same command resumes from them",
         )
 
     def _read(self, response: Any) -> str:
@@ -109,11 +103,11 @@ class OpenAIJudge:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(
                 f"{self.url} answers, but not as OpenAI's chat completions do: "
-                f"{self._hide(response.text[:_MAX_TOLD])}",
+                f"{self._hide(response.text[:_MAX_SHOWN])}",
                 key="--judge-url",
                 hint="give the address up to /v1",
             ) from error
-        # A model that says nothing says null; that is a verdict without a rating.
+        # null is an empty answer: a verdict without a rating.
         return content if isinstance(content, str) else ""
 
     def _hint(self, status: int) -> str:
@@ -124,21 +118,15 @@ class OpenAIJudge:
         return "look at what the address says"
 
     def _hide(self, text: str) -> str:
-        """Some servers repeat the key that they refuse."""
+        """Remove the key, which some servers repeat in their error."""
         return text if not self._key else text.replace(self._key, "<key>")
 
 
 def check_judge_url(url: str) -> str:
-    """The full address of the chat completions.
-
-    Args:
-        url: Up to `/v1`, or up to the end.
-
-    Returns:
-        The address that is asked.
+    """Return the full address of the chat completions.
 
     Raises:
-        UserError: If it is no address, or holds a password, which would be logged with it.
+        UserError: If it is no address, or contains a password, which results would record.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -158,7 +146,7 @@ def check_judge_url(url: str) -> str:
 
 
 def _wait_of(headers: Mapping[str, str], otherwise: float) -> float:
-    """What the server asks to wait, within reason."""
+    """Return the server's `retry-after` in seconds, within limits."""
     try:
         asked = float(headers.get("retry-after", ""))
     except ValueError:
@@ -167,7 +155,7 @@ def _wait_of(headers: Mapping[str, str], otherwise: float) -> float:
 
 
 NUM_AT_A_TIME = 4
-"""Questions that a judge answers side by side."""
+"""Concurrent requests."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +173,7 @@ class JudgeRequest:
 
 
 class Judge(Protocol):
-    """Whoever answers a chat."""
+    """A model that answers chats."""
 
     @property
     def model(self) -> str:
@@ -216,20 +204,17 @@ def query_judge(
     on_answer: Callable[[int, str], None] = lambda number, text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
-    """Ask all questions, some of them side by side.
+    """Send all requests concurrently and return the judge's texts by number.
 
     Args:
-        judge: Whom.
+        judge: The judge.
         requests: The questions.
-        known: Number -> answer, from an earlier call that was cut off; these are not asked again.
+        known: Answers of an earlier, interrupted call by number; these are not requested again.
         on_answer: Called with each answer as it comes.
         on_progress: Called with (questions answered, questions in all).
 
-    Returns:
-        Number -> the judge's words, for all requests.
-
     Raises:
-        UserError: If the judge refuses; the answers so far were handed to `on_answer`.
+        UserError: If the judge refuses; the answers so far were passed to `on_answer`.
         MachineError: If it cannot be reached.
     """
     answers = {
@@ -252,7 +237,7 @@ def query_judge(
                     on_progress(len(answers), len(requests))
         except BaseException:
             waiting.clear()
-            # What is on its way has been paid for.
+            # Requests in progress are paid for: keep their answers.
             for future, number in running.items():
                 if future.exception() is None:
                     on_answer(number, future.result())

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on the model in memory; its tasks, or some of one's own."""
+"""Bridge to EleutherAI's lm-evaluation-harness: its tasks, or task files of the user."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class HarnessTask:
     """A task of the harness, or a group of them, loaded with its data.
 
     Args:
-        name: As the harness knows it.
-        loaded: What its TaskManager gives: `tasks` and `groups`.
+        name: Its name in the harness.
+        loaded: The `tasks` and `groups` of its TaskManager.
         manager: That TaskManager.
-        origin: The task file or the package; local data files after it.
+        origin: The task file or the package, then local data files.
     """
 
     name: str
@@ -51,15 +51,15 @@ class HarnessTask:
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What the harness found.
+    """The result of the harness.
 
     Args:
-        metric: The main metric, with its filter: `acc,none`.
+        metric: The main metric with its filter: `acc,none`.
         score: Its value.
         stderr: Its standard error, if the harness has one.
         metrics: Every metric of the task (or group) by name, errors included.
         settings: num_fewshot, version, seeds of the harness.
-        samples: A record a row: task, index, prompt, output, answer, value of the metric.
+        samples: A record per row: task, index, prompt, output, answer, value of the metric.
         higher_is_better: Whether more of the main metric is better.
     """
 
@@ -73,23 +73,20 @@ class HarnessResult:
 
 
 def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = False) -> HarnessTask:
-    """Find a task and read its data, before any model is loaded.
+    """Load a task and its data before any model.
 
     `<data_dir>/lm-eval/*.yaml` are task files. `<data_dir>/lm-eval/<task>/` with train, validation
-    or test as JSON Lines, JSON, Parquet or CSV stands in for the data that one of the harness's own
-    tasks has on the hub.
+    or test as JSON Lines, JSON, Parquet or CSV replaces the hub's data of one of the harness's
+    tasks.
 
     Args:
         name: A task, group or tag of the harness.
-        data_dir: The data folder; None has no local files.
-        trust_code: Whether task files in it may name Python that is then run.
-
-    Returns:
-        The task.
+        data_dir: The data folder. Default: no local files.
+        trust_code: Whether task files in it may name Python code to run.
 
     Raises:
-        UserError: If the harness is not installed, knows no such task, or its data cannot be read;
-            and where a task would run code.
+        UserError: If the harness is not installed, has no such task, or its data cannot be read;
+            and if a task would run code.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -123,11 +120,10 @@ def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = Fa
         try:
             loaded = manager.load([name])
         except Exception as error:
-            # Whatever the hub's client, the YAML reader or a task's own code raises: the task
-            # cannot be had, and the way out is the same.
-            told = str(error).strip().splitlines() or [type(error).__name__]
+            # The hub's client, the YAML reader and a task's code raise any type.
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"the task `lm-eval:{name}` cannot be read: {told[0]}",
+                f"the task `lm-eval:{name}` cannot be read: {lines[0]}",
                 key="--task",
                 hint=f"without the hub, put its data at <data-dir>/{FOLDER}/{name}/test.jsonl "
                 "(and train, validation, as the task needs them)",
@@ -194,7 +190,7 @@ def _read_result(task: HarnessTask, found: Mapping[str, Any]) -> HarnessResult:
     metric = _main_metric(values)
     name, _, filter_name = metric.partition(",")
     if own != task.name:
-        # A tag has no figures of its own: the plain mean of its tasks stands for it.
+        # A tag has no figures: use the unweighted mean of its tasks.
         shared = [_number(found["results"][leaf].get(metric)) for leaf in leaves]
         numbers = [value for value in shared if value is not None]
         if len(numbers) == len(leaves):
@@ -238,12 +234,12 @@ def _read_sample(task: str, sample: Mapping[str, Any], metric: str) -> dict[str,
 
 
 def _sample_value(value: Any) -> float | None:
-    """A row's figure; right or wrong may come as a truth value."""
+    """Return a row's figure; a truth value is 0 or 1."""
     return float(value) if isinstance(value, bool) else _number(value)
 
 
 def _main_metric(values: Mapping[str, float]) -> str:
-    """The share of right answers where there is one, else the task's first metric."""
+    """Return the share of correct answers if there is one, else the task's first metric."""
     for wished in _MAIN_METRICS:
         for key in values:
             if key.partition(",")[0] == wished:
@@ -252,7 +248,7 @@ def _main_metric(values: Mapping[str, float]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A figure, numpy's too; None for `N/A`, names and the like."""
+    """Return a number (also numpy's) as a float; None for `N/A` and names."""
     if value is None or isinstance(value, str | bool):
         return None
     try:
@@ -282,7 +278,7 @@ def _kept_random_states() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's own log lines and bars; its warnings stay."""
+    """Suppress the harness's log lines and progress bars, not its warnings."""
     logger = logging.getLogger("lm_eval")
     kept = logger.level
     logger.setLevel(logging.ERROR)
