@@ -37,7 +37,7 @@ def hold(talk: Conversation, *, reuses: bool) -> list[tuple[int, float, str]]:
     turns = []
     for question in QUESTIONS:
         if not reuses:
-            talk.forget_readings()
+            talk.clear_prefix_caches()
         asked = [*talk.messages, {"role": "user", "content": question}]
         text = talk.form.write({"messages": asked}, talk.system)
         length = len(talk.opened.tokenizer(text, add_special_tokens=False)["input_ids"])
