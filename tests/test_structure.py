@@ -31,7 +31,6 @@ TEMPORARY = {
     "cycles": 2,
     "long functions": 7,
     "wide functions": 24,
-    "task switches": 80,
     "method switches": 58,
 }
 

@@ -27,8 +27,8 @@ from wegeft_cli.evaluation.runner import EvaluationRunner
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.inference.loaded_classifier import (
     find_classifier,
-    is_classifier,
     load_classifier,
+    task_of_path,
 )
 from wegeft_cli.inference.loaded_model import open_target
 from wegeft_cli.methods.registry import require_generators
@@ -103,10 +103,10 @@ def ablate(
         raise UserError(f"the adapter has no {by} to switch off", key="--ablate")
     request = EvaluationRequest(protocol, data_dir, limit, batch_size, max_new_tokens)
     recipe = find_recipe_of(adapter_dir)
-    classifies = is_classifier(adapter_dir, recipe)
-    open_subject = _open_classifier if classifies else _open_language_model
+    has_head = task_of_path(adapter_dir, recipe).has_head
+    open_subject = _open_classifier if has_head else _open_language_model
     subject = open_subject(adapter_dir, recipe, request, task, base, reporter)
-    if subject.is_classifier:
+    if subject.has_head:
         elements = _without_head(elements, subject.module)
     whole = subject.score("whole")
     if whole.score is None:
@@ -147,7 +147,7 @@ class _Subject:
     model: Any
     module: Any
     runner: EvaluationRunner
-    is_classifier: bool
+    has_head: bool
 
     def score(self, title: str) -> Score:
         """Score the model with its present adapter."""
@@ -156,7 +156,7 @@ class _Subject:
 
     def score_base(self, files: AdapterFiles) -> Score:
         """Score the base; a classifier keeps its trained head."""
-        if self.is_classifier:
+        if self.has_head:
             self._attach(_without_factors(files))
             return self.score("base")
         with disable_generators(self.module):
@@ -194,7 +194,7 @@ def _open_language_model(
     opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
     size = request.batch_size or request.settings.batch_size
     runner = EvaluationRunner(benchmarks, size, Processes.single(), reporter)
-    return _Subject(adapter_dir, opened, opened.model, runner, is_classifier=False)
+    return _Subject(adapter_dir, opened, opened.model, runner, has_head=False)
 
 
 def _open_classifier(
@@ -221,7 +221,7 @@ def _open_classifier(
     runner = EvaluationRunner(
         load_splits(opened, splits, request), size, Processes.single(), reporter
     )
-    return _Subject(adapter_dir, opened, opened.model, runner, is_classifier=True)
+    return _Subject(adapter_dir, opened, opened.model, runner, has_head=True)
 
 
 def _without_head(elements: Sequence[Element], model: Any) -> list[Element]:

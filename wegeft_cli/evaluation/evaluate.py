@@ -31,7 +31,7 @@ from wegeft_cli.evaluation.result_files import (
 from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall, EvaluationRunner
 from wegeft_cli.evaluation.text.scoring import names_tasks
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.inference.loaded_classifier import is_classifier
+from wegeft_cli.inference.loaded_classifier import task_of_path
 from wegeft_cli.inference.loaded_model import (
     NO_PRINTS,
     OpenedTarget,
@@ -173,7 +173,7 @@ def _evaluate_target(
     if recipe is not None:
         request = replace(request, settings=recipe.eval)
     call = replace(call, names=list(call.names) or list(request.settings.tasks))
-    if is_classifier(path, recipe):
+    if task_of_path(path, recipe).has_head:
         refuse_foreign(call.foreign_to_classifiers(request))
         call = call.joined()
         evaluation = evaluate_classifier(path, recipe, request, call)

@@ -17,7 +17,7 @@ from wegeft_cli.evaluation.classifiers import evaluate_classifier
 from wegeft_cli.evaluation.result_files import ResultFiles, choose_samples_path
 from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall
 from wegeft_cli.evaluation.score import Score
-from wegeft_cli.inference.loaded_classifier import is_classifier
+from wegeft_cli.inference.loaded_classifier import task_of_path
 from wegeft_cli.inference.loaded_model import find_target
 from wegeft_cli.recipe.schema import DataSource, Recipe
 from wegeft_cli.statistics import wilson_interval
@@ -98,7 +98,7 @@ def _assign(
     for target in targets:
         path = find_target(target)
         recipe = find_recipe_of(path)
-        if not is_classifier(path, recipe):
+        if not task_of_path(path, recipe).has_head:
             faults.append(UserError("this is no classifier", file=str(target), key="--task"))
             continue
         found = [] if recipe is None else find_members(group, recipe, splits)

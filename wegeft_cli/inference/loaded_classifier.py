@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from wegeft_cli.methods.wegeft.save_load import tell_base
 from wegeft_cli.models.heads import HeadSpec, read_labels
 from wegeft_cli.models.loading import load_config, load_model
 from wegeft_cli.recipe.schema import DataSection, ModelSection, ProblemType, Recipe, TaskName
-from wegeft_cli.tasks.registry import find_task, task_of_config
+from wegeft_cli.tasks.base import Task
+from wegeft_cli.tasks.registry import find_task, task_of_config, task_of_head
 
 
 @dataclass(frozen=True)
@@ -57,30 +59,22 @@ class OpenedClassifier:
     recipe: Recipe
 
 
-def is_classifier(path: str | Path, recipe: Recipe | None) -> bool:
-    """Tell whether what a command is to work on classifies.
+def task_of_path(path: str | Path, recipe: Recipe | None) -> Task:
+    """Return the task of an adapter, run or model folder, or of a hub id.
 
-    Args:
-        path: An adapter, run or model folder, or a hub id.
-        recipe: The run's recipe, where it belongs to a run.
-
-    Returns:
-        Whether it does; what cannot be read is taken for a language model, whose loading tells.
+    `recipe` is the run's, where the path belongs to one. A path that cannot be read counts as a
+    language model, whose loading reports the fault.
     """
     if recipe is not None:
-        return find_task(recipe.task).has_head
+        return find_task(recipe.task)
     folder = Path(path)
-    if (folder / "config.json").is_file():
-        try:
-            return task_of_config(load_config(str(folder))).has_head
-        except UserError:
-            return False
-    if folder.is_dir():
-        try:
-            return Adapter.open(folder).head is not None
-        except UserError:
-            return False
-    return False
+    with contextlib.suppress(UserError):
+        if (folder / "config.json").is_file():
+            return task_of_config(load_config(str(folder)))
+        if folder.is_dir():
+            head = Adapter.open(folder).head
+            return task_of_head(None) if head is None else find_task(head["task"])
+    return task_of_head(None)
 
 
 def find_classifier(

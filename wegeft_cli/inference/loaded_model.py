@@ -12,7 +12,7 @@ from typing import Any
 from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
 from wegeft_cli.errors import UserError
-from wegeft_cli.inference.loaded_classifier import is_classifier
+from wegeft_cli.inference.loaded_classifier import task_of_path
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import ModelSection, Recipe
@@ -163,7 +163,7 @@ def resolve_target(
     """
     from wegeft_cli.models.loading import quantise_as
 
-    if is_classifier(path, recipe):
+    if task_of_path(path, recipe).has_head:
         raise UserError(
             "this is a classifier, which writes no text",
             file=str(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,8 @@ def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     if recipe.task in tasks:
         yield from tasks[recipe.task].check(recipe)
         return
-    ignored = (key for task in tasks.values() for key in task.ignored_keys)
-    yield from refuse_keys(recipe, tuple(dict.fromkeys(ignored)))
+    ignored = Counter(key for task in tasks.values() for key in task.ignored_keys)
+    yield from refuse_keys(recipe, tuple(key for key, count in ignored.items() if count > 1))
 
 
 def validation_metrics(recipe: Recipe) -> tuple[str, ...]:

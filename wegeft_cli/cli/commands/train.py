@@ -142,8 +142,8 @@ def _print_result(result: TrainResult, url: str | None) -> None:
         if url is not None:
             show(f"hub: {url}", highlight=False, soft_wrap=True)
         folder = result.adapter_dir
-        is_classifier = folder is not None and (folder / "head.json").is_file()
-        task = "" if is_classifier else " --task NAME"
+        has_head = folder is not None and (folder / "head.json").is_file()
+        task = "" if has_head else " --task NAME"
         show(f"next: wegeft merge, wegeft eval{task}", style="dim", highlight=False)
     else:
         show(f"[yellow]interrupted[/] at step {result.num_steps}, saved; resume with --resume auto")
