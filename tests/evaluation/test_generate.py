@@ -18,7 +18,7 @@ from wegeft_cli.evaluation.text.scoring import score_outputs
 from wegeft_cli.generation.completion import GenerationResult
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import GenerationEvents, generate_texts
-from wegeft_cli.inference.loaded_model import OpenedTarget
+from wegeft_cli.inference.loaded_model import LoadedModel
 
 PROMPTS = ["a", "a rather long prompt, the longest of all", "two words", "", "B" * 17]
 NUM_NEW = 12
@@ -230,7 +230,7 @@ def test_a_task_is_scored_as_its_own_samples_would_be(
 ) -> None:
     data = make_data("boolq", [("Is it?", "true"), ("Is it not, then, at last?", "false")])
     protocol = PROTOCOLS["wegeft"]
-    model = OpenedTarget("model", llama, make_tokenizer())
+    model = LoadedModel(llama, make_tokenizer())
     score = TextBenchmark(data, protocol).run(model, BenchmarkContext(2))
     assert score.generation is not None
     assert score.generation["max_new_tokens"] == 32
@@ -255,6 +255,6 @@ def test_a_model_that_says_the_answer_scores_full_marks(
     llama.lm_head = head
     data = make_data("quickstart", [("2 + 2?", "44"), ("1 + 1?", "2")])
     benchmark = TextBenchmark(data, PROTOCOLS["quickstart"], max_new_tokens=2)
-    score = benchmark.run(OpenedTarget("model", llama, tokenizer), BenchmarkContext(4))
+    score = benchmark.run(LoadedModel(llama, tokenizer), BenchmarkContext(4))
     assert [sample["output"] for sample in score.samples] == ["44", "44"]
     assert (score.num_correct, score.n, score.n_invalid) == (1, 2, 0)

@@ -50,7 +50,7 @@ from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.loading import find_task, load_task_data
 from wegeft_cli.evaluation.text.scoring import read_samples
-from wegeft_cli.inference.loaded_model import open_target
+from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.inference.prompt_files import read_questions
 from wegeft_cli.inference.prompt_format import choose_form
 from wegeft_cli.merging.merge import merge
@@ -139,7 +139,7 @@ def read_merge(folder: Path) -> None:
 
 
 def read_peft(folder: Path) -> None:
-    open_target(folder, None, base=str(SOUND["world"] / "base"))
+    LoadedModel.open(folder, None, base=str(SOUND["world"] / "base"))
 
 
 INDEX = "model.safetensors.index.json"

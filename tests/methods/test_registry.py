@@ -13,7 +13,7 @@ import yaml
 from wegeft_cli import methods
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
-from wegeft_cli.inference.loaded_model import open_target
+from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.registry import find_method, method_names, method_of
 from wegeft_cli.models.loading import load_model
@@ -98,7 +98,7 @@ def test_one_new_file_adds_a_method(norms, write_recipe, llama_dir):
     assert method_of(adapter) is find_method("norms")
     before = load_model(str(llama_dir)).state_dict()
     ids = torch.tensor([[1, 2, 3]])
-    opened = open_target(result.run_dir, None, base=None)
+    opened = LoadedModel.open(result.run_dir, None, base=None)
     trained = opened.model.state_dict()
     changed = {name for name, tensor in before.items() if not tensor.equal(trained[name])}
     assert changed

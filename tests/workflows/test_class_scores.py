@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from classifiers import write_images, write_recipe, write_vit
 
-import wegeft_cli.evaluation.classifiers as module
 from wegeft_cli.analysis.ablate import ablate
 from wegeft_cli.analysis.edit import edit
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.inference.loaded_model import ModelTarget
 from wegeft_cli.runs.train import train
 
 SPLITS = {
@@ -59,7 +59,7 @@ def unloaded(monkeypatch) -> None:
     def load(*args, **options):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(module, "load_classifier", load)  # of the target and of the base alike
+    monkeypatch.setattr(ModelTarget, "load", load)  # of the target and of the base alike
 
 
 @pytest.mark.parametrize("by", ["group", "layer", "module", "direction"])

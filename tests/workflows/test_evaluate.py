@@ -93,7 +93,7 @@ def test_compare_base_is_the_base_evaluated_alone(target, llama_dir, data_dir):
 
 
 def test_compare_base_needs_to_know_the_base(llama_dir, data_dir):
-    with pytest.raises(UserError, match="nothing tells which base") as caught:
+    with pytest.raises(UserError, match="base of this model is not recorded") as caught:
         evaluate(llama_dir, data_dir=data_dir, compare_base=True, limit=1, **SHORT)
     assert caught.value.hint == "name it with --base"
 

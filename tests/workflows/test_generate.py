@@ -367,6 +367,6 @@ def test_a_target_that_is_not_there_is_told_by_the_argument(target, tmp_path, mo
 
 def test_a_hub_id_that_cannot_be_had_says_so_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no folder 'nowhere/model', and not to be had") as caught:
+    with pytest.raises(UserError, match="no folder 'nowhere/model', and not available") as caught:
         generate("nowhere/model", prompts=["a"])
     assert caught.value.key == "TARGET"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.export import export
-from wegeft_cli.inference.loaded_model import fingerprint_target, open_target
+from wegeft_cli.inference.loaded_model import LoadedModel, fingerprint_target
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
@@ -133,7 +133,7 @@ def test_a_baseline_tells_how_its_base_was_quantised(
     shutil.copytree(result.adapter_dir, alone)
     assert Adapter.open(alone).quantization == kind
     assert PeftConfig.from_pretrained(alone).peft_type == "LORA"
-    opened = open_target(alone, None, base=None)
+    opened = LoadedModel.open(alone, None, base=None)
     assert find_kind(opened.model) == kind
     assert fingerprint_target(opened.section, alone)["base_quantization"] == kind
     told = {}
@@ -158,14 +158,14 @@ def test_an_older_baseline_takes_its_runs_word(write_recipe, base_dir):
     merged = merge(result.run_dir)
     assert merged.logits_difference["mean"] > 0
     recipe = load_recipe(result.run_dir / "recipe.yaml").recipe
-    assert find_kind(open_target(result.run_dir, recipe, base=None).model) == "torchao_8bit"
+    assert find_kind(LoadedModel.open(result.run_dir, recipe, base=None).model) == "torchao_8bit"
 
 
 def test_a_damaged_record_is_told(write_recipe, base_dir):
     adapter_dir = train(write_recipe(adapter={"type": "lora"})).adapter_dir
     (adapter_dir / "wegeft_base.json").write_text('{"base_quantization": 4}')
     with pytest.raises(UserError, match="must be a text, got 4") as caught:
-        open_target(adapter_dir, None, base=None)
+        LoadedModel.open(adapter_dir, None, base=None)
     assert caught.value.key == "base_quantization"
 
 
@@ -220,13 +220,13 @@ def test_an_adapter_is_opened_as_it_was_trained(base_dir, write_recipe):
     """Without its run too; a merged folder beside it is dense, whatever the run's recipe says."""
     recipe = write_recipe(model={"name_or_path": str(base_dir), "load_in_4bit": True})
     result = train(recipe)
-    opened = open_target(result.adapter_dir, None, base=None)
+    opened = LoadedModel.open(result.adapter_dir, None, base=None)
     assert find_kind(opened.model) == "bitsandbytes_4bit"
     prints = fingerprint_target(opened.section, opened.adapter_dir)
     assert prints["base_quantization"] == "bitsandbytes_4bit"  # so scores and their logs tell it
     merged = merge(result.run_dir).output_dir
     recipe_of_run = load_recipe(recipe).recipe
-    assert find_kind(open_target(merged, recipe_of_run, base=None).model) is None
+    assert find_kind(LoadedModel.open(merged, recipe_of_run, base=None).model) is None
 
 
 def test_merged_with_others_it_is_told_in_any_order(base_dir, write_recipe, listener, tmp_path):

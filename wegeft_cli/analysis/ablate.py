@@ -25,12 +25,7 @@ from wegeft_cli.evaluation.benchmarks.registry import load_benchmarks
 from wegeft_cli.evaluation.classifiers import batch_size_of, load_splits, refuse_foreign
 from wegeft_cli.evaluation.runner import EvaluationRunner
 from wegeft_cli.evaluation.score import Score
-from wegeft_cli.inference.loaded_classifier import (
-    find_classifier,
-    load_classifier,
-    task_of_path,
-)
-from wegeft_cli.inference.loaded_model import open_target
+from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, task_of_path
 from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
@@ -191,7 +186,7 @@ def _open_language_model(
         request = replace(request, settings=recipe.eval)
     names = [task] if task is not None else list(request.settings.tasks)[:1]
     benchmarks = load_benchmarks(names, request)[:1]
-    opened = open_target(adapter_dir, recipe, base=base, warn=reporter.warn)
+    opened = LoadedModel.open(adapter_dir, recipe, base=base, warn=reporter.warn)
     size = request.batch_size or request.settings.batch_size
     runner = EvaluationRunner(benchmarks, size, Processes.single(), reporter)
     return _Subject(adapter_dir, opened, opened.model, runner, has_head=False)
@@ -208,15 +203,16 @@ def _open_classifier(
     refuse_foreign({"protocol": request.protocol, "max_new_tokens": request.max_new_tokens})
     splits = [] if task is None else [task]
     check_splits(splits)
-    found = find_classifier(adapter_dir, recipe, base=base)
-    if not found.head.labels:
+    target = ModelTarget.resolve(adapter_dir, recipe, base=base)
+    head, known = target.classifier()
+    if not head.labels:
         raise UserError(
             "an ablation counts right answers, and this model predicts numbers",
             key="--ablate",
             hint="switch a part off by `wegeft edit --drop` and score that adapter",
         )
-    check_metrics(found.recipe, found.head)
-    opened = load_classifier(found, base=base, warn=reporter.warn)
+    check_metrics(known, head)
+    opened = target.load(reporter.warn)
     size = batch_size_of(opened, request)
     runner = EvaluationRunner(
         load_splits(opened, splits, request), size, Processes.single(), reporter

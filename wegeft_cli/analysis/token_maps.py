@@ -20,7 +20,7 @@ from wegeft_cli.analysis.weight_changes import Changes
 from wegeft_cli.artifacts.adapter import AdapterFiles
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError
-from wegeft_cli.inference.loaded_classifier import find_classifier, task_of_path
+from wegeft_cli.inference.loaded_model import ModelTarget
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.methods.wegeft.targets import find_linears
@@ -173,9 +173,9 @@ def _load(changes: Changes) -> tuple[nn.Module, Callable[[Any], _Seen]]:
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     mode = "L" if len(mean) == 1 else "RGB"
     recipe = find_recipe_of(changes.adapter_dir)
-    if task_of_path(changes.adapter_dir, recipe).has_head:
-        found = find_classifier(changes.adapter_dir, recipe, base=folder)
-        transform = build_transform(found.recipe, processor, model.config)
+    target = ModelTarget.resolve(changes.adapter_dir, recipe, base=folder)
+    if target.head is not None:
+        transform = build_transform(target.classifier()[1], processor, model.config)
         return model, lambda picture: _Seen(transform(picture.convert(mode)), mean, std)
 
     def see(picture: Any) -> _Seen:

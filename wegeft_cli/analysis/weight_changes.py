@@ -20,7 +20,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import method_of, refuse_adapter
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
-from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
+from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
 from wegeft_cli.methods.wegeft.spectrum import EXACT_WIDTH
 from wegeft_cli.methods.wegeft.targets import find_linears
 from wegeft_cli.models.loading import fetch_base_folder, load_backbone
@@ -142,7 +142,7 @@ def open_changes(
         reason = "only the factors of WeGeFT and of plain LoRA can be looked into"
         hint = "`wegeft eval --compare-base` measures its effect"
         refuse_adapter(opened, reason, hint=hint)
-    with tell_base(base, adapter_dir):
+    with base_errors(base, adapter_dir):
         base_dir = fetch_base_folder(base or opened.base, None if base else opened.revision)
         stored = list_tensors(base_dir)
         if not stored:

@@ -20,12 +20,7 @@ from wegeft_cli.evaluation.benchmarks.classification import (
 )
 from wegeft_cli.evaluation.benchmarks.registry import load_benchmarks
 from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall, EvaluationRunner
-from wegeft_cli.inference.loaded_classifier import (
-    FoundClassifier,
-    OpenedClassifier,
-    find_classifier,
-    load_classifier,
-)
+from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget
 from wegeft_cli.models.heads import read_labels
 from wegeft_cli.models.loading import load_base_config
 from wegeft_cli.recipe.schema import Recipe
@@ -42,38 +37,39 @@ def evaluate_classifier(
         ExceptionGroup: If several rows are at fault.
     """
     check_splits(call.names)
-    found = find_classifier(path, recipe, base=call.base)
-    check_metrics(found.recipe, found.head)
-    base = _find_base(found, path, call.base) if call.compare_base else None
-    opened = load_classifier(found, base=call.base, warn=call.reporter.warn)
+    target = ModelTarget.resolve(path, recipe, base=call.base)
+    head, known = target.classifier()
+    check_metrics(known, head)
+    base = _find_base(target) if call.compare_base else None
+    opened = target.load(call.reporter.warn)
     runner = EvaluationRunner(
         load_splits(opened, call.names, request),
         batch_size_of(opened, request),
         call.processes,
         call.reporter,
     )
-    base_scores = None if base is None else runner.score(load_classifier(base), "base")
+    base_scores = None if base is None else runner.score(base.load(), "base")
     return Evaluation((), runner.score(opened, "target"), base_scores=base_scores)
 
 
 def load_splits(
-    opened: OpenedClassifier, names: Sequence[str], request: EvaluationRequest
+    opened: LoadedModel, names: Sequence[str], request: EvaluationRequest
 ) -> list[Benchmark]:
     """Load the splits of a classifier; without names the first that exists."""
     request = replace(request, classifier=opened)
     return load_benchmarks(split_names(names, request), request)
 
 
-def batch_size_of(opened: OpenedClassifier, request: EvaluationRequest) -> int:
+def batch_size_of(opened: LoadedModel, request: EvaluationRequest) -> int:
     """Return the batch size of the request, else that of the recipe's validations."""
-    return request.batch_size or opened.recipe.train.per_device_eval_batch_size
+    return request.batch_size or opened.classifier()[1].train.per_device_eval_batch_size
 
 
-def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> FoundClassifier:
+def _find_base(target: ModelTarget) -> ModelTarget:
     """Find the base before anything is loaded; its own head must have the same classes."""
-    section = found.recipe.model
-    if found.adapter_dir is None:
-        base = base or read_provenance(Path(path))
+    section, (head, recipe) = target.section, target.classifier()
+    if target.adapter is None:
+        base = target.base or read_provenance(Path(target.path))
         if base is None:
             raise UserError(
                 "the base of this model is not recorded",
@@ -82,15 +78,15 @@ def _find_base(found: FoundClassifier, path: str | Path, base: str | None) -> Fo
             )
         section = replace(section, name_or_path=base, revision=None)
     config = load_base_config(section)
-    if not found.head.labels or set(read_labels(config)) != set(found.head.labels):
+    if not head.labels or set(read_labels(config)) != set(head.labels):
         raise UserError(
             f"the base {section.name_or_path!r} has no head for these classes: there is nothing to "
             "compare with",
             key="--compare-base",
             hint="train a linear probe of it instead: adapter.type=linear_probe",
         )
-    head = replace(found.head, labels=read_labels(config), keeps_base_head=True)
-    return FoundClassifier(None, head, replace(found.recipe, model=section))
+    head = replace(head, labels=read_labels(config), keeps_base_head=True)
+    return ModelTarget(section.name_or_path, section, None, head, recipe)
 
 
 def refuse_samples(samples: Path, names: Sequence[str]) -> None:

@@ -31,13 +31,12 @@ from wegeft_cli.evaluation.result_files import (
 from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall, EvaluationRunner
 from wegeft_cli.evaluation.text.scoring import names_tasks
 from wegeft_cli.generation.decoding import Decoding
-from wegeft_cli.inference.loaded_classifier import task_of_path
 from wegeft_cli.inference.loaded_model import (
     NO_PRINTS,
-    OpenedTarget,
+    LoadedModel,
     find_target,
     fingerprint_target,
-    open_target,
+    task_of_path,
 )
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -215,22 +214,22 @@ def _samples_path(
 def _evaluate_language_model(
     path: str | Path, recipe: Recipe | None, runner: EvaluationRunner, call: EvaluationCall
 ) -> Evaluation:
-    open_it = open_target if call.backend == "transformers" else _find_backend(call.backend)
+    open_it = LoadedModel.open if call.backend == "transformers" else _find_backend(call.backend)
     opened = open_it(path, recipe, base=call.base, warn=call.reporter.warn)
     base_scores = None
     base_prints: Mapping[str, Any] = {}
     if call.compare_base:
         section = replace(opened.section, name_or_path=opened.base or opened.section.name_or_path)
         base_prints = fingerprint_target(section, None)
-        with opened.base_alone() as (model, tokenizer):
-            alone = replace(opened, model=model, tokenizer=tokenizer)
+        with opened.base_model() as (model, tokenizer):
+            alone = replace(opened, model=model, processor=tokenizer)
             base_scores = runner.score(alone, "base", _cache_key(alone, base_prints))
     prints = fingerprint_target(opened.section, opened.adapter_dir)
     scores = runner.score(opened, opened.kind, _cache_key(opened, prints))
     return Evaluation(call.names, scores, prints, base_scores, base_prints)
 
 
-def _cache_key(opened: OpenedTarget, prints: Mapping[str, Any]) -> dict[str, Any]:
+def _cache_key(opened: LoadedModel, prints: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything of a model that its answers depend on."""
     from wegeft_cli.generation.stopping import stop_token_ids
 
@@ -246,7 +245,7 @@ def _cache_key(opened: OpenedTarget, prints: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _find_backend(name: str) -> Callable[..., OpenedTarget]:
+def _find_backend(name: str) -> Callable[..., LoadedModel]:
     """Return the function that opens a target in another engine than transformers."""
     if name != "vllm":
         raise UserError(

@@ -17,8 +17,7 @@ from wegeft_cli.evaluation.classifiers import evaluate_classifier
 from wegeft_cli.evaluation.result_files import ResultFiles, choose_samples_path
 from wegeft_cli.evaluation.runner import Evaluation, EvaluationCall
 from wegeft_cli.evaluation.score import Score
-from wegeft_cli.inference.loaded_classifier import task_of_path
-from wegeft_cli.inference.loaded_model import find_target
+from wegeft_cli.inference.loaded_model import find_target, task_of_path
 from wegeft_cli.recipe.schema import DataSource, Recipe
 from wegeft_cli.statistics import wilson_interval
 

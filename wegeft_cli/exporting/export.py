@@ -23,7 +23,7 @@ from wegeft_cli.exporting.lora import TwinPlan, plan_twin
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
 from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.lora_equivalent import Twin
-from wegeft_cli.methods.wegeft.save_load import check_base, tell_base
+from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder
 from wegeft_cli.publishing.hub import HubTarget, publish
@@ -224,7 +224,7 @@ def _export_adapter(
     name_or_path = base or adapter.base
     revision = revision or (None if base else adapter.revision)
     trusts = adapter.trusts_remote_code
-    with tell_base(base, adapter_dir):
+    with base_errors(base, adapter_dir):
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
         plan = plan_twin(

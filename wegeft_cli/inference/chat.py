@@ -19,7 +19,7 @@ from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
 from wegeft_cli.generation.kv_cache import PrefixCache
 from wegeft_cli.inference.generate import GREEDY, default_new_tokens, describe_target
-from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
+from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form
 from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.storage.atomic import write_text_atomic
@@ -60,7 +60,7 @@ class Conversation:
         messages: The turns, user and assistant alternately.
     """
 
-    opened: OpenedTarget
+    opened: LoadedModel
     form: PromptForm
     about: str
     decoding: Decoding = GREEDY
@@ -118,7 +118,7 @@ class Conversation:
             with (
                 nullcontext((self.opened.model, self.opened.tokenizer))
                 if tuned
-                else self.opened.base_alone() as (model, tokenizer),
+                else self.opened.base_model() as (model, tokenizer),
                 generation_memory_errors(),
             ):
                 written = generate_texts(
@@ -285,7 +285,7 @@ def open_conversation(
     """
     path = find_target(target)
     recipe = find_recipe_of(path)
-    opened = open_target(path, recipe, base=base, warn=warn)
+    opened = LoadedModel.open(path, recipe, base=base, warn=warn)
     form = choose_form(template, path, recipe, opened.tokenizer)
     length = max_new_tokens or default_new_tokens(opened.model)
     decoding = replace(decoding, max_new_tokens=length)

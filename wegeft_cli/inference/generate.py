@@ -16,7 +16,7 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generation.completion import GenerationResult
 from wegeft_cli.generation.decoding import Decoding, sample_id
 from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
-from wegeft_cli.inference.loaded_model import OpenedTarget, find_target, open_target
+from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form, question_text
 from wegeft_cli.models.device_memory import generation_memory_errors
@@ -94,7 +94,7 @@ def generate(
     path = find_target(target)
     recipe = find_recipe_of(path)
     settings = recipe.eval if recipe is not None else EvalSection()
-    opened = open_target(path, recipe, base=base, warn=reporter.warn)
+    opened = LoadedModel.open(path, recipe, base=base, warn=reporter.warn)
     form = choose_form(template, path, recipe, opened.tokenizer)
     texts = _write_prompts(questions, form, system)
     count = len(texts) * num_samples
@@ -111,7 +111,7 @@ def generate(
     start = time.monotonic()
     base_written = None
     if compare_base:
-        with opened.base_alone() as (model, tokenizer):
+        with opened.base_model() as (model, tokenizer):
             base_written = job.run(model, tokenizer, "base", reporter, stream)
     is_tuned = opened.kind == "adapter" or opened.base is not None
     who = "tuned" if is_tuned else "model"
@@ -197,7 +197,7 @@ def default_new_tokens(model: Any) -> int:
     return DEFAULT_NEW_TOKENS if context is None else min(DEFAULT_NEW_TOKENS, max(1, context // 2))
 
 
-def describe_target(opened: OpenedTarget, path: str | Path, form: PromptForm) -> str:
+def describe_target(opened: LoadedModel, path: str | Path, form: PromptForm) -> str:
     """Return one line about the model and its prompt format."""
     return f"{opened.kind} {path}, prompt format {form.name} ({form.why})"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
-from wegeft_cli.inference.loaded_model import OpenedTarget, resolve_target, telling_target
+from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.save_load import check_base
@@ -28,13 +28,13 @@ from wegeft_cli.storage.atomic import save_tensors_atomic, write_text_atomic
 from wegeft_cli.storage.safetensors_reader import list_tensors
 
 
-class VllmTarget(OpenedTarget):
+class LoadedInVllm(LoadedModel):
     """A model in vLLM; its base is the same engine asked without the adapter."""
 
     @contextmanager
-    def base_alone(self) -> Iterator[tuple[Any, Any]]:
-        """Give the base model inside the block."""
-        if self.kind != "adapter":
+    def base_model(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the engine without the adapter, and the tokenizer."""
+        if self.adapter is None:
             raise UserError(
                 "a merged model's base would need a second engine",
                 key="--compare-base",
@@ -49,15 +49,16 @@ def open_in_vllm(
     *,
     base: str | None,
     warn: Callable[[str], None] = lambda text: None,
-) -> OpenedTarget:
-    """Start vLLM on what a command is to work on; arguments and errors as `open_target`.
+) -> LoadedModel:
+    """Start vLLM on what a command is to work on; arguments and errors as in `LoadedModel.open`.
 
     A WeGeFT adapter goes in as its exact LoRA equivalent, written to a temporary folder. An adapter
     of a quantized base is refused.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    section, adapter = resolve_target(path, recipe, base=base)
+    target = ModelTarget.resolve(path, recipe, base=base).require_text()
+    section, adapter = target.section, target.adapter
     if (quantized := name_quantization(section)) is not None:
         # The equivalent is made from the dense weights, which are another model.
         raise UserError(
@@ -66,7 +67,7 @@ def open_in_vllm(
             key="--backend",
             hint="leave --backend out, or score what `wegeft merge` makes of it",
         )
-    with telling_target(path) if adapter is None else nullcontext():
+    with model_errors(path) if adapter is None else nullcontext():
         folder = fetch_base_folder(section.name_or_path, section.revision)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     has_own = (Path(folder) / "generation_config.json").is_file()
@@ -84,7 +85,7 @@ def open_in_vllm(
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
     if adapter is None:
         model = vllm.open_model(str(folder), **told)
-        return VllmTarget("model", model, tokenizer, None, section, None, vllm.generate_in_vllm)
+        return LoadedInVllm(model, tokenizer, section, write=vllm.generate_in_vllm)
     scratch = None
     method = method_of(adapter)
     if method.has_generators:
@@ -106,7 +107,7 @@ def open_in_vllm(
     model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
-    return VllmTarget("adapter", model, tokenizer, None, section, adapter, vllm.generate_in_vllm)
+    return LoadedInVllm(model, tokenizer, section, adapter, write=vllm.generate_in_vllm)
 
 
 def write_lora_equivalent(adapter: Adapter, base_dir: Path, output_dir: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.methods.registry import method_of, put_adapter
+from wegeft_cli.methods.registry import load_onto, method_of
 from wegeft_cli.models.loading import load_model, load_tokenizer, quiet_transformers
 from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -47,7 +47,7 @@ def fold_onto(
 ) -> tuple[Any, int]:
     """Load an adapter onto its base and fold it; return the model and the number of changes."""
     reporter = reporter or SilentReporter()
-    model = put_adapter(model, adapter, section, warn=reporter.warn)
+    model = load_onto(model, adapter, section, warn=reporter.warn)
     return method_of(adapter).fold(model, adapter)
 
 
@@ -70,10 +70,10 @@ def fold_whole(
         UserError: If the adapter is damaged, or belongs to another base.
     """
     # Imported here, so that a streamed merge does not load them.
-    from wegeft_cli.inference.loaded_classifier import read_head_spec
+    from wegeft_cli.inference.loaded_model import head_of
     from wegeft_cli.tasks.registry import task_of_head
 
-    head = None if adapter.head is None else read_head_spec(adapter)[0]
+    head = head_of(adapter)
     model: Any = load_model(
         section.name_or_path,
         revision=section.revision,

@@ -34,7 +34,7 @@ from wegeft_cli.merging.quantized import (
 from wegeft_cli.merging.streaming import merge_stream
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
-from wegeft_cli.methods.wegeft.save_load import check_fingerprint, tell_base
+from wegeft_cli.methods.wegeft.save_load import base_errors, check_fingerprint
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder, name_quantization
 from wegeft_cli.publishing.hub import HubTarget, publish
@@ -146,7 +146,7 @@ def merge(
         PROVENANCE_NAME: json.dumps(job.provenance(), indent=2) + "\n",
     }
     form = OutputFormat(output, dtype, max_shard_size, texts)
-    with tell_base(base, adapters[0].folder):
+    with base_errors(base, adapters[0].folder):
         written = _merge_whole(job, form, reporter) if job.is_whole else _merge(job, form, reporter)
     if written.quantization is not None:
         provenance = job.provenance() | {

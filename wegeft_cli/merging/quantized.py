@@ -12,7 +12,7 @@ from torch import Tensor
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.in_memory import fold_onto
-from wegeft_cli.methods.registry import put_adapter
+from wegeft_cli.methods.registry import load_onto
 from wegeft_cli.models.loading import find_dtype, load_base, load_model, load_tokenizer, quantise_as
 from wegeft_cli.models.quantization import dequantise, name_kind
 from wegeft_cli.recipe.schema import ModelSection, Recipe
@@ -123,7 +123,7 @@ def compare_logits(
     trusts = section.trust_remote_code
     tokenizer = load_tokenizer(section.name_or_path, trust_remote_code=trusts)
     ids = torch.tensor([tokenizer(_TEXT).input_ids])
-    model = put_adapter(load_base(section), adapter, section)
+    model = load_onto(load_base(section), adapter, section)
     trained = _read_logits(model.eval(), ids)
     del model
     merged = _read_logits(load_model(str(merged_dir), trust_remote_code=trusts), ids)

@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     yield from find_method(recipe.adapter.type).check(recipe)
 
 
-def put_adapter(
+def load_onto(
     model: nn.Module,
     adapter: Adapter,
     section: ModelSection,

@@ -21,7 +21,7 @@ from wegeft_cli.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from wegeft_cli.data.labelled.dataset import ClassRows
-    from wegeft_cli.inference.loaded_classifier import OpenedClassifier
+    from wegeft_cli.inference.loaded_model import LoadedModel
     from wegeft_cli.models.heads import HeadSpec
     from wegeft_cli.tasks.classification import ClassificationTask
     from wegeft_cli.tasks.support.classifier import ClassScore
@@ -63,7 +63,7 @@ class ClassificationBenchmark:
         """Return the split's name; the answers of classifiers are not cached."""
         return {"task": self.name}
 
-    def run(self, model: OpenedClassifier, context: BenchmarkContext) -> Score:
+    def run(self, model: LoadedModel, context: BenchmarkContext) -> Score:
         """Classify the rows, this process its shard of them."""
         score = self._classify(model, context)
         interval = None
@@ -88,7 +88,7 @@ class ClassificationBenchmark:
         """Raise UserError: a classifier's answers are scored as it gives them."""
         raise samples_error()
 
-    def _classify(self, model: OpenedClassifier, context: BenchmarkContext) -> ClassScore:
+    def _classify(self, model: LoadedModel, context: BenchmarkContext) -> ClassScore:
         """Return the score of the rows of all processes."""
         import torch
         from accelerate import PartialState
@@ -98,7 +98,8 @@ class ClassificationBenchmark:
         from wegeft_cli.training.classification_loss import Answers, ClassLoss
 
         module: Any = model.model.to(PartialState().device)
-        collator = _task_of(model.recipe).collator(model.recipe, model.processor, module)
+        _, recipe = model.classifier()
+        collator = _task_of(recipe).collator(recipe, model.processor, module)
         loss = ClassLoss(is_regression=not self.head.labels)
         device = next(module.parameters()).device
         processes = context.processes
@@ -178,11 +179,11 @@ def _load(name: str, request: EvaluationRequest) -> ClassificationBenchmark:
     """
     from wegeft_cli.tasks.support.classifier import choose_metric
 
-    opened: OpenedClassifier = request.classifier
-    sources = _find_splits(opened.recipe, [name], _data_dir(request))[name]
-    rows, digest = _read_split(opened, sources, request.limit or opened.recipe.eval.limit)
-    metric = choose_metric(opened.recipe, opened.head)
-    return ClassificationBenchmark(name, rows, digest, opened.head, metric)
+    opened: LoadedModel = request.classifier
+    head, recipe = opened.classifier()
+    sources = _find_splits(recipe, [name], _data_dir(request))[name]
+    rows, digest = _read_split(opened, sources, request.limit or recipe.eval.limit)
+    return ClassificationBenchmark(name, rows, digest, head, choose_metric(recipe, head))
 
 
 def _task_of(recipe: Recipe) -> ClassificationTask:
@@ -237,7 +238,7 @@ def _find_in(data_dir: Path, name: str, like: DataSource) -> list[DataSource]:
 
 
 def _read_split(
-    opened: OpenedClassifier, sources: Sequence[DataSource], limit: int | None
+    opened: LoadedModel, sources: Sequence[DataSource], limit: int | None
 ) -> tuple[ClassRows, str]:
     """Read a split's rows and their digest."""
     import torch
@@ -246,7 +247,8 @@ def _read_split(
     from wegeft_cli.data.labelled.labels import Labels
     from wegeft_cli.models.image_processor import check_images
 
-    recipe, labels = opened.recipe, Labels(opened.head.labels)
+    head, recipe = opened.classifier()
+    labels = Labels(head.labels)
     task = _task_of(recipe)
     parts = []
     digests = []

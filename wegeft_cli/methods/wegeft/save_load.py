@@ -312,19 +312,8 @@ def check_fingerprint(
 
 
 @contextmanager
-def tell_base(base: str | None, adapter_dir: Path) -> Iterator[None]:
-    """Say of a base that cannot be loaded who named it: the option, or the adapter.
-
-    Args:
-        base: What `--base` gave.
-        adapter_dir: The adapter's folder.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UserError: The fault, told in the user's words.
-    """
+def base_errors(base: str | None, adapter_dir: Path) -> Iterator[None]:
+    """Report a base that cannot be loaded under `--base`, or under the adapter's record of it."""
     try:
         yield
     except UserError as fault:

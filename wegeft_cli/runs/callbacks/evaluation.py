@@ -9,7 +9,7 @@ from typing import Any
 from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
-from wegeft_cli.inference.loaded_model import OpenedTarget
+from wegeft_cli.inference.loaded_model import LoadedModel
 
 
 def score_benchmarks(
@@ -35,7 +35,7 @@ def score_benchmarks(
         `eval_<name>` -> score, 0 to 1, for each benchmark that has one and each complete group; the
         same on all processes.
     """
-    target = OpenedTarget("adapter", model, tokenizer)
+    target = LoadedModel(model, tokenizer)
     context = replace(context, in_lockstep=is_sharded(model))
     scores: dict[str, float] = {}
     for position, (name, benchmark) in enumerate(benchmarks.items()):
