@@ -1,4 +1,4 @@
-"""Whether a run goes on over the rows and with the tokenizer that it began with."""
+"""Data fingerprint: a run resumes only with the rows and the tokenizer of its start."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ _PROBE_BYTES = 64 * 2**10
 
 
 def digest_inputs(section: DataSection, tokenizer: Any, recipe_dir: Path | None) -> dict[str, Any]:
-    """Give what the report on the data does not tell, for run.json.
-
-    Args:
-        section: The recipe's `data`.
-        tokenizer: The base's.
-        recipe_dir: Folder of the recipe, for relative paths.
+    """Return what `run.json` records of the inputs beside the data statistics.
 
     Returns:
-        `tokenizer_sha256`, see `describe_tokenizer`, and `stream_digests`, one per training source,
-        None for the hub; empty where the data are read as a whole and so digested already.
+        `tokenizer_sha256`, see `describe_tokenizer`, and `stream_digests`, one for each streamed
+        training source, None for the hub. Data that are read whole are hashed elsewhere.
 
     Raises:
         UserError: If a file cannot be read.
@@ -43,16 +38,14 @@ def digest_inputs(section: DataSection, tokenizer: Any, recipe_dir: Path | None)
 
 
 def check_same_data(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to go on over other data: a checkpoint's place in them would mean other rows.
+    """Refuse to resume with other data, where a checkpoint's position would mean other rows.
 
-    Other validation rows would make another loss of the same name: the best checkpoint and early
-    stopping compare them.
-
-    Paths are not compared, their contents are; what the run did not record is not missed.
+    Validation rows are compared too, since the best checkpoint and early stopping compare their
+    losses. Contents are compared, not paths; facts that the run did not record are skipped.
 
     Args:
-        earlier: run.json as the run left it.
-        now: What run.json would say now.
+        earlier: `run.json` as the run left it.
+        now: What `run.json` would record now.
         path: The file, for the message.
 
     Raises:
@@ -87,10 +80,10 @@ def _list_facts(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _digest_probes(files: list[Path]) -> str:
-    """Digest the lengths of files and pieces of each, evenly spread; small ones as a whole.
+    """Hash the sizes of files and evenly spaced parts of each; small files as a whole.
 
-    A stream may be too long to read before the first step, and times change as soon as a file is
-    copied to another machine. Rows added, taken out, moved or made anew show here.
+    A stream may be too long to read before the first step, and modification times change when a
+    file is copied. Rows that are added, removed, moved or changed alter the hash.
     """
     digest = hashlib.sha256()
     for file in files:
