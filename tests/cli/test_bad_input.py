@@ -597,7 +597,7 @@ def test_a_full_disk_while_training_keeps_what_was_saved(
     monkeypatch.setattr(files, "_settle", settle)
     resumed = wegeft("train", place.recipe, "--resume", "auto", "--json")
     assert resumed.exit_code == EXIT_DONE
-    assert "going on from step 1" in resumed.stderr
+    assert "resuming from step 1" in resumed.stderr
 
 
 class FullDiskPath(type(Path())):

@@ -216,7 +216,7 @@ def test_a_run_asked_to_stop_saves_and_says_how_to_go_on(start_wegeft, run_wegef
     more = [f"train.max_steps={step + 1}", "--resume", "auto", "--json"]
     done = run_wegeft("train", place.recipe, *more)
     assert done.returncode == EXIT_DONE, done.stderr
-    assert f"going on from step {step}" in done.stderr
+    assert f"resuming from step {step}" in done.stderr
     assert read_object(done.stdout)["num_steps"] == step + 1
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from wegeft_cli.cli.commands.train import summary_lines
-from wegeft_cli.runs.train import TrainResult
+from wegeft_cli.runs.run import TrainResult
 
 PLAIN = TrainResult(Path("runs/a"), Path("runs/a/adapter"), "finished", 10, 1.0, 5)
 

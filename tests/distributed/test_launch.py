@@ -145,7 +145,7 @@ def test_a_killed_process_ends_the_run(write_recipe):
     assert read_run(recipe)["status"] == "failed"
     resumed = run(recipe, "--num-processes", "2", "--resume", "auto", "train.num_train_epochs=10")
     assert resumed.returncode == EXIT_DONE, resumed.stderr
-    assert "going on from step" in resumed.stderr or num_steps_of(recipe)
+    assert "resuming from step" in resumed.stderr or num_steps_of(recipe)
 
 
 def test_a_restart_goes_on_to_the_same_bits(write_recipe):
@@ -159,7 +159,7 @@ def test_a_restart_goes_on_to_the_same_bits(write_recipe):
     os.kill(workers_of(process)[1], signal.SIGKILL)
     done = finish(process)
     assert done.returncode == EXIT_DONE, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert are_equal(load_factors(whole), load_factors(broken))
 
 

@@ -156,7 +156,7 @@ def test_two_processes_resume_with_their_own_dropout(write_recipe):
     shutil.rmtree(run_dir / "adapter")
     done = launch(whole, 2, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert "going on from step 3" in done.stderr
+    assert "resuming from step 3" in done.stderr
     resumed = load_file(run_dir / "adapter" / "adapter_model.safetensors")
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[key], value) for key, value in expected.items())

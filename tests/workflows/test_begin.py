@@ -27,15 +27,15 @@ def test_a_run_that_came_between_the_look_and_the_lock_is_left_alone(
 ):
     """The second start looks at an empty folder; before it has the lock, the first one is done."""
     recipe = write_recipe()
-    look = begin.check_start
+    look = begin.check_resume
 
     def look_and_be_overtaken(*args):
         found = look(*args)
-        monkeypatch.setattr("wegeft_cli.runs.train.check_start", look)
+        monkeypatch.setattr("wegeft_cli.runs.train.check_resume", look)
         train(recipe)
         return found
 
-    monkeypatch.setattr("wegeft_cli.runs.train.check_start", look_and_be_overtaken)
+    monkeypatch.setattr("wegeft_cli.runs.train.check_resume", look_and_be_overtaken)
     run_dir = tmp_path / "runs" / "tiny"
     with pytest.raises(UserError, match=r"already holds a run .*finished"):
         train(recipe)
@@ -235,7 +235,7 @@ def take_numpy_memory():
 
 @pytest.mark.parametrize("take", [take_torch_memory, take_numpy_memory])
 def test_out_of_memory_is_told_with_keys_and_values(write_recipe, monkeypatch, read_run, take):
-    monkeypatch.setattr("wegeft_cli.runs.train.load_base", lambda recipe: take())
+    monkeypatch.setattr("wegeft_cli.runs.train.load_base", lambda recipe, **options: take())
     recipe = write_recipe()
     with pytest.raises(MachineError, match=r"out of memory on .* at a peak of \d+\.\d\d") as told:
         train(recipe)
@@ -266,4 +266,4 @@ def test_another_number_of_threads_is_told(write_recipe, listener):
         torch.set_num_threads(threads)
     assert result.status == "finished"
     (told,) = [text for text in listener.warnings if "threads" in text]
-    assert f"began with {threads} CPU threads and goes on with {threads + 1}" in told
+    assert f"began with {threads} CPU threads and resumes with {threads + 1}" in told

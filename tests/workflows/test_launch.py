@@ -7,11 +7,11 @@ import pytest
 
 from wegeft_cli.distributed.failures import (
     LAUNCHED,
-    is_lost_process,
+    is_lost_peer,
+    lost_peer_error,
     may_be_restarted,
     num_restarts,
-    tell_launcher,
-    tell_lost_process,
+    report_to_launcher,
 )
 from wegeft_cli.distributed.launch import (
     LOST_PEER,
@@ -125,12 +125,12 @@ def test_a_run_that_was_stopped_is_interrupted():
 
 
 def test_a_fault_is_left_for_the_launcher(tmp_path, monkeypatch):
-    tell_launcher("nobody asks")
+    report_to_launcher("nobody asks")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    tell_launcher("torchrun prints the fault by itself")
+    report_to_launcher("torchrun prints the fault by itself")
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(LAUNCHED, "1")
-    tell_launcher("bad")
+    report_to_launcher("bad")
     (written,) = tmp_path.iterdir()
     told = json.loads(written.read_text())["message"]
     assert told["message"] == "bad"
@@ -147,9 +147,9 @@ def test_restarts_are_counted(monkeypatch):
 
 def test_a_lost_process_is_told_from_other_faults():
     gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
-    assert is_lost_process(RuntimeError(gloo))
-    assert not is_lost_process(RuntimeError("shapes do not match"))
-    assert not is_lost_process(ValueError("Connection closed by peer"))
-    fault = tell_lost_process(30)
+    assert is_lost_peer(RuntimeError(gloo))
+    assert not is_lost_peer(RuntimeError("shapes do not match"))
+    assert not is_lost_peer(ValueError("Connection closed by peer"))
+    fault = lost_peer_error(30)
     assert LOST_PEER in str(fault)
     assert "30 s" in fault.hint

@@ -39,13 +39,13 @@ def test_killed_between_adapter_and_record_an_early_stop_is_done(
     write_recipe, monkeypatch, read_run, files_in
 ):
     recipe = write_recipe(**STOPS_EARLY)
-    write_adapter, kept = train_module.write_adapter, []
+    export_adapter, kept = train_module.export_adapter, []
 
-    def write_and_keep(model, recipe, folder, *others, **options):
-        kept.append((folder.path / "run.json").read_bytes())
-        return write_adapter(model, recipe, folder, *others, **options)
+    def write_and_keep(model, run, *others, **options):
+        kept.append(run.directory.record_path.read_bytes())
+        return export_adapter(model, run, *others, **options)
 
-    monkeypatch.setattr(train_module, "write_adapter", write_and_keep)
+    monkeypatch.setattr(train_module, "export_adapter", write_and_keep)
     done = train(recipe)
     assert (done.num_steps, done.stopped_early, done.adapter_step) == (3, True, 1)
     record = read_run(done.run_dir)
@@ -196,10 +196,10 @@ def test_an_earlier_versions_relative_paths_are_the_same_files(relative, stop_af
 
 def test_a_model_on_a_hub_keeps_its_name(write_recipe, tmp_path):
     from wegeft_cli.recipe.load import load_recipe
-    from wegeft_cli.runs.resume_rules import keep_recipe
+    from wegeft_cli.runs.resume_rules import with_absolute_paths
 
     sections = {"model": {"name_or_path": "some/model"}, "data": {"train": [{"path": "some/set"}]}}
-    kept = keep_recipe(load_recipe(write_recipe(**sections)))
+    kept = with_absolute_paths(load_recipe(write_recipe(**sections)))
     assert (kept.model.name_or_path, kept.data.train[0].path) == ("some/model", "some/set")
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
             file.write_bytes(file.read_bytes()[:-1])
     train(recipe, resume="auto", reporter=listener)
     assert any("step-00000005 is damaged" in text for text in listener.warnings)
-    expected = "starts at its beginning" if damage == "all" else "going on from step 4"
+    expected = "starts from step 0" if damage == "all" else "resuming from step 4"
     assert any(expected in text for text in listener.notes)
     assert read_adapter(run_dir) == read_adapter(whole)
     assert read_metrics(run_dir) == read_metrics(whole)

@@ -16,7 +16,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.runs.callbacks import trackers as trackers_module
 from wegeft_cli.runs.callbacks.trackers import Trackers
-from wegeft_cli.runs.describe import describe_settings
+from wegeft_cli.runs.run import recipe_settings
 from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 240
@@ -276,7 +276,7 @@ def test_secrets_do_not_leave_the_machine(write_recipe, monkeypatch):
             "logging.project=tiny",
         ],
     ).recipe
-    sent = describe_settings(recipe)
+    sent = recipe_settings(recipe)
     assert sent["model.revision"] == "x-***-y"
     assert sent["data.train[0].path"] == "https://***@host/file.jsonl"
     assert sent["logging.project"] == "tiny"

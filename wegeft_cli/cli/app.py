@@ -133,9 +133,9 @@ def _leave_with(error: UserError | ExceptionGroup[Exception]) -> NoReturn:
 
 
 def _report_to_launcher(message: str) -> None:
-    from wegeft_cli.distributed.failures import tell_launcher
+    from wegeft_cli.distributed.failures import report_to_launcher
 
-    tell_launcher(message)
+    report_to_launcher(message)
 
 
 def _silence_imports() -> None:

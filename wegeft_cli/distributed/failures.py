@@ -15,7 +15,7 @@ from wegeft_cli.errors import MachineError
 _WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "/gloo/")
 
 
-def is_lost_process(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Tell whether a fault says that another process of the group is gone or does not answer.
 
     Args:
@@ -33,7 +33,7 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def tell_lost_process(timeout: int) -> MachineError:
+def lost_peer_error(timeout: int) -> MachineError:
     """Build the fault that a user reads in its place.
 
     Args:
@@ -53,7 +53,7 @@ LAUNCHED = "WEGEFT_LAUNCHED"
 """Stands in the environment of processes that the command itself has started."""
 
 
-def tell_launcher(message: str) -> None:
+def report_to_launcher(message: str) -> None:
     """Leave word of a fault where the command that started this process looks for it.
 
     Without one, and under torchrun, do nothing.

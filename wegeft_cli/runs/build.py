@@ -1,56 +1,46 @@
-"""A recipe becomes what the loop takes: the model with its adapter, optimizer and schedule."""
+"""Build what the trainer takes from a recipe: model, optimizer, scheduler and settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.methods.init_from import init_from_adapter
-from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
 from wegeft_cli.models.stochastic_depth import add_drop_path
 from wegeft_cli.planning.preflight import count_steps
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.registry import find_task, inject_adapter
+from wegeft_cli.runs.run import Run
+from wegeft_cli.tasks.registry import inject_adapter
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
-from wegeft_cli.training.snapshot import MethodState
 from wegeft_cli.training.trainer import LoopSettings
 
 
 def build_model(
-    base: nn.Module,
-    recipe: Recipe,
-    processes: Processes,
-    *,
-    base_fingerprint: str | None,
-    resuming: bool,
-    warn: Callable[[str], None],
+    base: nn.Module, run: Run, *, base_fingerprint: str | None, resuming: bool
 ) -> nn.Module:
-    """Make a base ready to train: kernels, adapter, device, checkpointing, noise.
+    """Prepare a loaded base for training: kernels, adapter, device, checkpointing, noise.
 
     Args:
-        base: The loaded base; it is changed.
-        recipe: The recipe.
-        processes: This process's device and rank.
-        base_fingerprint: The base's, where it is known.
-        resuming: A checkpoint will give the factors: `adapter.init_from` is not read.
-        warn: Told what cannot be checked.
+        base: The base, which is changed.
+        run: The run.
+        base_fingerprint: Fingerprint of the base, if it is known.
+        resuming: Whether a checkpoint will replace the trained parameters: `adapter.init_from` is
+            not read.
 
     Returns:
-        The model on its device. Its factors are the same on every process.
+        The model on its device. Its trained parameters are the same on every process.
 
     Raises:
         UserError: If the adapter, a kernel or packing does not fit the model.
     """
-    train = recipe.train
+    recipe, train = run.recipe, run.recipe.train
     if train.use_liger_kernel:
         apply_liger(base)
     set_seed(recipe.seed)
@@ -63,12 +53,12 @@ def build_model(
             recipe.adapter.init_from,
             recipe.adapter,
             base_fingerprint=base_fingerprint,
-            warn=warn,
+            warn=run.reporter.warn,
         )
-    model.to(processes.device)
+    model.to(run.processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    find_task(recipe.task).check_built(model, recipe)
+    run.task.check_built(model, recipe)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:
@@ -79,18 +69,10 @@ def build_model(
 def build_learning(
     recipe: Recipe, parameters: Mapping[str, nn.Parameter], num_steps: int
 ) -> tuple[Optimizer, LRScheduler, LoopSettings]:
-    """Build the optimizer, its schedule, and the loop's numbers.
-
-    Args:
-        recipe: The recipe.
-        parameters: What learns, by name.
-        num_steps: Optimizer steps of the run.
-
-    Returns:
-        All three.
+    """Build the optimizer, the learning rate scheduler and the settings of the loop.
 
     Raises:
-        UserError: If the optimizer or the schedule does not take its settings.
+        UserError: If the optimizer or the scheduler does not accept its settings.
     """
     train = recipe.train
     optimizer = build_optimizer(
@@ -125,27 +107,7 @@ def build_learning(
         metric_for_best_model=train.metric_for_best_model,
         greater_is_better=train.metric_for_best_model != "eval_loss",
         save_best=train.load_best_model_at_end,
-        # To write answers takes much longer than to save.
+        # Generating answers takes much longer than saving.
         save_before_validation=bool(train.eval_tasks or recipe.logging.sample_prompts),
     )
     return optimizer, schedule, settings
-
-
-def build_method(
-    model: nn.Module,
-    recipe: Recipe,
-    loss: Callable[[nn.Module, Any], Tensor],
-    num_steps: int,
-) -> tuple[MethodState | None, Callable[[nn.Module, Any], Tensor]]:
-    """Build what a method does beside the optimizer's steps.
-
-    Args:
-        model: The model as it will be trained.
-        recipe: The recipe.
-        loss: The task's loss.
-        num_steps: Optimizer steps of the run.
-
-    Returns:
-        What is done after each step, where something is, and the loss that is trained on.
-    """
-    return find_method(recipe.adapter.type).stepper(model, loss, num_steps)

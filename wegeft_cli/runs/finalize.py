@@ -1,4 +1,4 @@
-"""How a run ends: its adapter, of the last step or of the best one, written whole."""
+"""The end of a run: export the adapter of the last or the best step, or load a finished result."""
 
 from __future__ import annotations
 
@@ -7,52 +7,36 @@ from torch import nn
 
 from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
-from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.base import AdapterRecord
-from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.reporter import Reporter
+from wegeft_cli.runs.run import Run
 from wegeft_cli.runs.start import has_stopped_early
-from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.snapshot import Progress
 from wegeft_cli.training.trainer import LoopResult
 
 
-def write_adapter(
+def export_adapter(
     model: nn.Module,
-    recipe: Recipe,
-    folder: RunDirectory,
+    run: Run,
     result: LoopResult,
-    fingerprint: str | None,
-    reporter: Reporter,
     *,
-    head: HeadSpec | None = None,
+    base_fingerprint: str | None,
+    head: HeadSpec | None,
 ) -> int:
-    """Write the adapter's folder, whole or not at all.
+    """Write the adapter's folder, complete or not at all, and return the step of the adapter.
 
-    Args:
-        model: The trained model; with `train.load_best_model_at_end` it gets the best step's
-            factors, or their average where one is kept.
-        recipe: The recipe.
-        folder: The run's folder.
-        result: How the loop ended.
-        fingerprint: The base's.
-        reporter: Told where the best checkpoint cannot be read.
-        head: A classifier's head, which is told beside its weights.
-
-    Returns:
-        The step that the adapter is of.
+    With `train.load_best_model_at_end` the model first gets the parameters of the best step, or
+    their moving average if there is one.
 
     Raises:
         UserError: If the folder holds something already.
         MachineError: If the disk fails.
     """
-    method = find_method(recipe.adapter.type)
-    best = _find_best(recipe, folder, result, reporter)
-    tidy_checkpoints(folder.checkpoints_dir)  # no save follows, which would do it
+    best = _load_best(run, result)
+    tidy_checkpoints(run.directory.checkpoints_dir)  # no later save would do it
     step = result.num_steps if best is None else best.step
     if best is not None:
         tensors = best.tensors.get("ema") or best.tensors["parameters"]
@@ -61,38 +45,72 @@ def write_adapter(
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
         if best.state.get("method"):
-            method.restore(model, best.state["method"])
-    learned = {name for name, p in model.named_parameters() if p.requires_grad}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    num_learned = sum(sizes[name] for name in learned)
-    num_base = sum(sizes.values())
-    if not method.trains_in_place:
-        # Modules that are trained whole are beside the base's own in the model, as generators are.
-        num_base -= num_learned
+            run.method.restore(model, best.state["method"])
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_base = sum(p.numel() for p in model.parameters())
+    if not run.method.trains_in_place:
+        # The model holds trained modules and generators in addition to the base's own modules.
+        num_base -= num_trained
     card = write_card(
-        recipe,
+        run.recipe,
         result.num_steps,
         result.final_loss,
         adapter_step=step,
-        parameters=(num_learned, num_base),
+        parameters=(num_trained, num_base),
         validation=result.validation,
     )
-    more = {} if head is None else {HEAD_NAME: describe_head(head, recipe)}
-    record = AdapterRecord(recipe, find_task(recipe.task).peft_task_type, fingerprint, card, more)
-    method.save(model, folder.adapter_dir, record)
+    more = {} if head is None else {HEAD_NAME: _head_text(head, run.recipe)}
+    record = AdapterRecord(run.recipe, run.task.peft_task_type, base_fingerprint, card, more)
+    run.method.save(model, run.directory.adapter_dir, record)
     return step
 
 
-def describe_head(head: HeadSpec, recipe: Recipe) -> str:
-    """Give the text of `head.json`: what the head tells apart, and how its inputs are made.
+def load_finished_result(run: Run, checkpoint: Checkpoint) -> LoopResult:
+    """Return the loop's result of a finished run from its last checkpoint and its metrics."""
+    progress = Progress(**checkpoint.state["progress"])
+    loss = progress.last_loss
+    if progress.label_tokens:
+        loss = progress.loss_sum / progress.label_tokens
+    return LoopResult(
+        "finished",
+        checkpoint.step,
+        loss,
+        validation=run.directory.validation(),
+        stopped_early=has_stopped_early(checkpoint, run.recipe),
+        best_step=progress.best_step,
+        best_metric=progress.best_metric,
+        num_skipped=progress.num_skipped,
+    )
 
-    Args:
-        head: The model's head.
-        recipe: The recipe.
 
-    Returns:
-        JSON.
+def find_adapter_step(run: Run, result: LoopResult) -> int:
+    """Return the step of a finished run's adapter, if a kill came before it was recorded."""
+    best = _load_best(run, result)
+    return result.num_steps if best is None else best.step
+
+
+def _load_best(run: Run, result: LoopResult) -> Checkpoint | None:
+    """Load the best step's checkpoint if the adapter is to be of an earlier step than the last.
+
+    A missing checkpoint must not cost the run: the last step is used then.
     """
+    step = result.best_step
+    if not run.recipe.train.load_best_model_at_end or step is None or step == result.num_steps:
+        return None
+    try:
+        return load_checkpoint(run.directory.checkpoint_dir(step))
+    except MachineError:
+        raise
+    except UserError as fault:
+        run.reporter.warn(
+            "the adapter is that of the last step, since the checkpoint of the best step cannot be "
+            f"read: {fault}"
+        )
+        return None
+
+
+def _head_text(head: HeadSpec, recipe: Recipe) -> str:
+    """Return the text of `head.json`: the classes, and how inputs are prepared."""
     return head_to_json(
         {
             "task": head.task,
@@ -103,72 +121,3 @@ def describe_head(head: HeadSpec, recipe: Recipe) -> str:
             "max_length": recipe.data.max_length,
         }
     )
-
-
-def recall_result(recipe: Recipe, folder: RunDirectory, checkpoint: Checkpoint) -> LoopResult:
-    """Give how the loop of a finished run ended, from what it left.
-
-    Args:
-        recipe: The recipe.
-        folder: The run's folder.
-        checkpoint: The run's last one.
-
-    Returns:
-        The result; all validations of the run are in it.
-    """
-    progress = Progress(**checkpoint.state["progress"])
-    loss = progress.last_loss
-    if progress.label_tokens:
-        loss = progress.loss_sum / progress.label_tokens
-    return LoopResult(
-        "finished",
-        checkpoint.step,
-        loss,
-        validation=folder.validation(),
-        stopped_early=has_stopped_early(checkpoint, recipe),
-        best_step=progress.best_step,
-        best_metric=progress.best_metric,
-        num_skipped=progress.num_skipped,
-    )
-
-
-def recall_adapter_step(
-    recipe: Recipe, folder: RunDirectory, result: LoopResult, reporter: Reporter
-) -> int:
-    """Give the step that `write_adapter` took, where a kill came before it was written down.
-
-    Args:
-        recipe: The recipe.
-        folder: The run's folder.
-        result: How the loop ended.
-        reporter: Told where the best checkpoint cannot be read.
-
-    Returns:
-        The step.
-
-    Raises:
-        MachineError: If the disk fails.
-    """
-    best = _find_best(recipe, folder, result, reporter)
-    return result.num_steps if best is None else best.step
-
-
-def _find_best(
-    recipe: Recipe, folder: RunDirectory, result: LoopResult, reporter: Reporter
-) -> Checkpoint | None:
-    """Read the checkpoint of the best step, where the adapter is to be of an earlier one.
-
-    A checkpoint that is gone must not cost the run.
-    """
-    step = result.best_step
-    if not recipe.train.load_best_model_at_end or step is None or step == result.num_steps:
-        return None
-    try:
-        return load_checkpoint(folder.checkpoint_dir(step))
-    except MachineError:
-        raise
-    except UserError as fault:
-        reporter.warn(
-            f"the adapter is of the last step, as the best one's checkpoint cannot be read: {fault}"
-        )
-        return None

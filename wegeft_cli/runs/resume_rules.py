@@ -68,7 +68,7 @@ def check_same_recipe(
         *(() if num_processes is None else _DIVIDING),
     )
     # Earlier versions kept paths as they were typed.
-    saved = keep_recipe(load_recipe(directory.recipe_path))
+    saved = with_absolute_paths(load_recipe(directory.recipe_path))
     if num_processes is not None:
         _check_same_rows(directory, saved, recipe, num_processes)
     before = dict(flatten(asdict(saved)))
@@ -145,7 +145,7 @@ def flatten(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, values
 
 
-def keep_recipe(loaded: LoadedRecipe) -> Recipe:
+def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
     """Give the recipe of one run as its folder keeps it.
 
     Args:

@@ -32,7 +32,7 @@ from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.runs.resume_rules import check_same_recipe, keep_recipe
+from wegeft_cli.runs.resume_rules import check_same_recipe, with_absolute_paths
 from wegeft_cli.runs.sweep_plot import draw_sweep
 from wegeft_cli.storage.atomic import (
     disk_errors,
@@ -162,7 +162,7 @@ def _check_recipes(loaded: LoadedSweep, outcomes: Sequence[RunOutcome]) -> None:
             continue
         try:
             check_same_recipe(
-                directory, keep_recipe(run.loaded), is_finished=directory.is_finished()
+                directory, with_absolute_paths(run.loaded), is_finished=directory.is_finished()
             )
         except UserError as fault:
             fault.hint = "give back the old values, or choose another output_dir"
@@ -208,7 +208,7 @@ def _train_all(
             reporter.note(f"{outcome.name} is finished already")
         else:
             # Written for all at once: an edit of the recipe from now on changes no later run.
-            text = recipe_to_yaml(keep_recipe(loaded.runs[position].loaded))
+            text = recipe_to_yaml(with_absolute_paths(loaded.runs[position].loaded))
             RunDirectory(outcome.run_dir).write_recipe(text)
     num_done = sum(outcome.status == "finished" for outcome in outcomes)
     with reporter.progress("runs", len(outcomes)) as advance:

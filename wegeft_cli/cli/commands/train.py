@@ -21,7 +21,7 @@ from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
-    from wegeft_cli.runs.train import TrainResult
+    from wegeft_cli.runs.run import TrainResult
 
 
 def train(
