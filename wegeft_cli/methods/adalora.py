@@ -20,11 +20,6 @@ _OWN = {
 }
 
 
-def first_rank(rank: int, options: Mapping[str, Any]) -> int:
-    """Return the initial rank of every layer: `adapter.peft.init_r`, else 1.5 times `adapter.r`."""
-    return options.get("init_r", (3 * rank + 1) // 2)
-
-
 class AdaLoraMethod(PeftMethod):
     """PEFT's AdaLoRA with its allocator called after each step."""
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.adalora import first_rank
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
@@ -33,6 +32,11 @@ _FREE_TO_DIFFER = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type",
     "peft_version", "revision", "runtime_config", "target_modules", "task_type",
 })  # fmt: skip
+
+
+def first_rank(rank: int, options: Mapping[str, Any]) -> int:
+    """Return the initial rank of every layer: `adapter.peft.init_r`, else 1.5 times `adapter.r`."""
+    return options.get("init_r", (3 * rank + 1) // 2)
 
 
 def inject_peft(
