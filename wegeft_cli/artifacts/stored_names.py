@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from wegeft_cli.artifacts.adapter import AdapterFiles
+if TYPE_CHECKING:
+    from wegeft_cli.artifacts.adapter import AdapterFiles
 
 
 def spell_name(name: str, prefix: str) -> tuple[str, str, str]:
