@@ -96,7 +96,6 @@ NOT_YET_REWRITTEN = (
     "runs",
     "sandbox",
     "tasks",
-    "training",
 )
 
 MODULE_PATH = re.compile(r"\b\w+(?:/\w+)+\.py\b")

@@ -9,7 +9,12 @@ from torch import nn
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Optimizer
-from wegeft_cli.training.optimizer import build_optimizer, check_optimizer, list_optimizer_options
+from wegeft_cli.training.optimizer import (
+    AdamSettings,
+    build_optimizer,
+    check_optimizer,
+    list_optimizer_options,
+)
 
 CPU = torch.device("cpu")
 PEAK = 0.3
@@ -69,8 +74,7 @@ def test_the_numbers_reach_the_optimizer():
         make_weight(),
         learning_rate=PEAK,
         weight_decay=0.1,
-        betas=(0.5, 0.6),
-        epsilon=0.2,
+        adam=AdamSettings(0.5, 0.6, 0.2),
         options={"amsgrad": True},
     )
     (group,) = optimizer.param_groups
@@ -81,7 +85,7 @@ def test_the_numbers_reach_the_optimizer():
 def test_the_third_beta_joins_the_recipes_two():
     options = {"beta3": 0.7, "alpha": 2.0}
     optimizer = build_optimizer(
-        "ademamix", make_weight(), learning_rate=PEAK, betas=(0.5, 0.6), options=options
+        "ademamix", make_weight(), learning_rate=PEAK, adam=AdamSettings(0.5, 0.6), options=options
     )
     (group,) = optimizer.param_groups
     assert (group["betas"], group["alpha"]) == ((0.5, 0.6, 0.7), 2.0)
@@ -106,9 +110,9 @@ def test_adafactor_takes_the_recipes_rate():
         ("adamw_torch", {"beta3": 0.1}, "does not know beta3"),
         ("adafactor", {"relative_step": True}, "does not know relative_step"),
         ("adamw_8bit", {"optim_bits": 32}, "does not know optim_bits"),
-        ("sgd", {"momentum": "much"}, "does not take {'momentum': 'much'}"),
+        ("sgd", {"momentum": "much"}, "does not accept {'momentum': 'much'}"),
         ("sgd", {"nesterov": True}, "Nesterov momentum requires a momentum"),
-        ("adafactor", {"clip_threshold": "much"}, "does not take"),  # seen at the first step
+        ("adafactor", {"clip_threshold": "much"}, "does not accept"),  # seen at the first step
     ],
 )
 def test_a_wrong_option_is_told_with_the_right_ones(name, options, message):

@@ -13,7 +13,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Optimizer, Scheduler
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.scheduler import build_schedule
-from wegeft_cli.training.snapshot import Progress, Snapshot, capture_snapshot, restore_snapshot
+from wegeft_cli.training.snapshot import Progress, Snapshot, TrainingState
 
 NUM_STEPS, STOP = 7, 4
 
@@ -226,7 +226,7 @@ def test_a_prolonged_run_takes_the_longer_schedule_at_once(schedule):
     short, whole, longer = make(NUM_STEPS), make(2 * NUM_STEPS), make(2 * NUM_STEPS)
     walk(short, STOP + 1)
     expected = walk(whole, 2 * NUM_STEPS)[STOP + 1 :]
-    snapshot = capture_snapshot(*short, scaler, Progress(step=STOP + 1), processes)
-    restore_snapshot(snapshot, *longer, scaler, processes)
+    snapshot = TrainingState(*short, scaler).capture(Progress(step=STOP + 1), processes)
+    TrainingState(*longer, scaler).restore(snapshot, processes)
     assert longer[2].get_last_lr() == expected[0]
     assert walk(longer, 2 * NUM_STEPS - STOP - 1) == expected

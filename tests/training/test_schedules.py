@@ -101,14 +101,14 @@ def test_a_short_run_decays_over_what_the_warmup_leaves():
 
 
 VALID = {
-    "linear": "no settings of its own",
+    "linear": "no options",
     "cosine": "num_cycles",
     "cosine_with_min_lr": "num_cycles, min_lr, min_lr_rate",
     "cosine_warmup_with_min_lr": "num_cycles, min_lr, min_lr_rate, warmup_lr_rate",
     "cosine_with_restarts": "num_cycles",
     "polynomial": "lr_end, power",
-    "constant": "no settings of its own",
-    "constant_with_warmup": "no settings of its own",
+    "constant": "no options",
+    "constant_with_warmup": "no options",
     "inverse_sqrt": "timescale",
     "warmup_stable_decay": "num_decay_steps, warmup_type, decay_type, min_lr_ratio, num_cycles",
 }
@@ -120,7 +120,7 @@ def test_an_unknown_option_is_told_with_the_right_ones(name, option):
     with pytest.raises(UserError, match=f"does not know {option}") as caught:
         check_schedule(name, {option: 3})
     assert caught.value.key == "train.lr_scheduler_kwargs"
-    assert caught.value.hint == f"it takes {VALID[name]}"
+    assert caught.value.hint == f"it accepts {VALID[name]}"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_unknown_option_is_told_with_the_right_ones(name, option):
     ],
 )
 def test_an_impossible_option_is_refused(name, options):
-    with pytest.raises(UserError, match="does not take") as caught:
+    with pytest.raises(UserError, match="does not accept") as caught:
         check_schedule(name, options, learning_rate=PEAK, num_steps=12, warmup_steps=2)
     assert caught.value.key == "train.lr_scheduler_kwargs"
 
@@ -153,7 +153,7 @@ def test_what_builds_passes_the_check():
 
 def test_a_schedule_that_breaks_after_its_last_step_is_refused():
     """It is stepped then: transformers' polynomial divides by the steps that warm-up leaves."""
-    with pytest.raises(UserError, match="does not take"):
+    with pytest.raises(UserError, match="does not accept"):
         check_schedule("polynomial", {}, learning_rate=PEAK, num_steps=12, warmup_steps=12)
 
 

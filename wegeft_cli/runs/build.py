@@ -17,7 +17,7 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.run import Run
 from wegeft_cli.tasks.registry import inject_adapter
 from wegeft_cli.training.neftune import add_neftune
-from wegeft_cli.training.optimizer import build_optimizer
+from wegeft_cli.training.optimizer import AdamSettings, build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
 from wegeft_cli.training.trainer import LoopSettings
 
@@ -81,8 +81,7 @@ def build_learning(
         learning_rate=train.learning_rate,
         lr_ratio=train.lr_ratio,
         weight_decay=train.weight_decay,
-        betas=(train.adam_beta1, train.adam_beta2),
-        epsilon=train.adam_epsilon,
+        adam=AdamSettings(train.adam_beta1, train.adam_beta2, train.adam_epsilon),
         options=train.optim_args,
     )
     schedule = build_schedule(

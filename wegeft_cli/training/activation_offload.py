@@ -1,4 +1,4 @@
-"""What the backward pass needs, kept in the host's memory in between."""
+"""Activations in host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ import torch
 from torch import Tensor, nn
 
 _LEAST_BYTES = 2**16
-"""Smaller tensors are not worth the way to the host and back."""
+"""Size below which a tensor is not worth the transfer."""
 
 
 def offload_activations(
     model: nn.Module, least_bytes: int = _LEAST_BYTES
 ) -> AbstractContextManager[Any]:
-    """Give a context in which activations that autograd saves are moved to the host until needed.
+    """Return a context that moves the activations saved by autograd to the host until needed.
 
-    Unlike `torch.autograd.graph.save_on_cpu`, weights stay where they are: every frozen linear
-    saves its own for the gradient of its input.
-
-    Args:
-        model: The model; what shares memory with its parameters is not moved.
-        least_bytes: The smallest tensor that is moved.
-
-    Returns:
-        The context for a forward pass; gradients are the same bits with and without it.
+    Unlike with `torch.autograd.graph.save_on_cpu`, the model's parameters are not moved: every
+    frozen linear layer saves its weight for the gradient of its input. Gradients are the same bits
+    with and without the context.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in _plain_parameters(model)}
 
@@ -36,7 +30,7 @@ def offload_activations(
             or tensor.untyped_storage().data_ptr() in weights
         ):
             return tensor
-        # With its strides: a product of a transposed tensor rounds otherwise.
+        # Keep the strides: a product of a transposed tensor rounds differently.
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         host.copy_(tensor, non_blocking=tensor.is_cuda)
         return tensor.device, host

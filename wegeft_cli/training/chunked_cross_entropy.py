@@ -1,4 +1,4 @@
-"""The output head at labelled positions alone, and its cross-entropy without whole logits."""
+"""The output head at labeled positions only, and its cross-entropy in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 CHUNK_TOKENS = 256
-"""Labelled tokens whose logits exist at a time: enough rows for a fast matrix product."""
+"""Labeled tokens per chunk: enough rows for a fast matrix product."""
 
 
 @contextmanager
-def select_head_input(
-    head: nn.Module, positions: Tensor, *, keep_back: bool
+def at_label_positions(
+    head: nn.Module, positions: Tensor, *, skip_logits: bool
 ) -> Iterator[list[Tensor]]:
-    """Let a model's output head see chosen positions alone, while the context lasts.
+    """Pass only some positions to a model's output head while the context is active.
 
-    The hook runs before all others, so that an adapter on the head sees the choice too.
+    The hook runs before all others, so that an adapter on the head also gets these positions only.
 
     Args:
         head: The model's output embeddings, called with `[batch, seq, hidden]`.
-        positions: Which, int64 `[n]`, counted through all sequences of the batch.
-        keep_back: Hand the head no position at all: the caller computes what it would.
+        positions: The positions, int64 `[n]`, in the flattened batch.
+        skip_logits: Pass no position at all, because the caller computes the loss itself.
 
     Yields:
-        A list that receives the chosen hidden states, `[n, hidden]`, once the head was called.
+        A list that receives the selected hidden states, `[n, hidden]`, when the head is called.
     """
     chosen: list[Tensor] = []
 
@@ -38,7 +38,7 @@ def select_head_input(
             return None
         hidden = args[0].flatten(0, 1).index_select(0, positions)
         chosen.append(hidden)
-        return (hidden[None, :0] if keep_back else hidden[None], *args[1:])
+        return (hidden[None, :0] if skip_logits else hidden[None], *args[1:])
 
     handle = head.register_forward_pre_hook(choose, prepend=True)
     try:
@@ -48,33 +48,33 @@ def select_head_input(
 
 
 def is_plain_head(head: nn.Module) -> bool:
-    """Tell whether a head is `hidden @ weight.T + bias` with frozen weights, and nothing else."""
+    """Return whether a head is `hidden @ weight.T + bias` with frozen weights, and nothing else."""
     hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
     return (
         (type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear))
         and not any(parameter.requires_grad for parameter in head.parameters())
-        # FSDP2's own gather the weights and change nothing.
+        # Hooks of FSDP2 gather the weights and do not change the output.
         and all(hook.__module__.startswith("torch.distributed.") for hook in hooks)
-        and "forward" not in vars(head)  # as a copy that is trained in its place leaves it
+        and "forward" not in vars(head)  # which a trained copy of the head overrides
     )
 
 
 def sum_head_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """Sum the cross-entropy of a plain, frozen head's logits, a chunk of tokens at a time.
+    """Sum the cross-entropy of a plain, frozen head's logits over tokens, chunk by chunk.
 
-    The gradient with respect to the hidden states is computed along with the loss, while a chunk's
-    logits are there; a frozen head needs no other. Logits are rounded to the model's type, as the
-    head itself would, and the softmax is float32 (float64 in a model of float64).
+    The forward pass also computes the gradient with respect to the hidden states, while the logits
+    of a chunk exist; a frozen head needs no other gradient. Logits are rounded to the model's dtype
+    as by the head itself, and the softmax is float32 (float64 in a float64 model).
 
     Args:
-        hidden: What the head would see, `[n, hidden]`.
+        hidden: The input of the head, `[n, hidden]`.
         head: The head; see `is_plain_head`.
-        targets: The learned ids, int64 `[n]`.
+        targets: The labels, int64 `[n]`.
 
     Returns:
-        The sum over tokens, a scalar in the softmax's type; 0 for no token.
+        The sum over tokens, a scalar of the softmax's dtype; 0 without tokens.
     """
-    # A shared head is whole here if its group stays whole between the passes, as the last one does.
+    # FSDP2 leaves its last group unsharded between forward and backward; gather the head otherwise.
     weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -100,7 +100,7 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             target = targets[part, None]
             logits = nn.functional.linear(hidden[part], weight, bias).to(exact)
-            # In the logits' own memory: shifted to end at 0, then exp, then softmax - one-hot.
+            # In place: shifted logits (maximum 0), then their exponentials, then softmax - one-hot.
             shifted = logits.sub_(logits.amax(-1, keepdim=True))
             learned = shifted.gather(1, target)
             exponentials = shifted.exp_()

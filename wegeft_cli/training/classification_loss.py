@@ -1,4 +1,4 @@
-"""Classification in the training loop: a batch, its summed loss, and what the model answered."""
+"""Loss of a classifier, which keeps the outputs of a validation for its metrics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from wegeft_cli.data.batches.base import ClassBatch
 
 
 @dataclass
-class Answers:
-    """What a model answered.
+class ClassifierOutputs:
+    """Outputs of a classifier.
 
     Args:
-        rows: Numbers of the rows.
-        logits: `[classes]` of each, float32 on the CPU; of a regression `[1]`.
-        labels: The right ones.
+        rows: Row numbers.
+        logits: Logits of each row, `[classes]` (`[1]` for a regression), float32 on the CPU.
+        labels: Label of each row.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -26,43 +26,32 @@ class Answers:
 
 
 class ClassLoss:
-    """Cross-entropy of the class, or squared error of the number, summed over the rows of a batch.
+    """Cross-entropy of the class, or squared error of a regression, summed over a batch's rows.
 
-    In eval mode the answers are kept, so that one pass over validation rows gives their loss and
-    every metric.
-
-    Args:
-        is_regression: Whether labels are numbers.
+    In eval mode the outputs are kept, so that one pass over the validation rows yields their loss
+    and all metrics.
     """
 
     def __init__(self, *, is_regression: bool) -> None:
         self._is_regression = is_regression
-        self._answers = Answers()
+        self._outputs = ClassifierOutputs()
 
     def __call__(self, model: nn.Module, batch: ClassBatch) -> Tensor:
-        """Give the summed loss of the batch, a scalar of float32, or float64 in such a model.
-
-        Args:
-            model: A classifier of transformers, or one that wraps it.
-            batch: On the model's device.
-
-        Returns:
-            The sum, not the mean, over the rows.
-        """
+        """Return the sum of the loss over the rows, a float32 scalar (float64 in such a model)."""
         logits: Tensor = model(**batch.inputs).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if model.training:
-            self._answers = Answers()  # of a validation that was left
+            self._outputs = ClassifierOutputs()  # discards those of an interrupted validation
         else:
-            self._answers.rows += batch.rows
-            self._answers.logits += logits.detach().float().cpu().unbind()
-            self._answers.labels += batch.labels.tolist()
+            self._outputs.rows += batch.rows
+            self._outputs.logits += logits.detach().float().cpu().unbind()
+            self._outputs.labels += batch.labels.tolist()
         if self._is_regression:
             target = batch.labels.to(logits.dtype)
             return nn.functional.mse_loss(logits.squeeze(-1), target, reduction="sum")
         return nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
 
-    def take_answers(self) -> Answers:
-        """Give the answers since the last call, in the order in which they came."""
-        answers, self._answers = self._answers, Answers()
-        return answers
+    def pop_outputs(self) -> ClassifierOutputs:
+        """Return the outputs since the last call, in their order, and forget them."""
+        outputs, self._outputs = self._outputs, ClassifierOutputs()
+        return outputs

@@ -1,4 +1,4 @@
-"""The exponential moving average of what learns."""
+"""Exponential moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 class ParameterAverage:
-    """A float32 average over the steps done, the newest weighing most.
+    """A float32 moving average of parameters with bias correction.
 
-    After n updates the values t_1 .. t_n weigh `(1 - decay) decay^(n - i) / (1 - decay^n)`, which
-    add up to one: the start, of which one factor is zero, has no share in the average, so that a
-    short run need not outlast it. Before the first update the average is the start.
+    After n updates the values t_1 .. t_n have the weights `(1 - decay) decay^(n - i) / (1 -
+    decay^n)`, which sum to one. The initial values, of which one factor is zero, have no weight.
+    Before the first update the average equals them.
 
     Args:
-        parameters: What learns, by name.
-        decay: Weight of the average so far, in a long run; above 0 and below 1.
+        parameters: The trained parameters by name.
+        decay: Weight of the previous average, above 0 and below 1.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -31,7 +31,7 @@ class ParameterAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now."""
+        """Add the current parameters to the average."""
         self.num_updates += 1
         weight = (1 - self.decay) / (1 - self.decay**self.num_updates)
         for name, parameter in self._parameters.items():
@@ -39,25 +39,20 @@ class ParameterAverage:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Go on with an average that was kept.
-
-        Args:
-            tensors: The average by the parameters' names.
-            num_updates: Updates that made it.
-        """
+        """Restore a saved average and its number of updates."""
         self.num_updates = num_updates
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 
     @torch.no_grad()
     def write(self) -> None:
-        """Put the average into the parameters, for good."""
+        """Copy the average into the parameters."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self.tensors[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the parameters hold the average inside the block, and their own bits after it."""
+        """Put the average into the parameters inside the block, and restore their bits after it."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.write()
         try:

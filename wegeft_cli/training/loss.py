@@ -1,4 +1,4 @@
-"""The loss of one batch: a sum over labelled tokens, so that sums over batches stay exact."""
+"""The loss of a causal language model: a sum over labeled tokens, so that batches add exactly."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.training.chunked_cross_entropy import (
+    at_label_positions,
     is_plain_head,
-    select_head_input,
     sum_head_losses,
 )
 
 
 class TokenBatch(Protocol):
-    """What the loss reads of a batch; all tensors but the last are [batch, tokens]."""
+    """What the loss reads from a batch; all tensors but the last are [batch, tokens]."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -25,35 +25,35 @@ class TokenBatch(Protocol):
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """1 for real tokens, 0 for padding; None where the positions tell rows apart."""
+        """1 for tokens, 0 for padding; None if the positions separate the rows."""
         ...
 
     @property
     def position_ids(self) -> Tensor:
-        """Places in the row, from 0 at its first real token."""
+        """Positions in the row, from 0 at its first token."""
         ...
 
     @property
     def labels(self) -> Tensor:
-        """The ids that are learned, -100 elsewhere; not shifted."""
+        """Labels: the ids that are learned, -100 elsewhere; not shifted."""
         ...
 
     @property
     def label_positions(self) -> Tensor:
-        """Where the learned ids stand, [labelled tokens], counted through the whole batch."""
+        """Positions of the labels in the flattened batch, [labeled tokens]."""
         ...
 
 
 class CausalLoss:
-    """Cross-entropy of the next token, summed over the labelled tokens of a batch.
+    """Cross-entropy of the next token, summed over the labeled tokens of a batch.
 
-    The output head, a model's widest layer, sees the positions that predict a label and no other.
-    Where it is a plain frozen linear and the model gives its output as it is, its logits are never
-    held together, see `sum_head_losses`; where the model scales or caps them, or the head learns,
-    autograd goes through the model's own logits. No label's loss depends on which it is.
+    The output head, a model's widest layer, processes only the positions that predict a label. If
+    it is a plain frozen linear layer and the model returns its output unchanged, the logits are
+    computed in chunks, see `sum_head_losses`. If the model scales or caps them, or the head is
+    trained, autograd goes through the model's logits. Both compute the same loss.
 
     Args:
-        model: A causal language model of transformers, or one that wraps it.
+        model: A causal language model of transformers, or a wrapper of one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,26 +62,23 @@ class CausalLoss:
         get_head: Any = getattr(base, "get_output_embeddings", None)
         self._head: nn.Module | None = get_head() if get_head is not None else None
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        self._gives_plain_logits: bool | None = None
+        self._has_plain_logits: bool | None = None
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Give the summed loss of the batch, a scalar of float32 or, in such a model, float64.
+        """Return the sum of the loss over labeled tokens, a scalar of float32 (or float64).
 
         Args:
-            model: The model, as given to the constructor.
-            batch: Tokens and labels on the model's device; -100 marks what carries no loss.
-
-        Returns:
-            The sum, not the mean, over labelled tokens; 0 where there are none.
+            model: The model given to the constructor.
+            batch: Tokens and labels on the model's device.
         """
+        predicting = batch.label_positions - 1
         targets = batch.labels.flatten()[batch.label_positions]
-        if self._gives_plain_logits is None:
-            # At the first batch, since only now the model stands as it is trained, and under the
-            # loop's autocast.
-            self._gives_plain_logits = self._find_plain_logits(model, batch)
-        if self._gives_plain_logits:
+        if self._has_plain_logits is None:
+            # At the first batch, because only now the model is as it is trained, under autocast.
+            self._has_plain_logits = self._check_plain_logits(model, batch)
+        if self._has_plain_logits:
             assert isinstance(self._head, nn.Linear)
-            with select_head_input(self._head, batch.label_positions - 1, keep_back=True) as chosen:
+            with at_label_positions(self._head, predicting, skip_logits=True) as chosen:
                 self._forward(model, batch)
             return sum_head_losses(chosen[0], self._head, targets)
         logits = self.compute_logits(model, batch)
@@ -89,36 +86,28 @@ class CausalLoss:
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
     def compute_logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Give the logits that predict the labelled tokens.
-
-        Args:
-            model: The model, as given to the constructor.
-            batch: Tokens and labels on the model's device.
-
-        Returns:
-            The model's own logits, `[labelled tokens, vocabulary]`.
-        """
+        """Return the model's logits that predict the labels, `[labeled tokens, vocabulary]`."""
         predicting = batch.label_positions - 1
         if self._head is None:
             return self._forward(model, batch).flatten(0, 1)[predicting]
-        with select_head_input(self._head, predicting, keep_back=False) as chosen:
+        with at_label_positions(self._head, predicting, skip_logits=False) as chosen:
             logits = self._forward(model, batch)
         return logits[0] if chosen else logits.flatten(0, 1)[predicting]
 
     def _forward(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         extra = {"position_ids": batch.position_ids} if self.takes_positions else {}
         mask = batch.attention_mask
-        # Without a cache: a model that makes one takes packed rows for a single sequence.
+        # Without a cache: with one, a model takes packed rows as a single sequence.
         output = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **extra)
         logits: Tensor = output.logits
         return logits
 
     @torch.no_grad()
-    def _find_plain_logits(self, model: nn.Module, batch: TokenBatch) -> bool:
-        """Tell whether the model gives what its plain head gives, by letting it give known values.
+    def _check_plain_logits(self, model: nn.Module, batch: TokenBatch) -> bool:
+        """Return whether the model returns the output of its plain head unchanged.
 
-        The head's own would not do: capping or scaling leaves zeros, a padding token's, as they
-        are.
+        A hook replaces the head's output by known values. The head's own output cannot decide it:
+        capping or scaling keeps zeros, such as those of a padding token.
         """
         head = self._head
         if head is None or not is_plain_head(head):
@@ -132,7 +121,7 @@ class CausalLoss:
 
         handle = head.register_forward_hook(replace_output)
         training = model.training
-        model.eval()  # dropout would draw from the run's random state
+        model.eval()  # dropout would change the random state of the run
         token = batch.input_ids[:1, :1]
         mask = torch.ones_like(token)
         try:

@@ -16,7 +16,7 @@ class StepMetrics:
     Args:
         step: Optimizer steps done.
         epoch: Passes over the data, fractional.
-        loss: Mean loss per labelled token since the last line, over all processes.
+        loss: Mean loss per labeled token since the last line, over all processes.
         learning_rate: Learning rate of the last step.
         grad_norm: Global gradient norm before clipping.
         num_tokens: Tokens (padding excluded) seen since the run began, over all processes.

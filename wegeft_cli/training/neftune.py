@@ -11,18 +11,18 @@ from torch.utils.hooks import RemovableHandle
 
 
 def add_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
-    """Add uniform noise to what the input embeddings give, while the model is training.
+    """Add uniform noise to the output of the input embeddings in train mode.
 
-    The noise is drawn from torch's global random state, which a checkpoint keeps: a resumed run
-    draws what the whole run would have drawn.
+    The noise is drawn from torch's global generator, which is seeded before each forward pass, so
+    that a resumed run draws the same values.
 
     Args:
-        model: A model of transformers, or one that wraps it.
-        alpha: The noise is at most alpha / sqrt(tokens x width) in size, where tokens counts the
+        model: A model of transformers, or a wrapper of one.
+        alpha: The noise is at most alpha / sqrt(tokens x width), where tokens is the number of
             positions of a row in its batch, padding included, as in transformers; above 0.
 
     Returns:
-        The handle; its `remove` takes the noise off again.
+        The handle of the hook.
     """
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
 

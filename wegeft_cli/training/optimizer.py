@@ -1,4 +1,4 @@
-"""Optimizers by the names that transformers gives them."""
+"""Optimizers by their names in transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from wegeft_cli.errors import UserError
 
-# What an optimizer's constructor takes and `options` does not: set by its name, by other keys or by
-# the schedule, or about how rather than what is computed.
+# Arguments of an optimizer's constructor that `options` does not accept: they are set by its name,
+# by other keys or by the schedule, or select an implementation.
 _SET_ELSEWHERE = {
     "params", "lr", "weight_decay", "fused", "optim_bits", "is_paged", "relative_step",
     "warmup_init", "maximize", "foreach", "capturable", "differentiable", "args",
@@ -36,8 +36,16 @@ _UNPAGED = {
     "paged_lion_32bit": "lion_32bit",
     "paged_lion_8bit": "lion_8bit",
 }
-# A weight large enough that an 8-bit optimizer keeps its state in 8 bits.
+# Shape of a weight for which an 8-bit optimizer keeps its state in 8 bits.
 _TRIAL_SHAPE = (64, 64)
+
+
+class AdamSettings(NamedTuple):
+    """Moment decays and epsilon of Adam."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
 
 
 def build_optimizer(
@@ -47,78 +55,65 @@ def build_optimizer(
     learning_rate: float,
     lr_ratio: float = 1.0,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    epsilon: float = 1e-8,
+    adam: AdamSettings = AdamSettings(),  # noqa: B008 - immutable
     options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """Build the optimizer.
+    """Build an optimizer.
 
     Args:
-        name: One of transformers' names that needs no more than parameters: adamw_torch,
-            adamw_torch_fused, adafactor, sgd, adagrad, rmsprop, or one of bitsandbytes'.
-        parameters: What learns, by name.
-        learning_rate: The highest rate; the schedule scales it.
-        lr_ratio: Rate of the generators' phi over the rate of all else, above 0. Phi is then the
-            second of two groups.
-        weight_decay: Decoupled for Adam and Lion, added to the gradient for the others; parameters
-            of one dimension have none, as in timm and transformers' Trainer, and are then groups
-            of their own.
-        betas: Moment decays of Adam and Lion.
-        epsilon: Adam's epsilon.
-        options: The optimizer's own settings beside these; `list_optimizer_options` names them.
-
-    Returns:
-        The optimizer.
+        name: A name of transformers: adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad,
+            rmsprop, or one of bitsandbytes.
+        parameters: The trained parameters by name.
+        learning_rate: The highest learning rate; the schedule scales it.
+        lr_ratio: Learning rate of the generators' phi over that of all other parameters, above 0.
+            If it is not 1, phi is the second of two parameter groups.
+        weight_decay: Decoupled for Adam and Lion, added to the gradient for the others. Parameters
+            of one dimension have none, as in timm and transformers' Trainer, and form groups of
+            their own.
+        adam: Moment decays of Adam and Lion, and Adam's epsilon.
+        options: Further settings of the optimizer; see `list_optimizer_options`.
 
     Raises:
-        UserError: If an option is unknown or not taken, or a package is missing.
-        ValueError: If the name is unknown, or there is no phi that a ratio could be for.
+        UserError: If an option is unknown or rejected, or a package is missing.
+        ValueError: If the name is unknown, or `lr_ratio` is set and there is no phi.
     """
-    optimizer_class, settings = _find_class(name, learning_rate, betas, epsilon)
+    optimizer_class, settings = _find_class(name, learning_rate, adam)
     given = dict(options or {})
     valid = _list_options(optimizer_class, settings)
     unknown = [option for option in given if option not in valid]
     if unknown:
-        raise _refused(name, f"does not know {', '.join(unknown)}", valid)
+        raise _rejected_option(name, f"does not know {', '.join(unknown)}", valid)
     if "beta3" in given:
         settings["betas"] = (*settings["betas"][:2], given.pop("beta3"))
     settings.update(weight_decay=weight_decay, **given)
     try:
         groups = _group(parameters, learning_rate, lr_ratio)
-        return optimizer_class(_spare_vectors(groups) if weight_decay else groups, **settings)
+        return optimizer_class(
+            _exempt_vectors_from_decay(groups) if weight_decay else groups, **settings
+        )
     except (TypeError, ValueError, NotImplementedError) as error:
         if not options:
             raise
-        raise _refused(name, f"does not take {dict(options)}: {error}", valid) from error
+        raise _rejected_option(name, f"does not accept {dict(options)}: {error}", valid) from error
 
 
 def list_optimizer_options(name: str) -> list[str]:
-    """Name the optimizer's own settings: what `options` of `build_optimizer` may hold.
-
-    Args:
-        name: As for `build_optimizer`.
-
-    Returns:
-        Their names, as in the optimizer's constructor.
-
-    Raises:
-        UserError: If the optimizer's package is missing.
-    """
-    return _list_options(*_find_class(name, 1.0, (0.9, 0.999), 1e-8))
+    """Return the names that `options` of `build_optimizer` may contain, as in the constructor."""
+    return _list_options(*_find_class(name, 1.0, AdamSettings()))
 
 
 def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device | None) -> None:
-    """Build the optimizer over a small tensor and take a step: what fails then fails early.
+    """Build the optimizer for a small tensor and take a step, so that errors appear early.
 
     Args:
-        name: As for `build_optimizer`.
-        options: As for `build_optimizer`.
-        device: Where the run will train; None where that is not known: no step is taken then, and a
-            package that is missing here is no fault.
+        name: Name as for `build_optimizer`.
+        options: Options as for `build_optimizer`.
+        device: Device of the run. If it is None (unknown), no step is taken, and a package that is
+            missing here is no error.
 
     Raises:
-        UserError: If the package is missing, the optimizer does not run on the device, or it does
-            not take an option.
+        UserError: If the package is missing, the optimizer does not run on the device, or it
+            rejects an option.
     """
     if device is None:
         _check_settings(name, options)
@@ -137,8 +132,8 @@ def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device 
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         if options:
             valid = list_optimizer_options(name)
-            message = f"does not take {dict(options)}: {error}"
-            raise _refused(name, message, valid) from error
+            message = f"does not accept {dict(options)}: {error}"
+            raise _rejected_option(name, message, valid) from error
         raise UserError(f"{name} does not run on {device}: {error}", key="train.optim") from error
 
 
@@ -152,31 +147,31 @@ def _check_settings(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _find_class(
-    name: str, learning_rate: float, betas: tuple[float, float], epsilon: float
+    name: str, learning_rate: float, adam: AdamSettings
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Find an optimizer's class and the settings that these numbers stand for.
+    """Return an optimizer's class and its constructor's arguments.
 
-    Torch's own are taken directly: asking transformers costs seconds of imports at every start. Its
-    table of the other names needs no trainer, but these fields of a trainer's arguments.
-    `optim_args` is not among what is passed on: for most optimizers it would be dropped in silence.
+    Optimizers of torch do not go through transformers, whose import takes seconds. Its table of the
+    other names needs only these fields of the trainer's arguments. `optim_args` is not passed,
+    because most optimizers silently ignore it.
     """
     if name in _OF_TORCH:
         own: dict[str, Any] = {"lr": learning_rate}
         if _OF_TORCH[name] is torch.optim.AdamW:
-            own |= {"betas": betas, "eps": epsilon}
+            own |= {"betas": (adam.beta1, adam.beta2), "eps": adam.epsilon}
         if name == "adamw_torch_fused":
             own["fused"] = True
         return _OF_TORCH[name], own
-    # On its import transformers may print, of trackers; standard output is for results.
+    # The import may print messages about trackers; standard output is for results.
     with redirect_stdout(sys.stderr):
         from transformers import Trainer
 
     arguments: Any = SimpleNamespace(
         optim=name,
         learning_rate=learning_rate,
-        adam_beta1=betas[0],
-        adam_beta2=betas[1],
-        adam_epsilon=epsilon,
+        adam_beta1=adam.beta1,
+        adam_beta2=adam.beta2,
+        adam_epsilon=adam.epsilon,
         optim_args=None,
     )
     try:
@@ -193,9 +188,9 @@ def _find_class(
 def _list_options(optimizer_class: type[Optimizer], settings: Mapping[str, Any]) -> list[str]:
     names = list(inspect.signature(optimizer_class).parameters)
     taken = _SET_ELSEWHERE | (settings.keys() & {"betas", "eps"})
-    if "optim_bits" in names:  # bitsandbytes' classes take these, and do not do them
+    if "optim_bits" in names:  # bitsandbytes accepts these and ignores them
         taken |= {"amsgrad", "centered"}
-    # Transformers' name for the third of three betas, where the recipe's keys set two.
+    # transformers' name for the third of three betas; the recipe's keys set two of them.
     third = ["beta3"] if len(settings.get("betas", ())) > 2 else []
     return third + [name for name in names if name not in taken]
 
@@ -212,20 +207,20 @@ def _group(
     return [{"params": others}, {"params": phi, "lr": learning_rate * lr_ratio}]
 
 
-def _spare_vectors(groups: Iterable[Any]) -> list[Any]:
-    """Put biases and other parameters of one dimension into groups without weight decay."""
+def _exempt_vectors_from_decay(groups: Iterable[Any]) -> list[Any]:
+    """Move biases and other parameters of one dimension to groups without weight decay."""
     found = list(groups)
     if not isinstance(found[0], dict):
         found = [{"params": found}]
-    decayed, spared = [], []
+    with_decay, without_decay = [], []
     for group in found:
         wide = [p for p in group["params"] if p.ndim > 1]
         flat = [p for p in group["params"] if p.ndim < 2]
-        decayed += [{**group, "params": wide}] if wide else []
-        spared += [{**group, "params": flat, "weight_decay": 0.0}] if flat else []
-    return decayed + spared
+        with_decay += [{**group, "params": wide}] if wide else []
+        without_decay += [{**group, "params": flat, "weight_decay": 0.0}] if flat else []
+    return with_decay + without_decay
 
 
-def _refused(name: str, message: str, valid: list[str]) -> UserError:
-    takes = ", ".join(valid) if valid else "no settings of its own"
-    return UserError(f"{name} {message}", key="train.optim_args", hint=f"it takes {takes}")
+def _rejected_option(name: str, message: str, valid: list[str]) -> UserError:
+    takes = ", ".join(valid) if valid else "no options"
+    return UserError(f"{name} {message}", key="train.optim_args", hint=f"it accepts {takes}")

@@ -1,4 +1,4 @@
-"""What a run must remember to go on as if it had never stopped, as tensors and plain values."""
+"""The state that a run saves so that it can resume exactly, as tensors and plain values."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from wegeft_cli.training.ema import ParameterAverage
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Counters of a run.
 
     Args:
         step: Optimizer steps done.
         num_tokens: Tokens seen, padding excluded, over all processes.
         loss_sum: Summed loss since the last line of metrics.
-        label_tokens: Labelled tokens since the last line of metrics.
+        label_tokens: Labeled tokens since the last line of metrics.
         last_loss: Mean loss of the last line of metrics.
         grad_norm: Gradient norm of the last step that was not skipped.
         best_metric: Best value of the watched metric so far.
         best_step: Step of that validation.
         num_bad_evals: Validations since then.
         num_skipped: Steps skipped since the run began.
-        validation_due: Whether this step's validation was begun, or put off, and is not done.
+        validation_due: Whether the validation of this step is pending or was interrupted.
     """
 
     step: int = 0
@@ -49,193 +49,155 @@ class Progress:
 
 
 class MethodState(Protocol):
-    """What a method changes after each step, and must remember, beside what the optimizer does."""
+    """What a method changes and remembers after each step, beside the optimizer."""
 
     def after_step(self, step: int) -> None:
-        """Do what is to be done after a step that moved the parameters; gradients are there."""
+        """Run after a step that changed the parameters, before the gradients are cleared."""
         ...
 
     def finish(self) -> None:
-        """Do what the last step, skipped or not, is to leave done."""
+        """Run after the last step, skipped or not."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the state's tensors."""
+        """Return the tensors of the state."""
         ...
 
     def values(self) -> dict[str, Any]:
-        """Give the rest of it, a JSON object."""
+        """Return the rest of the state as a JSON object."""
         ...
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Put a saved state back."""
+        """Restore a saved state."""
         ...
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state: named sets of tensors, and a JSON object."""
+    """The state of a run: named sets of tensors, and a JSON object."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
-def capture_snapshot(
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    processes: Processes,
-    *,
-    average: ParameterAverage | None = None,
-    method: MethodState | None = None,
-    source: Mapping[str, Any] | None = None,
-) -> Snapshot:
-    """Take the state between two steps; every process calls it.
+@dataclass(frozen=True)
+class TrainingState:
+    """The objects of a run that change with each step.
 
     Args:
-        parameters: What learns, by name.
-        optimizer: Its optimizer.
-        schedule: Its schedule.
+        parameters: The trained parameters by name.
+        optimizer: Their optimizer.
+        scheduler: The optimizer's learning rate scheduler.
         scaler: The loss scaler, enabled or not.
-        progress: The counters.
-        processes: The processes: each process draws its own dropout.
-        average: The moving average of the parameters, where one is kept.
-        method: The method's own state, where it has one.
-        source: The batches' own state, a JSON object.
-
-    Returns:
-        The snapshot; its tensors are copies on the CPU.
+        average: The moving average of the parameters, if there is one.
+        method: The method's own state, if it has one.
     """
-    packed = optimizer.state_dict()
-    moments: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for name, value in _flatten(packed["state"]):
-        if isinstance(value, Tensor):
-            moments[name] = _copy(value)
-        else:
-            values[name] = value
-    own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    rng = {
-        f"{kind}.{rank}": state
-        for rank, states in enumerate(processes.gather(own))
-        for kind, state in states.items()
-    }
-    tensors = {
-        "parameters": {name: _copy(parameter) for name, parameter in parameters.items()},
-        "optimizer": moments,
-        "rng": rng,
-    }
-    if average is not None:
-        tensors["ema"] = {name: _copy(tensor) for name, tensor in average.tensors.items()}
-    if method is not None and (own_tensors := method.tensors()):
-        tensors["method"] = {name: _copy(tensor) for name, tensor in own_tensors.items()}
-    return Snapshot(
-        tensors=tensors,
-        state={
-            "progress": asdict(progress),
-            "optimizer": values,
-            "param_groups": [
-                {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
-                for group in packed["param_groups"]
-            ],
-            "schedule": {
-                key: value
-                for key, value in schedule.state_dict().items()
-                if isinstance(value, int | float | list)
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    average: ParameterAverage | None = None
+    method: MethodState | None = None
+
+    def capture(
+        self, progress: Progress, processes: Processes, source: Mapping[str, Any] | None = None
+    ) -> Snapshot:
+        """Copy the state between two steps; every process calls it.
+
+        Args:
+            progress: The counters.
+            processes: The processes, each of which has its own random state.
+            source: The state of the batches, a JSON object.
+
+        Returns:
+            The snapshot with copies of the tensors on the CPU.
+        """
+        packed = self.optimizer.state_dict()
+        moments: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        for name, value in _flatten(packed["state"]):
+            if isinstance(value, Tensor):
+                moments[name] = _copy(value)
+            else:
+                values[name] = value
+        tensors = {
+            "parameters": {name: _copy(tensor) for name, tensor in self.parameters.items()},
+            "optimizer": moments,
+            "rng": _capture_random_states(processes),
+        }
+        if self.average is not None:
+            tensors["ema"] = {name: _copy(t) for name, t in self.average.tensors.items()}
+        if self.method is not None and (own_tensors := self.method.tensors()):
+            tensors["method"] = {name: _copy(tensor) for name, tensor in own_tensors.items()}
+        return Snapshot(
+            tensors=tensors,
+            state={
+                "progress": asdict(progress),
+                "optimizer": values,
+                "param_groups": [
+                    {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
+                    for group in packed["param_groups"]
+                ],
+                "schedule": {
+                    key: value
+                    for key, value in self.scheduler.state_dict().items()
+                    if isinstance(value, int | float | list)
+                },
+                "scaler": self.scaler.state_dict(),
+                "ema": None if self.average is None else {"num_updates": self.average.num_updates},
+                "method": None if self.method is None else self.method.values(),
+                "source": dict(source or {}),
             },
-            "scaler": scaler.state_dict(),
-            "ema": None if average is None else {"num_updates": average.num_updates},
-            "method": None if method is None else method.values(),
-            "source": dict(source or {}),
-        },
-    )
-
-
-def restore_snapshot(
-    snapshot: Snapshot,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    scaler: torch.amp.GradScaler,
-    processes: Processes,
-    *,
-    average: ParameterAverage | None = None,
-    method: MethodState | None = None,
-) -> Progress:
-    """Put a captured state back, in place.
-
-    Args:
-        snapshot: What `capture_snapshot` gave.
-        parameters: The same parameters, freshly built.
-        optimizer: A fresh optimizer over them.
-        schedule: A fresh schedule; of a run that is prolonged, the longer one, which then rules.
-        scaler: A fresh scaler.
-        processes: The processes.
-        average: A fresh average, if the snapshot's run kept one.
-        method: The method's fresh state, if it has one.
-
-    Returns:
-        The counters.
-
-    Raises:
-        UserError: If the parameters, or the method's settings, are not those of the snapshot.
-    """
-    saved = snapshot.tensors["parameters"]
-    if {name: value.shape for name, value in saved.items()} != {
-        name: parameter.shape for name, parameter in parameters.items()
-    }:
-        raise UserError(
-            "the checkpoint holds other parameters than the recipe builds",
-            key="--resume",
-            hint="resume with the recipe.yaml of the checkpoint's own run",
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    packed = _unflatten({**snapshot.state.get("optimizer", {}), **snapshot.tensors["optimizer"]})
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in snapshot.state["param_groups"]
-    ]
-    moments = {int(index): entry for index, entry in packed.items()}
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    schedule.load_state_dict(dict(snapshot.state["schedule"]))
-    _set_rates(optimizer, schedule)
-    if snapshot.state["scaler"]:
-        scaler.load_state_dict(snapshot.state["scaler"])
-    if average is not None:
-        average.load(snapshot.tensors["ema"], snapshot.state["ema"]["num_updates"])
-    if method is not None:
-        method.load(snapshot.tensors.get("method", {}), snapshot.state["method"])
-    progress = Progress(**snapshot.state["progress"])
-    rng, rank = snapshot.tensors["rng"], processes.rank
-    if f"cpu.{rank}" in rng and f"cpu.{processes.count}" not in rng:
-        torch.set_rng_state(rng[f"cpu.{rank}"])
-        if f"cuda.{rank}" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng[f"cuda.{rank}"])
-    else:
-        # Another number of processes; what forward passes draw depends on none of this.
-        torch.manual_seed(progress.step * processes.count + rank)
-    return progress
+
+    def restore(self, snapshot: Snapshot, processes: Processes) -> Progress:
+        """Restore a captured state in place, and return the counters.
+
+        The scheduler may be that of a longer run; then the next steps follow the longer schedule.
+
+        Raises:
+            UserError: If the parameters, or the method's settings, are not those of the snapshot.
+        """
+        saved = snapshot.tensors["parameters"]
+        if {name: value.shape for name, value in saved.items()} != {
+            name: parameter.shape for name, parameter in self.parameters.items()
+        }:
+            raise UserError(
+                "the checkpoint holds other parameters than the recipe builds",
+                key="--resume",
+                hint="resume with the recipe.yaml of the checkpoint's run",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved[name])
+        self._restore_optimizer(snapshot)
+        if snapshot.state["scaler"]:
+            self.scaler.load_state_dict(snapshot.state["scaler"])
+        if self.average is not None:
+            self.average.load(snapshot.tensors["ema"], snapshot.state["ema"]["num_updates"])
+        if self.method is not None:
+            self.method.load(snapshot.tensors.get("method", {}), snapshot.state["method"])
+        progress = Progress(**snapshot.state["progress"])
+        _restore_random_state(snapshot.tensors["rng"], processes, progress.step)
+        return progress
+
+    def _restore_optimizer(self, snapshot: Snapshot) -> None:
+        values, moments = snapshot.state.get("optimizer", {}), snapshot.tensors["optimizer"]
+        packed = {int(index): entry for index, entry in _unflatten({**values, **moments}).items()}
+        groups = [
+            {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+            for group in snapshot.state["param_groups"]
+        ]
+        self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
+        self.scheduler.load_state_dict(dict(snapshot.state["schedule"]))
+        _set_rates(self.optimizer, self.scheduler)
 
 
 def check_replicas_equal(
     step: int, parameters: Mapping[str, nn.Parameter], processes: Processes
 ) -> None:
-    """Stop a run whose processes hold different factors, or stand at different steps.
-
-    Args:
-        step: Optimizer steps done.
-        parameters: What learns.
-        processes: The processes; with one process there is nothing to compare.
-
-    Raises:
-        MachineError: If the processes disagree; nothing is saved then.
-    """
+    """Raise MachineError if the processes have different parameters or are at different steps."""
     if processes.count == 1:
         return
     digest = hashlib.sha256(str(step).encode())
@@ -245,12 +207,35 @@ def check_replicas_equal(
     if len(set(processes.gather(digest.hexdigest()))) > 1:
         raise MachineError(
             f"the processes hold different factors at step {step}",
-            hint="go on from the newest checkpoint with --resume auto, on a disk that all share",
+            hint="resume from the newest checkpoint with --resume auto, on a disk that all "
+            "processes share",
         )
 
 
+def _capture_random_states(processes: Processes) -> dict[str, Tensor]:
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    return {
+        f"{kind}.{rank}": state
+        for rank, states in enumerate(processes.gather(own))
+        for kind, state in states.items()
+    }
+
+
+def _restore_random_state(states: Mapping[str, Tensor], processes: Processes, step: int) -> None:
+    rank = processes.rank
+    if f"cpu.{rank}" in states and f"cpu.{processes.count}" not in states:
+        torch.set_rng_state(states[f"cpu.{rank}"])
+        if f"cuda.{rank}" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[f"cuda.{rank}"])
+    else:
+        # The number of processes has changed. Forward passes do not depend on this state.
+        torch.manual_seed(step * processes.count + rank)
+
+
 def _set_rates(optimizer: Optimizer, schedule: Any) -> None:
-    """Set the rates of the next step by the schedule: the snapshot's may be a shorter run's."""
+    """Set the rates of the next step by the schedule: the snapshot may be of a shorter run."""
     schedule._last_lr = [
         rate * factor(schedule.last_epoch)
         for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -264,7 +249,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Go through an optimizer's state, nested as 8-bit optimizers do it, as dotted names."""
+    """Yield an optimizer's nested state, such as that of 8-bit optimizers, by dotted names."""
     for key, value in state.items():
         if "." in str(key):
             raise TypeError(f"the optimizer's state has the key {key!r}")
@@ -277,7 +262,7 @@ def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nest dotted names again."""
+    """Nest values by their dotted names."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *path, key = name.split(".")

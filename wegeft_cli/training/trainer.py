@@ -27,9 +27,8 @@ from wegeft_cli.training.snapshot import (
     MethodState,
     Progress,
     Snapshot,
-    capture_snapshot,
+    TrainingState,
     check_replicas_equal,
-    restore_snapshot,
 )
 from wegeft_cli.training.validation import (
     ValidationStopped,
@@ -154,6 +153,10 @@ class Trainer:
         )
         decay = self.settings.ema_decay
         self._average = None if decay is None else ParameterAverage(self.parameters, decay)
+        self._state = TrainingState(
+            self.parameters, self.optimizer, self.scheduler, self._scaler, self._average,
+            self.method,
+        )  # fmt: skip
         self._is_sharded = is_sharded(self.model)
         self._saved_step: int | None = None
         self._stop = False
@@ -219,10 +222,7 @@ class Trainer:
     def restore(self, snapshot: Snapshot | None) -> None:
         """Restore the state of a run and the position in its data."""
         if snapshot is not None:
-            self.progress = restore_snapshot(
-                snapshot, self.parameters, self.optimizer, self.scheduler, self._scaler,
-                self.processes, average=self._average, method=self.method,
-            )  # fmt: skip
+            self.progress = self._state.restore(snapshot, self.processes)
             self.source.seek(self.step, snapshot.state.get("source", {}))
             self._saved_step = self.step
         check_replicas_equal(self.step, self.parameters, self.processes)
@@ -354,11 +354,8 @@ class Trainer:
         """Let the callbacks store a snapshot of the run."""
         self._saved_step = self.step
         check_replicas_equal(self.step, self.parameters, self.processes)
-        snapshot = capture_snapshot(
-            self.parameters, self.optimizer, self.scheduler, self._scaler, self.progress,
-            self.processes, average=self._average, method=self.method,
-            source=self.source.state_at(self.step),
-        )  # fmt: skip
+        source = self.source.state_at(self.step)
+        snapshot = self._state.capture(self.progress, self.processes, source)
         for callback in self.callbacks:
             callback.on_save(self, snapshot, self.progress.best_step == self.step)
 

@@ -95,7 +95,7 @@ class ClassificationBenchmark:
 
         from wegeft_cli.data.batches.labelled import iterate_batches
         from wegeft_cli.tasks.support.classifier import score_answers
-        from wegeft_cli.training.classification_loss import Answers, ClassLoss
+        from wegeft_cli.training.classification_loss import ClassifierOutputs, ClassLoss
 
         module: Any = model.model.to(PartialState().device)
         _, recipe = model.classifier()
@@ -114,10 +114,12 @@ class ClassificationBenchmark:
                     context.on_progress(done, self.num_examples)
         except torch.OutOfMemoryError as error:
             raise MachineError("out of memory", key="--batch-size", hint="lower it") from error
-        answers = loss.take_answers()
+        answers = loss.pop_outputs()
         every = processes.merge(dict(zip(answers.rows, answers.logits, strict=True)))
         labels = [self.rows.labels[row].item() for row in every]
-        return score_answers(Answers(list(every), list(every.values()), labels), self.head)
+        return score_answers(
+            ClassifierOutputs(list(every), list(every.values()), labels), self.head
+        )
 
     def _samples(self, score: ClassScore) -> list[dict[str, Any]]:
         """Return a record per row, in the rows' order."""

@@ -21,7 +21,7 @@ from wegeft_cli.tasks.support.classification_metrics import (
     measure_classes,
     measure_regression,
 )
-from wegeft_cli.training.classification_loss import Answers, ClassLoss
+from wegeft_cli.training.classification_loss import ClassifierOutputs, ClassLoss
 
 
 def load_padding_tokenizer(section: ModelSection) -> Any:
@@ -114,7 +114,7 @@ class ClassScore:
     confidence: dict[int, float]
 
 
-def score_answers(answers: Answers, head: HeadSpec) -> ClassScore:
+def score_answers(answers: ClassifierOutputs, head: HeadSpec) -> ClassScore:
     """Score what a model answered.
 
     Args:
@@ -151,8 +151,8 @@ def gather_metrics(
 
     `loss` holds this process's answers; `gather` returns the values of all processes.
     """
-    shares = gather(loss.take_answers())
-    everything = Answers(
+    shares = gather(loss.pop_outputs())
+    everything = ClassifierOutputs(
         [row for share in shares for row in share.rows],
         [each for share in shares for each in share.logits],
         [label for share in shares for label in share.labels],

@@ -13,8 +13,8 @@ from wegeft_cli.methods.wegeft.targets import ROOT_NAME
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.base import FakePass
 from wegeft_cli.training.chunked_cross_entropy import (
+    at_label_positions,
     is_plain_head,
-    select_head_input,
     sum_head_losses,
 )
 
@@ -34,7 +34,7 @@ def causal_pass(model: Any, recipe: Recipe) -> FakePass:
             extra["attention_mask"] = torch.ones(size, dtype=torch.int64)
         if shape.is_masked:
             extra["position_ids"] = torch.zeros(size, dtype=torch.int64)
-        with select_head_input(head, positions, keep_back=is_plain) as chosen:
+        with at_label_positions(head, positions, skip_logits=is_plain) as chosen:
             logits = model(input_ids=ids, use_cache=False, **extra).logits
         if is_plain:
             del logits
