@@ -57,20 +57,13 @@ class HeadSpec:
 
 
 def read_labels(config: Any) -> tuple[str, ...]:
-    """Give the class names of a configuration in the order of the outputs."""
+    """Return the class names of a configuration in the order of the outputs."""
     names = getattr(config, "id2label", None) or {}
     return tuple(str(names[number]) for number in sorted(names))
 
 
 def find_head_modules(model: Any) -> list[str]:
-    """Find the modules that a classifier has beyond its backbone: those are new for each task.
-
-    Args:
-        model: A classifier of transformers.
-
-    Returns:
-        Names of its direct children with parameters, the backbone left out, in their order.
-    """
+    """Find the modules that a classifier has beyond its backbone: those are new for each task."""
     prefix = getattr(model, "base_model_prefix", "")
     return [
         name
@@ -80,13 +73,7 @@ def find_head_modules(model: Any) -> list[str]:
 
 
 def make_fresh(model: nn.Module, names: Iterable[str], seed: int) -> None:
-    """Draw a head anew: normal weights of the model's own width, no bias.
-
-    Args:
-        model: The classifier.
-        names: Its head's modules.
-        seed: The weights are a pure function of (seed, parameter name).
-    """
+    """Draw a head anew: normal weights of the model's own width, no bias."""
     std = getattr(model.config, "initializer_range", None) or _STD
     for name in names:
         for part, module in model.get_submodule(name).named_modules(prefix=name):
@@ -129,7 +116,7 @@ def _covers(asked: str, name: str) -> bool:
 
 
 def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """Give what a model's forward needs for images of another size than it was trained on."""
+    """Return what a model's forward needs for images of another size than it was trained on."""
     base: Any = getattr(model, "get_base_model", lambda: model)()
     own = getattr(base.config, "image_size", image_size)
     own = own[0] if isinstance(own, list | tuple) else own
@@ -159,7 +146,7 @@ def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> 
 
 
 def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Tell a text classifier how its rows are padded: decoders find a row's last token by it.
+    """Copy the tokenizer's padding id: decoders find a row's last token by it.
 
     The tokenizer pads, so its word counts, whatever the configuration says.
     """

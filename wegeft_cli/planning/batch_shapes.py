@@ -56,16 +56,7 @@ class BatchShapes:
 
 
 def batch_shapes(recipe: Recipe, data: TaskData, plan: StepPlan) -> BatchShapes:
-    """Cut the rows into forward passes without building a batch.
-
-    Args:
-        recipe: The recipe.
-        data: Its tokenised rows; of a stream, its first ones.
-        plan: What `build_step_plan` made of both.
-
-    Returns:
-        The passes of at most `MAX_STEPS` steps.
-    """
+    """Cut the rows into forward passes without building a batch."""
     lengths, labels = data.train.lengths, data.train.label_counts
     packs = data.packs
     if packs is not None:
@@ -99,15 +90,7 @@ def worst_case_shape(recipe: Recipe) -> BatchShape:
 
 
 def validation_shape(recipe: Recipe, data: TaskData) -> BatchShape | None:
-    """Give the largest batch of a validation, its first: the longest rows come first.
-
-    Args:
-        recipe: The recipe.
-        data: Its tokenised rows.
-
-    Returns:
-        The batch; None where nothing is held out.
-    """
+    """Return the largest batch of a validation, its first: the longest rows come first."""
     if data.validation is None or not len(data.validation.lengths):
         return None
     size = recipe.train.per_device_eval_batch_size

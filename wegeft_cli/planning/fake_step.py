@@ -175,15 +175,7 @@ def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
 
 
 def skeleton_with_adapter(skeleton: nn.Module, recipe: Recipe) -> Any:
-    """Return a copy of the base without weights as it will be trained: adapter, checkpointing.
-
-    Args:
-        skeleton: The base on the meta device.
-        recipe: The recipe.
-
-    Returns:
-        The copy in training mode, still on the meta device.
-    """
+    """Return a copy of the base without weights as it will be trained: adapter, checkpointing."""
     section = recipe.adapter
     model: Any = copy.deepcopy(skeleton)
     if recipe.model.attn_implementation == "eager":

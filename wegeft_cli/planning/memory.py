@@ -130,16 +130,7 @@ def estimate_memory(
 
 
 def count_base_bytes(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> float:
-    """Count the bytes of the frozen base on one process, quantised and shared as the recipe says.
-
-    Args:
-        recipe: The recipe.
-        model: The model without weights.
-        dtype: Type of the weights that are not quantised.
-
-    Returns:
-        Bytes.
-    """
+    """Count the bytes of the frozen base on one process, quantized and shared."""
     frozen = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
     num_all, num_quantised = sum(frozen.values()), 0
     section = recipe.model
@@ -162,15 +153,7 @@ def list_learned(model: nn.Module) -> list[Tensor]:
 
 
 def count_optimizer_bytes(train: TrainSection, learned: Sequence[Tensor]) -> float:
-    """Count the bytes of an optimizer's state.
-
-    Args:
-        train: The recipe's `train`: which optimizer.
-        learned: The parameters, for their shapes.
-
-    Returns:
-        Bytes.
-    """
+    """Count the bytes of an optimizer's state."""
     name = train.optim.removeprefix("paged_")
     if name == "adafactor":  # one figure for each row and each column of a matrix
         return 4.0 * sum(sum(p.shape[-2:]) if p.ndim > 1 else p.numel() for p in learned)
@@ -184,25 +167,13 @@ def count_optimizer_bytes(train: TrainSection, learned: Sequence[Tensor]) -> flo
 
 
 def count_checkpoint_bytes(recipe: Recipe, learned: Sequence[Tensor]) -> float:
-    """Count the bytes of one checkpoint: what learns, the optimizer's state, the average.
-
-    Args:
-        recipe: The recipe.
-        learned: The parameters, for their shapes.
-
-    Returns:
-        Bytes.
-    """
+    """Count the bytes of one checkpoint: what learns, the optimizer's state, the average."""
     state = count_optimizer_bytes(recipe.train, learned)
     return _count_bytes(learned) + state + _count_average(recipe, learned)
 
 
 def measure_available() -> tuple[str, float]:
-    """Measure the memory that a run could take now.
-
-    Returns:
-        The device, and its free GiB: of the GPU, or of the host within this container's limit.
-    """
+    """Measure the memory that a run could take now."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.mem_get_info()[0] / GIB
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -212,7 +183,7 @@ def measure_available() -> tuple[str, float]:
     limit = _read_lines("/sys/fs/cgroup/memory.max")
     used = _read_lines("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0].isdecimal():
-        # Pages of files that nobody holds are given up when others need them.
+        # The kernel reclaims inactive file pages under memory pressure.
         stat = dict(line.split() for line in _read_lines("/sys/fs/cgroup/memory.stat") if line)
         taken = int(used[0]) - int(stat.get("inactive_file", 0))
         free = min(free, int(limit[0]) - taken)
@@ -222,17 +193,7 @@ def measure_available() -> tuple[str, float]:
 def memory_warnings(
     recipe: Recipe, total_gib: float | None, device: str, available_gib: float
 ) -> list[str]:
-    """Say so if a run will not fit, with the keys that need less; nothing where it does.
-
-    Args:
-        recipe: The recipe.
-        total_gib: The estimate.
-        device: Where it trains.
-        available_gib: What is free there.
-
-    Returns:
-        At most one sentence.
-    """
+    """Return a warning if a run will not fit, naming the keys that reduce memory; else nothing."""
     if total_gib is None or total_gib <= available_gib:
         return []
     train = recipe.train

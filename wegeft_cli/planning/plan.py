@@ -33,7 +33,7 @@ class Plan:
         base_parameters: The frozen base, tied weights once.
         groups: What learns, group by group.
         num_rows: Training rows; None where the data cannot be reached, or is a stream.
-        num_steps: Optimizer steps of one process; None where they hang on the data.
+        num_steps: Optimizer steps of one process; None where they depend on the data.
         lengths: Tokens per row: p50, p95, max; None where the data cannot be reached.
         largest_batch: The forward pass that takes the most memory: `sequences`, `length`, `labels`.
         flops_per_step: Operations of a mean optimizer step; None where lengths are not known.
@@ -68,7 +68,7 @@ class Plan:
     unknown: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan as a JSON object: groups by name."""
+        """Return the plan as a JSON object: groups by name."""
         values = asdict(self)
         values["groups"] = {group.name: group.num_parameters for group in self.groups}
         return values

@@ -379,7 +379,7 @@ def attach_locations(loaded: LoadedRecipe) -> Iterator[None]:
 def check_learning(recipe: Recipe, device: torch.device | None) -> None:
     """Check that the optimizer and the schedule take what the recipe gives them.
 
-    Where the steps hang on the rows, which are not read yet, the schedule is tried over very many;
+    Where the number of steps depends on the unread rows, the schedule is tried over very many;
     `check_run_schedule` tries it over the run's own.
 
     Args:
@@ -435,15 +435,7 @@ def count_steps(value: float, num_steps: int) -> int:
 
 
 def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:
-    """Count the checkpoints that lie side by side at most, the one being written included.
-
-    Args:
-        train: The recipe's `train`.
-        num_steps: Optimizer steps of the run.
-
-    Returns:
-        Their number; None where all are kept and the steps are not known.
-    """
+    """Count the checkpoints that exist at one time at most, the one being written included."""
     kept = train.save_total_limit
     if kept is None:
         if num_steps is None:
@@ -454,7 +446,7 @@ def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:
 
 
 def find_run_dir(recipe: Recipe) -> Path:
-    """Give the run's folder as the recipe names it."""
+    """Return the run's folder as the recipe names it."""
     return Path(recipe.output_dir).expanduser()
 
 

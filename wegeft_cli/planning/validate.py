@@ -34,7 +34,7 @@ class ValidateReport:
     """Foreign spellings that were read."""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the report as plain values, with `valid: true`."""
+        """Return the report as plain values, with `valid: true`."""
         return {"valid": True, **asdict(self)}
 
 
@@ -75,12 +75,6 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
     """Check names that other rooms give a meaning to.
 
     They are the template, the tasks, the protocol, and the settings of optimizer and schedule.
-
-    Args:
-        loaded: The recipe, which knows the places.
-
-    Yields:
-        Each fault.
     """
     section = loaded.recipe.eval
     try:

@@ -27,17 +27,7 @@ class Collator(Protocol):
     def submit(
         self, rows: ClassRows, numbers: Sequence[int], seeds: Sequence[int] | None
     ) -> Callable[[], dict[str, Any]]:
-        """Begin to make the inputs of rows.
-
-        Args:
-            rows: The split.
-            numbers: Which rows.
-            seeds: What random transforms are drawn from, with each row's number; None draws
-                nothing.
-
-        Returns:
-            A function that gives the inputs once they are made.
-        """
+        """Begin to make the inputs of rows."""
         ...
 
 
@@ -181,17 +171,7 @@ class ClassBatches(PlannedSource):
 def submit_batch(
     rows: ClassRows, collator: Collator, numbers: Sequence[int], seeds: Sequence[int] | None
 ) -> Callable[[], ClassBatch]:
-    """Begin to make a batch.
-
-    Args:
-        rows: The split.
-        collator: Makes inputs of rows.
-        numbers: Which rows.
-        seeds: As for `Collator.submit`.
-
-    Returns:
-        A function that gives the batch once it is made.
-    """
+    """Begin to make a batch."""
     make = collator.submit(rows, numbers, seeds)
     labels = torch.from_numpy(rows.labels[list(numbers)])
     num_tokens = int(rows.lengths[list(numbers)].sum())

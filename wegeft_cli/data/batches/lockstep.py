@@ -45,11 +45,6 @@ def seed_forward(seed: int, step: int, number: int) -> None:
 
     The seed is a pure function of the pass, so that it depends neither on the number of processes
     nor on whether the run was resumed.
-
-    Args:
-        seed: The run's seed.
-        step: Optimizer step, from 0.
-        number: The pass in its step, counted over all processes.
     """
     digest = hashlib.sha256(f"{seed}:{step}:{number}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -59,5 +59,5 @@ def sum_packs(values: np.ndarray, packs: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def lays_packs_flat(recipe: Recipe) -> bool:
-    """Tell whether a batch's packs are laid into one sequence: flash attention wants it so."""
+    """Return whether a batch's packs are laid into one sequence: flash attention wants it so."""
     return (recipe.model.attn_implementation or "").startswith("flash_attention")

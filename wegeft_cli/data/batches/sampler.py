@@ -99,7 +99,7 @@ class StepPlan:
         return rows
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """Give the rows of an epoch in the order in which its steps take them, int64."""
+        """Return the rows of an epoch in the order in which its steps take them, int64."""
         return _epoch_order(self, epoch)
 
     def step_indices(self, step: int, lengths: np.ndarray | None = None) -> list[list[list[int]]]:
@@ -208,16 +208,7 @@ class PlannedData(Protocol):
 
 
 def build_step_plan(recipe: Recipe, data: PlannedData, world_size: int) -> StepPlan:
-    """Cut the rows, or with packing the packs of rows, into optimizer steps as the recipe says.
-
-    Args:
-        recipe: The recipe.
-        data: Its tokenised rows.
-        world_size: Processes.
-
-    Returns:
-        The plan; what it calls a row is a pack where rows are packed.
-    """
+    """Cut the rows, or with packing the packs of rows, into optimizer steps as the recipe says."""
     train = recipe.train
     return StepPlan(
         num_rows=len(data.train if data.packs is None else data.packs),

@@ -8,7 +8,7 @@ _WORD = 2**64
 
 
 def shuffled(count: int, *, seed: int, stream: int) -> np.ndarray:
-    """Give a permutation that is a pure function of its arguments.
+    """Return a permutation that is a pure function of its arguments.
 
     Sorted by raw Philox words: numpy keeps these streams fixed across versions, which it does not
     promise of `Generator.permutation`. The key is (seed, stream), so no state is carried along.

@@ -99,18 +99,7 @@ class PlannedBatches(PlannedSource):
 def build_source(
     recipe: Recipe, data: PreparedData, plan: StepPlan, *, rank: int, pad_token_id: int
 ) -> PlannedBatches:
-    """Build the batches of a run whose rows are all at hand.
-
-    Args:
-        recipe: The recipe.
-        data: Its tokenised rows.
-        plan: What `build_step_plan` made of both.
-        rank: This process.
-        pad_token_id: What fills up short rows.
-
-    Returns:
-        The batches of this process.
-    """
+    """Build the batches of a run whose rows are all at hand."""
     return PlannedBatches(
         data.train,
         plan,
@@ -163,13 +152,13 @@ class StreamedBatches:
         self._places = {0: (stream.state(), stream.num_passes)}
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """Give this process's batches of one optimizer step."""
+        """Return this process's batches of one optimizer step."""
         for rows in self._shares(step):
             if rows:
                 yield collate_rows(rows, pad_token_id=self._pad_token_id)
 
     def examples_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
-        """Give this process's rows of the step under way: no number, ids and label mask of each."""
+        """Return this process's rows of the current step: no number, ids and label mask."""
         for rows in self._shares(step):
             yield from ((None, ids, mask) for ids, mask in rows)
 
@@ -182,14 +171,14 @@ class StreamedBatches:
         return sum(len(ids) for ids, _ in self._rows_of(step))
 
     def epoch_at(self, step: int) -> float:
-        """Tell how many whole passes over the data were done when the last row was read.
+        """Return how many whole passes over the data were done when the last row was read.
 
         What part of a pass `step` steps make is not known: a stream's length is not.
         """
         return float(self._place(step)[1])
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Give this process's share of the validation rows, longest first."""
+        """Return this process's share of the validation rows, longest first."""
         return self._first.validation_batches()
 
     def padding_statistics(self) -> dict[str, Any]:
@@ -200,16 +189,11 @@ class StreamedBatches:
         return {**self._first.padding_statistics(), "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Give where the stream stands before a step: the next one, or the one under way."""
+        """Return where the stream stands before a step: the next one, or the one under way."""
         return self._place(step)[0]
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go to where another run's stream stood before a step.
-
-        Args:
-            step: The step that comes next.
-            state: What `state_at` gave for it.
-        """
+        """Go to where another run's stream stood before a step."""
         if state:
             self._stream.seek(state)
         self._step, self._rows = step - 1, []

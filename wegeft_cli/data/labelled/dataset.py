@@ -59,7 +59,7 @@ class ClassRows:
         }
 
     def take(self, numbers: np.ndarray) -> ClassRows:
-        """Give some of the rows."""
+        """Return some of the rows."""
         return ClassRows(
             [self.inputs[i] for i in numbers],
             self.labels[numbers],
@@ -340,7 +340,7 @@ def _build_report(
 
 
 def without_data(recipe: Recipe, config: Any) -> HeadSpec:
-    """Give the head of a recipe whose data cannot be reached: as wide as the base's."""
+    """Return the head of a recipe whose data cannot be reached: as wide as the base's."""
     labels = () if recipe.data.problem_type == "regression" else read_labels(config)
     head = HeadSpec(recipe.task, labels, recipe.data.problem_type)
     return replace(head, drop_path_rate=recipe.model.drop_path_rate)

@@ -33,7 +33,7 @@ class Labels:
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
     def number_of(self, name: str) -> int:
-        """Give a class's number.
+        """Return a class's number.
 
         Args:
             name: Its name.

@@ -157,7 +157,7 @@ def read_number(value: Any) -> float:
 
 
 def check_fields(source: DataSource, fields: Sequence[str]) -> dict[str, str]:
-    """Give `columns`, whose keys must be fields of the task.
+    """Return `columns`, whose keys must be fields of the task.
 
     Args:
         source: The recipe's entry.

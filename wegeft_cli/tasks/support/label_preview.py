@@ -68,7 +68,7 @@ class LabelPreview:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the preview as a JSON object."""
+        """Return the preview as a JSON object."""
         return asdict(self)
 
 

@@ -91,7 +91,7 @@ def _build_rows(config: Any, recipe: Recipe) -> list[list[Row]]:
 def _compute_both(
     model: nn.Module, loss: CausalLoss, packs: list[list[Row]], recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """Give the logits of the packs, and those of their rows one by one, both [tokens, vocab]."""
+    """Return the logits of the packs, and those of their rows one by one, both [tokens, vocab]."""
     device = next(model.parameters()).device
     together = collate_packs(packs, pad_token_id=0, flat=lays_packs_flat(recipe))
     singles = [collate_rows([row], pad_token_id=0) for pack in packs for row in pack]

@@ -61,7 +61,7 @@ class RowWalker:
         self._recipe_dir = recipe_dir
 
     def take(self, position: int, first: int, count: int) -> list[PreviewRow]:
-        """Give the first rows of a source.
+        """Return the first rows of a source.
 
         Args:
             position: Which source.
@@ -195,15 +195,7 @@ class RowSplitter:
         self._specials = set(tokenizer.all_special_ids)
 
     def split(self, encoded: EncodedRow, rendered: RenderedText) -> list[TokenPiece]:
-        """Give a piece for each token.
-
-        Args:
-            encoded: The row as tokens, as it is learned.
-            rendered: The text that it was made of.
-
-        Returns:
-            The pieces.
-        """
+        """Return a piece for each token."""
         ids = [int(number) for number in encoded.ids]
         edges = _find_edges(rendered)
         pieces: list[TokenPiece] = []
@@ -219,7 +211,7 @@ class RowSplitter:
         return pieces
 
     def _find_spans(self, ids: list[int], rendered: RenderedText) -> list[tuple[int, int] | None]:
-        """Give the characters of each token; none where the tokenizer or the row's end adds it."""
+        """Return the characters of each token; none for those added by the tokenizer."""
         unknown: list[tuple[int, int] | None] = [None] * len(ids)
         if self._backend is None:
             return unknown
@@ -240,7 +232,7 @@ class RowSplitter:
 
 
 def _find_edges(rendered: RenderedText) -> list[int]:
-    """Give the characters where learned and unlearned text meet."""
+    """Return the characters where learned and unlearned text meet."""
     segments = [segment for segment in rendered.segments if segment.text]
     ends = itertools.accumulate(len(segment.text) for segment in segments)
     pairs = zip(ends, itertools.pairwise(segments), strict=False)

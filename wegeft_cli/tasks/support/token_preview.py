@@ -38,7 +38,7 @@ class TokenPreview:
         max_length: The recipe's `data.max_length`.
         lengths: Tokens per row: p50, p95, max.
         uncut_lengths: The same before the cut to `data.max_length`, of the rows left out by it too;
-            rows longer than 2^20 tokens count as so many.
+            rows longer than 2^20 tokens count as 2^20.
         uncut_histogram: Rows by their length before the cut.
         histogram: Rows by length: `start`, `stop` (the first length that is too long), `rows`.
         template: Name of the prompt form; several are joined by commas.
@@ -68,7 +68,7 @@ class TokenPreview:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the preview as a JSON object."""
+        """Return the preview as a JSON object."""
         return asdict(self)
 
 
