@@ -20,12 +20,12 @@ from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_model
 from wegeft_cli.runs.callbacks.checkpoints import CheckpointCallback
+from wegeft_cli.runs.callbacks.evaluation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.callbacks.progress import ProgressCallback
 from wegeft_cli.runs.callbacks.run_files import RunFilesCallback
 from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
 from wegeft_cli.runs.callbacks.skipped_steps import SkippedStepsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
-from wegeft_cli.runs.callbacks.validation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
 from wegeft_cli.runs.resume_rules import with_absolute_paths
 from wegeft_cli.runs.run import Run, TrainResult, end_record, recipe_settings

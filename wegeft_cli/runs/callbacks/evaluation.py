@@ -1,4 +1,4 @@
-"""Scores of a model on benchmarks during training: `train.eval_tasks`."""
+"""Metrics of a validation beside its loss: those of the task, and scores on `train.eval_tasks`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,65 @@ from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.inference.loaded_model import LoadedModel
+from wegeft_cli.models.heads import HeadSpec
+from wegeft_cli.planning.preflight import RunInputs
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.reporter import Advance, Reporter
+from wegeft_cli.tasks.base import Loss, Task
+from wegeft_cli.training.callbacks import Callback
+from wegeft_cli.training.trainer import Trainer
+
+
+class TaskMetricsCallback(Callback):
+    """Computes the task's metrics from the outputs that its loss has kept."""
+
+    def __init__(self, task: Task, loss: Loss, head: HeadSpec | None) -> None:
+        self._task = task
+        self._loss = loss
+        self._head = head
+
+    def on_validate(self, trainer: Trainer) -> dict[str, float]:
+        """Return `eval_<metric>` -> value."""
+        return self._task.measure_validation(self._loss, self._head, trainer.processes.gather)
+
+
+class BenchmarksCallback(Callback):
+    """Scores the model on `train.eval_tasks`."""
+
+    def __init__(
+        self, recipe: Recipe, inputs: RunInputs, reporter: Reporter, advance: Advance
+    ) -> None:
+        self._recipe = recipe
+        self._inputs = inputs
+        self._reporter = reporter
+        self._advance = advance
+        self._warned: set[str] = set()
+
+    def on_validate(self, trainer: Trainer) -> dict[str, float]:
+        """Return `eval_<benchmark>` -> score."""
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            self._advance(trainer.step, scoring=f"{name} {done}/{total}")
+
+        context = BenchmarkContext(
+            self._recipe.eval.batch_size,
+            trainer.processes,
+            warn=self._warn_once,
+            check_stop=trainer.check_stop,
+        )
+        return score_benchmarks(
+            trainer.model,
+            self._inputs.tokenizer,
+            self._inputs.tasks,
+            self._recipe.train.eval_tasks,
+            context,
+            on_progress,
+        )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._reporter.warn(text)
 
 
 def score_benchmarks(
