@@ -1,4 +1,4 @@
-"""What a workflow tells while it works; the command line draws it, the Python API stays silent."""
+"""Messages and progress of a command: the command line prints them, the Python API is silent."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-# Called with the amount done so far and figures to show beside the bar, as (name, text) pairs.
+# Called with the amount done, and with figures to show beside it as keywords, name=text.
 Advance = Callable[..., None]
 
 
 class Reporter(Protocol):
-    """Where a workflow's words go."""
+    """Receives the messages and the progress of a command."""
 
     def note(self, text: str) -> None:
-        """Tell something worth knowing, in one line."""
+        """Report a fact, in one line."""
         ...
 
     def warn(self, text: str) -> None:
-        """Tell something that may be wrong, in one line."""
+        """Report a possible problem, in one line."""
         ...
 
     def progress(self, title: str, total: float) -> AbstractContextManager[Advance]:
-        """Show a bar from 0 to `total`; the yielded function takes the amount done and figures."""
+        """Show progress from 0 to `total`; yield the function that advances it."""
         ...
 
 
 class SilentReporter:
-    """Says nothing."""
+    """Discards everything."""
 
     def note(self, text: str) -> None:
-        """Drop a note."""
+        """Discard a note."""
 
     def warn(self, text: str) -> None:
-        """Drop a warning."""
+        """Discard a warning."""
 
     @contextmanager
     def progress(self, title: str, total: float) -> Iterator[Advance]:
-        """Show nothing."""
+        """Show no progress."""
         yield lambda done, **figures: None

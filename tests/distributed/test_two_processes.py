@@ -176,7 +176,7 @@ def test_one_process_goes_on_where_two_stood(write_recipe):
             shutil.rmtree(path)
     shutil.rmtree(run_dir / "adapter")
     refused = launch(recipe, 1, "--resume", "auto")
-    assert "go on with train.gradient_accumulation_steps=4" in refused.stderr
+    assert "resume with train.gradient_accumulation_steps=4" in refused.stderr
     done = launch(recipe, 1, "--resume", "auto", "train.gradient_accumulation_steps=4")
     assert done.returncode == 0, done.stderr
     resumed = load_file(run_dir / "adapter" / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: pickle-free, checksummed, never less than one whole on disk."""
+"""Checkpoints to resume from: without pickle, with checksums, and always one complete on disk."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _OLD_FOLDER = re.compile(r"\.trash-step-\d{8,}-[0-9a-f]+")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training state that was read back and found whole.
+    """A training state whose files were read and verified.
 
     Args:
         step: Optimizer steps done.
         tensors: File stem -> name -> tensor.
-        state: Everything that is no tensor.
+        state: Everything that is not a tensor.
     """
 
     step: int
@@ -53,7 +53,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What a checkpoint's last-written file says: `serial` counts the saves, newest highest."""
+    """The file that is written last; `serial` counts the saves, and the newest has the highest."""
 
     serial: int
     step: int
@@ -69,25 +69,24 @@ def save_checkpoint(
     keep: int | None,
     protect: Collection[int] = (),
 ) -> Path:
-    """Write a checkpoint, then let go of the oldest ones.
+    """Write a checkpoint, then remove the oldest ones.
 
     Args:
         checkpoints_dir: Folder of all checkpoints; only one process may save there at a time.
         step: Optimizer steps done; the folder is `step-<8 digits>`.
         tensors: File stem -> name -> tensor.
-        state: Dicts with text keys, lists, texts, numbers (NaN and infinity too: a loss may be),
-            booleans and None.
-        keep: Keep the last so many written, at least 1; None keeps all.
-        protect: Steps whose checkpoints stay beside them, such as that of the best validation.
+        state: Dicts with text keys, lists, texts, numbers (also NaN and infinity), booleans, None.
+        keep: Number of checkpoints that stay, at least 1; None keeps all.
+        protect: Steps whose checkpoints stay in addition, such as that of the best validation.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         UserError: If the folder is wrong or not permitted.
-        MachineError: If the disk fails; all earlier checkpoints are still there.
-        ValueError: If a stem is no plain file name, or `keep` or `step` is out of range.
-        TypeError: If the state holds what JSON would not give back as it was.
+        MachineError: If the disk fails; all earlier checkpoints remain.
+        ValueError: If a stem is not a plain file name, or `keep` or `step` is out of range.
+        TypeError: If JSON would not preserve the state.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"step {step}, keep {keep}")
@@ -121,15 +120,9 @@ def save_checkpoint(
 
 
 def tidy_checkpoints(checkpoints_dir: Path) -> None:
-    """Remove what a killed process left half written or half removed, where no save follows.
+    """Remove what a killed process left half written or half removed, when no save follows.
 
-    An old checkpoint that was set aside stays until a newer one is there.
-
-    Args:
-        checkpoints_dir: Folder of all checkpoints; only one process may save there at a time.
-
-    Raises:
-        MachineError: If the machine cannot read the disk.
+    A checkpoint that was moved aside for its replacement stays until a newer one exists.
     """
     if not checkpoints_dir.is_dir():
         return
@@ -143,17 +136,7 @@ def tidy_checkpoints(checkpoints_dir: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and verify every byte of it.
-
-    Args:
-        path: Its folder.
-
-    Returns:
-        The training state.
-
-    Raises:
-        UserError: If a file is missing, truncated or altered.
-    """
+    """Load a checkpoint and verify every byte; raise UserError if a file is missing or altered."""
     if not path.is_dir():
         raise UserError("there is no such checkpoint folder", file=str(path))
     check_links(path)
@@ -181,16 +164,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_newest_checkpoint(checkpoints_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Read the checkpoint that was written last, passing over damaged ones.
+    """Load the checkpoint that was written last, or None, and skip damaged ones.
 
-    Args:
-        checkpoints_dir: Folder of all checkpoints; it need not exist.
-
-    Returns:
-        The newest whole checkpoint, or None, and a line about each one that was skipped.
-
-    Raises:
-        MachineError: If the machine cannot read the disk.
+    The second value holds a line about each checkpoint that was skipped.
     """
     if not checkpoints_dir.is_dir():
         return None, []
@@ -210,7 +186,7 @@ def _note(path: Path, error: UserError) -> str:
 
 
 def _read_manifests(checkpoints_dir: Path) -> tuple[dict[Path, _Manifest], list[str]]:
-    """Read the manifests of all checkpoints, and a note about each that has none."""
+    """Read the manifests of all checkpoints, with a note about each one that has none."""
     manifests: dict[Path, _Manifest] = {}
     notes: list[str] = []
     for path in sorted(checkpoints_dir.iterdir()):
@@ -275,7 +251,7 @@ def _rotate(checkpoints_dir: Path, keep: int | None, protected: Collection[str])
 
 
 def _check_state(value: Any, where: str) -> None:
-    """Refuse what JSON takes but gives back as something else, or does not take."""
+    """Raise TypeError for a value that JSON refuses or does not preserve."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):

@@ -1,4 +1,4 @@
-"""Moved."""
+"""Versions, git revision and platform, as run.json and result files record them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "
 
 
 def describe_environment() -> dict[str, Any]:
-    """Give versions, git revision of the working folder, and platform, for run.json."""
+    """Return versions of packages, git revision of the working directory, and platform."""
     versions = {"wegeft-cli": VERSION, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

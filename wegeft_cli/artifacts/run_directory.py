@@ -269,11 +269,7 @@ class RunDirectory:
 
 
 def find_run(path: str | Path | None) -> Path:
-    """Return the path that a command was given; None means the newest finished run under runs/.
-
-    Raises:
-        UserError: If `path` is None and no run has finished.
-    """
+    """Return `path`; for None, the newest finished run under runs/, or raise UserError."""
     if path is not None:
         return Path(path)
     newest = find_newest_run(Path("runs"))
@@ -299,11 +295,7 @@ def find_newest_run(runs_dir: Path) -> Path | None:
 
 
 def find_recipe_of(path: str | Path | None) -> Recipe | None:
-    """Load the recipe of the run that a folder belongs to: a run's directory or a folder in it.
-
-    Raises:
-        UserError: If the run's recipe is damaged.
-    """
+    """Load the recipe of the run whose directory is `path` or the parent of `path`, if any."""
     directory = None if path is None else RunDirectory.containing(path)
     if directory is None or not directory.recipe_path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What the runs of a sweep left behind, read from their folders and averaged over seeds."""
+"""Results of finished runs: the table of a sweep, and a run's files for the report."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class RunOutcome:
     """One run of a sweep.
 
     Args:
-        name: Its folder's name.
+        name: Name of its directory.
         values: Dotted key -> value.
-        run_dir: Its folder.
+        run_dir: Its directory.
         status: waiting, running, finished, failed or interrupted.
         error: Why it failed.
         num_steps: Optimizer steps in its metrics; 0 before the first line.
         figures: final_loss, best_<watched metric>, eval_loss and eval_<task> of the last
-            validation, peak_memory_gib, and the seconds of its steps; those that are known.
+            validation, peak_memory_gib, and the seconds of its steps, as far as they are known.
     """
 
     name: str
@@ -49,7 +49,7 @@ class RunOutcome:
     figures: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the outcome as a JSON object."""
+        """Return the outcome as a JSON object."""
         return {**asdict(self), "run_dir": str(self.run_dir)}
 
 
@@ -59,8 +59,8 @@ class Statistic:
 
     Args:
         mean: Arithmetic mean.
-        std: Standard deviation with n - 1; None of one run.
-        n: Runs that gave the figure.
+        std: Standard deviation with n - 1; None for one run.
+        n: Number of runs with the figure.
     """
 
     mean: float
@@ -74,8 +74,8 @@ class SweepRow:
 
     Args:
         values: Dotted key -> value.
-        num_runs: Seeds.
-        num_finished: Seeds whose run is finished; the figures are theirs.
+        num_runs: Number of seeds.
+        num_finished: Number of seeds whose run has finished; the figures are of these runs.
         figures: Name -> statistic.
     """
 
@@ -86,17 +86,7 @@ class SweepRow:
 
 
 def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None) -> RunOutcome:
-    """Read a run's figures.
-
-    Args:
-        before: The run.
-        metric: The metric that it watches: eval_loss, or `eval_<task>`.
-        status: How it ended.
-        error: Why it failed.
-
-    Returns:
-        The run with its figures; none are made up where its folder holds none.
-    """
+    """Return a run with the figures in its directory; `metric` is eval_loss or `eval_<task>`."""
     directory = RunDirectory(before.run_dir)
     lines = directory.metrics()
     steps = [line for line in lines if "loss" in line]
@@ -129,7 +119,7 @@ def read_outcome(before: RunOutcome, metric: str, status: str, error: str | None
 
 
 def average(outcomes: Sequence[RunOutcome]) -> list[SweepRow]:
-    """Average the runs that differ in their seed alone, in the order of their first run."""
+    """Average the runs that differ only in their seed, in the order of their first run."""
     groups: dict[str, list[RunOutcome]] = {}
     for outcome in outcomes:
         key = json.dumps({k: v for k, v in outcome.values.items() if k != SEED}, sort_keys=True)
@@ -153,14 +143,9 @@ def average(outcomes: Sequence[RunOutcome]) -> list[SweepRow]:
 
 
 def find_best(rows: Sequence[SweepRow], metric: str) -> SweepRow | None:
-    """Find the row with the best mean of the watched metric.
+    """Return the row with the best mean of the watched metric, of those whose runs all finished.
 
-    Args:
-        rows: The rows; one that has a run that did not finish is passed over.
-        metric: The metric.
-
-    Returns:
-        The row; None where nothing was validated: a training loss tells of no other rows.
+    None means that nothing was validated: training losses are not compared.
     """
     figure = BEST + metric
     whole = [row for row in rows if row.num_finished == row.num_runs and figure in row.figures]
@@ -182,23 +167,23 @@ _MAX_POINTS = 800  # of one curve; more lines are thinned evenly
 
 @dataclass
 class RunRecord:
-    """A run's files, read.
+    """The files of a run, for the report.
 
     Args:
-        name: Its folder's name; made longer by the caller where two are the same.
-        run_dir: Its folder.
-        run: Its run.json.
-        recipe: Text of its recipe.yaml; empty where there is none.
+        name: Name of its directory, see `name_apart`.
+        run_dir: Its directory.
+        run: Values of run.json.
+        recipe: Text of recipe.yaml; empty without one.
         curves: Curve -> (step, value), thinned.
         validation: Metric -> (step, value).
-        num_lines: Logged steps before they were thinned.
+        num_lines: Number of logged steps before thinning.
         scores: Rows of evaluations: task, protocol, model (base or tuned), n, num_correct, score,
             n_invalid, ci95, num_shown, source.
-        answers: The samples of these, the first so many of each row.
-        told: Answers while training: step, prompt, output.
-        inspection: What `wegeft inspect` found; None where it was not done.
-        ablations: What `wegeft inspect --ablate` found.
-        notes: What a reader should know, such as why there is no inspection.
+        answers: The answers of these, limited per row.
+        told: Answers during training: step, prompt, output.
+        inspection: Result of `wegeft inspect`; None without one.
+        ablations: Results of `wegeft inspect --ablate`.
+        notes: Notes for the reader, such as why there is no inspection.
     """
 
     name: str
@@ -217,17 +202,10 @@ class RunRecord:
 
 
 def read_run(path: Path, *, max_samples: int) -> RunRecord:
-    """Read a run's folder.
+    """Read a run's directory, or that of a folder in it, for the report.
 
-    Args:
-        path: The folder, or one inside it such as its adapter.
-        max_samples: Answers kept of each model, task and protocol.
-
-    Returns:
-        What is there.
-
-    Raises:
-        UserError: If it is no run's folder.
+    `max_samples` answers are kept of each model, task and protocol. Raise UserError if `path` does
+    not belong to a run.
     """
     directory = RunDirectory.containing(path)
     if directory is None:
@@ -257,15 +235,9 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
 
 
 def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int) -> None:
-    """Give an evaluation that was written elsewhere to the run that it is of.
+    """Add a result file of `wegeft eval --output` to the run that was evaluated.
 
-    Args:
-        records: The runs.
-        file: What `wegeft eval --output` wrote.
-        max_samples: Answers kept of each model, task and protocol.
-
-    Raises:
-        UserError: If the file holds no results, its samples are gone, or it is of another run.
+    Raise UserError if the file holds no results, its samples are missing, or no run matches.
     """
     values = read_object(file)
     if not isinstance(values.get("results"), list):
@@ -276,10 +248,13 @@ def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int
         run_dir = record.run_dir.resolve()
         if target != run_dir and run_dir not in target.parents:
             continue
-        told = Path(str(values.get("samples_path")))
-        samples = next((each for each in (told, file.parent / told.name) if each.is_file()), None)
+        recorded = Path(str(values.get("samples_path")))
+        candidates = (recorded, file.parent / recorded.name)
+        samples = next((each for each in candidates if each.is_file()), None)
         if samples is None:
-            raise UserError(f"its samples {str(told)!r} are gone", file=str(file), key="--eval")
+            raise UserError(
+                f"its samples {str(recorded)!r} are missing", file=str(file), key="--eval"
+            )
         _add_answers(record, samples, max_samples)
         return
     raise UserError(
@@ -290,7 +265,7 @@ def add_evaluation(records: Sequence[RunRecord], file: Path, *, max_samples: int
 
 
 def name_apart(records: Sequence[RunRecord]) -> None:
-    """Give runs of one name longer ones, by as many folders as tell them apart."""
+    """Replace names that several runs share by the paths of their directories."""
     for record in records:
         same = [other for other in records if other.name == record.name and other is not record]
         if same:
@@ -299,15 +274,7 @@ def name_apart(records: Sequence[RunRecord]) -> None:
 
 
 def read_scores(answers: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Sum up answers by model, task and protocol, as `wegeft eval` does.
-
-    Args:
-        answers: Lines of a samples file.
-        source: Where they came from.
-
-    Returns:
-        A row each.
-    """
+    """Summarize answers by model, task and protocol, as `wegeft eval` does."""
     grouped: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for answer in answers:
         key = tuple(str(answer.get(name, "")) for name in ("task", "protocol", "model"))
@@ -357,7 +324,7 @@ def _series(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, fl
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Keep at most so many points, evenly, the first and the last among them."""
+    """Keep at most `_MAX_POINTS` points, evenly spaced, the first and the last included."""
     if len(points) <= _MAX_POINTS:
         return points
     gap = (len(points) - 1) / (_MAX_POINTS - 1)

@@ -1,4 +1,4 @@
-"""A process of a run that fails only because another one did."""
+"""Failures of other processes, and messages for the launcher."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ _WORDS = ("Connection closed by peer", "Connection reset by peer", "Timed out wa
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether a fault says that another process of the group is gone or does not answer.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        Whether it does.
-    """
+    """Return whether an error means that another process of the group has ended or is stuck."""
     if type(error).__module__.startswith("torch.distributed") or type(error).__name__ in (
         "DistBackendError",
         "DistNetworkError",
@@ -34,50 +27,38 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def lost_peer_error(timeout: int) -> MachineError:
-    """Build the fault that a user reads in its place.
-
-    Args:
-        timeout: Seconds that a process waits for another.
-
-    Returns:
-        The fault.
-    """
+    """Build the error that replaces it; `timeout` is `train.ddp_timeout`, in seconds."""
     return MachineError(
         LOST_PEER,
-        hint=f"its own message tells why; one that says nothing for {timeout} s (train.ddp_timeout)"
-        " counts as gone. The newest checkpoint is whole: --resume auto goes on",
+        hint="its own message gives the reason; a process that does not answer for "
+        f"{timeout} s (train.ddp_timeout) counts as lost. The newest checkpoint is complete: "
+        "continue with --resume auto",
     )
 
 
 LAUNCHED = "WEGEFT_LAUNCHED"
-"""Stands in the environment of processes that the command itself has started."""
+"""Environment variable that is set in processes that `wegeft` itself has launched."""
 
 
 def report_to_launcher(message: str) -> None:
-    """Leave word of a fault where the command that started this process looks for it.
-
-    Without one, and under torchrun, do nothing.
-
-    Args:
-        message: The fault, in a line.
-    """
+    """Write an error for the launcher of this process, if `wegeft` itself is the launcher."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # torchrun would print the same fault a second time, in a report of its own.
+    # torchrun would print the same error a second time.
     if place and LAUNCHED in os.environ:
-        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        report = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         part = Path(f"{place}.part")
-        with suppress(OSError):  # the fault itself goes on
-            part.write_text(json.dumps({"message": told}), encoding="utf-8")
+        with suppress(OSError):  # the error itself is still raised
+            part.write_text(json.dumps({"message": report}), encoding="utf-8")
             part.replace(place)  # the launcher may be looking
 
 
 def num_restarts() -> int:
-    """Tell how often the launcher has started this run's processes again."""
+    """Return how often the launcher has restarted the processes of this run."""
     return _read_count("TORCHELASTIC_RESTART_COUNT")
 
 
 def may_be_restarted() -> bool:
-    """Tell whether the launcher would start the processes again if this one failed."""
+    """Return whether the launcher would restart the processes if this one failed."""
     return num_restarts() < _read_count("TORCHELASTIC_MAX_RESTARTS")
 
 

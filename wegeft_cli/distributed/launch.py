@@ -1,7 +1,7 @@
-"""Starting a training run's processes on this machine, and joining those that someone else starts.
+"""Launch the processes of a run on this machine, or join those of another launcher.
 
-The engine is torch's elastic launcher: one agent on each machine starts that machine's processes,
-watches them, and starts all of them again, together, where one died and restarts are left.
+The engine is torch's elastic launcher: one agent per machine starts and watches its processes, and
+restarts all of them together if one has died and restarts are left.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from wegeft_cli.recipe.schema import TrainSection
 
 LOST_PEER = "another process of this run has ended or does not answer"
-"""What a process says that fails only because another one did."""
+"""Message of a process that fails only because another one did."""
 
 _SECONDS_TO_SAVE = 600
-"""How long processes may take to save and leave after a signal; torch would kill after 30 s."""
+"""How long processes may take to save and exit after a signal; torch kills them after 30 s."""
 _FIRST_SLURM_PORT = 20_000
 _SLURM_PORTS = 10_000
 
@@ -36,10 +36,10 @@ class Group:
     """The processes of a run.
 
     Args:
-        num_processes: Of all machines together.
-        num_machines: How many machines share them, the same number on each.
-        rdzv_endpoint: host:port of one of the machines, where they meet; None on a single machine.
-        max_restarts: How often all processes are started again after one of them died.
+        num_processes: Number of processes on all machines together.
+        num_machines: Number of machines, each with the same number of processes.
+        rdzv_endpoint: HOST:PORT of one machine, where all meet; None for a single machine.
+        max_restarts: How often all processes are restarted after one of them has died.
     """
 
     num_processes: int
@@ -53,7 +53,7 @@ class Group:
                 f"{self.num_processes} processes cannot be shared equally by "
                 f"{self.num_machines} machines",
                 key="--num-processes",
-                hint="give the number on all machines together",
+                hint="it is the number on all machines together",
             )
         if self.num_machines > 1 and self.rdzv_endpoint is None:
             raise UserError(
@@ -72,27 +72,13 @@ class Group:
 
 
 def is_in_group(environment: Mapping[str, str] | None = None) -> bool:
-    """Tell whether a launcher (torchrun, `accelerate launch`, this one) started this process.
-
-    Args:
-        environment: Variables; None takes the process's own.
-
-    Returns:
-        Whether its rank is settled.
-    """
+    """Return whether a launcher (torchrun, `accelerate launch`, wegeft) started this process."""
     environment = os.environ if environment is None else environment
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
 def num_sharing(train: TrainSection) -> int:
-    """Count the processes that share one copy of the base, by the group this process is in.
-
-    Args:
-        train: The recipe's `train`.
-
-    Returns:
-        1 where each has its own, or there is one process.
-    """
+    """Return the number of processes that share one copy of the base, 1 without sharding."""
     many = int(os.environ.get("WORLD_SIZE", "1"))
     if train.strategy == "replicated" or many == 1:
         return 1
@@ -102,16 +88,10 @@ def num_sharing(train: TrainSection) -> int:
 
 
 def join_slurm(environment: MutableMapping[str, str] | None = None) -> bool:
-    """Take rank and meeting place from SLURM where `srun` started several tasks of this command.
+    """Read rank and rendezvous from SLURM if `srun` started several tasks of this command.
 
-    Args:
-        environment: Variables, changed in place; None takes the process's own.
-
-    Returns:
-        Whether this process is one of several tasks.
-
-    Raises:
-        UserError: If SLURM does not tell where the tasks are to meet.
+    Return whether this process is one of several tasks. Set the variables of torch.distributed in
+    `environment`; raise UserError if SLURM does not list the nodes.
     """
     environment = os.environ if environment is None else environment
     num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -121,7 +101,7 @@ def join_slurm(environment: MutableMapping[str, str] | None = None) -> bool:
     host = first_host(nodes)
     if not host:
         raise UserError(
-            "srun started several tasks, but no list of nodes tells where they meet",
+            "srun started several tasks, but no node list says where they meet",
             key="SLURM_STEP_NODELIST",
             hint="one task on each node, with --num-processes, needs no list",
         )
@@ -138,31 +118,21 @@ def join_slurm(environment: MutableMapping[str, str] | None = None) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """Give the first name of a SLURM node list: `node[03-05,9],x1` gives `node03`."""
+    """Return the first host of a SLURM node list: `node[03-05,9],x1` gives `node03`."""
     found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
     return "" if found is None else "".join(part or "" for part in found.groups())
 
 
 def launch(words: Sequence[str], group: Group) -> int:
-    """Run `wegeft WORDS` in many processes and wait for all of them.
+    """Run `wegeft WORDS` in several processes and wait for all of them.
 
-    A process that dies takes the others down at once, and all are started again while restarts are
-    left. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 go to every process, once; they save and leave.
+    A process that dies ends the others at once; all are restarted while restarts are left. Ctrl-C,
+    SIGTERM, SIGHUP and SIGUSR1 are sent to every process once; they save and exit.
 
-    Args:
-        words: The command line, without `wegeft`.
-        group: How many processes, and where.
-
-    Returns:
-        The exit code, where no more needs to be said: 0, or that of the first process, which has
-        told its own fault.
-
-    Raises:
-        UserError: If a process ended with a fault of the user's.
-        MachineError: If a process failed or was killed.
-        KeyboardInterrupt: If a signal stopped the run.
+    Return the exit code if the first process has printed its own error, else see
+    `explain_failure`. Raise KeyboardInterrupt if a signal stopped the run.
     """
-    # Restarted processes must not meet the addresses of those that died.
+    # Restarted processes must not use the addresses of those that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     num_local = group.num_processes // group.num_machines
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local)))
@@ -196,34 +166,27 @@ def launch(words: Sequence[str], group: Group) -> int:
 
 
 def explain_failure(failures: Mapping[int, ProcessFailure]) -> int:
-    """Tell what ended a run of many processes: the failure that the others followed from.
+    """Raise the failure that the others followed from, or return the first process's exit code.
 
-    Args:
-        failures: Rank -> how it failed.
-
-    Returns:
-        The exit code of the first process, where that has told its fault itself.
-
-    Raises:
-        UserError: If that process told a fault of the user's.
-        MachineError: If it failed or was killed.
-        KeyboardInterrupt: If the run was stopped and saved.
+    The exit code is returned if the first process has printed the error itself. The failure is a
+    UserError or MachineError like that of the failed process, or KeyboardInterrupt if the run was
+    stopped and saved.
     """
     if all(failure.exitcode == EXIT_INTERRUPTED for failure in failures.values()):
         raise KeyboardInterrupt
-    # Those that only lost a peer, and those that the agent ended for it, come last.
+    # Processes that only lost a peer, or that the agent ended, come last.
     rank, first = min(failures.items(), key=lambda item: (_follows(item[1]), item[1].timestamp))
     if first.exitcode < 0:
         number = signal.Signals(-first.exitcode)
         raise MachineError(
             f"process {rank} of the run was killed by {number.name}",
-            hint="the machine may have run out of memory; the newest checkpoint is whole: "
-            "--resume auto goes on"
+            hint="the machine may have run out of memory; the newest checkpoint is complete: "
+            "continue with --resume auto"
             if number == signal.SIGKILL
-            else "the newest checkpoint is whole: --resume auto goes on",
+            else "the newest checkpoint is complete: continue with --resume auto",
         )
     message = _message(first)
-    # The first process tells its faults itself, and so one that all of them met.
+    # The first process prints its own errors, also one that all processes raise.
     if message is not None and 0 in failures and message == _message(failures[0]):
         return first.exitcode
     what = f"exit code {first.exitcode}" if message is None else message
@@ -236,6 +199,8 @@ def _follows(failure: ProcessFailure) -> bool:
 
 
 def _message(failure: ProcessFailure) -> str | None:
-    """Give what the process left for its launcher, if anything."""
-    told: object = failure.message
-    return str(told["message"]) if isinstance(told, dict) and "message" in told else None
+    """Return the message that a process has left for its launcher, if any."""
+    report: object = failure.message
+    if isinstance(report, dict) and "message" in report:
+        return str(report["message"])
+    return None

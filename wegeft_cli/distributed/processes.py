@@ -46,8 +46,7 @@ class Processes:
     def join(cls, timeout: timedelta) -> Processes:
         """Join the process group that a launcher has set up in the environment, if any.
 
-        Args:
-            timeout: How long a process waits for the others in a collective operation.
+        `timeout` limits how long a process waits for the others in a collective operation.
         """
         import torch
         from accelerate import PartialState
@@ -86,8 +85,7 @@ class Processes:
     def merge(self, own: Mapping[int, T]) -> dict[int, T]:
         """Return the union of all processes' mappings, sorted by key.
 
-        Raises:
-            RuntimeError: If two processes have the same key.
+        Raise RuntimeError if two processes have the same key.
         """
         parts = self.gather(dict(own))
         union = {key: value for part in parts for key, value in part.items()}

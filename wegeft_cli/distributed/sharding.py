@@ -1,4 +1,4 @@
-"""Which processes share the base's weights, and launchers' settings that cannot be followed."""
+"""Sharding of the base over processes, and launcher settings that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEY = "train.strategy"
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
 _WAY_OUT = "start it with `wegeft train RECIPE --num-processes N`, and `train.strategy: fsdp2` for "
 _WAY_OUT += "a base that does not fit"
-# What `accelerate launch` asks of the program by variables -> why it is not done.
+# Variables by which `accelerate launch` configures a program -> why they are refused.
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed's ZeRO reduces a factor that many layers share when the "
     "first of them is done",
@@ -31,14 +31,7 @@ _REFUSED = {
 
 
 def check_launcher(environment: Mapping[str, str] | None = None) -> None:
-    """Refuse engines that a launcher asks for and under which shared factors would not be exact.
-
-    Args:
-        environment: Variables; None takes the process's own.
-
-    Raises:
-        UserError: If there is one, with the reason.
-    """
+    """Raise UserError if a launcher asks for an engine under which shared factors are not exact."""
     environment = os.environ if environment is None else environment
     for name, reason in _REFUSED.items():
         if environment.get(name, "false").lower() in ("1", "true", "yes", "on"):
@@ -46,17 +39,10 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
 
 
 def build_sharding(train: TrainSection, processes: Processes) -> dict[str, Any]:
-    """Give what `from_pretrained` needs to load each process's share of the base alone.
+    """Return the options of `from_pretrained` that load only this process's share of the base.
 
-    Args:
-        train: The recipe's `train`.
-        processes: The processes of the run.
-
-    Returns:
-        `distributed_config` of transformers (FSDP2); nothing where each process keeps the base.
-
-    Raises:
-        UserError: If the processes cannot be divided as asked.
+    They hold transformers' `distributed_config` (FSDP2), or nothing if each process keeps the whole
+    base. Raise UserError if the processes cannot be divided as the recipe says.
     """
     num_processes = processes.count
     if train.strategy == "replicated" or num_processes == 1:
@@ -70,21 +56,21 @@ def build_sharding(train: TrainSection, processes: Processes) -> dict[str, Any]:
         raise UserError(
             f"{num_processes} processes cannot be divided into copies of {size}",
             key="train.fsdp_size" if train.fsdp_size else _KEY,
-            hint=f"give a divisor of {num_processes}",
+            hint=f"use a divisor of {num_processes}",
         )
     if size == 1:
         return {}
     if processes.device.type == "cpu":
-        _give_back_freed_memory()
+        _return_freed_memory()
     config = DistributedConfig(fsdp_size=size, dp_replicate_size=num_processes // size)
     return {"distributed_config": config}
 
 
-def _give_back_freed_memory() -> None:
-    """Let glibc return a gathered layer's memory when it is freed.
+def _return_freed_memory() -> None:
+    """Make glibc return the memory of a gathered layer when it is freed.
 
-    By itself it learns from the first large block freed to keep such blocks in its heap, between
-    smaller ones that live on: in the end the heap is as large as the whole base.
+    By default it keeps such blocks in its heap, between smaller ones that live longer, until the
+    heap is as large as the whole base.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another libc has its own ways
+    with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)

@@ -1,4 +1,4 @@
-"""A clean stop: a signal asks the run to save and leave, a second Ctrl-C leaves at once."""
+"""Stop signals: the first one asks a run to save and exit, a second Ctrl-C exits at once."""
 
 from __future__ import annotations
 
@@ -9,37 +9,34 @@ from collections.abc import Callable, MutableMapping
 from types import FrameType, TracebackType
 from typing import Any
 
-# Ctrl-C; what ends a process or a batch job; what SLURM sends ahead of it (--signal=USR1@300); a
-# terminal that was closed.
+# Ctrl-C; the end of a batch job; SLURM's warning before it (--signal=USR1@300); a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether someone asked the run to stop, by Ctrl-C (SIGINT), SIGTERM, SIGUSR1 or SIGHUP.
+    """A request to stop by Ctrl-C (SIGINT), SIGTERM, SIGUSR1 or SIGHUP.
 
-    A second SIGINT leaves at once, unsaved. The others never do, however many of them come: who
-    stops a batch job sends them to all of its processes, and more than once. SIGHUP stays ignored
-    where it is (nohup).
+    A second SIGINT raises KeyboardInterrupt at once, without saving. The other signals never do:
+    a batch system may send them more than once, and to all processes of a job. SIGHUP stays
+    ignored if it is ignored already (nohup).
 
-    Used as a context manager around a run. It imports nothing heavy, so that it can be in place
-    before torch is loaded: a signal in those seconds must not kill the run without a trace. Until
-    the run asks for the first time, in its first step, there is nothing to save: the signal leaves
-    at once then, as a KeyboardInterrupt.
+    Use it as a context manager around a run. It imports nothing heavy, so that it can be active
+    before torch is loaded. Until the run asks for the first time, in its first step, there is
+    nothing to save: a signal raises KeyboardInterrupt at once.
 
     Args:
-        tell: Called at the first signal that is obeyed later: the user must learn that it was
-            heard.
+        on_request: Called at the first signal that is obeyed later, to confirm it to the user.
     """
 
-    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
         self.requested = False
         self._is_training = False
         self._was_interrupted = False
-        self._tell = tell
+        self._on_request = on_request
         self._before: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """Tell whether a stop was asked for."""
+        """Return whether a stop was requested."""
         self._is_training = True
         return self.requested
 
@@ -64,26 +61,22 @@ class StopRequest:
         is_second = number == signal.SIGINT and self._was_interrupted
         self._was_interrupted |= number == signal.SIGINT
         if not self._is_training or is_second:
-            # Where a library swallows it, the run leaves after its first step.
+            # If a library swallows it, the run stops after its first step.
             raise KeyboardInterrupt
         if not was_requested:
-            self._tell()
+            self._on_request()
 
 
 VARIABLE = "WEGEFT_FOLLOWS"
-"""Names, in the environment of a process, the one that it follows."""
+"""Environment variable with the process id of the parent that a process follows."""
 _PR_SET_PDEATHSIG = 1
 
 
 def follow_starter(environment: MutableMapping[str, str] | None = None) -> None:
-    """Be told by SIGTERM when the process dies that started this one and asked to be followed.
+    """Request SIGTERM for this process when its parent dies (prctl(2), PR_SET_PDEATHSIG).
 
-    Even SIGKILL, of which that process never hears, then lets this one save and leave. Linux alone
-    can do so (prctl(2), PR_SET_PDEATHSIG); elsewhere nothing happens.
-
-    Args:
-        environment: Variables; `VARIABLE` is taken out, since it is not meant for processes that
-            this one starts. None takes the process's own.
+    This holds if the parent has set `VARIABLE`, even for a parent that SIGKILL ends, and on Linux
+    only. The variable is removed from `environment`: it is not meant for further children.
     """
     environment = os.environ if environment is None else environment
     starter = environment.pop(VARIABLE, "")
@@ -92,5 +85,5 @@ def follow_starter(environment: MutableMapping[str, str] | None = None) -> None:
     import ctypes
 
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(starter):  # it died before it could be followed
+    if os.getppid() != int(starter):  # the parent has died already
         os.kill(os.getpid(), signal.SIGTERM)

@@ -30,10 +30,6 @@ def export_adapter(
 
     With `train.load_best_model_at_end` the model first gets the parameters of the best step, or
     their moving average if there is one.
-
-    Raises:
-        UserError: If the folder holds something already.
-        MachineError: If the disk fails.
     """
     best = _load_best(run, result)
     tidy_checkpoints(run.directory.checkpoints_dir)  # no later save would do it

@@ -1,4 +1,4 @@
-"""Whether a run may go on under a recipe: its own, but for keys that may change."""
+"""Rules of resuming: which recipe keys may change, and recipes with absolute paths."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import DataSource, Recipe
 
-# These change how long a run goes on and what it tells, never what an earlier step computed.
-_PROLONGING = ("train.num_train_epochs", "train.max_steps")
-_TELLING = (
+# Keys that change the length of a run or what it reports, never what an earlier step computed.
+_LENGTH_KEYS = ("train.num_train_epochs", "train.max_steps")
+_REPORT_KEYS = (
     "data.cache_dir",
     "train.check_steps",
     "train.ddp_timeout",
@@ -34,8 +34,8 @@ _TELLING = (
 )
 
 
-# Their product with the number of processes is a step's rows: that may not change.
-_DIVIDING = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+# Their product with the number of processes is the rows of a step, which may not change.
+_BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 
 
 def check_same_recipe(
@@ -45,29 +45,26 @@ def check_same_recipe(
     is_finished: bool = False,
     num_processes: int | None = None,
 ) -> None:
-    """Refuse to go on with a run under another recipe, or with steps of another number of rows.
+    """Raise UserError if a run cannot be resumed under a recipe, with each key and both values.
 
     Args:
         directory: The run's directory; without a recipe there is nothing to resume.
-        recipe: The recipe given now, as a run keeps it.
-        is_finished: The run is not to go on but to count as done: its length may not change either.
-        num_processes: How many the run is to go on with. The rows of a step may then be divided
-            otherwise among processes and forward passes, if they are as many as before.
-
-    Raises:
-        UserError: If keys differ that may not change; each is listed with both values.
+        recipe: The recipe with absolute paths.
+        is_finished: Whether the run counts as finished: its length may not change then either.
+        num_processes: Number of processes of the resumed run. They may divide the rows of a step
+            among processes and forward passes differently, but not change their number.
     """
     if not directory.recipe_path.is_file():
         return
-    # What is compared between validations must be measured alike: with a watched task, `eval` too.
+    # Validations must be comparable: if a benchmark is watched, `eval` may not change either.
     watches_task = _watches(recipe) and recipe.train.metric_for_best_model != "eval_loss"
     may_change = (
-        *_TELLING,
+        *_REPORT_KEYS,
         *(() if watches_task else ("eval",)),
-        *(() if is_finished else _PROLONGING),
-        *(() if num_processes is None else _DIVIDING),
+        *(() if is_finished else _LENGTH_KEYS),
+        *(() if num_processes is None else _BATCH_KEYS),
     )
-    # Earlier versions kept paths as they were typed.
+    # Earlier versions stored paths as they were typed.
     saved = with_absolute_paths(load_recipe(directory.recipe_path))
     if num_processes is not None:
         _check_same_rows(directory, saved, recipe, num_processes)
@@ -89,7 +86,7 @@ def check_same_recipe(
 def _check_same_rows(
     directory: RunDirectory, saved: Recipe, recipe: Recipe, num_processes: int
 ) -> None:
-    """Refuse steps of another number of rows: they would stand at another place in the data."""
+    """Raise UserError if steps have another number of rows: they would be at another row."""
     earlier = directory.record(strict=True).get("num_processes")
     if not isinstance(earlier, int):
         return
@@ -103,9 +100,9 @@ def _check_same_rows(
         f"this recipe gives them {now}",
         file=str(directory.record_path),
         key="train.gradient_accumulation_steps",
-        hint=f"go on with train.gradient_accumulation_steps={passes}"
+        hint=f"resume with train.gradient_accumulation_steps={passes}"
         if not rest
-        else "go on with as many processes as before, or set train.per_device_train_batch_size and "
+        else "use as many processes as before, or set train.per_device_train_batch_size and "
         f"train.gradient_accumulation_steps so that their product with {num_processes} is {before}",
     )
 
@@ -121,20 +118,12 @@ def _watches(recipe: Recipe) -> bool:
 
 
 def _is_among(key: str, names: Collection[str]) -> bool:
-    """Tell whether a key, or a section above it, is named."""
+    """Return whether a key, or a section that holds it, is named."""
     return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 def flatten(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Go through a recipe's values by dotted key.
-
-    Args:
-        values: Nested dicts and lists of dicts.
-        key: Where they stand.
-
-    Yields:
-        Key and value; other lists, and what is empty, are values.
-    """
+    """Yield the values of nested dicts and lists of dicts by dotted key."""
     if isinstance(values, dict) and values:
         for name, value in values.items():
             yield from flatten(value, f"{key}.{name}" if key else str(name))
@@ -146,15 +135,10 @@ def flatten(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
-    """Give the recipe of one run as its folder keeps it.
+    """Return the recipe of one run, with absolute paths and without `sweep`.
 
-    Args:
-        loaded: The recipe and where it was read.
-
-    Returns:
-        It, with every path that is on this machine written out from the root (the folder
-        `data.cache_dir` is made where it is not), and without the `sweep`, of which one run knows
-        nothing.
+    The folder `data.cache_dir` need not exist. A name that is not a path on this machine, such as a
+    hub id, stays as it is.
     """
     recipe, beside = loaded.recipe, loaded.path.parent
     model, adapter, data, measured = recipe.model, recipe.adapter, recipe.data, recipe.eval
@@ -182,11 +166,11 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
 
 
 def _write_out(path: str, beside: Path | None = None) -> str:
-    """Write out a path that is found; else it may be a hub's name, and stays."""
+    """Return the absolute path if it exists; else it may be a hub id, and is returned as it is."""
     place = find_local(path, beside)
     return path if place is None else _absolute(place)
 
 
 def _absolute(place: Path) -> str:
-    """Give a path from the root; a link in its last place stays one, whose name tells the kind."""
+    """Return the absolute path, with a link in its last component: its name gives the format."""
     return str(place.parent.resolve() / place.name)

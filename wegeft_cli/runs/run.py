@@ -84,26 +84,26 @@ class TrainResult:
     peak_memory_gib: float | None = None
     waste: dict[str, Any] | None = None
 
-    @classmethod
-    def from_record(cls, directory: RunDirectory, record: Mapping[str, Any]) -> TrainResult:
-        """Build the result from the values of run.json at the end of the run."""
-        names = {field.name for field in fields(cls)}
-        values = {name: value for name, value in record.items() if name in names}
-        is_finished = record["status"] == "finished"
-        if not is_finished:
-            values.pop("adapter_step", None)
-        validation: dict[Any, dict[str, float]] = record["validation"]
-        last_validation = next(reversed(validation.values()), {})
-        return cls(
-            run_dir=directory.path,
-            adapter_dir=directory.adapter_dir if is_finished else None,
-            validation_loss=last_validation.get("eval_loss"),
-            **values,
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return the result as a JSON object, paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def result_from_record(directory: RunDirectory, record: Mapping[str, Any]) -> TrainResult:
+    """Build the result from the values of run.json at the end of the run."""
+    names = {field.name for field in fields(TrainResult)}
+    values = {name: value for name, value in record.items() if name in names}
+    is_finished = record["status"] == "finished"
+    if not is_finished:
+        values.pop("adapter_step", None)
+    validation: dict[Any, dict[str, float]] = record["validation"]
+    last_validation = next(reversed(validation.values()), {})
+    return TrainResult(
+        run_dir=directory.path,
+        adapter_dir=directory.adapter_dir if is_finished else None,
+        validation_loss=last_validation.get("eval_loss"),
+        **values,
+    )
 
 
 def end_record(result: LoopResult, processes: Processes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Every combination of a recipe's `sweep` becomes a run, and the runs become one table.
+"""`wegeft sweep`: every combination of a recipe's `sweep` is a run, and the runs become one table.
 
-This process stays light: it loads no torch, and each run is a process of its own.
+This process loads no torch; each run is a child process.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class SweepResult:
 
     Args:
         recipe: The recipe's file.
-        output_dir: The folder of all runs, and of sweep.json and sweep.png.
+        output_dir: The folder of all runs, of sweep.json and of sweep.png.
         status: finished, failed (some runs did), interrupted, or checked (a dry run).
-        metric: The metric that best_<metric> and `best` are of.
+        metric: The watched metric, which best_<metric> and `best` refer to.
         rows: One per combination without its seed.
         runs: Every run.
-        best: Values of the row with the best mean of the metric; None where nothing was validated.
-        plot: The picture; None where there is none.
+        best: Values of the row with the best mean of the metric; None without a validation.
+        plot: The plot; None without one.
     """
 
     recipe: Path
@@ -72,7 +72,7 @@ class SweepResult:
     plot: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as a JSON object, which is what sweep.json holds."""
+        """Return the result as a JSON object, the content of sweep.json."""
         return {
             "recipe": str(self.recipe),
             "output_dir": str(self.output_dir),
@@ -95,29 +95,29 @@ def sweep(
 ) -> SweepResult:
     """Train every combination of a recipe's `sweep`, and compare them.
 
-    Runs that are finished are not repeated, one that was interrupted goes on. A run that fails is
-    recorded, and the others go on.
+    Finished runs are not repeated, and an interrupted one is resumed. A run that fails is recorded,
+    and the others continue.
 
     Args:
         recipe_path: A recipe file, or the name of a shipped one.
         overrides: `key=value` texts that win over the file; `sweep.seed=[1,2]` sets what is tried.
         dry_run: Check each combination as far as is cheap, and train nothing.
-        should_stop: Asked several times a second; true lets the run under way save, and leaves.
-        reporter: Where words and progress go.
+        should_stop: Polled several times a second; true lets the current run save, and returns.
+        reporter: Receives messages and progress.
 
     Returns:
-        How it ended, also in `<output_dir>/sweep.json`, and drawn in sweep.png.
+        The result, which `<output_dir>/sweep.json` holds and sweep.png plots.
 
     Raises:
-        UserError: If the recipe or a combination is at fault, or its run was begun otherwise.
+        UserError: If the recipe or a combination is invalid, or differs from that of its run.
         ExceptionGroup: If there are several such faults.
-        MachineError: If this process cannot write; what a run meets is recorded instead.
+        MachineError: If this process cannot write; errors of runs are recorded instead.
     """
     reporter = reporter or SilentReporter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "a sweep starts its runs itself, one process each",
-            hint="start it without a launcher, or train each run with one",
+            hint="start it without a launcher, or train each run under one",
         )
     loaded = load_sweep(recipe_path, overrides)
     for note in loaded.base.notes:
@@ -138,7 +138,7 @@ def sweep(
         try:
             status = _train_all(loaded, output_dir, outcomes, should_stop, reporter)
         except BaseException as error:
-            # Whatever ended the sweep let the run under way save first.
+            # The current run has saved before this process sees the error.
             ended = [
                 replace(run, status="interrupted") if run.status == "running" else run
                 for run in outcomes
@@ -154,7 +154,7 @@ def sweep(
 
 
 def _check_recipes(loaded: LoadedSweep, outcomes: Sequence[RunOutcome]) -> None:
-    """Refuse runs that were begun under another recipe, before the first one starts."""
+    """Raise UserError for runs that were started under another recipe."""
     faults = []
     for run, outcome in zip(loaded.runs, outcomes, strict=True):
         directory = RunDirectory(outcome.run_dir)
@@ -165,14 +165,14 @@ def _check_recipes(loaded: LoadedSweep, outcomes: Sequence[RunOutcome]) -> None:
                 directory, with_absolute_paths(run.loaded), is_finished=directory.is_finished()
             )
         except UserError as fault:
-            fault.hint = "give back the old values, or choose another output_dir"
+            fault.hint = "restore the old values, or choose another output_dir"
             faults.append(fault)
     raise_all(faults)
 
 
 def _check_runs(runs: Sequence[SweepRun], reporter: Reporter) -> None:
-    """Go through all that a run checks before its weights, once for all seeds."""
-    from wegeft_cli.runs.train import train  # loads torch, which the sweep itself needs not
+    """Make all checks of a dry run, once for all seeds of a combination."""
+    from wegeft_cli.runs.train import train  # loads torch
 
     distinct: dict[str, SweepRun] = {}
     for run in runs:
@@ -200,14 +200,14 @@ def _train_all(
     should_stop: Callable[[], bool],
     reporter: Reporter,
 ) -> str:
-    """Train what is not finished yet, one after the other; say how it went altogether."""
+    """Train the runs that are not finished, one after the other, and return the sweep's status."""
     metrics = [run.loaded.recipe.train.metric_for_best_model for run in loaded.runs]
     for position, outcome in enumerate(outcomes):
         if RunDirectory(outcome.run_dir).is_finished():
             outcomes[position] = read_outcome(outcome, metrics[position], "finished", None)
             reporter.note(f"{outcome.name} is finished already")
         else:
-            # Written for all at once: an edit of the recipe from now on changes no later run.
+            # All are written now, so that a later edit of the recipe changes no run.
             text = recipe_to_yaml(with_absolute_paths(loaded.runs[position].loaded))
             RunDirectory(outcome.run_dir).write_recipe(text)
     num_done = sum(outcome.status == "finished" for outcome in outcomes)
@@ -220,12 +220,12 @@ def _train_all(
                 return "interrupted"
             directory = RunDirectory(outcome.run_dir)
             with directory.lock():
-                pass  # a run that outlived its sweep is told as such, not as a failure
+                pass  # reports a run that outlived its sweep as such, not as a failure
             outcomes[position] = replace(outcome, status="running")
             _write(_summarize(loaded, output_dir, outcomes, "running"))
-            tell = _Teller(outcome, num_done, advance)
+            show_progress = _ProgressReport(outcome, num_done, advance)
             log = outcome.run_dir / LOG_NAME
-            end = run_training(directory.recipe_path, log, should_stop, tell)
+            end = run_training(directory.recipe_path, log, should_stop, show_progress)
             outcomes[position] = read_outcome(outcome, metrics[position], end.status, end.error)
             if end.status == "interrupted":
                 return "interrupted"
@@ -236,8 +236,8 @@ def _train_all(
     return "failed" if any(outcome.status == "failed" for outcome in outcomes) else "finished"
 
 
-class _Teller:
-    """Tells of the run under way by the last line of its metrics."""
+class _ProgressReport:
+    """Reports the progress of the current run by the last line of its metrics."""
 
     def __init__(self, outcome: RunOutcome, num_done: int, advance: Callable[..., None]) -> None:
         self._outcome = outcome
@@ -301,16 +301,16 @@ def _write(result: SweepResult) -> None:
 LOG_NAME = "train.log"
 POLL_SECONDS = 0.25
 _GRACE_SECONDS = 120.0  # for a pass under way and its checkpoint
-_ERROR = "error: "  # how the command line begins a fault
+_ERROR = "error: "  # start of an error message of the command line
 
 
 @dataclass(frozen=True)
 class ChildEnd:
-    """How a process ended.
+    """How a run's process ended.
 
     Args:
         status: finished, failed or interrupted.
-        error: What it said when it failed.
+        error: Its error message, if it failed.
     """
 
     status: str
@@ -320,28 +320,18 @@ class ChildEnd:
 def run_training(
     recipe: Path, log: Path, should_stop: Callable[[], bool], on_poll: Callable[[], None]
 ) -> ChildEnd:
-    """Train a recipe in a process of its own, going on from its newest checkpoint if it has one.
+    """Train a recipe in a child process, from its newest checkpoint if it has one.
 
-    Where this process is killed, the other one saves and leaves, see `follow_starter`.
-
-    Args:
-        recipe: The recipe's file.
-        log: Takes what the process says, behind what stands there.
-        should_stop: Asked several times a second; true lets the process save and leave.
-        on_poll: Called as often.
-
-    Returns:
-        How it ended.
-
-    Raises:
-        KeyboardInterrupt: If this process is interrupted; the other one has ended by then.
+    If this process is killed, the child saves and exits, see `follow_starter`. The child's output
+    is appended to `log`. `should_stop` and `on_poll` are called several times a second; true lets
+    the child save and exit. A KeyboardInterrupt is raised after the child has ended.
     """
     # -P: a file called json.py in the working folder is no module.
     command = [sys.executable, "-P", "-m", "wegeft_cli", "train", str(recipe), "--resume", "auto"]
     with disk_errors(log), log.open("ab") as file:
         start = file.tell()
-        # In a process group of its own Ctrl-C does not reach it: it would hear each one twice, and
-        # the second one means that it should not save.
+        # Ctrl-C does not reach a separate process group: the child would receive it twice, and a
+        # second one means that it should not save.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -351,19 +341,19 @@ def run_training(
             env={**os.environ, VARIABLE: str(os.getpid())},
         )
         try:
-            asked = False
+            is_stopping = False
             while (code := _wait(process)) is None:
                 on_poll()
-                if not asked and should_stop():
-                    asked = True
+                if not is_stopping and should_stop():
+                    is_stopping = True
                     process.send_signal(signal.SIGINT)
         except BaseException:
             _end(process)
             raise
     if code == EXIT_DONE:
         return ChildEnd("finished")
-    # By a bare signal ends a process that had not set its handlers yet.
-    if code == EXIT_INTERRUPTED or (-code in STOP_SIGNALS and (asked or should_stop())):
+    # A child that has not set its signal handlers yet ends by the signal itself.
+    if code == EXIT_INTERRUPTED or (-code in STOP_SIGNALS and (is_stopping or should_stop())):
         return ChildEnd("interrupted")
     return ChildEnd("failed", _explain(code, log, start))
 
@@ -376,7 +366,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the process save and leave; end it when that takes too long, or is not waited for."""
+    """Let the child save and exit; kill it if that takes too long or is interrupted."""
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         process.wait(_GRACE_SECONDS)
@@ -385,7 +375,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _explain(code: int, log: Path, start: int) -> str:
-    """Find the reason in what the process said since `start`."""
+    """Return the reason of a failure, from the child's output since `start`."""
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
@@ -394,6 +384,6 @@ def _explain(code: int, log: Path, start: int) -> str:
     with disk_errors(log, "read"), log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    told = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
     said = [line.strip() for line in lines if line.strip()]
-    return "; ".join(told) or (said[-1] if said else f"exit code {code}")
+    return "; ".join(errors) or (said[-1] if said else f"exit code {code}")

@@ -28,7 +28,7 @@ from wegeft_cli.runs.callbacks.skipped_steps import SkippedStepsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
 from wegeft_cli.runs.resume_rules import with_absolute_paths
-from wegeft_cli.runs.run import Run, TrainResult, end_record, recipe_settings
+from wegeft_cli.runs.run import Run, TrainResult, end_record, recipe_settings, result_from_record
 from wegeft_cli.runs.start import (
     RunState,
     can_resume,
@@ -57,19 +57,19 @@ def train(
     """Train a recipe's adapter.
 
     Args:
-        recipe_path: A recipe file, the name of a shipped one, or a recipe that is read already.
+        recipe_path: A recipe file, the name of a shipped recipe, or a loaded recipe.
         overrides: `key=value` texts that win over the file.
-        resume: auto goes on from the run's newest whole checkpoint, a path from that checkpoint.
-        dry_run: Check everything that is cheap and stop before the weights.
-        should_stop: Asked after every pass of a step, and between the batches of a validation; true
-            saves a checkpoint and leaves.
-        reporter: Where words and progress go.
+        resume: `auto` resumes from the run's newest complete checkpoint, a path from that one.
+        dry_run: Make all cheap checks and stop before the weights are loaded.
+        should_stop: Called after every forward pass of a step, and between the batches of a
+            validation; true saves a checkpoint and returns.
+        reporter: Receives messages and progress.
 
     Returns:
         How it ended.
 
     Raises:
-        UserError: If the recipe, the data, the model or the folder is at fault.
+        UserError: If the recipe, the data, the model or the directory is invalid.
         ExceptionGroup: If there are several such faults.
         MachineError: If the machine failed: full disk, out of memory, divergence.
     """
@@ -122,7 +122,7 @@ def _train(
             record = _close_run(model, run, inputs, state, result)
             trackers.status = result.status
         processes.leave()
-    return TrainResult.from_record(run.directory, {**input_record(inputs), **record})
+    return result_from_record(run.directory, {**input_record(inputs), **record})
 
 
 def _load_model(
@@ -254,4 +254,4 @@ def _finished_result(run: Run, inputs: RunInputs, state: RunState) -> TrainResul
         record["adapter_step"] = find_adapter_step(run, result)
     run.update_record(record)
     trainable = {"trainable_parameters": inputs.trainable}
-    return TrainResult.from_record(run.directory, {**record, **trainable})
+    return result_from_record(run.directory, {**record, **trainable})
