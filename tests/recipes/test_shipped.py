@@ -30,7 +30,7 @@ def test_is_valid_and_comes_back_from_its_run_folder(name, tmp_path: Path):
     report = validate_recipe(name)
     loaded = load_recipe(name)
     # A recipe with a search grid says so, and nothing else is to be said.
-    assert all(note.startswith("`sweep` holds") for note in report.notes)
+    assert all(note.startswith("`sweep` has") for note in report.notes)
     assert len(report.notes) == bool(loaded.recipe.sweep)
     assert loaded.recipe.output_dir == f"runs/{name}"
     saved = tmp_path / "recipe.yaml"

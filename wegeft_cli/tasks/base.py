@@ -186,7 +186,13 @@ class Task(ABC):
 
     @abstractmethod
     def load_processor(self, section: ModelSection) -> Any:
-        """Return the base's tokenizer or image processor.
+        """Load the base's tokenizer or image processor.
+
+        Args:
+            section: The recipe's `model`.
+
+        Returns:
+            The processor.
 
         Raises:
             UserError: If there is none, or it cannot serve this task.
@@ -194,7 +200,15 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self, recipe: Recipe, recipe_dir: Path | None, processor: Any) -> TaskData:
-        """Read all rows of a recipe, without a file left behind but the cache's.
+        """Read all rows of a recipe; only the cache's files are written.
+
+        Args:
+            recipe: The recipe.
+            recipe_dir: The recipe's folder, for relative paths.
+            processor: What `load_processor` returned.
+
+        Returns:
+            The splits, the head and statistics.
 
         Raises:
             UserError: If a source cannot be read, or a row is bad.
@@ -212,6 +226,9 @@ class Task(ABC):
     def check_rows(self, data: TaskData) -> None:
         """Check what reading left unchecked, once per run, on the first process.
 
+        Args:
+            data: The rows.
+
         Raises:
             UserError: If a row cannot be used.
             ExceptionGroup: If several cannot.
@@ -219,6 +236,11 @@ class Task(ABC):
 
     def check_model(self, recipe: Recipe, skeleton: nn.Module, data: TaskData | None) -> None:
         """Check the recipe against the model without weights and, if known, its rows.
+
+        Args:
+            recipe: The recipe.
+            skeleton: The base on the meta device.
+            data: The rows; None where they cannot be read.
 
         Raises:
             UserError: If they do not fit.
@@ -234,12 +256,21 @@ class Task(ABC):
     def initialize_head(self, model: nn.Module, head: HeadSpec | None, recipe: Recipe) -> None:
         """Initialize a new head of a loaded base; a pure function of the recipe's seed.
 
+        Args:
+            model: The loaded base, which is changed.
+            head: The head; None for a task without one.
+            recipe: The recipe.
+
         Raises:
             UserError: If a part of the backbone has no weights and is not trained.
         """
 
     def check_built(self, model: nn.Module, recipe: Recipe) -> None:
         """Check the loaded model with its adapter on its device.
+
+        Args:
+            model: The model.
+            recipe: The recipe.
 
         Raises:
             UserError: If it cannot train this recipe.
@@ -288,7 +319,15 @@ class Task(ABC):
 
     @abstractmethod
     def preview(self, loaded: LoadedRecipe, num_rows: int, row: int | None) -> Preview:
-        """Return training rows as the model reads them: `num_rows` of each kind, or row `row`.
+        """Return training rows as the model reads them.
+
+        Args:
+            loaded: The recipe and its path.
+            num_rows: Rows of each kind.
+            row: Number of the one row to show instead.
+
+        Returns:
+            The preview.
 
         Raises:
             UserError: If the processor or the data is at fault, or there is no such row.

@@ -53,6 +53,9 @@ class EvaluationRequest:
 
         Args:
             is_named: Whether the recipe's `eval.tasks` names it.
+
+        Returns:
+            The number of rows and of new tokens; None for no limit of the request's.
         """
         limit = self.settings.limit if is_named else None
         length = self.settings.max_new_tokens if is_named else None
@@ -116,6 +119,9 @@ class Benchmark(Protocol):
         Args:
             model: The loaded model.
             context: How to run.
+
+        Returns:
+            The score over all rows.
         """
         ...
 
@@ -124,6 +130,9 @@ class Benchmark(Protocol):
 
         Args:
             path: JSON Lines.
+
+        Returns:
+            The score.
 
         Raises:
             UserError: If the file does not answer every row once, or files cannot be scored.
