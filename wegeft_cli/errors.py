@@ -42,6 +42,13 @@ class UserError(Exception):
         return f"{text} ({self.hint})" if self.hint else text
 
 
+class BaseModelError(UserError):
+    """The base model cannot be loaded or used; its key is `model.name_or_path`."""
+
+    def __init__(self, message: str, *, file: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, file=file, key="model.name_or_path", hint=hint)
+
+
 class MachineError(UserError):
     """The machine failed (full disk, out of memory); nothing is lost, and the exit code is 1."""
 

@@ -16,7 +16,7 @@ from wegeft_cli.artifacts.adapter import (
 )
 from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.artifacts.manifest import ModuleEntry
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.registry import method_of, refuse_adapter
 from wegeft_cli.methods.wegeft.equations import lora_twin
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
@@ -146,9 +146,7 @@ def open_changes(
         base_dir = fetch_base_folder(base or opened.base, None if base else opened.revision)
         stored = list_tensors(base_dir)
         if not stored:
-            raise UserError(
-                f"the folder {str(base_dir)!r} holds no safetensors", key="model.name_or_path"
-            )
+            raise BaseModelError(f"the folder {str(base_dir)!r} holds no safetensors")
     if files is not None:
         check_base(files.manifest, base_dir, adapter_dir, warn=warn)
     loaded: dict[str, Tensor] = {}

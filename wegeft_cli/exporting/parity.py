@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import BaseModelError, MachineError, UserError
 from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
@@ -74,10 +74,10 @@ def measure_parity(
                 for name, other in (("LoRA twin in PEFT", twin), ("merged", merged))
             ]
             del model
-    except MachineError as error:
+    except (MachineError, BaseModelError) as error:
         return report | {"reason": error.message}
     except UserError as error:
-        if error.key not in ("adapter.type", "model.name_or_path"):
+        if error.key != "adapter.type":
             raise
         return report | {"reason": error.message}
     report |= {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.registry import load_onto, method_of
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSection, ModelSection, ProblemType, Recipe, TaskName
@@ -324,9 +324,7 @@ def model_errors(path: str | Path) -> Iterator[None]:
     """Report a model that cannot be loaded as the target that the user typed."""
     try:
         yield
-    except UserError as fault:
-        if fault.key != "model.name_or_path":
-            raise
+    except BaseModelError as fault:
         gone = not Path(path).exists()
         message = f"no folder {str(path)!r}"
         if not gone:

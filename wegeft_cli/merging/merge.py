@@ -15,7 +15,7 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter import CARD_NAME, PROVENANCE_NAME, Adapter
 from wegeft_cli.artifacts.fingerprint import fingerprint_tensors
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.merging.in_memory import (
     OutputFormat,
     fold_onto,
@@ -356,7 +356,7 @@ def _check_bases(stored: StoredModel, adapters: Sequence[Adapter], reporter: Rep
     place = f"{str(stored.folder)!r}"
     if not stored.tensors:
         message = f"the folder {place} holds no safetensors"
-        raise UserError(message, key="model.name_or_path")
+        raise BaseModelError(message)
     manifests = [adapter.files.manifest for adapter in adapters]
     found = None
     if any(manifest.base_fingerprint is not None for manifest in manifests):

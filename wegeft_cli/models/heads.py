@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError
 from wegeft_cli.models.stochastic_depth import check_drop_path
 from wegeft_cli.recipe.schema import AdapterSection
 
@@ -104,9 +104,8 @@ def check_loaded(missing: Collection[str], head: Collection[str], saved: Collect
     lost = sorted({name.rpartition(".")[0] for name in missing if name.split(".")[0] not in head})
     lost = [name for name in lost if not any(_covers(asked, name) for asked in saved)]
     if lost:
-        raise UserError(
+        raise BaseModelError(
             f"the base holds no weights for {', '.join(lost[:3])}: they would stay random",
-            key="model.name_or_path",
             hint=f"train them: `adapter.modules_to_save: [{lost[0]}]`",
         )
 

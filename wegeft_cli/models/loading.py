@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
 from wegeft_cli.storage.containment import check_model_folder
 from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, TORCH_DTYPES
 
-_NAME, _ATTENTION = "model.name_or_path", "model.attn_implementation"
+_ATTENTION = "model.attn_implementation"
 _DTYPES = {name: TORCH_DTYPES[stored] for name, stored in DTYPE_NAMES.items()}
 
 
@@ -59,16 +59,14 @@ def build_meta_model(
             )
             return model
         except ValueError as error:
-            raise UserError(
+            raise BaseModelError(
                 f"{type(config).__name__} is no {_LANGUAGE_MODEL if head is None else head.noun}",
-                key="model.name_or_path",
                 hint=str(error).splitlines()[0],
             ) from None
         except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise UserError(
+            raise BaseModelError(
                 f"no model can be built from its config.json: {type(error).__name__}: {reason}",
-                key="model.name_or_path",
                 hint="the file is damaged, or of another version: fetch it again",
             ) from error
 
@@ -132,10 +130,9 @@ def load_image_processor(
 
     path = Path(name_or_path).expanduser()
     if path.is_dir() and not (path / "preprocessor_config.json").is_file():
-        raise UserError(
+        raise BaseModelError(
             f"{name_or_path!r} holds no preprocessor_config.json, which defines how its images "
             "are scaled",
-            key=_NAME,
             hint="put it beside config.json: transformers' ViTImageProcessor(...).save_pretrained",
         )
     with _translated(name_or_path, what="image processor"), quiet_transformers():
@@ -156,9 +153,8 @@ def load_tokenizer(
         )
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         # For some families transformers builds an empty tokenizer with only special tokens.
-        raise UserError(
+        raise BaseModelError(
             f"{name_or_path!r} holds no tokenizer",
-            key="model.name_or_path",
             hint="put the tokenizer's files (tokenizer.json and its config) beside config.json",
         )
     return tokenizer
@@ -219,24 +215,21 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError(
+            raise BaseModelError(
                 f"{name_or_path!r} is a file, but neither a model folder nor a GGUF file",
-                key="model.name_or_path",
             )
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         check_model_folder(path)
         if not (path / "config.json").is_file():
-            raise UserError(
+            raise BaseModelError(
                 f"the folder {name_or_path!r} holds no config.json",
-                key="model.name_or_path",
                 hint="give the folder of a transformers model",
             )
         return {"pretrained_model_name_or_path": str(path)}
     if _is_path(name_or_path):
-        raise UserError(
+        raise BaseModelError(
             f"no folder {name_or_path!r}",
-            key="model.name_or_path",
             hint="give a model folder or a hub id such as org/name",
         )
     return {"pretrained_model_name_or_path": name_or_path, "revision": revision or "main"}
@@ -269,11 +262,10 @@ def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
         else:
             reason = f"{type(error).__name__}: {reason}"
             hint = "one of its files is damaged, or of another version: fetch it again"
-        raise UserError(
-            f"cannot load the {what} of {name_or_path!r}: {reason}",
-            key=_ATTENTION if _ATTENTION.rpartition(".")[2] in reason else _NAME,
-            hint=hint,
-        ) from error
+        message = f"cannot load the {what} of {name_or_path!r}: {reason}"
+        if _ATTENTION.rpartition(".")[2] in reason:
+            raise UserError(message, key=_ATTENTION, hint=hint) from error
+        raise BaseModelError(message, hint=hint) from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 
 KINDS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_8bit")
 """How a base may be quantised, as adapters and merges record it."""
@@ -179,8 +179,7 @@ def _dense_weight(name: str, module: Any) -> Tensor:
         return dense.detach()
     if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
         return weight.dequantize().detach()
-    raise UserError(
+    raise BaseModelError(
         f"{name!r} is quantised as {type(weight).__name__}, which cannot be undone here",
-        key="model.name_or_path",
         hint="give the 16-bit base with --base",
     )

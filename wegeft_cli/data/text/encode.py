@@ -12,7 +12,7 @@ import numpy as np
 
 from wegeft_cli.data.text.chat_rendering import RenderedText, Segment
 from wegeft_cli.data.text.tokenizer import SPARE_TOKENS, Encoder, Tokens
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError
 
 DROPPED = ("empty", "unmarked", "cut_away")
 """Drop reasons of rows that hold nothing to learn."""
@@ -278,9 +278,8 @@ def _drop_first(tokens: Tokens) -> Tokens:
 
 def _append_eos(tokens: Tokens, eos: int | None) -> None:
     if eos is None:
-        raise UserError(
+        raise BaseModelError(
             "the tokenizer has no end-of-text token, so the model would never learn to stop",
-            key="model.name_or_path",
             hint="set `eos_token` in the model's tokenizer_config.json",
         )
     if tokens.ids[-1:] != [eos]:

@@ -19,7 +19,7 @@ from wegeft_cli.artifacts.adapter import (
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.in_place_files import InplaceManifest
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
 from wegeft_cli.methods.wegeft.layer_names import find_members, find_saved, find_stored_names
 from wegeft_cli.methods.wegeft.modules import AdapterGenerators, Generators, GeneratorSettings
@@ -316,10 +316,10 @@ def base_errors(base: str | None, adapter_dir: Path) -> Iterator[None]:
     """Report a base that cannot be loaded under `--base`, or under the adapter's record of it."""
     try:
         yield
-    except UserError as fault:
-        if fault.key == "model.name_or_path" and base is not None:
+    except BaseModelError as fault:
+        if base is not None:
             fault.key = "--base"
-        elif fault.key == "model.name_or_path":
+        else:
             fault.file, fault.key = str(adapter_dir / CONFIG_NAME), "base_model_name_or_path"
             fault.hint = "name the base's folder or hub id with --base"
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wegeft_cli.data.text.tokenizer import copy_backend
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.image_processor import ImageTransform
 from wegeft_cli.models.loading import load_tokenizer
@@ -37,10 +37,9 @@ def load_padding_tokenizer(section: ModelSection) -> Any:
     )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise UserError(
+            raise BaseModelError(
                 "the tokenizer has neither a padding token nor an end of text, and rows of unequal "
                 "length need one",
-                key="model.name_or_path",
                 hint="set pad_token in the folder's tokenizer_config.json",
             )
         tokenizer.pad_token = tokenizer.eos_token
@@ -71,10 +70,9 @@ def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransfo
     num_channels = getattr(config, "num_channels", 3)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     if len(mean) != num_channels or num_channels not in (1, 3):
-        raise UserError(
+        raise BaseModelError(
             f"the base's images have {num_channels} channels, and its image processor knows the "
             f"mean of {len(mean)}",
-            key="model.name_or_path",
             hint="mend preprocessor_config.json",
         )
     own: Any = getattr(config, "image_size", 224)
