@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.recipe.rules import Fault
 
 MODULES_TO_SAVE = "modules_to_save"
 """Name of the group of modules that are trained whole."""

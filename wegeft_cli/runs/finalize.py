@@ -12,8 +12,8 @@ from wegeft_cli.methods.base import AdapterRecord
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.runs.resume_rules import has_stopped_early
 from wegeft_cli.runs.run import Run
-from wegeft_cli.runs.start import has_stopped_early
 from wegeft_cli.training.snapshot import Progress
 from wegeft_cli.training.trainer import LoopResult
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.checkpoint import Checkpoint
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import is_template_file
@@ -174,3 +175,9 @@ def _write_out(path: str, beside: Path | None = None) -> str:
 def _absolute(place: Path) -> str:
     """Return the absolute path, with a link in its last component: its name gives the format."""
     return str(place.parent.resolve() / place.name)
+
+
+def has_stopped_early(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Return whether the patience had run out when a checkpoint was saved."""
+    patience = recipe.train.early_stopping_patience
+    return patience is not None and checkpoint.state["progress"]["num_bad_evals"] >= patience

@@ -23,8 +23,7 @@ from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_erro
 from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
 from wegeft_cli.recipe.load import recipe_to_yaml
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.runs.resume_rules import check_same_recipe
+from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early
 from wegeft_cli.runs.run import Run
 from wegeft_cli.storage.atomic import check_free_space, heal_folder
 
@@ -201,12 +200,6 @@ def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> No
             key="base_fingerprint",
             hint="use the same weights, or start a new run with another output_dir",
         )
-
-
-def has_stopped_early(checkpoint: Checkpoint, recipe: Recipe) -> bool:
-    """Return whether the patience had run out when a checkpoint was saved."""
-    patience = recipe.train.early_stopping_patience
-    return patience is not None and checkpoint.state["progress"]["num_bad_evals"] >= patience
 
 
 def check_disk(run: Run, inputs: RunInputs) -> None:

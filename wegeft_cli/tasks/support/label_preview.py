@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from wegeft_cli.models.image_processor import read_size
 from wegeft_cli.models.loading import load_base_config
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.classification import ClassificationTask
 from wegeft_cli.tasks.support.classifier import build_transform
 from wegeft_cli.tasks.support.histogram import count_lengths
+
+if TYPE_CHECKING:
+    from wegeft_cli.tasks.classification import ClassificationTask
 
 _MOST_ROWS = 20
 _MOST_SIZES = 5
