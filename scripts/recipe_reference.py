@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from wegeft_cli.recipe import schema
-from wegeft_cli.recipe.keys import section_kinds, strip_optional
+from wegeft_cli.recipe.schema_keys import section_kinds, strip_optional
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "wegeft_cli" / "recipe" / "schema.py"

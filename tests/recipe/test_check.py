@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from wegeft_cli.recipe.keys import format_pattern, kind_at, list_keys, parse_key
+from wegeft_cli.recipe.keys import format_pattern, parse_key
 from wegeft_cli.recipe.rules import check_recipe
 from wegeft_cli.recipe.schema import DataSection, DataSource, ModelSection, Optimizer, Recipe
+from wegeft_cli.recipe.schema_keys import kind_at, list_keys
 
 CHOICES = {
     format_pattern(path): get_args(kind_at(path))

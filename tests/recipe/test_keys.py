@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from wegeft_cli.recipe.keys import find_nearest_key, format_key, kind_at, parse_key
+from wegeft_cli.recipe.keys import format_key, parse_key
+from wegeft_cli.recipe.schema_keys import find_nearest_key, kind_at
 
 
 @pytest.mark.parametrize("key", ["seed", "a.b", "data.train[0].path", "a[0][12]", "adapter.peft.x"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wegeft_cli.recipe.keys import ALIASES, POINTERS, kind_at, parse_key
+from wegeft_cli.recipe.keys import parse_key
 from wegeft_cli.recipe.load import load_recipe, recipe_to_yaml
 from wegeft_cli.recipe.schema import (
     AdapterSection,
@@ -21,6 +21,7 @@ from wegeft_cli.recipe.schema import (
     Recipe,
     TrainSection,
 )
+from wegeft_cli.recipe.schema_keys import ALIASES, POINTERS, kind_at
 
 
 def test_file_becomes_typed_recipe(write):

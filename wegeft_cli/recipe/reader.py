@@ -11,19 +11,16 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.recipe.keys import (
-    SWEEP,
-    KeyPath,
+from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
+from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema_keys import (
     explain_swept,
     find_alias,
     find_nearest_key,
-    format_key,
     kind_at,
-    parse_key,
     section_kinds,
     strip_optional,
 )
-from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.unsupported import explain_unsupported
 from wegeft_cli.recipe.yaml_source import Document, has_interpolation, iterate_entries
 

@@ -10,14 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
-from wegeft_cli.recipe.keys import find_nearest, section_kinds, strip_optional
-from wegeft_cli.recipe.schema import (
-    PACKING_ATTENTION,
-    AdapterSection,
-    ModelSection,
-    Range,
-    Recipe,
-)
+from wegeft_cli.recipe.keys import find_nearest
+from wegeft_cli.recipe.schema import PACKING_ATTENTION, AdapterSection, ModelSection, Range, Recipe
+from wegeft_cli.recipe.schema_keys import section_kinds, strip_optional
 from wegeft_cli.recipe.unsupported import explain_unsupported
 
 Fault: TypeAlias = tuple[str, str, str | None]

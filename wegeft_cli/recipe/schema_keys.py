@@ -1,0 +1,200 @@
+"""Keys of the schema: their types, spellings of other tools, and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from wegeft_cli.recipe.keys import (
+    LEAST_LIKENESS,
+    SWEEP,
+    KeyPath,
+    format_key,
+    format_pattern,
+    parse_key,
+)
+from wegeft_cli.recipe.schema import Recipe
+
+ALIASES = {
+    "base_model": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "revision_of_model": "model.revision",
+    "torch_dtype": "model.dtype",
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "num_epochs": "train.num_train_epochs",
+    "epochs": "train.num_train_epochs",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "num_warmup_steps": "train.warmup_steps",
+    "lr_warmup_steps": "train.warmup_steps",
+    "optimizer": "train.optim",
+    "out_dir": "output_dir",
+}
+"""Other tools' spellings of exactly one key, read with a note at the top level and in the key's
+section."""
+
+_ALSO_READ_IN = {"data.max_length": ("model", "train")}
+"""Further sections in which other tools have the key."""
+
+POINTERS = {
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "train_on_input": "data.loss_on",
+    "train_on_inputs": "data.loss_on",
+    "mask_prompt": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "assistant_only_loss": "data.loss_on",
+    "sample_packing": "data.packing",
+    "packed": "data.packing",
+    "val_size": "data.validation_fraction",
+    "val_set_size": "data.validation_fraction",
+    "validation_percent": "data.validation_fraction",
+    "chat_template": "data.template",
+    "prompt_template": "data.template",
+    "bf16": "train.mixed_precision",
+    "fp16": "train.mixed_precision",
+    "precision": "train.mixed_precision",
+    "batch_size": "train.per_device_train_batch_size",
+    "clip_grad_norm": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "scale": "adapter.alpha",
+    "lora_target": "adapter.target_modules",
+    "peft_type": "adapter.type",
+    "finetuning_type": "adapter.type",
+}
+"""Other tools' spellings whose values differ: refused with the key to use."""
+_NEVER_SWEPT = ("output_dir", "extends", SWEEP)
+_SAME_SECTION_BONUS = 0.1  # prefers the same section among equally near keys
+
+
+def strip_optional(kind: Any) -> tuple[Any, bool]:
+    """Return a type without `| None`, and whether null is allowed."""
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not type(None)]
+        return inner[0], True
+    return kind, kind is Any
+
+
+@cache
+def section_kinds(section: type, *, with_ranges: bool = False) -> dict[str, Any]:
+    """Return each key of a section with its type, with its range as `Annotated` on request."""
+    hints = get_type_hints(section, include_extras=with_ranges)
+    return {field.name: hints[field.name] for field in fields(section)}
+
+
+def kind_at(path: KeyPath) -> Any | None:
+    """Return the type of the value at a key path, or None if the schema has no such key."""
+    kind: Any = Recipe
+    for part in path:
+        kind, _ = strip_optional(kind)
+        if kind is Any:
+            return Any
+        if isinstance(part, int):
+            kind = get_args(kind)[0] if get_origin(kind) is list else None
+        elif get_origin(kind) is dict:
+            kind = _swept_kind(part) if path[0] == SWEEP else get_args(kind)[1]
+        else:
+            is_section = is_dataclass(kind) and isinstance(kind, type)
+            kind = section_kinds(kind).get(part) if is_section else None
+        if kind is None:
+            return None
+    return kind
+
+
+def find_alias(path: KeyPath) -> KeyPath | None:
+    """Return the key for another tool's spelling, such as `("data", "cutoff_len")`, or None."""
+    if path[0] == SWEEP and len(path) == 2:
+        right = _find_swept_alias(str(path[1]))
+        return None if right is None else (SWEEP, format_key(right))
+    target = ALIASES.get(str(path[-1]))
+    if target is None or len(path) > 2 or kind_at(path) is not None:
+        return None
+    right = parse_key(target)
+    homes = {right[:-1], (), *((section,) for section in _ALSO_READ_IN.get(target, ()))}
+    return right if path[:-1] in homes else None
+
+
+def explain_swept(name: str) -> tuple[str, str | None]:
+    """Return why a name under `sweep` is not a key to sweep, and a hint."""
+    try:
+        path = parse_key(name)
+    except ValueError:
+        return f"{name!r} is not a dotted key", "write one such as `train.learning_rate`"
+    if path[0] in _NEVER_SWEPT:
+        return f"`{path[0]}` cannot be swept", "each run gets its own folder in `output_dir`"
+    kind, _ = strip_optional(kind_at(path))
+    if is_dataclass(kind) and isinstance(kind, type):
+        first = next(iter(section_kinds(kind)))
+        return f"`{name}` is a section", f"name one of its keys, such as `{name}.{first}`"
+    near = find_nearest_key(path)
+    return f"the recipe has no key `{name}`", f"did you mean `{near}`?" if near else None
+
+
+def _swept_kind(name: str | int) -> Any | None:
+    """Return the type of a key under `sweep`: a list of the key's own type."""
+    try:
+        path = parse_key(str(name))
+    except ValueError:
+        return None
+    kind = None if path[0] in _NEVER_SWEPT else kind_at(path)
+    inner, _ = strip_optional(kind)
+    return None if kind is None or is_dataclass(inner) else list[kind]  # type: ignore[valid-type]
+
+
+def _find_swept_alias(name: str) -> KeyPath | None:
+    try:
+        return find_alias(parse_key(name))
+    except ValueError:
+        return None
+
+
+def find_nearest_key(path: KeyPath) -> str | None:
+    """Return the valid key, in any section, that is most similar to an unknown one, or None."""
+    name = str(path[-1]).lower().replace("-", "_")
+    foreign = ALIASES.get(name) or POINTERS.get(name)
+    if foreign is not None:
+        return foreign
+    parent = format_pattern(path[:-1])
+    best, best_likeness = None, LEAST_LIKENESS
+    for candidate in list_keys():
+        likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio()
+        same_section = format_pattern(candidate[:-1]) == parent
+        likeness += _SAME_SECTION_BONUS if same_section else 0.0
+        if likeness > best_likeness:
+            best = (*path[:-1], candidate[-1]) if same_section else candidate
+            best_likeness = likeness
+    return format_key(best) if best else None
+
+
+@cache
+def list_keys() -> tuple[KeyPath, ...]:
+    """Return every key of the schema, with position 0 for entries of lists."""
+    return tuple(_walk_schema(Recipe, ()))
+
+
+def _walk_schema(section: type, path: KeyPath) -> Iterator[KeyPath]:
+    for name, declared in section_kinds(section).items():
+        here = (*path, name)
+        yield here
+        kind, _ = strip_optional(declared)
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from _walk_schema(kind, here)
+        elif get_origin(kind) is list and is_dataclass(get_args(kind)[0]):
+            yield from _walk_schema(get_args(kind)[0], (*here, 0))
