@@ -383,7 +383,7 @@ def test_a_quantised_base_is_refused(tmp_path):
     tensors = {"a": torch.ones(4, 4, dtype=torch.uint8), "b": torch.ones(4).to(torch.float8_e5m2)}
     save_file(tensors, base / SINGLE)
     for name, stored in (("a", "U8"), ("b", "F8_E5M2")):
-        with pytest.raises(UserError, match=f"stored as {stored}: a quantised base"):
+        with pytest.raises(UserError, match=f"stored as {stored}: a quantized base"):
             merge_stream(base, tmp_path / "out", {name: AddProduct(4)})
     merge_stream(base, tmp_path / "out", {}, dtype="float16")
     assert load_file(tmp_path / "out" / SINGLE)["b"].dtype == torch.float8_e5m2

@@ -307,7 +307,7 @@ def test_activation_view_needs_no_weight(make_stack, shake):
         setattr(model, name, OddLinear(getattr(model, name)))
     shake(inject_generators(model, rank=3, target_modules=r"first|second|third").double())
     assert (model(x) - expected_model(x)).abs().max() < EXACT
-    with pytest.raises(UserError, match="quantised"):
+    with pytest.raises(UserError, match="quantized"):
         fold_generators(model)
 
 

@@ -331,7 +331,7 @@ def test_quantised_weights_and_running_statistics_are_refused():
     quantised = torch.nn.Linear(4, 4)
     weight = torch.zeros(4, 4, dtype=torch.int8)
     quantised.weight = torch.nn.Parameter(weight, requires_grad=False)
-    for odd, words in ((quantised, "quantised"), (torch.nn.BatchNorm1d(4), "running_mean")):
+    for odd, words in ((quantised, "quantized"), (torch.nn.BatchNorm1d(4), "running_mean")):
         with pytest.raises(UserError, match=words):
             inject(Odd(odd), ["odd"], target_modules=["first"])
 

@@ -333,7 +333,7 @@ def test_a_quantised_base(bits, side, tmp_path):
         layer.merge,
         lambda: layer.get_delta_weight("default"),
     ):
-        with pytest.raises(ValueError, match="quantised"):
+        with pytest.raises(ValueError, match="quantized"):
             action()
     with torch.no_grad():
         torch.testing.assert_close(model(x), after)

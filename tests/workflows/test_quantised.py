@@ -191,7 +191,7 @@ def test_dropping_entries_of_a_quantised_weight_is_refused(base_dir):
         ({"dropout": 0.1}, "adapter.dropout"),
         ({"view": "weight"}, "adapter.view"),
     ):
-        with pytest.raises(UserError, match="is quantised") as caught:
+        with pytest.raises(UserError, match="is quantized") as caught:
             inject_generators(model, rank=2, target_modules=["q_proj"], **settings)
         assert caught.value.key == key
 

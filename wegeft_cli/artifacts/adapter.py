@@ -36,7 +36,7 @@ from wegeft_cli.storage.safetensors_reader import TensorInfo, load_tensors, read
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantised
+BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantized
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 PROVENANCE_NAME = "wegeft_merge.json"  # in a merged model's folder
 
@@ -48,7 +48,7 @@ _SAVED = "base_model.model."
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as it lies on disk.
+    """An adapter on disk.
 
     Args:
         manifest: Everything but the tensors.
@@ -75,7 +75,7 @@ def save_adapter_files(
     """Write an adapter's folder, whole or not at all.
 
     Args:
-        adapter_dir: The folder; an adapter that lies there is replaced, anything else refused.
+        adapter_dir: The folder; an existing adapter is replaced, anything else refused.
         manifest: Everything but the tensors.
         factors: Group -> (phi [d, r], psi [r, d]); stored as float32.
         saved_modules: Parameter name in the base -> the tensor trained in its place, for every

@@ -1,4 +1,4 @@
-"""`head.json` beside an adapter: what a classifier's head tells apart, and how inputs are made."""
+"""`head.json` beside an adapter: the classes of a classifier's head, and how inputs are made."""
 
 from __future__ import annotations
 

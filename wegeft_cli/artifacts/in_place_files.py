@@ -27,7 +27,7 @@ _TYPES = (INPLACE_TYPE,)
 
 @dataclass(frozen=True)
 class InplaceManifest:
-    """What is told of trained parameters beside them.
+    """Record of trained parameters, stored beside them.
 
     Args:
         method: full, bitfit or linear_probe.

@@ -35,8 +35,8 @@ class ModuleEntry:
     Args:
         group: Name of the group whose pair is used; no dot in it.
         rows: Half-open row ranges of a fused projection, ascending; None is the whole module.
-        transposed: Whether the base stores the weight as [d_in, d_out] (transformers' Conv1D): a
-            square weight does not tell.
+        transposed: Whether the base stores the weight as [d_in, d_out] (transformers' Conv1D): the
+            shape of a square weight does not show it.
     """
 
     group: str
@@ -62,7 +62,7 @@ class AdapterManifest:
     """Everything about an adapter but its tensors.
 
     Args:
-        task_type: CAUSAL_LM, SEQ_CLS, ... in PEFT's words; None where PEFT was told of none.
+        task_type: CAUSAL_LM, SEQ_CLS, ... in PEFT's words; None if PEFT was given none.
         base_model_name_or_path: The base that it was trained on; None where PEFT knew of none.
         revision: The base's hub revision.
         base_fingerprint: "sha256:<64 hex digits>" of the base's tensors, None if unknown.
@@ -77,14 +77,14 @@ class AdapterManifest:
         target_modules: What the recipe asked for: names, or one expression.
         wegeft_version: Version that wrote it.
         modules_to_save: Full dotted names, in the base checkpoint, of the modules that were trained
-            whole; left out of the file where there are none.
-        init_from: The adapter whose factors were the start, as the recipe named it; left out of the
-            file where it was a fresh draw.
-        base_quantization: How the base was quantised while training (`bitsandbytes_4bit`); left out
-            of the file where it was not.
+            whole; omitted from the file if there are none.
+        init_from: The adapter whose factors were the start, as the recipe named it; omitted from
+            the file if the start was random.
+        base_quantization: How the base was quantized while training (`bitsandbytes_4bit`); omitted
+            from the file if it was not.
         edits: What was done to the trained adapter since. It is a record: the factors and modules
-            here are the edited ones, so nothing that reads them has to know of it. Left out of the
-            file where there are none.
+            here are the edited ones, so readers need no knowledge of it. Omitted from the file if
+            there are none.
     """
 
     task_type: str | None
@@ -333,7 +333,7 @@ def module_complaint(name: str, value: Any) -> str | None:
     """Say what is wrong with one module's line.
 
     It is "group", or a list of {"group", "rows": [[a, b], ...], "transposed": true}, of which rows
-    may be left out where there is one entry, and transposed where it is false.
+    may be omitted if there is one entry, and transposed where it is false.
     """
     if not _MODULE_NAME.fullmatch(name):
         return "is no dotted module name"
@@ -346,7 +346,7 @@ def module_complaint(name: str, value: Any) -> str | None:
         if not isinstance(entry, dict) or not {"group"} <= set(entry) <= _ENTRY_KEYS:
             return f"must hold a group and its rows, got {shorten(entry)}"
         if entry.get("transposed", True) is not True:
-            return f"transposed must be true or left out, got {shorten(entry['transposed'])}"
+            return f"transposed must be true or omitted, got {shorten(entry['transposed'])}"
         group, rows = entry["group"], entry.get("rows")
         if not isinstance(group, str) or not _GROUP_NAME.fullmatch(group):
             return f"{shorten(group)} is no group name"

@@ -44,6 +44,6 @@ def match_stored_names(
 
 
 def has_all_tensors(files: AdapterFiles, stored: Mapping[str, object]) -> bool:
-    """Tell whether the base's files hold every tensor that the adapter changes, by its name."""
+    """Return whether the base's files hold every tensor that the adapter changes, by its name."""
     changed = [*(f"{name}.weight" for name in files.manifest.modules), *files.saved_modules]
     return all(name in stored for name in changed)

@@ -1,4 +1,4 @@
-"""An adapter becomes its exact LoRA twin, an adapter or a model becomes a GGUF file."""
+"""Export of an adapter as its exact LoRA equivalent, and of an adapter or a model as GGUF."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def export(
 ) -> ExportResult:
     """Write an adapter, or a model, in a form that other tools read.
 
-    lora: the exact LoRA twin, `B = s W phi, A = psi` with scaling 1 (output side `B = s phi,
-    A = psi W`), which stock PEFT, vLLM and SGLang read. gguf: the same twin as llama.cpp reads it,
-    or a whole model where the target is a model folder.
+    lora: the exact LoRA equivalent, `B = s W phi, A = psi` with scaling 1 (output side `B = s phi,
+    A = psi W`), which stock PEFT, vLLM and SGLang read. gguf: the same pairs in llama.cpp's format,
+    or a whole model if the target is a model folder.
 
     Args:
         target: An adapter or run folder, or (gguf) a model folder; None takes the newest finished
@@ -125,7 +125,7 @@ def export(
         base: The base's folder or hub id, where it is not as recorded.
         revision: The base's hub revision, where it is not as recorded.
         options: How it is to be written.
-        push: Where the folder goes on a hub.
+        push: Hub repository that receives the folder.
         reporter: Where words and progress go.
 
     Returns:
@@ -180,7 +180,7 @@ def _export_model(
 ) -> ExportResult:
     if format != "gguf":
         raise UserError(
-            f"{target!r} is a model: only an adapter has a LoRA twin",
+            f"{target!r} is a model: only an adapter has a LoRA equivalent",
             key="--format",
             hint="give the adapter or the run, or --format gguf",
         )
@@ -215,9 +215,9 @@ def _export_adapter(
     hint = "merge it and export the model" if format == "gguf" else "PEFT reads it as it is"
     require_generators(adapter, "only a WeGeFT adapter has an exact LoRA equivalent", hint=hint)
     files = adapter.files
-    if (quantised := files.manifest.base_quantization) is not None:
+    if (quantized := files.manifest.base_quantization) is not None:
         reporter.warn(
-            f"this adapter was trained on a base quantised as {quantised}; parity is measured on "
+            f"this adapter was trained on a base quantized as {quantized}; parity is measured on "
             "the 16-bit base, and served on that it answers otherwise than it was trained "
             "(`wegeft merge` measures by how much)"
         )
@@ -313,12 +313,12 @@ def _export_adapter(
 
 
 class _Maker:
-    """Gives the twin's tensors by name; the pair of one layer is computed once for its two.
+    """Compute the tensors of the LoRA pairs by name; each layer's pair is computed once.
 
     Args:
         plan: The plan.
         saved: Modules that were trained whole, by their tensors' names in the file.
-        advance: Told how many tensors are done.
+        advance: Callback with the number of tensors done.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def write_adapter_gguf(
         rank: The pairs' rank.
         dtype: float32, bfloat16 or float16.
         base_name: The base's name or path, for the record.
-        on_layer: Told how many layers are done.
+        on_layer: Callback with the number of layers done.
 
     Returns:
         Tensors written.

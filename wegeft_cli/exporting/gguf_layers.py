@@ -15,7 +15,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.storage.json_files import read_json
 
 # Architecture in config.json -> the format's name, and whether the rotary pairs of query and key
-# lie side by side there, where transformers has them half a head apart.
+# are adjacent there; transformers stores them half a head apart.
 _ARCHITECTURES = {
     "LlamaForCausalLM": ("llama", True),
     "MistralForCausalLM": ("llama", True),
@@ -150,7 +150,7 @@ def read_layers(model_dir: Path) -> GGUFLayers:
 
 
 def declare_tensor(writer: Any, name: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Tell a writer of a tensor whose numbers come later, by `write_tensor_data`.
+    """Declare a tensor whose values `write_tensor_data` writes later.
 
     Args:
         writer: The package's writer.
@@ -160,14 +160,14 @@ def declare_tensor(writer: Any, name: str, shape: tuple[int, ...], dtype: str) -
     """
     gguf = import_gguf()
     sample, kind = to_numpy(torch.zeros(1, _BLOCK), dtype)
-    # Types that numpy lacks are told by the shape of their bytes.
+    # Types that numpy lacks are declared by the shape of their bytes.
     told = gguf.quants.quant_shape_to_byte_shape(shape, kind) if sample.dtype == "uint8" else shape
     num_bytes = math.prod(told) * sample.dtype.itemsize
     writer.add_tensor_info(name, tuple(told), sample.dtype, num_bytes, raw_dtype=kind)
 
 
 def can_hold(shape: tuple[int, ...], dtype: str) -> bool:
-    """Tell whether a type can hold rows of this length."""
+    """Return whether a type can hold rows of this length."""
     return dtype != "q8_0" or shape[-1] % _BLOCK == 0
 
 

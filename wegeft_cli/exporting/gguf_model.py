@@ -41,7 +41,7 @@ def write_model_gguf(
         model_dir: The model's folder.
         infos: Its tensors.
         dtype: float32, bfloat16, float16 or q8_0 for the matrices; None keeps the stored type.
-        on_tensor: Told how many tensors are done.
+        on_tensor: Callback with the number of tensors done.
 
     Returns:
         Tensors written.
@@ -53,7 +53,7 @@ def write_model_gguf(
     layers = read_layers(model_dir)
     for info in infos.values():
         if info.dtype not in _STORED:
-            message = f"holds {info.dtype}: a quantised model is not written as GGUF here"
+            message = f"holds {info.dtype}: a quantized model is not written as GGUF here"
             raise UserError(message, file=str(info.shard))
     written = dtype or _STORED[max(infos.values(), key=lambda info: info.num_bytes).dtype]
     writer = gguf.GGUFWriter(path, layers.arch)

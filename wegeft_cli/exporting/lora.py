@@ -1,4 +1,4 @@
-"""The exact LoRA twin of an adapter, layer by layer: the base is read as it goes."""
+"""The exact LoRA equivalent of an adapter, computed one layer at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a LoRA twin and a merge are from the adapter they came from, in numbers."""
+"""Logit differences of a LoRA export and of a merge from the original adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = (
     "def add(a, b):\n    return",
     "Question: Why is the sky blue?\nAnswer:",
 )
-"""What is asked where nobody gave prompts."""
+"""Default prompts of the parity report."""
 
 _SPARE = 1.3  # logits, factors and a kept copy of the folded weights need room beside the model
 _GIB = 2**30
@@ -37,14 +37,14 @@ def measure_parity(
     prompts: Sequence[str],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Compare the logits of adapter, LoRA twin (by stock PEFT) and merge on the same prompts.
+    """Compare the logits of adapter, LoRA export (in stock PEFT) and merge on the same prompts.
 
     In float32, and in the base's own type where that is another and float32 is not all there is.
 
     Args:
         base_dir: The base's folder.
         adapter_dir: The adapter's.
-        twin_dir: The twin's.
+        twin_dir: The folder of the LoRA export.
         prompts: Texts; every position of each counts.
         trust_remote_code: Run code that comes with the base.
 
@@ -104,7 +104,7 @@ def _load(base_dir: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
 def _compute(
     model: nn.Module, adapter_dir: Path, twin_dir: Path, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the logits of base, adapter, merge and twin, [positions, vocabulary] in float32."""
+    """Return float32 logits of base, adapter, merge and LoRA export, [positions, vocabulary]."""
     from wegeft_cli.methods.peft.models import load_peft
 
     load_adapter(model, adapter_dir)

@@ -111,7 +111,7 @@ def merge(
         max_shard_size: Largest size of a file's tensors (5GB); None keeps the base's files.
         dequantize: Fold into the dequantized weights of the base as it was quantized while
             training, not into its 16-bit weights; one adapter alone, with weight 1.
-        push: Where the folder goes on a hub.
+        push: Hub repository that receives the folder.
         reporter: Where words and progress go.
 
     Returns:

@@ -29,10 +29,10 @@ _TEXT = (
 
 
 def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -> ModelSection:
-    """Tell how the base of an adapter was loaded while it was trained.
+    """Return how the base of an adapter was loaded during training.
 
     Args:
-        recorded: How it was quantized, as the adapter tells.
+        recorded: How it was quantized, as the adapter records.
         recipe: The run's, where the adapter belongs to a run.
         base_dir: The base's folder.
 
@@ -41,7 +41,7 @@ def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -
     """
     section = ModelSection() if recipe is None else recipe.model
     section = replace(section, name_or_path=str(base_dir), revision=None)
-    # Files that are quantized themselves tell transformers so.
+    # Quantized files declare it to transformers themselves.
     stored = _stored_kind(base_dir)
     return quantise_as(section, recorded if stored is None else None)
 
@@ -52,16 +52,16 @@ def choose_weights(
     """Decide what an adapter is folded into.
 
     Args:
-        recorded: How the base was quantized while training, as the adapter tells.
+        recorded: How the base was quantized during training, as the adapter records.
         base_dir: The base's folder, whose files may be quantized themselves.
-        dequantize: Whether dequantised weights were asked for.
+        dequantize: Whether dequantized weights were asked for.
 
     Returns:
-        How the base was quantized, None where it was not; and whether dequantised weights are
+        How the base was quantized, None where it was not; and whether dequantized weights are
         taken, as they must be where there are no others.
 
     Raises:
-        UserError: If dequantised weights were asked for and the base was dense.
+        UserError: If dequantized weights were asked for and the base was dense.
     """
     stored = _stored_kind(base_dir)
     if stored is not None:
@@ -103,7 +103,7 @@ def compare_logits(
         section: How the base was loaded while training.
         adapter: The adapter.
         merged_dir: The merged model's folder.
-        reporter: Told where the memory does not allow it.
+        reporter: Reports if the memory does not suffice.
 
     Returns:
         `mean` and `max` of the absolute difference, `scale` (the largest trained logit), the mean

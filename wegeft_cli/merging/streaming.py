@@ -72,7 +72,7 @@ def merge_stream(
     """Copy a model folder, changing some tensors on the way; the model is never in memory.
 
     Tensors without an edit are copied byte for byte, and so are the other files (config,
-    tokenizer, licence, ...) except weights in other formats. Shards stay as they are unless
+    tokenizer, license, ...) except weights in other formats. Shards stay as they are unless
     `max_shard_bytes` cuts them anew.
 
     Args:
@@ -90,13 +90,13 @@ def merge_stream(
         Counts of what was written.
 
     Raises:
-        UserError: If the base is damaged or quantised, lacks an edited tensor, or the output folder
+        UserError: If the base is damaged or quantized, lacks an edited tensor, or the output folder
             is in use, or a value does not fit into the type.
         MachineError: If the disk has too little space or fails.
     """
     base_dir, output_dir = base.folder.resolve(), output_dir.resolve()
     if output_dir.is_relative_to(base_dir):
-        message = "the output folder must lie outside the base's folder"
+        message = "the output folder must be outside the base's folder"
         raise UserError(message, file=str(output_dir))
     check_unused_folder(output_dir)
     shards = base.shards
@@ -161,7 +161,7 @@ def _check_edits(
         elif tensors[name].dtype not in TORCH_DTYPES:
             faults.append(
                 UserError(
-                    f"{name} is stored as {tensors[name].dtype}: a quantised base cannot be edited",
+                    f"{name} is stored as {tensors[name].dtype}: a quantized base cannot be edited",
                     file=str(tensors[name].shard),
                     hint="merge into the unquantised base",
                 )
@@ -209,7 +209,7 @@ def _convert(item: Item, block: Tensor, start_row: int) -> memoryview:
         edited = block
     written = edited.to(TORCH_DTYPES[item.dtype])
     # A sum is finite only if all of its terms are, and is thirty times as fast as asking each. It
-    # is summed in float32 whatever its type; one too large for that type only costs the asking.
+    # is summed in float32 for every type; a sum too large for it only costs the second check.
     if not math.isfinite(written.sum()) and bool(
         (torch.isfinite(block) & ~torch.isfinite(written)).any()
     ):

@@ -26,7 +26,7 @@ class HeadSpec:
         task: sequence_classification or image_classification.
         labels: Class names in the order of the outputs; none of a regression.
         problem_type: single_label_classification or regression.
-        keeps_base_head: The base's head tells exactly these classes apart, and is the start.
+        keeps_base_head: The base's head has exactly these classes, and is the start.
         drop_path_rate: Stochastic depth; None leaves the model's own.
     """
 
@@ -147,7 +147,7 @@ def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> 
 def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
     """Copy the tokenizer's padding id: decoders find a row's last token by it.
 
-    The tokenizer pads, so its word counts, whatever the configuration says.
+    The tokenizer pads, so its padding id takes precedence over the configuration's.
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is not None:

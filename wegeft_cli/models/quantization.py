@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wegeft_cli.errors import BaseModelError, UserError
 
 KINDS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao_8bit")
-"""How a base may be quantised, as adapters and merges record it."""
+"""How a base may be quantized, as adapters and merges record it."""
 
 # bitsandbytes' own switch of a layer.
 _PACKING = "support_avx512bf16_for_cpu"
@@ -20,7 +20,7 @@ _PACKING = "support_avx512bf16_for_cpu"
 def build_quantization(kind: str, dtype: torch.dtype) -> Any:
     """Give what transformers' `from_pretrained` takes as `quantization_config`.
 
-    bitsandbytes_4bit is nf4 with double quantisation (QLoRA, arXiv 2305.14314, sections 3.1 and
+    bitsandbytes_4bit is nf4 with double quantization (QLoRA, arXiv 2305.14314, sections 3.1 and
     3.2), bitsandbytes_8bit is LLM.int8() (arXiv 2208.07339), which rounds activations too, and
     torchao_8bit rounds the weights alone, each row by its own scale.
 
@@ -52,7 +52,7 @@ def build_quantization(kind: str, dtype: torch.dtype) -> Any:
 
 
 def check_quantization(kind: str) -> None:
-    """Check, before any weight is loaded, that a base can be quantised here.
+    """Check, before any weight is loaded, that a base can be quantized here.
 
     Args:
         kind: One of KINDS.
@@ -61,7 +61,7 @@ def check_quantization(kind: str) -> None:
         UserError: If the package is not installed.
     """
     package = kind.partition("_")[0]
-    # Both packages tell of GPU kernels that a machine without a GPU lacks anyway.
+    # Both packages warn about GPU kernels that a machine without a GPU lacks anyway.
     logging.getLogger(package).setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     key = "model.load_in_4bit" if kind.endswith("4bit") else "model.load_in_8bit"
@@ -85,7 +85,7 @@ def keep_trainable(model: nn.Module) -> None:
     inference in bf16 alone; what is trained would then be computed otherwise than before.
 
     Args:
-        model: A loaded model, quantised or not.
+        model: A loaded model, quantized or not.
     """
     for module in model.modules():
         if hasattr(module, _PACKING):
@@ -93,7 +93,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def find_kind(model: nn.Module) -> str | None:
-    """Tell how a loaded model is quantised.
+    """Return how a loaded model is quantized.
 
     Args:
         model: A model of transformers.
@@ -109,7 +109,7 @@ def find_kind(model: nn.Module) -> str | None:
 
 
 def name_kind(values: dict[str, Any]) -> str:
-    """Name the quantisation that a model's `config.json` declares.
+    """Name the quantization that a model's `config.json` declares.
 
     Args:
         values: Its `quantization_config`.
@@ -125,17 +125,17 @@ def name_kind(values: dict[str, Any]) -> str:
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace every quantised weight by what it stands for, in place.
+    """Replace every quantized weight by what it stands for, in place.
 
     Args:
-        model: A model of transformers that bitsandbytes or torchao quantised.
+        model: A model of transformers that bitsandbytes or torchao quantized.
         dtype: Type of the new weights.
 
     Returns:
-        How many linears were quantised.
+        How many linears were quantized.
 
     Raises:
-        UserError: If a layer is quantised by another package.
+        UserError: If a layer is quantized by another package.
     """
     found = [
         (name, module)
@@ -154,7 +154,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
     plain.is_quantized = False
     for owner, attribute in (
         (plain, "hf_quantizer"),
-        (plain, "_weight_conversions"),  # how a quantised file was read: not how a dense one is
+        (plain, "_weight_conversions"),  # how a quantized file was read: not how a dense one is
         (plain, "quantization_method"),
         (plain, "is_loaded_in_4bit"),
         (plain, "is_loaded_in_8bit"),
@@ -180,6 +180,6 @@ def _dense_weight(name: str, module: Any) -> Tensor:
     if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
         return weight.dequantize().detach()
     raise BaseModelError(
-        f"{name!r} is quantised as {type(weight).__name__}, which cannot be undone here",
+        f"{name!r} is quantized as {type(weight).__name__}, which cannot be undone here",
         hint="give the 16-bit base with --base",
     )

@@ -52,12 +52,12 @@ class WegeftConfig(PeftConfig):
         layers_to_transform: Index or indices of the layers to adapt; None means all.
         layers_pattern: Name of the list that these indices count, such as `layers`.
         format_version: Version of the file's layout.
-        scale: alpha / r, for readers of the file; left out it is computed.
+        scale: alpha / r, for readers of the file. Default: computed.
         modules: Full name of each adapted module -> its group; found in the model where None. Where
             it is given, as in every file, it says what is adapted and the search keys say nothing.
         base_fingerprint: Of the base's files; found out when saving where None.
         init_from: The adapter whose factors were the start, for the record.
-        base_quantization: How the base was quantised while training, for the record.
+        base_quantization: How the base was quantized while training, for the record.
         wegeft_version: Version that wrote the file.
 
     Raises:

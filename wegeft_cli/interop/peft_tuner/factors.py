@@ -117,7 +117,7 @@ class WrappedEdit(LinearEdit):
     """The project's own edit of a linear, around a call instead of in hooks.
 
     Args:
-        owner: The layer; its `working` tells the key of what works now.
+        owner: The layer; its `working` is the key of the active adapter.
         transposed: Whether the base's layer stores its weight as [d_in, d_out].
     """
 
@@ -151,5 +151,5 @@ class WrappedEdit(LinearEdit):
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Tell an ordinary weight from a quantised or sharded one."""
+    """Return whether a weight is ordinary: neither quantized nor sharded."""
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()

@@ -123,12 +123,12 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
             purpose: What it is needed for, for the message.
 
         Raises:
-            ValueError: If the weight is quantised or sharded.
+            ValueError: If the weight is quantized or sharded.
         """
         if not self.is_dense:
             kind = type(self.base_layer.weight).__name__
             raise ValueError(
-                f"{purpose} needs the base's own weight, and here it is quantised or sharded "
+                f"{purpose} needs the base's own weight, and here it is quantized or sharded "
                 f"({kind}): load the base in 16 bits, and the adapter onto it"
             )
 
@@ -140,7 +140,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
             adapter_names: Which; None means the active ones.
 
         Raises:
-            ValueError: If the weight is quantised, or the result is not finite.
+            ValueError: If the weight is quantized, or the result is not finite.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self._parts]
         if not names:
@@ -209,7 +209,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
             The change, [d_out, d_in], or [d_in, d_out] of a Conv1D; zero where it does nothing.
 
         Raises:
-            ValueError: If the weight is quantised.
+            ValueError: If the weight is quantized.
         """
         self.check_dense("the change of a weight")
         stored = self._kept.get("weight", self.base_layer.weight.detach())
@@ -227,7 +227,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
         return (change.t() if self._transposed else change).to(stored.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell whether a LoRA pair can say all that an adapter does; a changed bias it cannot."""
+        """Return whether a LoRA pair can express the adapter; it cannot express a changed bias."""
         sides = {part.settings.side for part in self._parts.get(adapter_name, ())}
         return self.is_dense and ("output" not in sides or self.base_layer.bias is None)
 

@@ -32,7 +32,7 @@ _PHI, _PSI = "wegeft_phi_", "wegeft_psi_"
 class WegeftModel(BaseTuner):
     """A model with WeGeFT adapters: W' = W (I + s phi psi) in the named linears.
 
-    Each group of layers shares one pair of factors. They lie flat on this object, as
+    Each group of layers shares one pair of factors. They are attributes of this object, as
     `wegeft_phi_<group>` and `wegeft_psi_<group>` by adapter, so that each is one parameter, is
     saved once, and has the name that `wegeft train` gives it in the file. The layers refer to them.
 
@@ -78,7 +78,7 @@ class WegeftModel(BaseTuner):
 
         Args:
             model: The base model.
-            adapter_name: The adapter; its settings lie in `peft_config`.
+            adapter_name: The adapter; its settings are in `peft_config`.
             *args: As PEFT's own.
             **kwargs: As PEFT's own.
         """
@@ -88,7 +88,7 @@ class WegeftModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if not self._plans[adapter_name]:
-                # PEFT before 0.20 tells this of the first adapter alone.
+                # PEFT before 0.20 reports this for the first adapter only.
                 raise ValueError(
                     f"Target modules {config.target_modules} not found in the base model"
                 )
@@ -118,14 +118,14 @@ class WegeftModel(BaseTuner):
         trains = config.dropout > 0 and not config.inference_mode
         if trains and not all(is_dense(weight) for weight in weights):
             raise ValueError(
-                "`dropout` acts on the entries of the weight, and the base's are quantised: set it "
+                "`dropout` acts on the entries of the weight, and the base's are quantized: set it "
                 "to 0, or load the base in 16 bits"
             )
         return plan
 
     def _check_target_module_exists(self, peft_config: WegeftConfig, key: str) -> Any:
         if peft_config.is_searched or peft_config.modules is None:
-            # PEFT tells apart what it excluded, to warn of rules that excluded nothing.
+            # PEFT records what it excluded, to warn about rules that excluded nothing.
             return check_target_module_exists(peft_config, key)
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
         return key in self._plans[name]
@@ -291,7 +291,7 @@ class WegeftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse what PEFT would drop in silence: one adapter for each row of a batch."""
+        """Refuse one adapter for each row of a batch, which PEFT would silently ignore."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("WeGeFT has no `adapter_names`: one batch, one adapter")
         yield
@@ -303,7 +303,7 @@ class WegeftModel(BaseTuner):
                 module.check_dense("merging")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep the factors in float32, or cast them to the base's type where PEFT is told so."""
+        """Keep the factors in float32, or cast them to the base's type if PEFT is asked to."""
         for module in self.model.modules():
             if not isinstance(module, WegeftLinear):
                 continue
@@ -318,7 +318,7 @@ class WegeftModel(BaseTuner):
 def _state_in_float32(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """Give the factors to a file in float32, whatever they are cast to in memory."""
+    """Return the factors for a file in float32, regardless of their type in memory."""
     for key, value in state.items():
         if key.startswith((prefix + _PHI, prefix + _PSI)):
             state[key] = value.to(torch.promote_types(value.dtype, torch.float32))

@@ -26,7 +26,7 @@ _FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 @contextmanager
 def told_as_value_error() -> Iterator[None]:
-    """Turn the faults that the command line tells in its own way into PEFT's `ValueError`.
+    """Convert the command line's errors to the `ValueError` that PEFT raises.
 
     Yields:
         Nothing.
@@ -51,7 +51,7 @@ def search_plan(config: WegeftConfig, model: nn.Module, is_target: Callable[[str
         is_target: PEFT's rule, by full module name.
 
     Returns:
-        The plan; empty where nothing matches, which PEFT itself then tells.
+        The plan; empty if nothing matches, which PEFT itself then reports.
 
     Raises:
         ValueError: If a target is no linear layer, is tied, or a group has two widths.
@@ -124,7 +124,7 @@ def read_plan(config: WegeftConfig, model: nn.Module) -> Plan:
 
 
 def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Walk the modules as they are named without adapters: what lies inside one is left out."""
+    """Iterate over the modules by their names without adapters, skipping adapter internals."""
     wrapped = ""
     for name, module in model.named_modules():
         if wrapped and name.startswith(wrapped):
@@ -142,7 +142,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module) -> Target:
     if isinstance(parent, _FUSED_PARENTS):
         raise ValueError(
             f"{name!r} cannot be adapted: torch.nn.{type(parent).__name__} reads its weight "
-            "without calling it, so that the change would be left out in silence"
+            "without calling it, so the change would silently have no effect"
         )
     if isinstance(base, Conv1D):
         d_in, d_out = base.weight.shape

@@ -24,10 +24,10 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
-# AdaLoRA must be told its steps when it is built; `RankBudget` then tells the run's.
+# AdaLoRA needs its number of steps when it is built; `RankBudget` later sets the run's.
 _UNKNOWN_STEPS = 2**31
 # What a start from another adapter may differ in: the record, and what acts while training alone.
-# Which layers there are is told by the tensors, whatever words named them.
+# The tensors determine the layers, for every way of naming them.
 _FREE_TO_DIFFER = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type",
     "peft_version", "revision", "runtime_config", "target_modules", "task_type",
@@ -60,7 +60,7 @@ def inject_peft(
         target_modules: As in a recipe; `all-linear` is PEFT's word too.
         options: Keys of the method's own config; they win over the ones above.
         modules_to_save: Modules to train whole, by the end of their names; PEFT trains them in the
-            base's type, and does not adapt what lies in them.
+            base's type, and does not adapt their contents.
         task_type: PEFT's name of the task; None where it has none.
 
     Returns:

@@ -31,7 +31,7 @@ def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
         How many tensors were changed.
 
     Raises:
-        UserError: If nothing is active, something is folded already, or the base is quantised.
+        UserError: If nothing is active, something is folded already, or the base is quantized.
     """
     owner = get_generators(model)
     if owner is None or owner.active is None:
@@ -44,7 +44,7 @@ def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
             weight = model.get_submodule(target.name).weight
             if type(weight) is not nn.Parameter or not weight.is_floating_point():
                 raise UserError(
-                    f"the weight of {target.name!r} is quantised and cannot be folded",
+                    f"the weight of {target.name!r} is quantized and cannot be folded",
                     hint="merge into the 16-bit base instead",
                 )
     changed: dict[str, Tensor] = {}
@@ -137,12 +137,12 @@ def _row_blocks(num_rows: int, rows: Rows | None, side: Side) -> list[slice | Te
     """Cut the edited rows into blocks that are folded one by one."""
     ranges = rows if rows is not None else ((0, num_rows),)
     if side == "output":
-        # The output side mixes all edited rows of a group: no block of them stands alone.
+        # The output side mixes all edited rows of a group: no block of them is independent.
         return [torch.cat([torch.arange(start, stop) for start, stop in ranges])]
     return [
         slice(max(start, begin), min(begin + FOLD_ROWS, stop))
         for start, stop in ranges
-        # Cut where the streaming merge cuts: at multiples of FOLD_ROWS, whatever the range.
+        # Cut where the streaming merge cuts: at multiples of FOLD_ROWS, for every range.
         for begin in range(start - start % FOLD_ROWS, stop, FOLD_ROWS)
     ]
 

@@ -26,7 +26,7 @@ class LinearEdit:
     """The change of one linear layer, applied by two forward hooks.
 
     Hooks rather than a wrapper: names in the state dict stay those of the base, and any linear
-    works, quantised ones too, since the input side's activation view only edits what enters.
+    works, quantized ones too, since the input side's activation view only edits what enters.
 
     Args:
         owner: The generators at the model's root.
@@ -148,7 +148,7 @@ class LinearEdit:
         elif edit.settings.side == "output":
             part = edit.generator(part)
         else:
-            # Without the rows of W at hand (a quantised base), the base's own product is taken a
+            # Without the rows of W at hand (a quantized base), the base's own product is taken a
             # second time; `forward` skips the hooks.
             part = linear.forward(edit.generator(x.to(_compute_dtype(x)))).index_select(-1, index)
         return y.index_copy(-1, index, part.to(y.dtype))
@@ -159,7 +159,7 @@ def _row_index(rows: Rows, device: torch.device) -> Tensor:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Tell an ordinary dense weight from a subclass that only pretends to be one (torchao)."""
+    """Return whether a weight is ordinary and dense, not a subclass that imitates one (torchao)."""
     return type(weight) in (Tensor, nn.Parameter)
 
 

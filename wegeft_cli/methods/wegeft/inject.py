@@ -59,7 +59,7 @@ def inject_generators(
     for bit. A second call with another `adapter_name` adds a second adapter and makes it active.
 
     Args:
-        model: A model with `torch.nn.Linear` or Conv1D layers, quantised ones too.
+        model: A model with `torch.nn.Linear` or Conv1D layers, quantized ones too.
         rank: r, at least 1.
         alpha: The scale is alpha / r; None means 2 r (the published scale of 2).
         target_modules: Names, one regular expression, or `all-linear`; see `find_targets`.

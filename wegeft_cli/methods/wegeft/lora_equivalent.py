@@ -1,4 +1,4 @@
-"""The exact LoRA pair of one adapted layer: `delta_W = B A`, whatever rows and groups it has."""
+"""The exact LoRA pair of one adapted layer: `delta_W = B A`, for any rows and groups."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_twin(
     side: Side,
     rank: int,
 ) -> Twin:
-    """Compute the twin of one layer in float32, or float64 where the weight is float64.
+    """Compute the LoRA pair of one layer in float32, or float64 where the weight is float64.
 
     Each group that adapts some rows of a fused layer takes its own ranks: A is stacked, and B is
     zero outside a group's rows and beyond the ranks that are needed.
@@ -49,7 +49,7 @@ def make_twin(
         rank: Rank of the result, at least the sum of the pairs'.
 
     Returns:
-        The twin.
+        The pair.
 
     Raises:
         ValueError: If the rank is too small.

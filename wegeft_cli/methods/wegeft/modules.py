@@ -65,8 +65,8 @@ class Generator(nn.Module):
         rank: r.
         scale: s.
         init: phi_zero or psi_zero.
-        random: Source of the draw; None uses torch's.
-        device: Where the factors live. They are float32 whatever the base's type.
+        random: Random generator of the initial values; None uses torch's.
+        device: Where the factors live. They are float32 for every base type.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Generators(nn.Module):
     """All adapters of one model, registered once at its root.
 
     Layers hold unregistered references, so each factor is one parameter, is saved once and is
-    found once by an optimizer, whatever the number of layers that use it. So are the copies of
+    found once by an optimizer, for any number of layers that use it. So are the copies of
     modules that are trained whole.
     """
 

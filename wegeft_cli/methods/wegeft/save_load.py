@@ -56,7 +56,7 @@ def save_adapter(
         target_modules: What was asked for, for the record; empty lists the kinds of layers.
         task_type: PEFT's name of the task.
         init_from: The adapter whose factors were the start, for the record.
-        base_quantization: How the base is quantised, for the record.
+        base_quantization: How the base is quantized, for the record.
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
         more_files: Further files of the folder, name -> text.
@@ -136,7 +136,7 @@ def build_manifest(
         task_type: PEFT's name of the task.
         modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
         init_from: The adapter whose factors were the start.
-        base_quantization: How the base is quantised.
+        base_quantization: How the base is quantized.
 
     Returns:
         The manifest.
@@ -186,7 +186,7 @@ def load_adapter(
         adapter_name: Name under which the model knows it.
         base_dir: The folder that the model was loaded from: its fingerprint is then compared with
             the one that the adapter was trained on. None trusts the caller.
-        warn: Told where no comparison can be made.
+        warn: Callback for a warning where no comparison can be made.
 
     Returns:
         The generators at the model's root.
@@ -262,7 +262,7 @@ def check_base(
         manifest: The adapter's manifest.
         base_dir: The base's folder.
         adapter_dir: The adapter's folder, for the message.
-        warn: Told where no comparison can be made.
+        warn: Callback for a warning where no comparison can be made.
 
     Raises:
         UserError: If both fingerprints are known and differ.
@@ -290,7 +290,7 @@ def check_fingerprint(
         base: Words for the base, for the messages.
         adapter_dir: The adapter's folder, for the message.
         hint: What to do where they differ.
-        warn: Told where no comparison can be made.
+        warn: Callback for a warning where no comparison can be made.
 
     Raises:
         UserError: If both fingerprints are known and differ.

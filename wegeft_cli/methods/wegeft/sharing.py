@@ -112,7 +112,7 @@ def _assign_explicitly(
 
 
 def pattern_matches(pattern: str, target: Target) -> bool:
-    """Tell whether a group's pattern names the target: by last parts, shell pattern or regex."""
+    """Return whether a group's pattern names the target: by last parts, shell pattern or regex."""
     for name in dict.fromkeys((target.name, target.label)):
         if ends_with(name, pattern) or fnmatch.fnmatchcase(name, pattern):
             return True

@@ -20,8 +20,8 @@ from torch import Tensor
 
 # Up to this width the singular vectors of W come from an exact decomposition.
 EXACT_WIDTH = 2048
-# Beyond it from a randomised one (Halko, Martinsson, Tropp 2011): so many vectors more than asked
-# for, and so many passes over W. See tests/generators/test_spectrum.py for what that leaves.
+# Beyond it from a randomized one (Halko, Martinsson, Tropp 2011), with this number of extra
+# vectors and of passes over W. See tests/generators/test_spectrum.py for what that leaves.
 _OVERSAMPLING = 32
 _NUM_PASSES = 8
 # Directions this much weaker than the strongest one are rounding: they have no angle.
@@ -109,7 +109,7 @@ def _leading_exact(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share_inside(basis: Tensor, vectors: Tensor, sigma: Tensor) -> float:
-    """Give the share of a change's squared norm that lies in a subspace.
+    """Return the share of a change's squared norm that is in a subspace.
 
     Left: `||U_k^T delta_W||_F^2 / ||delta_W||_F^2`, from `U_k`, `U` and sigma; right: likewise from
     `V_k` and `V`.

@@ -15,7 +15,7 @@ from wegeft_cli.methods.wegeft.equations import Side
 
 Rows = tuple[tuple[int, int], ...]
 
-# The name under which a model owns its generators; what lies there is not the base's.
+# The name under which a model owns its generators; modules below it are not the base's.
 ROOT_NAME = "wegeft"
 
 # Heads that classify instead of predicting tokens; `all-linear` leaves them alone, as it does the
@@ -54,7 +54,7 @@ class Target:
 
 
 def find_linears(model: nn.Module) -> dict[str, Target]:
-    """List every linear layer of a model, whole; quantised ones too, and on any device (meta).
+    """List every linear layer of a model, whole; quantized ones too, and on any device (meta).
 
     Args:
         model: Any module; `torch.nn.Linear` with its subclasses and transformers' Conv1D count.
@@ -169,7 +169,7 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
 
 
 def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
-    """Refuse a quantised target where the entries of its weight are needed.
+    """Refuse a quantized target where the entries of its weight are needed.
 
     Args:
         model: The base model.
@@ -187,7 +187,7 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
         is_dense = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, DTensor)
         if not is_dense or not weight.is_floating_point():
             raise UserError(
-                f"the weight of {target.name!r} is quantised: it has no entries to drop or to "
+                f"the weight of {target.name!r} is quantized: it has no entries to drop or to "
                 "multiply with",
                 key=key,
                 hint="set dropout to 0 and the view to auto, or load the base in 16 bits",
@@ -226,7 +226,7 @@ def _find_heads(model: nn.Module) -> set[str]:
 
 
 def ends_with(name: str, last_parts: str) -> bool:
-    """Tell whether a full module name ends with whole parts, such as `q_proj` or `layers.1.q`."""
+    """Return whether a full module name ends with whole parts, such as `q_proj` or `layers.1.q`."""
     return name == last_parts or name.endswith("." + last_parts)
 
 

@@ -22,7 +22,7 @@ _NO_FORWARD = object()
 class SavedModules(nn.ModuleDict):
     """The trained copies of one adapter, owned at the model's root.
 
-    A copy is float32 whatever the base's type (float64 of a float64 base): an optimizer's step on a
+    A copy is float32 for every base type (float64 of a float64 base): an optimizer's step on a
     16-bit weight is mostly rounded away. It computes in the base's type, see `ModuleSwitch`.
 
     Args:
@@ -195,8 +195,8 @@ def check_saved_modules(
 
     Raises:
         UserError: If a module has no parameters, is never called, shares a parameter with another
-            module, holds quantised weights or running statistics, holds an adapted linear or lies
-            inside one, or lies inside another of the modules.
+            module, holds quantized weights or running statistics, holds an adapted linear or is
+            inside one, or is inside another of the modules.
         ExceptionGroup: If several are at fault.
     """
     users: dict[int, list[str]] = {}
@@ -238,7 +238,7 @@ def _find_faults(
         is_plain = type(parameter) in (Tensor, nn.Parameter) and parameter.is_floating_point()
         if not is_plain or parameter.dtype.itemsize < 2:
             yield UserError(
-                f"{full_name!r} is quantised and cannot be trained whole", key=_KEY,
+                f"{full_name!r} is quantized and cannot be trained whole", key=_KEY,
                 hint="leave it out, or load the base in 16 bits",
             )  # fmt: skip
     statistics = [part for part in module.state_dict(prefix=f"{name}.") if part not in parameters]
@@ -259,14 +259,14 @@ def _find_faults(
             )
         if _is_inside(name, target.name):
             yield UserError(
-                f"{name!r} lies inside the adapted layer {target.label!r}",
+                f"{name!r} is inside the adapted layer {target.label!r}",
                 key=_KEY,
                 hint="name the whole layer here and leave it out of adapter.target_modules",
             )
     for other in names:
         if other != name and _is_inside(name, other):
             yield UserError(
-                f"{name!r} lies inside {other!r}, which is trained whole too",
+                f"{name!r} is inside {other!r}, which is trained whole too",
                 key=_KEY,
                 hint="name one of the two",
             )
@@ -298,7 +298,7 @@ def _copy_module(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for part in module.modules():
         # A copied hook or switch would bring along the generators that it refers to, and the hooks
-        # of the original run already, around whatever computes in its place.
+        # of the original run already, around the module that computes in its place.
         memo[id(part._forward_hooks)] = OrderedDict()
         memo[id(part._forward_pre_hooks)] = OrderedDict()
         forward = vars(part).get("forward")
