@@ -26,12 +26,9 @@ MOST_METHOD_SWITCHES = 0
 # Ceilings of today's tree, above the budgets. Lower them as the tree improves, never raise them.
 # An entry that is removed makes the budget itself apply.
 TEMPORARY = {
-    "modules per folder": 101,
-    "chain": 22,
-    "cycles": 2,
-    "long functions": 7,
-    "wide functions": 24,
-    "method switches": 58,
+    "chain": 15,
+    "long functions": 2,
+    "wide functions": 5,
 }
 
 
