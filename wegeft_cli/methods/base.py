@@ -136,7 +136,11 @@ class Method:
         return ()
 
     def check(self, recipe: Recipe) -> Iterator[Fault]:
-        """Yield every rule of the method that a recipe breaks."""
+        """Yield every rule of the method that a recipe breaks.
+
+        Nothing is refused by default. Most methods yield from `check_without_generators` and
+        `check_no_peft_keys`, and refuse each of `LAYER_KEYS` that they do not read.
+        """
         yield from ()
 
     def check_schedule(self, section: AdapterSection, num_steps: int) -> Fault | None:
@@ -169,7 +173,8 @@ class Method:
 
         Args:
             model: The base, which is changed.
-            section: The recipe's `adapter`, a classification head among its `modules_to_save`.
+            section: The recipe's `adapter`. Its `modules_to_save` must learn; a new classification
+                head is one of them, and would otherwise stay random and unsaved.
             task_type: PEFT's name of the task; None where PEFT has none.
             seed: Seed of the initial values.
 
@@ -230,6 +235,9 @@ class Method:
 
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the adapter's folder, whole or not at all.
+
+        `adapter_config.json` holds at least `peft_type`, one of `peft_types`, and
+        `base_model_name_or_path`; README.md is the record's card.
 
         Args:
             model: The trained model.

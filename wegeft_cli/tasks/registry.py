@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wegeft_cli.models.heads import HeadSpec
 
 _PACKAGE = folder.__name__
+_WITHOUT_HEAD = "causal_lm"  # the task of a model that records none
 
 
 @cache
@@ -77,7 +78,7 @@ def task_of_head(head: HeadSpec | None) -> Task:
     """Return the task that a model's head is of; a model without a new head generates text."""
     if head is not None:
         return find_task(head.task)
-    return next(task for task in all_tasks().values() if task.generates_text)
+    return find_task(_WITHOUT_HEAD)
 
 
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:

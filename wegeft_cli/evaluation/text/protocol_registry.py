@@ -23,7 +23,12 @@ def load_protocols() -> dict[str, EvalProtocol]:
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     names.sort(key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    return {protocol.name: protocol for module in modules for protocol in module.PROTOCOLS}
+    found: dict[str, EvalProtocol] = {}
+    for protocol in (each for module in modules for each in module.PROTOCOLS):
+        if protocol.name in found:
+            raise ValueError(f"two modules define the protocol {protocol.name!r}")
+        found[protocol.name] = protocol
+    return found
 
 
 PROTOCOLS: Mapping[str, EvalProtocol] = load_protocols()
