@@ -97,7 +97,7 @@ def test_a_best_checkpoint_that_is_gone_costs_a_warning(
     shutil.rmtree(stopped.run_dir / "checkpoints" / f"step-{stopped.best_step:08d}")
     result = train(recipe, resume="auto", reporter=listener)
     assert (result.status, result.adapter_step) == ("finished", result.num_steps)
-    assert any("as the best one's checkpoint" in text for text in listener.warnings)
+    assert any("since the checkpoint of the best step" in text for text in listener.warnings)
     assert read_run(result.run_dir)["best_step"] == stopped.best_step
 
 

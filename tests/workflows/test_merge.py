@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wegeft_cli.artifacts.adapter import Adapter, load_adapter_files
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.export import ExportOptions, export
+from wegeft_cli.inference.generate import generate
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.wegeft.equations import delta_weight
 from wegeft_cli.methods.wegeft.folding import fold_generators
@@ -396,3 +397,15 @@ def test_a_merge_reads_the_config_and_each_header_once(build_llama_dir, make_ada
     of_base = [path for path in headers if path.parent == base_dir]
     assert sorted(of_base) == sorted(base_dir.glob("*.safetensors"))
     assert len(of_base) > 1
+
+
+@pytest.mark.parametrize("read", ["merge", "generate"])
+def test_a_config_of_a_newer_format_is_refused_before_the_base_is_looked_for(
+    llama_dir, make_adapter, tmp_path, read
+):
+    folder, _ = make_adapter(llama_dir)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"format_version": 99}
+    path.write_text(json.dumps(values | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="format 99"):
+        merge(folder) if read == "merge" else generate(folder, prompts=["a"])

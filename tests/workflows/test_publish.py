@@ -208,7 +208,7 @@ def test_what_stops_an_upload_is_told_before_the_work(
     assert not hub.files
     done = run_cli("merge", folder, "--public")
     assert done.returncode == 2
-    assert "without --push-to-hub" in done.stderr
+    assert "requires --push-to-hub" in done.stderr
 
 
 @pytest.mark.slow

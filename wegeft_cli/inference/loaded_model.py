@@ -281,6 +281,7 @@ def _resolve_classifier(path: str | Path, recipe: Recipe | None, base: str | Non
 
 
 def _section_of_base(section: ModelSection, adapter: Adapter, base: str | None) -> ModelSection:
+    method_of(adapter).check_adapter(adapter)
     revision = None if base else adapter.revision
     return replace(section, name_or_path=base or adapter.base, revision=revision)
 

@@ -248,6 +248,8 @@ def _plan_job(
     dequantize: bool,
 ) -> _Job:
     first = adapters[0]
+    for adapter in adapters:
+        method_of(adapter).check_adapter(adapter)
     foreign = [
         adapter
         for adapter in adapters

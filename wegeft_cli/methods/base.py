@@ -250,6 +250,17 @@ class Method:
         """
         raise NotImplementedError
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Check an adapter's config before its base is looked for.
+
+        Args:
+            adapter: The adapter.
+
+        Raises:
+            UserError: If the config is damaged, or of a newer format.
+            ExceptionGroup: If there are several such faults.
+        """
+
     def load(
         self,
         model: nn.Module,

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wegeft_cli.artifacts.checkpoint import Checkpoint
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.loading import find_local
 from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import DataSource, Recipe
+
+if TYPE_CHECKING:
+    from wegeft_cli.artifacts.checkpoint import Checkpoint
 
 # Keys that change the length of a run or what it reports, never what an earlier step computed.
 _LENGTH_KEYS = ("train.num_train_epochs", "train.max_steps")

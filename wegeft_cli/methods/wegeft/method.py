@@ -135,6 +135,10 @@ class WeGeFTMethod(Method):
             more_files=record.more_files,
         )
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Read the manifest strictly."""
+        _ = adapter.manifest
+
     def load(
         self,
         model: nn.Module,
