@@ -193,7 +193,7 @@ def test_foreign_spellings(read):
     golden = read_golden("recipe_spellings")
     assert len(golden) >= 90
     found: dict[str, dict[str, Any]] = {each: {"value": golden[each]["value"]} for each in golden}
-    # What is never read is told by one load for each place.
+    # A key that is never read shows in one load for each place.
     never = [spelling for spelling, outcome in found.items() if outcome["value"] is None]
     for section in ("", *SECTIONS):
         names = {f"{section}.{each}" if section else each: each for each in never}
