@@ -58,9 +58,6 @@ class MachineError(UserError):
 def raise_all(faults: list[UserError]) -> None:
     """Raise one fault as itself and several as a group; return if there is none.
 
-    Args:
-        faults: The faults, in the order in which the user should read them.
-
     Raises:
         UserError: If there is one fault.
         ExceptionGroup: If there are several.

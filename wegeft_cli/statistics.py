@@ -33,13 +33,6 @@ class Paired:
 def compare_paired(a: Mapping[int, bool], b: Mapping[int, bool]) -> Paired:
     """Compare the verdicts on the same rows.
 
-    Args:
-        a: Row -> whether A is right; at least one row.
-        b: The same of B, on the same rows.
-
-    Returns:
-        The counts, the difference and the exact two-sided p-value of McNemar's test.
-
     Raises:
         ValueError: If the rows differ or there are none.
     """
@@ -66,10 +59,6 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
     With b and c rows on which only one model is right, and k the smaller of the two:
     p = min(1, 2 sum over i <= k of C(b + c, i) / 2^(b + c)).
-
-    Args:
-        only_a: Rows on which A alone is right.
-        only_b: Rows on which B alone is right.
 
     Returns:
         The probability, 0 to 1; 1 where there is no such row.

@@ -22,12 +22,6 @@ def compare_changes(
 ) -> dict[str, Any]:
     """Compare the changes of two adapters on one base.
 
-    Args:
-        measured: For each part of the first adapter: the part, its (B, A), and its spectrum.
-        changes: The first adapter.
-        other: The second adapter.
-        reporter: Receives progress.
-
     Returns:
         adapter; cosine, the Frobenius cosine over all modules of both; size_ratio, ||second|| /
         ||first||; modules, with cosine, size_ratio and the mean squared cosine of the principal

@@ -101,7 +101,6 @@ def _join_windows(output: Tensor, block: Any, height: int, width: int) -> Tensor
 
     Args:
         output: `[windows, window_size^2, d_out]`, row by row.
-        block: Holds the `window_size` and `shift_size` of the pass.
         height: Rows of tokens before the padding.
         width: Columns of tokens before the padding.
 

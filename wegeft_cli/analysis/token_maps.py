@@ -39,11 +39,6 @@ def draw_maps(
 ) -> list[dict[str, Any]]:
     """Project each image's tokens on the directions of every adapted layer.
 
-    Args:
-        changes: A WeGeFT adapter of a vision transformer.
-        pictures: Image files, each with its image.
-        reporter: Receives progress.
-
     Returns:
         For each image: image, thumbnail (the model's view, a PNG as data URI), modules: label, grid
         [rows, columns], maps [r][rows][columns], 0 or 0.5 to 1; if a module's output is not one

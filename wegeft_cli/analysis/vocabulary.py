@@ -121,10 +121,6 @@ def rank_tokens(
         info: The table, [vocabulary, hidden_size].
         directions: [m, hidden_size].
         num_tokens: Number of tokens at each end.
-        cosine: Compare angles instead of products: rows are normalized.
-
-    Returns:
-        For each direction, (token, score) pairs: the highest first, and the lowest first.
     """
     num_tokens = min(num_tokens, info.shape[0])
     best: list[Tensor] = [torch.empty(0, len(directions)) for _ in range(2)]

@@ -75,14 +75,7 @@ def save_adapter_files(
     """Write an adapter's folder, whole or not at all.
 
     Args:
-        adapter_dir: The folder; an existing adapter is replaced, anything else refused.
-        manifest: Everything but the tensors.
         factors: Group -> (phi [d, r], psi [r, d]); stored as float32.
-        saved_modules: Parameter name in the base -> the tensor trained in its place, for every
-            module of the manifest's `modules_to_save`.
-        card: Text of README.md.
-        more: Further files, name -> text.
-        original: An adapter folder whose two files are kept, byte for byte, in `original/`.
 
     Raises:
         UserError: If the folder holds other files, or a name in the manifest cannot be stored.
@@ -135,11 +128,7 @@ def load_adapter_files(adapter_dir: Path, text: bytes | None = None) -> AdapterF
     """Read an adapter's folder and check all of it.
 
     Args:
-        adapter_dir: The folder.
         text: The bytes of its `adapter_config.json`, where they have been read already.
-
-    Returns:
-        The adapter; its factors are finite and fit the manifest and each other.
 
     Raises:
         UserError: If something is missing, damaged, foreign, or of another kind.
@@ -234,12 +223,6 @@ def _find_stray(tensors: Iterable[str], modules: Sequence[str]) -> str | None:
 def resolve_adapter_dir(path: Path) -> Path:
     """Find the adapter that a user means by an adapter folder or a run folder.
 
-    Args:
-        path: What was typed.
-
-    Returns:
-        The folder that holds `adapter_config.json`.
-
     Raises:
         UserError: If there is none; the message says what is there instead.
     """
@@ -305,9 +288,6 @@ class Adapter:
 
         Args:
             path: The folder. Default: the newest finished run under runs/.
-
-        Returns:
-            The adapter; its tensors are read by `files`.
 
         Raises:
             UserError: If there is no adapter, or its config is damaged or names no method or base.

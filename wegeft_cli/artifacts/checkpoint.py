@@ -72,15 +72,9 @@ def save_checkpoint(
     """Write a checkpoint, then remove the oldest ones.
 
     Args:
-        checkpoints_dir: Folder of all checkpoints; only one process may save there at a time.
         step: Optimizer steps done; the folder is `step-<8 digits>`.
-        tensors: File stem -> name -> tensor.
         state: Dicts with text keys, lists, texts, numbers (also NaN and infinity), booleans, None.
         keep: Number of checkpoints that stay, at least 1; None keeps all.
-        protect: Steps whose checkpoints stay in addition, such as that of the best validation.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         UserError: If the folder is wrong or not permitted.

@@ -19,9 +19,6 @@ _NUM_THREADS = 4
 def fingerprint_base(model_dir: Path) -> str | None:
     """Hash the weights of a model folder: equal weights, equal fingerprint, however sharded.
 
-    Args:
-        model_dir: A folder with safetensors weights.
-
     Returns:
         "sha256:<64 hex digits>" over each tensor's name, type, shape and bytes, or None where the
         folder holds no safetensors.

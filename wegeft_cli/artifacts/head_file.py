@@ -21,26 +21,12 @@ _KINDS: dict[str, type] = {
 
 
 def head_to_json(values: dict[str, Any]) -> str:
-    """Write a head as the text of `head.json`.
-
-    Args:
-        values: task, problem_type, labels, and how inputs are made: image_size, image_transform,
-            max_length.
-
-    Returns:
-        The text.
-    """
+    """Write a head as the text of `head.json`."""
     return json.dumps({"format_version": 1, **values}, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_head(adapter_dir: Path) -> dict[str, Any] | None:
     """Read `head.json`.
-
-    Args:
-        adapter_dir: The adapter's folder.
-
-    Returns:
-        What was written; None where there is no such file: a language model's adapter.
 
     Raises:
         UserError: If it is damaged.

@@ -58,10 +58,6 @@ def save_inplace_files(
 
     Args:
         adapter_dir: The folder, new or empty.
-        manifest: Everything but the tensors.
-        tensors: Full parameter name in the model -> its trained value.
-        card: Text of README.md.
-        more: Further files, name -> text.
 
     Raises:
         UserError: If the folder holds something already.

@@ -32,12 +32,6 @@ def served_rank(rank: int) -> int:
 def load_lora_files(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Read a LoRA adapter.
 
-    Args:
-        adapter: The adapter.
-
-    Returns:
-        Module name -> (B [d_out, r], A [r, d_in]), scaled: the change is `B A`.
-
     Raises:
         UserError: If a file is damaged, or the adapter is more than plain LoRA on linears.
     """

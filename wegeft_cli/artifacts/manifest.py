@@ -130,13 +130,6 @@ class AdapterManifest:
     def from_json(cls, text: str | bytes, *, file: str) -> AdapterManifest:
         """Read the text of `adapter_config.json`, strictly.
 
-        Args:
-            text: The file's content.
-            file: Its path, for the errors.
-
-        Returns:
-            The manifest; `to_json` of it reads back to an equal one.
-
         Raises:
             UserError: If it is damaged, or the adapter is of another kind or a newer format.
             ExceptionGroup: If there are several faults.

@@ -195,7 +195,6 @@ class RunDirectory:
 
         Args:
             step: The checkpoint's step; 0 drops all lines.
-            redo_validation: Drop the lines of that step's validation too: it runs again.
         """
         for path in (self.metrics_path, self.samples_path):
             kept: list[bytes] = []

@@ -13,11 +13,7 @@ def spell_name(name: str, prefix: str) -> tuple[str, str, str]:
     """Give a module name as it is, without the model's prefix, and with it.
 
     Args:
-        name: The name.
         prefix: The model's `base_model_prefix`; may be empty.
-
-    Returns:
-        The three names, the likeliest first.
     """
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
@@ -30,12 +26,7 @@ def match_stored_names(
     GPT-2's files, for one, say `h.0.attn.c_attn` where the model says `transformer.h.0....`.
 
     Args:
-        modules: Module name -> name of one of its tensors (`weight`).
         stored: Names of the base's tensors; empty where they are not known.
-        prefix: The model's `base_model_prefix`.
-
-    Returns:
-        Module name -> its name in the files, or the same where they do not hold it.
     """
     return {
         name: next((s for s in spell_name(name, prefix) if f"{s}.{tensor}" in stored), name)

@@ -43,11 +43,6 @@ def check_same_data(earlier: Mapping[str, Any], now: Mapping[str, Any], path: Pa
     Validation rows are compared too, since the best checkpoint and early stopping compare their
     losses. Contents are compared, not paths; facts that the run did not record are skipped.
 
-    Args:
-        earlier: `run.json` as the run left it.
-        now: What `run.json` would record now.
-        path: The file, for the message.
-
     Raises:
         UserError: If rows, the prompt form or the tokenizer have changed; each is listed.
     """

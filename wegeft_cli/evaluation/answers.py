@@ -46,15 +46,7 @@ def generate_answers(
     rounds of one batch per process.
 
     Args:
-        model: The loaded model: a causal language model, its tokenizer and its engine.
-        prompts: The prompts by number; the number identifies an answer in the cache.
-        decoding: Decoding settings.
-        context: Batch size, cache, processes.
         sample_ids: Sample ids by number. Default: the number itself.
-        on_progress: Called with the number of these prompts that are answered.
-
-    Returns:
-        The answers, the same in every process.
 
     Raises:
         UserError: If the model cannot take such prompts or answers.

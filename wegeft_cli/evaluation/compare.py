@@ -35,7 +35,6 @@ def compare(path_a: Path, path_b: Path) -> dict[str, Any]:
 
     Args:
         path_a: A file of `wegeft eval --output`; its samples file must exist.
-        path_b: Another one.
 
     Returns:
         The JSON object of `wegeft compare`: a, b, tasks (each with n, both, only_a, only_b,

@@ -53,9 +53,6 @@ def evaluate_group(
     path that is a set of the group.
 
     Args:
-        group: The sets.
-        targets: Adapter, run or model folders, or recipes: one of each set, in any order.
-        request: Limit and batch size.
         call: Its names may contain test or validation. Default: the first split that a run has.
 
     Raises:
@@ -140,8 +137,6 @@ def find_members(group: ClassGroup, recipe: Recipe, splits: Sequence[str]) -> li
     split, its file name, and the folders of its path, the deepest first.
 
     Args:
-        group: The sets.
-        recipe: The run's.
         splits: The splits to score. Default: the first of test and validation that exists.
     """
     scored = (getattr(recipe.data, split) for split in splits or SPLITS)

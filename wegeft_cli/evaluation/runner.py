@@ -82,13 +82,7 @@ class EvaluationRunner:
     def score(
         self, model: Any, title: str, cache_key: Mapping[str, Any] | None = None
     ) -> list[Score]:
-        """Score a loaded model on every benchmark.
-
-        Args:
-            model: The model.
-            title: Its name in messages.
-            cache_key: Everything of the model that its answers depend on, as JSON values.
-        """
+        """Score a loaded model on every benchmark."""
         return [self._score(benchmark, model, title, cache_key) for benchmark in self.benchmarks]
 
     def _score(

@@ -119,17 +119,8 @@ def export(
     Args:
         target: An adapter or run folder, or (gguf) a model folder; None takes the newest finished
             run.
-        format: lora or gguf.
         output: Folder to write, new or empty; None is one named after the format beside the
             adapter.
-        base: The base's folder or hub id, where it is not as recorded.
-        revision: The base's hub revision, where it is not as recorded.
-        options: How it is to be written.
-        push: Hub repository that receives the folder.
-        reporter: Where words and progress go.
-
-    Returns:
-        What was written.
 
     Raises:
         UserError: If the target is damaged or cannot be written so, the base is another one, or

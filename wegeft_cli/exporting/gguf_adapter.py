@@ -23,17 +23,7 @@ def write_adapter_gguf(
     """Write the file; one layer is in memory at a time.
 
     Args:
-        path: The file.
-        base_dir: The base's folder, for its config.json.
-        modules: Name of each adapted layer in the model -> (d_out, d_in).
-        make: Computes the pair of a layer.
-        rank: The pairs' rank.
         dtype: float32, bfloat16 or float16.
-        base_name: The base's name or path, for the record.
-        on_layer: Callback with the number of layers done.
-
-    Returns:
-        Tensors written.
 
     Raises:
         UserError: If the base is of a kind that is not written here.

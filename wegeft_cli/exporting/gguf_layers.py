@@ -60,12 +60,6 @@ class GGUFLayers:
     def rename(self, name: str) -> str:
         """Give the format's name of a tensor.
 
-        Args:
-            name: Its name in the model, with `.weight` or `.bias`.
-
-        Returns:
-            Its name in the file.
-
         Raises:
             UserError: If the format has no such tensor.
         """
@@ -75,15 +69,7 @@ class GGUFLayers:
         return str(found)
 
     def order_rows(self, module: str, tensor: Tensor) -> Tensor:
-        """Give a tensor with the rows of its output in the format's order.
-
-        Args:
-            module: Name of the layer.
-            tensor: Its weight, its bias or LoRA's B: the first dimension is the output.
-
-        Returns:
-            The tensor.
-        """
+        """Give a tensor with the rows of its output in the format's order."""
         kind = module.rpartition(".")[2]
         if not self.is_interleaved or kind not in _ROTATED:
             return tensor
@@ -95,9 +81,6 @@ class GGUFLayers:
 
 def import_gguf() -> Any:
     """Import the package.
-
-    Returns:
-        The module.
 
     Raises:
         UserError: If it is not installed.
@@ -113,12 +96,6 @@ def import_gguf() -> Any:
 
 def read_layers(model_dir: Path) -> GGUFLayers:
     """Read what kind of model a folder holds.
-
-    Args:
-        model_dir: The model's folder.
-
-    Returns:
-        Its layers.
 
     Raises:
         UserError: If the package is missing, or the model is of a kind that is not written here.
@@ -153,8 +130,6 @@ def declare_tensor(writer: Any, name: str, shape: tuple[int, ...], dtype: str) -
     """Declare a tensor whose values `write_tensor_data` writes later.
 
     Args:
-        writer: The package's writer.
-        name: The tensor's name in the file.
         shape: Its shape.
         dtype: float32, float16, bfloat16 or q8_0.
     """
@@ -175,11 +150,7 @@ def to_numpy(tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
     """Give a tensor's bytes in one of the format's types.
 
     Args:
-        tensor: The tensor.
         dtype: float32, float16, bfloat16 or q8_0.
-
-    Returns:
-        The array as the writer takes it, and the format's type.
     """
     gguf = import_gguf()
     kind = {

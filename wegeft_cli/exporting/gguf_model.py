@@ -37,14 +37,7 @@ def write_model_gguf(
     """Write the file; one tensor is in memory at a time. Vectors are float32, as llama.cpp asks.
 
     Args:
-        path: The file.
-        model_dir: The model's folder.
-        infos: Its tensors.
         dtype: float32, bfloat16, float16 or q8_0 for the matrices; None keeps the stored type.
-        on_tensor: Callback with the number of tensors done.
-
-    Returns:
-        Tensors written.
 
     Raises:
         UserError: If the model, its tokenizer or a type is none that is written here.

@@ -28,11 +28,6 @@ _CUTS = {
 def add_vocab(writer: Any, model_dir: Path, num_rows: int) -> None:
     """Put a model's tokenizer into a file that is being written.
 
-    Args:
-        writer: The package's writer.
-        model_dir: A folder with `tokenizer.json`.
-        num_rows: Rows of the model's embedding; those beyond the vocabulary are marked as unused.
-
     Raises:
         UserError: If the tokenizer is missing, damaged, or cuts text in a way that is not known.
     """

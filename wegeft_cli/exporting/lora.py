@@ -98,17 +98,6 @@ def plan_twin(
 ) -> TwinPlan:
     """Decide which layers get a pair; the base's configuration and headers are read, no weights.
 
-    Args:
-        files: The adapter.
-        base_dir: The base's folder.
-        adapter_dir: The adapter's, for the messages.
-        pad_rank: Fill up with zeros to the next of SERVED_RANKS.
-        pad_siblings: Give zeros to what servers stack with an adapted layer.
-        trust_remote_code: Run code that comes with the base.
-
-    Returns:
-        The plan.
-
     Raises:
         UserError: If the base is another architecture, or damaged.
     """

@@ -40,16 +40,6 @@ def measure_parity(
     """Compare the logits of adapter, LoRA export (in stock PEFT) and merge on the same prompts.
 
     In float32, and in the base's own type where that is another and float32 is not all there is.
-
-    Args:
-        base_dir: The base's folder.
-        adapter_dir: The adapter's.
-        twin_dir: The folder of the LoRA export.
-        prompts: Texts; every position of each counts.
-        trust_remote_code: Run code that comes with the base.
-
-    Returns:
-        The report: `is_measured`, and either `reason` or prompts, positions and results.
     """
     report: dict[str, Any] = {"is_measured": False, "prompts": list(prompts)}
     try:

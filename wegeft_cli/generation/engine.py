@@ -89,14 +89,7 @@ def generate_texts(
     training mode and tokenizer are restored.
 
     Args:
-        model: A transformers causal language model, on any device.
-        tokenizer: Its tokenizer; it needs no padding token.
-        prompts: Texts, with or without how they are encoded.
-        decoding: Decoding settings.
         batch_size: Prompts at a time, at least 1.
-        events: Callbacks.
-        prefix_cache: The same model's cache of an earlier text, of which a single prompt may be the
-            continuation; it is updated. Unused if the model's cache does not keep every position.
 
     Raises:
         UserError: If a number is out of range, a prompt has no tokens, or the answer alone fills
@@ -152,13 +145,7 @@ def fit_context(
     """Truncate prompts to the protocol's limit and the model's context.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its begin-of-text token stays when the left is cut.
         encoded: The prompts' tokens.
-        decoding: Limits the length of prompts and answers.
-
-    Returns:
-        The prompts, and for each whether it was truncated.
 
     Raises:
         UserError: If a prompt has no tokens, or the answer alone fills the context.

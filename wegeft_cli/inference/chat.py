@@ -89,11 +89,6 @@ class Conversation:
 
         Ctrl-C ends the answer, not the conversation.
 
-        Args:
-            question: The user's turn.
-            tuned: Whether the adapter is enabled.
-            on_text: Called with the answer piece by piece.
-
         Raises:
             UserError: If the question alone is too long for the model's context, contains invalid
                 text, or the prompt format rejects it.
@@ -185,7 +180,6 @@ class Conversation:
         Args:
             key: temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty,
                 max_new_tokens or seed.
-            text: The value as typed.
 
         Raises:
             UserError: If there is no such setting, or the value is out of range.
@@ -273,12 +267,8 @@ def open_conversation(
     Args:
         target: An adapter, run or model folder, or a hub id. Default: the newest finished run.
         template: The prompt format. Default: that of the training.
-        system: The system message.
-        decoding: Decoding settings and seed.
         max_new_tokens: Longest answer, instead of the one in `decoding`. Default: 512, or half of a
             smaller context.
-        base: The base's folder or hub id, if it is not where the adapter records it.
-        warn: Called with warnings.
 
     Raises:
         UserError: If the target, the prompt format or a setting is at fault.

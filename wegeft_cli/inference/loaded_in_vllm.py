@@ -116,11 +116,6 @@ def write_lora_equivalent(adapter: Adapter, base_dir: Path, output_dir: Path) ->
     `B = s W phi, A = psi` on the input side, `B = s phi, A = psi W` on the output side, with
     scaling 1 (`lora_alpha` is the rank).
 
-    Args:
-        adapter: A WeGeFT adapter.
-        base_dir: The base's folder, with safetensors.
-        output_dir: Folder to write.
-
     Raises:
         UserError: If the adapter changes what a LoRA cannot: modules trained whole, rows of a fused
             projection, transposed weights.

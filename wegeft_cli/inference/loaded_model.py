@@ -80,13 +80,7 @@ class LoadedModel(_Classified):
         """Resolve and load a language model.
 
         Args:
-            path: An adapter, run or model folder, or a hub id.
-            recipe: The run's recipe, if the target belongs to a run.
             base: The base's folder or hub id. Default: as the adapter records.
-            warn: Called if the base cannot be compared with the adapter's.
-
-        Returns:
-            The model.
 
         Raises:
             UserError: If there is no such model, it is a classifier or damaged, or its base is

@@ -41,9 +41,6 @@ def read_questions(
     """Read all questions.
 
     Args:
-        prompts: Texts, one question each.
-        file: A file instead: rows, or the whole text of any other file as one question; `-` is
-            standard input.
         limit: Number of rows. Default: all.
 
     Raises:

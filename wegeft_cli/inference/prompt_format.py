@@ -44,10 +44,6 @@ class PromptForm:
     def write(self, question: Mapping[str, Any], system: str | None = None) -> str:
         """Render a question up to the answer.
 
-        Args:
-            question: `messages` (and `tools`), or `instruction` and optionally `input`.
-            system: System message for a conversation without one.
-
         Raises:
             UserError: If the template has no place for a part of it, or rejects it.
         """
@@ -95,9 +91,6 @@ def choose_form(
     Args:
         name: A template's name or Jinja file, as typed. Default, and with `auto`: that of the
             run's training, else the tokenizer's chat template, else the plain text.
-        target: What the model was loaded from.
-        recipe: The run's recipe, if it belongs to one.
-        tokenizer: Renders conversations.
 
     Raises:
         UserError: If there is no such template, or it cannot be read.
@@ -119,13 +112,6 @@ def choose_form(
 
 def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
     """Read the question of a row without its answer.
-
-    Args:
-        row: Has `messages` (or `conversations`), `prompt`, `instruction` (with `input`), `question`
-            or `text`.
-
-    Returns:
-        `messages` without the assistant's last turn (and `tools`), or `instruction` and `input`.
 
     Raises:
         UserError: If there is no question, or a field is no text.
@@ -212,12 +198,6 @@ def render_chat_prompts(
 ) -> RenderedPrompts:
     """Render conversations with the model's chat template, up to the answer.
 
-    Args:
-        tokenizer: Has the chat template.
-        conversations: Messages with role and content by number, the user's last.
-        protocol: The protocol, for the message of an error.
-        other: A protocol without a chat template, for its hint.
-
     Raises:
         UserError: If there is no chat template, or it rejects a conversation.
     """
@@ -275,13 +255,6 @@ def build_prompts(
     recipe: Recipe, tokenizer: Any, recipe_dir: Path, data_templates: str
 ) -> SamplePrompts | None:
     """Render the recipe's sample prompts like the training rows; None if there are none.
-
-    Args:
-        recipe: The recipe.
-        tokenizer: Renders conversations.
-        recipe_dir: Folder of the recipe, for a template's path.
-        data_templates: Templates of the training rows, separated by commas; the first applies if
-            the recipe's template is `auto`.
 
     Raises:
         UserError: If the template cannot be read, or rejects a prompt.

@@ -57,14 +57,8 @@ def fold_whole(
     """Fold an adapter with a head, or of the base's own parameters, into its base.
 
     Args:
-        section: Where the base is.
-        adapter: The adapter.
         dtype: The type that the result will be stored in; None is the base's, or float32 where the
             base's own weights were trained, which 16 bits would round.
-        reporter: Receives a warning where the base cannot be compared with the adapter's.
-
-    Returns:
-        The model, its tokenizer or image processor, and how many of its tensors were changed.
 
     Raises:
         UserError: If the adapter is damaged, or belongs to another base.

@@ -29,16 +29,7 @@ _TEXT = (
 
 
 def describe_base(recorded: str | None, recipe: Recipe | None, base_dir: Path) -> ModelSection:
-    """Return how the base of an adapter was loaded during training.
-
-    Args:
-        recorded: How it was quantized, as the adapter records.
-        recipe: The run's, where the adapter belongs to a run.
-        base_dir: The base's folder.
-
-    Returns:
-        A `model` section that loads it so.
-    """
+    """Return how the base of an adapter was loaded during training."""
     section = ModelSection() if recipe is None else recipe.model
     section = replace(section, name_or_path=str(base_dir), revision=None)
     # Quantized files declare it to transformers themselves.
@@ -50,11 +41,6 @@ def choose_weights(
     recorded: str | None, base_dir: Path, dequantize: bool
 ) -> tuple[str | None, bool]:
     """Decide what an adapter is folded into.
-
-    Args:
-        recorded: How the base was quantized during training, as the adapter records.
-        base_dir: The base's folder, whose files may be quantized themselves.
-        dequantize: Whether dequantized weights were asked for.
 
     Returns:
         How the base was quantized, None where it was not; and whether dequantized weights are
@@ -76,16 +62,7 @@ def choose_weights(
 
 
 def fold_dequantized(section: ModelSection, adapter: Adapter) -> tuple[Any, int]:
-    """Fold an adapter into the weights that the quantized base computed with, in memory.
-
-    Args:
-        section: How the base was loaded in training.
-        adapter: The adapter.
-
-    Returns:
-        The dense model, in the type that the quantized base computed in, and how many of its
-        tensors the adapter changed.
-    """
+    """Fold an adapter into the weights that the quantized base computed with, in memory."""
     model: Any = load_base(section)
     dequantise(model, find_dtype(section))
     return fold_onto(model, adapter, section)
@@ -98,12 +75,6 @@ def compare_logits(
     """Measure how far a merged model's logits are from those of the model that was trained.
 
     Both read the same short text, one after the other, in their own types.
-
-    Args:
-        section: How the base was loaded while training.
-        adapter: The adapter.
-        merged_dir: The merged model's folder.
-        reporter: Reports if the memory does not suffice.
 
     Returns:
         `mean` and `max` of the absolute difference, `scale` (the largest trained logit), the mean

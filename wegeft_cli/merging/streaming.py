@@ -76,18 +76,11 @@ def merge_stream(
     `max_shard_bytes` cuts them anew.
 
     Args:
-        base: The source; it is only read. A link in it that leads out of it is refused, but in
-            a hub's cache.
-        output_dir: The folder to make; it appears whole or not at all.
         edits: Tensor name -> edit. Blocks are float32 (float64 where stored so), and the result is
             rounded once, to the type that is written.
         dtype: float32, bfloat16 or float16 for all floating tensors; None keeps the stored types.
         max_shard_bytes: Largest size of a file's tensors in bytes; None keeps the source's files.
-        texts: File name -> text of what is written beside the weights, in place of the source's.
         on_progress: Called with (bytes done, bytes in all).
-
-    Returns:
-        Counts of what was written.
 
     Raises:
         UserError: If the base is damaged or quantized, lacks an edited tensor, or the output folder

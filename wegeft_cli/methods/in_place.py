@@ -35,13 +35,8 @@ def select_parameters(
     """Choose what learns.
 
     Args:
-        model: The base model; the meta device will do.
         method: full (every parameter), bitfit (every bias: Ben Zaken, Ravfogel, Goldberg, ACL 2022,
             arXiv 2106.10199), or linear_probe (none of the backbone's).
-        modules_to_save: Modules that learn whole beside them; a classifier's head is among them.
-
-    Returns:
-        Kind -> full parameter names: `all`, or `bias` and `modules_to_save`.
 
     Raises:
         UserError: If nothing learns, or a parameter is quantized.
@@ -80,7 +75,6 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
     Args:
         model: The model; it becomes float32 where its weights have 16 bits, since most steps on
             those are rounded away.
-        names: Full parameter names.
     """
     model.requires_grad_(False)
     if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters()):
@@ -92,10 +86,6 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
 
 def put_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put trained values into a model's own parameters.
-
-    Args:
-        model: The base model.
-        tensors: Full parameter name -> value.
 
     Raises:
         UserError: If the model has no such parameter, or one of another shape.

@@ -28,12 +28,6 @@ def check_init_from(
     Settings that determine the first step must be equal: it begins where the adapter ended.
     Dropout and view may differ, and `init` has no effect.
 
-    Args:
-        section: The recipe's `adapter`; without `init_from` nothing is checked.
-        skeleton: The base without weights, nothing injected.
-        recipe_dir: The recipe's folder, from which a relative path is tried too.
-        base_dir: The base's files, where they are on this machine.
-
     Raises:
         UserError: If there is no such adapter, it is damaged or of another kind, its base is
             another one, or one setting differs.

@@ -104,12 +104,6 @@ def load_onto(
 ) -> nn.Module:
     """Load an adapter of any method onto its base.
 
-    Args:
-        model: The base, with the classification head where the adapter has one.
-        adapter: The adapter.
-        section: Where the base came from.
-        warn: Called where the base cannot be compared with the adapter's.
-
     Returns:
         The model, or PEFT's wrapper of it.
 

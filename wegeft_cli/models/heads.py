@@ -93,11 +93,6 @@ def make_fresh(model: nn.Module, names: Iterable[str], seed: int) -> None:
 def check_loaded(missing: Collection[str], head: Collection[str], saved: Collection[str]) -> None:
     """Refuse a base that leaves a part of the backbone without trained weights.
 
-    Args:
-        missing: Parameters that the checkpoint does not hold.
-        head: The head's modules, which are new.
-        saved: `adapter.modules_to_save`.
-
     Raises:
         UserError: If others are missing: they would stay random.
     """
@@ -125,12 +120,6 @@ def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
 
 def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
     """Draw the head anew where the base has none for these classes, and check the backbone.
-
-    Args:
-        model: As `load_model` gave it.
-        head: What its head is to be.
-        saved: `adapter.modules_to_save`.
-        seed: The head is a pure function of it.
 
     Raises:
         UserError: If a part of the backbone has no weights and is not trained.

@@ -84,16 +84,12 @@ def load_model(
     """Load a model with its weights (safetensors or GGUF; pickles are refused).
 
     Args:
-        name_or_path: Model folder, GGUF file or hub id.
-        revision: Hub branch, tag or commit.
         dtype: auto (as in the checkpoint), float32, bfloat16 or float16.
         attn_implementation: Attention kernel by its transformers name; None lets transformers
             choose.
-        trust_remote_code: Run code that comes with the model.
         head: Head of a classifier, with random weights if the checkpoint has none of that shape;
             None loads a causal language model. The model's `missing_weights` lists the parameters
             that the checkpoint lacks.
-        **options: More arguments of `from_pretrained`, for quantization or sharding.
 
     Returns:
         The model in evaluation mode, on the CPU by default.

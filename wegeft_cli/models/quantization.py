@@ -24,13 +24,6 @@ def build_quantization(kind: str, dtype: torch.dtype) -> Any:
     3.2), bitsandbytes_8bit is LLM.int8() (arXiv 2208.07339), which rounds activations too, and
     torchao_8bit rounds the weights alone, each row by its own scale.
 
-    Args:
-        kind: One of KINDS.
-        dtype: What the layers compute in: the type of the base's other weights.
-
-    Returns:
-        The configuration.
-
     Raises:
         UserError: If the package is not installed.
     """
@@ -53,9 +46,6 @@ def build_quantization(kind: str, dtype: torch.dtype) -> Any:
 
 def check_quantization(kind: str) -> None:
     """Check, before any weight is loaded, that a base can be quantized here.
-
-    Args:
-        kind: One of KINDS.
 
     Raises:
         UserError: If the package is not installed.
@@ -83,9 +73,6 @@ def keep_trainable(model: nn.Module) -> None:
 
     On a CPU with bf16 instructions bitsandbytes packs a layer anew at its first evaluation, for
     inference in bf16 alone; what is trained would then be computed otherwise than before.
-
-    Args:
-        model: A loaded model, quantized or not.
     """
     for module in model.modules():
         if hasattr(module, _PACKING):
@@ -94,9 +81,6 @@ def keep_trainable(model: nn.Module) -> None:
 
 def find_kind(model: nn.Module) -> str | None:
     """Return how a loaded model is quantized.
-
-    Args:
-        model: A model of transformers.
 
     Returns:
         One of KINDS, another method's own name, or None for a dense model.
@@ -109,14 +93,7 @@ def find_kind(model: nn.Module) -> str | None:
 
 
 def name_kind(values: dict[str, Any]) -> str:
-    """Name the quantization that a model's `config.json` declares.
-
-    Args:
-        values: Its `quantization_config`.
-
-    Returns:
-        One of KINDS, or another method's own name.
-    """
+    """Name the quantization that a model's `config.json` declares."""
     method: Any = values.get("quant_method", "unknown")
     method = getattr(method, "value", method)
     if method == "bitsandbytes":
@@ -129,10 +106,6 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
 
     Args:
         model: A model of transformers that bitsandbytes or torchao quantized.
-        dtype: Type of the new weights.
-
-    Returns:
-        How many linears were quantized.
 
     Raises:
         UserError: If a layer is quantized by another package.

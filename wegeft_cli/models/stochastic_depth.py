@@ -20,7 +20,6 @@ def add_drop_path(model: Any, rate: float) -> None:
     - p_i). The hooks come last, so that they see a branch with its adapter.
 
     Args:
-        model: A model with a list of blocks that hold `attention` and `mlp`; it is changed.
         rate: The last block's probability, 0 <= rate < 1.
 
     Raises:

@@ -57,14 +57,6 @@ def trace_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     kernels are the CPU's; a flash kernel of a GPU keeps the same tensors. Where all decoder layers
     are alike, one and two of them are run and the rest is counted from the difference.
 
-    Args:
-        model: The model without weights, as `skeleton_with_adapter` gives it; it is left as it was.
-        recipe: The recipe.
-        shape: The batch.
-
-    Returns:
-        Bytes.
-
     Raises:
         RuntimeError: If the model cannot be run without numbers; its message tells why.
     """

@@ -35,11 +35,6 @@ def count_flops(model: Any, recipe: Recipe, shapes: BatchShapes) -> tuple[float,
     fitted as a s L + b s + c s L^2 + d k to passes of s L positions each, the mean of the run: the
     number of positions decides how an adapter is computed.
 
-    Args:
-        model: What `skeleton_with_adapter` returns; it is left as it was.
-        recipe: The recipe.
-        shapes: The run's passes.
-
     Returns:
         Operations per step, and of the run.
 

@@ -73,10 +73,6 @@ def estimate_memory(
     in it, nor is the host's memory.
 
     Args:
-        recipe: The recipe.
-        config: The base's configuration.
-        model: The model without weights, as `skeleton_with_adapter` gives it.
-        shapes: The batches of which one takes the most.
         validation: The largest batch of a validation; None for none.
         on_gpu: Whether a GPU trains; None asks torch.
 

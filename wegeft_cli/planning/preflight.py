@@ -130,15 +130,7 @@ def check_run(
     """Check everything about a run that needs no weights.
 
     Args:
-        loaded: The recipe.
-        world_size: Processes of the run.
         device: Where it trains; None skips what depends on the machine.
-        resuming: The run continues, so the adapter that it started from is not read.
-        files_may_be_missing: Plan without what the recipe names and this machine lacks; the
-            reasons are in `unknown`.
-
-    Returns:
-        What was read.
 
     Raises:
         UserError: If the recipe, the model or the data is at fault.
@@ -351,12 +343,6 @@ def read_inputs(
 def attach_locations(loaded: LoadedRecipe) -> Iterator[None]:
     """Add to a fault that names only a key where in the recipe that key was set.
 
-    Args:
-        loaded: The recipe, which knows the places.
-
-    Yields:
-        Nothing.
-
     Raises:
         UserError: The fault, with its place.
         ExceptionGroup: If there are several.
@@ -383,7 +369,6 @@ def check_learning(recipe: Recipe, device: torch.device | None) -> None:
     `check_run_schedule` tries it over the run's own.
 
     Args:
-        recipe: The recipe.
         device: Where the run will train; None where that is another machine, maybe.
 
     Raises:
@@ -405,10 +390,6 @@ def check_learning(recipe: Recipe, device: torch.device | None) -> None:
 
 def check_run_schedule(recipe: Recipe, num_steps: int) -> None:
     """Check that the schedules, the rate's and AdaLoRA's, can be walked over the run's steps.
-
-    Args:
-        recipe: The recipe.
-        num_steps: Optimizer steps of the run.
 
     Raises:
         UserError: If one cannot.
@@ -458,9 +439,6 @@ def list_trackers(report_to: Any) -> tuple[str, ...]:
 
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose package is not here, before anything costs time.
-
-    Args:
-        names: Out of tensorboard, wandb, mlflow and trackio.
 
     Raises:
         UserError: If one is not installed.

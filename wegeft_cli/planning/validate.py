@@ -41,13 +41,6 @@ class ValidateReport:
 def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ValidateReport:
     """Check a recipe: its keys and types, its rules, its names, and what of its inputs is here.
 
-    Args:
-        path: A recipe file, or the name of a shipped recipe.
-        overrides: `key=value` as on the command line.
-
-    Returns:
-        What was checked. Inputs that cannot be reached are told there and are no fault.
-
     Raises:
         UserError: If one thing is wrong.
         ExceptionGroup: If several are.

@@ -98,19 +98,7 @@ def write_card(
 def write_twin_card(
     adapter_dir: Path, base: str, revision: str | None, *, rank: int, **values: Any
 ) -> str:
-    """Return the card of an adapter's LoRA equivalent.
-
-    Args:
-        adapter_dir: The WeGeFT adapter.
-        base: The base's name or path.
-        revision: Its hub revision.
-        rank: The rank of the LoRA pairs.
-        **values: The template's `title`, `num_modules`, `num_parameters`, `for_servers` (whether
-            the file holds LoRA pairs alone) and `parity` (the content of parity.json).
-
-    Returns:
-        Markdown with the hub's metadata at the top.
-    """
+    """Return the card of an adapter's LoRA equivalent."""
     facts = read_facts(adapter_dir, base, revision)
     tags = ["lora", "wegeft"]
     values |= {

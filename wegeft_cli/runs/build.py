@@ -27,16 +27,6 @@ def build_model(
 ) -> nn.Module:
     """Prepare a loaded base for training: kernels, adapter, device, checkpointing, noise.
 
-    Args:
-        base: The base, which is changed.
-        run: The run.
-        base_fingerprint: Fingerprint of the base, if it is known.
-        resuming: Whether a checkpoint will replace the trained parameters: `adapter.init_from` is
-            not read.
-
-    Returns:
-        The model on its device. Its trained parameters are the same on every process.
-
     Raises:
         UserError: If the adapter, a kernel or packing does not fit the model.
     """

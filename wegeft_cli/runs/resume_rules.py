@@ -48,15 +48,7 @@ def check_same_recipe(
     is_finished: bool = False,
     num_processes: int | None = None,
 ) -> None:
-    """Raise UserError if a run cannot be resumed under a recipe, with each key and both values.
-
-    Args:
-        directory: The run's directory; without a recipe there is nothing to resume.
-        recipe: The recipe with absolute paths.
-        is_finished: Whether the run counts as finished: its length may not change then either.
-        num_processes: Number of processes of the resumed run. They may divide the rows of a step
-            among processes and forward passes differently, but not change their number.
-    """
+    """Raise UserError if a run cannot be resumed under a recipe, with each key and both values."""
     if not directory.recipe_path.is_file():
         return
     # Validations must be comparable: if a benchmark is watched, `eval` may not change either.

@@ -58,12 +58,8 @@ def check_resume(run: Run, resume: str | None) -> Checkpoint | None:
     """Check, before anything is read, that the run may start or resume in its directory.
 
     Args:
-        run: The run.
         resume: None starts a new run, `auto` resumes from the newest checkpoint, a path from that
             checkpoint.
-
-    Returns:
-        The checkpoint that `resume` names, if it names one.
 
     Raises:
         UserError: If the directory holds another run, or the recipe differs from the run's.
@@ -102,15 +98,6 @@ def open_run(
     """Lock the run's directory while the body runs, and record a failure of the body in run.json.
 
     A fault before the run starts leaves the run.json of an earlier process unchanged.
-
-    Args:
-        run: The run; its main process holds the lock for all.
-        resume: As for `check_resume`.
-        named: What `check_resume` returned.
-        inputs: What was read for the run.
-
-    Yields:
-        The state from which the run starts.
 
     Raises:
         UserError: If another process holds the directory, or the run cannot be resumed.
@@ -180,13 +167,7 @@ def input_record(inputs: RunInputs) -> dict[str, Any]:
 
 
 def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> None:
-    """Fingerprint the base if it is on this machine; raise UserError if it is not the run's base.
-
-    Args:
-        run: The run.
-        state: Its state, which takes the fingerprint.
-        is_loaded: Whether the base has been loaded; before, it may still be on a hub.
-    """
+    """Fingerprint the base if it is on this machine; raise UserError if it is not the run's base."""
     model = run.recipe.model
     base_dir = find_base_folder(model.name_or_path, model.revision)
     state.fingerprint = fingerprint_base(base_dir) if base_dir is not None else None

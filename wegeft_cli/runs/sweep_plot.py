@@ -24,10 +24,6 @@ def draw_sweep(
     Along the axis goes the key with the most values, of numbers if there is one; each combination
     of the others is a line.
 
-    Args:
-        values: Of each row: dotted key -> value.
-        panels: Name of a figure -> of each row its mean and its standard deviation, if any.
-
     Returns:
         A PNG file's bytes; None without matplotlib or without anything to draw.
     """

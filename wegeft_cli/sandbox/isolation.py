@@ -88,7 +88,6 @@ def enter_namespaces(mount_point: Path, limits: Limits) -> bool:
     Args:
         mount_point: An empty folder, over which a root in memory is mounted in this process's
             namespace; nothing is written into the folder.
-        limits: The size of /tmp.
 
     Returns:
         Whether the child must change to the user nobody (`drop_rights`), which only root can do.

@@ -153,9 +153,6 @@ def open_sandbox(*, timeout: float, limits: Limits | None = None) -> Iterator[Sa
             one on a busy machine.
         limits: Resource limits; the timeout replaces `cpu_seconds`.
 
-    Yields:
-        The sandbox.
-
     Raises:
         UserError: If an isolation layer is not available or does not hold.
     """

@@ -230,14 +230,7 @@ def write_tensors(
     """Write a safetensors file, byte for byte as the safetensors library does.
 
     Args:
-        path: The file, in a folder that does not have its final name yet.
         tensors: Name -> (the format's name of the type, shape).
-        make: Returns a tensor by name. It is called in the order of the file: widest type first,
-            then by name, so that the tensors of one layer follow each other.
-        metadata: Texts for the header.
-
-    Returns:
-        Bytes of all tensors.
 
     Raises:
         ValueError: If a tensor has another shape.

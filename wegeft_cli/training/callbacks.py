@@ -22,7 +22,6 @@ class Callback:
         """Run after each step that was done.
 
         Args:
-            trainer: The trainer.
             loss: The step's mean loss per labeled token.
         """
 
@@ -30,9 +29,7 @@ class Callback:
         """Run after each step that was skipped because its loss or gradient was not finite.
 
         Args:
-            trainer: The trainer.
             loss: The step's mean loss per labeled token.
-            grad_norm: Its global gradient norm.
         """
 
     def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -53,13 +50,7 @@ class Callback:
         """Run after each validation with all of its metrics."""
 
     def on_save(self, trainer: Trainer, snapshot: Snapshot, is_best: bool) -> None:
-        """Store a snapshot.
-
-        Args:
-            trainer: The trainer.
-            snapshot: The state of the run.
-            is_best: Whether the best validation so far is that of this step.
-        """
+        """Store a snapshot."""
 
     def should_stop(self) -> bool:
         """Return whether this process was asked to stop.

@@ -26,7 +26,6 @@ def at_label_positions(
     Args:
         head: The model's output embeddings, called with `[batch, seq, hidden]`.
         positions: The positions, int64 `[n]`, in the flattened batch.
-        skip_logits: Pass no position at all, because the caller computes the loss itself.
 
     Yields:
         A list that receives the selected hidden states, `[n, hidden]`, when the head is called.
@@ -68,7 +67,6 @@ def sum_head_losses(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 
     Args:
         hidden: The input of the head, `[n, hidden]`.
-        head: The head; see `is_plain_head`.
         targets: The labels, int64 `[n]`.
 
     Returns:

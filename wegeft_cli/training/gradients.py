@@ -26,18 +26,6 @@ def sum_gradients(
 
     All of them are one flat float32 tensor in one collective. Every process gets the same bits, so
     that all stop at the same step and skip the same steps. A process without batches adds zeros.
-
-    Args:
-        parameters: The trained parameters, in the same order on every process; their gradients
-            change in place.
-        loss_sum: This process's summed loss, a scalar.
-        processes: The processes.
-        stop: Whether this process was asked to stop.
-        is_cut: Whether this process left passes of the step undone because of that.
-
-    Returns:
-        The summed loss of all processes, whether any was asked to stop, and whether any left passes
-        undone: the sums then cover a part of the step.
     """
     if processes.count == 1:
         return float(loss_sum), stop, is_cut
@@ -67,11 +55,6 @@ def is_finite_step(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScal
 
     The loss scaler handles a gradient that overflows by lowering its scale. It cannot handle a loss
     that is not finite, because the loss is computed before it is scaled.
-
-    Args:
-        loss_sum: The step's summed loss over all processes.
-        grad_norm: The norm of its unscaled gradient.
-        scaler: The loss scaler, enabled or not.
     """
     can_rescale = scaler.is_enabled() and scaler.get_scale() >= _SMALLEST_SCALE
     return math.isfinite(loss_sum) and (can_rescale or math.isfinite(grad_norm))

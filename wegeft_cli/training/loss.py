@@ -65,12 +65,7 @@ class CausalLoss:
         self._has_plain_logits: bool | None = None
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Return the sum of the loss over labeled tokens, a scalar of float32 (or float64).
-
-        Args:
-            model: The model given to the constructor.
-            batch: Tokens and labels on the model's device.
-        """
+        """Return the sum of the loss over labeled tokens, a scalar of float32 (or float64)."""
         predicting = batch.label_positions - 1
         targets = batch.labels.flatten()[batch.label_positions]
         if self._has_plain_logits is None:

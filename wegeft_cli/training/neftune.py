@@ -20,9 +20,6 @@ def add_neftune(model: nn.Module, alpha: float) -> RemovableHandle:
         model: A model of transformers, or a wrapper of one.
         alpha: The noise is at most alpha / sqrt(tokens x width), where tokens is the number of
             positions of a row in its batch, padding included, as in transformers; above 0.
-
-    Returns:
-        The handle of the hook.
     """
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
 

@@ -63,15 +63,8 @@ def build_optimizer(
     Args:
         name: A name of transformers: adamw_torch, adamw_torch_fused, adafactor, sgd, adagrad,
             rmsprop, or one of bitsandbytes.
-        parameters: The trained parameters by name.
-        learning_rate: The highest learning rate; the schedule scales it.
         lr_ratio: Learning rate of the generators' phi over that of all other parameters, above 0.
             If it is not 1, phi is the second of two parameter groups.
-        weight_decay: Decoupled for Adam and Lion, added to the gradient for the others. Parameters
-            of one dimension have none, as in timm and transformers' Trainer, and form groups of
-            their own.
-        adam: Moment decays of Adam and Lion, and Adam's epsilon.
-        options: Further settings of the optimizer; see `list_optimizer_options`.
 
     Raises:
         UserError: If an option is unknown or rejected, or a package is missing.
@@ -106,8 +99,6 @@ def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device 
     """Build the optimizer for a small tensor and take a step, so that errors appear early.
 
     Args:
-        name: Name as for `build_optimizer`.
-        options: Options as for `build_optimizer`.
         device: Device of the run. If it is None (unknown), no step is taken, and a package that is
             missing here is no error.
 

@@ -34,12 +34,6 @@ def build_schedule(
     """Build the learning rate schedule, which takes one step per optimizer step of all processes.
 
     Args:
-        name: linear, cosine, cosine_with_min_lr, cosine_warmup_with_min_lr, cosine_with_restarts,
-            polynomial, constant, constant_with_warmup, inverse_sqrt or warmup_stable_decay;
-            constant also warms up if `warmup_steps` is set.
-        optimizer: The optimizer. All groups have the same factors: a lowest rate (`min_lr`,
-            `lr_end`) refers to the optimizer's rate, and a group with another rate keeps its ratio.
-        num_steps: Optimizer steps of the whole run.
         warmup_steps: Steps in which the rate rises from 0.
         options: Further settings by transformers' names. The default of `num_decay_steps` of
             warmup_stable_decay is a tenth of all steps, rounded up.

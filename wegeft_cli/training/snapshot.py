@@ -103,16 +103,7 @@ class TrainingState:
     def capture(
         self, progress: Progress, processes: Processes, source: Mapping[str, Any] | None = None
     ) -> Snapshot:
-        """Copy the state between two steps; every process calls it.
-
-        Args:
-            progress: The counters.
-            processes: The processes, each of which has its own random state.
-            source: The state of the batches, a JSON object.
-
-        Returns:
-            The snapshot with copies of the tensors on the CPU.
-        """
+        """Copy the state between two steps; every process calls it."""
         packed = self.optimizer.state_dict()
         moments: dict[str, Tensor] = {}
         values: dict[str, Any] = {}

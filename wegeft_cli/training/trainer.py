@@ -166,12 +166,6 @@ class Trainer:
     def fit(self, resume_from: Snapshot | None = None) -> LoopResult:
         """Train to the last step, to the end of the patience, or until a callback asks to stop.
 
-        Args:
-            resume_from: The state to resume from.
-
-        Returns:
-            How it ended. The model holds the average, if there is one.
-
         Raises:
             MachineError: If too many steps had to be skipped, or the processes disagree.
         """

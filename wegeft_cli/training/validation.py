@@ -37,11 +37,7 @@ def measure(
     """Compute the metrics of a validation without any effect on the training that follows.
 
     Args:
-        model: The model; it is in eval mode meanwhile, with the average's weights if there is one.
         measure_loss: Returns the validation loss, or None without validation rows.
-        evaluate: Returns further metrics; called on every process.
-        average: The moving average of the trained parameters.
-        processes: The processes.
 
     Returns:
         Metric -> value, equal on all processes; empty if there is nothing to measure.
@@ -71,13 +67,6 @@ def mean_loss(
 ) -> float | None:
     """Return the mean loss per labeled token over all processes, or None without such a token.
 
-    Args:
-        model: The model, in eval mode, under the autocast of the caller.
-        loss_function: (model, batch) -> summed loss of the batch.
-        batches: This process's share.
-        processes: The processes.
-        should_stop: Called between two batches.
-
     Raises:
         ValidationStopped: If the run was asked to stop.
     """
@@ -98,10 +87,8 @@ def update_best(progress: Progress, value: float | None, greater_is_better: bool
     """Record a validation as the best so far, or as one without improvement.
 
     Args:
-        progress: The counters at the validation's step.
         value: The watched metric. None, where it was not measured, changes nothing. A value that
             is not finite is never an improvement.
-        greater_is_better: Whether higher is better.
     """
     if value is None:
         return

@@ -63,13 +63,6 @@ def collate_rows(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
     Masks come from lengths: the padding id may be any token, EOS too, without hiding a real one. A
     row's first token is never a label, since nothing before it predicts it.
 
-    Args:
-        rows: At least one row, and at least one token in each.
-        pad_token_id: What fills the left.
-
-    Returns:
-        The batch.
-
     Raises:
         ValueError: If there is no row or an empty one.
     """
@@ -92,14 +85,8 @@ def collate_packs(packs: Sequence[Sequence[Row]], *, pad_token_id: int, flat: bo
     A row's first token is never a label: the token before it belongs to another row.
 
     Args:
-        packs: At least one pack, at least one row in each, and at least one token in each row.
         pad_token_id: What fills the right of the shorter packs: a segment of its own, with
             positions from 0 and without labels, that no row sees.
-        flat: Lay all packs into one sequence without padding, as flash attention wants it, instead
-            of one sequence each.
-
-    Returns:
-        The batch, without an attention mask.
 
     Raises:
         ValueError: If there is no pack, or an empty one, or an empty row.

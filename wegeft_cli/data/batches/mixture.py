@@ -64,8 +64,6 @@ class Mixture:
         Args:
             epoch: Which, from 0.
             seed: The run's seed, at least 0.
-            shuffle: Whether each pass over a source has its own order; otherwise its rows are
-                taken as they stand.
 
         Returns:
             Row numbers in the whole data set, source by source, int64 `[num_rows]`.

@@ -17,10 +17,6 @@ def pack_rows(lengths: np.ndarray, max_length: int) -> list[list[int]]:
 
     Args:
         lengths: Tokens of each row, int `[n]`, each 1 to `max_length`.
-        max_length: Tokens of a pack at most.
-
-    Returns:
-        The packs, each the numbers of its rows; every row stands in exactly one.
 
     Raises:
         ValueError: If a row is empty or longer than a pack.

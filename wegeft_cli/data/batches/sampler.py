@@ -110,12 +110,6 @@ class StepPlan:
             lengths: Tokens of each row, int `[num_rows]`: the step's rows are then cut longest
                 first, so that rows of one forward pass are about equally long. The step's sum, and
                 so its gradient, is the same; there is only less padding.
-
-        Returns:
-            `[rank][micro-batch][row indices]`. Every rank has the same number of micro-batches, at
-            most `accumulation_steps`; in an epoch's last step they are filled evenly, and
-            some may be empty. An empty one is no forward pass, so a rank may make fewer than
-            another, even none: no collective may stand between them.
         """
         return self._cut(self.global_batch(step), lengths)
 
@@ -127,9 +121,6 @@ class StepPlan:
 
         Args:
             lengths: Tokens of each row, int `[num_rows]`.
-
-        Returns:
-            Positions over all processes.
         """
         order = self.epoch_order(0)
         num_full = self.num_rows // self.global_batch_size

@@ -237,17 +237,6 @@ def build_streamed_source(
 ) -> StreamedBatches:
     """Build the batches of a recipe with `data.streaming`.
 
-    Args:
-        loaded: The recipe.
-        tokenizer: The model's tokenizer.
-        data: What `build_datasets` made of the first rows.
-        plan: What `build_step_plan` made of both.
-        rank: This process.
-        pad_token_id: What fills up short rows.
-
-    Returns:
-        The batches of this process.
-
     Raises:
         UserError: If a source cannot be streamed.
         ExceptionGroup: If there are several such faults.

@@ -138,14 +138,7 @@ def read_class_data(
     """Read the splits of a classification recipe and number their classes together.
 
     Args:
-        recipe: The recipe.
-        recipe_dir: Its folder, for relative paths.
-        config: The base's configuration.
         tokenizer: The base's; None for images.
-        read_source: Reads one source as the recipe's task does.
-
-    Returns:
-        The data; no image is decoded.
 
     Raises:
         UserError: If a source cannot be read, or a row is bad.
@@ -203,14 +196,7 @@ def encode_rows(
     """Turn classes into numbers and texts into tokens.
 
     Args:
-        recipe: The recipe.
-        rows: One source's rows.
-        labels: The classes; none of a regression.
-        config: The base's configuration, for the number of an image's patches.
         tokenizer: The base's; None for images.
-
-    Returns:
-        The rows, and how many were cut to `data.max_length`.
 
     Raises:
         UserError: If a class is not among them.

@@ -25,12 +25,6 @@ _LABELS = ("label", "labels", "class", "fine_label", "target", "category")
 def read_images(source: DataSource, *, recipe_dir: Path | None) -> LabelledRows:
     """List the images of a source with their classes.
 
-    Args:
-        source: The recipe's entry: a folder with one folder for each class (in a folder named by
-            the split, or at once), a JSON file `{image path: class}` (as FGVC splits are kept), a
-            table with a column for the image and one for the class, or a hub data set.
-        recipe_dir: Folder of the recipe, for relative paths.
-
     Returns:
         The rows; an input is a path, or the bytes of an image that lies in a table.
 

@@ -35,12 +35,6 @@ class Labels:
     def number_of(self, name: str) -> int:
         """Return a class's number.
 
-        Args:
-            name: Its name.
-
-        Returns:
-            The number.
-
         Raises:
             UserError: If there is no such class.
         """
@@ -65,14 +59,6 @@ def build_labels(
     The base's own order is kept where its head already tells exactly these classes apart, then the
     order that a data set declares; else names that are all whole numbers stand in their order, and
     others in that of the alphabet.
-
-    Args:
-        found: Class names of the rows of every split, however often.
-        declared: Class names that data sets declare, in their order.
-        of_base: Class names of the base's head.
-
-    Returns:
-        The classes.
 
     Raises:
         UserError: If there is only one class.

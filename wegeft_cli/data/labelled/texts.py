@@ -43,14 +43,6 @@ class LabelledRows:
 def read_texts(source: DataSource, *, recipe_dir: Path | None, is_regression: bool) -> LabelledRows:
     """Read rows of one or two texts with a class or a number.
 
-    Args:
-        source: The recipe's entry; `columns` maps text, text_pair and label to the file's own.
-        recipe_dir: Folder of the recipe, for relative paths.
-        is_regression: Whether labels are numbers.
-
-    Returns:
-        The rows.
-
     Raises:
         UserError: If nothing is there, a column is missing, or a row is bad.
         ExceptionGroup: If several rows are bad.
@@ -89,13 +81,6 @@ def read_texts(source: DataSource, *, recipe_dir: Path | None, is_regression: bo
 
 def read_label(value: Any, declared: Sequence[str] = ()) -> str:
     """Read a class: a text, or a number, which is the place of a declared name where there are any.
-
-    Args:
-        value: What the row holds.
-        declared: Names that the data set declares.
-
-    Returns:
-        The class's name.
 
     Raises:
         UserError: If it is neither, or marks a row without a class (-1).
@@ -138,12 +123,6 @@ def name_labels(values: Sequence[Any], declared: Sequence[str], origin: str) -> 
 def read_number(value: Any) -> float:
     """Read a regression's target.
 
-    Args:
-        value: What the row holds: a number, or its text.
-
-    Returns:
-        The number.
-
     Raises:
         UserError: If it is no finite number.
     """
@@ -158,13 +137,6 @@ def read_number(value: Any) -> float:
 
 def check_fields(source: DataSource, fields: Sequence[str]) -> dict[str, str]:
     """Return `columns`, whose keys must be fields of the task.
-
-    Args:
-        source: The recipe's entry.
-        fields: What the task reads of a row.
-
-    Returns:
-        Field -> the file's column.
 
     Raises:
         UserError: If it renames another field.

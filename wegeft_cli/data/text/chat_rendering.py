@@ -68,14 +68,7 @@ def render_chat(
     are prefixes of the whole, with or without `{% generation %}` marks.
 
     Args:
-        messages: The conversation, each message with a text as `content`.
         flags: Whether each message is learned; None leaves the choice to `loss_on`.
-        loss_on: completion (the last turn of the assistant), assistant (every one), all.
-        apply_chat_template: Renders the conversation.
-        max_characters: Text after this number of characters will be cut; turns there are ignored.
-
-    Returns:
-        The pieces of text.
 
     Raises:
         UserError: If there is nothing to learn from, or the template does not show the answers.

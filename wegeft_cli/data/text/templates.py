@@ -145,15 +145,6 @@ def render_row(
             with `learned` (whether each message is, or None), `num_prompt` (the number of first
             messages that are learned only if they say so, or with `all`) and `tools`; or `text`,
             which is learned as a whole.
-        template: A name out of `TEMPLATES`, `auto`, or the path of a Jinja file (whose text
-            `apply_chat_template` applies).
-        loss_on: completion (of a conversation: its last assistant turn), assistant (every
-            assistant turn), all.
-        apply_chat_template: Renders a conversation; needed for `chat` and Jinja files.
-        max_characters: Text after this number of characters will be cut; turns there are ignored.
-
-    Returns:
-        The pieces of text.
 
     Raises:
         UserError: If the row does not fit the template (with `key` set), or the template does not

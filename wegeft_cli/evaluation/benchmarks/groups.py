@@ -39,14 +39,7 @@ GROUPS: Mapping[str, Group] = {
 
 
 def expand_groups(names: Sequence[str]) -> list[str]:
-    """Put the members in the place of each group; a name that comes twice stays where it was first.
-
-    Args:
-        names: Tasks and groups, as typed.
-
-    Returns:
-        Names that are no group's.
-    """
+    """Put the members in the place of each group; a name that comes twice stays where it was first."""
     expanded: list[str] = []
     for name in names:
         group = GROUPS.get(name.lower())
@@ -58,12 +51,7 @@ def group_means(names: Sequence[str], scores: Mapping[str, float | None]) -> lis
     """The mean of each group that was asked for and is complete.
 
     Args:
-        names: Tasks and groups, as typed.
         scores: Task -> its score, 0 to 1; None has none.
-
-    Returns:
-        Dicts of group, score, num_tasks, tasks, aggregate. Every task weighs the same, whatever
-        its number of rows.
     """
     means: list[dict[str, Any]] = []
     for name in dict.fromkeys(name.lower() for name in names):

@@ -131,11 +131,7 @@ def judged_family(
     """Build the family of one judged benchmark.
 
     Args:
-        benchmark: Its name in the results, and other names.
         protocols: {name: description}, the default first.
-        file: Its questions under the data folder.
-        num_rows: Number of published answers.
-        load: Reads its files.
     """
     name = benchmark[0]
 
@@ -222,9 +218,6 @@ def collect_verdicts(
     """Query the judge, this process for its shard of the questions.
 
     Verdicts are cached as they come. A verdict of another judge or on another answer is not reused.
-
-    Returns:
-        The judge's texts by number, the same in every process.
 
     Raises:
         UserError: If the judge refuses.

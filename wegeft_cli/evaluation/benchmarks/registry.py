@@ -59,13 +59,7 @@ def benchmark_name(name: str) -> str:
 
 
 def check_benchmark(name: str, protocol: str, *, must_fit: bool) -> None:
-    """Raise UserError if a benchmark does not exist or the recipe's protocol does not score it.
-
-    Args:
-        name: The benchmark.
-        protocol: The recipe's protocol.
-        must_fit: False allows the benchmark to fall back on a protocol of its own.
-    """
+    """Raise UserError if a benchmark does not exist or the recipe's protocol does not score it."""
     find_family(name).check_protocol(name, protocol, must_fit)
 
 

@@ -102,15 +102,6 @@ def load_problems(*, data_dir: Path | None, limit: int | None) -> Problems:
 def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bool]]:
     """Read the answers of a samples file; a problem may have several.
 
-    Args:
-        path: JSON Lines of `{"task_id", "completion"}`, as HumanEval's own tools write them (the
-            completion follows the prompt), or of `{"index", "output"}` with a model's output. In a
-            samples file of `wegeft eval` the target's lines count.
-        problems: The problems; answers to problems past the limit are ignored.
-
-    Returns:
-        Problem index, text, and whether it is a completion, in the order of the file.
-
     Raises:
         UserError: If a line is malformed or a problem has no answer.
         ExceptionGroup: If there are several such errors.

@@ -95,7 +95,6 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     Chen et al. 2021, equation 1, as a product, which stays exact for large n.
 
     Args:
-        num_samples: n, the number of answers to the problem.
         num_passed: c, the number of these that pass, 0 to n.
         k: 1 to n.
     """

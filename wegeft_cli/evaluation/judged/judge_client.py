@@ -183,12 +183,6 @@ class Judge(Protocol):
     def ask(self, request: JudgeRequest) -> str:
         """The judge's words.
 
-        Args:
-            request: The question.
-
-        Returns:
-            Its answer.
-
         Raises:
             UserError: If the address, the key or the model is refused.
             MachineError: If no answer came after several tries.
@@ -205,13 +199,6 @@ def query_judge(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
     """Send all requests concurrently and return the judge's texts by number.
-
-    Args:
-        judge: The judge.
-        requests: The questions.
-        known: Answers of an earlier, interrupted call by number; these are not requested again.
-        on_answer: Called with each answer as it comes.
-        on_progress: Called with (questions answered, questions in all).
 
     Raises:
         UserError: If the judge refuses; the answers so far were passed to `on_answer`.

@@ -80,9 +80,7 @@ def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = Fa
     tasks.
 
     Args:
-        name: A task, group or tag of the harness.
         data_dir: The data folder. Default: no local files.
-        trust_code: Whether task files in it may name Python code to run.
 
     Raises:
         UserError: If the harness is not installed, has no such task, or its data cannot be read;
@@ -149,10 +147,6 @@ def run_harness(
     """Evaluate the model in memory; training modes and random states are restored.
 
     Args:
-        model: A transformers causal language model.
-        tokenizer: Its tokenizer.
-        task: The task.
-        batch_size: Requests at a time.
         limit: Number of rows of each task. Default: all.
     """
     from lm_eval import simple_evaluate

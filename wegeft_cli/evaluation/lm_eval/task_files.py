@@ -23,11 +23,7 @@ def find_local(name: str, folder: Path | None) -> Any | None:
     """A TaskManager of a folder's task files; None where they have not the task.
 
     Args:
-        name: The task.
         folder: Where the task files lie; None has none.
-
-    Returns:
-        The manager.
     """
     if folder is None or not any(folder.glob("**/*.yaml")):
         return None
@@ -41,12 +37,6 @@ def find_builtin(name: str) -> Any:
     """A TaskManager of the harness's own tasks; of one folder where a file there is named so.
 
     The index of all of them takes many seconds.
-
-    Args:
-        name: The task.
-
-    Returns:
-        The manager, which may not know the task.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -68,14 +58,6 @@ def _whole_manager() -> Any:
 
 def with_data(manager: Any, name: str, files: Mapping[str, Path]) -> Any:
     """A TaskManager with the task over local files: its file is included, other data named.
-
-    Args:
-        manager: Knows the task.
-        name: The task.
-        files: Split -> data file.
-
-    Returns:
-        The manager of the new task.
 
     Raises:
         UserError: If it is a group, whose tasks have data of their own.
@@ -119,12 +101,6 @@ def with_data(manager: Any, name: str, files: Mapping[str, Path]) -> Any:
 def find_data_files(folder: Path) -> dict[str, Path]:
     """The data files that stand in for a task's own.
 
-    Args:
-        folder: May hold train, validation and test, each as JSON Lines, JSON, Parquet or CSV.
-
-    Returns:
-        Split -> file.
-
     Raises:
         UserError: If they are of several kinds.
     """
@@ -142,9 +118,6 @@ def find_data_files(folder: Path) -> dict[str, Path]:
 
 def refuse_code(folder: Path) -> None:
     """Refuse task files that name Python beside them, which loading the task would run.
-
-    Args:
-        folder: Where the task files lie.
 
     Raises:
         UserError: If one names code; file and line are told.

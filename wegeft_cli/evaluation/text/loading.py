@@ -64,7 +64,6 @@ def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> T
     """Load the rows of a test set; every gold answer can be parsed.
 
     Args:
-        task: The test set.
         data_dir: Folder with `<set>/test.json` in LLM-Adapters' form, or `<set>/test.jsonl` in
             either form. Default: the hub.
         limit: Number of rows from the start, at least 1. Default: all.

@@ -39,7 +39,6 @@ def find_protocol(name: str | None, task: Task) -> EvalProtocol:
 
     Args:
         name: The protocol's name. Default: the test set's own protocol.
-        task: The test set.
 
     Raises:
         UserError: If there is no such protocol, or it does not score the test set.

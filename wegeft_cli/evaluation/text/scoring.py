@@ -29,14 +29,8 @@ def score_outputs(
     """Score one output per row.
 
     Args:
-        protocol: Prompt and scoring rules.
-        data: The rows.
-        outputs: Generated texts by row index. One that begins with the row's prompt is prompt and
-            generated text together.
         full_texts: Prompt and generated text decoded together, by row index; the outputs are then
             generated texts. Default: prompt + output.
-        prompts: What the model read, by row index, if a chat template rendered it.
-        template_hash: Hash of that chat template.
     """
     samples: list[dict[str, Any]] = []
     for row in data.rows:
@@ -97,7 +91,6 @@ def read_samples(
         path: JSON Lines of `{"index": i, "output": "text"}`; i is the row of the test set, from 0.
             Other fields and rows past the limit are ignored. In a samples file of `wegeft eval` the
             target's lines of this benchmark count.
-        data: The rows.
         protocol: Its prompts must be those of such a file. Default: prompts are not compared.
 
     Raises:

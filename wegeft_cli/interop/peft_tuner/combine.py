@@ -21,16 +21,6 @@ def sum_configs(
 ) -> WegeftConfig:
     """Give the settings of a weighted sum of adapters: the ranks add up, the scale is 1.
 
-    Args:
-        tuner: The model with the adapters.
-        adapters: Their names.
-        weights: One weight for each.
-        adapter_name: Name of the sum.
-        combination_type: `cat`.
-
-    Returns:
-        The settings.
-
     Raises:
         ValueError: If the adapters cannot be added up as pairs of factors.
     """

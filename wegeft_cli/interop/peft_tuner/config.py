@@ -155,12 +155,7 @@ class WegeftConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the base's own names and its fingerprint where known.
-
-        Args:
-            save_directory: The folder.
-            **kwargs: As PEFT's own configs take them.
-        """
+        """Write `adapter_config.json`, with the base's own names and its fingerprint where known."""
         stated = copy.copy(self)
         if self.modules is not None:
             stored = self._read_base()

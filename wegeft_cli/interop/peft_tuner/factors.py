@@ -128,10 +128,7 @@ class WrappedEdit(LinearEdit):
         """Call the base's layer with the working adapter's change.
 
         Args:
-            linear: The base's layer.
             x: Its input, [..., d_in].
-            *args: What else it takes.
-            **kwargs: What else it takes.
 
         Returns:
             The output, [..., d_out].

@@ -64,12 +64,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
         return None if self.disable_adapters or self.merged else self._chosen
 
     def update_layer(self, adapter_name: str, parts: Sequence[Part]) -> None:
-        """Add an adapter to this layer.
-
-        Args:
-            adapter_name: Its name.
-            parts: What it does here.
-        """
+        """Add an adapter to this layer."""
         self._parts[adapter_name] = tuple(parts)
         self._edit.put(adapter_name, [(p.pair, p.target, p.settings) for p in parts])
         self._choose()
@@ -119,9 +114,6 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
     def check_dense(self, purpose: str) -> None:
         """Refuse what needs the base's weight itself.
 
-        Args:
-            purpose: What it is needed for, for the message.
-
         Raises:
             ValueError: If the weight is quantized or sharded.
         """
@@ -136,7 +128,6 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
         """Fold adapters into the base's weight; their changes add up, each made from the old W.
 
         Args:
-            safe_merge: Refuse a result with NaN or infinite values, and change nothing.
             adapter_names: Which; None means the active ones.
 
         Raises:
@@ -201,9 +192,6 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Give an adapter's change of the weight, in the weight's own layout and type.
-
-        Args:
-            adapter: Its name.
 
         Returns:
             The change, [d_out, d_in], or [d_in, d_out] of a Conv1D; zero where it does nothing.

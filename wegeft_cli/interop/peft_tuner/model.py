@@ -74,14 +74,7 @@ class WegeftModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Put an adapter into the model, as PEFT does, after all of its layers are known.
-
-        Args:
-            model: The base model.
-            adapter_name: The adapter; its settings are in `peft_config`.
-            *args: As PEFT's own.
-            **kwargs: As PEFT's own.
-        """
+        """Put an adapter into the model, as PEFT does, after all of its layers are known."""
         config = self.peft_config[adapter_name]
         before = [(p, p.requires_grad) for p in self._factors(but=adapter_name)]
         self._plans[adapter_name] = self._make_plan(model, config)
@@ -200,10 +193,6 @@ class WegeftModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones.
 
-        Args:
-            adapter_name: One name, or several whose changes add up.
-            inference_mode: Whether their factors stay frozen.
-
         Raises:
             ValueError: If several cannot be one pair of factors.
         """
@@ -236,11 +225,7 @@ class WegeftModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of the model.
-
-        Args:
-            adapter_name: Its name.
-        """
+        """Take an adapter out of the model."""
         super().delete_adapter(adapter_name)
         self._forget(adapter_name)
 
@@ -262,12 +247,6 @@ class WegeftModel(BaseTuner):
         """Make a new adapter whose change is the weighted sum of other adapters' changes, exactly.
 
         Its rank is the sum of theirs. It is neither active nor trainable until it is set.
-
-        Args:
-            adapters: Names of the adapters; they adapt the same layers in the same groups.
-            weights: One weight for each, negative ones too.
-            adapter_name: Name of the new adapter.
-            combination_type: `cat`, the only sum of pairs that is exact.
 
         Raises:
             ValueError: If the adapters cannot be added up as pairs of factors.

@@ -28,9 +28,6 @@ _FUSED_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def told_as_value_error() -> Iterator[None]:
     """Convert the command line's errors to the `ValueError` that PEFT raises.
 
-    Yields:
-        Nothing.
-
     Raises:
         ValueError: In place of a `UserError` or a group of them.
     """
@@ -44,11 +41,6 @@ def told_as_value_error() -> Iterator[None]:
 
 def search_plan(config: WegeftConfig, model: nn.Module, is_target: Callable[[str], Any]) -> Plan:
     """Find the layers that the search keys name, and assign them to groups.
-
-    Args:
-        config: The adapter's settings; `modules` of it is written here.
-        model: The base model, which may hold other adapters already.
-        is_target: PEFT's rule, by full module name.
 
     Returns:
         The plan; empty if nothing matches, which PEFT itself then reports.
@@ -85,13 +77,6 @@ def search_plan(config: WegeftConfig, model: nn.Module, is_target: Callable[[str
 
 def read_plan(config: WegeftConfig, model: nn.Module) -> Plan:
     """Find the layers that `modules` of a config names.
-
-    Args:
-        config: The adapter's settings, with `modules`.
-        model: The base model, which may hold other adapters already.
-
-    Returns:
-        The plan.
 
     Raises:
         ValueError: If the model has no such layer, or a group has two widths in it.

@@ -53,18 +53,9 @@ def inject_peft(
     """Wrap a model in a PEFT method.
 
     Args:
-        model: The base model.
         name: A PEFT method (lora, adalora, ia3, vera, ...) or dora, rslora, pissa.
-        rank: Given as `r` where the method has one; AdaLoRA's `target_r`, see `first_rank`.
         alpha: Given as `<method>_alpha` where the method has one; None takes 2 r.
-        target_modules: As in a recipe; `all-linear` is PEFT's word too.
-        options: Keys of the method's own config; they win over the ones above.
-        modules_to_save: Modules to train whole, by the end of their names; PEFT trains them in the
-            base's type, and does not adapt their contents.
         task_type: PEFT's name of the task; None where it has none.
-
-    Returns:
-        The PEFT model, in training order.
 
     Raises:
         UserError: If PEFT is not installed, or knows no such method or option, or a module cannot
@@ -145,12 +136,6 @@ def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) ->
 def merge_peft(model: Any) -> tuple[nn.Module, int]:
     """Fold a PEFT model's adapter into its base, as PEFT does, and take PEFT off.
 
-    Args:
-        model: The PEFT model.
-
-    Returns:
-        The base with folded weights, and how many layers were folded or replaced.
-
     Raises:
         UserError: If the method cannot be merged.
     """
@@ -171,13 +156,6 @@ def check_peft_start(
     name: str, *, rank: int, alpha: float | None, options: Mapping[str, Any], adapter_dir: Path
 ) -> None:
     """Check, before there is a model, that a method can start from an adapter.
-
-    Args:
-        name: The method, as for `inject_peft`.
-        rank: As for `inject_peft`.
-        alpha: As for `inject_peft`.
-        options: As for `inject_peft`.
-        adapter_dir: The adapter's folder.
 
     Raises:
         UserError: If the adapter is of another method, or a setting differs.
@@ -216,10 +194,6 @@ def check_peft_start(
 
 def start_from_peft(model: Any, adapter_dir: Path) -> None:
     """Put an adapter's tensors into a fresh PEFT model of the same settings.
-
-    Args:
-        model: What `inject_peft` gave.
-        adapter_dir: The adapter's folder; see `check_peft_start`.
 
     Raises:
         UserError: If the adapter is unreadable, or has other layers or shapes.

@@ -33,11 +33,7 @@ class RankBudget:
         self._allocator = self._tuner.rankallocator
 
     def after_step(self, step: int) -> None:
-        """Score every rank, and take away what this step's budget has no room for.
-
-        Args:
-            step: Optimizer steps done, with this one; its gradients are still there.
-        """
+        """Score every rank, and take away what this step's budget has no room for."""
         for name, parameter in self._tuner.model.named_parameters():
             if "lora_" in name and parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # a layer that no row came through
@@ -81,10 +77,6 @@ class RankBudget:
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Put a saved state back.
 
-        Args:
-            tensors: What `tensors` gave.
-            values: What `values` gave.
-
         Raises:
             UserError: If the state is of a run with another number of steps.
         """
@@ -105,12 +97,7 @@ class RankBudget:
 
 
 def keep_ranks(model: Any, values: dict[str, Any]) -> None:
-    """Let an adapter be saved with the ranks that it had at an earlier step.
-
-    Args:
-        model: The PEFT model of AdaLoRA, with that step's parameters.
-        values: What `RankBudget.values` gave then.
-    """
+    """Let an adapter be saved with the ranks that it had at an earlier step."""
     model.peft_config[model.base_model.trainable_adapter_name].rank_pattern = values["rank_pattern"]
 
 
@@ -131,11 +118,7 @@ class OrthogonalLoss:
         """Give the summed loss of the batch with its share of the regularisation.
 
         Args:
-            model: The PEFT model of AdaLoRA.
             batch: With `num_label_tokens`.
-
-        Returns:
-            A scalar.
         """
         summed = self._loss(model, batch)
         if not model.training or batch.num_label_tokens == 0:
@@ -145,9 +128,6 @@ class OrthogonalLoss:
 
 def regularise(model: Any) -> Tensor:
     """Give AdaLoRA's regularisation, as PEFT adds it to a loss that the model itself computes.
-
-    Args:
-        model: The PEFT model of AdaLoRA.
 
     Returns:
         `orth_reg_weight x mean ||A A^T - I||_F, ||B^T B - I||_F` over all layers, in float32.

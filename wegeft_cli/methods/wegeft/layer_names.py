@@ -21,12 +21,7 @@ def find_stored_names(
     """Map module names to those in the base's files, which may lack or have a prefix.
 
     Args:
-        model: The model.
-        modules: Module name -> name of one of its tensors (`weight`).
         base_dir: The base's folder; None leaves the names as they are.
-
-    Returns:
-        Module name -> its name in the base's files, or the same where they do not hold it.
     """
     stored = list_tensors(base_dir) if base_dir is not None else {}
     return match_stored_names(modules, stored, _prefix(model))
@@ -34,11 +29,6 @@ def find_stored_names(
 
 def find_module_name(model: nn.Module, stored_name: str, known: Collection[str]) -> str | None:
     """Find the model's name of a layer that a file names.
-
-    Args:
-        model: The model.
-        stored_name: The file's name.
-        known: Names that the model has.
 
     Returns:
         One of `known`, or None.
@@ -50,14 +40,6 @@ def find_members(
     model: nn.Module, files: AdapterFiles, adapter_dir: Path
 ) -> dict[str, list[Target]]:
     """Find the model's linears that an adapter's manifest names, group by group.
-
-    Args:
-        model: The base model.
-        files: The adapter.
-        adapter_dir: Its folder, for the messages.
-
-    Returns:
-        Group -> targets.
 
     Raises:
         UserError: If the model has no such linear, or one of another width.
@@ -92,14 +74,6 @@ def find_saved(
     model: nn.Module, files: AdapterFiles, adapter_dir: Path
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Find the model's modules that an adapter trained whole, and their tensors.
-
-    Args:
-        model: The base model.
-        files: The adapter.
-        adapter_dir: Its folder, for the messages.
-
-    Returns:
-        Full module names, and full parameter name -> tensor for all of their parameters.
 
     Raises:
         UserError: If the model has no such module, or its parameters have other names or shapes.
@@ -147,14 +121,6 @@ def find_saved(
 
 def name_as_in_model(model: nn.Module, files: AdapterFiles, adapter_dir: Path) -> AdapterFiles:
     """Give an adapter's files with the model's names of the layers, and the shapes checked.
-
-    Args:
-        model: The base model.
-        files: The adapter.
-        adapter_dir: Its folder, for the messages.
-
-    Returns:
-        The same adapter.
 
     Raises:
         UserError: If the model lacks a layer or a module of the adapter, or one is another.

@@ -43,13 +43,6 @@ def make_twin(
     Args:
         weight: Frozen weight, [d_out, d_in].
         bias: The layer's bias, [d_out], or None.
-        pairs: (phi, psi, rows) of each group that adapts it; no row belongs to two.
-        scale: s.
-        side: Which side is edited.
-        rank: Rank of the result, at least the sum of the pairs'.
-
-    Returns:
-        The pair.
 
     Raises:
         ValueError: If the rank is too small.

@@ -24,14 +24,8 @@ def assign_groups(
     """Decide who shares one pair of factors.
 
     Args:
-        targets: What is adapted.
         share: module_type (one pair per kind of layer), input_dim (one per width), none (one each).
-        groups: Explicit map, group name -> patterns over full module names (the last parts of a
-            name, a regular expression over all of it, or a shell pattern); replaces `share`.
         side: input or output; a group must have one width on that side.
-
-    Returns:
-        Group name -> its targets.
 
     Raises:
         UserError: If a group holds two widths, a pattern matches nothing, or a target is in no

@@ -154,9 +154,6 @@ def principal_angles(one: Tensor, two: Tensor) -> Tensor:
 def effective_rank(sigma: Tensor) -> float:
     """Give exp(entropy) of the singular values taken as shares (Roy and Vetterli 2007).
 
-    Args:
-        sigma: Singular values.
-
     Returns:
         1 where one direction does all, the number of values where all are equal; 0 of a zero.
     """
@@ -172,10 +169,6 @@ def inner_product(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> flo
 
     Args:
         one: B [d_out, r], A [r, d_in].
-        two: The same of another change, of any rank.
-
-    Returns:
-        The Frobenius inner product.
     """
     (B1, A1), (B2, A2) = one, two
     return float(((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T)).sum())
@@ -187,8 +180,5 @@ def direction_strengths(B: Tensor, A: Tensor) -> Tensor:
     Args:
         B: [d_out, r].
         A: [r, d_in].
-
-    Returns:
-        The Frobenius norms of the r rank-one changes whose sum is the change.
     """
     return torch.linalg.vector_norm(B.double(), dim=0) * torch.linalg.vector_norm(A.double(), dim=1)

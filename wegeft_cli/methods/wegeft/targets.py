@@ -58,9 +58,6 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
 
     Args:
         model: Any module; `torch.nn.Linear` with its subclasses and transformers' Conv1D count.
-
-    Returns:
-        Full module name -> the layer as a target, in the model's order.
     """
     # Imported where there is a model: a merge by streaming has none, and starts a second sooner.
     from transformers.pytorch_utils import Conv1D
@@ -80,15 +77,6 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[Target]:
     """Find the linears that a recipe's `target_modules` names.
-
-    Args:
-        model: The base model (weights are not looked at).
-        target_modules: A list of names (a full name or its last parts; `name:part` or
-            `name:start-stop` for rows of a fused linear), `all-linear`, or one regular expression
-            that is matched against whole module names.
-
-    Returns:
-        The targets in the model's order.
 
     Raises:
         UserError: If a name or expression matches nothing, or rows overlap.
@@ -119,12 +107,7 @@ def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
     """Give the target of a known module name, as an adapter's files state it.
 
     Args:
-        model: The base model.
-        name: Full dotted module name.
         rows: Adapted rows of a fused linear; None means all.
-
-    Returns:
-        The target.
 
     Raises:
         UserError: If the model has no such linear, or fewer rows.
@@ -144,10 +127,6 @@ def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
 
 def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
     """Refuse a target whose weight another module uses too: a fold would change both.
-
-    Args:
-        model: The base model.
-        targets: What is to be adapted.
 
     Raises:
         UserError: If a target's weight is tied, as an output head often is to the embedding.
@@ -170,11 +149,6 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
 
 def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
     """Refuse a quantized target where the entries of its weight are needed.
-
-    Args:
-        model: The base model.
-        targets: What is to be adapted.
-        key: The recipe's key that needs them.
 
     Raises:
         UserError: If a target's weight is not of a floating type, or a tensor of a type of its own.

@@ -102,15 +102,7 @@ class ModuleSwitch:
         self._copies[adapter_name] = trained
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute what the module computes, with the working adapter's weights or the base's.
-
-        Args:
-            *args: The module's.
-            **kwargs: The module's.
-
-        Returns:
-            The module's output.
-        """
+        """Compute what the module computes, with the working adapter's weights or the base's."""
         working = self._owner.working
         trained = self._copies.get(working) if working is not None else None
         if trained is None:
@@ -133,14 +125,7 @@ class ModuleSwitch:
 def wrap_saved_modules(
     model: nn.Module, owner: Generators, adapter_name: str, names: Sequence[str]
 ) -> None:
-    """Give an adapter copies of modules to train whole; `check_saved_modules` comes first.
-
-    Args:
-        model: The base model.
-        owner: The generators at its root.
-        adapter_name: Whose copies they are.
-        names: Full names of the modules.
-    """
+    """Give an adapter copies of modules to train whole; `check_saved_modules` comes first."""
     if not names:
         return
     saved = SavedModules(model, names)
@@ -156,14 +141,6 @@ def find_saved_modules(
     model: nn.Module, names: Sequence[str], targets: Sequence[Target] = ()
 ) -> list[str]:
     """Find the modules that a recipe's `modules_to_save` names, and check that they can be trained.
-
-    Args:
-        model: The base model (weights are not looked at, so that torch's meta device will do).
-        names: Full names, or their last parts (`lm_head`).
-        targets: The linears that generators adapt.
-
-    Returns:
-        Full module names in the model's order.
 
     Raises:
         UserError: If a name matches nothing, or a module cannot be trained whole.
@@ -187,11 +164,6 @@ def check_saved_modules(
     model: nn.Module, names: Sequence[str], targets: Sequence[Target] = ()
 ) -> None:
     """Refuse modules that cannot be trained and saved whole.
-
-    Args:
-        model: The base model.
-        names: Full names of its modules.
-        targets: The linears that generators adapt.
 
     Raises:
         UserError: If a module has no parameters, is never called, shares a parameter with another

@@ -81,15 +81,6 @@ def score_benchmarks(
 ) -> dict[str, float]:
     """Score a model in training; the processes share the rows.
 
-    Args:
-        model: The model on this process's device.
-        tokenizer: Its tokenizer.
-        benchmarks: The benchmarks by name.
-        groups: Names that may be groups of them; each gets its mean.
-        context: Batch size, processes, warnings, and `check_stop`, which is called between two
-            batches and two benchmarks, on all processes at the same place.
-        on_progress: Called with name, rows done and rows in all.
-
     Returns:
         `eval_<name>` -> score, 0 to 1, for each benchmark that has one and each complete group; the
         same on all processes.

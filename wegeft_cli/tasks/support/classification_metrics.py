@@ -20,11 +20,6 @@ def measure_classes(
     were predicted or expected. Matthews' correlation (CoLA) is that of all classes together
     (Gorodkin 2004), 0 where all answers or all labels are one class.
 
-    Args:
-        predicted: Class number of each row's answer.
-        expected: Its label.
-        num_classes: Classes in all.
-
     Returns:
         accuracy, f1, f1_macro, matthews_correlation; f1 for two classes alone.
     """
@@ -48,10 +43,6 @@ def measure_classes(
 def measure_regression(predicted: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
     """Give the metrics of a regression (GLUE's STS-B).
 
-    Args:
-        predicted: Each row's answer.
-        expected: Its label.
-
     Returns:
         pearson, and spearmanr, which is Pearson's of the ranks, equal values sharing theirs; 0
         where one side is constant.
@@ -69,11 +60,6 @@ def count_confusion(
 ) -> np.ndarray:
     """Count rows by label and answer.
 
-    Args:
-        predicted: Class number of each row's answer.
-        expected: Its label.
-        num_classes: Classes in all.
-
     Returns:
         int64 `[label, answer]`.
     """
@@ -87,12 +73,6 @@ def describe_per_class(counts: np.ndarray, names: Sequence[str]) -> list[dict[st
 
     Args:
         counts: `[label, answer]`.
-        names: Of the classes.
-
-    Returns:
-        For each class `label`, `n`, `num_correct`, `accuracy` (None without rows), `precision`
-        (None without answers), and `mistaken_for`: other classes by how often, the most frequent
-        first.
     """
     answers = counts.sum(0)
     told = []

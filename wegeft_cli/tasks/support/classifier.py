@@ -56,14 +56,6 @@ def digest_tokenizer(tokenizer: Any) -> str | None:
 def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransform:
     """Build the transform of a recipe's images.
 
-    Args:
-        recipe: The recipe: size and kind.
-        processor: The base's: mean, deviation, and the size where the recipe names none.
-        config: The base's configuration: channels.
-
-    Returns:
-        The transform.
-
     Raises:
         UserError: If mean and channels do not agree.
     """
@@ -113,15 +105,7 @@ class ClassScore:
 
 
 def score_answers(answers: ClassifierOutputs, head: HeadSpec) -> ClassScore:
-    """Score what a model answered.
-
-    Args:
-        answers: The answers.
-        head: The model's head.
-
-    Returns:
-        The score.
-    """
+    """Score what a model answered."""
     logits = torch.stack(answers.logits)
     if not head.labels:
         numbers = logits.squeeze(-1).tolist()
@@ -162,15 +146,7 @@ def gather_metrics(
 
 
 def choose_metric(recipe: Recipe | None, head: HeadSpec) -> str:
-    """Give the name of the figure that is the score.
-
-    Args:
-        recipe: The run's recipe, if there is one.
-        head: The model's head.
-
-    Returns:
-        A name of `eval.metric`.
-    """
+    """Give the name of the figure that is the score."""
     name = "auto" if recipe is None else recipe.eval.metric
     if name != "auto":
         return name
@@ -179,10 +155,6 @@ def choose_metric(recipe: Recipe | None, head: HeadSpec) -> str:
 
 def check_metrics(recipe: Recipe, head: HeadSpec) -> None:
     """Refuse a watched or chosen metric that these classes do not have.
-
-    Args:
-        recipe: The recipe.
-        head: The model's head.
 
     Raises:
         UserError: If F1 of one class is asked for, and there are not two.

@@ -34,10 +34,6 @@ def check_packing(model: nn.Module, recipe: Recipe) -> None:
     loaded model both ways. Rows are longer than a sliding window or attention chunk of the model
     where `data.max_length` is. Without packing nothing is run.
 
-    Args:
-        model: The model as it will be trained, on its device; its mode is left as it is.
-        recipe: The recipe.
-
     Raises:
         UserError: If the attention is none that keeps rows apart, the model takes no positions, or
             the logits differ.

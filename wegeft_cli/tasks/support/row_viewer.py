@@ -63,14 +63,6 @@ class RowWalker:
     def take(self, position: int, first: int, count: int) -> list[PreviewRow]:
         """Return the first rows of a source.
 
-        Args:
-            position: Which source.
-            first: Number of its first row in the training set.
-            count: How many, those that are left out counted.
-
-        Returns:
-            The rows.
-
         Raises:
             UserError: If the source cannot be read or one of these rows is bad.
         """
@@ -79,11 +71,6 @@ class RowWalker:
 
     def find(self, position: int, first: int, number: int) -> PreviewRow | None:
         """Find a row by its number in the training set.
-
-        Args:
-            position: Which source.
-            first: Number of its first row.
-            number: Number of the row.
 
         Returns:
             The row; None if it is not one of this source's.
