@@ -77,7 +77,7 @@ test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the olde
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
-		tests/workflows/test_export.py -m "not slow and not gpu" -W ignore::DeprecationWarning
+		tests/end_to_end/test_export.py -m "not slow and not gpu" -W ignore::DeprecationWarning
 
 # Damages of each kind of file.
 DAMAGES := 100

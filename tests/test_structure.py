@@ -345,7 +345,7 @@ TASK_PLAIN = {
 @pytest.mark.parametrize("text", TASK_SWITCHES.values(), ids=TASK_SWITCHES)
 def test_a_task_switch_is_found(text: str, make: Make) -> None:
     homes = ["tasks/one.py", "tasks/inner/two.py", "recipe/schema.py"]
-    files = ["a.py", "recipe/other.py", "workflows/tasks.py", *homes]
+    files = ["a.py", "recipe/other.py", "runs/tasks.py", *homes]
     package = make(dict.fromkeys(files, f"'''Module.'''\n{text}\n"))
     assert lines_of(package.task_switches) == [(file, 2) for file in files[:3]]
     assert package.method_switches == []

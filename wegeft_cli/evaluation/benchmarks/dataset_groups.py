@@ -43,7 +43,7 @@ class ClassGroup:
         return next((by_name[plain] for plain in map(_plain, words) if plain in by_name), None)
 
     def mean(self, scores: Mapping[str, float]) -> dict[str, object]:
-        """Return the group's entry in `groups`: score, tasks, aggregate, metrics, means of parts."""
+        """Return the entry in `groups`: score, tasks, aggregate, metrics, means of parts."""
         means = {
             part: sum(scores[member.name] for member in members) / len(members)
             for part, members in self.parts.items()

@@ -39,7 +39,7 @@ GROUPS: Mapping[str, Group] = {
 
 
 def expand_groups(names: Sequence[str]) -> list[str]:
-    """Put the members in the place of each group; a name that comes twice stays where it was first."""
+    """Replace each group by its members; a name given twice keeps its first position."""
     expanded: list[str] = []
     for name in names:
         group = GROUPS.get(name.lower())

@@ -155,7 +155,7 @@ class WegeftConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the base's own names and its fingerprint where known."""
+        """Write `adapter_config.json`, with the base's file names and fingerprint if known."""
         stated = copy.copy(self)
         if self.modules is not None:
             stored = self._read_base()

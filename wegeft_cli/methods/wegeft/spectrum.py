@@ -21,7 +21,7 @@ from torch import Tensor
 # Up to this width the singular vectors of W come from an exact decomposition.
 EXACT_WIDTH = 2048
 # Beyond it from a randomized one (Halko, Martinsson, Tropp 2011), with this number of extra
-# vectors and of passes over W. See tests/generators/test_spectrum.py for what that leaves.
+# vectors and of passes over W. See tests/methods/test_spectrum.py for what that leaves.
 _OVERSAMPLING = 32
 _NUM_PASSES = 8
 # Directions this much weaker than the strongest one are rounding: they have no angle.

@@ -1,4 +1,4 @@
-"""The house keeps its own rules: targets, pins, decisions and links between pages."""
+"""The repository keeps its own rules: make targets, pins, decisions and links between pages."""
 
 from __future__ import annotations
 

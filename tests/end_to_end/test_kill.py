@@ -89,12 +89,12 @@ CASES = {
 KILLS_OF_A_CASE = 4
 
 
-class Nursery:
-    """Training processes of `tests/workflows/nursery.py`, to be killed."""
+class KillableRuns:
+    """Training processes of `tests/end_to_end/killable_runs.py`, to be killed."""
 
     def __init__(self) -> None:
         self._pids: list[int] = []
-        script = Path(__file__).parent / "nursery.py"
+        script = Path(__file__).parent / "killable_runs.py"
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
@@ -109,7 +109,7 @@ class Nursery:
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
-        assert answer, "the nursery has ended"
+        assert answer, "the process has ended"
         found: int | None = json.loads(answer)
         return found
 
@@ -148,10 +148,10 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def runs():
+    runs = KillableRuns()
+    yield runs
+    runs.close()
 
 
 def find_moment(run_dir: Path, chance: random.Random) -> tuple[str, Callable[[], bool]]:
@@ -210,11 +210,11 @@ def check_equal(read_adapter, read_metrics, read_run):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_again_and_again(write_recipe, nursery, check_equal, read_run, tmp_path, case):
+def test_killed_again_and_again(write_recipe, runs, check_equal, read_run, tmp_path, case):
     recipe = write_recipe(**CASES[case])
     run_dir, whole = tmp_path / "runs" / "tiny", tmp_path / "whole"
     log = tmp_path / "log"
-    assert nursery.wait(nursery.start(log, "train", recipe)) == 0, log.read_text()
+    assert runs.wait(runs.start(log, "train", recipe)) == 0, log.read_text()
     shutil.move(run_dir, whole)  # the same output_dir for both, which the card tells
     assert read_run(whole)["stopped_early"] == (case == "patience that runs out")
     seed = random.SystemRandom().randrange(10**6)
@@ -222,8 +222,8 @@ def test_killed_again_and_again(write_recipe, nursery, check_equal, read_run, tm
     told = [f"seed {seed}"]
     while len(told) <= KILLS_OF_A_CASE:
         name, is_met = find_moment(run_dir, chance)
-        pid = nursery.start(log, "train", recipe, "--resume", "auto")
-        code = nursery.wait(pid, is_met)
+        pid = runs.start(log, "train", recipe, "--resume", "auto")
+        code = runs.wait(pid, is_met)
         if code is not None:
             assert code == 0, log.read_text()
             if len(told) > 1:
@@ -232,37 +232,37 @@ def test_killed_again_and_again(write_recipe, nursery, check_equal, read_run, tm
             continue
         time.sleep(chance.choice([0, 0, 0.001, 0.01]))
         os.kill(pid, signal.SIGKILL)
-        code = nursery.wait(pid)
+        code = runs.wait(pid)
         told.append(name if code == -signal.SIGKILL else f"{name} (too late)")
         print(told)
     assert len(told) > 1, "it was never killed"
-    pid = nursery.start(log, "train", recipe, "--resume", "auto")
-    assert nursery.wait(pid) == 0, log.read_text()
+    pid = runs.start(log, "train", recipe, "--resume", "auto")
+    assert runs.wait(pid) == 0, log.read_text()
     check_equal(run_dir, whole, f"{told}\n{log.read_text()}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_with_all_that_was_done(
-    write_recipe, nursery, check_equal, read_run, tmp_path, number
+    write_recipe, runs, check_equal, read_run, tmp_path, number
 ):
     recipe = write_recipe(**CASES["packed"])
     run_dir, whole, log = tmp_path / "runs" / "tiny", tmp_path / "whole", tmp_path / "log"
     metrics = run_dir / "metrics.jsonl"
-    assert nursery.wait(nursery.start(log, "train", recipe)) == 0, log.read_text()
+    assert runs.wait(runs.start(log, "train", recipe)) == 0, log.read_text()
     shutil.move(run_dir, whole)
     codes = []
     for num_lines in (1, 3):
-        pid = nursery.start(log, "train", recipe, "--resume", "auto")
+        pid = runs.start(log, "train", recipe, "--resume", "auto")
 
         def has_lines(least: int = num_lines) -> bool:
             return metrics.exists() and metrics.read_bytes().count(b"\n") >= least
 
-        assert nursery.wait(pid, has_lines) is None
+        assert runs.wait(pid, has_lines) is None
         os.kill(pid, number)
-        codes.append(nursery.wait(pid))
+        codes.append(runs.wait(pid))
         assert read_run(run_dir)["status"] == "interrupted", log.read_text()
     assert codes == [130, 130]
-    assert nursery.wait(nursery.start(log, "train", recipe, "--resume", "auto")) == 0
+    assert runs.wait(runs.start(log, "train", recipe, "--resume", "auto")) == 0
     check_equal(run_dir, whole, log.read_text())
 
 
@@ -311,30 +311,30 @@ def test_a_damaged_newest_checkpoint_is_passed_over_whatever_the_damage(
 
 @pytest.mark.parametrize("words", [[], ["--resume", "auto"]])
 def test_of_two_runs_into_one_folder_exactly_one_goes_on(
-    write_recipe, nursery, read_metrics, read_run, tmp_path, words
+    write_recipe, runs, read_metrics, read_run, tmp_path, words
 ):
     recipe = write_recipe(train={"max_steps": 100_000})
     run_dir = tmp_path / "runs" / "tiny"
     logs = [tmp_path / "one.log", tmp_path / "two.log"]
-    pids = [nursery.start(log, "train", recipe, *words) for log in logs]
+    pids = [runs.start(log, "train", recipe, *words) for log in logs]
     codes: dict[int, int | None] = {}
 
     def has_ended() -> bool:
-        codes.update({i: nursery.poll(pid) for i, pid in enumerate(pids)})
+        codes.update({i: runs.poll(pid) for i, pid in enumerate(pids)})
         return any(code is not None for code in codes.values())
 
-    nursery.wait(pids[0], has_ended)
+    runs.wait(pids[0], has_ended)
     (loser,) = [i for i, code in codes.items() if code is not None]
     told = logs[loser].read_text()
     assert codes[loser] == 2, told
     # The winner's number is in the lock a moment after the lock itself.
     assert re.search("in use by (another )?process|already holds a run", told)
     metrics = run_dir / "metrics.jsonl"
-    nursery.wait(
+    runs.wait(
         pids[1 - loser], lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3
     )
     os.kill(pids[1 - loser], signal.SIGTERM)
-    assert nursery.wait(pids[1 - loser]) == 130
+    assert runs.wait(pids[1 - loser]) == 130
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == list(range(1, len(steps) + 1))
     assert read_run(run_dir)["status"] == "interrupted"
