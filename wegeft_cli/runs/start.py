@@ -167,7 +167,7 @@ def input_record(inputs: RunInputs) -> dict[str, Any]:
 
 
 def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> None:
-    """Fingerprint the base if it is on this machine; raise UserError if it differs from the run's."""
+    """Fingerprint the base if it is on this machine; raise UserError if the run used another."""
     model = run.recipe.model
     base_dir = find_base_folder(model.name_or_path, model.revision)
     state.fingerprint = fingerprint_base(base_dir) if base_dir is not None else None
