@@ -352,6 +352,13 @@ class Adapter:
         """Read and check the tensors of a WeGeFT adapter, see `load_adapter_files`."""
         return load_adapter_files(self.folder, self.text)
 
+    def list_whole_tensors(self) -> set[str]:
+        """Return the base's parameters that the adapter replaces, by their names in its file."""
+        if not self.weights_path.is_file():
+            return set()
+        names = read_shard(self.weights_path).tensors
+        return {name.removeprefix(_SAVED) for name in names if name.startswith(_SAVED)}
+
     @cached_property
     def quantization(self) -> str | None:
         """How the base was quantized in training (`bitsandbytes_4bit`); None where it was not.

@@ -170,11 +170,11 @@ class ModelTarget(_Classified):
         load = _load_language_model if self.head is None else self._load_classifier
         if self.adapter is None:
             with model_errors(self.path):
-                model, processor = load(self.section)
+                model, processor = load(self.section, warn)
             origin = self.base or read_provenance(Path(self.path))
             return LoadedModel(model, processor, self.section, None, origin, self.head, self.recipe)
         with base_errors(self.base, self.adapter.folder):
-            model, processor = load(self.section)
+            model, processor = load(self.section, warn)
         model = load_onto(model, self.adapter, self.section, warn=warn).eval()
         in_place = method_of(self.adapter).trains_in_place
         origin = self.section.name_or_path if in_place else None
@@ -182,7 +182,11 @@ class ModelTarget(_Classified):
             model, processor, self.section, self.adapter, origin, self.head, self.recipe
         )
 
-    def _load_classifier(self, section: ModelSection) -> tuple[Any, Any]:
+    def _load_classifier(
+        self, section: ModelSection, warn: Callable[[str], None]
+    ) -> tuple[Any, Any]:
+        from wegeft_cli.models.completeness import warn_of_unused
+        from wegeft_cli.models.heads import check_provided
         from wegeft_cli.models.loading import load_model
 
         assert self.head is not None
@@ -194,6 +198,9 @@ class ModelTarget(_Classified):
             trust_remote_code=section.trust_remote_code,
             head=self.head,
         )
+        warn_of_unused(model, warn)
+        provided = set() if self.adapter is None else self.adapter.list_whole_tensors()
+        check_provided(model, section.name_or_path, provided)
         task = find_task(self.head.task)
         processor = task.load_processor(section)
         task.prepare_base(model, self.head, processor)
@@ -301,7 +308,9 @@ def _recipe_of_head(head: HeadSpec, values: Mapping[str, Any]) -> Recipe:
     return Recipe(task=cast(TaskName, head.task), data=data)
 
 
-def _load_language_model(section: ModelSection) -> tuple[Any, Any]:
+def _load_language_model(
+    section: ModelSection, warn: Callable[[str], None] = lambda text: None
+) -> tuple[Any, Any]:
     from accelerate import PartialState
 
     from wegeft_cli.models.loading import load_base, load_tokenizer
@@ -311,7 +320,7 @@ def _load_language_model(section: ModelSection) -> tuple[Any, Any]:
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
-    return load_base(section).to(PartialState().device), tokenizer
+    return load_base(section, warn=warn).to(PartialState().device), tokenizer
 
 
 @contextmanager

@@ -65,6 +65,7 @@ def fold_whole(
     """
     # Imported here, so that a streamed merge does not load them.
     from wegeft_cli.inference.loaded_model import head_of
+    from wegeft_cli.models.heads import check_provided
     from wegeft_cli.tasks.registry import task_of_head
 
     head = head_of(adapter)
@@ -74,6 +75,8 @@ def fold_whole(
         trust_remote_code=section.trust_remote_code,
         head=head,
     )
+    if head is not None:
+        check_provided(model, section.name_or_path, adapter.list_whole_tensors())
     task = task_of_head(head)
     processor = task.load_processor(section)
     task.prepare_base(model, head, processor)

@@ -224,6 +224,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def trains_everything(self, section: AdapterSection) -> bool:
+        """Return whether every parameter of the base is trained."""
+        return False
+
     def stepper(
         self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], num_steps: int
     ) -> tuple[Any, Callable[[nn.Module, Any], Tensor]]:

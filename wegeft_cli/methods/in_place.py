@@ -85,14 +85,14 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def put_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put trained values into a model's own parameters.
+    """Put trained values into a model's own parameters and running statistics.
 
     Raises:
         UserError: If the model has no such parameter, or one of another shape.
     """
     import torch
 
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         ours = list(named[name].shape) if name in named else "nothing"
         if ours != list(tensor.shape):
@@ -157,6 +157,10 @@ class InPlaceMethod(Method):
             yield "adapter.type", message, "use another type, or set `task`"
         yield from check_without_generators(recipe)
 
+    def trains_everything(self, section: AdapterSection) -> bool:
+        """Return whether the type is `full`."""
+        return section.type == "full"
+
     def count(
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
@@ -184,6 +188,7 @@ class InPlaceMethod(Method):
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the trained parameters."""
         from wegeft_cli.artifacts.in_place_files import InplaceManifest, save_inplace_files
+        from wegeft_cli.models.running_statistics import trained_statistics
         from wegeft_cli.version import VERSION
 
         recipe = record.recipe
@@ -200,6 +205,7 @@ class InPlaceMethod(Method):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+        trained |= {name: buffer.cpu() for name, buffer in trained_statistics(model).items()}
         save_inplace_files(folder, manifest, trained, card=record.card, more=record.more_files)
 
     def load(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from wegeft_cli.artifacts.stored_names import spell_name
 from wegeft_cli.errors import BaseModelError
+from wegeft_cli.models.completeness import refuse_missing
+from wegeft_cli.models.running_statistics import has_statistics
 from wegeft_cli.models.stochastic_depth import check_drop_path
 from wegeft_cli.recipe.schema import AdapterSection
 
@@ -63,46 +67,75 @@ def read_labels(config: Any) -> tuple[str, ...]:
 
 
 def find_head_modules(model: Any) -> list[str]:
-    """Find the modules that a classifier has beyond its backbone: those are new for each task."""
+    """Find the modules that a classifier adds to its backbone, which every task trains.
+
+    They are the children beside the backbone, or the output layers if the class does not keep its
+    backbone in one child. A child with running statistics belongs to the backbone.
+    """
     prefix = getattr(model, "base_model_prefix", "")
-    return [
+    children = dict(model.named_children())
+    beside = [
         name
-        for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
+        for name, child in children.items()
+        if name != prefix and any(True for _ in child.parameters()) and not has_statistics(child)
     ]
+    return beside if beside and prefix in children else find_output_modules(model)
 
 
-def make_fresh(model: nn.Module, names: Iterable[str], seed: int) -> None:
-    """Draw a head anew: normal weights of the model's own width, no bias."""
+def find_output_modules(model: Any) -> list[str]:
+    """Find the layers of a classifier whose shape depends on the number of labels."""
+    config = copy.deepcopy(model.config)
+    config.num_labels += 1
+    with torch.device("meta"):
+        other = type(model)(config)
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    names = [
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if name in shapes and shapes[name] != parameter.shape
+    ]
+    return list(dict.fromkeys(names))
+
+
+def make_fresh(model: nn.Module, names: Collection[str], seed: int) -> None:
+    """Draw parameters anew: normal weights of the model's own width, no bias, unit norms."""
     std = getattr(model.config, "initializer_range", None) or _STD
-    for name in names:
-        for part, module in model.get_submodule(name).named_modules(prefix=name):
-            for kind, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, nn.LayerNorm):
-                    parameter.data.fill_(1.0 if kind == "weight" else 0.0)
-                elif kind == "bias":
-                    parameter.data.zero_()
-                else:
-                    # torch reads the lower 32 bits of a seed alone.
-                    mixed = zlib.crc32(f"{seed} {part}.{kind}".encode())
-                    random = torch.Generator().manual_seed(mixed)
-                    drawn = torch.randn(parameter.shape, generator=random) * std
-                    parameter.data.copy_(drawn)
+    for name, parameter in model.named_parameters():
+        if name not in names:
+            continue
+        if name.endswith("bias"):
+            parameter.data.zero_()
+        elif parameter.ndim == 1 and name.endswith("weight"):
+            parameter.data.fill_(1.0)
+        else:
+            # torch reads the lower 32 bits of a seed alone.
+            mixed = zlib.crc32(f"{seed} {name}".encode())
+            random = torch.Generator().manual_seed(mixed)
+            drawn = torch.randn(parameter.shape, generator=random) * std
+            parameter.data.copy_(drawn)
 
 
-def check_loaded(missing: Collection[str], head: Collection[str], saved: Collection[str]) -> None:
+def check_loaded(missing: Mapping[str, str], trained: Collection[str]) -> None:
     """Refuse a base that leaves a part of the backbone without trained weights.
+
+    `trained` are the modules that are trained whole.
 
     Raises:
         UserError: If others are missing: they would stay random.
     """
-    lost = sorted({name.rpartition(".")[0] for name in missing if name.split(".")[0] not in head})
-    lost = [name for name in lost if not any(_covers(asked, name) for asked in saved)]
+    lost = {name: reason for name, reason in missing.items() if not is_covered(name, trained)}
     if lost:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+        shown = ", ".join(f"{name}{reason}" for name, reason in list(lost.items())[:5])
         raise BaseModelError(
-            f"the base holds no weights for {', '.join(lost[:3])}: they would stay random",
-            hint=f"train them: `adapter.modules_to_save: [{lost[0]}]`",
+            f"the base holds no weights for {shown}: they would stay random",
+            hint=f"fetch the base again, or train them: `adapter.modules_to_save: [{modules[0]}]`",
         )
+
+
+def is_covered(name: str, trained: Collection[str]) -> bool:
+    """Return whether a parameter belongs to one of the modules, which may be named by parts."""
+    return any(_covers(module, name) for module in trained)
 
 
 def _covers(asked: str, name: str) -> bool:
@@ -118,19 +151,41 @@ def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
     return {"interpolate_pos_encoding": True} if takes and own != image_size else {}
 
 
-def finish_head(model: Any, head: HeadSpec, saved: Sequence[str], seed: int) -> None:
-    """Draw the head anew where the base has none for these classes, and check the backbone.
+def finish_head(
+    model: Any, head: HeadSpec, saved: Sequence[str], seed: int, *, trains_all: bool = False
+) -> None:
+    """Draw anew what the base lacks or has for other classes, and check the backbone.
+
+    Other loaded weights stay as they are.
+
+    Args:
+        saved: Modules beside the head that are trained whole.
+        trains_all: Whether every parameter is trained.
 
     Raises:
         UserError: If a part of the backbone has no weights and is not trained.
     """
-    names = find_head_modules(model)
     missing = model.missing_weights
-    check_loaded(missing, names, saved)
-    if not head.keeps_base_head or any(name.split(".")[0] in names for name in missing):
-        make_fresh(model, names, seed)
+    if not trains_all:
+        check_loaded(missing, [*find_head_modules(model), *saved])
+    fresh = set(missing)
+    if not head.keeps_base_head:
+        outputs = find_output_modules(model)
+        fresh |= {name for name, _ in model.named_parameters() if is_covered(name, outputs)}
+    make_fresh(model, fresh, seed)
     if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
         check_drop_path(model)
+
+
+def check_provided(model: Any, name_or_path: str, provided: Set[str]) -> None:
+    """Raise BaseModelError if a classifier lacks weights that its adapter does not provide."""
+    prefix = getattr(model, "base_model_prefix", "")
+    missing = {
+        name: reason
+        for name, reason in model.missing_weights.items()
+        if provided.isdisjoint(spell_name(name, prefix))
+    }
+    refuse_missing(model, missing, name_or_path)
 
 
 def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -140,7 +195,9 @@ def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is not None:
-        model.config.pad_token_id = pad
+        # transformers reads a multimodal model's id from the configuration of its text part.
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = pad
 
 
 def with_head(section: AdapterSection, model: nn.Module) -> AdapterSection:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import BaseModelError, UserError
+from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
@@ -88,14 +89,15 @@ def load_model(
         attn_implementation: Attention kernel by its transformers name; None lets transformers
             choose.
         head: Head of a classifier, with random weights if the checkpoint has none of that shape;
-            None loads a causal language model. The model's `missing_weights` lists the parameters
-            that the checkpoint lacks.
+            None loads a causal language model. The model's `missing_weights` maps the tensors that
+            the checkpoint lacks to the reasons; `unused_weights` are those that it alone has.
 
     Returns:
         The model in evaluation mode, on the CPU by default.
 
     Raises:
-        UserError: If there is no such model, or its weights are unreadable.
+        UserError: If there is no such model, its weights are unreadable, or a language model's are
+            incomplete.
     """
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
@@ -103,18 +105,24 @@ def load_model(
     if head is not None:
         config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         head.apply(config)
-        source |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        source["config"] = config
     with _translated(name_or_path), quiet_transformers():
-        model = _auto_class(head).from_pretrained(
+        # transformers mutes its report together with its progress bars, so it is read here.
+        model, report = _auto_class(head).from_pretrained(
             **source,
             dtype=_DTYPES.get(dtype, "auto"),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **options,
         )
-    if head is not None:
-        model, told = model
-        model.missing_weights = set(told["missing_keys"])
+    missing = list_missing(report)
+    if head is None:
+        refuse_missing(model, missing, name_or_path)
+    else:
+        model.missing_weights = missing
+    model.unused_weights = list_unused(report, has_head=head is not None)
     return model.eval()
 
 
@@ -302,8 +310,13 @@ def load_backbone(base_dir: Path) -> nn.Module:
     return model.eval()
 
 
-def load_base(section: ModelSection, **options: Any) -> nn.Module:
-    """Load the frozen base on the CPU, or on the process's device if bitsandbytes quantizes it."""
+def load_base(
+    section: ModelSection, *, warn: Callable[[str], None] = lambda text: None, **options: Any
+) -> nn.Module:
+    """Load the frozen base on the CPU, or on the process's device if bitsandbytes quantizes it.
+
+    `warn` is called with a sentence about tensors that the model does not use.
+    """
     kind = name_quantization(section)
     dtype: str = section.dtype
     if kind is not None:
@@ -327,6 +340,7 @@ def load_base(section: ModelSection, **options: Any) -> nn.Module:
         model = load_share(load)
     else:
         model = load()
+    warn_of_unused(model, warn)
     keep_trainable(model)
     return model
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
+from wegeft_cli.models.running_statistics import moves_statistics
 from wegeft_cli.models.stochastic_depth import add_drop_path
 from wegeft_cli.planning.preflight import count_steps
 from wegeft_cli.recipe.schema import Recipe
@@ -44,6 +46,13 @@ def build_model(
             recipe.adapter,
             base_fingerprint=base_fingerprint,
             warn=run.reporter.warn,
+        )
+    if run.processes.count > 1 and moves_statistics(model):
+        raise UserError(
+            "the model has running statistics (BatchNorm), which each process would move its own "
+            "way",
+            key="adapter.type",
+            hint="train this model with one process, or take a method that freezes the base",
         )
     model.to(run.processes.device)
     if train.gradient_checkpointing:

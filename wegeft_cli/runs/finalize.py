@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
@@ -36,7 +36,10 @@ def export_adapter(
     step = result.num_steps if best is None else best.step
     if best is not None:
         tensors = best.tensors.get("ema") or best.tensors["parameters"]
-        parameters = dict(model.named_parameters())
+        tensors = {**tensors, **best.tensors.get("statistics", {})}
+        parameters: dict[str, Tensor] = {
+            **dict(model.named_parameters()), **dict(model.named_buffers())
+        }  # fmt: skip
         with torch.no_grad():
             for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)

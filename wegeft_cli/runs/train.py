@@ -129,7 +129,7 @@ def _load_model(
     run: Run, inputs: RunInputs, state: RunState, sharding: Mapping[str, Any]
 ) -> nn.Module:
     """Load the base and prepare it for training."""
-    base = load_base(run.recipe.model, head=inputs.head, **sharding)
+    base = load_base(run.recipe.model, head=inputs.head, warn=run.reporter.warn, **sharding)
     run.task.initialize_head(base, inputs.head, run.recipe)
     run.task.prepare_base(base, inputs.head, inputs.tokenizer)
     if state.fingerprint is None:  # a model of the hub is on this machine from now on

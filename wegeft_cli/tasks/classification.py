@@ -126,10 +126,13 @@ class ClassificationTask(Task):
         return with_head(section, model)
 
     def initialize_head(self, model: nn.Module, head: HeadSpec | None, recipe: Recipe) -> None:
+        from wegeft_cli.methods.registry import find_method
         from wegeft_cli.models.heads import finish_head
 
         assert head is not None
-        finish_head(model, head, recipe.adapter.modules_to_save, recipe.seed)
+        section = recipe.adapter
+        trains_all = find_method(section.type).trains_everything(section)
+        finish_head(model, head, section.modules_to_save, recipe.seed, trains_all=trains_all)
 
     def batches(
         self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,

@@ -83,10 +83,14 @@ def task_of_head(head: HeadSpec | None) -> Task:
 
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Prepare a base for training by the recipe's method, the task's new head included."""
+    from wegeft_cli.models.running_statistics import hold_statistics
+
     task = find_task(recipe.task)
     section = task.adapter_section(recipe.adapter, model)
     method = find_method(section.type)
-    return method.inject(model, section, task_type=task.peft_task_type, seed=recipe.seed)
+    model = method.inject(model, section, task_type=task.peft_task_type, seed=recipe.seed)
+    hold_statistics(model)
+    return model
 
 
 def check_recipe(recipe: Recipe) -> Iterator[Fault]:

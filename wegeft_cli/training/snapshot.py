@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,7 @@ class TrainingState:
         scaler: The loss scaler, enabled or not.
         average: The moving average of the parameters, if there is one.
         method: The method's own state, if it has one.
+        statistics: Running statistics that training changes, by name.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -99,6 +100,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     average: ParameterAverage | None = None
     method: MethodState | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def capture(
         self, progress: Progress, processes: Processes, source: Mapping[str, Any] | None = None
@@ -119,6 +121,8 @@ class TrainingState:
         }
         if self.average is not None:
             tensors["ema"] = {name: _copy(t) for name, t in self.average.tensors.items()}
+        if self.statistics:
+            tensors["statistics"] = {name: _copy(t) for name, t in self.statistics.items()}
         if self.method is not None and (own_tensors := self.method.tensors()):
             tensors["method"] = {name: _copy(tensor) for name, tensor in own_tensors.items()}
         return Snapshot(
@@ -162,6 +166,8 @@ class TrainingState:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved[name])
+            for name, tensor in snapshot.tensors.get("statistics", {}).items():
+                self.statistics[name].copy_(tensor)
         self._restore_optimizer(snapshot)
         if snapshot.state["scaler"]:
             self.scaler.load_state_dict(snapshot.state["scaler"])

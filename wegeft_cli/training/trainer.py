@@ -17,6 +17,7 @@ from wegeft_cli.data.batches.lockstep import is_sharded, pad_to_lockstep, seed_f
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
+from wegeft_cli.models.running_statistics import trained_statistics
 from wegeft_cli.training.activation_offload import offload_activations
 from wegeft_cli.training.callbacks import Callback
 from wegeft_cli.training.ema import ParameterAverage
@@ -155,7 +156,7 @@ class Trainer:
         self._average = None if decay is None else ParameterAverage(self.parameters, decay)
         self._state = TrainingState(
             self.parameters, self.optimizer, self.scheduler, self._scaler, self._average,
-            self.method,
+            self.method, trained_statistics(self.model),
         )  # fmt: skip
         self._is_sharded = is_sharded(self.model)
         self._saved_step: int | None = None
