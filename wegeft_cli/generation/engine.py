@@ -16,6 +16,7 @@ from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.kv_cache import PrefixCache
 from wegeft_cli.generation.stopping import stop_token_ids
 from wegeft_cli.generation.streaming import TextStreamer
+from wegeft_cli.models.context import find_context
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def fit_context(
 
 def context_length(model: Any) -> int | None:
     """Return the model's context length in tokens, answer included; None if unlimited."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return find_context(model)
 
 
 def _cut_left(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:

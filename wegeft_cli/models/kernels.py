@@ -76,7 +76,18 @@ def compile_layers(model: nn.Module) -> int:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Enable activation checkpointing (recomputation in the backward pass)."""
+    """Enable activation checkpointing (recomputation in the backward pass).
+
+    Raises:
+        UserError: If the architecture does not support it.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if not base.supports_gradient_checkpointing:
+        raise UserError(
+            f"transformers has no activation checkpointing for {type(base).__name__}",
+            key="train.gradient_checkpointing",
+            hint="set it to false, and train.per_device_train_batch_size lower if memory is short",
+        )
     # Reentrant checkpointing silently gives wrong gradients for parameters shared by layers if
     # the backward pass has hooks.
     model.activation_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface
+from transformers import AttentionInterface, pytorch_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from wegeft_cli.data.batches.base import BatchShape
@@ -232,7 +232,12 @@ def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
 def _with_fakes(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Put tensors without numbers in the place of the meta ones, the frozen ones in `dtype`."""
     fakes: dict[int, Tensor] = {}
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    # A forward pass may also keep tensors in attributes of its own.
+    before = [
+        (slots, dict(slots))
+        for module in model.modules()
+        for slots in (vars(module), module._parameters, module._buffers)
+    ]
     for module in model.modules():
         for slots in (module._parameters, module._buffers):
             for name, tensor in slots.items():
@@ -240,13 +245,29 @@ def _with_fakes(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                     continue
                 if id(tensor) not in fakes:
                     fakes[id(tensor)] = _make_fake(tensor, dtype)
-                before.append((slots, name, tensor))
                 slots[name] = fakes[id(tensor)]  # type: ignore[assignment]
+    try:
+        with _without_caches():
+            yield
+    finally:
+        for slots, values in before:
+            slots.clear()
+            slots.update(values)
+
+
+@contextmanager
+def _without_caches() -> Iterator[None]:
+    """Switch off the caches of transformers' methods, which would keep tensors without numbers.
+
+    BEiT and DINOv3 keep their positions there; the only switch is that of a running compiler.
+    """
+    library: Any = pytorch_utils
+    is_compiling = library.is_torchdynamo_compiling
+    library.is_torchdynamo_compiling = lambda: True
     try:
         yield
     finally:
-        for slots, name, tensor in before:
-            slots[name] = tensor
+        library.is_torchdynamo_compiling = is_compiling
 
 
 def _make_fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:

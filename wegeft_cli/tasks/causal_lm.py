@@ -58,11 +58,16 @@ class CausalLM(Task):
         ]
 
     def check_model(self, recipe: Recipe, skeleton: nn.Module, data: TaskData | None) -> None:
+        from wegeft_cli.tasks.support.causality_check import check_decoder
+
+        check_decoder(skeleton)
         check_context(recipe, skeleton)
 
     def check_built(self, model: nn.Module, recipe: Recipe) -> None:
+        from wegeft_cli.tasks.support.causality_check import check_causality
         from wegeft_cli.tasks.support.packing_check import check_packing
 
+        check_causality(model, recipe)
         check_packing(model, recipe)
 
     def batches(
@@ -107,9 +112,9 @@ def check_context(recipe: Recipe, skeleton: Any) -> None:
         UserError: If rows may be longer.
     """
     from wegeft_cli.errors import UserError
+    from wegeft_cli.models.context import find_context
 
-    text = skeleton.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    context = find_context(skeleton)
     if context is not None and recipe.data.max_length > context:
         raise UserError(
             f"rows of {recipe.data.max_length} tokens exceed the model's context of {context}",
