@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from wegeft_cli.cli.preview_page import draw_tokens
+from wegeft_cli.cli.commands.preview import draw_tokens
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 from wegeft_cli.tasks.support.row_viewer import TokenPiece
 

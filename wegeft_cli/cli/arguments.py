@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from wegeft_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from wegeft_cli.publishing.hub import HubTarget
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.learning_rate=2e-4."),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Overrides of the recipe, such as train.learning_rate=2e-4."
+    ),
 ]
 AdapterArgument = Annotated[
     str | None,
@@ -42,12 +49,16 @@ JsonOption = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="PATH", help="Base model. Default: the recorded one."),
+    typer.Option(
+        "--base", metavar="PATH", help="Folder or hub id of the base. Default: the recorded base."
+    ),
 ]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
-        "--data-dir", metavar="DIR", help="Folder with <set>/test.json. Default: the hub."
+        "--data-dir",
+        metavar="DIR",
+        help="Folder with <set>/test.json of each test set. Default: the recipe's, else the hub.",
     ),
 ]
 LimitOption = Annotated[
@@ -59,7 +70,9 @@ LimitOption = Annotated[
 RevisionOption = Annotated[
     str | None,
     typer.Option(
-        "--revision", metavar="REV", help="Hub revision of the base. Default: the recorded one."
+        "--revision",
+        metavar="REV",
+        help="Hub branch, tag or commit of the base. Default: the recorded one.",
     ),
 ]
 PushOption = Annotated[
@@ -77,7 +90,10 @@ PublicOption = Annotated[
 
 AllowCodeOption = Annotated[
     bool,
-    typer.Option("--allow-code-execution", help="Run model-written code in a sandbox."),
+    typer.Option(
+        "--allow-code-execution",
+        help="Allow code benchmarks to run the model's programs, in a sandbox.",
+    ),
 ]
 NumSamplesOption = Annotated[
     int | None,
@@ -102,17 +118,20 @@ JudgeUrlOption = Annotated[
     typer.Option(
         "--judge-url",
         metavar="URL",
-        help="OpenAI-compatible address of a judge model. Answers are sent only to this address.",
+        help="OpenAI-compatible address of the model that judges open answers. They are sent only "
+        "there.",
     ),
 ]
 JudgeModelOption = Annotated[
     str | None,
-    typer.Option("--judge-model", metavar="NAME", help="Model name of the judge at --judge-url."),
+    typer.Option("--judge-model", metavar="NAME", help="Name of the judge model at --judge-url."),
 ]
 JudgmentsOption = Annotated[
     Path | None,
     typer.Option(
-        "--judgments", metavar="FILE", help="Score the judgments in this file without a model."
+        "--judgments",
+        metavar="FILE",
+        help="Score the judgments in this JSONL file, without a model.",
     ),
 ]
 TrustTaskCodeOption = Annotated[
@@ -136,7 +155,7 @@ TemplateOption = Annotated[
     ),
 ]
 RawOption = Annotated[
-    bool, typer.Option("--raw", help="Use the text as the prompt; same as --template plain.")
+    bool, typer.Option("--raw", help="Use the text itself as the prompt, like --template plain.")
 ]
 TemperatureOption = Annotated[
     float | None,
@@ -171,10 +190,12 @@ MinPOption = Annotated[
 PenaltyOption = Annotated[
     float,
     typer.Option(
-        "--repetition-penalty", metavar="X", help="Penalty on repeated tokens; 1 is none."
+        "--repetition-penalty",
+        metavar="X",
+        help="Penalty on repeated tokens: above 1 discourages them, 1 is none.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Sampling seed.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")]
 LengthOption = Annotated[
     int | None,
     typer.Option(
@@ -186,5 +207,17 @@ LengthOption = Annotated[
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="Text that ends an answer. Repeatable."),
+    typer.Option("--stop", metavar="TEXT", help="End an answer at this text. Repeatable."),
 ]
+
+
+def hub_target(repo_id: str | None, is_public: bool) -> HubTarget | None:
+    """Return the target of --push-to-hub, or None; raise `UserError` if --public is alone."""
+    if repo_id is None:
+        if is_public:
+            message = "requires --push-to-hub"
+            raise UserError(message, key="--public", hint="set the repository, or remove --public")
+        return None
+    from wegeft_cli.publishing.hub import HubTarget
+
+    return HubTarget(repo_id, is_public)

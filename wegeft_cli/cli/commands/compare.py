@@ -13,8 +13,12 @@ from wegeft_cli.cli.tables import print_comparison
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A.json", help="Result of wegeft eval --output.")],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="Another result on the same rows.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A.json", help="Result file of `wegeft eval --output`.")
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B.json", help="Another result file on the same rows.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Compare two results row by row with McNemar's exact paired test."""

@@ -32,7 +32,7 @@ def edit(
         ),
     ] = None,
     restore: Annotated[
-        bool, typer.Option("--restore", help="Write the original of an edited adapter.")
+        bool, typer.Option("--restore", help="Write the original that an edited adapter holds.")
     ] = False,
     output: Annotated[
         Path | None,

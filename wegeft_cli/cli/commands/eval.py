@@ -34,7 +34,8 @@ def evaluate(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="Benchmark or group; for a classifier: test or validation. Repeatable.",
+            help="Benchmark or group (see --list); for a classifier, test or validation. "
+            "Repeatable. Default: the recipe's.",
         ),
     ] = None,
     protocol: Annotated[
@@ -42,7 +43,7 @@ def evaluate(
         typer.Option(
             "--protocol",
             metavar="NAME",
-            help="Prompt, decoding and scoring rules. Default: the recipe's.",
+            help="Rules for prompt, decoding and scoring (see --list). Default: the recipe's.",
         ),
     ] = None,
     data_dir: DataDirOption = None,
@@ -59,7 +60,7 @@ def evaluate(
             "--max-new-tokens",
             metavar="N",
             min=1,
-            help="Maximum answer length. Default: the protocol's.",
+            help="Maximum length of an answer in tokens. Default: the protocol's.",
         ),
     ] = None,
     output: Annotated[
@@ -69,14 +70,14 @@ def evaluate(
         ),
     ] = None,
     compare_base: Annotated[
-        bool, typer.Option("--compare-base", help="Also score the base model.")
+        bool, typer.Option("--compare-base", help="Also score the base without the adapter.")
     ] = False,
     samples: Annotated[
         Path | None,
         typer.Option(
             "--samples",
             metavar="FILE",
-            help="Score the outputs in this JSONL file without a model.",
+            help="Score the outputs in this JSONL file, without a model.",
         ),
     ] = None,
     base: BaseOption = None,
@@ -89,11 +90,15 @@ def evaluate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", min=0, help="Sampling seed. Default: the protocol's."),
+        typer.Option(
+            "--seed", metavar="N", min=0, help="Seed of the sampling. Default: the protocol's."
+        ),
     ] = None,
     backend: Annotated[
         str,
-        typer.Option("--backend", metavar="NAME", help="Generation engine: transformers or vllm."),
+        typer.Option(
+            "--backend", metavar="NAME", help="Engine that generates: transformers or vllm."
+        ),
     ] = "transformers",
     num_processes: Annotated[
         int | None,
@@ -101,7 +106,7 @@ def evaluate(
             "--num-processes",
             metavar="N",
             min=1,
-            help="Split the rows over N processes. Default: 1.",
+            help="Split the rows over N processes, one per GPU. Default: 1.",
         ),
     ] = None,
     allow_code_execution: AllowCodeOption = False,

@@ -13,9 +13,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RevisionOption,
+    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, print_json, show
-from wegeft_cli.cli.hub_target import hub_target
 
 
 def export(
@@ -23,7 +23,8 @@ def export(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="Adapter or run folder; for gguf also a model folder. Default: the newest run.",
+            help="Adapter or run folder; for gguf also a model folder. Default: the newest "
+            "finished run.",
         ),
     ] = None,
     format: Annotated[
@@ -32,7 +33,7 @@ def export(
             "--format",
             "-f",
             metavar="FORMAT",
-            help="lora: exact LoRA equivalent for PEFT, vLLM, SGLang. gguf: for llama.cpp.",
+            help="lora: exact LoRA equivalent for PEFT, vLLM and SGLang. gguf: for llama.cpp.",
         ),
     ] = "lora",
     output: Annotated[
@@ -51,8 +52,8 @@ def export(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="float32, bfloat16 or float16; q8_0 for a model as GGUF. Default: float32 for an "
-            "adapter, the stored type for a model.",
+            help="Type of the written tensors: float32, bfloat16 or float16; q8_0 for a model as "
+            "GGUF. Default: float32 for an adapter, the stored type for a model.",
         ),
     ] = None,
     pad_rank: Annotated[
@@ -70,10 +71,17 @@ def export(
     ] = False,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="Prompt of the parity report. Repeatable."),
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="Prompt for the parity check. Repeatable. Default: four short prompts.",
+        ),
     ] = None,
     no_parity: Annotated[
-        bool, typer.Option("--no-parity", help="Skip the parity check, which loads the base.")
+        bool,
+        typer.Option(
+            "--no-parity", help="Skip the parity check, which loads the base and compares logits."
+        ),
     ] = False,
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,

@@ -25,7 +25,7 @@ def generate(
     target: TargetArgument = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt. Repeatable."),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt to answer. Repeatable."),
     ] = None,
     file: Annotated[
         str | None,
@@ -33,8 +33,8 @@ def generate(
             "--file",
             "-f",
             metavar="FILE",
-            help="File of prompts (.jsonl, .json, .csv, .parquet), or a text file as one prompt. "
-            "-: standard input.",
+            help="File of prompts (.jsonl, .json, .csv, .parquet), a text file as one prompt, or - "
+            "for standard input.",
         ),
     ] = None,
     limit: Annotated[
@@ -46,7 +46,10 @@ def generate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the answers to this JSONL file."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the answers to this JSONL file. Default: print them.",
         ),
     ] = None,
     *,

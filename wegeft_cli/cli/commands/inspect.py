@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,9 @@ def inspect(
     adapter: AdapterArgument = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OTHER", help="Compare with this adapter."),
+        typer.Option(
+            "--against", metavar="OTHER", help="Also compare with this adapter, module by module."
+        ),
     ] = None,
     top_k: Annotated[
         int | None,
@@ -45,7 +47,8 @@ def inspect(
         typer.Option(
             "--directions",
             metavar="KIND",
-            help="columns (of C = W phi) or principal (of the change).",
+            help="Directions to show as tokens: columns of C = W phi, or principal directions of "
+            "the change.",
         ),
     ] = "columns",
     num_directions: Annotated[
@@ -54,18 +57,21 @@ def inspect(
             "--num-directions",
             metavar="N",
             min=0,
-            help="Directions per module to show as tokens, strongest first.",
+            help="Number of directions per module to show as tokens, strongest first.",
         ),
     ] = 3,
     tokens: Annotated[
-        int, typer.Option("--tokens", metavar="N", min=1, help="Tokens per end of a direction.")
+        int,
+        typer.Option(
+            "--tokens", metavar="N", min=1, help="Tokens to show at each end of a direction."
+        ),
     ] = 8,
     image: Annotated[
         list[Path] | None,
         typer.Option(
             "--image",
             metavar="FILE",
-            help="Image for token-clustering maps. Repeatable.",
+            help="Draw token-clustering maps of this image (vision adapters). Repeatable.",
         ),
     ] = None,
     ablate: Annotated[
@@ -73,16 +79,21 @@ def inspect(
         typer.Option(
             "--ablate",
             metavar="KIND",
-            help="Score a benchmark with one part switched off at a time: group, layer, module, "
-            "direction or saved.",
+            help="Score a benchmark with one part of this kind off at a time: group, layer, "
+            "module, direction or saved.",
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME", help="Benchmark of --ablate.")
+        str | None,
+        typer.Option(
+            "--task", metavar="NAME", help="Benchmark for --ablate. Default: the recipe's first."
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", metavar="NAME", help="Protocol of --ablate."),
+        typer.Option(
+            "--protocol", metavar="NAME", help="Protocol for --ablate. Default: the recipe's."
+        ),
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
@@ -98,13 +109,15 @@ def inspect(
             "--top",
             metavar="N",
             min=1,
-            help="Number of largest directions for --ablate. Default: 16.",
+            help="With --ablate direction: the N largest directions. Default: 16.",
         ),
     ] = None,
     base: BaseOption = None,
     plots: Annotated[
         Path | None,
-        typer.Option("--plots", metavar="DIR", help="Folder for plots (PNG). Default: no plots."),
+        typer.Option(
+            "--plots", metavar="DIR", help="Draw plots into this folder (PNG). Default: no plots."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -115,14 +128,10 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter changes: size, novelty, rank, tokens; or rank its parts."""
-    given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
-    for key, value in {**given, "--batch-size": batch_size, "--top": top}.items():
-        if value is not None and ablate is None:
-            raise UserError("requires --ablate", key=key, hint="add --ablate group")
-    if ablate is not None and (against is not None or image):
-        message = "excludes --against and --image"
-        raise UserError(message, key="--ablate", hint="remove them")
     if ablate is not None:
+        if against is not None or image:
+            message = "excludes --against and --image"
+            raise UserError(message, key="--ablate", hint="remove them")
         from wegeft_cli.analysis.ablate import ablate as run_ablation
 
         ranking = run_ablation(
@@ -141,6 +150,8 @@ def inspect(
         )
         print_json(ranking) if as_json else _print_ablation(ranking)
         return
+    given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
+    _refuse_without_ablate({**given, "--batch-size": batch_size, "--top": top})
     from wegeft_cli.analysis.inspect import inspect as run
 
     result = run(
@@ -158,7 +169,17 @@ def inspect(
     )
     if as_json:
         print_json(result)
-        return
+    else:
+        _print_inspection(result)
+
+
+def _refuse_without_ablate(given: Mapping[str, Any]) -> None:
+    for key, value in given.items():
+        if value is not None:
+            raise UserError("requires --ablate", key=key, hint="add --ablate group")
+
+
+def _print_inspection(result: dict[str, Any]) -> None:
     _print_groups(result)
     _print_modules(result)
     _print_tokens(result)

@@ -13,9 +13,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RevisionOption,
+    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, print_json, show
-from wegeft_cli.cli.hub_target import hub_target
 
 
 def merge(
@@ -31,7 +31,8 @@ def merge(
         typer.Option(
             "--weight",
             metavar="W",
-            help="Factor of an adapter's change, once per adapter in their order. Default: 1.",
+            help="Multiply an adapter's change by W. Repeat it for each adapter, in their order. "
+            "Default: 1.",
         ),
     ] = None,
     base: BaseOption = None,
@@ -50,7 +51,7 @@ def merge(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="float32, bfloat16 or float16. Default: the base's type.",
+            help="Type of the written tensors: float32, bfloat16 or float16. Default: the base's.",
         ),
     ] = None,
     max_shard_size: Annotated[

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, print_json, show
+
+if TYPE_CHECKING:
+    from wegeft_cli.planning.plan import Plan
 
 
 def plan(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
     """Estimate parameters, steps and memory. A folder with only config.json is enough."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     from wegeft_cli.planning.plan import plan as run
 
     result = run(recipe, overrides or [], reporter=RichReporter())
     if as_json:
         print_json(result.to_json())
         return
+    _show_groups(result)
+    _show_steps(result)
+    _show_memory(result)
+    for reason in result.unknown:
+        show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _show_groups(result: Plan) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     groups = Table("trainable group", "layers", "width", "parameters", box=SIMPLE)
     for column in groups.columns[1:]:
         column.justify = "right"
@@ -30,6 +43,9 @@ def plan(
         f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
         f"({result.trainable_parameters / result.base_parameters:.3%})"
     )
+
+
+def _show_steps(result: Plan) -> None:
     if result.num_steps is not None:
         rows = "" if result.num_rows is None else f" over {result.num_rows:,} rows"
         show(f"{result.num_steps:,} optimizer steps{rows}")
@@ -46,6 +62,12 @@ def plan(
             f"{_format_flops(result.flops_per_step)} per step, "
             f"{_format_flops(result.train_flops)} in total"
         )
+
+
+def _show_memory(result: Plan) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
     memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
     memory.columns[1].justify = "right"
     for name, gib in result.memory_gib.items():
@@ -59,8 +81,6 @@ def plan(
     show(
         f"checkpoints: {result.checkpoint_gib:.2f} GiB each{disk}; {result.free_disk_gib:.0f} free"
     )
-    for reason in result.unknown:
-        show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _format_flops(value: float) -> str:

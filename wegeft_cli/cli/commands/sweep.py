@@ -20,7 +20,7 @@ def sweep(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every combination without training.")
+        bool, typer.Option("--dry-run", help="Check every combination and stop before training.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,9 +14,9 @@ from wegeft_cli.cli.arguments import (
     PublicOption,
     PushOption,
     RecipeArgument,
+    hub_target,
 )
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
-from wegeft_cli.cli.hub_target import hub_target
 from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
@@ -32,7 +32,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH",
-            help="Resume from the newest complete checkpoint of the run, or from this checkpoint.",
+            help="Resume from the newest complete checkpoint of the run (auto), or from this "
+            "checkpoint. Default: start a new run.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -45,7 +46,7 @@ def train(
             "--num-processes",
             metavar="N",
             min=1,
-            help="Total number of processes, one per GPU. Default: 1, without a launcher.",
+            help="Total number of processes over all machines, one per GPU. Default: 1.",
         ),
     ] = None,
     num_machines: Annotated[
@@ -54,7 +55,7 @@ def train(
             "--num-machines",
             metavar="N",
             min=1,
-            help="Machines that run the processes. Start the command on each of them.",
+            help="Number of machines. Start the same command on each of them.",
         ),
     ] = 1,
     rdzv_endpoint: Annotated[
@@ -62,7 +63,7 @@ def train(
         typer.Option(
             "--rdzv-endpoint",
             metavar="HOST:PORT",
-            help="Address of one of the machines, the same on all. Required for several machines.",
+            help="Address of the machine where they meet. Required with --num-machines above 1.",
         ),
     ] = None,
     max_restarts: Annotated[
@@ -71,7 +72,7 @@ def train(
             "--max-restarts",
             metavar="N",
             min=0,
-            help="Restarts of all processes from the newest checkpoint after one fails.",
+            help="After a process fails, restart all from the newest checkpoint, at most N times.",
         ),
     ] = 0,
     push_to_hub: PushOption = None,
