@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -66,3 +75,57 @@ def raise_all(faults: list[UserError]) -> None:
         raise faults[0]
     if faults:
         raise ExceptionGroup(f"{len(faults)} faults", faults)
+
+
+# Errors that another path or other permissions fix; all others are failures of the machine.
+_USER_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+    }
+)
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
+    """Translate errors of the disk raised in the body into UserError or MachineError.
+
+    UserError: the path or its permissions are wrong. MachineError: the disk is full, read-only or
+    broken. `doing` is the verb of the message, write or read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(error.errno, error.strerror or str(error), path, doing) from error
+    except SafetensorError as error:
+        # safetensors wraps the system's error in a text: "... (os error 28)".
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        code = int(found[1])
+        raise _disk_error(code, os.strerror(code), path, doing) from error
+
+
+def _disk_error(code: int | None, reason: str, path: Path, doing: str) -> UserError:
+    message = f"cannot {doing}: {reason}"
+    if code in _USER_ERRNOS:
+        return UserError(message, file=str(path), hint="check the path and its permissions")
+    hint = "free some space or choose another folder" if code in _FULL_ERRNOS else None
+    return MachineError(message, file=str(path), hint=hint)
+
+
+def add_key(fault: UserError, key: str) -> UserError:
+    """Prefix a fault's key with the key of its source in the recipe."""
+    if fault.key is None:
+        fault.key = key
+    elif "." not in fault.key:
+        fault.key = f"{key}.{fault.key}"
+    return fault

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.artifacts.adapter import save_adapter_files
+from wegeft_cli.artifacts.adapter_files import save_adapter_files
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
 
 RANK = 2

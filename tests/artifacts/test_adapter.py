@@ -8,12 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wegeft_cli.artifacts.adapter import (
-    Adapter,
-    load_adapter_files,
-    resolve_adapter_dir,
-    save_adapter_files,
-)
+from wegeft_cli.artifacts.adapter import Adapter, resolve_adapter_dir
+from wegeft_cli.artifacts.adapter_files import load_adapter_files, save_adapter_files
 from wegeft_cli.artifacts.run_directory import find_newest_run
 from wegeft_cli.errors import UserError
 

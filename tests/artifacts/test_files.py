@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import MachineError, UserError, disk_errors
 from wegeft_cli.storage.atomic import (
     atomic_file,
     atomic_folder,
     check_free_space,
-    disk_errors,
     hash_bytes,
     remove_leftover_files,
     remove_leftovers,

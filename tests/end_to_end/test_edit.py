@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.analysis.edit import edit
-from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.wegeft.equations import merged_weight

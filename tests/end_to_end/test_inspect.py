@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from wegeft_cli.analysis.edit import edit
 from wegeft_cli.analysis.inspect import inspect
-from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import delta_weight
 

@@ -330,9 +330,7 @@ def test_of_two_runs_into_one_folder_exactly_one_goes_on(
     # The winner's number is in the lock a moment after the lock itself.
     assert re.search("in use by (another )?process|already holds a run", told)
     metrics = run_dir / "metrics.jsonl"
-    runs.wait(
-        pids[1 - loser], lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3
-    )
+    runs.wait(pids[1 - loser], lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 3)
     os.kill(pids[1 - loser], signal.SIGTERM)
     assert runs.wait(pids[1 - loser]) == 130
     steps = [line["step"] for line in read_metrics(run_dir)]

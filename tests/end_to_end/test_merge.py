@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wegeft_cli.artifacts.adapter import Adapter, load_adapter_files
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.export import ExportOptions, export
 from wegeft_cli.inference.generate import generate

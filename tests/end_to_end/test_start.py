@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.signals import STOP_SIGNALS, StopRequest
 from wegeft_cli.errors import MachineError, UserError

@@ -35,13 +35,8 @@ from tests.fuzz.damage import (
     damage_yaml,
     json_damage,
 )
-from wegeft_cli.artifacts.adapter import (
-    BASE_NAME,
-    Adapter,
-    load_adapter_files,
-    quantization_to_json,
-    resolve_adapter_dir,
-)
+from wegeft_cli.artifacts.adapter import Adapter, quantization_to_json, resolve_adapter_dir
+from wegeft_cli.artifacts.adapter_files import BASE_NAME, load_adapter_files
 from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.run_directory import RunDirectory, find_newest_run, find_recipe_of

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from wegeft_cli.artifacts.adapter import Adapter, load_adapter_files
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.artifacts.checkpoint import load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.interop.conftest import FACTOR_STD, PEFT_MARKS, draw_factors, factors_of
-from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate

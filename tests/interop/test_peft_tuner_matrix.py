@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.interop.conftest import KINDS, PEFT_MARKS, draw_factors, factors_of
-from wegeft_cli.artifacts.adapter import load_adapter_files
+from wegeft_cli.artifacts.adapter_files import load_adapter_files
 
 pytestmark = PEFT_MARKS
 PEFT_VERSION = Version(peft.__version__)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.generation import vllm_engine as vllm

@@ -12,10 +12,8 @@ import torch
 from wegeft_cli.analysis.adapter_parts import KINDS, Element, list_elements
 from wegeft_cli.analysis.edit import edit_files
 from wegeft_cli.analysis.output_files import check_output, check_plots, save_ablation, write_json
-from wegeft_cli.artifacts.adapter import (
-    Adapter,
-    AdapterFiles,
-)
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from wegeft_cli.analysis.weight_changes import find_layer
-from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import UserError
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from wegeft_cli.analysis.adapter_parts import Element, find_element
-from wegeft_cli.artifacts.adapter import (
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import (
     CARD_NAME,
     ORIGINAL_NAME,
-    Adapter,
     AdapterFiles,
     load_adapter_files,
     save_adapter_files,

@@ -10,7 +10,7 @@ from typing import Any
 
 from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.analysis.output_files import write_json
-from wegeft_cli.artifacts.adapter import WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter_files import WEIGHTS_NAME
 from wegeft_cli.artifacts.run_directory import RunDirectory, find_run, now
 from wegeft_cli.artifacts.run_results import (
     RunRecord,

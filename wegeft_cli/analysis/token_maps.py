@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.analysis.feature_maps import lay_out, recorded
 from wegeft_cli.analysis.weight_changes import Changes
-from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.loaded_model import ModelTarget

@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import (
-    Adapter,
-    AdapterFiles,
-)
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import BaseModelError, UserError

@@ -11,10 +11,9 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import MachineError, UserError, disk_errors
 from wegeft_cli.storage.atomic import (
     atomic_folder,
-    disk_errors,
     hash_bytes,
     remove_folder,
     remove_leftovers,

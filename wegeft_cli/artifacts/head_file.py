@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.storage.json_files import parse_json
 
 HEAD_NAME = "head.json"

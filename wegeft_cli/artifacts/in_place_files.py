@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.manifest import INPLACE_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import (

@@ -19,15 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.storage.atomic import (
-    disk_errors,
-    remove_leftover_files,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import (
     parse_object,
     read_json,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wegeft_cli.artifacts.adapter import AdapterFiles
+    from wegeft_cli.artifacts.adapter_files import AdapterFiles
 
 
 def spell_name(name: str, prefix: str) -> tuple[str, str, str]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from wegeft_cli.data.sources.loading import find_files
 from wegeft_cli.data.text.tokenizer import describe_tokenizer
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.recipe.schema import DataSection
-from wegeft_cli.storage.atomic import disk_errors, hash_bytes
+from wegeft_cli.storage.atomic import hash_bytes
 
 _NUM_PROBES = 16
 _PROBE_BYTES = 64 * 2**10

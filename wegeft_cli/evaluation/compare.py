@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import UserError, disk_errors, raise_all
 from wegeft_cli.statistics import compare_paired
-from wegeft_cli.storage.atomic import disk_errors
 from wegeft_cli.storage.json_files import parse_json
 
 _SAME = ("template_hash", "data_sha256", "n")

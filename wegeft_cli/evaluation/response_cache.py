@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.storage.atomic import disk_errors, remove_folder
+from wegeft_cli.errors import disk_errors
+from wegeft_cli.storage.atomic import remove_folder
 
 _KEY_NAME = "key.json"
 

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import (
-    CARD_NAME,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-)
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.lora import TwinPlan, plan_twin
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity

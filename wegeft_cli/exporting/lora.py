@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.stored_names import has_all_tensors
 from wegeft_cli.methods.wegeft.equations import Side

@@ -15,7 +15,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors

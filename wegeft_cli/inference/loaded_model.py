@@ -347,7 +347,7 @@ def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[
     `base_fingerprint` is null if there are no safetensors, `base_quantization` if the base is not
     quantized, and `adapter_fingerprint`, over the adapter's config and tensors, for a model.
     """
-    from wegeft_cli.artifacts.adapter import CONFIG_NAME
+    from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
     from wegeft_cli.artifacts.fingerprint import fingerprint_base
     from wegeft_cli.models.loading import find_base_folder, name_quantization
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.sources.files import find_suffix
 from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.data.sources.messages import check_text
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.data.sources.paths import find_suffix
+from wegeft_cli.errors import UserError, disk_errors, raise_all
 from wegeft_cli.inference.prompt_format import read_question
 from wegeft_cli.recipe.schema import DataSource
-from wegeft_cli.storage.atomic import disk_errors
 
 MAX_FAULTS = 5
 """Reported at once; more would hide the first."""

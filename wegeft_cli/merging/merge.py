@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import CARD_NAME, PROVENANCE_NAME, Adapter
+from wegeft_cli.artifacts.adapter import PROVENANCE_NAME, Adapter
+from wegeft_cli.artifacts.adapter_files import CARD_NAME
 from wegeft_cli.artifacts.fingerprint import fingerprint_tensors
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.merging.in_memory import (

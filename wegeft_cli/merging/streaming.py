@@ -11,13 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.storage.atomic import (
-    atomic_folder,
-    check_free_space,
-    check_unused_folder,
-    disk_errors,
-)
+from wegeft_cli.errors import UserError, disk_errors, raise_all
+from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
 from wegeft_cli.storage.safetensors_reader import (
     BLOCK_BYTES,
     DTYPE_NAMES,

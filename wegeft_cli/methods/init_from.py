@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from wegeft_cli.artifacts.adapter import Adapter, resolve_adapter_dir
-from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import describe, find_method, method_of
 from wegeft_cli.recipe.schema import AdapterSection

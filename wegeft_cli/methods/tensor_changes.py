@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, merge_stored

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.evaluation.benchmarks.groups import expand_groups
 from wegeft_cli.evaluation.benchmarks.registry import find_folder
 from wegeft_cli.recipe.schema import Recipe

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.errors import disk_errors
 from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.planning.flops import count_flops
 from wegeft_cli.planning.memory import GIB, measure_available, memory_warnings
@@ -21,7 +22,6 @@ from wegeft_cli.planning.preflight import (
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.storage.atomic import disk_errors
 
 
 @dataclass(frozen=True)

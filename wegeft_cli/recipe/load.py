@@ -15,8 +15,8 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
 from wegeft_cli.recipe.grid import count_runs
 from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
-from wegeft_cli.recipe.merged import MergedValues
-from wegeft_cli.recipe.reader import DROPPED, FileValues, ReadErrors, ValueReader, describe
+from wegeft_cli.recipe.merged import FileValues, MergedValues, ReadErrors, describe
+from wegeft_cli.recipe.reader import DROPPED, ValueReader
 from wegeft_cli.recipe.rules import METHOD_RULES, check_recipe, load_rules
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.schema_keys import (

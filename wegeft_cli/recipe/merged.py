@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
-from wegeft_cli.recipe.reader import FileValues, ReadErrors, describe
 
 
 @dataclass
@@ -79,3 +79,56 @@ def _merge_maps(old: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
         old.setdefault(key, None)
         _merge_at(old, key, value)
+
+
+_MAX_SHOWN = 60
+
+
+@dataclass
+class ReadErrors:
+    """Errors and notes of reading a recipe, over all its files and overrides."""
+
+    faults: list[UserError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed_keys: set[KeyPath] = field(default_factory=set)
+    """Keys with an error, about which no rule complains again."""
+    suggested_keys: set[KeyPath] = field(default_factory=set)
+    """Keys that a misspelled one probably means, which are not reported as missing."""
+
+    def add(self, path: KeyPath, message: str, place: str, hint: str | None = None) -> None:
+        """Record an error at a key."""
+        self.faults.append(UserError(message, file=place, key=format_key(path) or None, hint=hint))
+        self.failed_keys.add(path)
+
+    def has_failed(self, path: KeyPath) -> bool:
+        """Return whether a key, a key inside it or one around it has an error."""
+        return any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in self.failed_keys)
+
+    def is_suggested(self, path: KeyPath) -> bool:
+        """Return whether a misspelled key probably means this one or a key around it."""
+        return any(path[: len(key)] == key for key in self.suggested_keys)
+
+
+@dataclass
+class FileValues:
+    """The valid values of one file, nested as in the recipe, and where each key is set."""
+
+    values: dict[str, Any]
+    places: dict[KeyPath, str]
+
+
+def describe(value: object) -> str:
+    """Return the words for a value, as YAML would write it."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {_shorten(value)!r}"
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a map"
+    return f"the number {_shorten(str(value))}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
+from wegeft_cli.recipe.merged import FileValues, ReadErrors, describe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.schema_keys import (
     explain_swept,
@@ -27,41 +27,7 @@ from wegeft_cli.recipe.yaml_source import Document, has_interpolation, iterate_e
 DROPPED: Any = object()
 """Replaces a value that has an error."""
 
-_MAX_SHOWN = 60
 _NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")  # YAML 1.1 reads 012 as 10 and 1:30 as 90
-
-
-@dataclass
-class ReadErrors:
-    """Errors and notes of reading a recipe, over all its files and overrides."""
-
-    faults: list[UserError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    failed_keys: set[KeyPath] = field(default_factory=set)
-    """Keys with an error, about which no rule complains again."""
-    suggested_keys: set[KeyPath] = field(default_factory=set)
-    """Keys that a misspelled one probably means, which are not reported as missing."""
-
-    def add(self, path: KeyPath, message: str, place: str, hint: str | None = None) -> None:
-        """Record an error at a key."""
-        self.faults.append(UserError(message, file=place, key=format_key(path) or None, hint=hint))
-        self.failed_keys.add(path)
-
-    def has_failed(self, path: KeyPath) -> bool:
-        """Return whether a key, a key inside it or one around it has an error."""
-        return any(path[: len(bad)] == bad or bad[: len(path)] == path for bad in self.failed_keys)
-
-    def is_suggested(self, path: KeyPath) -> bool:
-        """Return whether a misspelled key probably means this one or a key around it."""
-        return any(path[: len(key)] == key for key in self.suggested_keys)
-
-
-@dataclass
-class FileValues:
-    """The valid values of one file, nested as in the recipe, and where each key is set."""
-
-    values: dict[str, Any]
-    places: dict[KeyPath, str]
 
 
 class ValueReader:
@@ -208,23 +174,6 @@ class ValueReader:
                 message, hint = explain_swept(name)
                 self.errors.add(here, message, place, hint)
         return sound
-
-
-def describe(value: object) -> str:
-    """Return the words for a value, as YAML would write it."""
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f"the text {_shorten(value)!r}"
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "a map"
-    return f"the number {_shorten(str(value))}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _read_scalar(kind: Any, value: Any, node: yaml.Node) -> Any:

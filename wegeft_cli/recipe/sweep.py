@@ -18,7 +18,7 @@ from wegeft_cli.recipe.load import (
     escape_interpolation,
     read_settings,
 )
-from wegeft_cli.recipe.reader import ReadErrors
+from wegeft_cli.recipe.merged import ReadErrors
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
-from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe

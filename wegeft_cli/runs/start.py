@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.fingerprint import fingerprint_base

@@ -26,7 +26,7 @@ from wegeft_cli.artifacts.run_results import (
     read_outcome,
 )
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
-from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, raise_all
+from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_errors, raise_all
 from wegeft_cli.planning.validate import check_names
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
@@ -34,12 +34,7 @@ from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.resume_rules import check_same_recipe, with_absolute_paths
 from wegeft_cli.runs.sweep_plot import draw_sweep
-from wegeft_cli.storage.atomic import (
-    disk_errors,
-    remove_leftover_files,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import to_finite
 from wegeft_cli.storage.lock import lock_folder
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import hashlib
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,9 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import MachineError, UserError, disk_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,50 +21,6 @@ if TYPE_CHECKING:
 
 HASH_CHUNK_BYTES = 4 * 2**20
 _GIB = 2**30
-
-# Errors that another path or other permissions fix; all others are failures of the machine.
-_USER_ERRNOS = frozenset(
-    {
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-        errno.ENOTEMPTY,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-    }
-)
-_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-@contextmanager
-def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
-    """Translate errors of the disk raised in the body into UserError or MachineError.
-
-    UserError: the path or its permissions are wrong. MachineError: the disk is full, read-only or
-    broken. `doing` is the verb of the message, write or read.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _disk_error(error.errno, error.strerror or str(error), path, doing) from error
-    except SafetensorError as error:
-        # safetensors wraps the system's error in a text: "... (os error 28)".
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
-            raise
-        code = int(found[1])
-        raise _disk_error(code, os.strerror(code), path, doing) from error
-
-
-def _disk_error(code: int | None, reason: str, path: Path, doing: str) -> UserError:
-    message = f"cannot {doing}: {reason}"
-    if code in _USER_ERRNOS:
-        return UserError(message, file=str(path), hint="check the path and its permissions")
-    hint = "free some space or choose another folder" if code in _FULL_ERRNOS else None
-    return MachineError(message, file=str(path), hint=hint)
 
 
 @contextmanager

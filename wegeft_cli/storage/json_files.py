@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.errors import UserError, disk_errors
 
 MAX_JSON_BYTES = 100_000_000
 """Longest JSON file that is read: the index of a model with a million tensors is shorter."""

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.storage.json_files import parse_object
 
 LOCK_NAME = ".wegeft.lock"

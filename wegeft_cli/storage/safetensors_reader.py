@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.storage.containment import check_inside, check_links, is_shard_name
 from wegeft_cli.storage.json_files import parse_json, read_json, shorten
 

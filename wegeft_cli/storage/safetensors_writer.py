@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wegeft_cli.errors import UserError
-from wegeft_cli.storage.atomic import disk_errors
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.storage.containment import check_inside
 from wegeft_cli.storage.json_files import read_json
 from wegeft_cli.storage.safetensors_reader import (

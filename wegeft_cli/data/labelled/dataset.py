@@ -13,8 +13,7 @@ import numpy as np
 
 from wegeft_cli.data.labelled.labels import Labels, build_labels
 from wegeft_cli.data.labelled.texts import LabelledRows
-from wegeft_cli.data.text.row_renderer import add_key
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import UserError, add_key, raise_all
 from wegeft_cli.models.heads import HeadSpec, read_labels
 from wegeft_cli.recipe.schema import DataSource, Recipe
 

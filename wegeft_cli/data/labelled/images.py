@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.labelled.texts import LabelledRows, check_fields, name_labels, read_label
-from wegeft_cli.data.sources.files import find_suffix
 from wegeft_cli.data.sources.hub import open_hub
-from wegeft_cli.data.sources.loading import MAX_FAULTS, find_local, load_rows
+from wegeft_cli.data.sources.loading import MAX_FAULTS, load_rows
+from wegeft_cli.data.sources.paths import find_local, find_suffix
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
 from wegeft_cli.storage.json_files import read_json

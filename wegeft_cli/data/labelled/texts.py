@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.sources.hub import open_hub
-from wegeft_cli.data.sources.loading import MAX_FAULTS, find_local, load_rows
+from wegeft_cli.data.sources.loading import MAX_FAULTS, load_rows
+from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from wegeft_cli.data.sources.paths import ENDINGS, find_suffix
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.json_files import unique_keys
 
@@ -51,11 +52,6 @@ class FileKind:
     def place(self, file: str, number: int) -> str:
         """Return a row's location: `file:line`, or `file: row N`."""
         return f"{file}:{number}" if self.has_lines else f"{file}: row {number}"
-
-
-def find_suffix(file: Path) -> str:
-    """Return the ending that selects a file's reader, or an empty text."""
-    return next((ending for ending in KINDS if file.name.endswith(ending)), "")
 
 
 def find_kind(file: Path) -> FileKind:
@@ -234,11 +230,17 @@ def _to_rows(batch: Any, file: str, first: int) -> list[dict[str, Any] | UserErr
     return rows
 
 
-KINDS = {
-    ".json": FileKind(_read_json, has_lines=False, can_stream=False),
-    ".jsonl": FileKind(_read_jsonl),
-    ".jsonl.gz": FileKind(_read_jsonl_gz),
-    ".csv": FileKind(_read_csv),
-    ".parquet": FileKind(_read_parquet, has_lines=False),
-}
+KINDS = dict(
+    zip(
+        ENDINGS,
+        (
+            FileKind(_read_json, has_lines=False, can_stream=False),
+            FileKind(_read_jsonl),
+            FileKind(_read_jsonl_gz),
+            FileKind(_read_csv),
+            FileKind(_read_parquet, has_lines=False),
+        ),
+        strict=True,
+    )
+)
 """Every kind of file that can be read, by its ending."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.sources.files import find_suffix
+from wegeft_cli.data.sources.paths import find_suffix
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSource
 

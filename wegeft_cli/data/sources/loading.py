@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.data.sources.files import KINDS, find_kind, find_suffix
+from wegeft_cli.data.sources.files import KINDS, find_kind
 from wegeft_cli.data.sources.hub import open_hub
+from wegeft_cli.data.sources.paths import find_local, find_suffix
 from wegeft_cli.errors import MachineError, UserError, raise_all
 from wegeft_cli.recipe.schema import DataSource
 
@@ -103,15 +104,6 @@ def digest_source(source: DataSource, *, recipe_dir: Path | None) -> str | None:
                 digest.update(chunk)
         digests.append(digest.hexdigest())
     return _join_digests(digests)
-
-
-def find_local(path: str, recipe_dir: Path | None) -> Path | None:
-    """Resolve a path against the working folder, then the recipe's; None if it is in neither."""
-    given = Path(path).expanduser()
-    for folder in (Path(), recipe_dir):
-        if folder is not None and path and (folder / given).exists():
-            return folder / given
-    return None
 
 
 def find_files(source: DataSource, recipe_dir: Path | None) -> list[Path] | None:

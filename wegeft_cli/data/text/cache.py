@@ -18,11 +18,10 @@ import numpy as np
 from wegeft_cli.data.text.chat_template import Template
 from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.data.text.tokenizer import describe_tokenizer
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.recipe.schema import DataSection, DataSource
 from wegeft_cli.storage.atomic import (
     atomic_folder,
-    disk_errors,
     hash_bytes,
     hold_folder,
     remove_folder,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wegeft_cli.data.sources.loading import find_local
+from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.data.text.chat_rendering import ApplyChatTemplate
 from wegeft_cli.data.text.templates import CHAT, is_template_file, template_hash
 from wegeft_cli.errors import UserError

@@ -13,8 +13,8 @@ import numpy as np
 
 from wegeft_cli.data.batches.mixture import Mixture
 from wegeft_cli.data.batches.packing import pack_rows
-from wegeft_cli.data.sources.files import find_suffix
 from wegeft_cli.data.sources.loading import MAX_FAULTS, Rows, digest_source, find_files, load_rows
+from wegeft_cli.data.sources.paths import find_suffix
 from wegeft_cli.data.text.cache import (
     DamagedEntryError,
     build_key,
@@ -30,7 +30,7 @@ from wegeft_cli.data.text.encode import (
     concatenate_datasets,
     encode_rows,
 )
-from wegeft_cli.data.text.row_renderer import RowRenderer, add_key, build_renderer
+from wegeft_cli.data.text.row_renderer import RowRenderer, build_renderer
 from wegeft_cli.data.text.statistics import (
     DataStatistics,
     SourceStatistics,
@@ -40,7 +40,7 @@ from wegeft_cli.data.text.statistics import (
 from wegeft_cli.data.text.streaming import RowStream, open_source
 from wegeft_cli.data.text.templates import AUTO, CHAT, check_template, is_template_file
 from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import UserError, add_key, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 NUM_HEAD_ROWS = 1000

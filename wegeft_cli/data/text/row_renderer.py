@@ -91,12 +91,3 @@ def build_renderer(
         name = CHAT if is_conversation else row_format.template
     template = build_template(name, tokenizer, recipe_dir)
     return RowRenderer(row_format, columns, template, is_conversation, section.loss_on)
-
-
-def add_key(fault: UserError, key: str) -> UserError:
-    """Prefix a fault's key with the key of its source in the recipe."""
-    if fault.key is None:
-        fault.key = key
-    elif "." not in fault.key:
-        fault.key = f"{key}.{fault.key}"
-    return fault

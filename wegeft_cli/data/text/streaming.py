@@ -14,11 +14,11 @@ from wegeft_cli.data.batches.shuffle import shuffled
 from wegeft_cli.data.sources.loading import stream_rows
 from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.encode import DROPPED, EncodedRow, EncodeStatistics, encode_each
-from wegeft_cli.data.text.row_renderer import RowRenderer, add_key, build_renderer
+from wegeft_cli.data.text.row_renderer import RowRenderer, build_renderer
 from wegeft_cli.data.text.statistics import SourceStatistics, list_reasons
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import UserError, add_key, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
 
 CHUNK_ROWS = 256

@@ -128,7 +128,8 @@ class PeftMethod(Method):
 
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the adapter as PEFT does, and how the base was quantized beside it."""
-        from wegeft_cli.artifacts.adapter import BASE_NAME, CARD_NAME, quantization_to_json
+        from wegeft_cli.artifacts.adapter import quantization_to_json
+        from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
         from wegeft_cli.methods.peft.models import save_peft
         from wegeft_cli.models.quantization import find_kind
         from wegeft_cli.storage.atomic import atomic_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from wegeft_cli.artifacts.adapter import AdapterFiles
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import match_stored_names, spell_name
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.targets import Target, find_linears, make_target

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import (
+from wegeft_cli.artifacts.adapter import Adapter, resolve_adapter_dir
+from wegeft_cli.artifacts.adapter_files import (
     CONFIG_NAME,
-    Adapter,
     AdapterFiles,
     load_adapter_files,
-    resolve_adapter_dir,
     save_adapter_files,
 )
 from wegeft_cli.artifacts.fingerprint import fingerprint_base

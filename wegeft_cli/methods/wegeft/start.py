@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import Adapter, AdapterFiles
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha

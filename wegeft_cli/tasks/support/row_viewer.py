@@ -11,9 +11,9 @@ from typing import Any
 from wegeft_cli.data.sources.loading import load_rows, stream_rows
 from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.encode import EncodedRow, encode_each
-from wegeft_cli.data.text.row_renderer import add_key, build_renderer
+from wegeft_cli.data.text.row_renderer import build_renderer
 from wegeft_cli.data.text.tokenizer import build_encoder, copy_backend
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, add_key
 from wegeft_cli.recipe.schema import DataSource, Recipe
 
 

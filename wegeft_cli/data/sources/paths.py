@@ -1,0 +1,22 @@
+"""Where a data source is on this machine, and the endings of readable files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
+"""Endings of the files that `files.KINDS` reads."""
+
+
+def find_local(path: str, recipe_dir: Path | None) -> Path | None:
+    """Resolve a path against the working folder, then the recipe's; None if it is in neither."""
+    given = Path(path).expanduser()
+    for folder in (Path(), recipe_dir):
+        if folder is not None and path and (folder / given).exists():
+            return folder / given
+    return None
+
+
+def find_suffix(file: Path) -> str:
+    """Return the ending that selects a file's reader, or an empty text."""
+    return next((ending for ending in ENDINGS if file.name.endswith(ending)), "")
