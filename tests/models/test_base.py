@@ -8,10 +8,10 @@ import torch
 from transformers import AutoConfig
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.loading import (
     build_meta_model,
     fetch_base_folder,
-    find_base_folder,
     load_config,
     load_model,
     load_tokenizer,

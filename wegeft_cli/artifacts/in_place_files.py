@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.manifest import INPLACE_TYPE
 from wegeft_cli.errors import UserError
@@ -21,6 +21,9 @@ from wegeft_cli.storage.atomic import (
 )
 from wegeft_cli.storage.json_files import parse_json, shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
+
+if TYPE_CHECKING:
+    from wegeft_cli.artifacts.adapter import Adapter
 
 _PREFIX = "base_model.model."
 _TYPES = (INPLACE_TYPE,)

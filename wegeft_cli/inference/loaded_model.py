@@ -349,7 +349,8 @@ def fingerprint_target(section: ModelSection, adapter_dir: Path | None) -> dict[
     """
     from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
     from wegeft_cli.artifacts.fingerprint import fingerprint_base
-    from wegeft_cli.models.loading import find_base_folder, name_quantization
+    from wegeft_cli.models.base_folder import find_base_folder
+    from wegeft_cli.models.loading import name_quantization
 
     prints = {**NO_PRINTS, "base_quantization": name_quantization(section)}
     if adapter_dir is not None:

@@ -110,7 +110,7 @@ def load_onto(
     Raises:
         UserError: If the adapter is damaged, or belongs to another base.
     """
-    from wegeft_cli.models.loading import find_base_folder
+    from wegeft_cli.models.base_folder import find_base_folder
 
     base_dir = find_base_folder(section.name_or_path, section.revision)
     return method_of(adapter).load(model, adapter, base_dir=base_dir, warn=warn)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import BaseModelError, UserError
+from wegeft_cli.models.base_folder import is_path
 from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
@@ -164,31 +165,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def find_base_folder(name_or_path: str, revision: str | None = None) -> Path | None:
-    """Return the local folder of a model: itself or the hub cache's snapshot.
-
-    None for a GGUF file, or for a hub id that is not in the cache.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or _is_path(name_or_path):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
-        return None
-
-
 def fetch_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     """Return the folder with a model's safetensors, downloaded if they are on a hub."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or _is_path(name_or_path):
+    if path.exists() or is_path(name_or_path):
         _source(name_or_path, revision)  # reports a missing path
         raise UserError(
             f"{name_or_path!r} is a single file; a folder with safetensors is needed",
@@ -210,10 +192,6 @@ def pad_token_id(tokenizer: Any) -> int:
     raise AssertionError("unreachable")
 
 
-def _is_path(name_or_path: str) -> bool:
-    return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-
-
 def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
     """Return `from_pretrained`'s arguments for a name; raise UserError for a missing path."""
     path = Path(name_or_path).expanduser()
@@ -231,7 +209,7 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
                 hint="give the folder of a transformers model",
             )
         return {"pretrained_model_name_or_path": str(path)}
-    if _is_path(name_or_path):
+    if is_path(name_or_path):
         raise BaseModelError(
             f"no folder {name_or_path!r}",
             hint="give a model folder or a hub id such as org/name",

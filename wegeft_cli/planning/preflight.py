@@ -25,9 +25,10 @@ from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
 from wegeft_cli.methods.base import ParameterGroup
 from wegeft_cli.methods.init_from import check_init_from
 from wegeft_cli.methods.registry import find_method
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.kernels import check_liger
-from wegeft_cli.models.loading import build_skeleton, find_base_folder, name_quantization
+from wegeft_cli.models.loading import build_skeleton, name_quantization
 from wegeft_cli.models.quantization import check_quantization
 from wegeft_cli.planning.batch_shapes import (
     BatchShapes,

@@ -10,7 +10,7 @@ from typing import Any
 from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.methods.registry import find_method
-from wegeft_cli.models.loading import find_base_folder
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.redaction import mask_secrets

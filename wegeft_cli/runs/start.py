@@ -19,8 +19,8 @@ from wegeft_cli.artifacts.run_directory import RunDirectory, now
 from wegeft_cli.data.fingerprint import check_same_data
 from wegeft_cli.distributed.failures import is_lost_peer, lost_peer_error
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
-from wegeft_cli.models.loading import find_base_folder
 from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early

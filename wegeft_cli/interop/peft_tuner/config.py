@@ -16,7 +16,7 @@ from wegeft_cli.artifacts.manifest import FORMAT_VERSION, PEFT_TYPE, module_comp
 from wegeft_cli.artifacts.stored_names import match_stored_names
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import default_alpha
-from wegeft_cli.models.loading import find_base_folder
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.version import VERSION
 
 _CHOICES = {

@@ -22,7 +22,7 @@ from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
 from wegeft_cli.methods.wegeft.layer_names import find_members, find_saved, find_stored_names
 from wegeft_cli.methods.wegeft.modules import AdapterGenerators, Generators, GeneratorSettings
-from wegeft_cli.models.loading import find_base_folder
+from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.version import VERSION
 
 
