@@ -138,6 +138,62 @@ def test_a_task_file_that_names_code_is_refused_until_it_is_trusted(folder):
     assert mark.exists()
 
 
+def change_task(folder: Path, old: str, new: str) -> Path:
+    path = folder / "lm-eval" / "tiny.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_an_included_file_of_any_name_and_encoding_is_read_for_code(folder):
+    mark = folder.parent / "ran"
+    tasks = folder / "lm-eval"
+    (tasks / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef text(doc): return 'a'")
+    for number, name in enumerate(("deeper/other.txt", "../outside.cfg")):
+        included = tasks / name
+        included.parent.mkdir(exist_ok=True)
+        included.write_bytes("doc_to_text: !function own.text\n".encode("utf-16"))
+        (tasks / f"more{number}.yaml").write_text(f"include: {name}\ntask: more{number}\n")
+        with pytest.raises(UserError, match=r"Python code by !function") as caught:
+            load_harness_task("tiny_choice", data_dir=folder)
+        assert f"{included.resolve()}:1" == caught.value.file
+        (tasks / f"more{number}.yaml").unlink()
+    # An alias gives the included file's name another key at its anchor.
+    (tasks / "alias.yaml").write_text(
+        "group: x\nmetadata: {version: &file deeper/other.txt}\ninclude: *file\n"
+    )
+    with pytest.raises(UserError, match="Python code"):
+        load_harness_task("tiny_choice", data_dir=folder)
+    assert not mark.exists()
+
+
+def test_a_metric_that_is_a_script_is_refused(folder):
+    mark = folder.parent / "ran"
+    script = folder / "evil_metric.py"
+    script.write_text(f"open({str(mark)!r}, 'w').close()")
+    change_task(folder, "metric: acc_norm", f"metric: {script}")
+    with pytest.raises(UserError, match="metric as Python code"):
+        load_harness_task("tiny_choice", data_dir=folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "gen_prefix", "description"])
+def test_a_template_cannot_run_code(folder, llama_dir, key):
+    """Some are rendered as the task is loaded, others as it runs."""
+    mark = folder.parent / "ran"
+    evil = f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
+    old = {"doc_to_text": '"Question: {{question}}\\nAnswer:"', "doc_to_target": "gold"}
+    if key in old:
+        change_task(folder, f"{key}: {old[key]}", f'{key}: "{evil}"')
+    else:
+        change_task(folder, "metric_list", f'{key}: "{evil}"\nmetric_list')
+    with pytest.raises(UserError, match="would run Python code") as caught:
+        evaluate(llama_dir, tasks=["lm-eval:tiny_choice"], data_dir=folder)
+    assert caught.value.key == "--trust-task-code"
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("arc_challenge", "cannot be read"), ("humaneval", "cannot be read|without a sandbox")],

@@ -103,6 +103,47 @@ def iterate_entries(node: yaml.Node) -> Iterator[tuple[yaml.Node, yaml.Node]]:
                         yield entry
 
 
+@dataclass(frozen=True)
+class Scalar:
+    """A value of a YAML file of any schema: a scalar, or a node with a tag of its own."""
+
+    key: str
+    """The key of the nearest map entry that contains it."""
+    value: str
+    """Its text; empty for a map or a list."""
+    tag: str | None
+    """Its tag if that is not one of YAML's own, such as `!function`."""
+    line: int
+
+
+def list_scalars(content: bytes, label: str) -> Iterator[Scalar]:
+    """Yield the scalars and tagged nodes of a YAML file, included under every alias.
+
+    No value is constructed, so that no tag has an effect. Raise UserError if it is not YAML.
+    """
+    try:
+        root = yaml.compose(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        raise _translate(error, label, has_lines=True) from error
+    visited: set[tuple[int, str]] = set()
+    pending = [] if root is None else [("", root)]
+    while pending:
+        key, node = pending.pop()
+        if (id(node), key) in visited:
+            continue
+        visited.add((id(node), key))
+        is_core = node.tag.startswith(_TAG) and "python" not in node.tag
+        is_scalar = isinstance(node, yaml.ScalarNode)
+        if is_scalar or not is_core:
+            tag = None if is_core else node.tag
+            yield Scalar(key, node.value if is_scalar else "", tag, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                pending += [(key, name), (str(name.value), value)]
+        elif not is_scalar:
+            pending += [(key, item) for item in node.value]
+
+
 def has_interpolation(value: object) -> bool:
     """Return whether a value is a text with an unescaped `${`."""
     return isinstance(value, str) and _UNESCAPED.search(value) is not None

@@ -41,12 +41,15 @@ class HarnessTask:
         loaded: The `tasks` and `groups` of its TaskManager.
         manager: That TaskManager.
         origin: The task file or the package, then local data files.
+        is_trusted: Whether its templates may run code: those of the harness's own package, and with
+            the user's consent.
     """
 
     name: str
     loaded: Mapping[str, Any]
     manager: Any
     origin: str
+    is_trusted: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = Fa
         manager = find_local(name, folder)
         origin = "lm_eval" if folder is None else str(folder)
         files = {} if folder is None else find_data_files(folder / name)
+        is_trusted = trust_code or manager is None
         if manager is None:
             manager = find_builtin(name)
             origin = "lm_eval"
@@ -116,7 +120,10 @@ def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = Fa
             manager = with_data(manager, name, files)
             origin = f"{origin}, data in {folder / name}"
         try:
-            loaded = manager.load([name])
+            with _sandboxed_templates(name, is_trusted):
+                loaded = manager.load([name])
+        except UserError:
+            raise
         except Exception as error:
             # The hub's client, the YAML reader and a task's code raise any type.
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -133,7 +140,7 @@ def load_harness_task(name: str, *, data_dir: Path | None, trust_code: bool = Fa
             key="--task",
             hint="--task humaneval runs it in one",
         )
-    return HarnessTask(name, loaded, manager, origin)
+    return HarnessTask(name, loaded, manager, origin, is_trusted)
 
 
 def run_harness(
@@ -154,7 +161,7 @@ def run_harness(
 
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with _quiet(), _kept_random_states():
+        with _quiet(), _kept_random_states(), _sandboxed_templates(task.name, task.is_trusted):
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = simple_evaluate(
                 model=wrapped,
@@ -249,6 +256,31 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def _sandboxed_templates(name: str, is_trusted: bool) -> Iterator[None]:
+    """Render the templates of an untrusted task file in Jinja's immutable sandbox."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    original = utils.env
+    if not is_trusted:
+        utils.env = ImmutableSandboxedEnvironment(
+            undefined=original.undefined, keep_trailing_newline=original.keep_trailing_newline
+        )
+        utils.env.filters.update(original.filters)
+    try:
+        yield
+    except SecurityError as error:
+        raise UserError(
+            f"a template of the task `lm-eval:{name}` would run Python code: {error}",
+            key="--trust-task-code",
+            hint="read the task file, then add this option",
+        ) from error
+    finally:
+        utils.env = original
 
 
 def _is_unsafe(task: Any) -> bool:
