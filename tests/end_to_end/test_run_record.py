@@ -13,7 +13,7 @@ from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs import train as train_module
 from wegeft_cli.runs.callbacks import trackers
-from wegeft_cli.runs.callbacks.run_files import RunFilesCallback
+from wegeft_cli.runs.callbacks.run_files import MetricsFileCallback
 from wegeft_cli.runs.train import train
 
 # The first validation stays the best; two steps make a line, so that the last has none.
@@ -70,7 +70,7 @@ def test_a_finished_run_asked_again_tells_the_same(write_recipe, files_in):
 
 def test_a_run_that_goes_on_takes_back_how_it_ended(write_recipe, monkeypatch, read_run):
     recipe = write_recipe(train={"save_steps": 2})
-    on_log, run_dir = RunFilesCallback.on_log, recipe.parent / "runs" / "tiny"
+    on_log, run_dir = MetricsFileCallback.on_log, recipe.parent / "runs" / "tiny"
 
     def fail(self, trainer, metrics):
         if metrics.step == 4:
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_takes_back_how_it_ended(write_recipe, monkeypatch, r
         on_log(self, trainer, metrics)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunFilesCallback, "on_log", fail)
+        patched.setattr(MetricsFileCallback, "on_log", fail)
         with pytest.raises(MachineError):
             train(recipe)
     told = read_run(run_dir)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
 from wegeft_cli.models.loading import load_tokenizer
-from wegeft_cli.planning.preflight import read_inputs
+from wegeft_cli.planning.run_setup import build_setup
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.reporter import SilentReporter
 from wegeft_cli.runs.train import train
@@ -72,7 +72,7 @@ def test_a_resumed_run_counts_on(poisoned, stop_after, read_adapter, read_run):
 def test_the_rows_told_are_those_of_the_batches(write_recipe, data, numbered):
     recipe = write_recipe(data=data, train={"max_steps": 3, "per_device_train_batch_size": 2})
     processes = Processes.single()
-    source = read_inputs(load_recipe(recipe), processes, SilentReporter(), resuming=False).source
+    source = build_setup(load_recipe(recipe), processes, SilentReporter(), resuming=False).source
     told = list(source.examples_at(0))
     batches = list(source.micro_batches(0))
     assert len(told) >= 2

@@ -256,7 +256,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_run(
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("wegeft_cli.planning.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("wegeft_cli.planning.run_setup.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed") as caught:
         train(write_recipe(logging={"report_to": "wandb"}))
     assert caught.value.key == "logging.report_to"

@@ -17,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wegeft_cli.data.batches.collate import Batch, collate_rows
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.methods.wegeft.inject import inject_generators
+from wegeft_cli.training.loop_settings import LoopResult, LoopSettings
 from wegeft_cli.training.loss import CausalLoss
 from wegeft_cli.training.optimizer import build_optimizer
 from wegeft_cli.training.scheduler import build_schedule
 from wegeft_cli.training.snapshot import Snapshot
-from wegeft_cli.training.trainer import LoopResult, LoopSettings, Trainer
+from wegeft_cli.training.trainer import Trainer
 
 Row = tuple[np.ndarray, np.ndarray]
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.models.kernels import compile_layers
 from wegeft_cli.runs.train import train
-from wegeft_cli.training.activation_offload import offload_activations
+from wegeft_cli.training.forward_context import offload_activations
 
 # Inductor fuses products and sums: float32 in another order.
 OTHER_KERNELS = 1e-5

@@ -180,7 +180,7 @@ class RunRecord:
         scores: Rows of evaluations: task, protocol, model (base or tuned), n, num_correct, score,
             n_invalid, ci95, num_shown, source.
         answers: The answers of these, limited per row.
-        told: Answers during training: step, prompt, output.
+        samples: Answers during training: step, prompt, output.
         inspection: Result of `wegeft inspect`; None without one.
         ablations: Results of `wegeft inspect --ablate`.
         notes: Notes for the reader, such as why there is no inspection.
@@ -195,7 +195,7 @@ class RunRecord:
     num_lines: int
     scores: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
-    told: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     inspection: dict[str, Any] | None = None
     ablations: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -223,7 +223,7 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
         curves={name: _thin(_series(steps, name)) for name in CURVES},
         validation={name: _thin(_series(others, name)) for name in metrics},
         num_lines=len(steps),
-        told=directory.samples()[-max_samples:],
+        samples=directory.samples()[-max_samples:],
     )
     for file in directory.answer_paths():
         _add_answers(record, file, max_samples)

@@ -175,7 +175,8 @@ def show_table(
 ) -> None:
     """Print columns of cells as a table that fits the terminal.
 
-    The first column and those in `text` are aligned to the left. While the table is too wide, the
+    The first column and those in `text` are aligned to the left, and those in `text` are wrapped
+    where they are too long. While the table is too wide, the
     columns in `drop` are removed in order: no figure is cut, and --json has all of them.
     """
     from rich.box import SIMPLE
@@ -194,13 +195,20 @@ def show_table(
         table.add_column(
             Text(name),
             justify="left" if is_text else "right",
-            no_wrap=position == 0 or not is_text,
-            overflow="ellipsis" if position == 0 else "fold",
+            no_wrap=name not in text,
+            overflow="fold" if name in text else "ellipsis",
             min_width=None if is_text else len(name),
         )
     for position, cells in enumerate(zip(*kept.values(), strict=True)):
         table.add_row(*map(Text, cells), style="bold" if position in bold_rows else None)
     show(table)
+
+
+def format_memory(gib: float) -> str:
+    """Return an amount of memory with the unit in which it is at least 1: `1.25 GiB`, `3.1 MiB`."""
+    if gib >= 1 or gib == 0:
+        return f"{gib:.2f} GiB"
+    return f"{gib * 2**10:.1f} MiB" if gib * 2**10 >= 1 else f"{gib * 2**20:.1f} KiB"
 
 
 def _percent(score: float | None) -> str:

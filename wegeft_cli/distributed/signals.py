@@ -25,7 +25,7 @@ class StopRequest:
     nothing to save: a signal raises KeyboardInterrupt at once.
 
     Args:
-        on_request: Called at the first signal that is obeyed later, to confirm it to the user.
+        on_request: Called at the first signal once the first step has started, to confirm it.
     """
 
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:

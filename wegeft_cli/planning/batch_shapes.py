@@ -23,7 +23,7 @@ class BatchShapes:
     Args:
         sequences: Rows or packs of each pass, int64 `[passes]`.
         lengths: Positions of each sequence, padding counted.
-        labels: Labelled positions of each pass.
+        labels: Labeled positions of each pass.
         is_padded: Whether its rows differ in length, bool `[passes]`.
         num_steps: Optimizer steps that these passes make up.
         num_steps_in_all: Optimizer steps of the run.

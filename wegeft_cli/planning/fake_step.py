@@ -23,7 +23,7 @@ from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.registry import find_task, inject_adapter
-from wegeft_cli.training.mixed_precision import autocast
+from wegeft_cli.training.forward_context import autocast
 
 # Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
 # kernel that it has no mask for: the same kernel under a name of our own.
@@ -58,7 +58,7 @@ def trace_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     are alike, one and two of them are run and the rest is counted from the difference.
 
     Raises:
-        RuntimeError: If the model cannot be run without numbers; its message tells why.
+        RuntimeError: If the model cannot be run without numbers; its message has the reason.
     """
     try:
         memory = _trace(model, recipe, shape)
@@ -90,10 +90,10 @@ def without_values(model: Any, recipe: Recipe, *, is_masked: bool) -> Iterator[N
             model.set_attn_implementation(_UNMASKED)
         with FakeTensorMode(), _with_fakes(model, find_dtype(recipe.model, model.config)):
             yield
-    except Exception as error:  # whatever the code of a model raises without values
+    except Exception as error:  # any error of a model's code without values
         reason = str(error).strip().splitlines()
-        told = reason[0] if reason else type(error).__name__
-        raise RuntimeError(f"the model does not run without numbers: {told}") from error
+        why = reason[0] if reason else type(error).__name__
+        raise RuntimeError(f"the model does not run without numbers: {why}") from error
     finally:
         if is_unmasked:
             model.set_attn_implementation("sdpa")

@@ -13,7 +13,7 @@ from wegeft_cli.planning.batch_shapes import BatchShapes
 from wegeft_cli.planning.fake_step import count_equal_layers, num_layers, without_values
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.registry import find_task
-from wegeft_cli.training.mixed_precision import autocast
+from wegeft_cli.training.forward_context import autocast
 
 # The counter knows the GPU's fused attention, not the CPU's, which does as much.
 ATTENTION = {

@@ -22,14 +22,14 @@ GIB = 2**30
 # What the first steps of a run add to the process beside its tensors: threads, kernels, the heap of
 # small things. Measured on Linux with models of 0 and 0.5 GiB: 0.03 and 0.08 GiB.
 _STEP_BYTES = 0.06 * GIB
-# Python, torch, transformers and a tokenizer, where the process cannot tell what it holds already.
+# Python, torch, transformers and a tokenizer, where what the process holds cannot be measured.
 _RUNTIME_BYTES = 0.45 * GIB
 # What glibc's heap leaves unused between blocks of unequal life, over the bytes that the layers
 # keep for the backward pass in blocks small enough for the heap. Recomputed layers keep little, yet
 # leave holes that the next ones do not fill. Measured (docs/benchmarks.md): 0.3 to 0.7 in float32,
 # the more the lengths of the batches differ; 0.2 to 0.4 in 16 bits; 0.3 to 0.4 with recomputation.
 _HEAP_SHARE, _HEAP_SHARE_16_BITS, _HEAP_SHARE_RECOMPUTED = 0.5, 0.3, 0.35
-# nf4 with double quantisation: half a byte, a scale of a byte for each 64 weights, and one of four
+# nf4 with double quantization: half a byte, a scale of a byte for each 64 weights, and one of four
 # for each 256 of those; in 8 bits a scale of four bytes for each row, of hundreds of weights.
 _BYTES_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 _BYTES_8_BITS = 1.0
@@ -116,7 +116,7 @@ def estimate_memory(
     # Blocks that a training step left in the heap serve a validation too.
     beside = ("gradients", "activations", "logits", "backward", "allocator")
     known["validation"] = max(0.0, evaluated - math.fsum(known[name] for name in beside))
-    # The file stays mapped while its weights are cast: both lie in the host's memory then.
+    # The file stays mapped while its weights are cast: the host's memory then holds both.
     stored = getattr(config, "dtype", None) or dtype
     copies = dtype.itemsize + (stored.itemsize if stored != dtype else 0)
     loading = 0.0 if on_gpu else runtime + num_frozen * copies
@@ -209,7 +209,7 @@ def memory_warnings(
 
 
 def _measure_resident() -> float:
-    """Measure the memory that this process holds now, in bytes, where the system tells."""
+    """Measure the memory that this process holds now, in bytes, or assume it."""
     pages = _read_lines("/proc/self/statm")
     if not pages:
         return _RUNTIME_BYTES

@@ -43,7 +43,7 @@ class Plan:
         device: cuda or cpu: what the estimate is for.
         available_gib: Memory that is free there now.
         checkpoint_gib: One checkpoint on disk.
-        disk_gib: All checkpoints that lie there at one time; None if their number is not known.
+        disk_gib: All checkpoints that exist at one time; None if their number is not known.
         free_disk_gib: What is free where the run's folder will be.
         warnings: What may stop the run: memory, disk, rows.
         unknown: Why figures are missing.

@@ -7,17 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from wegeft_cli.data.batches.base import BatchShape, BatchSource
+from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.sampler import StepPlan, build_step_plan
 from wegeft_cli.data.text.templates import check_template
-from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.base import Benchmark
 from wegeft_cli.evaluation.benchmarks.registry import load_training_benchmarks
@@ -28,8 +26,7 @@ from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.kernels import check_liger
-from wegeft_cli.models.loading import build_skeleton, name_quantization
-from wegeft_cli.models.quantization import check_quantization
+from wegeft_cli.models.loading import build_skeleton
 from wegeft_cli.planning.batch_shapes import (
     BatchShapes,
     batch_shapes,
@@ -42,13 +39,10 @@ from wegeft_cli.planning.memory import (
     count_checkpoint_bytes,
     estimate_memory,
     list_learned,
-    measure_available,
-    memory_warnings,
 )
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
-from wegeft_cli.reporter import Reporter
-from wegeft_cli.tasks.base import DataStatistics, Task, TaskData, without_cache
+from wegeft_cli.tasks.base import Task, TaskData, without_cache
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
@@ -245,101 +239,6 @@ def _concerns(fault: UserError, missing: Sequence[str]) -> bool:
     return any((fault.key or "").startswith(key) for key in missing)
 
 
-@dataclass(frozen=True)
-class RunInputs:
-    """Everything that a run needs but the weights.
-
-    Args:
-        tokenizer: The base's; of an image model its image processor.
-        source: This process's batches.
-        report: Statistics of the data.
-        groups: The learned parameters by group.
-        estimated_gib: Estimated peak memory of one device.
-        checkpoint_bytes: Estimated size of one checkpoint.
-        tasks: Benchmarks that each validation scores, by their name in the recipe.
-        prompts: Prompts that the model answers at each validation, if any.
-        trackers: Names of the experiment trackers.
-        digests: Hashes by which a resumed run recognizes its data and tokenizer.
-        head: The task's new head, if it has one.
-    """
-
-    tokenizer: Any
-    source: BatchSource
-    report: DataStatistics
-    groups: list[ParameterGroup]
-    estimated_gib: float | None
-    checkpoint_bytes: float
-    tasks: dict[str, Benchmark]
-    prompts: SamplePrompts | None
-    trackers: tuple[str, ...]
-    digests: dict[str, Any]
-    head: HeadSpec | None = None
-
-    @property
-    def trainable(self) -> int:
-        """Number of learned parameters."""
-        return sum(group.num_parameters for group in self.groups)
-
-    @cached_property
-    def waste(self) -> dict[str, Any]:
-        """Shares of an epoch's positions: without a token, and with logits."""
-        return self.source.padding_statistics()
-
-
-def read_inputs(
-    loaded: LoadedRecipe, processes: Processes, reporter: Reporter, *, resuming: bool
-) -> RunInputs:
-    """Check a run on this machine and build its batches.
-
-    `resuming` skips the adapter that the run started from.
-
-    Raises:
-        UserError: If something is at fault.
-        ExceptionGroup: If several things are.
-    """
-    recipe, is_main = loaded.recipe, processes.is_main
-    trackers = list_trackers(recipe.logging.report_to)
-    check_trackers(trackers)
-    quantization = name_quantization(recipe.model)
-    if quantization is not None:
-        check_quantization(quantization)
-    checked = check_run(
-        loaded,
-        world_size=processes.count,
-        device=processes.device,
-        resuming=resuming,
-    )
-    task, data, processor = checked.task, checked.data, checked.processor
-    assert data is not None
-    assert checked.steps is not None
-    source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
-    if is_main:
-        task.check_rows(data)
-    for note in task.describe_data(data):
-        reporter.note(note)
-    for warning in data.report.warnings:
-        reporter.warn(warning)
-    estimated = None
-    if is_main:
-        memory, _ = checked.estimate_memory()
-        estimated = memory["total"]
-        for warning in memory_warnings(recipe, estimated, *measure_available()):
-            reporter.warn(warning)
-    return RunInputs(
-        processor,
-        source,
-        data.report,
-        checked.groups,
-        estimated,
-        checked.checkpoint_bytes,
-        checked.eval_tasks,
-        checked.prompts,
-        trackers,
-        task.digest_inputs(recipe, loaded.path.parent, processor),
-        head=checked.head,
-    )
-
-
 @contextmanager
 def attach_locations(loaded: LoadedRecipe) -> Iterator[None]:
     """Add to a fault that names only a key where in the recipe that key was set.
@@ -430,24 +329,3 @@ def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:
 def find_run_dir(recipe: Recipe) -> Path:
     """Return the run's folder as the recipe names it."""
     return Path(recipe.output_dir).expanduser()
-
-
-def list_trackers(report_to: Any) -> tuple[str, ...]:
-    """Read `logging.report_to`: none, a name, or a list of names."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to)
-    return tuple(name for name in dict.fromkeys(names) if name != "none")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose package is not here, before anything costs time.
-
-    Raises:
-        UserError: If one is not installed.
-    """
-    for name in names:
-        if find_spec(name) is None:
-            raise UserError(
-                f"the tracker {name!r} is not installed",
-                key="logging.report_to",
-                hint=f"pip install 'wegeft-cli[{name}]'",
-            )

@@ -19,19 +19,22 @@ from wegeft_cli.planning.inputs import Input, list_inputs
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.sweep import load_sweep
 
+_ARGUMENT_KEYS = {"protocol": "eval.protocol"}
+"""Argument of a benchmark's check -> its key in a recipe."""
+
 
 @dataclass(frozen=True)
 class ValidateReport:
-    """A sound recipe, and what was looked at."""
+    """A valid recipe, and what was checked."""
 
     recipe: str
     """The file that was read."""
     checked: tuple[str, ...]
-    """What holds, one sentence each."""
+    """Checks that passed, one sentence each."""
     inputs: tuple[Input, ...]
     """Model, data sets and test sets, and whether they are here."""
     notes: tuple[str, ...]
-    """Foreign spellings that were read."""
+    """Notes about keys that were read under another name."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, with `valid: true`."""
@@ -65,10 +68,7 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
 
 
 def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
-    """Check names that other rooms give a meaning to.
-
-    They are the template, the tasks, the protocol, and the settings of optimizer and schedule.
-    """
+    """Yield the faults of the template, tasks, protocol, and optimizer and schedule settings."""
     section = loaded.recipe.eval
     try:
         check_template(loaded.recipe.data.template)
@@ -76,18 +76,22 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
         yield _place(fault, "data.template", loaded)
     for position, name in enumerate(section.tasks):
         yield from _check_task(name, f"eval.tasks[{position}]", loaded, is_own=True)
-    for position, name in enumerate(loaded.recipe.train.eval_tasks):
-        yield from _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
-    try:
-        check_watched(loaded.recipe)
-    except UserError as fault:
-        if fault.key == "train.metric_for_best_model":  # an unknown task has been told
-            yield _place(fault, fault.key, loaded)
+    unknown = [
+        fault
+        for position, name in enumerate(loaded.recipe.train.eval_tasks)
+        for fault in _check_task(name, f"train.eval_tasks[{position}]", loaded, is_own=False)
+    ]
+    yield from unknown
+    if not unknown:
+        try:
+            check_watched(loaded.recipe)
+        except UserError as fault:
+            yield _place(fault, "train.metric_for_best_model", loaded)
     yield from _check_settings(loaded)
 
 
 def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
-    """Tell of a task that does not exist, or that the recipe's protocol does not score."""
+    """Yield a fault if a task does not exist or the recipe's protocol does not score it."""
     try:
         for member in expand_groups([name]):
             if is_own:
@@ -95,7 +99,7 @@ def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> I
             else:
                 check_training_benchmark(member, loaded.recipe.eval.protocol)
     except UserError as fault:
-        yield _place(fault, "eval.protocol" if fault.key == "protocol" else key, loaded)
+        yield _place(fault, _ARGUMENT_KEYS.get(fault.key or "", key), loaded)
 
 
 def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:

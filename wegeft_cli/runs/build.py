@@ -18,10 +18,10 @@ from wegeft_cli.planning.preflight import count_steps
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.run import Run
 from wegeft_cli.tasks.registry import inject_adapter
+from wegeft_cli.training.loop_settings import LoopSettings
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import AdamSettings, build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
-from wegeft_cli.training.trainer import LoopSettings
 
 
 def build_model(

@@ -14,8 +14,8 @@ from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.resume_rules import has_stopped_early
 from wegeft_cli.runs.run import Run
+from wegeft_cli.training.loop_settings import LoopResult
 from wegeft_cli.training.snapshot import Progress
-from wegeft_cli.training.trainer import LoopResult
 
 
 def export_adapter(

@@ -16,7 +16,7 @@ from wegeft_cli.redaction import mask_secrets
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.runs.resume_rules import flatten
 from wegeft_cli.tasks.base import Task
-from wegeft_cli.training.trainer import LoopResult
+from wegeft_cli.training.loop_settings import LoopResult
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from wegeft_cli.distributed.failures import is_lost_peer, lost_peer_error
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
-from wegeft_cli.planning.preflight import RunInputs, count_checkpoints
+from wegeft_cli.planning.preflight import count_checkpoints
+from wegeft_cli.planning.run_setup import RunSetup
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early
 from wegeft_cli.runs.run import Run
@@ -93,7 +94,7 @@ def can_resume(directory: RunDirectory, resume: str | None) -> bool:
 
 @contextmanager
 def open_run(
-    run: Run, resume: str | None, named: Checkpoint | None, inputs: RunInputs
+    run: Run, resume: str | None, named: Checkpoint | None, setup: RunSetup
 ) -> Iterator[RunState]:
     """Lock the run's directory while the body runs, and record a failure of the body in run.json.
 
@@ -119,14 +120,14 @@ def open_run(
         if state.checkpoint is not None:
             state.record = dict(directory.load_record())
             if directory.adapter_dir.exists():
-                _check_nothing_left(run, inputs, state.checkpoint, resume)
+                _check_nothing_left(run, setup, state.checkpoint, resume)
                 state.is_done = True
                 yield state
                 return
-            _check_data(run, resume, inputs)
+            _check_data(run, resume, setup)
             _warn_of_threads(run, state)
         record_base_fingerprint(run, state, is_loaded=False)
-        with record_failure(run, inputs.estimated_gib):
+        with record_failure(run, setup.estimated_gib):
             if is_main:
                 progress = {} if state.checkpoint is None else state.checkpoint.state["progress"]
                 directory.write_recipe(recipe_to_yaml(run.recipe))
@@ -136,7 +137,7 @@ def open_run(
             yield state
 
 
-def start_record(run: Run, inputs: RunInputs) -> dict[str, Any]:
+def start_record(run: Run, setup: RunSetup) -> dict[str, Any]:
     """Return the values of run.json that are known before the first step."""
     recipe, processes = run.recipe, run.processes
     return {
@@ -152,17 +153,17 @@ def start_record(run: Run, inputs: RunInputs) -> dict[str, Any]:
         "seed": recipe.seed,
         "base_model_name_or_path": recipe.model.name_or_path,
         "init_from": recipe.adapter.init_from,
-        **input_record(inputs),
-        **_data_record(inputs),
+        **input_record(setup),
+        **_data_record(setup),
     }
 
 
-def input_record(inputs: RunInputs) -> dict[str, Any]:
+def input_record(setup: RunSetup) -> dict[str, Any]:
     """Return the values of run.json that follow from the inputs and appear in the result."""
     return {
-        "trainable_parameters": inputs.trainable,
-        "estimated_memory_gib": inputs.estimated_gib,
-        "waste": inputs.waste,
+        "trainable_parameters": setup.trainable,
+        "estimated_memory_gib": setup.estimated_gib,
+        "waste": setup.waste,
     }
 
 
@@ -183,14 +184,14 @@ def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> No
         )
 
 
-def check_disk(run: Run, inputs: RunInputs) -> None:
+def check_disk(run: Run, setup: RunSetup) -> None:
     """Raise MachineError if the disk is too small for the checkpoints that a run still adds."""
     if run.directory.adapter_dir.exists():
         return
-    num_kept = count_checkpoints(run.recipe.train, inputs.source.num_steps) or 0
+    num_kept = count_checkpoints(run.recipe.train, setup.source.num_steps) or 0
     num_missing = num_kept - len(run.directory.checkpoint_dirs())
     # A new checkpoint is written before an old one is removed.
-    num_bytes = max(1, num_missing) * inputs.checkpoint_bytes
+    num_bytes = max(1, num_missing) * setup.checkpoint_bytes
     check_free_space(run.directory.path, int(num_bytes), "the run's checkpoints")
 
 
@@ -215,17 +216,17 @@ def record_failure(run: Run, estimated_gib: float | None) -> Iterator[None]:
         raise
 
 
-def _data_record(inputs: RunInputs) -> dict[str, Any]:
+def _data_record(setup: RunSetup) -> dict[str, Any]:
     """Return the data's values in run.json, which a resumed run compares."""
-    return {"data": asdict(cast(Any, inputs.report)), **inputs.digests}
+    return {"data": asdict(cast(Any, setup.report)), **setup.digests}
 
 
-def _check_data(run: Run, resume: str | None, inputs: RunInputs) -> None:
+def _check_data(run: Run, resume: str | None, setup: RunSetup) -> None:
     """Raise UserError if the data differ from those of the checkpoint's run; in every process."""
     directory = run.directory
     if resume is not None and resume != AUTO:
         directory = RunDirectory.of_checkpoint(Path(resume).expanduser())
-    check_same_data(directory.record(), _data_record(inputs), directory.record_path)
+    check_same_data(directory.record(), _data_record(setup), directory.record_path)
 
 
 def _warn_of_threads(run: Run, state: RunState) -> None:
@@ -251,12 +252,12 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
 
 
 def _check_nothing_left(
-    run: Run, inputs: RunInputs, checkpoint: Checkpoint, resume: str | None
+    run: Run, setup: RunSetup, checkpoint: Checkpoint, resume: str | None
 ) -> None:
     """Raise UserError if a run that has its adapter would train further in its directory."""
     is_named = resume != AUTO
     # The checkpoint decides, not run.json: a kill may have come before that was written.
-    num_steps = inputs.source.num_steps
+    num_steps = setup.source.num_steps
     is_done = checkpoint.step >= num_steps or has_stopped_early(checkpoint, run.recipe)
     if is_named or not is_done:
         place = resume if is_named else run.directory.checkpoint_dir(checkpoint.step)

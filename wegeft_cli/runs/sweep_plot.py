@@ -11,7 +11,7 @@ from wegeft_cli.storage.json_files import is_number
 
 _WIDTH, _HEIGHT = 4.5, 3.6  # inches of a panel
 _DPI = 150
-_LOG_RATIO = 10  # an axis whose ends lie so far apart is logarithmic
+_LOG_RATIO = 10  # an axis whose ends differ by this factor is logarithmic
 
 Point = tuple[float, float | None]
 

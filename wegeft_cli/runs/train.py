@@ -15,16 +15,19 @@ from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.loading import load_base
-from wegeft_cli.planning.preflight import RunInputs, attach_locations, find_run_dir, read_inputs
+from wegeft_cli.planning.preflight import attach_locations, find_run_dir
+from wegeft_cli.planning.run_setup import RunSetup, build_setup
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_model
-from wegeft_cli.runs.callbacks.checkpoints import CheckpointCallback
 from wegeft_cli.runs.callbacks.evaluation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.callbacks.progress import ProgressCallback
-from wegeft_cli.runs.callbacks.run_files import RunFilesCallback
+from wegeft_cli.runs.callbacks.run_files import (
+    CheckpointCallback,
+    MetricsFileCallback,
+    SkippedStepsCallback,
+)
 from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
-from wegeft_cli.runs.callbacks.skipped_steps import SkippedStepsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
 from wegeft_cli.runs.resume_rules import with_absolute_paths
@@ -41,8 +44,9 @@ from wegeft_cli.runs.start import (
 )
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.callbacks import Callback, StopCallback
+from wegeft_cli.training.loop_settings import LoopResult
 from wegeft_cli.training.snapshot import Snapshot
-from wegeft_cli.training.trainer import LoopResult, Trainer
+from wegeft_cli.training.trainer import Trainer
 
 
 def train(
@@ -106,32 +110,32 @@ def _train(
     named = check_resume(run, resume)
     if resume is not None:
         processes.wait()  # all compare the recipe before the main process writes it
-    inputs = read_inputs(loaded, processes, reporter, resuming=can_resume(run.directory, resume))
-    check_disk(run, inputs)
+    setup = build_setup(loaded, processes, reporter, resuming=can_resume(run.directory, resume))
+    check_disk(run, setup)
     if dry_run:
-        return _checked_result(run, inputs)
-    with open_run(run, resume, named, inputs) as state:
+        return _checked_result(run, setup)
+    with open_run(run, resume, named, setup) as state:
         if state.is_done:
-            return _finished_result(run, inputs, state)
-        run.update_record(start_record(run, inputs))
+            return _finished_result(run, setup, state)
+        run.update_record(start_record(run, setup))
         fingerprint = state.fingerprint or state.record.get("base_fingerprint")
         run.update_record({"base_fingerprint": fingerprint})
-        with _open_trackers(run, inputs, state) as trackers:
-            model = _load_model(run, inputs, state, sharding)
-            result = _fit(model, run, inputs, state, trackers, should_stop)
-            record = _close_run(model, run, inputs, state, result)
+        with _open_trackers(run, setup, state) as trackers:
+            model = _load_model(run, setup, state, sharding)
+            result = _fit(model, run, setup, state, trackers, should_stop)
+            record = _close_run(model, run, setup, state, result)
             trackers.status = result.status
         processes.leave()
-    return result_from_record(run.directory, {**input_record(inputs), **record})
+    return result_from_record(run.directory, {**input_record(setup), **record})
 
 
 def _load_model(
-    run: Run, inputs: RunInputs, state: RunState, sharding: Mapping[str, Any]
+    run: Run, setup: RunSetup, state: RunState, sharding: Mapping[str, Any]
 ) -> nn.Module:
     """Load the base and prepare it for training."""
-    base = load_base(run.recipe.model, head=inputs.head, warn=run.reporter.warn, **sharding)
-    run.task.initialize_head(base, inputs.head, run.recipe)
-    run.task.prepare_base(base, inputs.head, inputs.tokenizer)
+    base = load_base(run.recipe.model, head=setup.head, warn=run.reporter.warn, **sharding)
+    run.task.initialize_head(base, setup.head, run.recipe)
+    run.task.prepare_base(base, setup.head, setup.tokenizer)
     if state.fingerprint is None:  # a model of the hub is on this machine from now on
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
@@ -142,13 +146,13 @@ def _load_model(
 def _fit(
     model: nn.Module,
     run: Run,
-    inputs: RunInputs,
+    setup: RunSetup,
     state: RunState,
     trackers: Trackers,
     should_stop: Callable[[], bool],
 ) -> LoopResult:
     """Train the model."""
-    source, checkpoint = inputs.source, state.checkpoint
+    source, checkpoint = setup.source, state.checkpoint
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, schedule, settings = build_learning(run.recipe, parameters, source.num_steps)
     loss = run.task.loss(model, run.recipe)
@@ -157,18 +161,18 @@ def _fit(
         callbacks: list[Callback] = [
             StopCallback(should_stop),
             ProgressCallback(advance, run.reporter),
-            RunFilesCallback(run.directory),
+            MetricsFileCallback(run.directory),
             TrackersCallback(trackers),
-            SkippedStepsCallback(run.directory, inputs.tokenizer, run.reporter),
+            SkippedStepsCallback(run.directory, setup.tokenizer, run.reporter),
             CheckpointCallback(run.directory, run.recipe.train),
-            TaskMetricsCallback(run.task, loss, inputs.head),
+            TaskMetricsCallback(run.task, loss, setup.head),
         ]
-        if inputs.tasks:
-            callbacks.append(BenchmarksCallback(run.recipe, inputs, run.reporter, advance))
-        if inputs.prompts is not None:
+        if setup.tasks:
+            callbacks.append(BenchmarksCallback(run.recipe, setup, run.reporter, advance))
+        if setup.prompts is not None:
             callbacks.append(
                 SamplePromptsCallback(
-                    inputs.prompts, inputs.tokenizer, run.directory, trackers, run.reporter
+                    setup.prompts, setup.tokenizer, run.directory, trackers, run.reporter
                 )
             )
         trainer = Trainer(
@@ -187,7 +191,7 @@ def _fit(
 
 
 def _close_run(
-    model: nn.Module, run: Run, inputs: RunInputs, state: RunState, result: LoopResult
+    model: nn.Module, run: Run, setup: RunSetup, state: RunState, result: LoopResult
 ) -> dict[str, Any]:
     """Write the adapter of a finished run, and return the last values of run.json."""
     is_main = run.processes.is_main
@@ -196,19 +200,19 @@ def _close_run(
     record = end_record(result, run.processes)
     if is_main and result.status == "finished":
         record["adapter_step"] = export_adapter(
-            model, run, result, base_fingerprint=state.fingerprint, head=inputs.head
+            model, run, result, base_fingerprint=state.fingerprint, head=setup.head
         )
     run.update_record(record)
     return record
 
 
 @contextmanager
-def _open_trackers(run: Run, inputs: RunInputs, state: RunState) -> Iterator[Trackers]:
+def _open_trackers(run: Run, setup: RunSetup, state: RunState) -> Iterator[Trackers]:
     """Open the run's trackers in the main process, and close them with the status of the run."""
     logging, directory = run.recipe.logging, run.directory
     earlier = state.record.get("trackers", {})
     trackers = Trackers(
-        inputs.trackers if run.processes.is_main else (),
+        setup.trackers if run.processes.is_main else (),
         project=logging.project,
         run_name=logging.run_name or directory.path.resolve().name,
         run_dir=directory.path,
@@ -228,19 +232,19 @@ def _open_trackers(run: Run, inputs: RunInputs, state: RunState) -> Iterator[Tra
         trackers.finish()
 
 
-def _checked_result(run: Run, inputs: RunInputs) -> TrainResult:
+def _checked_result(run: Run, setup: RunSetup) -> TrainResult:
     """Return the result of a dry run."""
     return TrainResult(
         run_dir=run.directory.path,
         adapter_dir=None,
         status="checked",
-        num_steps=inputs.source.num_steps,
+        num_steps=setup.source.num_steps,
         final_loss=None,
-        **input_record(inputs),
+        **input_record(setup),
     )
 
 
-def _finished_result(run: Run, inputs: RunInputs, state: RunState) -> TrainResult:
+def _finished_result(run: Run, setup: RunSetup, state: RunState) -> TrainResult:
     """Return the result of a run that has its adapter already, and complete its run.json."""
     assert state.checkpoint is not None
     run.reporter.note(f"{run.directory.path} is finished already")
@@ -253,5 +257,5 @@ def _finished_result(run: Run, inputs: RunInputs, state: RunState) -> TrainResul
     else:  # killed between the adapter and run.json
         record["adapter_step"] = find_adapter_step(run, result)
     run.update_record(record)
-    trainable = {"trainable_parameters": inputs.trainable}
+    trainable = {"trainable_parameters": setup.trainable}
     return result_from_record(run.directory, {**record, **trainable})

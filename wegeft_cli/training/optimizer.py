@@ -129,12 +129,12 @@ def check_optimizer(name: str, options: Mapping[str, Any], device: torch.device 
 
 
 def _check_settings(name: str, options: Mapping[str, Any]) -> None:
-    weight = nn.Parameter(torch.ones(_TRIAL_SHAPE))
     try:
-        build_optimizer(name, {"weight": weight}, learning_rate=1e-3, options=options)
-    except UserError as fault:
-        if fault.key == "train.optim_args":
-            raise
+        _find_class(name, 1e-3, AdamSettings())
+    except UserError:
+        return  # its package is missing here
+    weight = nn.Parameter(torch.ones(_TRIAL_SHAPE))
+    build_optimizer(name, {"weight": weight}, learning_rate=1e-3, options=options)
 
 
 def _find_class(

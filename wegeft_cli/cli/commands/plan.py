@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.tables import format_memory, show_table
 
 if TYPE_CHECKING:
     from wegeft_cli.planning.plan import Plan
@@ -29,16 +30,14 @@ def plan(
 
 
 def _show_groups(result: Plan) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    groups = Table("trainable group", "layers", "width", "parameters", box=SIMPLE)
-    for column in groups.columns[1:]:
-        column.justify = "right"
-    for group in result.groups:
-        width = "" if group.width is None else f"{group.width:,}"
-        groups.add_row(group.name, f"{group.num_layers}", width, f"{group.num_parameters:,}")
-    show(groups)
+    groups = result.groups
+    columns = {
+        "trainable group": [group.name for group in groups],
+        "layers": [f"{group.num_layers}" for group in groups],
+        "width": ["" if group.width is None else f"{group.width:,}" for group in groups],
+        "parameters": [f"{group.num_parameters:,}" for group in groups],
+    }
+    show_table(columns)
     show(
         f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
         f"({result.trainable_parameters / result.base_parameters:.3%})"
@@ -65,22 +64,20 @@ def _show_steps(result: Plan) -> None:
 
 
 def _show_memory(result: Plan) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    memory = Table("memory on each device, estimated", "GiB", box=SIMPLE)
-    memory.columns[1].justify = "right"
-    for name, gib in result.memory_gib.items():
-        if name == "total":
-            memory.add_section()
-        if gib != 0:
-            memory.add_row(name.replace("_", " "), "unknown" if gib is None else f"{gib:.2f}")
-    memory.add_row(f"free on this {result.device} now", f"{result.available_gib:.2f}", style="dim")
-    show(memory)
-    disk = "" if result.disk_gib is None else f", {result.disk_gib:.2f} GiB at most"
-    show(
-        f"checkpoints: {result.checkpoint_gib:.2f} GiB each{disk}; {result.free_disk_gib:.0f} free"
-    )
+    parts = {
+        name.replace("_", " "): "unknown" if gib is None else format_memory(gib)
+        for name, gib in result.memory_gib.items()
+        if gib != 0
+    }
+    parts[f"free on this {result.device} now"] = format_memory(result.available_gib)
+    columns = {
+        "memory on each device, estimated": list(parts),
+        "": list(parts.values()),
+    }
+    show_table(columns, bold_rows=[list(parts).index("total")])
+    disk = "" if result.disk_gib is None else f", {format_memory(result.disk_gib)} at most"
+    each = format_memory(result.checkpoint_gib)
+    show(f"checkpoints: {each} each{disk}; {format_memory(result.free_disk_gib)} free")
 
 
 def _format_flops(value: float) -> str:

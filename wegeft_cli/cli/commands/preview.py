@@ -9,6 +9,7 @@ import typer
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, escape_control, get_console, print_json, show
+from wegeft_cli.cli.tables import show_table
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -158,9 +159,6 @@ def _title(row: PreviewRow) -> str:
 
 
 def _show_sources(result: TokenPreview) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     fates = {
         "num_truncated": "cut",
         "num_empty": "empty",
@@ -172,14 +170,15 @@ def _show_sources(result: TokenPreview) -> None:
     # Only reasons that occur have a column: a narrow terminal cannot show all of them.
     met = {n: title for n, title in fates.items() if any(s[n] for s in result.sources)}
     columns = {"num_rows": "rows", **met}
-    table = Table("source", *columns.values(), "template", box=SIMPLE)
-    for column in table.columns[1:-1]:
-        column.justify = "right"
-    for source in result.sources:
-        template = f"{source['template']} {source['template_hash']}"
-        counts = (f"{source[name]:,}" for name in columns)
-        table.add_row(_plain(source["path"]), *counts, _plain(template))
-    show(table)
+    sources = result.sources
+    show_table(
+        {
+            "source": [escape_control(s["path"]) for s in sources],
+            **{title: [f"{s[name]:,}" for s in sources] for name, title in columns.items()},
+            "template": [escape_control(f"{s['template']} {s['template_hash']}") for s in sources],
+        },
+        text=("source", "template"),
+    )
 
 
 def _plain(text: str) -> Text:
@@ -190,9 +189,6 @@ def _plain(text: str) -> Text:
 
 
 def _show_figures(result: TokenPreview) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     share = result.num_label_tokens / result.num_tokens
     show(
         f"{result.num_rows:,} rows, {result.num_tokens:,} tokens, {share:.0%} of them learned "
@@ -208,12 +204,9 @@ def _show_figures(result: TokenPreview) -> None:
     if is_cut:
         _show_lengths("after the cut", result.lengths)
     show(f"data.max_length is {result.max_length}", highlight=False)
-    padding = Table("batches", "padding", "sequences", box=SIMPLE)
-    for column in padding.columns[1:]:
-        column.justify = "right"
-    for setting, waste in result.waste.items():
-        padding.add_row(*_describe_waste(setting, waste, result))
-    show(padding)
+    rows = [_describe_waste(*item, result) for item in result.waste.items()]
+    names = ("batches", "padding", "sequences")
+    show_table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def _span(bar: dict[str, int]) -> str:
@@ -224,17 +217,13 @@ def _span(bar: dict[str, int]) -> str:
 
 def _show_bars(titles: tuple[str, str], counts: Sequence[tuple[str, int]]) -> None:
     """Print counts as a table of bars, under the titles of the names and of the counts."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    bars = Table(*titles, "", box=SIMPLE)
-    for column in bars.columns[:2]:
-        column.justify = "right"
     most = max(count for _, count in counts)
-    for name, count in counts:
-        width = round(_BAR_WIDTH * count / most) if count else 0
-        bars.add_row(_plain(name), f"{count:,}", "█" * max(width, 1) if count else "")
-    show(bars)
+    columns = {
+        titles[0]: [escape_control(name) for name, _ in counts],
+        titles[1]: [f"{count:,}" for _, count in counts],
+        "": ["█" * max(1, round(_BAR_WIDTH * count / most)) * (count > 0) for _, count in counts],
+    }
+    show_table(columns, text=("",))
 
 
 def _describe_waste(

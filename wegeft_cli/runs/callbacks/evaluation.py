@@ -11,7 +11,7 @@ from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.models.heads import HeadSpec
-from wegeft_cli.planning.preflight import RunInputs
+from wegeft_cli.planning.run_setup import RunSetup
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter
 from wegeft_cli.tasks.base import Loss, Task
@@ -36,10 +36,10 @@ class BenchmarksCallback(Callback):
     """Scores the model on `train.eval_tasks`."""
 
     def __init__(
-        self, recipe: Recipe, inputs: RunInputs, reporter: Reporter, advance: Advance
+        self, recipe: Recipe, setup: RunSetup, reporter: Reporter, advance: Advance
     ) -> None:
         self._recipe = recipe
-        self._inputs = inputs
+        self._setup = setup
         self._reporter = reporter
         self._advance = advance
         self._warned: set[str] = set()
@@ -58,8 +58,8 @@ class BenchmarksCallback(Callback):
         )
         return score_benchmarks(
             trainer.model,
-            self._inputs.tokenizer,
-            self._inputs.tasks,
+            self._setup.tokenizer,
+            self._setup.tasks,
             self._recipe.train.eval_tasks,
             context,
             on_progress,

@@ -10,7 +10,7 @@ from torch import nn
 
 from wegeft_cli.errors import BaseModelError
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.training.mixed_precision import autocast
+from wegeft_cli.training.forward_context import autocast
 
 _ENCODER_SETTINGS = {"is_decoder": False, "causal": False, "attn_type": "bi"}
 """Settings of classes that are encoders or decoders, with the value that makes an encoder."""

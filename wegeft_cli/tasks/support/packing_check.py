@@ -12,8 +12,8 @@ from wegeft_cli.data.batches.collate import Row, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, Recipe
+from wegeft_cli.training.forward_context import autocast
 from wegeft_cli.training.loss import CausalLoss
-from wegeft_cli.training.mixed_precision import autocast
 
 _KEY = "data.packing"
 # Largest difference of logits, as a share of the largest logit: float32 sums in another order, and

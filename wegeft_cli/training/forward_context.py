@@ -1,4 +1,4 @@
-"""Activations in host memory between the forward and the backward pass."""
+"""Contexts of a forward pass: its dtype (autocast), and activations kept in host memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LEAST_BYTES = 2**16
 """Size below which a tensor is not worth the transfer."""
+
+
+def autocast(device_type: str, mixed_precision: str) -> AbstractContextManager[Any]:
+    """Return torch's autocast for bf16 or fp16, disabled for none."""
+    dtype = _DTYPES.get(mixed_precision)
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
 
 
 def offload_activations(
