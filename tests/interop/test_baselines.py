@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.peft.models import (
+    build_config,
     inject_peft,
     load_peft,
     merge_peft,
@@ -24,6 +25,11 @@ from wegeft_cli.methods.wegeft.inject import inject_generators
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 # Two float32 layers by another road: 2.8e-7 was measured on a base of small weights.
 FLOAT32 = 1e-5
+
+
+def inject(model, name, *, rank, alpha, target_modules, options, modules_to_save=()):
+    config = build_config(name, rank, alpha, target_modules, options, "CAUSAL_LM")
+    return inject_peft(model, config, modules_to_save)
 
 
 def load(folder):
@@ -106,9 +112,7 @@ def test_a_method_is_counted_without_weights(llama_dir, method):
     def count(model):
         options = METHODS.get(method, {"oft_block_size": 4})
         targets = ["q_proj", "down_proj"] if options.get("feedforward_modules") else ["q_proj"]
-        model = inject_peft(
-            model, method, rank=2, alpha=None, target_modules=targets, options=options
-        )
+        model = inject(model, method, rank=2, alpha=None, target_modules=targets, options=options)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     model = load(llama_dir)
@@ -121,7 +125,7 @@ def test_a_method_is_counted_without_weights(llama_dir, method):
 def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     targets = ["v_proj", "down_proj"] if method != "vera" else ["q_proj"]
     torch.manual_seed(0)
-    model = inject_peft(
+    model = inject(
         load(llama_dir),
         method,
         rank=2,
@@ -149,7 +153,7 @@ def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_modules_trained_whole_are_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
-    model = inject_peft(
+    model = inject(
         load(llama_dir),
         method,
         rank=2,
@@ -184,25 +188,25 @@ def test_a_start_takes_every_tensor(llama_dir, ids, tmp_path):
         "rank": 2, "alpha": None, "target_modules": ["q_proj"], "options": {},
         "modules_to_save": ["lm_head"],
     }  # fmt: skip
-    model = inject_peft(load(llama_dir), "lora", **settings).eval()
+    model = inject(load(llama_dir), "lora", **settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
-    fresh = inject_peft(load(llama_dir), "lora", **settings).eval()
+    fresh = inject(load(llama_dir), "lora", **settings).eval()
     assert not torch.equal(fresh(ids).logits, model(ids).logits)
     start_from_peft(fresh, tmp_path)
     assert torch.equal(fresh(ids).logits, model(ids).logits)
     assert all(p.requires_grad for n, p in fresh.named_parameters() if "lora_" in n)
-    other = inject_peft(load(llama_dir), "lora", **{**settings, "rank": 3})
+    other = inject(load(llama_dir), "lora", **{**settings, "rank": 3})
     with pytest.raises(UserError, match="4 of 5 tensors differ"):
         start_from_peft(other, tmp_path)
 
 
 def test_a_module_that_is_not_there_is_told(llama_dir):
     with pytest.raises(UserError, match="matches no module") as caught:
-        inject_peft(
+        inject(
             load(llama_dir), "lora", rank=2, alpha=None, target_modules=["q_proj"], options={},
             modules_to_save=["lm_hed"],
         )  # fmt: skip
@@ -212,7 +216,7 @@ def test_a_module_that_is_not_there_is_told(llama_dir):
 def test_rank_alpha_and_options_reach_the_method(llama_dir):
     def config_of(name, **settings):
         given = {"rank": 3, "alpha": None, "target_modules": ["q_proj"], "options": {}, **settings}
-        return inject_peft(load(llama_dir), name, **given).peft_config["default"]
+        return inject(load(llama_dir), name, **given).peft_config["default"]
 
     assert (config_of("lora").r, config_of("lora").lora_alpha) == (3, 6)
     assert config_of("lora", alpha=5).lora_alpha == 5
@@ -234,7 +238,7 @@ def test_rank_alpha_and_options_reach_the_method(llama_dir):
 def test_what_peft_does_not_know_is_the_users_to_mend(llama_dir, change, key):
     given = {"name": "lora", "rank": 2, "alpha": None, "target_modules": ["q_proj"], "options": {}}
     with pytest.raises(UserError) as caught:
-        inject_peft(load(llama_dir), **{**given, **change})
+        inject(load(llama_dir), **{**given, **change})
     assert caught.value.key == key
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wegeft_cli.methods.wegeft.folding import merge_stored
+from wegeft_cli.methods.wegeft.folding import LowRankChange, merge_stored
 
 ROWS = ((2, 7), (11, 16))
 NUM_ROWS = 10
@@ -35,9 +35,8 @@ def test_every_form_is_the_sum_in_float32(dtype, side, rows, form, place):
     before = stored.clone()
     into = {"a copy": None, "itself": stored, "another change": stored + 1}[place]
     start = None if into is None else into.clone()
-    merged = merge_stored(
-        stored, phi, psi, 0.5, side, rows=rows, transposed=form == "transposed", into=into
-    )
+    change = LowRankChange(phi, psi, 0.5, side, rows=rows, transposed=form == "transposed")
+    merged = merge_stored(stored, change, into=into)
     assert (merged.dtype, merged.shape) == (dtype, stored.shape)
     assert place == "itself" or torch.equal(stored, before)
     # The equation by itself, in float64: W + s W phi psi, or W + s phi psi W.

@@ -53,6 +53,7 @@ class ExportOptions:
         pad_siblings: Give zeros to what servers stack with an adapted layer (q, k, v; gate, up).
         prompts: What the parity report asks; empty takes its own.
         parity: Whether to measure parity, for which the base is loaded.
+        push: Hub repository that receives the result.
     """
 
     dtype: str | None = None
@@ -60,6 +61,7 @@ class ExportOptions:
     pad_siblings: bool = False
     prompts: Sequence[str] = ()
     parity: bool = True
+    push: HubTarget | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,6 @@ def export(
     base: str | None = None,
     revision: str | None = None,
     options: ExportOptions | None = None,
-    push: HubTarget | None = None,
     reporter: Reporter | None = None,
 ) -> ExportResult:
     """Write an adapter, or a model, in a form that other tools read.
@@ -133,8 +134,8 @@ def export(
     if options.dtype is not None and options.dtype not in allowed:
         message = f"got {options.dtype!r}"
         raise UserError(message, key="--dtype", hint=f"one of {', '.join(allowed)}")
-    if push is not None:
-        push.check()
+    if options.push is not None:
+        options.push.check()
     if is_model:
         assert target is not None
         result = _export_model(str(target), format, output, revision, options, reporter)
@@ -148,7 +149,7 @@ def export(
             )
         output = output or _default_output(adapter.folder, format)
         result = _export_adapter(adapter, format, output, base, revision, options, reporter)
-    url = publish(result.output_dir, push, reporter) if push is not None else None
+    url = publish(result.output_dir, options.push, reporter) if options.push else None
     return replace(
         result,
         seconds=time.perf_counter() - start,
@@ -198,7 +199,6 @@ def _export_adapter(
     reporter: Reporter,
 ) -> ExportResult:
     check_unused_folder(output)
-    adapter_dir = adapter.folder
     hint = "merge it and export the model" if format == "gguf" else "PEFT reads it as it is"
     require_generators(adapter, "only a WeGeFT adapter has an exact LoRA equivalent", hint=hint)
     files = adapter.files
@@ -210,82 +210,100 @@ def _export_adapter(
         )
     name_or_path = base or adapter.base
     revision = revision or (None if base else adapter.revision)
-    trusts = adapter.trusts_remote_code
-    with base_errors(base, adapter_dir):
+    with base_errors(base, adapter.folder):
         base_dir = fetch_base_folder(name_or_path, revision)
-        check_base(files.manifest, base_dir, adapter_dir, warn=reporter.warn)
+        check_base(files.manifest, base_dir, adapter.folder, warn=reporter.warn)
         plan = plan_twin(
             files,
             base_dir,
-            adapter_dir,
+            adapter.folder,
             pad_rank=options.pad_rank,
             pad_siblings=options.pad_siblings,
-            trust_remote_code=trusts,
+            trust_remote_code=adapter.trusts_remote_code,
         )
-    reads_more = not plan.is_pairs_alone
-    if format == "gguf" and reads_more:
+    _check_readers(plan, format, adapter.folder, reporter)
+    export = _PairExport(adapter, base_dir, name_or_path, revision, plan, options, reporter)
+    check_free_space(output, export.num_bytes, "the export")
+    with atomic_folder(output) as folder:
+        return replace(
+            export.write_gguf(folder) if format == "gguf" else export.write_peft(folder, output),
+            output_dir=output,
+        )
+
+
+def _check_readers(plan: TwinPlan, format: str, adapter_dir: Path, reporter: Reporter) -> None:
+    """Refuse for llama.cpp, and warn for servers, what is more than LoRA pairs."""
+    if plan.is_pairs_alone:
+        return
+    if format == "gguf":
         raise UserError(
             "llama.cpp reads LoRA pairs alone, and this adapter also changes biases or whole "
             "modules",
             file=str(adapter_dir),
             hint="wegeft merge, then wegeft export MERGED --format gguf",
         )
-    if reads_more:
-        reporter.warn("it holds more than LoRA pairs: PEFT reads it, vLLM and SGLang do not")
-    dtype = DTYPE_NAMES[options.dtype or "float32"]
-    shapes = _plan_tensors(plan)
-    num_bytes = sum(tensor_bytes(dtype, shape) for shape in shapes.values())
-    check_free_space(output, num_bytes, "the export")
-    with atomic_folder(output) as folder:
-        if format == "gguf":
-            from wegeft_cli.exporting.gguf_adapter import write_adapter_gguf
+    reporter.warn("it holds more than LoRA pairs: PEFT reads it, vLLM and SGLang do not")
 
-            with reporter.progress("exporting", len(plan.members)) as advance:
-                num_tensors = write_adapter_gguf(
-                    folder / "adapter.gguf",
-                    base_dir,
-                    {
-                        name: (plan.linears[name].d_out, plan.linears[name].d_in)
-                        for name in plan.members
-                    },
-                    plan.make,
-                    rank=plan.rank,
-                    dtype=options.dtype or "float32",
-                    base_name=name_or_path,
-                    on_layer=advance,
-                )
-            num_bytes = (folder / "adapter.gguf").stat().st_size
-            return ExportResult(output, format, "adapter", num_tensors, num_bytes, rank=plan.rank)
-        metadata = {
-            "format": "pt",
-            "wegeft_version": VERSION,
-            "base_fingerprint": files.manifest.base_fingerprint or "unknown",
-        }
+
+@dataclass(frozen=True)
+class _PairExport:
+    """Writes the LoRA pairs of one adapter into a folder, in either format."""
+
+    adapter: Adapter
+    base_dir: Path
+    name_or_path: str
+    revision: str | None
+    plan: TwinPlan
+    options: ExportOptions
+    reporter: Reporter
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type in a safetensors file."""
+        return DTYPE_NAMES[self.options.dtype or "float32"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pairs."""
+        return sum(tensor_bytes(self.dtype, shape) for shape in _plan_tensors(self.plan).values())
+
+    def write_gguf(self, folder: Path) -> ExportResult:
+        """Write `adapter.gguf`."""
+        from wegeft_cli.exporting.gguf_adapter import write_adapter_gguf
+
+        with self.reporter.progress("exporting", len(self.plan.members)) as advance:
+            num_tensors = write_adapter_gguf(
+                folder / "adapter.gguf",
+                self.plan,
+                self.base_dir,
+                dtype=self.options.dtype or "float32",
+                base_name=self.name_or_path,
+                on_layer=advance,
+            )
+        num_bytes = (folder / "adapter.gguf").stat().st_size
+        rank = self.plan.rank
+        return ExportResult(folder, "gguf", "adapter", num_tensors, num_bytes, rank=rank)
+
+    def write_peft(self, folder: Path, output: Path) -> ExportResult:
+        """Write PEFT's two files, the parity report and the card."""
+        plan = self.plan
+        fingerprint = plan.files.manifest.base_fingerprint or "unknown"
+        metadata = {"format": "pt", "wegeft_version": VERSION, "base_fingerprint": fingerprint}
         saved = {f"{_PREFIX}{name}": tensor for name, tensor in plan.files.saved_modules.items()}
-        layout = {name: (dtype, shape) for name, shape in shapes.items()}
+        shapes = _plan_tensors(plan)
+        layout = {name: (self.dtype, shape) for name, shape in shapes.items()}
         layout |= {name: (_NAMES_OF[t.dtype], tuple(t.shape)) for name, t in saved.items()}
-        with reporter.progress("exporting", len(layout)) as advance:
+        with self.reporter.progress("exporting", len(layout)) as advance:
             maker = _Maker(plan, saved, advance)
             num_bytes = write_tensors(folder / WEIGHTS_NAME, layout, maker, metadata)
-        config = _make_config(plan, name_or_path, revision)
+        config = _make_config(plan, self.name_or_path, self.revision)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        parity: dict[str, Any] = {"is_measured": False, "reason": "switched off (--no-parity)"}
-        if options.parity:
-            reporter.note("measuring parity: the base is loaded")
-            parity = measure_parity(
-                base_dir,
-                adapter_dir,
-                folder,
-                prompts=options.prompts or PROMPTS,
-                trust_remote_code=trusts,
-            )
-            if not parity["is_measured"]:
-                reporter.warn(f"parity is not measured: {parity['reason']}")
+        parity = self._measure_parity(folder)
         (folder / PARITY_NAME).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         card = write_twin_card(
-            adapter_dir,
-            name_or_path,
-            revision,
+            self.adapter.folder,
+            self.name_or_path,
+            self.revision,
             title=output.resolve().name,
             rank=plan.rank,
             num_modules=len(plan.members),
@@ -294,9 +312,24 @@ def _export_adapter(
             parity=parity,
         )
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    return ExportResult(
-        output, format, "adapter", len(layout), num_bytes, rank=plan.rank, parity=parity
-    )
+        return ExportResult(
+            folder, "lora", "adapter", len(layout), num_bytes, rank=plan.rank, parity=parity
+        )
+
+    def _measure_parity(self, folder: Path) -> dict[str, Any]:
+        if not self.options.parity:
+            return {"is_measured": False, "reason": "switched off (--no-parity)"}
+        self.reporter.note("measuring parity: the base is loaded")
+        parity = measure_parity(
+            self.base_dir,
+            self.adapter.folder,
+            folder,
+            prompts=self.options.prompts or PROMPTS,
+            trust_remote_code=self.adapter.trusts_remote_code,
+        )
+        if not parity["is_measured"]:
+            self.reporter.warn(f"parity is not measured: {parity['reason']}")
+        return parity
 
 
 class _Maker:

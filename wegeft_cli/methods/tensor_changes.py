@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side
-from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, merge_stored
+from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, LowRankChange, merge_stored
 from wegeft_cli.methods.wegeft.targets import Rows
 from wegeft_cli.storage.safetensors_reader import block_rows
-
-
-@dataclass(frozen=True)
-class LowRankChange:
-    """The change of a stored weight by one group's pair, see `delta_weight`.
-
-    Args:
-        phi: First factor, [d, r].
-        psi: Second factor, [r, d].
-        scale: s, times the adapter's weight.
-        side: Which side is edited.
-        rows: Adapted output rows; None are all.
-        transposed: Whether the weight is stored as [d_in, d_out].
-    """
-
-    phi: Tensor
-    psi: Tensor
-    scale: float
-    side: Side
-    rows: Rows | None
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -67,16 +46,7 @@ class TensorChange:
                 inside = _rows_within(pair.rows, start_row, start_row + block.shape[0])
                 if not inside:
                     continue
-            merge_stored(
-                block,
-                pair.phi,
-                pair.psi,
-                pair.scale,
-                pair.side,
-                rows=inside,
-                transposed=pair.transposed,
-                into=merged,
-            )
+            merge_stored(block, replace(pair, rows=inside), into=merged)
         for tensor, weight in self.trained:
             merged += weight * (_rows_of(tensor, block, start_row) - block)
         return merged

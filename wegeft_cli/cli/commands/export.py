@@ -97,8 +97,14 @@ def export(
         output=output,
         base=base,
         revision=revision,
-        options=ExportOptions(dtype, pad_rank, pad_siblings, prompt or (), not no_parity),
-        push=hub_target(push_to_hub, is_public),
+        options=ExportOptions(
+            dtype,
+            pad_rank,
+            pad_siblings,
+            prompt or (),
+            not no_parity,
+            hub_target(push_to_hub, is_public),
+        ),
         reporter=RichReporter(),
     )
     if as_json:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.interop.peft_tuner.factors import Part, SummedPairs, WrappedEdit, is_dense
 from wegeft_cli.methods.wegeft.equations import delta_weight
-from wegeft_cli.methods.wegeft.folding import merge_stored
+from wegeft_cli.methods.wegeft.folding import LowRankChange, merge_stored
 from wegeft_cli.methods.wegeft.modules import GeneratorSettings
 
 
@@ -178,15 +178,10 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
             side = part.settings.side
             if kind == "bias" and side == "input":
                 continue
-            stored = merge_stored(
-                stored,
-                part.pair.phi.detach(),
-                part.pair.psi.detach(),
-                part.settings.scale,
-                side,
-                rows=part.target.rows,
-                transposed=part.target.transposed,
-            )
+            phi, psi = part.pair.phi.detach(), part.pair.psi.detach()
+            rows, transposed = part.target.rows, part.target.transposed
+            change = LowRankChange(phi, psi, part.settings.scale, side, rows, transposed)
+            stored = merge_stored(stored, change)
         return stored
 
     @torch.no_grad()

@@ -87,18 +87,17 @@ class PeftMethod(Method):
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
         """Wrap the base in PEFT's model, whose initial values come from torch's global state."""
-        from wegeft_cli.methods.peft.models import inject_peft
+        from wegeft_cli.methods.peft.models import build_config, inject_peft
 
-        return inject_peft(
-            model,
+        config = build_config(
             section.type,
-            rank=section.r,
-            alpha=section.alpha,
-            target_modules=section.target_modules,
-            options=section.peft,
-            modules_to_save=section.modules_to_save,
-            task_type=task_type,
+            section.r,
+            section.alpha,
+            section.target_modules,
+            section.peft,
+            task_type,
         )
+        return inject_peft(model, config, section.modules_to_save)
 
     def check_start(
         self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None

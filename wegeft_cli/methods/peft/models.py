@@ -39,35 +39,18 @@ def first_rank(rank: int, options: Mapping[str, Any]) -> int:
     return options.get("init_r", (3 * rank + 1) // 2)
 
 
-def inject_peft(
-    model: nn.Module,
-    name: str,
-    *,
-    rank: int,
-    alpha: float | None,
-    target_modules: str | Sequence[str],
-    options: Mapping[str, Any],
-    modules_to_save: Sequence[str] = (),
-    task_type: str | None = "CAUSAL_LM",
-) -> nn.Module:
-    """Wrap a model in a PEFT method.
-
-    Args:
-        name: A PEFT method (lora, adalora, ia3, vera, ...) or dora, rslora, pissa.
-        alpha: Given as `<method>_alpha` where the method has one; None takes 2 r.
-        task_type: PEFT's name of the task; None where it has none.
+def inject_peft(model: nn.Module, config: Any, modules_to_save: Sequence[str] = ()) -> nn.Module:
+    """Wrap a model in the PEFT method of a config, see `build_config`.
 
     Raises:
-        UserError: If PEFT is not installed, or knows no such method or option, or a module cannot
-            be trained whole.
+        UserError: If the method trains no module whole, or a module cannot be trained whole.
         ExceptionGroup: If several modules cannot.
     """
-    config = _build_config(name, rank, alpha, target_modules, options, task_type)
     import peft
 
     if modules_to_save:
         if not hasattr(config, "modules_to_save"):
-            message = f"PEFT's {name!r} trains no module whole"
+            message = f"PEFT's {config.peft_type.value.lower()!r} trains no module whole"
             raise UserError(message, key="adapter.modules_to_save", hint="leave it empty")
         # Full names: PEFT takes any module whose name ends with the text, and says nothing of a
         # text that ends none, or of a tied module.
@@ -161,7 +144,7 @@ def check_peft_start(
         UserError: If the adapter is of another method, or a setting differs.
         ExceptionGroup: If several settings differ.
     """
-    config = _build_config(name, rank, alpha, "all-linear", options, "CAUSAL_LM")
+    config = build_config(name, rank, alpha, "all-linear", options, "CAUSAL_LM")
     import peft
 
     try:
@@ -255,7 +238,7 @@ def _import_peft() -> Any:
     return peft
 
 
-def _build_config(
+def build_config(
     name: str,
     rank: int,
     alpha: float | None,
@@ -263,6 +246,13 @@ def _build_config(
     options: Mapping[str, Any],
     task_type: str | None,
 ) -> Any:
+    """Return the config of a PEFT method (lora, adalora, ia3, vera, ...) or dora, rslora, pissa.
+
+    `alpha` becomes `<method>_alpha` where the method has one. Default: 2 r.
+
+    Raises:
+        UserError: If PEFT is not installed, or has no such method or option.
+    """
     _import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -86,27 +88,33 @@ def unfold_generators(model: nn.Module) -> None:
     owner.folded = None
 
 
-def merge_stored(
-    stored: Tensor,
-    phi: Tensor,
-    psi: Tensor,
-    scale: float,
-    side: Side,
-    *,
-    rows: Rows | None = None,
-    transposed: bool = False,
-    into: Tensor | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class LowRankChange:
+    """The change of a stored weight by one group's pair, see `delta_weight`.
+
+    Args:
+        phi: First factor, [d, r].
+        psi: Second factor, [r, d].
+        scale: s, times the adapter's weight.
+        side: Which side is edited.
+        rows: Adapted output rows; None are all.
+        transposed: Whether the weight is stored as [d_in, d_out].
+    """
+
+    phi: Tensor
+    psi: Tensor
+    scale: float
+    side: Side
+    rows: Rows | None = None
+    transposed: bool = False
+
+
+def merge_stored(stored: Tensor, change: LowRankChange, into: Tensor | None = None) -> Tensor:
     """Fold the change into one tensor as it is stored: a weight, or (1-d) a bias.
 
     Args:
         stored: Weight [d_out, d_in] ([d_in, d_out] where `transposed`), or bias [d_out].
-        phi: First factor, [d, r].
-        psi: Second factor, [r, d].
-        scale: s.
-        side: Which side is edited.
-        rows: Edited output rows of a fused projection; None means all.
-        transposed: Whether the weight is stored the other way round (Conv1D).
+        change: The factors and the rows that they change.
         into: What the change is added to, where several adapters change one tensor: each change is
             that of the stored tensor. None adds it to a copy of `stored`; `stored` itself is right
             for the last change of it.
@@ -115,12 +123,13 @@ def merge_stored(
         The folded tensor, shape and type of `stored`; computed in float32, or float64 where
         `stored` is float64.
     """
+    scale, side = change.scale, change.side
     dtype = torch.promote_types(stored.dtype, torch.float32)
-    phi, psi = phi.to(stored.device, dtype), psi.to(stored.device, dtype)
+    phi, psi = change.phi.to(stored.device, dtype), change.psi.to(stored.device, dtype)
     merged = stored.clone() if into is None else into
-    turned = transposed and merged.ndim == 2
+    turned = change.transposed and merged.ndim == 2
     source, view = (stored.t(), merged.t()) if turned else (stored, merged)
-    for index in _row_blocks(view.shape[0], rows, side):
+    for index in _row_blocks(view.shape[0], change.rows, side):
         W, target = source[index].to(dtype), view[index].to(dtype)
         if W.ndim == 1:  # a bias, which only the output side maps: as it maps each column of W
             target += delta_weight(W, phi, psi, scale, side)
@@ -156,13 +165,7 @@ def _fold_target(
         if parameter is None or (kind == "bias" and side == "input"):
             continue
         changed.setdefault(f"{target.name}.{kind}", parameter.detach().clone())
-        merged = merge_stored(
-            parameter.detach(),
-            generator.phi.detach(),
-            generator.psi.detach(),
-            generator.scale,
-            side,
-            rows=target.rows,
-            transposed=target.transposed,
-        )
+        phi, psi = generator.phi.detach(), generator.psi.detach()
+        change = LowRankChange(phi, psi, generator.scale, side, target.rows, target.transposed)
+        merged = merge_stored(parameter.detach(), change)
         parameter.copy_(merged)

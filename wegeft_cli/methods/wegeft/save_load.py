@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -80,17 +81,20 @@ def save_adapter(
     if saved is not None:
         parts = {name: next(iter(m.named_parameters()))[0] for name, m in saved.by_name().items()}
         saved_names = find_stored_names(model, parts, base_dir)
-    manifest = build_manifest(
-        owner[adapter_name],
-        names,
-        modules_to_save=tuple(saved_names.values()),
-        init_from=init_from,
-        base_quantization=base_quantization,
+    described = _describe_generators(owner[adapter_name], names)
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in described["modules"]))
+    asked = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    manifest = AdapterManifest(
+        **described,
+        task_type=task_type,
         base_model_name_or_path=base_model_name_or_path,
         revision=revision,
         base_fingerprint=base_fingerprint,
-        target_modules=target_modules,
-        task_type=task_type,
+        target_modules=asked or kinds,
+        wegeft_version=VERSION,
+        modules_to_save=tuple(saved_names.values()),
+        init_from=init_from,
+        base_quantization=base_quantization,
     )
     if card is None:
         card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
@@ -110,63 +114,24 @@ def save_adapter(
     return manifest
 
 
-def build_manifest(
-    adapter: AdapterGenerators,
-    names: Mapping[str, str],
-    *,
-    base_model_name_or_path: str,
-    revision: str | None,
-    base_fingerprint: str | None,
-    target_modules: str | Iterable[str],
-    task_type: str | None,
-    modules_to_save: Sequence[str] = (),
-    init_from: str | None = None,
-    base_quantization: str | None = None,
-) -> AdapterManifest:
-    """Describe an adapter in memory as its file states it.
-
-    Args:
-        adapter: The generators of one adapter.
-        names: Module name in the model -> in the base's checkpoint.
-        base_model_name_or_path: The base.
-        revision: Its hub revision.
-        base_fingerprint: Its fingerprint.
-        target_modules: What was asked for.
-        task_type: PEFT's name of the task.
-        modules_to_save: Modules that were trained whole, by their names in the base's checkpoint.
-        init_from: The adapter whose factors were the start.
-        base_quantization: How the base is quantized.
-
-    Returns:
-        The manifest.
-    """
+def _describe_generators(adapter: AdapterGenerators, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest's keys for the generators; `names` maps module names to stored names."""
     settings = adapter.settings
     modules: dict[str, list[ModuleEntry]] = {}
     for group, members in adapter.groups.items():
         for target in members:
             entry = ModuleEntry(group, target.rows, target.transposed)
             modules.setdefault(names[target.name], []).append(entry)
-    asked = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    return AdapterManifest(
-        task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path,
-        revision=revision,
-        base_fingerprint=base_fingerprint,
-        r=settings.rank,
-        alpha=settings.alpha,
-        scale=settings.scale,
-        side=settings.side,
-        share=settings.share,
-        dropout=settings.dropout,
-        init=settings.init,
-        modules={name: tuple(entries) for name, entries in modules.items()},
-        target_modules=asked or kinds,
-        wegeft_version=VERSION,
-        modules_to_save=tuple(modules_to_save),
-        init_from=init_from,
-        base_quantization=base_quantization,
-    )
+    return {
+        "r": settings.rank,
+        "alpha": settings.alpha,
+        "scale": settings.scale,
+        "side": settings.side,
+        "share": settings.share,
+        "dropout": settings.dropout,
+        "init": settings.init,
+        "modules": {name: tuple(entries) for name, entries in modules.items()},
+    }
 
 
 def load_adapter(

@@ -194,6 +194,19 @@ def _find_faults(
     users: Mapping[int, Sequence[str]],
 ) -> Iterator[UserError]:
     module = model.get_submodule(name)
+    yield from _find_tensor_faults(module, name, users)
+    yield from _find_overlaps(name, names, targets)
+    if type(module).forward is nn.Module.forward:  # a list of modules: only its members are called
+        yield UserError(
+            f"{name!r} is never called itself, so a copy of it would not learn",
+            key=_KEY,
+            hint="name modules in it",
+        )
+
+
+def _find_tensor_faults(
+    module: nn.Module, name: str, users: Mapping[int, Sequence[str]]
+) -> Iterator[UserError]:
     parameters = dict(module.named_parameters(prefix=name, remove_duplicate=False))
     if not parameters:
         yield UserError(f"{name!r} has no parameters to train", key=_KEY, hint="leave it out")
@@ -221,6 +234,11 @@ def _find_faults(
             key=_KEY,
             hint="leave it out",
         )
+
+
+def _find_overlaps(
+    name: str, names: Sequence[str], targets: Sequence[Target]
+) -> Iterator[UserError]:
     for target in targets:
         if _is_inside(target.name, name):
             yield UserError(
@@ -242,12 +260,6 @@ def _find_faults(
                 key=_KEY,
                 hint="name one of the two",
             )
-    if type(module).forward is nn.Module.forward:  # a list of modules: only its members are called
-        yield UserError(
-            f"{name!r} is never called itself, so a copy of it would not learn",
-            key=_KEY,
-            hint="name modules in it",
-        )
 
 
 def _is_inside(name: str, container: str) -> bool:
