@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,11 +22,13 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
 from wegeft_cli.planning.preflight import count_checkpoints
-from wegeft_cli.planning.run_setup import RunSetup
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early
 from wegeft_cli.runs.run import Run
 from wegeft_cli.storage.atomic import check_free_space, heal_folder
+
+if TYPE_CHECKING:
+    from wegeft_cli.planning.run_setup import RunSetup
 
 AUTO = "auto"
 """Value of `--resume` that means the newest checkpoint of the run."""

@@ -168,7 +168,9 @@ def _fit(
             TaskMetricsCallback(run.task, loss, setup.head),
         ]
         if setup.tasks:
-            callbacks.append(BenchmarksCallback(run.recipe, setup, run.reporter, advance))
+            callbacks.append(
+                BenchmarksCallback(run.recipe, setup.tokenizer, setup.tasks, run.reporter, advance)
+            )
         if setup.prompts is not None:
             callbacks.append(
                 SamplePromptsCallback(

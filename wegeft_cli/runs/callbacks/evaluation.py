@@ -11,7 +11,6 @@ from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.models.heads import HeadSpec
-from wegeft_cli.planning.run_setup import RunSetup
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter
 from wegeft_cli.tasks.base import Loss, Task
@@ -36,10 +35,16 @@ class BenchmarksCallback(Callback):
     """Scores the model on `train.eval_tasks`."""
 
     def __init__(
-        self, recipe: Recipe, setup: RunSetup, reporter: Reporter, advance: Advance
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        benchmarks: Mapping[str, Benchmark],
+        reporter: Reporter,
+        advance: Advance,
     ) -> None:
         self._recipe = recipe
-        self._setup = setup
+        self._tokenizer = tokenizer
+        self._benchmarks = benchmarks
         self._reporter = reporter
         self._advance = advance
         self._warned: set[str] = set()
@@ -58,8 +63,8 @@ class BenchmarksCallback(Callback):
         )
         return score_benchmarks(
             trainer.model,
-            self._setup.tokenizer,
-            self._setup.tasks,
+            self._tokenizer,
+            self._benchmarks,
             self._recipe.train.eval_tasks,
             context,
             on_progress,
