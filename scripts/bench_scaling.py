@@ -151,7 +151,7 @@ def build_step(variant: Variant, folder: str, tokens: int, processes: Any) -> Ca
 
     from wegeft_cli.data.batches.collate import collate_rows
     from wegeft_cli.distributed.sharding import build_sharding
-    from wegeft_cli.methods.peft.models import inject_peft
+    from wegeft_cli.methods.peft.models import build_config, inject_peft
     from wegeft_cli.methods.wegeft.inject import inject_generators
     from wegeft_cli.models.loading import load_base
     from wegeft_cli.recipe.schema import ModelSection, TrainSection
@@ -161,9 +161,8 @@ def build_step(variant: Variant, folder: str, tokens: int, processes: Any) -> Ca
     sharding = build_sharding(TrainSection(strategy=variant.strategy), processes)
     model: Any = load_base(ModelSection(name_or_path=folder), **sharding)
     if variant.method == "lora":
-        model = inject_peft(
-            model, "lora", rank=variant.rank, alpha=None, target_modules="all-linear", options={}
-        )
+        config = build_config("lora", variant.rank, None, "all-linear", {}, "CAUSAL_LM")
+        model = inject_peft(model, config)
     else:
         inject_generators(model, rank=variant.rank)
     model.train()

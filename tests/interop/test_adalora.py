@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.methods.peft.models import inject_peft, load_peft, save_peft
+from wegeft_cli.methods.peft.models import build_config, inject_peft, load_peft, save_peft
 from wegeft_cli.methods.peft.rank_budget import OrthogonalLoss, RankBudget, regularise
 
 # The same float32 sums by another road.
@@ -25,9 +25,8 @@ def make_model(llama_dir):
     def make(**options):
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(llama_dir)
-        model = inject_peft(
-            base, "adalora", rank=4, alpha=None, target_modules=TARGETS, options=options
-        )
+        config = build_config("adalora", 4, None, TARGETS, options, "CAUSAL_LM")
+        model = inject_peft(base, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
