@@ -345,7 +345,7 @@ def test_gift_limits_prompt_and_answer_together(sets, llama_dir, monkeypatch):
         ({"judge_url": "http://localhost:1/v1"}, "a judge needs an address and a model's name"),
         ({"judge_model": "m"}, "a judge needs an address and a model's name"),
         ({"judge_url": "localhost:8000", "judge_model": "m"}, "is no address"),
-        ({"judge_url": "http://a:b@c/v1", "judge_model": "m"}, "holds a name or password"),
+        ({"judge_url": "http://a:b@c/v1", "judge_model": "m"}, "contains a name or password"),
     ],
 )
 @pytest.mark.parametrize("task", ["mt_bench", "alpaca_eval"])

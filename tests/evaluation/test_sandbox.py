@@ -206,3 +206,14 @@ def test_it_refuses_where_there_is_no_linux(
         open_sandbox(timeout=1),
     ):
         pass
+
+
+def test_the_worker_needs_no_site_packages():
+    """The sandbox starts without them; a module that it imports must not need one."""
+    root = str(Path(wegeft_cli.__file__).parents[1])
+    source = f"import sys; sys.path.append({root!r}); import wegeft_cli.sandbox.worker"
+    done = subprocess.run(
+        [sys.executable, "-s", "-S", "-P", "-B", "-c", source],
+        capture_output=True, text=True, check=False, env={},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+from wegeft_cli.distributed.separate_work import raise_together
 from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext
 from wegeft_cli.generation.completion import Completion
 from wegeft_cli.generation.decoding import Decoding
@@ -76,7 +78,8 @@ def generate_answers(
         def report(n: int, total: int, before: int = num_done) -> None:
             on_progress(min(before + n * processes.count, len(prompts.texts)))
 
-        result = (model.write or generate_texts)(
+        generate = partial(
+            model.write or generate_texts,
             model.model,
             model.tokenizer,
             Prompts(
@@ -89,6 +92,8 @@ def generate_answers(
             batch_size=context.batch_size,
             events=GenerationEvents(on_progress=report, on_completed=store),
         )
+        # In lockstep the passes themselves are collectives: an error ends the process instead.
+        result = generate() if context.in_lockstep else raise_together(processes, generate)
         settings = result.settings
         new |= dict(zip(asked, result.completions, strict=True)) if mine else {}
         num_done += len(numbers)

@@ -2,7 +2,8 @@
 
 A static batch computes padding until its longest answer ends. Here `generate` runs for a segment of
 a few tokens, returns its cache, and the rows that have ended are removed from it. The next batch
-begins when every row has ended. Each row gets the tokens that it gets alone.
+begins when every row has ended. Each row gets the tokens that it gets alone. On a sharded base all
+processes generate in lockstep: a process without rows takes part in the passes of the others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.kv_cache import PrefixCache
 from wegeft_cli.generation.sampling import PerSequenceSampler
@@ -146,6 +148,7 @@ class BatchScheduler:
         self._sampler = PerSequenceSampler(decoding)
         self._new_ids: dict[int, list[int]] = {}
         self._in_segments = decoding.num_beams == 1 and rows_can_leave(model)
+        self._in_lockstep = is_sharded(model)
 
     def run(self, order: Sequence[int], batch_size: int) -> Iterator[dict[int, list[int]]]:
         """Yield {prompt: its new tokens} as answers end; `order` has the longest prompts first."""
@@ -157,17 +160,30 @@ class BatchScheduler:
             cache = None if prefix_cache is None else prefix_cache.take(prompts[0])
             batch = ActiveBatch(self.model, self.config.pad_token_id, rows, prompts, cache)
             while batch.rows:
+                self._is_any_active(True)
                 new = self._generate_segment(batch)
                 if prefix_cache is not None:
                     batch.store_prefix(prefix_cache)
                 yield self._remove_finished(batch, new)
+        while self._is_any_active(False):
+            # A sharded base needs this process in the passes of the others.
+            batch = ActiveBatch(self.model, self.config.pad_token_id, [0], [[0]])
+            batch.generate(1, self.config, synced_gpus=True)
+
+    def _is_any_active(self, is_active: bool) -> bool:
+        """Return whether any process of a sharded base has rows left; a collective."""
+        if not self._in_lockstep:
+            return is_active
+        flag = torch.tensor(float(is_active), device=self.model.device)
+        torch.distributed.all_reduce(flag)
+        return flag.item() > 0
 
     def _generate_segment(self, batch: ActiveBatch) -> list[list[int]]:
         longest = max(len(self._new_ids.get(row, ())) for row in batch.rows)
         num_tokens = self.decoding.max_new_tokens - longest
         if self._in_segments:
             num_tokens = min(SEGMENT_TOKENS, num_tokens)
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"synced_gpus": True} if self._in_lockstep else {}
         if self._sampler.is_needed:
             self._sampler.sample_ids = [self.sample_ids[row] for row in batch.rows]
             self._sampler.padding = batch.padding()

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from wegeft_cli.distributed.processes import Processes
+from wegeft_cli.distributed.separate_work import run_apart
 from wegeft_cli.evaluation.response_cache import ResponseCache
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.recipe.schema import EvalSection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class BenchmarkContext:
     warn: Callable[[str], None] = lambda text: None
     check_stop: Callable[[], None] | None = None
     in_lockstep: bool = False
+
+    def run_apart(self, work: Callable[[Callable[[], None]], T]) -> T:
+        """Run work of any duration on this process apart from the others; see `run_apart`."""
+        return run_apart(self.processes, work, self.check_stop)
 
 
 class Benchmark(Protocol):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.distributed.separate_work import raise_together
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import (
     BenchmarkContext,
@@ -85,7 +87,9 @@ class CodeBenchmark:
         from wegeft_cli.sandbox.run import open_sandbox
 
         # The sandbox first: without isolation, no answer can be scored.
-        with open_sandbox(timeout=CODE_TIMEOUT) as sandbox:
+        with ExitStack() as stack:
+            opened = open_sandbox(timeout=CODE_TIMEOUT)
+            sandbox = raise_together(context.processes, lambda: stack.enter_context(opened))
             self._warn_of_other_data(context)
             prompts = self.prompts(model.tokenizer)
             texts = prompts.texts
@@ -136,8 +140,9 @@ class CodeBenchmark:
     def _score(self, sandbox: Any, samples: Mapping[int, Any], context: BenchmarkContext) -> Score:
         from wegeft_cli.evaluation.code.scoring import run_samples, sample_record, summarise
 
-        mine = context.processes.shard(sorted(samples))
-        outcomes = context.processes.merge(run_samples(sandbox, {n: samples[n] for n in mine}))
+        mine = {n: samples[n] for n in context.processes.shard(sorted(samples))}
+        own = context.run_apart(lambda check: run_samples(sandbox, mine, lambda done: check()))
+        outcomes = context.processes.merge(own)
         result = summarise(
             [samples[number] for number in sorted(samples)],
             [outcomes[number] for number in sorted(samples)],

@@ -239,7 +239,10 @@ def collect_verdicts(
     if known:
         context.warn(f"the judge: {len(known)} of {len(requests)} verdicts are cached")
     mine = processes.shard(requests)
-    return processes.merge(query_judge(judge, mine, known=known, on_answer=store))
+    texts = context.run_apart(
+        lambda check: query_judge(judge, mine, known=known, on_answer=store, check=check)
+    )
+    return processes.merge(texts)
 
 
 def _answerer(model: Any, options: Mapping[str, Any], context: BenchmarkContext) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,12 @@ from wegeft_cli.evaluation.benchmarks.base import (
     BenchmarkFamily,
     EvaluationRequest,
 )
-from wegeft_cli.evaluation.lm_eval.bridge import HarnessTask, load_harness_task, run_harness
+from wegeft_cli.evaluation.lm_eval.bridge import (
+    HarnessResult,
+    HarnessTask,
+    load_harness_task,
+    run_harness,
+)
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.statistics import normal_interval, wilson_interval
 
@@ -57,17 +62,7 @@ class HarnessBenchmark:
                 key="--backend",
                 hint="leave out --backend",
             )
-        result = None
-        if context.processes.is_main or context.in_lockstep:
-            result = run_harness(
-                model.model,
-                model.tokenizer,
-                self.task,
-                batch_size=context.batch_size,
-                limit=self.limit,
-            )
-        result = context.processes.broadcast(result)
-        assert result is not None
+        result = self._run_harness(model, context)
         context.on_progress(self.num_examples, self.num_examples)
         values = [sample["value"] for sample in result.samples]
         is_share = bool(values) and set(values) <= {0.0, 1.0}
@@ -102,6 +97,25 @@ class HarnessBenchmark:
             generation={**result.settings, "batch_size": context.batch_size},
             extra={"metric": result.metric, "metrics": dict(result.metrics)},
         )
+
+    def _run_harness(self, model: Any, context: BenchmarkContext) -> HarnessResult:
+        def run(check: Callable[[], None]) -> HarnessResult:
+            return run_harness(
+                model.model,
+                model.tokenizer,
+                self.task,
+                batch_size=context.batch_size,
+                limit=self.limit,
+                check=check,
+            )
+
+        if context.in_lockstep:
+            return run(context.check_stop or (lambda: None))
+        is_main = context.processes.is_main
+        result = context.run_apart(lambda check: run(check) if is_main else None)
+        result = context.processes.broadcast(result)
+        assert result is not None
+        return result
 
     def score_file(self, path: Path) -> Score:
         """Raise UserError: the harness reads likelihoods, which no file of outputs contains."""

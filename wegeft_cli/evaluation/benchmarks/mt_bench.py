@@ -223,7 +223,7 @@ def _load(request: JudgedRequest, whole: EvaluationRequest) -> MtBench:
 
 
 def _judge_name(verdicts: Sequence[Mapping[str, Any]] | None) -> str | None:
-    return str(verdicts[0].get("judge", ["?"])[0]) if verdicts else None
+    return ratings_of.name_judge(verdicts[0]) if verdicts else None
 
 
 FAMILY = judged_family(

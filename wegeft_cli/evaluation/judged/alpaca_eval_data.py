@@ -255,7 +255,7 @@ def read_annotations(path: Path, instructions: Instructions) -> list[dict[str, A
     for index, row in _match(rows, instructions):
         preference = row.value.get("preference")
         is_number = isinstance(preference, int | float) and not isinstance(preference, bool)
-        is_none = preference is None or (is_number and math.isnan(preference))
+        is_none = preference is None or (isinstance(preference, float) and math.isnan(preference))
         if not is_none and not (is_number and (preference == 0 or 1 <= preference <= 2)):
             message = f"`preference` is {preference!r}, not within 1 to 2"
             faults.append(UserError(message, file=row.place))

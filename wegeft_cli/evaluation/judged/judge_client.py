@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -17,10 +19,16 @@ KEY_VARIABLE = "WEGEFT_JUDGE_API_KEY"
 
 _PATH = "/chat/completions"
 _TRIES = 6
-_TIMEOUT_SECONDS = 120.0
+_TRY_SECONDS = 120.0
+_QUESTION_SECONDS = 600.0
+"""Time after which a question is not sent again."""
+_MAX_ANSWER_BYTES = 4 << 20
+_GRACE_SECONDS = 10.0
+"""How long an interrupted evaluation waits for answers that the judge is writing."""
 _LONGEST_WAIT_SECONDS = 60.0
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _MAX_SHOWN = 300
+_CHECK_SECONDS = 0.25
 
 
 class OpenAIJudge:
@@ -46,9 +54,10 @@ class OpenAIJudge:
         self._model = model
         self._key = key
         self._sleep = sleep
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         # Redirects are not followed: the key is for this address.
-        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
+        self._client = httpx.Client(headers=headers, timeout=_TRY_SECONDS)
 
     @property
     def model(self) -> str:
@@ -58,8 +67,11 @@ class OpenAIJudge:
     def ask(self, request: JudgeRequest) -> str:
         """Send one request, with retries while the server is busy or unreachable.
 
+        A try takes at most two minutes, a question ten.
+
         Raises:
-            UserError: If the server rejects the address, the key or the model.
+            UserError: If the server rejects the address, the key or the model, or its answer is too
+                long.
             MachineError: If there is no answer after several retries.
         """
         import httpx
@@ -71,19 +83,21 @@ class OpenAIJudge:
             "max_tokens": request.max_tokens,
             "n": 1,
         }
-        problem, wait_seconds = "", 0.0
-        for attempt in range(_TRIES):
-            if attempt:
+        problem, wait_seconds, num_tries = "", 0.0, 0
+        end = time.monotonic() + _QUESTION_SECONDS
+        while num_tries < _TRIES and time.monotonic() + wait_seconds < end:
+            if num_tries:
                 self._sleep(wait_seconds)
-            wait_seconds = min(2.0**attempt, _LONGEST_WAIT_SECONDS)
+            wait_seconds = min(2.0**num_tries, _LONGEST_WAIT_SECONDS)
+            num_tries += 1
             try:
-                response = self._client.post(self.url, json=body)
+                response, content = self._post(body)
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             if response.status_code == 200:
-                return self._read(response)
-            problem = f"status {response.status_code}: {response.text[:_MAX_SHOWN]}"
+                return self._read(content)
+            problem = f"status {response.status_code}: {_show(content)}"
             if response.status_code not in _TRY_AGAIN:
                 raise UserError(
                     f"the judge at {self.url} refuses: {self._hide(problem)}",
@@ -91,24 +105,45 @@ class OpenAIJudge:
                     hint=self._hint(response.status_code),
                 )
             wait_seconds = _wait_of(response.headers, wait_seconds)
+        tries = "1 try" if num_tries == 1 else f"{num_tries} tries"
         raise MachineError(
-            f"the judge at {self.url} gave no answer in {_TRIES} tries: {self._hide(problem)}",
+            f"the judge at {self.url} gave no answer in {tries}: {self._hide(problem)}",
             key="--judge-url",
             hint="the answers and verdicts so far are cached: the same command resumes from them",
         )
 
-    def _read(self, response: Any) -> str:
+    def _post(self, body: Mapping[str, Any]) -> tuple[Any, bytes]:
+        """Return the response and its content, which is read within the limits."""
+        import httpx
+
+        end = time.monotonic() + _TRY_SECONDS
+        content = bytearray()
+        with self._client.stream("POST", self.url, json=body) as response:
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > _MAX_ANSWER_BYTES:
+                    raise UserError(
+                        f"the judge at {self.url} sends more than "
+                        f"{_MAX_ANSWER_BYTES >> 20} MiB as one answer: {_show(content)}",
+                        key="--judge-url",
+                        hint="give the address of an API of chat completions, up to /v1",
+                    )
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout(f"the answer is not complete after {_TRY_SECONDS:g} s")
+        return response, bytes(content)
+
+    def _read(self, content: bytes) -> str:
         try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            text = json.loads(content)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.url} answers, but not as OpenAI's chat completions do: "
-                f"{self._hide(response.text[:_MAX_SHOWN])}",
+                f"{self._hide(_show(content))}",
                 key="--judge-url",
                 hint="give the address up to /v1",
             ) from error
         # null is an empty answer: a verdict without a rating.
-        return content if isinstance(content, str) else ""
+        return text if isinstance(text, str) else ""
 
     def _hint(self, status: int) -> str:
         if status in (401, 403):
@@ -120,6 +155,10 @@ class OpenAIJudge:
     def _hide(self, text: str) -> str:
         """Remove the key, which some servers repeat in their error."""
         return text if not self._key else text.replace(self._key, "<key>")
+
+
+def _show(content: bytes | bytearray) -> str:
+    return content[:_MAX_SHOWN].decode(errors="replace")
 
 
 def check_judge_url(url: str) -> str:
@@ -137,9 +176,9 @@ def check_judge_url(url: str) -> str:
         )
     if parts.username is not None or parts.password is not None:
         raise UserError(
-            "the address holds a name or password, which would be written into results",
+            "the address contains a name or password, which would be written into results",
             key="--judge-url",
-            hint=f"leave it out and put the key into {KEY_VARIABLE}",
+            hint=f"remove it and put the key into {KEY_VARIABLE}",
         )
     address = url.rstrip("/")
     return address if address.endswith(_PATH) else address + _PATH
@@ -169,7 +208,7 @@ class JudgeRequest:
     temperature: float
     max_tokens: int
     context: Mapping[str, Any]
-    """What the verdict is written down with."""
+    """Values that are written to the file of verdicts."""
 
 
 class Judge(Protocol):
@@ -177,15 +216,15 @@ class Judge(Protocol):
 
     @property
     def model(self) -> str:
-        """Its name, as judgment files tell it."""
+        """Its name in files of verdicts."""
         ...
 
     def ask(self, request: JudgeRequest) -> str:
-        """The judge's words.
+        """Return the judge's text.
 
         Raises:
             UserError: If the address, the key or the model is refused.
-            MachineError: If no answer came after several tries.
+            MachineError: If there is no answer after several tries.
         """
         ...
 
@@ -197,8 +236,11 @@ def query_judge(
     known: Mapping[int, str],
     on_answer: Callable[[int, str], None] = lambda number, text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """Send all requests concurrently and return the judge's texts by number.
+
+    `check` is called a few times per second and may raise.
 
     Raises:
         UserError: If the judge refuses; the answers so far were passed to `on_answer`.
@@ -209,24 +251,38 @@ def query_judge(
     }
     waiting = [request for request in requests if request.number not in answers]
     on_progress(len(answers), len(requests))
-    with ThreadPoolExecutor(NUM_AT_A_TIME) as pool:
-        running: dict[Future[str], int] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < NUM_AT_A_TIME:
-                    request = waiting.pop(0)
-                    running[pool.submit(judge.ask, request)] = request.number
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    number = running.pop(future)
-                    answers[number] = future.result()
-                    on_answer(number, answers[number])
-                    on_progress(len(answers), len(requests))
-        except BaseException:
-            waiting.clear()
-            # Requests in progress are paid for: keep their answers.
-            for future, number in running.items():
-                if future.exception() is None:
-                    on_answer(number, future.result())
-            raise
+    running: dict[Future[str], int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < NUM_AT_A_TIME:
+                request = waiting.pop(0)
+                running[_start(judge, request)] = request.number
+            done, _ = wait(running, _CHECK_SECONDS, return_when=FIRST_COMPLETED)
+            check()
+            for future in done:
+                number = running.pop(future)
+                answers[number] = future.result()
+                on_answer(number, answers[number])
+                on_progress(len(answers), len(requests))
+    except BaseException:
+        # Requests in progress are paid for: keep their answers.
+        done, _ = wait(running, _GRACE_SECONDS)
+        for future in done:
+            if future.exception() is None:
+                on_answer(running[future], future.result())
+        raise
     return dict(sorted(answers.items()))
+
+
+def _start(judge: Judge, request: JudgeRequest) -> Future[str]:
+    """Send a request in a thread that does not keep the process from ending."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(judge.ask(request))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -40,6 +40,9 @@ _PROMPTS = {
     (2, False): "single-v1-multi-turn",
     (2, True): "single-math-v1-multi-turn",
 }
+_VALUES = ("question", "answer", "question_1", "question_2", "answer_1", "answer_2")
+_REFERENCES = ("ref_answer_1", "ref_answer_2")
+"""Names that a judge's template can contain."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,7 @@ def load_judge_files(data_dir: Path | None, questions: Questions) -> JudgeFiles:
         ExceptionGroup: If there are several such errors.
     """
     path = find_file(data_dir, "judge_prompts.jsonl")
-    rows, _ = read_json_rows(path)
-    prompts = {
-        str(row.value.get("name")): (
-            str(row.value.get("system_prompt")),
-            str(row.value.get("prompt_template")),
-        )
-        for row in rows
-    }
-    faults = [
-        UserError(f"no prompt is called `{name}`", file=str(path), hint=SOURCE)
-        for name in _PROMPTS.values()
-        if name not in prompts
-    ]
+    prompts, faults = _read_prompts(path)
     references: dict[int, tuple[str, str]] = {}
     needed = [row.question_id for row in questions.rows if row.category in _WITH_REFERENCE]
     if needed:
@@ -85,6 +76,37 @@ def load_judge_files(data_dir: Path | None, questions: Questions) -> JudgeFiles:
         ]
     raise_faults(faults)
     return JudgeFiles(prompts, references)
+
+
+def _read_prompts(path: Path) -> tuple[dict[str, tuple[str, str]], list[UserError]]:
+    """Return system prompt and template by name, and the errors of the templates in use."""
+    rows, _ = read_json_rows(path)
+    prompts: dict[str, tuple[str, str]] = {}
+    faults = []
+    for row in rows:
+        name = str(row.value.get("name"))
+        texts = (row.value.get("system_prompt"), row.value.get("prompt_template"))
+        with_reference = {key[1] for key, used in _PROMPTS.items() if used == name}
+        if not with_reference:
+            continue
+        if not all(isinstance(text, str) for text in texts):
+            message = f"`system_prompt` and `prompt_template` of `{name}` are not texts"
+            faults.append(UserError(message, file=row.place, hint=SOURCE))
+            continue
+        prompts[name] = (str(texts[0]), str(texts[1]))
+        values = dict.fromkeys((*_VALUES, *(_REFERENCES if True in with_reference else ())), "")
+        try:
+            prompts[name][1].format(**values)
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            message = f"`prompt_template` of `{name}` cannot be filled in: {error}"
+            known = ", ".join(f"{{{key}}}" for key in values)
+            faults.append(UserError(message, file=row.place, hint=f"it can contain {known}"))
+    faults += [
+        UserError(f"no prompt is called `{name}`", file=str(path), hint=SOURCE)
+        for name in _PROMPTS.values()
+        if name not in prompts and not faults
+    ]
+    return prompts, faults
 
 
 def judge_requests(
@@ -101,16 +123,10 @@ def judge_requests(
         reference = None
         if question.category in _WITH_REFERENCE:
             reference = files.references[question.question_id]
-        values = {
-            "question": question.turns[0],
-            "answer": first,
-            "question_1": question.turns[0],
-            "question_2": question.turns[1],
-            "answer_1": first,
-            "answer_2": second,
-        }
+        texts = (question.turns[0], first, *question.turns, first, second)
+        values = dict(zip(_VALUES, texts, strict=True))
         if reference is not None:
-            values |= {"ref_answer_1": reference[0], "ref_answer_2": reference[1]}
+            values |= zip(_REFERENCES, reference, strict=True)
         for turn in (1, 2):
             name = _PROMPTS[turn, reference is not None]
             system, template = files.prompts[name]
@@ -174,16 +190,16 @@ def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
         value = line.value
         number, turn, score = value.get("question_id"), value.get("turn"), value.get("score")
         if not isinstance(score, int | float) or isinstance(score, bool) or turn not in (1, 2):
-            message = "not a judgment: `score` is to be a number, `turn` 1 or 2"
+            message = "not a judgment: `score` must be a number, `turn` 1 or 2"
             faults.append(UserError(message, file=line.place))
         elif not (score == _NO_RATING or 0 <= score <= 10):
             faults.append(UserError(f"`score` is {score}, not within 0 to 10", file=line.place))
-        elif number in known:
+        elif isinstance(number, int) and number in known:
             if (number, turn) in places:
                 message = f"question {number}, turn {turn}, again: also {places[number, turn]}"
                 faults.append(UserError(message, file=line.place))
             places[number, turn] = line.place
-            models.add((str(value.get("model")), str((value.get("judge") or ["?"])[0])))
+            models.add((str(value.get("model")), name_judge(value)))
             rows.append(value)
     missing = sum((number, turn) not in places for number in known for turn in (1, 2))
     if missing and not faults:
@@ -195,6 +211,12 @@ def read_judgments(path: Path, questions: Questions) -> list[dict[str, Any]]:
         faults.append(UserError(f"judgments of {listed}", file=str(path), hint=hint))
     raise_faults(faults)
     return rows
+
+
+def name_judge(judgment: Mapping[str, Any]) -> str:
+    """Return the judge of a row: the first entry of FastChat's pair of judge and prompt."""
+    judge = judgment.get("judge")
+    return str(judge[0] if isinstance(judge, list) and judge else judge or "?")
 
 
 def summarise_ratings(

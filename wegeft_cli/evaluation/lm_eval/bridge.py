@@ -150,19 +150,36 @@ def run_harness(
     *,
     batch_size: int,
     limit: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> HarnessResult:
     """Evaluate the model in memory; training modes and random states are restored.
 
     Args:
         limit: Number of rows of each task. Default: all.
+        check: Called before each forward pass; may raise.
     """
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    class CheckedModel(HFLM):
+        def _model_call(self, *words: Any, **named: Any) -> Any:
+            check()
+            return super()._model_call(*words, **named)
+
+        def _model_generate(self, *words: Any, **named: Any) -> Any:
+            check()
+            return super()._model_generate(*words, **named)
+
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with _quiet(), _kept_random_states(), _sandboxed_templates(task.name, task.is_trusted):
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        with (
+            torch.no_grad(),
+            _quiet(),
+            _kept_random_states(),
+            _sandboxed_templates(task.name, task.is_trusted),
+        ):
+            wrapped = CheckedModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = simple_evaluate(
                 model=wrapped,
                 tasks=[*task.loaded["groups"].values()] or [*task.loaded["tasks"].values()],

@@ -9,9 +9,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.recipe.yaml_source import Scalar, list_scalars
-from wegeft_cli.storage.atomic import disk_errors
 
 FOLDER = "lm-eval"
 """Under the data folder: task files, and a folder of data files for each task."""
