@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.cli import console
-from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER
+from wegeft_cli.cli.tables import show_table
+from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 
 HAS_FULL_DEVICE = Path("/dev/full").exists()
 WAIT_SECONDS = 60
@@ -179,6 +184,58 @@ def test_a_full_disk_under_the_output_is_told(start_wegeft, words):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.skipif(not HAS_FULL_DEVICE, reason="this system has no /dev/full")
+def test_a_full_disk_under_the_messages_ends_nothing(start_wegeft, place):
+    with Path("/dev/full").open("w") as full:
+        process = start_wegeft("validate", place.recipe, "--json", stderr=full.fileno())
+        stdout, _ = process.communicate(timeout=WAIT_SECONDS)
+        failed = start_wegeft("validate", "missing.yaml", stderr=full.fileno())
+        failed.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == EXIT_DONE
+    assert read_object(stdout)["valid"] is True
+    assert failed.returncode == EXIT_USER
+
+
+class _FailingStream(io.StringIO):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self._number, "cannot write")
+
+
+def test_only_results_fail_with_a_full_disk():
+    full, closed = _FailingStream(errno.ENOSPC), _FailingStream(errno.EIO)
+    assert console.LastingStream(full, loses_output=True).write("step 1") == len("step 1")
+    assert console.LastingStream(closed, loses_output=False).write("result") == len("result")
+    with pytest.raises(OSError, match="cannot write"):
+        console.LastingStream(full, loses_output=False).write("result")
+
+
+@pytest.mark.parametrize("print_text", [console.note, console.warn])
+def test_a_text_cannot_control_the_terminal(capsys, monkeypatch, print_text):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_text("model \x1b]0;owned\x07 \x9b2J \x1b[31mred")
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    assert "\u241b]0;owned" in printed
+    assert "\u241b[31mred" in printed
+    assert "\x1b]0" not in printed
+    assert "\x1b[31mred" not in printed
+    assert "\x07" not in printed
+    assert "\x9b" not in printed
+
+
+def test_a_table_and_an_error_cannot_control_the_terminal(capsys):
+    show_table({"task \x1b[2J": ["a\x1b[2Jb"]})
+    console.print_fault(UserError("no \x1b[2J", file="a\x1b[2J.yaml", hint="try \x1b[2J"))
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert captured.out.count("\u241b[2J") == 2
+    assert captured.err.count("\u241b[2J") == 3
+
+
 def test_no_color_is_heeded(run_wegeft):
     done = run_wegeft("recipes", "list", env={"NO_COLOR": "1", "FORCE_COLOR": "1"})
     assert "\x1b[3" not in done.stdout
@@ -259,6 +316,25 @@ def test_a_run_outlives_the_reader_of_its_messages(start_wegeft, place):
     stdout, _ = process.communicate(timeout=2 * WAIT_SECONDS)
     assert process.returncode == EXIT_DONE
     assert read_object(stdout)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_run_saves_when_its_terminal_is_closed(place):
+    pid, terminal = pty.fork()
+    if pid == 0:  # this process has the terminal as its controlling one
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        words = ["-m", "wegeft_cli", "train", str(place.recipe), "train.max_steps=100000"]
+        os.execve(sys.executable, [sys.executable, *words], {**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics, end = place.run / "metrics.jsonl", time.monotonic() + WAIT_SECONDS
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < end
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    record = json.loads((place.run / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("interrupted", None)
+    assert (place.run / "checkpoints" / f"step-{record['num_steps']:08d}").is_dir()
 
 
 @pytest.mark.slow

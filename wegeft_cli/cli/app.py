@@ -9,11 +9,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
-from wegeft_cli.cli.console import print_fault, print_message
+from wegeft_cli.cli.console import LastingStream, print_fault, print_message
 from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
@@ -179,6 +179,8 @@ def main() -> None:
     # A file name in another encoding must not hide the message about it.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = cast(TextIO, LastingStream(sys.stdout, loses_output=False))
+    sys.stderr = cast(TextIO, LastingStream(sys.stderr, loses_output=True))
     try:
         app()
     except KeyboardInterrupt:  # before a command started

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from wegeft_cli.errors import UserError
 
@@ -19,11 +21,18 @@ if TYPE_CHECKING:
 def get_console(*, stderr: bool = False) -> Console:
     """Return the console of one of the two streams; help pages do not use it.
 
-    It turns silent when its reader closes the pipe, so that a run does not fail.
+    It turns silent when its reader closes the pipe, so that a run does not fail. It shows control
+    characters of the texts that it prints, so that a file's content cannot control the terminal.
     """
     from rich.console import Console
+    from rich.segment import Segment
 
-    class LastingConsole(Console):
+    class SafeConsole(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text, style, control = segment
+                yield segment if control else Segment(escape_control(text), style)
+
         def on_broken_pipe(self) -> None:
             self.quiet = True
             null = os.open(os.devnull, os.O_WRONLY)
@@ -33,7 +42,7 @@ def get_console(*, stderr: bool = False) -> Console:
     # In a run of several processes only the first one prints.
     is_quiet = os.environ.get("RANK", "0") != "0"
     # emoji=False: a path that contains `:key:` is printed unchanged.
-    return LastingConsole(stderr=stderr, quiet=is_quiet, emoji=False)
+    return SafeConsole(stderr=stderr, quiet=is_quiet, emoji=False)
 
 
 def show(*parts: Any, **options: Any) -> None:
@@ -104,6 +113,40 @@ class RichReporter:
             yield advance
 
 
+class LastingStream:
+    """A text stream whose failures to write do not end the work of the program.
+
+    A closed terminal and a closed stream discard the text. With `loses_output` every error does,
+    such as a full disk; without it such an error is raised, because the stream carries results.
+    """
+
+    def __init__(self, stream: TextIO | None, *, loses_output: bool) -> None:
+        self._stream = stream or io.StringIO()
+        self._loses_output = loses_output
+
+    def write(self, text: str) -> int:
+        """Write a text, or discard it if the stream is gone."""
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream if it can be written."""
+        with self._lasting():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not (self._loses_output or error.errno == errno.EIO):
+                raise
+
+
 def write_piece(text: str) -> None:
     """Write a piece of an answer at once; on a terminal with control characters escaped."""
     console = get_console()
@@ -114,6 +157,8 @@ def write_piece(text: str) -> None:
 
 def escape_control(text: str, *, keep: str = "\n\t") -> str:
     """Return a text whose control characters are replaced by visible ones, so that none acts."""
+    if text.isprintable():
+        return text
     return "".join(sign if sign in keep else _visible(ord(sign)) or sign for sign in text)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from wegeft_cli.cli.console import get_console, print_json, show
+from wegeft_cli.cli.console import escape_control, get_console, print_json, show
 
 _NUM_CLASSES_SHOWN = 5
 
@@ -183,7 +183,8 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    kept = dict(columns)
+    # Widths are measured with what the console shows for control characters.
+    kept = {escape_control(n): list(map(escape_control, cells)) for n, cells in columns.items()}
     for name in drop:
         widths = [max(map(len, (header, *cells))) for header, cells in kept.items()]
         if sum(widths) + 3 * len(widths) > get_console().width:

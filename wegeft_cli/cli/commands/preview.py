@@ -173,9 +173,9 @@ def _show_sources(result: TokenPreview) -> None:
     sources = result.sources
     show_table(
         {
-            "source": [escape_control(s["path"]) for s in sources],
+            "source": [s["path"] for s in sources],
             **{title: [f"{s[name]:,}" for s in sources] for name, title in columns.items()},
-            "template": [escape_control(f"{s['template']} {s['template_hash']}") for s in sources],
+            "template": [f"{s['template']} {s['template_hash']}" for s in sources],
         },
         text=("source", "template"),
     )
@@ -219,7 +219,7 @@ def _show_bars(titles: tuple[str, str], counts: Sequence[tuple[str, int]]) -> No
     """Print counts as a table of bars, under the titles of the names and of the counts."""
     most = max(count for _, count in counts)
     columns = {
-        titles[0]: [escape_control(name) for name, _ in counts],
+        titles[0]: [name for name, _ in counts],
         titles[1]: [f"{count:,}" for _, count in counts],
         "": ["█" * max(1, round(_BAR_WIDTH * count / most)) * (count > 0) for _, count in counts],
     }
