@@ -171,13 +171,13 @@ def test_parity_is_told_in_numbers(llama_dir, make_adapter, monkeypatch):
     assert f"{told['results'][0]['max_difference']:.2e}" in card
     # Numbers that would show a fault: half the twin is half the effect away.
     from wegeft_cli.methods.wegeft import equations
-    from wegeft_cli.methods.wegeft import lora_equivalent as twin_module
+    from wegeft_cli.methods.wegeft.lora_equivalent import pairs
 
     def halved(W, phi, psi, s, side):
-        A, B = equations.lora_twin(W, phi, psi, s, side)
+        A, B = equations.lora_pair(W, phi, psi, s, side)
         return A, B / 2
 
-    monkeypatch.setattr(twin_module, "lora_twin", halved)
+    monkeypatch.setattr(pairs, "lora_pair", halved)
     wrong = export(folder, format="lora", output=folder.with_name("wrong"), options=options)
     worst = wrong.parity["results"][0]
     assert worst["max_difference"] > 1e-2 * worst["max_logit"]

@@ -19,7 +19,7 @@ from wegeft_cli.methods.peft.models import (
     save_peft,
     start_from_peft,
 )
-from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.equations import lora_pair
 from wegeft_cli.methods.wegeft.inject import inject_generators
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -49,7 +49,7 @@ def write_twin(model, folder, base_dir):
         for target in targets:
             weight = model.get_submodule(target.name).weight.detach()
             generator = adapter[group]
-            a, b = lora_twin(
+            a, b = lora_pair(
                 weight,
                 generator.phi.detach(),
                 generator.psi.detach(),

@@ -55,7 +55,7 @@ def test_equation_of_the_paper_written_with_the_identity(layer):
 @pytest.mark.parametrize("side", SIDES)
 def test_lora_twin_is_the_change(layer, side):
     W, phi, psi = layer["W"], layer[f"phi_{side}"], layer[f"psi_{side}"]
-    A, B = equations.lora_twin(W, phi, psi, 0.7, side)
+    A, B = equations.lora_pair(W, phi, psi, 0.7, side)
     assert A.shape == (3, W.shape[1])
     assert B.shape == (W.shape[0], 3)
     assert (B @ A - equations.delta_weight(W, phi, psi, 0.7, side)).abs().max() < EXACT

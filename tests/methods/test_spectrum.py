@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wegeft_cli.methods.wegeft import spectrum
-from wegeft_cli.methods.wegeft.equations import delta_weight, lora_twin
+from wegeft_cli.methods.wegeft.equations import delta_weight, lora_pair
 
 EXACT = 1e-9  # float64, through factorisations
 SIDES = ("input", "output")
@@ -27,7 +27,7 @@ def make_change(random, side: str, d_out: int = 24, d_in: int = 17, r: int = 5):
     W = draw(random, d_out, d_in)
     d = d_in if side == "input" else d_out
     phi, psi = draw(random, d, r), draw(random, r, d)
-    A, B = lora_twin(W, phi, psi, 0.7, side)
+    A, B = lora_pair(W, phi, psi, 0.7, side)
     return W, delta_weight(W, phi, psi, 0.7, side), B, A
 
 

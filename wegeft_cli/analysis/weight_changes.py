@@ -16,7 +16,7 @@ from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.registry import method_of, refuse_adapter
-from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.equations import lora_pair
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
 from wegeft_cli.methods.wegeft.spectrum import EXACT_WIDTH
@@ -114,7 +114,7 @@ class Changes:
             return B.double(), A.double()
         manifest = self.files.manifest
         phi, psi = (factor.to(weight.dtype) for factor in self.files.factors[part.group])
-        A, B = lora_twin(weight, phi, psi, manifest.scale, manifest.side)  # type: ignore[arg-type]
+        A, B = lora_pair(weight, phi, psi, manifest.scale, manifest.side)
         return B.double(), A.double()
 
 

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.recipe.schema import Init, Share, Side
 from wegeft_cli.storage.json_files import is_number, parse_json, shorten
 
 PEFT_TYPE = "WEGEFT"
@@ -94,10 +95,10 @@ class AdapterManifest:
     r: int
     alpha: float
     scale: float
-    side: str
-    share: str
+    side: Side
+    share: Share | Literal["groups"]
     dropout: float
-    init: str
+    init: Init
     modules: Mapping[str, tuple[ModuleEntry, ...]]
     target_modules: tuple[str, ...] | str
     wegeft_version: str
@@ -280,10 +281,10 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "r": _rank,
     "alpha": _finite,
     "scale": _finite,
-    "side": _one_of("input", "output"),
-    "share": _one_of("module_type", "input_dim", "none", "groups"),
+    "side": _one_of(*get_args(Side)),
+    "share": _one_of(*get_args(Share), "groups"),
     "dropout": _fraction,
-    "init": _one_of("phi_zero", "psi_zero"),
+    "init": _one_of(*get_args(Init)),
     "modules": _modules,
     "target_modules": _names,
     "wegeft_version": _text,
@@ -297,7 +298,7 @@ _OPTIONAL: dict[str, Callable[[Any], str | None]] = {
 
 
 def entries_as_json(entries: tuple[ModuleEntry, ...]) -> Any:
-    """Give one module's line as the file states it."""
+    """Return one module's line as the file states it."""
     if len(entries) == 1 and entries[0] == ModuleEntry(entries[0].group):
         return entries[0].group
     return [

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def spell_name(name: str, prefix: str) -> tuple[str, str, str]:
-    """Give a module name as it is, without the model's prefix, and with it.
+    """Return a module name as it is, without the model's prefix, and with it.
 
     Args:
         prefix: The model's `base_model_prefix`; may be empty.

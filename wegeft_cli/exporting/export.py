@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.artifacts.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter_files import CARD_NAME
 from wegeft_cli.errors import UserError
-from wegeft_cli.exporting.lora import TwinPlan, plan_twin
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
 from wegeft_cli.methods.registry import require_generators
-from wegeft_cli.methods.wegeft.lora_equivalent import Twin
+from wegeft_cli.methods.wegeft.lora_equivalent.files import (
+    count_bytes,
+    plan_tensors,
+    write_lora_files,
+)
+from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder
 from wegeft_cli.publishing.hub import HubTarget, publish
-from wegeft_cli.publishing.model_card import write_twin_card
+from wegeft_cli.publishing.model_card import write_lora_card
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
-from wegeft_cli.storage.safetensors_reader import (
-    DTYPE_NAMES,
-    TORCH_DTYPES,
-    list_tensors,
-    tensor_bytes,
-)
-from wegeft_cli.storage.safetensors_writer import write_tensors
-from wegeft_cli.version import VERSION
+from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, list_tensors
 
 PARITY_NAME = "parity.json"
 FORMATS = ("lora", "gguf")
-
-_PREFIX = "base_model.model."
-_NAMES_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class ExportResult:
     url: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as a JSON object, paths as text."""
+        """Return the result as a JSON object, paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
@@ -213,7 +207,7 @@ def _export_adapter(
     with base_errors(base, adapter.folder):
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter.folder, warn=reporter.warn)
-        plan = plan_twin(
+        plan = plan_lora_equivalent(
             files,
             base_dir,
             adapter.folder,
@@ -223,7 +217,7 @@ def _export_adapter(
         )
     _check_readers(plan, format, adapter.folder, reporter)
     export = _PairExport(adapter, base_dir, name_or_path, revision, plan, options, reporter)
-    check_free_space(output, export.num_bytes, "the export")
+    check_free_space(output, count_bytes(plan_tensors(plan, export.dtype)), "the export")
     with atomic_folder(output) as folder:
         return replace(
             export.write_gguf(folder) if format == "gguf" else export.write_peft(folder, output),
@@ -231,7 +225,9 @@ def _export_adapter(
         )
 
 
-def _check_readers(plan: TwinPlan, format: str, adapter_dir: Path, reporter: Reporter) -> None:
+def _check_readers(
+    plan: LoraEquivalent, format: str, adapter_dir: Path, reporter: Reporter
+) -> None:
     """Refuse for llama.cpp, and warn for servers, what is more than LoRA pairs."""
     if plan.is_pairs_alone:
         return
@@ -253,19 +249,14 @@ class _PairExport:
     base_dir: Path
     name_or_path: str
     revision: str | None
-    plan: TwinPlan
+    plan: LoraEquivalent
     options: ExportOptions
     reporter: Reporter
 
     @property
     def dtype(self) -> str:
-        """Name of the type in a safetensors file."""
-        return DTYPE_NAMES[self.options.dtype or "float32"]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the pairs."""
-        return sum(tensor_bytes(self.dtype, shape) for shape in _plan_tensors(self.plan).values())
+        """Type of the pairs' tensors."""
+        return self.options.dtype or "float32"
 
     def write_gguf(self, folder: Path) -> ExportResult:
         """Write `adapter.gguf`."""
@@ -276,7 +267,7 @@ class _PairExport:
                 folder / "adapter.gguf",
                 self.plan,
                 self.base_dir,
-                dtype=self.options.dtype or "float32",
+                dtype=self.dtype,
                 base_name=self.name_or_path,
                 on_layer=advance,
             )
@@ -286,32 +277,33 @@ class _PairExport:
 
     def write_peft(self, folder: Path, output: Path) -> ExportResult:
         """Write PEFT's two files, the parity report and the card."""
-        plan = self.plan
-        fingerprint = plan.files.manifest.base_fingerprint or "unknown"
-        metadata = {"format": "pt", "wegeft_version": VERSION, "base_fingerprint": fingerprint}
-        saved = {f"{_PREFIX}{name}": tensor for name, tensor in plan.files.saved_modules.items()}
-        shapes = _plan_tensors(plan)
-        layout = {name: (self.dtype, shape) for name, shape in shapes.items()}
-        layout |= {name: (_NAMES_OF[t.dtype], tuple(t.shape)) for name, t in saved.items()}
+        plan, layout = self.plan, plan_tensors(self.plan, self.dtype)
         with self.reporter.progress("exporting", len(layout)) as advance:
-            maker = _Maker(plan, saved, advance)
-            num_bytes = write_tensors(folder / WEIGHTS_NAME, layout, maker, metadata)
-        config = _make_config(plan, self.name_or_path, self.revision)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_lora_files(
+                plan,
+                folder,
+                base=self.name_or_path,
+                revision=self.revision,
+                dtype=self.dtype,
+                advance=advance,
+            )
         parity = self._measure_parity(folder)
         (folder / PARITY_NAME).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
-        card = write_twin_card(
+        card = write_lora_card(
             self.adapter.folder,
             self.name_or_path,
             self.revision,
             title=output.resolve().name,
             rank=plan.rank,
             num_modules=len(plan.members),
-            num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+            num_parameters=sum(
+                math.prod(shape) for name, (_, shape) in layout.items() if ".lora_" in name
+            ),
             for_servers=plan.is_pairs_alone,
             parity=parity,
         )
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        num_bytes = count_bytes(layout)
         return ExportResult(
             folder, "lora", "adapter", len(layout), num_bytes, rank=plan.rank, parity=parity
         )
@@ -330,73 +322,6 @@ class _PairExport:
         if not parity["is_measured"]:
             self.reporter.warn(f"parity is not measured: {parity['reason']}")
         return parity
-
-
-class _Maker:
-    """Compute the tensors of the LoRA pairs by name; each layer's pair is computed once.
-
-    Args:
-        plan: The plan.
-        saved: Modules that were trained whole, by their tensors' names in the file.
-        advance: Callback with the number of tensors done.
-    """
-
-    def __init__(
-        self, plan: TwinPlan, saved: Mapping[str, Tensor], advance: Callable[[int], None]
-    ) -> None:
-        self.plan = plan
-        self.saved = saved
-        self.advance = advance
-        self.num_done = 0
-        self.name, self.twin = "", Twin(torch.empty(0), torch.empty(0))
-
-    def __call__(self, full_name: str) -> Tensor:
-        self.num_done += 1
-        self.advance(self.num_done)
-        if full_name in self.saved:
-            return self.saved[full_name]
-        name, _, part = full_name.removeprefix(_PREFIX).rpartition(".lora_")
-        if name != self.name:
-            self.name, self.twin = name, self.plan.make(name)
-        if part == "A.weight":
-            return self.twin.A
-        if part == "B.weight":
-            return self.twin.B
-        return self.twin.bias if self.twin.bias is not None else torch.zeros(len(self.twin.B))
-
-
-def _plan_tensors(plan: TwinPlan) -> dict[str, tuple[int, ...]]:
-    """Give name and shape of every tensor of the pairs, as PEFT calls them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in plan.members:
-        target = plan.linears[name]
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (plan.rank, target.d_in)
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (target.d_out, plan.rank)
-        if plan.biased:  # PEFT's switch is one for all layers
-            shapes[f"{_PREFIX}{name}.lora_B.bias"] = (target.d_out,)
-    return shapes
-
-
-def _make_config(plan: TwinPlan, name_or_path: str, revision: str | None) -> dict[str, Any]:
-    """Give the adapter's config: all that readers ask for, everything else at PEFT's defaults."""
-    manifest = plan.files.manifest
-    return {
-        "peft_type": "LORA",
-        "task_type": manifest.task_type,
-        "base_model_name_or_path": name_or_path,
-        "revision": revision,
-        "inference_mode": True,
-        "r": plan.rank,
-        "lora_alpha": plan.rank,
-        "lora_dropout": 0.0,
-        "target_modules": plan.find_targets(),
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": plan.is_transposed,
-        "modules_to_save": list(manifest.modules_to_save) or None,
-        **({"lora_bias": True} if plan.biased else {}),
-    }
 
 
 def _default_output(adapter_dir: Path, format: str) -> Path:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wegeft_cli.exporting.gguf_layers import declare_tensor, import_gguf, read_layers, to_numpy
-from wegeft_cli.exporting.lora import TwinPlan
+from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent
 
 
 def write_adapter_gguf(
     path: Path,
-    plan: TwinPlan,
+    plan: LoraEquivalent,
     base_dir: Path,
     *,
     dtype: str,
@@ -44,8 +44,8 @@ def write_adapter_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for number, name in enumerate(plan.members, start=1):
-        twin = plan.make(name)
-        for tensor in (twin.A, layers.order_rows(name, twin.B)):
+        pair = plan.make(name)
+        for tensor in (pair.A, layers.order_rows(name, pair.B)):
             writer.write_tensor_data(to_numpy(tensor, dtype)[0])
         on_layer(number)
     writer.close()

@@ -58,7 +58,7 @@ class GGUFLayers:
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.num_heads)
 
     def rename(self, name: str) -> str:
-        """Give the format's name of a tensor.
+        """Return the format's name of a tensor.
 
         Raises:
             UserError: If the format has no such tensor.
@@ -69,7 +69,7 @@ class GGUFLayers:
         return str(found)
 
     def order_rows(self, module: str, tensor: Tensor) -> Tensor:
-        """Give a tensor with the rows of its output in the format's order."""
+        """Return a tensor with the rows of its output in the format's order."""
         kind = module.rpartition(".")[2]
         if not self.is_interleaved or kind not in _ROTATED:
             return tensor
@@ -147,7 +147,7 @@ def can_hold(shape: tuple[int, ...], dtype: str) -> bool:
 
 
 def to_numpy(tensor: Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    """Give a tensor's bytes in one of the format's types.
+    """Return a tensor's bytes in one of the format's types.
 
     Args:
         dtype: float32, float16, bfloat16 or q8_0.

@@ -121,7 +121,7 @@ def _add_sizes(writer: Any, layers: GGUFLayers, path: Path) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the rotary settings, which newer configs keep together and older ones apart."""
+    """Return the rotary settings, which newer configs keep together and older ones apart."""
     told = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     told.setdefault("rope_type", told.get("type", "default"))
     told.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -129,7 +129,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_factors(layers: GGUFLayers, path: Path) -> Tensor | None:
-    """Give what Llama 3.1's long context divides each rotary frequency by, [head_dim / 2]."""
+    """Return what Llama 3.1's long context divides each rotary frequency by, [head_dim / 2]."""
     rope = _rope(layers.config)
     if rope["rope_type"] != "llama3":
         return None

@@ -59,7 +59,7 @@ def add_vocab(writer: Any, model_dir: Path, num_rows: int) -> None:
 
 
 def _list_tokens(values: Mapping[str, Any], num_rows: int, kinds: Any) -> Iterator[tuple[str, int]]:
-    """Give text and kind of every token, by its number."""
+    """Return text and kind of every token, by its number."""
     by_number = {number: text for text, number in values["model"]["vocab"].items()}
     added = {token["id"]: token for token in values.get("added_tokens") or ()}
     by_number |= {number: token["content"] for number, token in added.items()}
@@ -82,7 +82,7 @@ def _list_tokens(values: Mapping[str, Any], num_rows: int, kinds: Any) -> Iterat
 
 
 def _merge_scores(model: Mapping[str, Any]) -> dict[str, float]:
-    """Give each token the rank of the merge that makes it: earlier merges score higher."""
+    """Return each token the rank of the merge that makes it: earlier merges score higher."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -91,7 +91,7 @@ def _merge_scores(model: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """Give the steps of a normalizer or pre-tokenizer, those inside sequences too."""
+    """Return the steps of a normalizer or pre-tokenizer, those inside sequences too."""
     if not isinstance(part, dict):
         return
     inner = part.get("normalizers") or part.get("pretokenizers")
@@ -112,7 +112,7 @@ def _prepends_space(values: Mapping[str, Any]) -> bool:
 
 
 def _name_cut(values: Mapping[str, Any], path: Path) -> str:
-    """Give llama.cpp's name of how this tokenizer cuts text: a wrong one gives wrong tokens."""
+    """Return llama.cpp's name of how this tokenizer cuts text: a wrong one gives wrong tokens."""
     steps = list(_steps(values.get("pre_tokenizer")))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.errors import BaseModelError, MachineError, UserError
+from wegeft_cli.errors import BaseModelError, MachineError
 from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
@@ -32,7 +33,7 @@ _GIB = 2**30
 def measure_parity(
     base_dir: Path,
     adapter_dir: Path,
-    twin_dir: Path,
+    lora_dir: Path,
     *,
     prompts: Sequence[str],
     trust_remote_code: bool,
@@ -42,6 +43,8 @@ def measure_parity(
     In float32, and in the base's own type where that is another and float32 is not all there is.
     """
     report: dict[str, Any] = {"is_measured": False, "prompts": list(prompts)}
+    if find_spec("peft") is None:
+        return report | {"reason": "the package peft is not installed"}
     try:
         tokenizer = load_tokenizer(str(base_dir), trust_remote_code=trust_remote_code)
         rows = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in prompts]
@@ -57,18 +60,14 @@ def measure_parity(
             if dtype == "auto" and told == "float32":
                 break
             stored = told
-            base, adapter, merged, twin = _compute(model, adapter_dir, twin_dir, rows)
+            base, adapter, merged, lora = _compute(model, adapter_dir, lora_dir, rows)
             effects.append({"dtype": told, "effect": float((adapter - base).abs().max())})
             results += [
                 {"dtype": told, "pair": f"adapter and {name}", **_compare(adapter, other)}
-                for name, other in (("LoRA twin in PEFT", twin), ("merged", merged))
+                for name, other in (("LoRA twin in PEFT", lora), ("merged", merged))
             ]
             del model
     except (MachineError, BaseModelError) as error:
-        return report | {"reason": error.message}
-    except UserError as error:
-        if error.key != "adapter.type":
-            raise
         return report | {"reason": error.message}
     report |= {
         "is_measured": True,
@@ -92,7 +91,7 @@ def _load(base_dir: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
 
 
 def _compute(
-    model: nn.Module, adapter_dir: Path, twin_dir: Path, rows: Sequence[Tensor]
+    model: nn.Module, adapter_dir: Path, lora_dir: Path, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return float32 logits of base, adapter, merge and LoRA export, [positions, vocabulary]."""
     from wegeft_cli.methods.peft.models import load_peft
@@ -105,8 +104,8 @@ def _compute(
     merged = _logits(model, rows)
     unfold_generators(model)
     remove_generators(model)
-    twin = _logits(load_peft(model, Adapter.open(twin_dir)), rows)
-    return base, adapter, merged, twin
+    lora = _logits(load_peft(model, Adapter.open(lora_dir)), rows)
+    return base, adapter, merged, lora
 
 
 def _logits(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:

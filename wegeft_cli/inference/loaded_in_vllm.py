@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 import weakref
@@ -12,21 +11,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
-
-from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors
 from wegeft_cli.methods.registry import method_of
-from wegeft_cli.methods.wegeft.equations import lora_twin
+from wegeft_cli.methods.wegeft.lora_equivalent.files import write_lora_files
+from wegeft_cli.methods.wegeft.lora_equivalent.plan import plan_lora_equivalent
+from wegeft_cli.methods.wegeft.lora_equivalent.readers import prepare_for_vllm
 from wegeft_cli.methods.wegeft.save_load import check_base
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.storage.atomic import save_tensors_atomic, write_text_atomic
-from wegeft_cli.storage.safetensors_reader import list_tensors
 
 
 class LoadedInVllm(LoadedModel):
@@ -92,11 +86,18 @@ def open_in_vllm(
     if method.has_generators:
         manifest = adapter.files.manifest
         check_base(manifest, folder, adapter.folder, warn=warn)
-        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-lora-")), manifest.r
+        equivalent = plan_lora_equivalent(
+            adapter.files,
+            folder,
+            adapter.folder,
+            trust_remote_code=section.trust_remote_code,
+        )
+        equivalent = prepare_for_vllm(equivalent, adapter.folder, key="--backend")
+        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-lora-")), equivalent.rank
         # The engine reads it when the first request names it, so it lives as long as the model.
         scratch = lora_dir
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        write_lora_equivalent(adapter, folder, lora_dir)
+        write_lora_files(equivalent, lora_dir, base=str(folder))
     elif method.is_lora:
         lora_dir, rank = adapter.folder, int(adapter.config["r"])
     else:
@@ -109,51 +110,3 @@ def open_in_vllm(
     if scratch is not None:
         weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     return LoadedInVllm(model, tokenizer, section, adapter, write=vllm.generate_in_vllm)
-
-
-def write_lora_equivalent(adapter: Adapter, base_dir: Path, output_dir: Path) -> None:
-    """Write the exact LoRA equivalent of an adapter, as vLLM reads it.
-
-    `B = s W phi, A = psi` on the input side, `B = s phi, A = psi W` on the output side, with
-    scaling 1 (`lora_alpha` is the rank).
-
-    Raises:
-        UserError: If the adapter changes what a LoRA cannot: modules trained whole, rows of a fused
-            projection, transposed weights.
-    """
-    files = adapter.files
-    manifest = files.manifest
-    odd = [
-        n for n, es in manifest.modules.items() if len(es) != 1 or es[0].rows or es[0].transposed
-    ]
-    if files.saved_modules or odd:
-        what = "modules trained whole" if files.saved_modules else f"parts of {odd[0]}"
-        raise UserError(
-            f"this adapter changes {what}, which no LoRA expresses",
-            file=str(adapter.folder),
-            key="--backend",
-            hint="leave --backend out, or merge the adapter first",
-        )
-    stored = list_tensors(base_dir)
-    tensors: dict[str, Tensor] = {}
-    for name, (entry,) in manifest.modules.items():
-        place = stored[f"{name}.weight"].shard
-        with safe_open(place, framework="pt") as shard:
-            weight = shard.get_tensor(f"{name}.weight").float()
-        phi, psi = (factor.float() for factor in files.factors[entry.group])
-        down, up = lora_twin(weight, phi, psi, manifest.scale, manifest.side)  # type: ignore[arg-type]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_dir),
-        "r": manifest.r,
-        "lora_alpha": manifest.r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in manifest.modules}),
-        "inference_mode": True,
-    }
-    save_tensors_atomic(output_dir / WEIGHTS_NAME, tensors)
-    write_text_atomic(output_dir / CONFIG_NAME, json.dumps(config, indent=2) + "\n")

@@ -77,7 +77,7 @@ class MergeResult:
     logits_difference: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the result as a JSON object, paths as text."""
+        """Return the result as a JSON object, paths as text."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 

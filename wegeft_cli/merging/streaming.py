@@ -158,7 +158,7 @@ def _check_edits(
 
 
 def _stream_item(item: Item) -> Iterator[memoryview]:
-    """Give the bytes of one tensor of the result, in order, block by block."""
+    """Return the bytes of one tensor of the result, in order, block by block."""
     source = item.source
     shape = source.shape or (1,)
     if item.edit is not None:

@@ -62,7 +62,7 @@ def generated_changes(
     """
     changes: dict[str, TensorChange] = {}
     manifest = files.manifest
-    side: Side = manifest.side  # type: ignore[assignment]
+    side: Side = manifest.side
     scale = manifest.scale * weight
     for name, entries in manifest.modules.items():
         pairs = [

@@ -95,7 +95,7 @@ def write_card(
     )
 
 
-def write_twin_card(
+def write_lora_card(
     adapter_dir: Path, base: str, revision: str | None, *, rank: int, **values: Any
 ) -> str:
     """Return the card of an adapter's LoRA equivalent."""

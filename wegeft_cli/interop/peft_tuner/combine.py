@@ -19,7 +19,7 @@ def sum_configs(
     adapter_name: str,
     combination_type: str,
 ) -> WegeftConfig:
-    """Give the settings of a weighted sum of adapters: the ranks add up, the scale is 1.
+    """Return the settings of a weighted sum of adapters: the ranks add up, the scale is 1.
 
     Raises:
         ValueError: If the adapters cannot be added up as pairs of factors.

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -17,12 +17,13 @@ from wegeft_cli.artifacts.stored_names import match_stored_names
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.models.base_folder import find_base_folder
+from wegeft_cli.recipe.schema import Init, Share, Side
 from wegeft_cli.version import VERSION
 
 _CHOICES = {
-    "share": ("module_type", "input_dim", "none", "groups"),
-    "side": ("input", "output"),
-    "init": ("phi_zero", "psi_zero"),
+    "share": (*get_args(Share), "groups"),
+    "side": get_args(Side),
+    "init": get_args(Init),
 }
 # How layers were looked for: superseded in the file by `modules`, the layers that were found.
 _SEARCH_KEYS = ("exclude_modules", "layers_to_transform", "layers_pattern", "groups")
@@ -68,10 +69,10 @@ class WegeftConfig(PeftConfig):
     alpha: float | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
-    share: str = "module_type"
+    share: Share | Literal["groups"] = "module_type"
     groups: dict[str, list[str]] | None = None
-    side: str = "input"
-    init: str = "phi_zero"
+    side: Side = "input"
+    init: Init = "phi_zero"
     dropout: float = 0.0
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -146,7 +147,7 @@ class WegeftConfig(PeftConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as `adapter_config.json` states it."""
+        """Return the config as `adapter_config.json` states it."""
         values: dict[str, Any] = super().to_dict()
         if self.modules is not None:
             unset = [key for key in _OPTIONAL_KEYS if values.get(key) is None]
@@ -168,7 +169,7 @@ class WegeftConfig(PeftConfig):
         super(WegeftConfig, stated).save_pretrained(save_directory, **kwargs)
 
     def _read_base(self) -> set[str]:
-        """Give the names of the base's tensors, and remember its fingerprint."""
+        """Return the names of the base's tensors, and remember its fingerprint."""
         if not self.base_model_name_or_path:
             return set()
         try:

@@ -186,7 +186,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Give an adapter's change of the weight, in the weight's own layout and type.
+        """Return an adapter's change of the weight, in the weight's own layout and type.
 
         Returns:
             The change, [d_out, d_in], or [d_in, d_out] of a Conv1D; zero where it does nothing.

@@ -140,10 +140,10 @@ class WegeftModel(BaseTuner):
         settings = GeneratorSettings(
             rank=peft_config.r,
             alpha=peft_config.alpha,  # type: ignore[arg-type]
-            side=peft_config.side,  # type: ignore[arg-type]
-            init=peft_config.init,  # type: ignore[arg-type]
+            side=peft_config.side,
+            init=peft_config.init,
             dropout=peft_config.dropout,
-            share=peft_config.share,  # type: ignore[arg-type]
+            share=peft_config.share,
         )
         base = layer.base_layer
         layer.update_layer(
@@ -164,7 +164,7 @@ class WegeftModel(BaseTuner):
         settings: GeneratorSettings,
         linear: Any,
     ) -> FactorPair:
-        """Give a group's pair as one of its layers sees it; the first of them makes it."""
+        """Return a group's pair as one of its layers sees it; the first of them makes it."""
         for prefix in (_PHI, _PSI):
             if prefix + group not in self._modules:
                 self.add_module(prefix + group, nn.ParameterDict())
@@ -211,7 +211,7 @@ class WegeftModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def groups_of(self, adapter_name: str) -> dict[str, list[tuple[str, Rows | None]]]:
-        """Give each module that an adapter changes with its groups, and with the rows they take."""
+        """Return each module that an adapter changes with its groups and their rows."""
         return {
             name: [(group, part.rows) for group, part in parts]
             for name, parts in self._plans[adapter_name].items()

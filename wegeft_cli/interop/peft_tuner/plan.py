@@ -57,9 +57,9 @@ def search_plan(config: WegeftConfig, model: nn.Module, is_target: Callable[[str
         check_untied(model, targets)
         assigned = assign_groups(
             targets,
-            share="none" if config.share == "groups" else config.share,  # type: ignore[arg-type]
+            share="none" if config.share == "groups" else config.share,
             groups=config.groups,
-            side=config.side,  # type: ignore[arg-type]
+            side=config.side,
         )
     plan: Plan = {}
     for group, members in assigned.items():
@@ -94,7 +94,7 @@ def read_plan(config: WegeftConfig, model: nn.Module) -> Plan:
         whole = _describe(model, name, modules[name])
         for entry in entries_from_json(value):
             target = _cut(whole, entry)
-            width = target.width(config.side)  # type: ignore[arg-type]
+            width = target.width(config.side)
             if widths.setdefault(entry.group, width) != width:
                 raise ValueError(
                     f"group {entry.group!r} is {widths[entry.group]} wide, but {name!r} is "

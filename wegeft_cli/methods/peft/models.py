@@ -208,7 +208,7 @@ def start_from_peft(model: Any, adapter_dir: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Give a setting as JSON keeps it, so that what was read equals what was written."""
+    """Return a setting as JSON keeps it, so that what was read equals what was written."""
     if isinstance(value, set | frozenset | tuple):
         return sorted(value) if not isinstance(value, tuple) else list(value)
     return getattr(value, "value", value)

@@ -63,7 +63,7 @@ class RankBudget:
         return sum(int(p.count_nonzero()) for name, p in named if f"lora_E.{self._name}" in name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the moving averages; there are none before the first step and once all is chosen."""
+        """Return the moving averages: none before the first step and after the last cut."""
         return {
             f"{kind}/{name}": tensor
             for kind in _AVERAGES
@@ -71,7 +71,7 @@ class RankBudget:
         }
 
     def values(self) -> dict[str, Any]:
-        """Give the rest of the state, a JSON object."""
+        """Return the rest of the state, a JSON object."""
         return {"total_step": self._config.total_step, "rank_pattern": self._config.rank_pattern}
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class OrthogonalLoss:
         self._loss = loss
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
-        """Give the summed loss of the batch with its share of the regularisation.
+        """Return the summed loss of the batch with its share of the regularisation.
 
         Args:
             batch: With `num_label_tokens`.
@@ -127,7 +127,7 @@ class OrthogonalLoss:
 
 
 def regularise(model: Any) -> Tensor:
-    """Give AdaLoRA's regularisation, as PEFT adds it to a loss that the model itself computes.
+    """Return AdaLoRA's regularisation, as PEFT adds it to a loss that the model itself computes.
 
     Returns:
         `orth_reg_weight x mean ||A A^T - I||_F, ||B^T B - I||_F` over all layers, in float32.

@@ -97,7 +97,7 @@ def activation_view(
     return y + s * ((y @ psi.T) @ phi.T)
 
 
-def lora_twin(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> tuple[Tensor, Tensor]:
+def lora_pair(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> tuple[Tensor, Tensor]:
     """Return the exact LoRA pair of the change: `delta_W = B A` with scaling 1.
 
     Args:

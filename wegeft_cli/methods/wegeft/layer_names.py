@@ -57,7 +57,7 @@ def find_members(
             )
         for entry in entries:
             target = make_target(model, name, entry.rows)
-            width = target.width(files.manifest.side)  # type: ignore[arg-type]
+            width = target.width(files.manifest.side)
             d = files.factors[entry.group][0].shape[0]
             if width != d:
                 raise UserError(

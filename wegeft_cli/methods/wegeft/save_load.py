@@ -196,10 +196,10 @@ def attach_files(
     settings = GeneratorSettings(
         rank=manifest.r,
         alpha=manifest.alpha,
-        side=manifest.side,  # type: ignore[arg-type]
-        init=manifest.init,  # type: ignore[arg-type]
+        side=manifest.side,
+        init=manifest.init,
         dropout=manifest.dropout,
-        share=manifest.share,  # type: ignore[arg-type]
+        share=manifest.share,
     )
     groups = find_members(model, files, folder)
     saved_modules, tensors = find_saved(model, files, folder)

@@ -1,7 +1,7 @@
 """What a change of low rank is made of: norms, ranks, angles and shares, never as a dense matrix.
 
 A change is `delta_W = B A` with B [d_out, r] and A [r, d_in]: WeGeFT's is `B = s W phi, A = psi`,
-or on the output side `B = s phi, A = psi W` (`equations.lora_twin`). Everything here costs
+or on the output side `B = s phi, A = psi W` (`equations.lora_pair`). Everything here costs
 O(d r^2) beside the products with W.
 
 Legend:

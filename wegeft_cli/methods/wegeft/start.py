@@ -136,7 +136,7 @@ def _compare_layers(
                 hint=_HINT,
             )
             continue
-        width = members[0].width(manifest.side)  # type: ignore[arg-type]
+        width = members[0].width(manifest.side)
         d = files.factors[group][0].shape[0]
         if width != d:
             yield UserError(

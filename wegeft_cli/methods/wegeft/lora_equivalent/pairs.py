@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wegeft_cli.methods.wegeft.equations import Side, lora_twin
+from wegeft_cli.methods.wegeft.equations import Side, lora_pair
 from wegeft_cli.methods.wegeft.targets import Rows
 
 
 @dataclass(frozen=True)
-class Twin:
+class LoraPair:
     """LoRA's numbers for one layer, with scaling 1: `y = W x + b + B (A x) + bias`.
 
     Args:
@@ -27,14 +27,14 @@ class Twin:
     bias: Tensor | None = None
 
 
-def make_twin(
+def make_lora_pair(
     weight: Tensor,
     bias: Tensor | None,
     pairs: Sequence[tuple[Tensor, Tensor, Rows | None]],
     scale: float,
     side: Side,
     rank: int,
-) -> Twin:
+) -> LoraPair:
     """Compute the LoRA pair of one layer in float32, or float64 where the weight is float64.
 
     Each group that adapts some rows of a fused layer takes its own ranks: A is stacked, and B is
@@ -60,8 +60,8 @@ def make_twin(
         phi, psi = phi.to(dtype), psi.to(dtype)
         index = torch.cat([torch.arange(a, b) for a, b in rows or ((0, d_out),)])
         part = weight[index].to(dtype) if rows is not None else weight.to(dtype)
-        A[start:stop], B[index, start:stop] = lora_twin(part, phi, psi, scale, side)
+        A[start:stop], B[index, start:stop] = lora_pair(part, phi, psi, scale, side)
         if shift is not None and bias is not None:
             shift[index] = scale * (phi @ (psi @ bias[index].to(dtype)))
         start = stop
-    return Twin(A, B, shift)
+    return LoraPair(A, B, shift)
