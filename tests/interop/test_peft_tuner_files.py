@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from classifiers import write_vit
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from tests.interop.conftest import FACTOR_STD, PEFT_MARKS, draw_factors, factors_of
 from wegeft_cli.artifacts.adapter_files import load_adapter_files
@@ -300,3 +301,38 @@ def test_a_file_is_the_same_each_time(subjects, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert len(factors_of(subject.adapted())) == 6
+
+
+def test_a_renamed_module_is_found_by_its_name_in_the_bases_files(tmp_path):
+    """A ViT's modules have other names in its files, under which an earlier version had them."""
+    base = write_vit(tmp_path / "vit")
+    load = AutoModelForImageClassification.from_pretrained
+    config = WegeftConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["o_proj"], init="psi_zero"
+    )
+    model = get_peft_model(load(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "wegeft_psi" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    recorded = json.loads(path.read_text())["checkpoint_names"]
+    start = "vit.encoder.layer.0.attention"
+    assert recorded["vit.layers.0.attention.q_proj.weight"] == f"{start}.attention.query.weight"
+    assert recorded["vit.layers.0.attention.o_proj.bias"] == f"{start}.output.dense.bias"
+    pixels = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=pixels).logits
+    config = json.loads(path.read_text())
+    config["modules"] = {
+        name.replace("vit.layers", "vit.blocks"): group for name, group in config["modules"].items()
+    }
+    config["checkpoint_names"] = {
+        name.replace("vit.layers", "vit.blocks"): file
+        for name, file in config["checkpoint_names"].items()
+    }
+    path.write_text(json.dumps(config))
+    again = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values=pixels).logits, expected)

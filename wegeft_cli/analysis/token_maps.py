@@ -125,8 +125,9 @@ def _find_names(model: nn.Module, changes: Changes) -> dict[str, str]:
     """Return the model's name of each adapted module, by its name in the files."""
     linears = find_linears(model)
     names = {}
+    recorded = {} if changes.files is None else changes.files.manifest.checkpoint_names
     for part in changes.parts:
-        name = find_module_name(model, part.module, linears)
+        name = find_module_name(model, part.module, linears, recorded)
         assert name is not None  # attach_files has found it
         names[part.module] = name
     return names

@@ -148,6 +148,10 @@ def open_changes(
     if files is not None:
         check_base(files.manifest, base_dir, adapter_dir, warn=warn)
     loaded: dict[str, Tensor] = {}
+    if files is not None:
+        # By their names in the base's files, transformers may have renamed them while loading.
+        recorded = files.manifest.checkpoint_names.items()
+        stored = {**stored, **{ours: stored[name] for ours, name in recorded if name in stored}}
     if not all(f"{part.module}.weight" in stored for part in parts):
         # transformers renames the layers of some families while it loads them.
         loaded = _load_renamed(base_dir, [part.module for part in parts])

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -86,6 +86,9 @@ class AdapterManifest:
         edits: What was done to the trained adapter since. It is a record: the factors and modules
             here are the edited ones, so readers need no knowledge of it. Omitted from the file if
             there are none.
+        checkpoint_names: Tensor of an adapted or trained module, as named here -> its name in the
+            base's files, where that differs. Those names stay when transformers renames a module.
+            Omitted from the file if none differs.
     """
 
     task_type: str | None
@@ -106,6 +109,7 @@ class AdapterManifest:
     init_from: str | None = None
     base_quantization: str | None = None
     edits: tuple[Edit, ...] = ()
+    checkpoint_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -121,9 +125,10 @@ class AdapterManifest:
     def to_json(self) -> str:
         """Write the manifest as the text of `adapter_config.json`."""
         values: dict[str, Any] = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION}
-        values |= {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {each.name: getattr(self, each.name) for each in fields(self)}
         values["modules"] = {name: entries_as_json(es) for name, es in self.modules.items()}
         values["edits"] = [asdict(edit) for edit in self.edits]
+        values["checkpoint_names"] = dict(self.checkpoint_names)
         values = {key: v for key, v in values.items() if key not in _OPTIONAL or v}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
@@ -171,6 +176,7 @@ class AdapterManifest:
         read: dict[str, Any] = {key: float(values[key]) for key in ("alpha", "scale", "dropout")}
         read |= {"modules": modules, "target_modules": target_modules}
         read["modules_to_save"] = tuple(values.get("modules_to_save", ()))
+        read["checkpoint_names"] = dict(values.get("checkpoint_names", {}))
         read["edits"] = tuple(Edit(e["part"], float(e["factor"])) for e in values.get("edits", ()))
         return cls(**{key: values[key] for key in checks} | read)
 
@@ -269,6 +275,13 @@ def _edits(value: Any) -> str | None:
     return None if fits else "a list of {part, factor}"
 
 
+def _name_map(value: Any) -> str | None:
+    fits = isinstance(value, dict) and all(
+        isinstance(name, str) and _MODULE_NAME.fullmatch(name) for name in value.values()
+    )
+    return None if fits else "a map of dotted names to dotted names"
+
+
 def _modules(value: Any) -> str | None:
     return None if isinstance(value, dict) and value else "a map of at least one module"
 
@@ -294,6 +307,7 @@ _OPTIONAL: dict[str, Callable[[Any], str | None]] = {
     "init_from": _text_or_null,
     "base_quantization": _text_or_null,
     "edits": _edits,
+    "checkpoint_names": _name_map,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,17 @@ def match_stored_names(
         name: next((s for s in spell_name(name, prefix) if f"{s}.{tensor}" in stored), name)
         for name, tensor in modules.items()
     }
+
+
+def name_as_in_files(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter with the names of the base's files, where the adapter records them."""
+    names = files.manifest.checkpoint_names
+    modules = {
+        names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight"): entries
+        for name, entries in files.manifest.modules.items()
+    }
+    tensors = {names.get(name, name): tensor for name, tensor in files.saved_modules.items()}
+    return replace(files, manifest=replace(files.manifest, modules=modules), saved_modules=tensors)
 
 
 def has_all_tensors(files: AdapterFiles, stored: Mapping[str, object]) -> bool:

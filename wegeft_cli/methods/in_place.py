@@ -219,12 +219,13 @@ class InPlaceMethod(Method):
         """Copy the trained values into the base's own parameters."""
         from wegeft_cli.artifacts.in_place_files import load_inplace_files
         from wegeft_cli.methods.wegeft.save_load import check_base
+        from wegeft_cli.models.file_names import rename_tensors
 
         manifest, tensors = load_inplace_files(adapter)
         if base_dir is not None:
             check_base(manifest, base_dir, adapter.folder, warn=warn)
         try:
-            put_parameters(model, tensors)
+            put_parameters(model, rename_tensors(model, tensors, model.state_dict()))
         except UserError as fault:
             fault.file = str(adapter.folder)
             raise

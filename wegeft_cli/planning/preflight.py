@@ -43,7 +43,7 @@ from wegeft_cli.planning.memory import (
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.tasks.base import Task, TaskData, without_cache
-from wegeft_cli.tasks.registry import find_task
+from wegeft_cli.tasks.registry import adapter_section, find_task
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
 
@@ -70,6 +70,7 @@ class Preflight:
         eval_tasks: Benchmarks that each validation scores, by their name in the recipe.
         prompts: Prompts that the model answers at each validation, if any.
         unknown: Why something could not be read. Empty unless files may be missing.
+        notes: Sentences on names of the recipe that are read as others.
     """
 
     loaded: LoadedRecipe
@@ -85,6 +86,7 @@ class Preflight:
     eval_tasks: dict[str, Benchmark] = field(default_factory=dict)
     prompts: SamplePrompts | None = None
     unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -169,14 +171,14 @@ def _check_model(
     config, skeleton = build_skeleton(recipe.model, head)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
-    section = task.adapter_section(recipe.adapter, skeleton)
+    section, notes = adapter_section(recipe, skeleton)
     if not resuming:
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
         with missing.tolerated("adapter.init_from"):
             check_init_from(section, skeleton, loaded.path.parent, base_dir=base_dir)
     groups = find_method(section.type).count(skeleton, section, task.peft_task_type)
     model = skeleton_with_adapter(skeleton, recipe)
-    return Preflight(loaded, task, config, skeleton, model, groups, head=head)
+    return Preflight(loaded, task, config, skeleton, model, groups, head=head, notes=notes)
 
 
 def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, TaskData | None]:

@@ -94,7 +94,7 @@ def build_setup(
     source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
     if is_main:
         task.check_rows(data)
-    for note in task.describe_data(data):
+    for note in (*checked.notes, *task.describe_data(data)):
         reporter.note(note)
     for warning in data.report.warnings:
         reporter.warn(warning)

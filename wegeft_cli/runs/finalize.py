@@ -9,6 +9,7 @@ from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_ch
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.base import AdapterRecord
+from wegeft_cli.models.file_names import rename_checkpoint
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
@@ -35,8 +36,9 @@ def export_adapter(
     tidy_checkpoints(run.directory.checkpoints_dir)  # no later save would do it
     step = result.num_steps if best is None else best.step
     if best is not None:
-        tensors = best.tensors.get("ema") or best.tensors["parameters"]
-        tensors = {**tensors, **best.tensors.get("statistics", {})}
+        own = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        found = rename_checkpoint(model, best.tensors, own, best.state.get("names", ()))
+        tensors = {**(found.get("ema") or found["parameters"]), **found.get("statistics", {})}
         parameters: dict[str, Tensor] = {
             **dict(model.named_parameters()), **dict(model.named_buffers())
         }  # fmt: skip

@@ -14,6 +14,7 @@ from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.methods.registry import find_method
+from wegeft_cli.models.file_names import rename_checkpoint
 from wegeft_cli.models.loading import load_base
 from wegeft_cli.planning.preflight import attach_locations, find_run_dir
 from wegeft_cli.planning.run_setup import RunSetup, build_setup
@@ -45,7 +46,7 @@ from wegeft_cli.runs.start import (
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.callbacks import Callback, StopCallback
 from wegeft_cli.training.loop_settings import LoopResult
-from wegeft_cli.training.snapshot import Snapshot
+from wegeft_cli.training.snapshot import Snapshot, optimizer_order
 from wegeft_cli.training.trainer import Trainer
 
 
@@ -189,7 +190,12 @@ def _fit(
             method,
             callbacks,
         )
-        return trainer.fit(Snapshot(checkpoint.tensors, checkpoint.state) if checkpoint else None)
+        if checkpoint is None:
+            return trainer.fit()
+        names = checkpoint.state.get("names", ())
+        own = optimizer_order(parameters, optimizer)
+        tensors = rename_checkpoint(model, checkpoint.tensors, own, names)
+        return trainer.fit(Snapshot(tensors, checkpoint.state))
 
 
 def _close_run(

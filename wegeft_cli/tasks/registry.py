@@ -13,7 +13,7 @@ import wegeft_cli.tasks as folder
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.recipe.rules import Fault
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
 from wegeft_cli.tasks.base import Task, refuse_keys
 
 if TYPE_CHECKING:
@@ -81,12 +81,23 @@ def task_of_head(head: HeadSpec | None) -> Task:
     return find_task(_WITHOUT_HEAD)
 
 
+def adapter_section(recipe: Recipe, model: nn.Module) -> tuple[AdapterSection, list[str]]:
+    """Return the recipe's `adapter` for a model, and notes on names that are read as others.
+
+    It holds the model's present module names, and the new head among the modules to save.
+    """
+    from wegeft_cli.models.file_names import with_current_names
+
+    section, notes = with_current_names(recipe.adapter, model)
+    return find_task(recipe.task).adapter_section(section, model), notes
+
+
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Prepare a base for training by the recipe's method, the task's new head included."""
     from wegeft_cli.models.running_statistics import hold_statistics
 
     task = find_task(recipe.task)
-    section = task.adapter_section(recipe.adapter, model)
+    section, _ = adapter_section(recipe, model)
     method = find_method(section.type)
     model = method.inject(model, section, task_type=task.peft_task_type, seed=recipe.seed)
     hold_statistics(model)

@@ -129,6 +129,7 @@ class TrainingState:
             tensors=tensors,
             state={
                 "progress": asdict(progress),
+                "names": optimizer_order(self.parameters, self.optimizer),
                 "optimizer": values,
                 "param_groups": [
                     {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
@@ -189,6 +190,12 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
         self.scheduler.load_state_dict(dict(snapshot.state["schedule"]))
         _set_rates(self.optimizer, self.scheduler)
+
+
+def optimizer_order(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
+    """Return the names of trained parameters in the order in which an optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_replicas_equal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,7 +28,9 @@ _CHOICES = {
 }
 # How layers were looked for: superseded in the file by `modules`, the layers that were found.
 _SEARCH_KEYS = ("exclude_modules", "layers_to_transform", "layers_pattern", "groups")
-_OPTIONAL_KEYS = ("modules_to_save", "init_from", "base_quantization", "auto_mapping")
+_OPTIONAL_KEYS = (
+    "modules_to_save", "init_from", "base_quantization", "auto_mapping", "checkpoint_names"
+)  # fmt: skip
 _SCALE_TOLERANCE = 1e-6  # alpha / r as another program may have rounded it
 
 
@@ -59,6 +62,8 @@ class WegeftConfig(PeftConfig):
         base_fingerprint: Of the base's files; found out when saving where None.
         init_from: The adapter whose factors were the start, for the record.
         base_quantization: How the base was quantized while training, for the record.
+        checkpoint_names: Tensors of `modules` and `modules_to_save` -> their names in the base's
+            files, where they differ; found out when saving.
         wegeft_version: Version that wrote the file.
 
     Raises:
@@ -83,6 +88,7 @@ class WegeftConfig(PeftConfig):
     base_fingerprint: str | None = None
     init_from: str | None = None
     base_quantization: str | None = None
+    checkpoint_names: dict[str, str] | None = None
     wegeft_version: str = VERSION
 
     def __post_init__(self) -> None:
@@ -93,6 +99,7 @@ class WegeftConfig(PeftConfig):
         # Known once the config was applied to a model.
         self.model_prefix = ""
         self.saved_names: list[str] = []
+        self.file_layers: dict[str, str] = {}
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -164,9 +171,20 @@ class WegeftConfig(PeftConfig):
             names = match_stored_names(weights, stored, self.model_prefix)
             stated.modules = {names[name]: entry for name, entry in self.modules.items()}
             stated.base_fingerprint = self.base_fingerprint
+            stated.checkpoint_names = self._names_in_files(names, stored) or None
             # PEFT takes the ends of names; the file names each module that was really trained.
             stated.modules_to_save = self.saved_names or None
         super(WegeftConfig, stated).save_pretrained(save_directory, **kwargs)
+
+    def _names_in_files(self, names: Mapping[str, str], stored: Set[str]) -> dict[str, str]:
+        """Give the tensors of renamed layers by their names in the base's files."""
+        tensors: dict[str, str] = {}
+        for name, file in self.file_layers.items():
+            if name in names:
+                tensors[f"{names[name]}.weight"] = f"{file}.weight"
+            if name in self.saved_names:
+                tensors |= {f"{name}.{part}": f"{file}.{part}" for part in ("weight", "bias")}
+        return {name: file for name, file in tensors.items() if file in stored}
 
     def _read_base(self) -> set[str]:
         """Return the names of the base's tensors, and remember its fingerprint."""

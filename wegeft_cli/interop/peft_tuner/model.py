@@ -25,6 +25,7 @@ from wegeft_cli.interop.peft_tuner.layer import WegeftLinear
 from wegeft_cli.interop.peft_tuner.plan import Plan, read_plan, search_plan
 from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
 from wegeft_cli.methods.wegeft.targets import Rows, Target
+from wegeft_cli.models.file_names import file_names
 
 _PHI, _PSI = "wegeft_phi_", "wegeft_psi_"
 
@@ -76,6 +77,8 @@ class WegeftModel(BaseTuner):
     ) -> None:
         """Put an adapter into the model, as PEFT does, after all of its layers are known."""
         config = self.peft_config[adapter_name]
+        # Made of the first adapter's model, which PEFT has not yet wrapped.
+        config.file_layers = file_names(model).layers
         before = [(p, p.requires_grad) for p in self._factors(but=adapter_name)]
         self._plans[adapter_name] = self._make_plan(model, config)
         try:

@@ -16,6 +16,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
 from wegeft_cli.methods.wegeft.sharing import assign_groups
 from wegeft_cli.methods.wegeft.targets import Target, check_untied
+from wegeft_cli.models.file_names import file_names
 
 # Full module name -> its group, or with the rows of a fused projection its groups.
 Plan = dict[str, list[tuple[str, Target]]]
@@ -87,6 +88,10 @@ def read_plan(config: WegeftConfig, model: nn.Module) -> Plan:
     plan: Plan = {}
     for stored_name, value in (config.modules or {}).items():
         name = next((name for name in spell_name(stored_name, prefix) if name in modules), None)
+        if name is None:
+            recorded = (config.checkpoint_names or {}).get(f"{stored_name}.weight")
+            in_files = stored_name if recorded is None else recorded.removesuffix(".weight")
+            name = file_names(model).module_of(in_files)
         if name is None:
             raise ValueError(
                 f"the model has no layer {stored_name!r}: the adapter belongs to another one"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +13,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.models.file_names import current_names, rename_layers
+from wegeft_cli.storage.safetensors_reader import load_tensors
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +29,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
+_WRAPPER = "base_model.model."
 # AdaLoRA needs its number of steps when it is built; `RankBudget` later sets the run's.
 _UNKNOWN_STEPS = 2**31
 # What a start from another adapter may differ in: the record, and what acts while training alone.
@@ -75,7 +81,8 @@ def load_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            loaded = peft.PeftModel.from_pretrained(model, folder).eval()
+            with _named_as_in_model(model, adapter) as current:
+                loaded = peft.PeftModel.from_pretrained(model, current).eval()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # odd values of the config raise anything
@@ -89,6 +96,25 @@ def load_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
             hint="this file belongs to another adapter: copy both files again",
         )
     return loaded
+
+
+@contextmanager
+def _named_as_in_model(model: nn.Module, adapter: Adapter) -> Iterator[str]:
+    """Yield the adapter's folder, or a copy of it where transformers has renamed its modules."""
+    config = dict(adapter.config)
+    asked = {key: config.get(key) for key in ("target_modules", "modules_to_save")}
+    current = {key: current_names(model, value) for key, value in asked.items() if value}
+    if all(asked[key] == names for key, names in current.items()):
+        yield str(adapter.folder)
+        return
+    tensors = load_tensors(adapter.weights_path)
+    inner = {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
+    renamed = rename_layers(model, inner)
+    with tempfile.TemporaryDirectory(prefix="wegeft-peft-") as folder:
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps({**config, **current}))
+        tensors = {_WRAPPER + renamed[name]: tensor for name, tensor in inner.items()}
+        save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
+        yield folder
 
 
 def _check_runs_nothing(adapter: Adapter) -> None:

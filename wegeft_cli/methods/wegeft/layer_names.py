@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import match_stored_names, spell_name
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.targets import Target, find_linears, make_target
+from wegeft_cli.models.file_names import file_names
 from wegeft_cli.storage.safetensors_reader import list_tensors
 
 
@@ -27,13 +30,43 @@ def find_stored_names(
     return match_stored_names(modules, stored, _prefix(model))
 
 
-def find_module_name(model: nn.Module, stored_name: str, known: Collection[str]) -> str | None:
+def find_checkpoint_names(
+    model: nn.Module, tensors: Mapping[str, str], base_dir: Path | None
+) -> dict[str, str]:
+    """Map an adapter's tensor names to those of the base's files, where they differ.
+
+    Args:
+        tensors: Name in the model -> name in the adapter.
+        base_dir: The base's folder; None finds no names.
+    """
+    stored = list_tensors(base_dir) if base_dir is not None else {}
+    names = file_names(model).match(stored) if stored else {}
+    return {ours: names[name] for name, ours in tensors.items() if names.get(name, ours) != ours}
+
+
+def find_module_name(
+    model: nn.Module,
+    stored_name: str,
+    known: Collection[str],
+    recorded: Mapping[str, str] = MappingProxyType({}),
+) -> str | None:
     """Find the model's name of a layer that a file names.
+
+    Args:
+        recorded: The adapter's record of the names in the base's files, see
+            `AdapterManifest.checkpoint_names`.
 
     Returns:
         One of `known`, or None.
     """
-    return next((name for name in spell_name(stored_name, _prefix(model)) if name in known), None)
+    spelled = spell_name(stored_name, _prefix(model))
+    found = next((name for name in spelled if name in known), None)
+    if found is not None:
+        return found
+    # transformers may have renamed the module since. Its older names are mostly those of the files.
+    in_files = recorded.get(f"{stored_name}.weight", f"{stored_name}.weight")
+    renamed = file_names(model).module_of(in_files.removesuffix(".weight"))
+    return renamed if renamed in known else None
 
 
 def find_members(
@@ -47,7 +80,8 @@ def find_members(
     linears = find_linears(model)
     groups: dict[str, list[Target]] = {}
     for stored_name, entries in files.manifest.modules.items():
-        name = find_module_name(model, stored_name, linears)
+        recorded = files.manifest.checkpoint_names
+        name = find_module_name(model, stored_name, linears, recorded)
         if name is None:
             raise UserError(
                 f"the model has no linear layer {stored_name!r}",
@@ -84,7 +118,9 @@ def find_saved(
     tensors: dict[str, Tensor] = {}
     faults: list[UserError] = []
     for stored_name in files.manifest.modules_to_save:
-        name = find_module_name(model, stored_name, modules)
+        name = find_module_name(
+            model, stored_name, modules, files.manifest.checkpoint_names
+        ) or _find_container(model, files, stored_name, modules)
         if name is None:
             faults.append(
                 UserError(
@@ -96,11 +132,7 @@ def find_saved(
             )
             continue
         own = {part: p.shape for part, p in modules[name].named_parameters()}
-        found = {
-            full_name.removeprefix(f"{stored_name}."): tensor
-            for full_name, tensor in files.saved_modules.items()
-            if full_name.startswith(f"{stored_name}.")
-        }
+        found = _name_parts(model, files, stored_name, name, own)
         for part in sorted(own.keys() | found.keys()):
             theirs = list(found[part].shape) if part in found else "nothing"
             ours = list(own[part]) if part in own else "nothing"
@@ -128,13 +160,52 @@ def name_as_in_model(model: nn.Module, files: AdapterFiles, adapter_dir: Path) -
     """
     find_members(model, files, adapter_dir)
     linears = find_linears(model)
+    recorded = files.manifest.checkpoint_names
     modules = {
-        find_module_name(model, name, linears) or name: entries
+        find_module_name(model, name, linears, recorded) or name: entries
         for name, entries in files.manifest.modules.items()
     }
     names, tensors = find_saved(model, files, adapter_dir)
     manifest = replace(files.manifest, modules=modules, modules_to_save=tuple(names))
     return AdapterFiles(manifest, files.factors, tensors)
+
+
+def _find_container(
+    model: nn.Module, files: AdapterFiles, stored_name: str, known: Collection[str]
+) -> str | None:
+    """Find a renamed module without a weight of its own by the layers in it."""
+    names = [_current_name(model, files, name) for name in _tensors_of(files, stored_name)]
+    parts = [name.split(".") if name is not None else [] for name in names]
+    shared = [one[0] for one in takewhile(_agree, zip(*parts, strict=False))]
+    name = ".".join(shared)
+    return name if name in known else None
+
+
+def _agree(names: tuple[str, ...]) -> bool:
+    return len(set(names)) == 1
+
+
+def _name_parts(
+    model: nn.Module, files: AdapterFiles, stored_name: str, name: str, own: Collection[str]
+) -> dict[str, Tensor]:
+    """Return a saved module's tensors by their names in the module of the model."""
+    found: dict[str, Tensor] = {}
+    for full_name, tensor in _tensors_of(files, stored_name).items():
+        part = full_name.removeprefix(f"{stored_name}.")
+        if part not in own:
+            current = _current_name(model, files, full_name) or full_name
+            part = current.removeprefix(f"{name}.")
+        found[part] = tensor
+    return found
+
+
+def _tensors_of(files: AdapterFiles, stored_name: str) -> dict[str, Tensor]:
+    start = f"{stored_name}."
+    return {name: t for name, t in files.saved_modules.items() if name.startswith(start)}
+
+
+def _current_name(model: nn.Module, files: AdapterFiles, name: str) -> str | None:
+    return file_names(model).to_model(files.manifest.checkpoint_names.get(name, name))
 
 
 def _prefix(model: nn.Module) -> str:

@@ -177,7 +177,7 @@ class WeGeFTMethod(Method):
         model: nn.Module | None = None,
     ) -> dict[str, TensorChange] | None:
         """Return `w s W phi psi` of each adapted tensor, and modules that were trained whole."""
-        from wegeft_cli.artifacts.stored_names import has_all_tensors
+        from wegeft_cli.artifacts.stored_names import has_all_tensors, name_as_in_files
         from wegeft_cli.methods.tensor_changes import generated_changes
         from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 
@@ -185,7 +185,9 @@ class WeGeFTMethod(Method):
         if model is not None:
             files = name_as_in_model(model, files, adapter.folder)
         elif not has_all_tensors(files, shapes):
-            return None
+            files = name_as_in_files(files)
+            if not has_all_tensors(files, shapes):
+                return None
         return generated_changes(files, weight, shapes)
 
 

@@ -21,7 +21,12 @@ from wegeft_cli.artifacts.in_place_files import InplaceManifest
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
-from wegeft_cli.methods.wegeft.layer_names import find_members, find_saved, find_stored_names
+from wegeft_cli.methods.wegeft.layer_names import (
+    find_checkpoint_names,
+    find_members,
+    find_saved,
+    find_stored_names,
+)
 from wegeft_cli.methods.wegeft.modules import AdapterGenerators, Generators, GeneratorSettings
 from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.version import VERSION
@@ -81,6 +86,13 @@ def save_adapter(
     if saved is not None:
         parts = {name: next(iter(m.named_parameters()))[0] for name, m in saved.by_name().items()}
         saved_names = find_stored_names(model, parts, base_dir)
+    renamed = {f"{name}.weight": f"{ours}.weight" for name, ours in names.items()}
+    for name, ours in saved_names.items():
+        renamed |= {
+            full_name: f"{ours}{full_name.removeprefix(name)}"
+            for full_name in tensors
+            if full_name.startswith(f"{name}.")
+        }
     described = _describe_generators(owner[adapter_name], names)
     kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in described["modules"]))
     asked = target_modules if isinstance(target_modules, str) else tuple(target_modules)
@@ -95,6 +107,7 @@ def save_adapter(
         modules_to_save=tuple(saved_names.values()),
         init_from=init_from,
         base_quantization=base_quantization,
+        checkpoint_names=find_checkpoint_names(model, renamed, base_dir),
     )
     if card is None:
         card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
@@ -102,12 +115,7 @@ def save_adapter(
         Path(adapter_dir),
         manifest,
         owner[adapter_name].get_factors(),
-        saved_modules={
-            f"{stored}{full_name.removeprefix(name)}": tensor
-            for name, stored in saved_names.items()
-            for full_name, tensor in tensors.items()
-            if full_name.startswith(f"{name}.")
-        },
+        saved_modules={renamed[full_name]: tensor for full_name, tensor in tensors.items()},
         card=card,
         more=more_files,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -37,6 +38,7 @@ def check_start(
         groups=section.groups,
         side=section.side,
     )
+    files = _with_own_groups(skeleton, groups, files)
     alpha = float(default_alpha(section.r)) if section.alpha is None else section.alpha
     saved = find_saved_modules(skeleton, section.modules_to_save, targets)
     faults = [
@@ -64,6 +66,7 @@ def start_from(
         raise ValueError("the model has no generators: call inject_generators first")
     adapter, saved = owner[owner.active], owner.saved_of(owner.active)
     settings = adapter.settings
+    files = _with_own_groups(model, adapter.groups, files)
     raise_all(
         [
             *_compare_numbers(settings.rank, settings.alpha, settings.side, files),
@@ -112,13 +115,9 @@ def _compare_layers(
     model: nn.Module, groups: Mapping[str, Sequence[Target]], files: AdapterFiles
 ) -> Iterator[UserError]:
     """Compare who shares with whom, layer by layer, and the factors' widths."""
-    manifest, linears = files.manifest, find_linears(model)
+    manifest = files.manifest
     ours = {name: {(t.name, t.rows) for t in members} for name, members in groups.items()}
-    theirs: dict[str, set[tuple[str, object]]] = {}
-    for stored_name, entries in manifest.modules.items():
-        name = find_module_name(model, stored_name, linears) or stored_name
-        for entry in entries:
-            theirs.setdefault(entry.group, set()).add((name, entry.rows))
+    theirs = _layers_by_group(model, files)
     if ours.keys() != theirs.keys():
         yield UserError(
             f"gives the groups {_list(ours)}, the adapter of {_KEY} has {_list(theirs)}",
@@ -151,7 +150,8 @@ def _compare_saved(
 ) -> Iterator[UserError]:
     known = {name for name, _ in model.named_modules()}
     theirs = [
-        find_module_name(model, name, known) or name for name in files.manifest.modules_to_save
+        find_module_name(model, name, known, files.manifest.checkpoint_names) or name
+        for name in files.manifest.modules_to_save
     ]
     if set(names) != set(theirs):
         yield UserError(
@@ -159,6 +159,40 @@ def _compare_saved(
             key="adapter.modules_to_save",
             hint=_HINT,
         )
+
+
+def _with_own_groups(
+    model: nn.Module, groups: Mapping[str, Sequence[Target]], files: AdapterFiles
+) -> AdapterFiles:
+    """Return the adapter with our names of groups that have the same layers.
+
+    A group is called by its layers, which transformers may have renamed since.
+    """
+    ours: dict[frozenset[tuple[str, object]], str] = {
+        frozenset((t.name, t.rows) for t in each): name for name, each in groups.items()
+    }
+    theirs = _layers_by_group(model, files)
+    names = {name: ours.get(frozenset(layers)) for name, layers in theirs.items()}
+    if None in names.values() or len(set(names.values())) != len(ours):
+        return files
+    renamed = {name: str(own) for name, own in names.items()}
+    modules = {
+        name: tuple(replace(entry, group=renamed[entry.group]) for entry in entries)
+        for name, entries in files.manifest.modules.items()
+    }
+    factors = {renamed[name]: pair for name, pair in files.factors.items()}
+    return replace(files, manifest=replace(files.manifest, modules=modules), factors=factors)
+
+
+def _layers_by_group(model: nn.Module, files: AdapterFiles) -> dict[str, set[tuple[str, object]]]:
+    manifest, linears = files.manifest, find_linears(model)
+    found: dict[str, set[tuple[str, object]]] = {}
+    for stored_name, entries in manifest.modules.items():
+        recorded = manifest.checkpoint_names
+        name = find_module_name(model, stored_name, linears, recorded) or stored_name
+        for entry in entries:
+            found.setdefault(entry.group, set()).add((name, entry.rows))
+    return found
 
 
 def _list(names: Iterable[str]) -> str:
