@@ -188,3 +188,12 @@ def test_two_processes_share_the_rows(write_recipe, learning):
     assert validation[str(STEPS)]["eval_loss"] == pytest.approx(
         alone.validation_loss, rel=OTHER_SUMS
     )
+
+
+@pytest.mark.parametrize("command", [validate_recipe, train])
+def test_a_classifier_with_benchmarks_is_refused_before_the_run(write_recipe, command):
+    changes = ["task=sequence_classification", "train.eval_tasks=[test]"]
+    with pytest.raises((UserError, ExceptionGroup)) as caught:
+        command(write_recipe(), changes)
+    faults = getattr(caught.value, "exceptions", [caught.value])
+    assert ["train.eval_tasks"] == [f.key for f in faults if "is not read by" in f.message]

@@ -58,6 +58,9 @@ def test_one_new_file_adds_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     registry.check_training_benchmark("Coin", "wegeft")
     (benchmark,) = registry.load_benchmarks(["COIN", "coin"], EvaluationRequest())
     assert benchmark.run(None, BenchmarkContext(1)).score == 0.5
+    assert registry.load_benchmarks(["coin"], EvaluationRequest("toss"))
+    with pytest.raises(UserError, match="`nonsense` does not score the task `coin`"):
+        registry.load_benchmarks(["coin"], EvaluationRequest("nonsense"))
     assert list_tasks()["tasks"][-1]["type"] == "coins"
     assert registry.benchmark_name("Coin") == "coin"
 
@@ -78,3 +81,10 @@ if {name!r} == "gsm8k":
     assert "wegeft_cli.evaluation.benchmarks.mt_bench" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval", "mt_bench", "alpaca_eval", "lm-eval:any"])
+def test_an_unknown_protocol_is_refused_for_every_family(name: str) -> None:
+    with pytest.raises(UserError, match="nonsense") as caught:
+        registry.load_benchmarks([name], EvaluationRequest("nonsense"))
+    assert caught.value.key == "protocol"

@@ -94,10 +94,24 @@ def load_benchmarks(names: Sequence[str], request: EvaluationRequest) -> list[Be
     for name in expand_groups(names):
         with _collect(faults):
             family = find_family(name, of_classifiers=request.classifier is not None)
+            if request.protocol is not None:
+                _check_named_protocol(family, name, request.protocol)
             benchmark = family.load(name, request)
             found.setdefault((benchmark.name, benchmark.protocol_name), benchmark)
     raise_all(faults)
     return list(found.values())
+
+
+def _check_named_protocol(family: BenchmarkFamily, name: str, protocol: str) -> None:
+    """Raise UserError if a benchmark is not scored by the protocol that the user named."""
+    family.check_protocol(name, protocol, True)
+    listed = [each for task in family.list_benchmarks() for each in task.get("protocols", ())]
+    if listed and protocol not in listed:
+        raise UserError(
+            f"`{protocol}` does not score the task `{name}`",
+            key="protocol",
+            hint=f"use {' or '.join(f'`{each}`' for each in dict.fromkeys(listed))}",
+        )
 
 
 def load_training_benchmarks(recipe: Recipe) -> dict[str, Benchmark]:
