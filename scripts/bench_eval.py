@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
+from wegeft_cli.evaluation.text.loading import TEST_SETS, load_questions
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.models.loading import load_model, load_tokenizer
@@ -89,8 +89,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = load_model(str(options.model)).eval()
     tokenizer = load_tokenizer(str(options.model))
-    task = TASKS["quickstart"]
-    data = load_task_data(task, data_dir=options.data_dir, limit=options.rows)
+    task = TEST_SETS["quickstart"]
+    data = load_questions(task, data_dir=options.data_dir, limit=options.rows)
     # The task's own protocol asks without the chat template and for eight tokens.
     instructions = [row.instruction for row in data.rows]
     prompts = [

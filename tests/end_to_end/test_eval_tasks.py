@@ -196,4 +196,4 @@ def test_a_classifier_with_benchmarks_is_refused_before_the_run(write_recipe, co
     with pytest.raises((UserError, ExceptionGroup)) as caught:
         command(write_recipe(), changes)
     faults = getattr(caught.value, "exceptions", [caught.value])
-    assert ["train.eval_tasks"] == [f.key for f in faults if "is not read by" in f.message]
+    assert [f.key for f in faults if "is not read by" in f.message] == ["train.eval_tasks"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
-from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.evaluation.text.loading import find_test_set, load_questions
 from wegeft_cli.evaluation.text.scoring import read_samples
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import Prompts, generate_texts
@@ -116,7 +116,7 @@ def test_rows_of_every_kind_become_prompts_and_samples_that_eval_reads(
             ]
         )
     )
-    data = load_task_data(find_task("boolq"), data_dir=tmp_path, limit=None)
+    data = load_questions(find_test_set("boolq"), data_dir=tmp_path, limit=None)
     samples = read_samples(output, data)
     assert samples == {row["index"]: row["output"] for row in lines}
     first = generate(

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wegeft_cli.evaluation.text.loading import TASKS, TaskData, load_task_data
+from wegeft_cli.evaluation.text.loading import TEST_SETS, Questions, load_questions
 
 WriteSet = Callable[..., Path]
 
@@ -33,16 +33,16 @@ def write_set(tmp_path: Path) -> WriteSet:
 
 
 @pytest.fixture
-def make_data(write_set: WriteSet) -> Callable[..., TaskData]:
+def make_data(write_set: WriteSet) -> Callable[..., Questions]:
     """A task's data from (instruction, answer) pairs."""
 
-    def make(name: str, pairs: Sequence[tuple[str, str]], limit: int | None = None) -> TaskData:
+    def make(name: str, pairs: Sequence[tuple[str, str]], limit: int | None = None) -> Questions:
         rows = [
             {"instruction": instruction, "input": "", "output": "", "answer": answer}
             for instruction, answer in pairs
         ]
-        task = TASKS[name]
-        return load_task_data(task, data_dir=write_set(task.folder, rows), limit=limit)
+        task = TEST_SETS[name]
+        return load_questions(task, data_dir=write_set(task.folder, rows), limit=limit)
 
     return make
 

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.text import TextBenchmark
-from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.loading import Questions
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 from wegeft_cli.evaluation.text.scoring import score_outputs
 from wegeft_cli.generation.completion import GenerationResult
@@ -226,7 +226,7 @@ def test_no_prompts_are_no_work(llama: Any, make_tokenizer: Callable[..., Any]) 
 
 
 def test_a_task_is_scored_as_its_own_samples_would_be(
-    llama: Any, make_tokenizer: Callable[..., Any], make_data: Callable[..., TaskData]
+    llama: Any, make_tokenizer: Callable[..., Any], make_data: Callable[..., Questions]
 ) -> None:
     data = make_data("boolq", [("Is it?", "true"), ("Is it not, then, at last?", "false")])
     protocol = PROTOCOLS["wegeft"]
@@ -242,7 +242,7 @@ def test_a_task_is_scored_as_its_own_samples_would_be(
 
 
 def test_a_model_that_says_the_answer_scores_full_marks(
-    llama: Any, make_tokenizer: Callable[..., Any], make_data: Callable[..., TaskData]
+    llama: Any, make_tokenizer: Callable[..., Any], make_data: Callable[..., Questions]
 ) -> None:
     """A head that always favours the digit 4: the quickstart's answers are all 4."""
     tokenizer = make_tokenizer()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from wegeft_cli.evaluation.benchmarks.groups import GROUPS, MEAN, expand_groups, group_means
-from wegeft_cli.evaluation.text.test_sets import TASKS
+from wegeft_cli.evaluation.text.test_sets import TEST_SETS
 
 
 def test_the_groups_are_the_papers() -> None:
@@ -12,7 +12,7 @@ def test_the_groups_are_the_papers() -> None:
     assert set(GROUPS["math10k"].members) == {"gsm8k", "aqua", "mawps", "svamp"}
     for name in ("commonsense", "math10k"):
         for member in GROUPS[name].members:
-            assert TASKS[member].leak is None
+            assert TEST_SETS[member].leak is None
 
 
 def test_a_group_stands_for_its_tasks_each_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text import protocol_registry, protocols
-from wegeft_cli.evaluation.text.loading import TASKS
+from wegeft_cli.evaluation.text.loading import TEST_SETS
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS, find_protocol
 
 NEW_PROTOCOL = """
@@ -26,9 +26,9 @@ def test_one_new_file_adds_a_protocol(monkeypatch: pytest.MonkeyPatch, tmp_path:
     found = protocol_registry.load_protocols()
     assert list(found) == [*PROTOCOLS, "plain"]
     monkeypatch.setattr(protocol_registry, "PROTOCOLS", found)
-    assert find_protocol("plain", TASKS["gsm8k"]) is found["plain"]
+    assert find_protocol("plain", TEST_SETS["gsm8k"]) is found["plain"]
     with pytest.raises(UserError, match="does not score"):
-        find_protocol("plain", TASKS["boolq"])
+        find_protocol("plain", TEST_SETS["boolq"])
 
 
 def test_the_registry_imports_no_torch() -> None:

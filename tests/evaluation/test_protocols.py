@@ -10,7 +10,7 @@ import pytest
 from wegeft_cli.data.text.templates import TEMPLATES, render_row
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.text import TextBenchmark
-from wegeft_cli.evaluation.text.loading import TASKS, TaskData, TaskRow, load_task_data
+from wegeft_cli.evaluation.text.loading import TEST_SETS, Question, Questions, load_questions
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS, find_protocol
 from wegeft_cli.evaluation.text.scoring import score_outputs
 
@@ -86,20 +86,20 @@ ASKED: list[tuple[str, str, str, int, dict[str, Any]]] = [
 ]
 
 
-def make_row(instruction: str, answer: str = "1") -> TaskRow:
-    return TaskRow(0, instruction, answer, {"answer": answer})
+def make_row(instruction: str, answer: str = "1") -> Question:
+    return Question(0, instruction, answer, {"answer": answer})
 
 
 @pytest.mark.parametrize(("name", "task", "form", "length", "decoding"), ASKED)
 def test_prompts_and_decoding_are_byte_exact(
     name: str, task: str, form: str, length: int, decoding: dict[str, Any]
 ) -> None:
-    protocol = find_protocol(name, TASKS[task])
+    protocol = find_protocol(name, TEST_SETS[task])
     instruction = "100 %s of {x}\\n?"
-    assert protocol.prompt(TASKS[task], make_row(instruction)) == form.format(instruction)
-    assert protocol.decoding(TASKS[task]).settings() == {"max_new_tokens": length, **decoding}
+    assert protocol.prompt(TEST_SETS[task], make_row(instruction)) == form.format(instruction)
+    assert protocol.decoding(TEST_SETS[task]).settings() == {"max_new_tokens": length, **decoding}
     told = hashlib.sha256(form.replace("{}", "%s").encode()).hexdigest()[:16]
-    assert protocol.template_hash(TASKS[task]) == told
+    assert protocol.template_hash(TEST_SETS[task]) == told
 
 
 def test_every_protocol_is_covered_above() -> None:
@@ -110,10 +110,10 @@ def test_every_protocol_is_covered_above() -> None:
 def test_training_and_scoring_share_their_template(name: str, task: str) -> None:
     """The prompt of a training row is what is asked, but where the authors' own code differs."""
     protocol = PROTOCOLS[name]
-    template = protocol.template_name(TASKS[task])
+    template = protocol.template_name(TEST_SETS[task])
     row = {"instruction": "How {many}?", "input": "", "output": "#### 5"}
     trained = render_row(row, template=template, loss_on="completion")
-    asked = protocol.prompt(TASKS[task], make_row("How {many}?"))
+    asked = protocol.prompt(TEST_SETS[task], make_row("How {many}?"))
     assert (trained.segments[0].text == asked) is (
         name not in ("llm_adapters", "lora_ga", "lora_pro")
     )
@@ -143,7 +143,7 @@ def test_what_a_template_teaches_its_protocol_reads(
     row = {"instruction": "Four and one?", "input": "", "output": "so 4+1\n#### 5"}
     taught = render_row(row, template=template, loss_on="completion").segments[1].text
     assert taught == said
-    task = TASKS["gsm8k"]
+    task = TEST_SETS["gsm8k"]
     prompt = PROTOCOLS[protocol].prompt(task, make_row("Four and one?"))
     prediction = PROTOCOLS[protocol].extract(task, prompt + taught, taught, "5")
     assert prediction == 5
@@ -152,7 +152,7 @@ def test_what_a_template_teaches_its_protocol_reads(
 
 
 def test_the_quickstart_reads_the_first_line_alone() -> None:
-    protocol, task = PROTOCOLS["quickstart"], TASKS["quickstart"]
+    protocol, task = PROTOCOLS["quickstart"], TEST_SETS["quickstart"]
     prompt = protocol.prompt(task, make_row("What is 2 + 2?"))
     assert protocol.extract(task, prompt + " 3, no 4\n5", " 3, no 4\n5", "4") == 4.0
     assert protocol.extract(task, prompt + "\n4", "\n4", "4") is None
@@ -160,7 +160,7 @@ def test_the_quickstart_reads_the_first_line_alone() -> None:
 
 @pytest.mark.parametrize("name", ["wegeft", "gift", "wegeft_fixed", "gift_fixed", "chat"])
 def test_a_general_protocol_scores_the_published_sets(name: str) -> None:
-    published = [task for task in TASKS.values() if task.name != "quickstart"]
+    published = [task for task in TEST_SETS.values() if task.name != "quickstart"]
     assert len(published) == 18
     for task in published:
         assert find_protocol(name, task) is PROTOCOLS[name]
@@ -180,20 +180,20 @@ def test_a_general_protocol_scores_the_published_sets(name: str) -> None:
 )
 def test_a_protocol_of_another_task_is_refused(name: str, task: str, hint: str) -> None:
     with pytest.raises(UserError, match="does not score") as caught:
-        find_protocol(name, TASKS[task])
+        find_protocol(name, TEST_SETS[task])
     assert str(caught.value.hint).startswith(hint)
 
 
 def test_without_a_name_the_task_decides() -> None:
-    assert find_protocol(None, TASKS["quickstart"]).name == "quickstart"
-    assert find_protocol(None, TASKS["gsm8k"]).name == "wegeft"
-    assert find_protocol(None, TASKS["gsm8k_tune"]).name == "wegeft_tune"
-    assert find_protocol(None, TASKS["gsm8k_tune_gift"]).name == "gift_tune"
+    assert find_protocol(None, TEST_SETS["quickstart"]).name == "quickstart"
+    assert find_protocol(None, TEST_SETS["gsm8k"]).name == "wegeft"
+    assert find_protocol(None, TEST_SETS["gsm8k_tune"]).name == "wegeft_tune"
+    assert find_protocol(None, TEST_SETS["gsm8k_tune_gift"]).name == "gift_tune"
 
 
 def test_a_misspelt_protocol_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match="wegft") as caught:
-        find_protocol("wegft", TASKS["gsm8k"])
+        find_protocol("wegft", TEST_SETS["gsm8k"])
     assert caught.value.hint == "did you mean `wegeft`?"
 
 
@@ -232,8 +232,8 @@ def test_lora_gas_golds_are_misread_as_published(
     write_set: Callable[..., Path], frame: str, gold: str, said: str, faithful: bool, fixed: bool
 ) -> None:
     rows = [{"question": "Q?", "answer": f"It is so.\n{gold}"}]
-    data = load_task_data(
-        TASKS["gsm8k"], data_dir=write_set("gsm8k", rows, "test.jsonl"), limit=None
+    data = load_questions(
+        TEST_SETS["gsm8k"], data_dir=write_set("gsm8k", rows, "test.jsonl"), limit=None
     )
     for name, verdict in ((frame, faithful), (f"{frame}_fixed", fixed)):
         score = score_outputs(PROTOCOLS[name], data, {0: said})
@@ -244,7 +244,7 @@ def test_lora_gas_golds_are_misread_as_published(
         )
 
 
-def test_lora_ga_needs_the_golds_as_published(make_data: Callable[..., TaskData]) -> None:
+def test_lora_ga_needs_the_golds_as_published(make_data: Callable[..., Questions]) -> None:
     data = make_data("gsm8k", [("Q?", "2125.0"), ("Q?", "3.0")])
     with pytest.raises(ExceptionGroup) as caught:
         PROTOCOLS["lora_ga"].check_data(data)
@@ -255,7 +255,7 @@ def test_lora_ga_needs_the_golds_as_published(make_data: Callable[..., TaskData]
     PROTOCOLS["lora_ga_fixed"].check_data(data)
 
 
-def test_a_gold_that_a_protocol_cannot_read_is_told(make_data: Callable[..., TaskData]) -> None:
+def test_a_gold_that_a_protocol_cannot_read_is_told(make_data: Callable[..., Questions]) -> None:
     """The set is sound for those that look for a number, not for those that take the whole."""
     data = make_data("gsm8k", [("Q?", "3.0"), ("Q?", "about 5")])
     PROTOCOLS["wegeft"].check_data(data)
@@ -268,7 +268,7 @@ CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[a
 
 
 def test_chat_asks_in_the_models_own_template(
-    make_data: Callable[..., TaskData], make_tokenizer: Callable[..., Any]
+    make_data: Callable[..., Questions], make_tokenizer: Callable[..., Any]
 ) -> None:
     data = make_data("mawps", [("How many?", "3")])
     tokenizer = make_tokenizer()
@@ -280,7 +280,7 @@ def test_chat_asks_in_the_models_own_template(
 
 
 def test_a_model_without_a_chat_template_is_not_asked_in_one(
-    make_data: Callable[..., TaskData], make_tokenizer: Callable[..., Any]
+    make_data: Callable[..., Questions], make_tokenizer: Callable[..., Any]
 ) -> None:
     benchmark = TextBenchmark(make_data("mawps", [("Q", "3")]), PROTOCOLS["chat"])
     with pytest.raises(UserError, match="no chat template") as caught:

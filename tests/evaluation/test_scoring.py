@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.loading import Questions
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 from wegeft_cli.evaluation.text.scoring import read_samples, score_outputs
 from wegeft_cli.statistics import wilson_interval
 
 INTERVAL_TOLERANCE = 5e-4  # the textbook values have three digits
-MakeData = Callable[..., TaskData]
+MakeData = Callable[..., Questions]
 
 
 def test_the_denominator_is_all_rows(make_data: MakeData) -> None:
@@ -25,7 +25,7 @@ def test_the_denominator_is_all_rows(make_data: MakeData) -> None:
     assert [sample["valid"] for sample in score.samples] == [True, True, False]
     assert score.samples[1] == {
         "index": 1,
-        "prompt": PROTOCOLS["wegeft"].prompt(data.task, data.rows[1]),
+        "prompt": PROTOCOLS["wegeft"].prompt(data.test_set, data.rows[1]),
         "output": "7",
         "prediction": 7.0,
         "answer": "2.0",
@@ -37,7 +37,7 @@ def test_the_denominator_is_all_rows(make_data: MakeData) -> None:
 def test_an_output_may_repeat_the_prompt(make_data: MakeData) -> None:
     data = make_data("quickstart", [("What is 1 + 1?", "2")])
     protocol = PROTOCOLS["quickstart"]
-    prompt = protocol.prompt(data.task, data.rows[0])
+    prompt = protocol.prompt(data.test_set, data.rows[0])
     bare = score_outputs(protocol, data, {0: " 2"})
     assert bare.score == 1.0
     assert score_outputs(protocol, data, {0: f"{prompt} 2"}) == bare
@@ -58,7 +58,7 @@ def test_a_result_is_json_and_names_what_it_depends_on(make_data: MakeData) -> N
     assert result["task"] == "boolq"
     assert result["protocol"] == "gift"
     assert result["data_sha256"] == data.sha256
-    assert result["template_hash"] == PROTOCOLS["gift"].template_hash(data.task)
+    assert result["template_hash"] == PROTOCOLS["gift"].template_hash(data.test_set)
     assert result["ci95"][1] == 1.0
     assert "samples" not in result
 

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.text.loading import TASKS, TaskData, find_task, load_task_data
+from wegeft_cli.evaluation.text.loading import TEST_SETS, Questions, find_test_set, load_questions
 
 ASK = "Please choose the correct answer to the question: "
 
@@ -166,16 +166,16 @@ def test_an_original_row_becomes_the_published_instruction(
     instruction: str,
     answer: str,
 ) -> None:
-    data_dir = write_set(TASKS[name].folder, [row], "test.jsonl")
-    data = load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+    data_dir = write_set(TEST_SETS[name].folder, [row], "test.jsonl")
+    data = load_questions(TEST_SETS[name], data_dir=data_dir, limit=None)
     assert [(row.instruction, row.answer) for row in data.rows] == [(instruction, answer)]
 
 
 def test_every_set_with_an_original_form_is_covered_above() -> None:
-    with_builder = {task.name for task in TASKS.values() if task.build is not None}
-    with_part = {task.name for task in TASKS.values() if task.part is not None}
+    with_builder = {task.name for task in TEST_SETS.values() if task.build is not None}
+    with_part = {task.name for task in TEST_SETS.values() if task.part is not None}
     assert with_builder - with_part == {name for name, *_ in ORIGINAL_ROWS}
-    assert len(TASKS) == 19
+    assert len(TEST_SETS) == 19
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ def test_every_set_with_an_original_form_is_covered_above() -> None:
     [("gsm8k", "gsm8k"), ("ARC-Easy", "arc_easy"), ("social_i_qa", "siqa"), ("aQuA", "aqua")],
 )
 def test_a_task_is_found_by_name_and_by_folder(typed: str, name: str) -> None:
-    assert find_task(typed).name == name
+    assert find_test_set(typed).name == name
 
 
 def test_a_misspelt_task_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match="gms8k") as caught:
-        find_task("gms8k")
+        find_test_set("gms8k")
     assert caught.value.hint == "did you mean `gsm8k`?"
 
 
@@ -200,7 +200,7 @@ def test_adapters_rows_are_read_as_they_stand(write_set: Callable[..., Path], fo
     ]
     data_dir = write_set(folder, rows)
     path = data_dir / folder / "test.json"
-    data = load_task_data(TASKS["arc_easy"], data_dir=data_dir, limit=2)
+    data = load_questions(TEST_SETS["arc_easy"], data_dir=data_dir, limit=2)
     assert [row.instruction for row in data.rows] == ["  Q1 ", "  Q2 "]
     assert [row.index for row in data.rows] == [0, 1]
     assert data.rows[1].source == rows[1]
@@ -213,13 +213,13 @@ def test_a_number_is_an_answer_and_adapters_rows_may_stand_in_lines(
     write_set: Callable[..., Path],
 ) -> None:
     data_dir = write_set("mawps", [{"instruction": "Q\u2028?", "answer": 1.5}], "test.jsonl")
-    data = load_task_data(TASKS["mawps"], data_dir=data_dir, limit=None)
+    data = load_questions(TEST_SETS["mawps"], data_dir=data_dir, limit=None)
     assert (data.rows[0].instruction, data.rows[0].answer) == ("Q\u2028?", "1.5")
 
 
 def test_a_missing_set_is_told_with_paths_and_layout(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_task_data(TASKS["arc_easy"], data_dir=tmp_path, limit=None)
+        load_questions(TEST_SETS["arc_easy"], data_dir=tmp_path, limit=None)
     assert str(tmp_path / "ARC-Easy" / "test.json") in caught.value.message
     assert str(tmp_path / "arc_easy" / "test.jsonl") in caught.value.message
     assert "<data-dir>/ARC-Easy/test.json" in str(caught.value.hint)
@@ -253,20 +253,20 @@ def test_a_missing_set_is_told_with_paths_and_layout(tmp_path: Path) -> None:
 def test_a_damaged_row_is_named(
     write_set: Callable[..., Path], name: str, row: dict[str, Any], told: str
 ) -> None:
-    good = {"instruction": "Q", "answer": {"number": "1", "letter": "A"}.get(TASKS[name].kind)}
-    good["answer"] = good["answer"] or TASKS[name].words[0]
-    data_dir = write_set(TASKS[name].folder, [good, row], "test.jsonl")
+    good = {"instruction": "Q", "answer": {"number": "1", "letter": "A"}.get(TEST_SETS[name].kind)}
+    good["answer"] = good["answer"] or TEST_SETS[name].words[0]
+    data_dir = write_set(TEST_SETS[name].folder, [good, row], "test.jsonl")
     with pytest.raises(UserError) as caught:
-        load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+        load_questions(TEST_SETS[name], data_dir=data_dir, limit=None)
     assert told in caught.value.message
     assert str(caught.value.file).endswith("test.jsonl:2")
-    assert len(load_task_data(TASKS[name], data_dir=data_dir, limit=1).rows) == 1
+    assert len(load_questions(TEST_SETS[name], data_dir=data_dir, limit=1).rows) == 1
 
 
 def test_all_damaged_rows_are_told_but_not_a_thousand(write_set: Callable[..., Path]) -> None:
     data_dir = write_set("mawps", [{"instruction": "Q", "answer": "?"}] * 200)
     with pytest.raises(ExceptionGroup) as caught:
-        load_task_data(TASKS["mawps"], data_dir=data_dir, limit=None)
+        load_questions(TEST_SETS["mawps"], data_dir=data_dir, limit=None)
     assert len(caught.value.exceptions) == 51
     assert "150 more" in str(caught.value.exceptions[-1])
     assert str(caught.value.exceptions[0]).startswith(f"{data_dir / 'mawps' / 'test.json'}: row 0")
@@ -288,12 +288,12 @@ def test_a_damaged_file_is_told(tmp_path: Path, content: bytes, told: str) -> No
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        load_task_data(TASKS["mawps"], data_dir=tmp_path, limit=None)
+        load_questions(TEST_SETS["mawps"], data_dir=tmp_path, limit=None)
     assert told in caught.value.message
     assert str(caught.value.file).startswith(str(path))
 
 
-def test_no_rows_are_no_limit(make_data: Callable[..., TaskData]) -> None:
+def test_no_rows_are_no_limit(make_data: Callable[..., Questions]) -> None:
     with pytest.raises(UserError, match="0 rows"):
         make_data("mawps", [("Q", "1")], limit=0)
 
@@ -307,7 +307,7 @@ def test_hub_rows_take_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    data = load_task_data(TASKS["gsm8k"], data_dir=None, limit=None)
+    data = load_questions(TEST_SETS["gsm8k"], data_dir=None, limit=None)
     assert asked == [("openai/gsm8k", "main", "test")]
     assert [(row.instruction, row.answer) for row in data.rows] == [("One and one?", "2")]
     assert data.origin == "openai/gsm8k/main/test"
@@ -321,14 +321,14 @@ def test_an_unreachable_hub_is_told_with_the_layout(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match="offline mode is enabled") as caught:
-        load_task_data(TASKS["svamp"], data_dir=None, limit=None)
+        load_questions(TEST_SETS["svamp"], data_dir=None, limit=None)
     assert caught.value.key == "--data-dir"
     assert "<data-dir>/SVAMP/test.json" in str(caught.value.hint)
 
 
 def test_a_set_without_a_hub_asks_for_a_folder() -> None:
     with pytest.raises(UserError, match="on no hub"):
-        load_task_data(TASKS["mawps"], data_dir=None, limit=None)
+        load_questions(TEST_SETS["mawps"], data_dir=None, limit=None)
 
 
 @pytest.mark.parametrize(
@@ -340,11 +340,11 @@ def test_a_tuning_split_is_the_end_of_train_in_its_order(
 ) -> None:
     rows = [{"question": f"Q{n}", "answer": f"#### {n}"} for n in range(num_rows)]
     data_dir = write_set("gsm8k", rows, "train.jsonl")
-    data = load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+    data = load_questions(TEST_SETS[name], data_dir=data_dir, limit=None)
     assert [row.answer for row in data.rows] == [str(n) for n in range(num_rows)][-expected:]
     assert [row.index for row in data.rows] == list(range(expected))
     assert data.num_rows == expected
-    first = load_task_data(TASKS[name], data_dir=data_dir, limit=1)
+    first = load_questions(TEST_SETS[name], data_dir=data_dir, limit=1)
     assert first.rows == data.rows[:1]
 
 
@@ -355,7 +355,7 @@ def test_a_training_file_too_short_for_the_split_is_told(
     rows = [{"question": "Q", "answer": "#### 1"}] * num_rows
     data_dir = write_set("gsm8k", rows, "train.jsonl")
     with pytest.raises(UserError, match="too few"):
-        load_task_data(TASKS[name], data_dir=data_dir, limit=None)
+        load_questions(TEST_SETS[name], data_dir=data_dir, limit=None)
 
 
 def test_a_set_that_is_not_the_published_one_is_noticed(
@@ -363,20 +363,20 @@ def test_a_set_that_is_not_the_published_one_is_noticed(
 ) -> None:
     rows = [{"instruction": "Q", "answer": "1"}] * 3
     data_dir = write_set("mawps", rows)
-    data = load_task_data(TASKS["mawps"], data_dir=data_dir, limit=1)
+    data = load_questions(TEST_SETS["mawps"], data_dir=data_dir, limit=1)
     assert data.is_published is False
     assert "3 rows, where the published set has 238" in str(data.complaint)
-    of_three = dataclasses.replace(TASKS["mawps"], num_published=3)
-    data = load_task_data(of_three, data_dir=data_dir, limit=1)
+    of_three = dataclasses.replace(TEST_SETS["mawps"], num_published=3)
+    data = load_questions(of_three, data_dir=data_dir, limit=1)
     assert data.is_published is False
     assert "the published file's c1a708979cbf" in str(data.complaint)
     known = dataclasses.replace(of_three, published_sha256={"test.json": data.sha256[:12]})
-    assert load_task_data(known, data_dir=data_dir, limit=1).is_published is True
+    assert load_questions(known, data_dir=data_dir, limit=1).is_published is True
     unknown = dataclasses.replace(of_three, published_sha256={})
-    assert load_task_data(unknown, data_dir=data_dir, limit=1).is_published is None
+    assert load_questions(unknown, data_dir=data_dir, limit=1).is_published is None
 
 
 def test_the_published_sets_are_told_apart_by_leaks() -> None:
-    assert {name for name, task in TASKS.items() if task.leak} == {
+    assert {name for name, task in TEST_SETS.items() if task.leak} == {
         "multiarith", "addsub", "singleeq",
     }  # fmt: skip

@@ -43,7 +43,7 @@ from wegeft_cli.artifacts.run_directory import RunDirectory, find_newest_run, fi
 from wegeft_cli.data.sources.formats import FORMATS, find_format, read_row
 from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
-from wegeft_cli.evaluation.text.loading import find_task, load_task_data
+from wegeft_cli.evaluation.text.loading import find_test_set, load_questions
 from wegeft_cli.evaluation.text.scoring import read_samples
 from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.inference.prompt_files import read_questions
@@ -107,11 +107,11 @@ def read_metrics(folder: Path) -> None:
 
 
 def read_test_set(folder: Path) -> None:
-    load_task_data(find_task("boolq"), data_dir=folder, limit=None)
+    load_questions(find_test_set("boolq"), data_dir=folder, limit=None)
 
 
 def read_outputs(folder: Path) -> None:
-    data = load_task_data(find_task("boolq"), data_dir=SOUND["world"] / "sets", limit=None)
+    data = load_questions(find_test_set("boolq"), data_dir=SOUND["world"] / "sets", limit=None)
     read_samples(folder / "outputs.jsonl", data)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from wegeft_cli.evaluation.evaluate import evaluate
-from wegeft_cli.evaluation.text.loading import TASKS
+from wegeft_cli.evaluation.text.loading import TEST_SETS
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately "
@@ -191,7 +191,7 @@ PAIRS = [
     (protocol, task)
     for protocol in JUDGES
     for task in GOLDS
-    if PROTOCOLS[protocol].scores(TASKS[task])
+    if PROTOCOLS[protocol].scores(TEST_SETS[task])
     and not (task == "gsm8k_tune" and protocol in ("wegeft", "gift", "llm_adapters"))
 ]
 
@@ -200,7 +200,7 @@ PAIRS = [
 def test_a_log_scored_again_from_the_raw_file_agrees_exactly(
     protocol: str, task: str, tmp_path: Path
 ) -> None:
-    kind = TASKS[task].kind
+    kind = TEST_SETS[task].kind
     original = task.startswith("gsm8k") and protocol not in ("wegeft", "gift", "llm_adapters")
     cases = [(i, g, t.replace("{}", g)) for i in INSTRUCTIONS for g in GOLDS[task] for t in TEXTS]
     if original:
@@ -209,8 +209,8 @@ def test_a_log_scored_again_from_the_raw_file_agrees_exactly(
         ]
     else:
         rows = [{"instruction": i, "input": "", "output": "", "answer": g} for i, g, _ in cases]
-    stem = "test" if TASKS[task].part is None else "train"
-    raw = tmp_path / TASKS[task].folder / f"{stem}.{'jsonl' if original else 'json'}"
+    stem = "test" if TEST_SETS[task].part is None else "train"
+    raw = tmp_path / TEST_SETS[task].folder / f"{stem}.{'jsonl' if original else 'json'}"
     raw.parent.mkdir()
     if stem == "train":  # nine rows of ten are not asked
         rows = [{"question": "no", "answer": "#### 1"}] * 9 * len(rows) + rows

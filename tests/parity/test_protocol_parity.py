@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wegeft_cli.evaluation.text.loading import TASKS, load_task_data
+from wegeft_cli.evaluation.text.loading import TEST_SETS, load_questions
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS
 from wegeft_cli.evaluation.text.scoring import score_outputs
 
@@ -154,14 +154,14 @@ PLAIN = {"wegeft": plain_wegeft, "gift": plain_gift}
 def test_every_verdict_is_the_plain_scorers(protocol: str, task: str, tmp_path: Path) -> None:
     instructions, golds, outputs = CASES[task]
     cases = [(i, g, o) for i in instructions for g in golds for o in outputs]
-    path = tmp_path / TASKS[task].folder / "test.json"
+    path = tmp_path / TEST_SETS[task].folder / "test.json"
     path.parent.mkdir()
     rows: list[dict[str, Any]] = [
         {"instruction": instruction, "input": "", "output": "", "answer": gold}
         for instruction, gold, _ in cases
     ]
     path.write_text(json.dumps(rows), encoding="utf-8")
-    data = load_task_data(TASKS[task], data_dir=tmp_path, limit=None)
+    data = load_questions(TEST_SETS[task], data_dir=tmp_path, limit=None)
     texts = {index: output for index, (*_, output) in enumerate(cases)}
     score = score_outputs(PROTOCOLS[protocol], data, texts)
     expected = [PLAIN[protocol](task, i, o, g) for i, g, o in cases]
@@ -185,7 +185,7 @@ def test_every_verdict_is_the_plain_scorers(protocol: str, task: str, tmp_path: 
     ],
 )
 def test_the_published_table_of_verdicts(output: str, wegeft: bool, gift: bool) -> None:
-    task = TASKS["boolq"]
+    task = TEST_SETS["boolq"]
     for name, verdict in (("wegeft", wegeft), ("gift", gift)):
         prediction = PROTOCOLS[name].extract(task, f"Is it?\n{output}", output, "true")
         assert PROTOCOLS[name].is_correct(task, prediction, "true") is verdict
@@ -198,5 +198,5 @@ def test_the_published_table_of_verdicts(output: str, wegeft: bool, gift: bool) 
 )
 def test_the_published_readings_of_numbers(text: str, number: float, tmp_path: Path) -> None:
     assert plain_number(text) == number
-    task, protocol = TASKS["mawps"], PROTOCOLS["wegeft"]
+    task, protocol = TEST_SETS["mawps"], PROTOCOLS["wegeft"]
     assert protocol.extract(task, f"### Response:{text}", text, "0") == number

@@ -4,7 +4,7 @@ It cannot be undone, so it is only for a dedicated process. Python 3.11 has no `
 ctypes. A layer that is not available raises `IsolationError` with its name; none is skipped. The
 layers are:
 
-- user: a new user namespace, in which the program is nobody and has no capability.
+- user: a new user namespace, in which the program is the user `nobody` and has no capability.
 - mount: a new read-only root in memory with the standard library and the shared libraries, and no
   other file of the machine; /tmp is private, small and temporary.
 - pid: a new process namespace; when its first process ends, the kernel ends all others.
@@ -90,7 +90,7 @@ def enter_namespaces(mount_point: Path, limits: Limits) -> bool:
             namespace; nothing is written into the folder.
 
     Returns:
-        Whether the child must change to the user nobody (`drop_rights`), which only root can do.
+        Whether the child must change to the user `nobody` (`drop_rights`), which only root can do.
     """
     becomes_nobody = _enter_user_namespace()
     for layer in ("mount", "ipc", "net", "pid"):
@@ -155,7 +155,7 @@ def _check(result: int) -> None:
 
 
 def _enter_user_namespace() -> bool:
-    """Enter a new user namespace; return True if the user nobody is mapped into it, too.
+    """Enter a new user namespace; return True if the user `nobody` is mapped into it, too.
 
     The kernel does not count the processes of the machine's root, so root must change to another
     user later. Only a process outside can map a second user: a helper that is forked before.
@@ -202,7 +202,7 @@ def _map_root_and_nobody(process: int) -> bytes:
             # One write: the kernel takes a map once.
             Path(f"/proc/{process}/{name}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
     except OSError as error:
-        return f"root and nobody cannot be mapped: {error}".encode()
+        return f"the users root and 65534 cannot be mapped: {error}".encode()
     return b"mapped"
 
 

@@ -134,7 +134,7 @@ class Sandbox:
             code = os.WEXITSTATUS(event["exit"])
             return Outcome("failed", f"the program ended with exit code {code} before its tests")
         number = os.WTERMSIG(event["exit"])
-        # Nobody inside can send SIGKILL to the first process: it came from the kernel.
+        # No process inside can send SIGKILL to the first process: it came from the kernel.
         if number == signal.SIGKILL:
             # The kernel counts in ticks: CPU time at the limit may be reported as a little less.
             if event["cpu_seconds"] >= 0.9 * self._limits.cpu_seconds:

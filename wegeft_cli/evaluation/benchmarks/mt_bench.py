@@ -32,7 +32,7 @@ _PROTOCOLS = {
     "fastchat": "FastChat's single-answer grading: two turns, temperature by category, 1,024 "
     "tokens a turn, in the model's own chat template; a model without one is asked as by "
     "fastchat_alpaca. Draws are not FastChat's one by one; its top-p is the model's, here 1.",
-    _ALPACA: "fastchat, in FastChat's conversation template `alpaca` whatever the model brings.",
+    _ALPACA: "fastchat, in FastChat's conversation template `alpaca` for every model.",
 }
 _HIGHEST = 10
 Turns = tuple[str, str]

@@ -14,7 +14,13 @@ from wegeft_cli.evaluation.benchmarks.base import (
 )
 from wegeft_cli.evaluation.benchmarks.groups import expand_groups
 from wegeft_cli.evaluation.score import Score
-from wegeft_cli.evaluation.text.loading import TASKS, Task, TaskData, find_task, load_task_data
+from wegeft_cli.evaluation.text.loading import (
+    TEST_SETS,
+    Questions,
+    TestSet,
+    find_test_set,
+    load_questions,
+)
 from wegeft_cli.evaluation.text.protocol_registry import PROTOCOLS, EvalProtocol, find_protocol
 from wegeft_cli.evaluation.text.scoring import read_samples, score_outputs
 from wegeft_cli.generation.decoding import Decoding
@@ -33,7 +39,7 @@ class TextBenchmark:
         seed: Sampling seed.
     """
 
-    data: TaskData
+    data: Questions
     protocol: EvalProtocol
     max_new_tokens: int | None = None
     seed: int = 0
@@ -41,7 +47,7 @@ class TextBenchmark:
     @property
     def name(self) -> str:
         """The test set's name."""
-        return self.data.task.name
+        return self.data.test_set.name
 
     @property
     def protocol_name(self) -> str:
@@ -51,7 +57,7 @@ class TextBenchmark:
     @property
     def template(self) -> str:
         """The template of the prompts, as in `data.template`."""
-        return self.protocol.template_name(self.data.task)
+        return self.protocol.template_name(self.data.test_set)
 
     @property
     def num_examples(self) -> int:
@@ -61,7 +67,7 @@ class TextBenchmark:
     @property
     def decoding(self) -> Decoding:
         """The protocol's decoding with this benchmark's length and seed."""
-        decoding = self.protocol.decoding(self.data.task)
+        decoding = self.protocol.decoding(self.data.test_set)
         length = self.max_new_tokens or decoding.max_new_tokens
         return replace(decoding, max_new_tokens=length, seed=self.seed)
 
@@ -70,22 +76,22 @@ class TextBenchmark:
         return {
             "task": self.name,
             "protocol": self.protocol_name,
-            "template_hash": self.protocol.template_hash(self.data.task),
+            "template_hash": self.protocol.template_hash(self.data.test_set),
             "data_sha256": self.data.sha256,
-            "decoding": self.protocol.decoding(self.data.task).settings(),
+            "decoding": self.protocol.decoding(self.data.test_set).settings(),
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
         }
 
     def prompts(self, tokenizer: Any) -> RenderedPrompts:
         """Render the prompts; UserError if the protocol needs a chat template and there is none."""
-        task = self.data.task
-        texts = {row.index: self.protocol.prompt(task, row) for row in self.data.rows}
-        if self.protocol.rule(task).is_chat:
+        test_set = self.data.test_set
+        texts = {row.index: self.protocol.prompt(test_set, row) for row in self.data.rows}
+        if self.protocol.rule(test_set).is_chat:
             return render_user_prompts(
-                tokenizer, texts, protocol=self.protocol.name, other=task.default_protocol
+                tokenizer, texts, protocol=self.protocol.name, other=test_set.default_protocol
             )
-        return RenderedPrompts(texts, self.protocol.template_hash(task))
+        return RenderedPrompts(texts, self.protocol.template_hash(test_set))
 
     def run(self, model: Any, context: BenchmarkContext) -> Score:
         """Generate the answers and score them."""
@@ -120,14 +126,14 @@ class TextBenchmark:
         return score_outputs(self.protocol, self.data, read_samples(path, self.data, self.protocol))
 
 
-def choose_protocol(task: Task, from_recipe: str) -> str | None:
+def choose_protocol(test_set: TestSet, from_recipe: str) -> str | None:
     """Return the recipe's protocol if it scores the test set; None is the set's own or default."""
     protocol = PROTOCOLS.get(from_recipe)
-    if protocol is not None and not protocol.scores(task):
+    if protocol is not None and not protocol.scores(test_set):
         return None
     # The schema's default does not replace the default protocol of a set.
     is_default = from_recipe == EvalSection().protocol
-    return None if is_default and task.default_protocol != from_recipe else from_recipe
+    return None if is_default and test_set.default_protocol != from_recipe else from_recipe
 
 
 def load_text_benchmark(name: str, request: EvaluationRequest) -> TextBenchmark:
@@ -142,32 +148,36 @@ def load_text_benchmark(name: str, request: EvaluationRequest) -> TextBenchmark:
         ExceptionGroup: If there are several such faults.
     """
     settings = request.settings
-    task = find_task(name)
-    if task.leak is not None and not request.options.get("allow_leaky"):
+    test_set = find_test_set(name)
+    if test_set.leak is not None and not request.options.get("allow_leaky"):
         raise UserError(
-            f"`{task.name}` leaks: {task.leak}",
+            f"`{test_set.name}` leaks: {test_set.leak}",
             key="task",
             hint="--allow-leaky scores it anyway, and the result reports the leak",
         )
     names = {name.lower() for name in expand_groups(settings.tasks)}
-    is_named = task.name in names or (task.part is None and task.folder.lower() in names)
-    protocol = find_protocol(request.protocol or choose_protocol(task, settings.protocol), task)
+    is_named = test_set.name in names or (
+        test_set.part is None and test_set.folder.lower() in names
+    )
+    protocol = find_protocol(
+        request.protocol or choose_protocol(test_set, settings.protocol), test_set
+    )
     folder = request.data_dir
     if folder is None and (own := request.settings_dir) is not None:
-        folder = own if is_named or _has_set(own, task) else None
+        folder = own if is_named or _has_set(own, test_set) else None
     limit, max_new_tokens = request.limits(is_named=is_named)
-    data = load_task_data(task, data_dir=folder, limit=limit)
+    data = load_questions(test_set, data_dir=folder, limit=limit)
     protocol.check_data(data)
     return TextBenchmark(data, protocol, max_new_tokens, int(request.options.get("seed") or 0))
 
 
-def _has_set(data_dir: Path, task: Task) -> bool:
-    return any((data_dir / name).is_dir() for name in (task.folder, task.name))
+def _has_set(data_dir: Path, test_set: TestSet) -> bool:
+    return any((data_dir / name).is_dir() for name in (test_set.folder, test_set.name))
 
 
 def _find_name(name: str) -> str | None:
     try:
-        return find_task(name).name
+        return find_test_set(name).name
     except UserError:
         return None
 
@@ -175,15 +185,17 @@ def _find_name(name: str) -> str | None:
 def _list_tasks() -> list[dict[str, Any]]:
     return [
         {
-            "name": task.name,
-            "file": task.file,
-            "kind": task.kind,
-            "num_rows": task.num_published,
-            "protocols": [name for name, protocol in PROTOCOLS.items() if protocol.scores(task)],
-            "leak": task.leak,
-            "part": None if task.part is None else task.part.description,
+            "name": test_set.name,
+            "file": test_set.file,
+            "kind": test_set.kind,
+            "num_rows": test_set.num_published,
+            "protocols": [
+                name for name, protocol in PROTOCOLS.items() if protocol.scores(test_set)
+            ],
+            "leak": test_set.leak,
+            "part": None if test_set.part is None else test_set.part.description,
         }
-        for task in TASKS.values()
+        for test_set in TEST_SETS.values()
     ]
 
 
@@ -195,8 +207,8 @@ def _list_protocols() -> list[dict[str, Any]]:
 
 
 def _check_protocol(name: str, protocol: str, must_fit: bool) -> None:
-    task = find_task(name)
-    find_protocol(protocol if must_fit else choose_protocol(task, protocol), task)
+    test_set = find_test_set(name)
+    find_protocol(protocol if must_fit else choose_protocol(test_set, protocol), test_set)
 
 
 FAMILY = BenchmarkFamily(

@@ -11,13 +11,21 @@ from wegeft_cli.data.sources.hub import PlacedRow, load_hub_rows
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.answer_extraction import gold_number
 from wegeft_cli.evaluation.text.json_rows import raise_faults, read_json_rows
-from wegeft_cli.evaluation.text.test_sets import TASKS, Kind, Task
+from wegeft_cli.evaluation.text.test_sets import TEST_SETS, Kind, TestSet
 
-__all__ = ["TASKS", "Kind", "Task", "TaskData", "TaskRow", "find_task", "load_task_data"]
+__all__ = [
+    "TEST_SETS",
+    "Kind",
+    "TestSet",
+    "Questions",
+    "Question",
+    "find_test_set",
+    "load_questions",
+]
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class Question:
     """A question with its gold answer."""
 
     index: int
@@ -29,11 +37,11 @@ class TaskRow:
 
 
 @dataclass(frozen=True)
-class TaskData:
+class Questions:
     """The rows of a test set that are scored."""
 
-    task: Task
-    rows: list[TaskRow]
+    test_set: TestSet
+    rows: list[Question]
     sha256: str
     """Hash of the test file's bytes; for the hub, of the rows as sorted JSON lines."""
     origin: str
@@ -46,21 +54,23 @@ class TaskData:
     """Why they are not."""
 
 
-def find_task(name: str) -> Task:
+def find_test_set(name: str) -> TestSet:
     """Return a test set by its name or its LLM-Adapters folder, case-insensitive.
 
     Raises:
         UserError: If there is none; the hint suggests the nearest name.
     """
-    for task in TASKS.values():
-        if name.lower() == task.name or (task.part is None and name.lower() == task.folder.lower()):
-            return task
-    near = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else f"known tasks: {', '.join(TASKS)}"
+    for test_set in TEST_SETS.values():
+        if name.lower() == test_set.name or (
+            test_set.part is None and name.lower() == test_set.folder.lower()
+        ):
+            return test_set
+    near = difflib.get_close_matches(name.lower(), TEST_SETS, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"known tasks: {', '.join(TEST_SETS)}"
     raise UserError(f"no task is called `{name}`", key="task", hint=hint)
 
 
-def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> TaskData:
+def load_questions(test_set: TestSet, *, data_dir: Path | None, limit: int | None) -> Questions:
     """Load the rows of a test set; every gold answer can be parsed.
 
     Args:
@@ -75,49 +85,49 @@ def load_task_data(task: Task, *, data_dir: Path | None, limit: int | None) -> T
     if limit is not None and limit < 1:
         raise UserError(f"{limit} rows cannot be scored", key="limit", hint="give 1 or more")
     if data_dir is None:
-        if task.hub is None:
-            message = f"`{task.name}` is on no hub and needs a folder"
-            raise UserError(message, key="--data-dir", hint=_layout(task))
-        rows, sha256 = load_hub_rows(task.hub, layout=_layout(task))
-        origin, file = str(task.hub), None
+        if test_set.hub is None:
+            message = f"`{test_set.name}` is on no hub and needs a folder"
+            raise UserError(message, key="--data-dir", hint=_layout(test_set))
+        rows, sha256 = load_hub_rows(test_set.hub, layout=_layout(test_set))
+        origin, file = str(test_set.hub), None
     else:
-        path = _find_test_file(task, data_dir)
+        path = _find_test_file(test_set, data_dir)
         rows, sha256 = read_json_rows(path)
         origin, file = str(path), path.name
-    rows = _take_part(task, rows, origin)
-    is_published, complaint = _compare_published(task, file, sha256, len(rows))
-    built: list[TaskRow] = []
+    rows = _take_part(test_set, rows, origin)
+    is_published, complaint = _compare_published(test_set, file, sha256, len(rows))
+    built: list[Question] = []
     faults: list[UserError] = []
     for index, row in enumerate(rows[:limit]):
         try:
-            instruction, answer = _read_row(task, row.value)
+            instruction, answer = _read_row(test_set, row.value)
         except ValueError as error:
             faults.append(UserError(f"{error}", file=row.place))
         else:
-            built.append(TaskRow(index, instruction, answer, row.value))
+            built.append(Question(index, instruction, answer, row.value))
     raise_faults(faults)
-    return TaskData(task, built, sha256, origin, len(rows), is_published, complaint)
+    return Questions(test_set, built, sha256, origin, len(rows), is_published, complaint)
 
 
-def _take_part(task: Task, rows: list[PlacedRow], origin: str) -> list[PlacedRow]:
+def _take_part(test_set: TestSet, rows: list[PlacedRow], origin: str) -> list[PlacedRow]:
     if not rows:
-        raise UserError(f"the test set of `{task.name}` has no rows", file=origin)
-    if task.part is None:
+        raise UserError(f"the test set of `{test_set.name}` has no rows", file=origin)
+    if test_set.part is None:
         return rows
-    num_held_out = task.part.take(len(rows))
+    num_held_out = test_set.part.take(len(rows))
     if not 1 <= num_held_out <= len(rows):
-        message = f"{len(rows)} rows are too few for {task.part.description}"
+        message = f"{len(rows)} rows are too few for {test_set.part.description}"
         raise UserError(message, file=origin)
     return rows[-num_held_out:]
 
 
 def _compare_published(
-    task: Task, file: str | None, sha256: str, num_rows: int
+    test_set: TestSet, file: str | None, sha256: str, num_rows: int
 ) -> tuple[bool | None, str | None]:
     """Return whether rows are the published ones, and how they differ."""
-    if task.num_published not in (None, num_rows):
-        return False, f"{num_rows} rows, where the published set has {task.num_published}"
-    known = task.published_sha256.get(file or "")
+    if test_set.num_published not in (None, num_rows):
+        return False, f"{num_rows} rows, where the published set has {test_set.num_published}"
+    known = test_set.published_sha256.get(file or "")
     if known is None:
         return None, None
     if sha256.startswith(known):
@@ -125,19 +135,19 @@ def _compare_published(
     return False, f"its SHA-256 is {sha256[:12]}..., the published file's {known[:12]}..."
 
 
-def _read_row(task: Task, row: dict[str, Any]) -> tuple[str, str]:
+def _read_row(test_set: TestSet, row: dict[str, Any]) -> tuple[str, str]:
     """Return instruction and answer of a row in either form; ValueError names its fault."""
     if "instruction" in row:
         instruction, answer = _read_adapters_row(row)
-    elif task.build is not None:
-        instruction, answer = task.build(row)
+    elif test_set.build is not None:
+        instruction, answer = test_set.build(row)
     else:
         raise ValueError(f"`instruction` is missing; the row has {', '.join(row) or 'nothing'}")
     gold = answer.strip()
-    words = tuple("ABCDE") if task.kind == "letter" else task.words
-    if task.kind == "number" and gold_number(gold) is None:
+    words = tuple("ABCDE") if test_set.kind == "letter" else test_set.words
+    if test_set.kind == "number" and gold_number(gold) is None:
         raise ValueError(f"the gold answer {answer!r} holds no number")
-    if task.kind != "number" and gold not in words:
+    if test_set.kind != "number" and gold not in words:
         raise ValueError(f"the gold answer {answer!r} is not one of {', '.join(words)}")
     return instruction, answer
 
@@ -153,27 +163,30 @@ def _read_adapters_row(row: dict[str, Any]) -> tuple[str, str]:
     return instruction, str(answer)
 
 
-def _find_test_file(task: Task, data_dir: Path) -> Path:
-    folders = dict.fromkeys((task.folder, task.name))
-    stem = "test" if task.part is None else task.part.file
+def _find_test_file(test_set: TestSet, data_dir: Path) -> Path:
+    folders = dict.fromkeys((test_set.folder, test_set.name))
+    stem = "test" if test_set.part is None else test_set.part.file
     names = (f"{stem}.json", f"{stem}.jsonl")
     paths = [data_dir / folder / name for folder in folders for name in names]
     for path in paths:
         if path.is_file():
             return path
     raise UserError(
-        f"no test set of `{task.name}`; tried {', '.join(str(path) for path in paths)}",
+        f"no test set of `{test_set.name}`; tried {', '.join(str(path) for path in paths)}",
         key="--data-dir",
-        hint=_layout(task),
+        hint=_layout(test_set),
     )
 
 
-def _layout(task: Task) -> str:
+def _layout(test_set: TestSet) -> str:
     layout = (
-        f"put it at <data-dir>/{task.file}, a JSON array of rows with `instruction` and `answer` "
-        f"as in LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters, dataset/{task.folder})"
+        f"put it at <data-dir>/{test_set.file}, a JSON array of rows with `instruction` and "
+        "`answer` as in LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters, "
+        f"dataset/{test_set.folder})"
     )
-    if task.build is None:
+    if test_set.build is None:
         return layout
-    source = "" if task.hub is None else f" as on the hub in {task.hub}"
-    return f"{layout}, or at <data-dir>/{task.file}l, one original row of the set{source} a line"
+    source = "" if test_set.hub is None else f" as on the hub in {test_set.hub}"
+    return (
+        f"{layout}, or at <data-dir>/{test_set.file}l, one original row of the set{source} a line"
+    )

@@ -11,7 +11,7 @@ from wegeft_cli.data.text.templates import CHAT, TEMPLATES
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.answer_extraction import NUMBER_TOLERANCE, gold_number
 from wegeft_cli.evaluation.text.json_rows import raise_faults
-from wegeft_cli.evaluation.text.loading import Task, TaskData, TaskRow
+from wegeft_cli.evaluation.text.loading import Question, Questions, TestSet
 from wegeft_cli.generation.decoding import Decoding
 
 Prediction = str | float
@@ -21,7 +21,7 @@ Prediction = str | float
 Cut = Callable[[str, str], str]
 """(full text, generated text) -> the part that contains the answer."""
 
-Read = Callable[[str, str, Task], Prediction | None]
+Read = Callable[[str, str, TestSet], Prediction | None]
 """(that part, gold answer, test set) -> the prediction, None if there is none."""
 
 
@@ -73,52 +73,54 @@ class EvalProtocol:
     fixed: str | None = None
     """The protocol with the same prompts that reads without the faults."""
 
-    def rule(self, task: Task) -> Rule:
+    def rule(self, test_set: TestSet) -> Rule:
         """Return the rule of a test set; KeyError if the protocol does not score it."""
-        return self.rules[task.folder if task.folder in self.rules else task.kind]
+        return self.rules[test_set.folder if test_set.folder in self.rules else test_set.kind]
 
-    def scores(self, task: Task) -> bool:
+    def scores(self, test_set: TestSet) -> bool:
         """Return whether the protocol scores a test set."""
-        if task.own_protocol is not None:
-            return task.own_protocol == self.name
-        return task.folder in self.rules or task.kind in self.rules
+        if test_set.own_protocol is not None:
+            return test_set.own_protocol == self.name
+        return test_set.folder in self.rules or test_set.kind in self.rules
 
-    def prompt(self, task: Task, row: TaskRow) -> str:
+    def prompt(self, test_set: TestSet, row: Question) -> str:
         """Return the text that the model continues; for a chat, the user's message."""
-        return self.rule(task).question_form().replace("%s", row.instruction, 1)
+        return self.rule(test_set).question_form().replace("%s", row.instruction, 1)
 
-    def decoding(self, task: Task) -> Decoding:
+    def decoding(self, test_set: TestSet) -> Decoding:
         """Return the decoding settings of a test set."""
-        return self.rule(task).decoding
+        return self.rule(test_set).decoding
 
-    def max_new_tokens(self, task: Task) -> int:
+    def max_new_tokens(self, test_set: TestSet) -> int:
         """Return the length of the longest answer in tokens."""
-        return self.rule(task).decoding.max_new_tokens
+        return self.rule(test_set).decoding.max_new_tokens
 
-    def template_name(self, task: Task) -> str:
+    def template_name(self, test_set: TestSet) -> str:
         """Return the template's name, a value of `data.template`."""
-        return self.rule(task).template
+        return self.rule(test_set).template
 
-    def template_hash(self, task: Task) -> str:
+    def template_hash(self, test_set: TestSet) -> str:
         """Return the first 16 hex digits of the SHA-256 of the prompt's template."""
-        return hashlib.sha256(self.rule(task).question_form().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.rule(test_set).question_form().encode()).hexdigest()[:16]
 
-    def extract(self, task: Task, full_text: str, new_text: str, answer: str) -> Prediction | None:
+    def extract(
+        self, test_set: TestSet, full_text: str, new_text: str, answer: str
+    ) -> Prediction | None:
         """Return the prediction (a word, a letter or a finite number), None if there is none.
 
         `full_text` is the prompt and the generated text. gift uses the gold answer to distinguish
         numbers from letters.
         """
-        rule = self.rule(task)
-        return rule.read(rule.cut(full_text, new_text), answer, task)
+        rule = self.rule(test_set)
+        return rule.read(rule.cut(full_text, new_text), answer, test_set)
 
-    def gold_text(self, task: Task, row: TaskRow) -> str:
+    def gold_text(self, test_set: TestSet, row: Question) -> str:
         """Return the text that contains the gold answer."""
-        return str(row.source["answer"]) if self.rule(task).reads_original else row.answer
+        return str(row.source["answer"]) if self.rule(test_set).reads_original else row.answer
 
-    def is_correct(self, task: Task, prediction: Prediction | None, answer: str) -> bool:
+    def is_correct(self, test_set: TestSet, prediction: Prediction | None, answer: str) -> bool:
         """Return whether a prediction is the gold answer: an equal text, or an equal number."""
-        rule = self.rule(task)
+        rule = self.rule(test_set)
         if isinstance(prediction, str):
             return prediction == answer.strip()
         prediction = rule.missing if prediction is None else prediction
@@ -128,9 +130,9 @@ class EvalProtocol:
         gold = rule.missing if gold is None else gold
         return gold is not None and abs(prediction - gold) <= rule.tolerance
 
-    def check_data(self, data: TaskData) -> None:
+    def check_data(self, data: Questions) -> None:
         """Raise UserError for each row whose gold answer this protocol cannot read."""
-        rule = self.rule(data.task)
+        rule = self.rule(data.test_set)
         if not rule.reads_original:
             raise_faults(
                 [
@@ -140,7 +142,7 @@ class EvalProtocol:
                         file=data.origin,
                     )
                     for row in data.rows
-                    if data.task.kind == "number" and rule.gold(row.answer) is None
+                    if data.test_set.kind == "number" and rule.gold(row.answer) is None
                 ]
             )
             return
@@ -151,8 +153,8 @@ class EvalProtocol:
                     "reads the gold",
                     file=data.origin,
                     key="protocol",
-                    hint=f"put {data.task.name} in its original form at "
-                    f"<data-dir>/{Path(data.task.file).with_suffix('.jsonl')}, or use "
+                    hint=f"put {data.test_set.name} in its original form at "
+                    f"<data-dir>/{Path(data.test_set.file).with_suffix('.jsonl')}, or use "
                     f"`{self.fixed}`",
                 )
                 for row in data.rows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from wegeft_cli.evaluation.text import answer_extraction as answers
 from wegeft_cli.evaluation.text.protocol import Cut, Prediction, Read, Rule
-from wegeft_cli.evaluation.text.test_sets import Task
+from wegeft_cli.evaluation.text.test_sets import TestSet
 from wegeft_cli.generation.decoding import Decoding
 
 TRIGGER = "the correct answer is"
@@ -44,14 +44,14 @@ def reads(read: Callable[[str], Prediction | None]) -> Read:
     return lambda text, answer, task: read(text)
 
 
-def whole_text(text: str, answer: str, task: Task) -> str | None:
+def whole_text(text: str, answer: str, test_set: TestSet) -> str | None:
     """Return the stripped text, None if it is empty."""
     return text.strip() or None
 
 
-def word_fixed(text: str, answer: str, task: Task) -> str | None:
+def word_fixed(text: str, answer: str, test_set: TestSet) -> str | None:
     """Return the first answer word of the set that is a whole word."""
-    return answers.first_whole_word_of(text, task.words)
+    return answers.first_whole_word_of(text, test_set.words)
 
 
 number = reads(answers.last_number)

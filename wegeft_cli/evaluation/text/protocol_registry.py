@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text import protocols as package
 from wegeft_cli.evaluation.text.protocol import EvalProtocol, Prediction, Rule
-from wegeft_cli.evaluation.text.test_sets import Task
+from wegeft_cli.evaluation.text.test_sets import TestSet
 
 __all__ = ["PROTOCOLS", "EvalProtocol", "Prediction", "Rule", "find_protocol", "load_protocols"]
 
@@ -34,7 +34,7 @@ def load_protocols() -> dict[str, EvalProtocol]:
 PROTOCOLS: Mapping[str, EvalProtocol] = load_protocols()
 
 
-def find_protocol(name: str | None, task: Task) -> EvalProtocol:
+def find_protocol(name: str | None, test_set: TestSet) -> EvalProtocol:
     """Return a protocol that scores a test set.
 
     Args:
@@ -43,15 +43,17 @@ def find_protocol(name: str | None, task: Task) -> EvalProtocol:
     Raises:
         UserError: If there is no such protocol, or it does not score the test set.
     """
-    name = name or task.own_protocol or task.default_protocol
+    name = name or test_set.own_protocol or test_set.default_protocol
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(PROTOCOLS)}"
         raise UserError(f"no protocol is called `{name}`", key="protocol", hint=hint)
-    if not PROTOCOLS[name].scores(task):
-        fitting = [f"`{known}`" for known, protocol in PROTOCOLS.items() if protocol.scores(task)]
+    if not PROTOCOLS[name].scores(test_set):
+        fitting = [
+            f"`{known}`" for known, protocol in PROTOCOLS.items() if protocol.scores(test_set)
+        ]
         raise UserError(
-            f"`{name}` does not score the task `{task.name}`",
+            f"`{name}` does not score the task `{test_set.name}`",
             key="protocol",
             hint=f"use {' or '.join(fitting[:2])}"
             + (f" (or {', '.join(fitting[2:])})" if fitting[2:] else ""),

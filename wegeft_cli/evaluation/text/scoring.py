@@ -10,7 +10,7 @@ from wegeft_cli.data.sources.hub import PlacedRow
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.evaluation.text.json_rows import raise_faults, read_bytes, read_json_lines
-from wegeft_cli.evaluation.text.loading import TaskData
+from wegeft_cli.evaluation.text.loading import Questions
 from wegeft_cli.evaluation.text.protocol import EvalProtocol
 from wegeft_cli.statistics import wilson_interval
 
@@ -19,7 +19,7 @@ _MAX_INDICES = 10
 
 def score_outputs(
     protocol: EvalProtocol,
-    data: TaskData,
+    data: Questions,
     outputs: Mapping[int, str],
     *,
     full_texts: Mapping[int, str] | None = None,
@@ -34,15 +34,15 @@ def score_outputs(
     """
     samples: list[dict[str, Any]] = []
     for row in data.rows:
-        prompt = protocol.prompt(data.task, row) if prompts is None else prompts[row.index]
+        prompt = protocol.prompt(data.test_set, row) if prompts is None else prompts[row.index]
         new_text = outputs[row.index]
         if full_texts is None:
             new_text = new_text.removeprefix(prompt)
             full_text = prompt + new_text
         else:
             full_text = full_texts[row.index]
-        prediction = protocol.extract(data.task, full_text, new_text, row.answer)
-        gold = protocol.gold_text(data.task, row)
+        prediction = protocol.extract(data.test_set, full_text, new_text, row.answer)
+        gold = protocol.gold_text(data.test_set, row)
         samples.append(
             {
                 "index": row.index,
@@ -50,28 +50,28 @@ def score_outputs(
                 "output": new_text,
                 "prediction": prediction,
                 "answer": row.answer,
-                "correct": protocol.is_correct(data.task, prediction, gold),
+                "correct": protocol.is_correct(data.test_set, prediction, gold),
                 "valid": prediction is not None,
             }
         )
     num_correct = sum(sample["correct"] for sample in samples)
     return Score(
-        task=data.task.name,
+        task=data.test_set.name,
         protocol=protocol.name,
         score=num_correct / len(samples),
         num_correct=num_correct,
         n=len(samples),
         n_invalid=sum(not sample["valid"] for sample in samples),
         ci95=wilson_interval(num_correct, len(samples)),
-        template_hash=template_hash or protocol.template_hash(data.task),
+        template_hash=template_hash or protocol.template_hash(data.test_set),
         data_sha256=data.sha256,
         origin=data.origin,
         samples=samples,
-        template=protocol.template_name(data.task),
+        template=protocol.template_name(data.test_set),
         extra={
             "num_rows": data.num_rows,
             "published_data": data.is_published,
-            **({"leak": data.task.leak} if data.task.leak else {}),
+            **({"leak": data.test_set.leak} if data.test_set.leak else {}),
         },
     )
 
@@ -83,7 +83,7 @@ def names_tasks(path: Path) -> bool:
 
 
 def read_samples(
-    path: Path, data: TaskData, protocol: EvalProtocol | None = None
+    path: Path, data: Questions, protocol: EvalProtocol | None = None
 ) -> dict[int, str]:
     """Read the outputs of a samples file by row index, one for every row that is scored.
 
@@ -100,11 +100,11 @@ def read_samples(
     lines, faults = read_json_lines(read_bytes(path), path)
     rows = [line for line in lines if _answers(line.value, data)]
     if lines and not rows:
-        message = f"no line answers the task `{data.task.name}`"
+        message = f"no line answers the task `{data.test_set.name}`"
         raise UserError(message, file=str(path), key="--samples", hint="name another --task")
     prompts = {}
-    if protocol is not None and not protocol.rule(data.task).is_chat:
-        prompts = {row.index: protocol.prompt(data.task, row) for row in data.rows}
+    if protocol is not None and not protocol.rule(data.test_set).is_chat:
+        prompts = {row.index: protocol.prompt(data.test_set, row) for row in data.rows}
     outputs: dict[int, str] = {}
     first_places: dict[int, str] = {}
     with_other_prompt: list[PlacedRow] = []
@@ -148,8 +148,8 @@ def read_samples(
     return outputs
 
 
-def _answers(value: Mapping[str, Any], data: TaskData) -> bool:
+def _answers(value: Mapping[str, Any], data: Questions) -> bool:
     """Return whether a line answers this benchmark; a line without `task` does."""
-    return value.get("task") in (None, data.task.name) and (
+    return value.get("task") in (None, data.test_set.name) and (
         "task" not in value or value.get("model") != "base"
     )

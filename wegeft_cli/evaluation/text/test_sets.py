@@ -1,6 +1,6 @@
 """The published test sets: kind of answer, source and number of rows.
 
-A new entry of `_ALL_TASKS` adds a set. A set in a new form also needs a builder in
+A new entry of `_ALL` adds a set. A set in a new form also needs a builder in
 `source_formats.py`.
 """
 
@@ -37,7 +37,7 @@ LAST_300 = HeldOutSplit(
 
 
 @dataclass(frozen=True)
-class Task:
+class TestSet:
     """One test set."""
 
     name: str
@@ -76,8 +76,8 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 def _choice(
     name: str, folder: str, words: tuple[str, ...], hub: HubSource, build: Any, n: int, **more: Any
-) -> Task:
-    return Task(name, folder, "choice", words, hub, build, num_published=n, **more)
+) -> TestSet:
+    return TestSet(name, folder, "choice", words, hub, build, num_published=n, **more)
 
 
 _TRUTH = ("true", "false")
@@ -87,7 +87,7 @@ _GSM8K_SHA256 = {
 }
 _WITHDRAWN = "LLM-Adapters itself withdraws this set for models tuned on math_10k"
 
-_ALL_TASKS = (
+_ALL = (
     # Validation splits if the test labels are hidden: LLM-Adapters' test.json are these.
     _choice(
         "boolq",
@@ -159,7 +159,7 @@ _ALL_TASKS = (
         source_formats.build_arc,
         500,
     ),
-    Task(
+    TestSet(
         "gsm8k",
         "gsm8k",
         "number",
@@ -168,7 +168,7 @@ _ALL_TASKS = (
         num_published=1319,
         published_sha256=_GSM8K_SHA256,
     ),
-    Task(
+    TestSet(
         "svamp",
         "SVAMP",
         "number",
@@ -176,7 +176,7 @@ _ALL_TASKS = (
         build=source_formats.build_svamp,
         num_published=1000,
     ),
-    Task(
+    TestSet(
         "aqua",
         "AQuA",
         "letter",
@@ -185,7 +185,7 @@ _ALL_TASKS = (
         num_published=254,
     ),
     # The hub's MAWPS has other rows than LLM-Adapters'.
-    Task(
+    TestSet(
         "mawps",
         "mawps",
         "number",
@@ -194,7 +194,7 @@ _ALL_TASKS = (
             "test.json": "c1a708979cbf2b3df9ac4020baacf3e8e73fcf089e1de7dd1b305b810bfaa15f"
         },
     ),
-    Task(
+    TestSet(
         "multiarith",
         "MultiArith",
         "number",
@@ -204,14 +204,14 @@ _ALL_TASKS = (
         },
         leak=f"5 of its 600 questions are in MAWPS' training set; {_WITHDRAWN}",
     ),
-    Task(
+    TestSet(
         "addsub",
         "AddSub",
         "number",
         num_published=395,
         leak=f"327 of its 395 questions are in MAWPS' training set; {_WITHDRAWN}",
     ),
-    Task(
+    TestSet(
         "singleeq",
         "SingleEq",
         "number",
@@ -219,7 +219,7 @@ _ALL_TASKS = (
         leak=f"3 of its 508 questions are in MAWPS' training set; {_WITHDRAWN}",
     ),
     # Sets on which the authors choose hyperparameters; their scores are no test scores.
-    Task(
+    TestSet(
         "gsm8k_tune",
         "gsm8k",
         "number",
@@ -230,7 +230,7 @@ _ALL_TASKS = (
         num_published=747,
         published_sha256=_GSM8K_SHA256,
     ),
-    Task(
+    TestSet(
         "gsm8k_tune_gift",
         "gsm8k",
         "number",
@@ -253,7 +253,7 @@ _ALL_TASKS = (
             "train.json": "5ccbaceebaddc69765e1c4a363632196b81851d303696672165ab59ec4e48c83"
         },
     ),
-    Task("quickstart", "quickstart", "number", own_protocol="quickstart"),
+    TestSet("quickstart", "quickstart", "number", own_protocol="quickstart"),
 )
 
-TASKS: Mapping[str, Task] = {task.name: task for task in _ALL_TASKS}
+TEST_SETS: Mapping[str, TestSet] = {test_set.name: test_set for test_set in _ALL}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from wegeft_cli.evaluation.text import answer_extraction as answers
 from wegeft_cli.evaluation.text import protocol_parts as parts
 from wegeft_cli.evaluation.text.protocol import EvalProtocol, Prediction, Rule
-from wegeft_cli.evaluation.text.test_sets import Task
+from wegeft_cli.evaluation.text.test_sets import TestSet
 
 
-def _number_or_letter(text: str, answer: str, task: Task) -> Prediction | None:
+def _number_or_letter(text: str, answer: str, test_set: TestSet) -> Prediction | None:
     is_number = answers.is_float(answer.strip())
     return answers.last_number(text) if is_number else answers.first_letter(text)
 

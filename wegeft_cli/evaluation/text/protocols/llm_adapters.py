@@ -5,7 +5,7 @@ from __future__ import annotations
 from wegeft_cli.evaluation.text import answer_extraction as answers
 from wegeft_cli.evaluation.text import protocol_parts as parts
 from wegeft_cli.evaluation.text.protocol import EvalProtocol, Rule
-from wegeft_cli.evaluation.text.test_sets import Task
+from wegeft_cli.evaluation.text.test_sets import TestSet
 from wegeft_cli.generation.decoding import Decoding
 
 _BEAMS_SHORT = Decoding(32, num_beams=4, eos_alone=True)
@@ -16,9 +16,9 @@ def _between_responses(full_text: str, new_text: str) -> str:
     return answers.text_between(full_text, parts.RESPONSE)
 
 
-def _word(text: str, answer: str, task: Task) -> str | None:
+def _word(text: str, answer: str, test_set: TestSet) -> str | None:
     # The published expressions name five answers for every set that has `answer`s.
-    words = [f"answer{n}" for n in range(1, 6)] if "answer1" in task.words else task.words
+    words = [f"answer{n}" for n in range(1, 6)] if "answer1" in test_set.words else test_set.words
     return answers.first_word_of(text, words)
 
 
