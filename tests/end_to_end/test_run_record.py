@@ -83,6 +83,7 @@ def test_a_run_that_goes_on_takes_back_how_it_ended(write_recipe, monkeypatch, r
             train(recipe)
     told = read_run(run_dir)
     assert (told["status"], told["error"]) == ("failed", "the disk is gone")
+    assert told["num_steps"] == 4
     meanwhile = []
 
     def look():
@@ -93,6 +94,28 @@ def test_a_run_that_goes_on_takes_back_how_it_ended(write_recipe, monkeypatch, r
     train(recipe, resume="auto", should_stop=look)
     assert set(meanwhile) == {("running", None, None)}
     assert read_run(run_dir)["error"] is None
+
+
+def test_a_failed_attempt_does_not_report_the_figures_of_an_earlier_one(
+    write_recipe, monkeypatch, read_run, stop_after
+):
+    recipe = write_recipe(data={"validation_fraction": 0.2}, train={"eval_steps": 1})
+    run_dir = train(recipe, should_stop=stop_after(2)).run_dir
+    before = read_run(run_dir)
+    assert (before["status"], before["num_steps"]) == ("interrupted", 2)
+    assert before["validation"]
+
+    def fail(*args, **options):
+        raise MachineError("the weights cannot be read")
+
+    monkeypatch.setattr(train_module, "load_base", fail)
+    with pytest.raises(MachineError):
+        train(recipe, resume="auto")
+    after = read_run(run_dir)
+    assert (after["status"], after["num_steps"]) == ("failed", 2)
+    assert after["started_at"] > before["finished_at"]
+    assert {after[name] for name in ("final_loss", "best_step", "peak_memory_gib")} == {None}
+    assert after["validation"] == {}
 
 
 def test_a_base_still_on_a_hub_is_compared_once_it_is_loaded(

@@ -26,6 +26,7 @@ from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early
 from wegeft_cli.runs.run import Run
 from wegeft_cli.storage.atomic import check_free_space, heal_folder
+from wegeft_cli.training.loop_settings import LoopResult
 
 if TYPE_CHECKING:
     from wegeft_cli.planning.run_setup import RunSetup
@@ -130,6 +131,7 @@ def open_run(
             _warn_of_threads(run, state)
         record_base_fingerprint(run, state, is_loaded=False)
         with record_failure(run, setup.estimated_gib):
+            run.update_record(_start_record(run, setup, state))
             if is_main:
                 progress = {} if state.checkpoint is None else state.checkpoint.state["progress"]
                 directory.write_recipe(recipe_to_yaml(run.recipe))
@@ -139,15 +141,16 @@ def open_run(
             yield state
 
 
-def start_record(run: Run, setup: RunSetup) -> dict[str, Any]:
-    """Return the values of run.json that are known before the first step."""
+def _start_record(run: Run, setup: RunSetup, state: RunState) -> dict[str, Any]:
+    """Return the values of run.json before the first step; they replace an earlier attempt's."""
     recipe, processes = run.recipe, run.processes
     return {
-        "status": "running",
+        **asdict(LoopResult("running", state.step, None)),
         "started_at": now(),
-        # An earlier process of this run may have recorded its end.
         "finished_at": None,
         "error": None,
+        "peak_memory_gib": None,
+        "adapter_step": None,
         **describe_environment(),
         "device": str(processes.device),
         "num_processes": processes.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
+from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.file_names import rename_checkpoint
 from wegeft_cli.models.loading import load_base
@@ -41,7 +42,6 @@ from wegeft_cli.runs.start import (
     input_record,
     open_run,
     record_base_fingerprint,
-    start_record,
 )
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.callbacks import Callback, StopCallback
@@ -118,7 +118,6 @@ def _train(
     with open_run(run, resume, named, setup) as state:
         if state.is_done:
             return _finished_result(run, setup, state)
-        run.update_record(start_record(run, setup))
         fingerprint = state.fingerprint or state.record.get("base_fingerprint")
         run.update_record({"base_fingerprint": fingerprint})
         with _open_trackers(run, setup, state) as trackers:
@@ -190,12 +189,17 @@ def _fit(
             method,
             callbacks,
         )
-        if checkpoint is None:
-            return trainer.fit()
-        names = checkpoint.state.get("names", ())
-        own = optimizer_order(parameters, optimizer)
-        tensors = rename_checkpoint(model, checkpoint.tensors, own, names)
-        return trainer.fit(Snapshot(tensors, checkpoint.state))
+        snapshot = None
+        if checkpoint is not None:
+            names, own = checkpoint.state.get("names", ()), optimizer_order(parameters, optimizer)
+            tensors = rename_checkpoint(model, checkpoint.tensors, own, names)
+            snapshot = Snapshot(tensors, checkpoint.state)
+        try:
+            return trainer.fit(snapshot)
+        except BaseException:
+            with suppress(UserError, OSError):  # the error itself is what matters
+                run.update_record({"num_steps": trainer.step})
+            raise
 
 
 def _close_run(
