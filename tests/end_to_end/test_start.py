@@ -46,6 +46,18 @@ def test_a_run_that_came_between_the_look_and_the_lock_is_left_alone(
     assert files_in(run_dir) == before
 
 
+def test_a_moved_run_resumes_where_it_is(write_recipe, tmp_path, stop_after, read_run):
+    run_dir = train(write_recipe(), should_stop=stop_after(2)).run_dir
+    moved = run_dir.rename(tmp_path / "moved")
+    result = train(moved / "recipe.yaml", resume="auto")
+    assert (result.run_dir, result.num_steps, result.status) == (moved, 6, "finished")
+    assert not run_dir.exists()
+    assert str(moved) in (moved / "recipe.yaml").read_text()
+    other = tmp_path / "other"
+    assert train(moved / "recipe.yaml", [f"output_dir={other}"], dry_run=True).run_dir == other
+    assert train(moved / "recipe.yaml", resume="auto").run_dir == moved
+
+
 @pytest.mark.slow
 def test_of_two_starts_at_once_exactly_one_wins(write_recipe, read_run):
     recipe = write_recipe(train={"max_steps": 30})

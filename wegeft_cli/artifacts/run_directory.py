@@ -239,16 +239,19 @@ class RunDirectory:
                 key="output_dir",
                 hint="choose another one",
             )
-        if self.recipe_path.exists():
-            with disk_errors(self.recipe_path, "read"):
-                text = self.recipe_path.read_text(encoding="utf-8", errors="replace")
-            if not text.startswith(_RESOLVED):
-                raise UserError(
-                    "this recipe.yaml is not a run's own, and the run would replace it",
-                    file=str(self.recipe_path),
-                    key="output_dir",
-                    hint="choose another one, such as output_dir=runs/first",
-                )
+        if self.recipe_path.exists() and not self.has_own_recipe():
+            raise UserError(
+                "this recipe.yaml is not a run's own, and the run would replace it",
+                file=str(self.recipe_path),
+                key="output_dir",
+                hint="choose another one, such as output_dir=runs/first",
+            )
+
+    def has_own_recipe(self) -> bool:
+        """Return whether recipe.yaml was written by a run, not by a user."""
+        with disk_errors(self.recipe_path, "read"):
+            text = self.recipe_path.read_text(encoding="utf-8", errors="replace")
+        return text.startswith(_RESOLVED)
 
     def _holds_work(self) -> bool:
         with disk_errors(self.path, "read"):

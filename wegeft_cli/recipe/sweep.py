@@ -88,6 +88,7 @@ def _combine(
         own.merged.set_place(path, place)
         own.merged.chosen.add(path)
     own.merged.values["output_dir"] = f"{output_dir.rstrip('/')}/{name}"
+    own.merged.places[("output_dir",)] = f"run {name}"
     recipe = build_recipe(own)
     for fault in own.errors.faults:
         fault.message = f"{fault.message} (in the run {name})"

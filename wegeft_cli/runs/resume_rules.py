@@ -160,6 +160,24 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
     )
 
 
+def find_output_dir(loaded: LoadedRecipe) -> str:
+    """Return the recipe's `output_dir`; a run's own recipe.yaml means the folder that holds it.
+
+    The folder may have been moved or copied. An override of `output_dir` wins.
+    """
+    directory = RunDirectory(loaded.path.parent)
+    is_set_in_file = loaded.find_place("output_dir").startswith(str(loaded.path))
+    is_of_run = loaded.path.name == directory.recipe_path.name and directory.exists()
+    if not (is_set_in_file and is_of_run and directory.has_own_recipe()):
+        return loaded.recipe.output_dir
+    is_unmoved = _is_same_place(loaded.recipe.output_dir, directory.path)
+    return loaded.recipe.output_dir if is_unmoved else str(directory.path)
+
+
+def _is_same_place(path: str, other: Path) -> bool:
+    return Path(path).expanduser().resolve() == other.resolve()
+
+
 def _write_out(path: str, beside: Path | None = None) -> str:
     """Return the absolute path if it exists; else it may be a hub id, and is returned as it is."""
     place = find_local(path, beside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from wegeft_cli.runs.callbacks.run_files import (
 from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
-from wegeft_cli.runs.resume_rules import with_absolute_paths
+from wegeft_cli.runs.resume_rules import find_output_dir, with_absolute_paths
 from wegeft_cli.runs.run import Run, TrainResult, end_record, recipe_settings, result_from_record
 from wegeft_cli.runs.start import (
     RunState,
@@ -96,7 +97,12 @@ def _train(
     should_stop: Callable[[], bool],
     reporter: Reporter,
 ) -> TrainResult:
-    recipe = with_absolute_paths(loaded)
+    recipe = replace(with_absolute_paths(loaded), output_dir=find_output_dir(loaded))
+    if recipe.output_dir != loaded.recipe.output_dir:
+        reporter.note(
+            f"the run is in {recipe.output_dir}, the folder of its recipe.yaml; its `output_dir` "
+            f"was {loaded.recipe.output_dir}"
+        )
     check_launcher()
     processes = Processes.join(timedelta(seconds=recipe.train.ddp_timeout))
     sharding = build_sharding(recipe.train, processes)
