@@ -106,10 +106,10 @@ class ClassificationTask(Task):
         counts = (("validation", report.num_validation_rows), ("test", report.num_test_rows))
         others = ", ".join(f"{count:,} {name}" for name, count in counts if count)
         beside = f" ({others} beside them)" if others else ""
-        told = [f"{report.num_rows:,} {self.row_noun}{of}{beside}"]
+        notes = [f"{report.num_rows:,} {self.row_noun}{of}{beside}"]
         if data.head.keeps_base_head:
-            told.append("the base's head tells these classes apart already, and is the start")
-        return told
+            notes.append("the base's head already has these classes, and is the start")
+        return notes
 
     def check_model(self, recipe: Recipe, skeleton: Any, data: TaskData | None) -> None:
         from wegeft_cli.models.stochastic_depth import check_drop_path

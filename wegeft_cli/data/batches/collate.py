@@ -28,7 +28,7 @@ class Batch:
         position_ids: `[batch, seq]`, from 0 at each row's first token; 0 on padding at the left,
             and from 0 again on padding at the right.
         labels: `[batch, seq]`, not shifted: the id where it is learned, else -100.
-        label_positions: `[num_label_tokens]`, int64: where the learned ids stand, counted through
+        label_positions: `[num_label_tokens]`, int64: positions of the learned ids, counted through
             all sequences of the batch. Each is predicted from the position before its own.
         num_label_tokens: Labels that carry loss.
         num_tokens: Real tokens.
@@ -118,7 +118,7 @@ def _check_lengths(rows: Sequence[Row]) -> list[int]:
 def _lay_row(
     row: Row, input_ids: np.ndarray, position_ids: np.ndarray, labels: np.ndarray, start: int
 ) -> int:
-    """Write a row into a sequence from `start` on, and tell where it ends."""
+    """Write a row into a sequence from `start` on, and return its end."""
     ids, label_mask = row
     stop = start + len(ids)
     input_ids[start:stop] = ids

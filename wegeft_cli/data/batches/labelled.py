@@ -32,7 +32,7 @@ class Collator(Protocol):
 
 
 class TextCollator:
-    """Pads tokenised texts on the right.
+    """Pads tokenized texts on the right.
 
     Args:
         tokenizer: Knows what each of its lists is padded with.

@@ -18,7 +18,7 @@ _SOURCE_SHIFT = 40
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources that stand one behind the other in one data set, each with its weight.
+    """Sources concatenated to one data set, each with its weight.
 
     An epoch holds as many rows as all sources together. Each source goes through its own rows in
     whole passes, cut where an epoch has had its share: one with more rows than its share gives

@@ -1,4 +1,4 @@
-"""Rows are put together into packs of at most so many tokens, with little left free."""
+"""Pack rows into sequences of a limited number of tokens by best-fit decreasing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pack_rows(lengths: np.ndarray, max_length: int) -> list[list[int]]:
         raise ValueError(f"rows of {lengths.min()} to {lengths.max()} tokens in {max_length}")
     packs: list[list[int]] = []
     by_left: list[list[int]] = [[] for _ in range(max_length + 1)]  # tokens left -> packs
-    # Bit i tells whether there are packs with i tokens left, so that the tightest fit is the
+    # Bit i is set if there are packs with i tokens left, so that the tightest fit is the
     # lowest bit that is not below the row's length.
     some_left = 0
     for row in np.argsort(-lengths, kind="stable").tolist():

@@ -35,7 +35,7 @@ class StepPlan:
         accumulation_steps: Forward passes per step, at least 1.
         world_size: Processes, at least 1.
         seed: Seed of the order, at least 0.
-        shuffle: Whether each epoch has its own order; otherwise the rows come as they stand.
+        shuffle: Whether each epoch has its own order; otherwise the order of the rows.
         num_epochs: Passes over the rows, above 0; a fraction ends within an epoch.
         max_steps: Steps in all, through as many epochs as they need; -1 counts by epochs.
         mixture: Which rows an epoch takes of weighted sources; None takes every row once.
@@ -85,7 +85,7 @@ class StepPlan:
         return math.ceil(Fraction(str(self.num_epochs)) * self.steps_per_epoch)
 
     def epoch_of(self, step: int) -> float:
-        """Epochs done once so many steps are done."""
+        """Return the epochs done after a number of steps."""
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs + steps * self.global_batch_size / self.num_rows
 

@@ -14,7 +14,7 @@ def shuffled(count: int, *, seed: int, stream: int) -> np.ndarray:
     promise of `Generator.permutation`. The key is (seed, stream), so no state is carried along.
 
     Args:
-        count: So many numbers, at least 0.
+        count: The number of numbers, at least 0.
         seed: The run's seed, at least 0.
         stream: Which order of that seed, 0 to 2**64 - 1.
 

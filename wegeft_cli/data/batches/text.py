@@ -123,7 +123,7 @@ class StreamedBatches:
         stream: The training rows.
         plan: Sizes of a step, and how many steps there are.
         first: The batches of the stream's first rows as if they were all: they hold the validation
-            rows, and stand for the others where padding is estimated.
+            rows, and represent the others where padding is estimated.
         num_first: How many rows those are.
         rank: This process.
         pad_token_id: What fills up short rows.
@@ -148,7 +148,7 @@ class StreamedBatches:
         self._pad_token_id = pad_token_id
         self._step = -1
         self._rows: list[Row] = []
-        # Where the stream stands before each step that can still be asked about, and passes done.
+        # Position of the stream before each step that can still be asked about, and passes done.
         self._places = {0: (stream.state(), stream.num_passes)}
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
@@ -163,7 +163,7 @@ class StreamedBatches:
             yield from ((None, ids, mask) for ids, mask in rows)
 
     def num_label_tokens(self, step: int) -> int:
-        """Count the labelled tokens of one optimizer step over all processes."""
+        """Count the labeled tokens of one optimizer step over all processes."""
         return sum(int(mask.sum()) for _, mask in self._rows_of(step))
 
     def num_tokens(self, step: int) -> int:
@@ -184,16 +184,16 @@ class StreamedBatches:
     def padding_statistics(self) -> dict[str, Any]:
         """Estimate what is computed for nothing, as `PlannedBatches` does, by the first rows.
 
-        `estimated_from_rows` tells by how many: rows as they stand, whatever the sources' weights.
+        `estimated_from_rows` is their number; the weights of the sources are not applied.
         """
         return {**self._first.padding_statistics(), "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Return where the stream stands before a step: the next one, or the one under way."""
+        """Return the position of the stream before the next step, or before the current one."""
         return self._place(step)[0]
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
-        """Go to where another run's stream stood before a step."""
+        """Move to the position of another run's stream before a step."""
         if state:
             self._stream.seek(state)
         self._step, self._rows = step - 1, []

@@ -31,7 +31,7 @@ class ClassRows:
         inputs: Of a text task the tokenizer's lists by name; of an image task a path, or bytes.
         labels: Class numbers, int64 `[rows]`, or of a regression numbers, float32.
         lengths: Tokens, or patches, of each row.
-        shown: What a sample tells of a row: its texts, or its path.
+        shown: What a sample shows of a row: its texts, or its path.
         origin: Where they were read.
     """
 
@@ -151,8 +151,8 @@ def read_class_data(
             try:
                 found[part].append(read_source(recipe, source, recipe_dir))
             except* UserError as caught:
-                told = (each for each in caught.exceptions if isinstance(each, UserError))
-                faults += [add_key(fault, f"data.{part}[{position}]") for fault in told]
+                found = (each for each in caught.exceptions if isinstance(each, UserError))
+                faults += [add_key(fault, f"data.{part}[{position}]") for fault in found]
     raise_all(faults)
     if not found["train"]:
         raise UserError("no data to train on", key="data.train", hint="add an entry: - path: ...")
@@ -217,7 +217,7 @@ def encode_rows(
 
 
 def count_patches(recipe: Recipe, config: Any) -> int:
-    """Count the patches that an image is cut into; 1 where the configuration does not tell."""
+    """Count the patches that an image is cut into; 1 where the configuration has no patch size."""
     size = recipe.data.image_size or _edge(getattr(config, "image_size", None))
     patch = _edge(getattr(config, "patch_size", None))
     return max(1, (size // patch) ** 2) if size and patch else 1

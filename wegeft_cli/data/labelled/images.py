@@ -1,4 +1,4 @@
-"""Where the images of a classification task lie, and their classes; no image is decoded here."""
+"""List the images of a classification task with their classes; none is decoded here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_images(source: DataSource, *, recipe_dir: Path | None) -> LabelledRows:
     """List the images of a source with their classes.
 
     Returns:
-        The rows; an input is a path, or the bytes of an image that lies in a table.
+        The rows; an input is a path, or the bytes of an image in a table.
 
     Raises:
         UserError: If nothing is there, or a row has no image or class.

@@ -56,8 +56,8 @@ def build_labels(
 ) -> Labels:
     """Number the classes of all splits together, so that a gap in one split shifts nothing.
 
-    The base's own order is kept where its head already tells exactly these classes apart, then the
-    order that a data set declares; else names that are all whole numbers stand in their order, and
+    The base's own order is kept where its head already has exactly these classes, then the
+    order that a data set declares; else names that are all whole numbers are sorted as numbers, and
     others in that of the alphabet.
 
     Raises:

@@ -75,12 +75,12 @@ def describe_per_class(counts: np.ndarray, names: Sequence[str]) -> list[dict[st
         counts: `[label, answer]`.
     """
     answers = counts.sum(0)
-    told = []
+    notes = []
     for number, name in enumerate(names):
         row, right = counts[number], int(counts[number, number])
         n = int(row.sum())
         others = [(int(count), names[i]) for i, count in enumerate(row) if count and i != number]
-        told.append(
+        notes.append(
             {
                 "label": name,
                 "n": n,
@@ -92,7 +92,7 @@ def describe_per_class(counts: np.ndarray, names: Sequence[str]) -> list[dict[st
                 },
             }
         )
-    return told
+    return notes
 
 
 def _correlate(one: np.ndarray, two: np.ndarray) -> float:

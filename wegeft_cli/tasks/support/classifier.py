@@ -65,7 +65,7 @@ def build_transform(recipe: Recipe, processor: Any, config: Any) -> ImageTransfo
         raise BaseModelError(
             f"the base's images have {num_channels} channels, and its image processor knows the "
             f"mean of {len(mean)}",
-            hint="mend preprocessor_config.json",
+            hint="fix preprocessor_config.json",
         )
     own: Any = getattr(config, "image_size", 224)
     own = own[0] if isinstance(own, list | tuple) else own

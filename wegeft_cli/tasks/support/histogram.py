@@ -12,7 +12,7 @@ _STEPS = (1, 2, 5)
 
 
 def count_lengths(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Count rows by their length, in at most so many bars of one round width.
+    """Count rows by their length, in bars of one round width, at most a given number.
 
     Args:
         lengths: Tokens of each row, int `[rows]`, at least one.

@@ -130,16 +130,16 @@ def _find_edge(recipe: Recipe, processor: Any) -> int:
 
 def _describe(data: ClassData, number: int, processor: Any, is_text: bool) -> dict[str, Any]:
     train, label = data.train, data.train.labels[number].item()
-    told = {
+    values = {
         "number": number,
         "label": data.head.labels[label] if data.head.labels else label,
         "input": show_input(train.shown[number]),
         "length": int(train.lengths[number]),
     }
     if is_text:
-        return told | {"read": processor.decode(train.inputs[number]["input_ids"])}
+        return values | {"read": processor.decode(train.inputs[number]["input_ids"])}
     size, mode = read_size(train.inputs[number])
-    return told | {"size": list(size), "mode": mode}
+    return values | {"size": list(size), "mode": mode}
 
 
 def _count_classes(data: ClassData) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Packing: how a batch's packs lie, and the proof on the loaded model that no row sees another."""
+"""Packing: the layout of packs in a batch, and a test that no row attends to another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from wegeft_cli.training.loss import CausalLoss
 
 _KEY = "data.packing"
 # Largest difference of logits, as a share of the largest logit: float32 sums in another order, and
-# the roundings of 16-bit layers. A row that sees its neighbour is off by tens of per cent.
+# the roundings of 16-bit layers. A row that sees its neighbor is off by tens of per cent.
 _TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.05}
 _TOLERANCE_FLOAT32 = 1e-4
-# Rows of the test, by pack: neighbours of every kind, one of a single token among them.
+# Rows of the test, by pack: neighbors of every kind, one of a single token among them.
 _LENGTHS = ((5, 1, 9), (7, 3))
 _COMPARED = 4
 """Last tokens of a row whose logits are compared, those furthest from the row's start."""
@@ -30,7 +30,7 @@ def check_packing(model: nn.Module, recipe: Recipe) -> None:
     """Refuse packing unless packed rows give this model the logits of rows by themselves.
 
     Transformers' attention finds packed rows by their positions, but not in every model, kernel and
-    version, and where it does not, rows see each other without a word. So a few rows go through the
+    version, and where it does not, rows see each other silently. So a few rows go through the
     loaded model both ways. Rows are longer than a sliding window or attention chunk of the model
     where `data.max_length` is. Without packing nothing is run.
 
@@ -50,7 +50,7 @@ def check_packing(model: nn.Module, recipe: Recipe) -> None:
     if flat != attention.startswith("flash_attention"):
         raise _refuse(f"the model came with the attention {attention!r}", True)
     if getattr(config, "is_encoder_decoder", False) or not loss.takes_positions:
-        raise _refuse("the model takes no `position_ids`, by which packed rows are told apart")
+        raise _refuse("the model takes no `position_ids`, which separate packed rows")
     packed, alone = _compute_both(model, loss, _build_rows(text, recipe), recipe)
     error = float((packed - alone).abs().max() / alone.abs().max())
     tolerance = _TOLERANCE.get(packed.dtype, _TOLERANCE_FLOAT32)

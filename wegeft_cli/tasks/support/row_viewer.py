@@ -1,4 +1,4 @@
-"""A recipe's training rows one by one, as tokens and with those that are left out, for a look."""
+"""Iterate over a recipe's training rows as tokens, excluded rows included, for `wegeft preview`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class PreviewRow:
 
     Args:
         source: Its source's path.
-        place: Where it stands: `file:line`, or `file: row N`.
-        number: Its number in the training set, from 0, as in `skipped/`; None where it is left out.
+        place: Its location: `file:line`, or `file: row N`.
+        number: Its number in the training set, from 0, as in `skipped/`; None if it is excluded.
         fate: kept; empty (a blank completion), unmarked (it says itself that no answer is learned),
-            cut_away (its completion lies behind `data.max_length`) or too_long (by its corpus's
-            rule): left out.
+            cut_away (its completion is past `data.max_length`) or too_long (by its corpus's
+            rule): excluded.
         num_tokens: Tokens before the cut; 0 where they are not counted.
         is_truncated: Whether it was cut to `data.max_length`.
         is_merged: Whether a token holds the prompt's end and the completion's beginning.
-        tokens: Its tokens, after the cut; none where it is left out.
+        tokens: Its tokens, after the cut; none if it is excluded.
     """
 
     source: str
@@ -45,7 +45,7 @@ class PreviewRow:
 
 
 class RowWalker:
-    """Goes through the sources row by row, those that are left out too.
+    """Iterates over the sources row by row, excluded rows included.
 
     Args:
         recipe: The recipe.
@@ -86,7 +86,7 @@ class RowWalker:
     def _walk(
         self, position: int, number: int
     ) -> Iterator[tuple[str, int | None, EncodedRow, RenderedText]]:
-        """Tokenise row by row: place, number, tokens and text."""
+        """Tokenize row by row: place, number, tokens and text."""
         source, section = self._section.train[position], self._section
         form = None
         try:
@@ -154,7 +154,7 @@ class TokenPiece:
 
     Args:
         id: Its id.
-        text: What it stands for; of several tokens that make up one character, the first says it
+        text: Its text; of several tokens that make up one character, the first says it
             and the others are empty.
         learned: Whether the loss counts it.
         special: Whether it is one of the tokenizer's own marks.
@@ -170,7 +170,7 @@ class TokenPiece:
 
 
 class RowSplitter:
-    """Tells for each token of a row what it stands for.
+    """Finds the text of each token of a row.
 
     Args:
         tokenizer: The transformers tokenizer that makes the tokens.
@@ -209,13 +209,13 @@ class RowSplitter:
         if found[:2] != ids[:2] and found[1:3] == ids[:2]:
             found, spans = found[1:], spans[1:]  # a doubled BOS, of which a row keeps one
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, found, strict=False))
-        told: list[tuple[int, int] | None] = []
+        located: list[tuple[int, int] | None] = []
         last = 0
         for (start, stop), _ in zip(spans, alike, strict=False):
             # Tokens of one character share its span; those that stand for no text have none.
-            told.append((max(start, last), max(stop, last)) if stop > start else None)
+            located.append((max(start, last), max(stop, last)) if stop > start else None)
             last = max(last, stop)
-        return told + unknown[len(told) :]
+        return located + unknown[len(located) :]
 
 
 def _find_edges(rendered: RenderedText) -> list[int]:

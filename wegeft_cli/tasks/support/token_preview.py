@@ -37,7 +37,7 @@ class TokenPreview:
         loss_on: The recipe's `data.loss_on`.
         max_length: The recipe's `data.max_length`.
         lengths: Tokens per row: p50, p95, max.
-        uncut_lengths: The same before the cut to `data.max_length`, of the rows left out by it too;
+        uncut_lengths: The same before the cut to `data.max_length`, of the rows excluded by it too;
             rows longer than 2^20 tokens count as 2^20.
         uncut_histogram: Rows by their length before the cut.
         histogram: Rows by length: `start`, `stop` (the first length that is too long), `rows`.
@@ -45,7 +45,7 @@ class TokenPreview:
         template_hash: Fingerprint of its text.
         setting: What the recipe does about padding: none, group_by_length or packing.
         waste: `padding_share`, `packed_sequences` and `head_share` of the planned batches, by
-            setting; settings that the recipe's data cannot have are left out.
+            setting; settings that the recipe's data cannot have are omitted.
         warnings: Sentences for the user.
     """
 
