@@ -179,6 +179,49 @@ def test_an_adapter_that_no_lora_can_say_is_refused(
     assert engine.started == []
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"use_dora": True}, "it reads no DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "it reads no modules that were trained whole"),
+        ({"lora_bias": True}, "it reads no changed biases"),
+        ({"init_lora_weights": "pissa"}, "changes its base at the start"),
+        ({"peft_type": "ADALORA"}, "it reads LoRA alone, and this is 'ADALORA'"),
+    ],
+)
+def test_an_adapter_of_peft_that_vllm_refuses_is_refused_before_the_engine_starts(
+    engine: type[LLM],
+    tmp_path: Path,
+    llama_dir: Path,
+    data_dir: Path,
+    config: dict[str, Any],
+    reason: str,
+) -> None:
+    lora = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    values = {**lora, "base_model_name_or_path": str(llama_dir), **config}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        evaluate(tmp_path, tasks=["boolq"], data_dir=data_dir, backend="vllm")
+    assert reason in caught.value.message
+    assert caught.value.key == "--backend"
+    assert engine.started == []
+
+
+def test_beams_are_refused_before_the_engine_starts(
+    engine: type[LLM], adapter_dir: Path, data_dir: Path
+) -> None:
+    with pytest.raises(UserError, match="'llm_adapters' uses 4 beams") as caught:
+        evaluate(
+            adapter_dir,
+            tasks=["boolq"],
+            data_dir=data_dir,
+            backend="vllm",
+            protocol="llm_adapters",
+        )
+    assert caught.value.key == "--backend"
+    assert engine.started == []
+
+
 def test_an_adapter_of_a_quantised_base_is_refused(
     engine: type[LLM], adapter_dir: Path, data_dir: Path
 ) -> None:

@@ -214,7 +214,9 @@ def _samples_path(
 def _evaluate_language_model(
     path: str | Path, recipe: Recipe | None, runner: EvaluationRunner, call: EvaluationCall
 ) -> Evaluation:
-    open_it = LoadedModel.open if call.backend == "transformers" else _find_backend(call.backend)
+    open_it: Callable[..., LoadedModel] = LoadedModel.open
+    if call.backend != "transformers":
+        open_it = _find_backend(call.backend, runner.benchmarks)
     opened = open_it(path, recipe, base=call.base, warn=call.reporter.warn)
     base_scores = None
     base_prints: Mapping[str, Any] = {}
@@ -245,14 +247,23 @@ def _cache_key(opened: LoadedModel, prints: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _find_backend(name: str) -> Callable[..., LoadedModel]:
-    """Return the function that opens a target in another engine than transformers."""
+def _find_backend(name: str, benchmarks: Sequence[Benchmark]) -> Callable[..., LoadedModel]:
+    """Return the function that opens a target in another engine than transformers.
+
+    Raises:
+        UserError: If there is no such engine, or a benchmark decodes in a way that it lacks.
+    """
     if name != "vllm":
         raise UserError(
             f"no backend is called {name!r}", key="--backend", hint="give transformers or vllm"
         )
+    from wegeft_cli.generation.vllm_engine import check_decoding
     from wegeft_cli.inference.loaded_in_vllm import open_in_vllm
 
+    for benchmark in benchmarks:
+        decoding = getattr(benchmark, "decoding", None)
+        if isinstance(decoding, Decoding):
+            check_decoding(decoding, f"protocol {benchmark.protocol_name!r}")
     return open_in_vllm
 
 

@@ -23,6 +23,7 @@ from wegeft_cli.methods.wegeft.lora_equivalent.files import (
     write_lora_files,
 )
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
+from wegeft_cli.methods.wegeft.lora_equivalent.readers import check_peft, prepare_for_vllm
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder
@@ -34,6 +35,7 @@ from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, list_tensors
 
 PARITY_NAME = "parity.json"
 FORMATS = ("lora", "gguf")
+SERVERS = ("vllm",)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class ExportOptions:
         prompts: What the parity report asks; empty takes its own.
         parity: Whether to measure parity, for which the base is loaded.
         push: Hub repository that receives the result.
+        server: `vllm` writes what vLLM reads, and refuses what it does not. Default: what PEFT
+            reads.
     """
 
     dtype: str | None = None
@@ -56,6 +60,7 @@ class ExportOptions:
     prompts: Sequence[str] = ()
     parity: bool = True
     push: HubTarget | None = None
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ def export(
     start = time.perf_counter()
     if format not in FORMATS:
         raise UserError(f"got {format!r}", key="--format", hint=f"one of {', '.join(FORMATS)}")
+    if options.server is not None and (format != "lora" or options.server not in SERVERS):
+        hint = f"with --format lora, one of {', '.join(SERVERS)}"
+        raise UserError(f"got {options.server!r}", key="--for", hint=hint)
     path = Path(target) if target is not None else None
     is_model = path is not None and ((path / "config.json").is_file() or not path.exists())
     allowed = [*DTYPE_NAMES, *(["q8_0"] if is_model and format == "gguf" else [])]
@@ -215,7 +223,10 @@ def _export_adapter(
             pad_siblings=options.pad_siblings,
             trust_remote_code=adapter.trusts_remote_code,
         )
-    _check_readers(plan, format, adapter.folder, reporter)
+    if options.server is None:
+        _check_readers(plan, format, adapter.folder, reporter)
+    else:
+        plan = prepare_for_vllm(plan, adapter.folder, key="--for")
     export = _PairExport(adapter, base_dir, name_or_path, revision, plan, options, reporter)
     check_free_space(output, count_bytes(plan_tensors(plan, export.dtype)), "the export")
     with atomic_folder(output) as folder:
@@ -228,7 +239,12 @@ def _export_adapter(
 def _check_readers(
     plan: LoraEquivalent, format: str, adapter_dir: Path, reporter: Reporter
 ) -> None:
-    """Refuse for llama.cpp, and warn for servers, what is more than LoRA pairs."""
+    """Refuse for llama.cpp, and warn for servers, what they do not read."""
+    if plan.is_part and format == "lora":
+        reporter.warn(
+            f"the base is a {plan.architecture}, of which this is the text model: vLLM reads the "
+            "LoRA only with the names of `--for vllm`"
+        )
     if plan.is_pairs_alone:
         return
     if format == "gguf":
@@ -287,6 +303,8 @@ class _PairExport:
                 dtype=self.dtype,
                 advance=advance,
             )
+        if self.options.server is None:
+            check_peft(plan, folder, self.adapter.folder)
         parity = self._measure_parity(folder)
         (folder / PARITY_NAME).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         card = write_lora_card(
@@ -311,6 +329,8 @@ class _PairExport:
     def _measure_parity(self, folder: Path) -> dict[str, Any]:
         if not self.options.parity:
             return {"is_measured": False, "reason": "switched off (--no-parity)"}
+        if self.plan.is_renamed:
+            return {"is_measured": False, "reason": "PEFT does not read the names of vLLM"}
         self.reporter.note("measuring parity: the base is loaded")
         parity = measure_parity(
             self.base_dir,

@@ -90,6 +90,24 @@ def open_model(
     return VllmModel(config, generation_config, dtype, LLM(**params), lora)
 
 
+def check_decoding(decoding: Decoding, protocol: str = "this protocol") -> None:
+    """Raise UserError for a way of decoding that vLLM does not have."""
+    unknown = [
+        words
+        for words, is_asked in (
+            (f"{decoding.num_beams} beams", decoding.num_beams > 1),
+            ("no_repeat_ngram_size", decoding.no_repeat_ngram_size > 0),
+        )
+        if is_asked
+    ]
+    if unknown:
+        raise UserError(
+            f"{protocol} uses {' and '.join(unknown)}, which vLLM does not support",
+            key="--backend",
+            hint="leave --backend out",
+        )
+
+
 def generate_in_vllm(
     model: VllmModel,
     tokenizer: Any,
@@ -148,20 +166,7 @@ def _sampling_params(
     decoding: Decoding, sample_ids: Sequence[int], end_ids: Sequence[int]
 ) -> list[Any]:
     """Return each prompt's sampling parameters; each has its own random stream."""
-    unknown = [
-        words
-        for words, is_asked in (
-            (f"{decoding.num_beams} beams", decoding.num_beams > 1),
-            ("no_repeat_ngram_size", decoding.no_repeat_ngram_size > 0),
-        )
-        if is_asked
-    ]
-    if unknown:
-        raise UserError(
-            f"this protocol uses {' and '.join(unknown)}, which vLLM does not support",
-            key="--backend",
-            hint="leave --backend out",
-        )
+    check_decoding(decoding)
     from vllm import SamplingParams
 
     params: dict[str, Any] = {

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import atexit
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.wegeft.lora_equivalent.files import write_lora_files
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import plan_lora_equivalent
-from wegeft_cli.methods.wegeft.lora_equivalent.readers import prepare_for_vllm
+from wegeft_cli.methods.wegeft.lora_equivalent.readers import (
+    check_lora_for_vllm,
+    prepare_for_vllm,
+)
 from wegeft_cli.methods.wegeft.save_load import check_base
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
-from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.recipe.schema import ModelSection, Recipe
 
 
 class LoadedInVllm(LoadedModel):
@@ -81,32 +84,39 @@ def open_in_vllm(
     if adapter is None:
         model = vllm.open_model(str(folder), **told)
         return LoadedInVllm(model, tokenizer, section, write=vllm.generate_in_vllm)
-    scratch = None
-    method = method_of(adapter)
-    if method.has_generators:
-        manifest = adapter.files.manifest
-        check_base(manifest, folder, adapter.folder, warn=warn)
-        equivalent = plan_lora_equivalent(
-            adapter.files,
-            folder,
-            adapter.folder,
-            trust_remote_code=section.trust_remote_code,
-        )
-        equivalent = prepare_for_vllm(equivalent, adapter.folder, key="--backend")
-        lora_dir, rank = Path(tempfile.mkdtemp(prefix="wegeft-lora-")), equivalent.rank
-        # The engine reads it when the first request names it, so it lives as long as the model.
-        scratch = lora_dir
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        write_lora_files(equivalent, lora_dir, base=str(folder))
-    elif method.is_lora:
-        lora_dir, rank = adapter.folder, int(adapter.config["r"])
-    else:
-        raise UserError(
-            f"vLLM serves LoRA adapters, and this one is {adapter.peft_type}",
-            key="--backend",
-            hint="leave --backend out, or merge the adapter first",
-        )
-    model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
-    if scratch is not None:
-        weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+    with ExitStack() as stack:
+        lora_dir, rank = _find_lora(adapter, folder, section, warn, stack)
+        model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
+        # The engine reads the files when the first request names them.
+        scratch = stack.pop_all()
+    atexit.register(scratch.close)
+    weakref.finalize(model, scratch.close)
     return LoadedInVllm(model, tokenizer, section, adapter, write=vllm.generate_in_vllm)
+
+
+def _find_lora(
+    adapter: Adapter,
+    base_dir: Path,
+    section: ModelSection,
+    warn: Callable[[str], None],
+    stack: ExitStack,
+) -> tuple[Path, int]:
+    """Return the folder and the rank of the LoRA adapter that vLLM reads.
+
+    The exact LoRA equivalent of a WeGeFT adapter is written to a temporary folder of `stack`.
+    """
+    method = method_of(adapter)
+    if not method.has_generators:
+        check_lora_for_vllm(adapter)
+        return adapter.folder, int(adapter.config["r"])
+    check_base(adapter.files.manifest, base_dir, adapter.folder, warn=warn)
+    equivalent = plan_lora_equivalent(
+        adapter.files,
+        base_dir,
+        adapter.folder,
+        trust_remote_code=section.trust_remote_code,
+    )
+    equivalent = prepare_for_vllm(equivalent, adapter.folder, key="--backend")
+    lora_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wegeft-lora-")))
+    write_lora_files(equivalent, lora_dir, base=str(base_dir))
+    return lora_dir, equivalent.rank

@@ -83,6 +83,15 @@ def export(
             "--no-parity", help="Skip the parity check, which loads the base and compares logits."
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="Server that reads the LoRA: vllm. Its names are written, and what it does not "
+            "read is refused. Default: PEFT's names.",
+        ),
+    ] = None,
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,
     as_json: JsonOption = False,
@@ -104,6 +113,7 @@ def export(
             prompt or (),
             not no_parity,
             hub_target(push_to_hub, is_public),
+            server,
         ),
         reporter=RichReporter(),
     )

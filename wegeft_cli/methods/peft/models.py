@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules

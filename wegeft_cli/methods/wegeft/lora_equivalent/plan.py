@@ -15,6 +15,7 @@ from wegeft_cli.artifacts.stored_names import has_all_tensors
 from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, make_lora_pair
 from wegeft_cli.methods.wegeft.targets import Target, find_linears
+from wegeft_cli.models.file_names import file_names
 from wegeft_cli.models.loading import build_meta_model, load_config, load_model
 from wegeft_cli.storage.safetensors_reader import list_tensors, read_rows
 
@@ -41,6 +42,8 @@ class LoraEquivalent:
         files: The adapter, with the model's names of the layers.
         stored: The model's name of each adapted layer -> its name in the base's files.
         model: The base on the meta device.
+        architecture: The class that the base's config names, by which a server chooses its own.
+        file_names: The model's tensors -> those of the base's files that have other names.
         linears: All linear layers of the model.
         members: The layers that get a pair: the adapted ones, and siblings that get zeros.
         written: The pairs as the file has them.
@@ -52,6 +55,8 @@ class LoraEquivalent:
     files: AdapterFiles
     stored: Mapping[str, str]
     model: nn.Module
+    architecture: str
+    file_names: Mapping[str, str]
     linears: Mapping[str, Target]
     members: tuple[str, ...]
     written: tuple[WrittenPair, ...]
@@ -63,6 +68,16 @@ class LoraEquivalent:
     def is_pairs_alone(self) -> bool:
         """Whether it is LoRA pairs and nothing else, which is all that servers read."""
         return not self.biased and not self.files.saved_modules
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the model is a part of what the base's config names, such as its text model."""
+        return self.architecture != type(self.model).__name__
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether the file names layers otherwise than the model, so that PEFT cannot read it."""
+        return tuple(pair.name for pair in self.written) != self.members
 
     @property
     def is_transposed(self) -> bool:
@@ -149,7 +164,20 @@ def plan_lora_equivalent(
     biased: frozenset[str] = frozenset()
     if files.manifest.side == "output":
         biased = frozenset(n for n in modules if model.get_submodule(n).bias is not None)
-    return LoraEquivalent(named, stored, model, linears, members, written, rank, read, biased)
+    named_class = (getattr(config, "architectures", None) or [type(model).__name__])[0]
+    return LoraEquivalent(
+        files=named,
+        stored=stored,
+        model=model,
+        architecture=str(named_class),
+        file_names=file_names(model).match(infos),
+        linears=linears,
+        members=members,
+        written=written,
+        rank=rank,
+        read=read,
+        biased=biased,
+    )
 
 
 def _with_siblings(modules: Mapping[str, object], linears: Mapping[str, Target]) -> tuple[str, ...]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import SAVED_PREFIX, WEIGHTS_NAME
 from wegeft_cli.artifacts.lora_files import SERVED_RANKS
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, WrittenPair
+from wegeft_cli.storage.json_files import shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
 
 # vLLM 0.32. Architectures that it serves without LoRA adapters.
@@ -26,6 +30,9 @@ _VLLM_WITHOUT_LORA = frozenset({
 })  # fmt: skip
 # Fused layers that it knows by the names of their parts, in the order of their rows.
 _VLLM_PARTS = {"Glm4ForCausalLM": {"gate_up_proj": ("gate_proj", "up_proj")}}
+
+# Starts of PEFT's LoRA that leave the base as it is.
+_VLLM_STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
 _MERGE = "merge the adapter: `wegeft merge`"
 
@@ -41,7 +48,7 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    model = copy.deepcopy(equivalent.model)
+    model = _copy_without_memory(equivalent.model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,7 +57,7 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
             )
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _unread(equivalent.members, adapter_dir, f"it says: {reason}") from error
+        raise _refused(f"PEFT does not read this LoRA: {reason}", adapter_dir) from error
     layers = {
         name: module
         for name, module in loaded.get_base_model().named_modules()
@@ -60,10 +67,33 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
     lost = [name for name in equivalent.members if not _holds(layers.get(name), name, tensors)]
     extra = sorted(layers.keys() - set(equivalent.members))
     if lost:
-        where = f"; it puts them on {', '.join(extra[:3])}" if extra else ""
-        raise _unread(lost, adapter_dir, f"it rewrites the names of such layers{where}")
+        owners = [name for name in extra if not name.endswith(".base_layer")]
+        reason = f"it takes their names for those of {_list(owners)}" if owners else "they are lost"
+        message = f"PEFT does not read the LoRA pairs of {_list(lost)}: {reason}"
+        raise _refused(message, adapter_dir)
     if extra:
-        raise _unread(extra, adapter_dir, "it adapts them though the adapter does not")
+        raise _refused(f"PEFT would also adapt {_list(extra)}", adapter_dir)
+
+
+def _copy_without_memory(model: nn.Module) -> nn.Module:
+    """Copy a model on the meta device to the CPU: each tensor is one zero, repeated by its strides.
+
+    PEFT moves the tensors of an adapter to the device of the base, where they would lose their
+    values on the meta device.
+    """
+    model = copy.deepcopy(model)
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or not tensor.is_meta:
+                continue
+            if tensor not in made:
+                zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[tensor] = nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
+            owner: Any = module._parameters if name in module._parameters else module._buffers
+            owner[name] = made[tensor]
+    return model
 
 
 def _holds(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> bool:
@@ -73,30 +103,31 @@ def _holds(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> bool:
     for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         stored = tensors[f"{SAVED_PREFIX}{name}.{part}.weight"]
         weight = modules["default"].weight if "default" in modules else None
-        if weight is None or weight.is_meta or not torch.equal(weight.to(stored.dtype), stored):
+        if weight is None or not torch.equal(weight.to(stored.dtype), stored):
             return False
     return True
 
 
-def _unread(names: Any, adapter_dir: Path, reason: str) -> UserError:
-    names = list(names)
+def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return UserError(
-        f"PEFT does not read the LoRA pairs of {', '.join(names[:3])}{more}: {reason}",
-        file=str(adapter_dir),
-        hint=f"{_MERGE}, or write it for another reader: --for vllm",
-    )
+    return ", ".join(names[:3]) + more
+
+
+def _refused(message: str, adapter_dir: Path) -> UserError:
+    hint = f"{_MERGE}, or write it for another reader: --for vllm"
+    return UserError(message, file=str(adapter_dir), hint=hint)
 
 
 def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str) -> LoraEquivalent:
     """Return an equivalent with the names by which vLLM knows its layers.
 
-    `key` is the option that an error names.
+    vLLM renames tensors as those of the base's files. So where the model is only the text model of
+    the base, the names are those of the files. `key` is the option that an error names.
 
     Raises:
         UserError: If vLLM refuses the adapter.
     """
-    served = _served_class(equivalent)
+    served = equivalent.architecture
     saved = equivalent.files.manifest.modules_to_save
     reasons = {
         f"it serves {served} without LoRA adapters": served in _VLLM_WITHOUT_LORA,
@@ -106,6 +137,33 @@ def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str)
         ),
         f"it serves ranks up to {SERVED_RANKS[-1]}": equivalent.rank > SERVED_RANKS[-1],
     }
+    _refuse_for_vllm(reasons, adapter_dir, key=key)
+    written = [part for pair in equivalent.written for part in _rename(equivalent, pair, served)]
+    return replace(equivalent, written=tuple(written))
+
+
+def check_lora_for_vllm(adapter: Adapter) -> None:
+    """Raise UserError for an adapter of PEFT that vLLM refuses, or reads only in part."""
+    config = adapter.config
+    saved = config.get("modules_to_save")
+    start = config.get("init_lora_weights")
+    reasons = {
+        f"it reads LoRA alone, and this is {shorten(adapter.peft_type)}": (
+            adapter.peft_type != "LORA"
+        ),
+        "it reads no DoRA": bool(config.get("use_dora")),
+        f"it reads no modules that were trained whole ({shorten(saved)})": bool(saved),
+        "it reads no changed biases": (
+            bool(config.get("lora_bias")) or config.get("bias", "none") != "none"
+        ),
+        f"it reads no LoRA that changes its base at the start ({shorten(start)})": (
+            isinstance(start, str) and start.lower() not in _VLLM_STARTS
+        ),
+    }
+    _refuse_for_vllm(reasons, adapter.folder, key="--backend")
+
+
+def _refuse_for_vllm(reasons: Mapping[str, bool], adapter_dir: Path, *, key: str) -> None:
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise UserError(
@@ -114,21 +172,16 @@ def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str)
             key=key,
             hint=_MERGE,
         )
-    written = [part for pair in equivalent.written for part in _split(equivalent, pair, served)]
-    return replace(equivalent, written=tuple(written))
 
 
-def _served_class(equivalent: LoraEquivalent) -> str:
-    """Return the architecture that the base's config names, by which vLLM chooses its class."""
-    named = getattr(equivalent.model.config, "architectures", None)
-    return str(named[0]) if named else type(equivalent.model).__name__
-
-
-def _split(equivalent: LoraEquivalent, pair: WrittenPair, served: str) -> list[WrittenPair]:
-    parent, _, kind = pair.name.rpartition(".")
+def _rename(equivalent: LoraEquivalent, pair: WrittenPair, served: str) -> list[WrittenPair]:
+    name = pair.name
+    if equivalent.is_part:
+        name = equivalent.file_names.get(f"{name}.weight", name).removesuffix(".weight")
+    parent, _, kind = name.rpartition(".")
     parts = _VLLM_PARTS.get(served, {}).get(kind)
     if parts is None:
-        return [pair]
+        return [replace(pair, name=name)]
     size = equivalent.shape_of(pair.member)[0] // len(parts)
     return [
         WrittenPair(f"{parent}.{part}", pair.member, (i * size, (i + 1) * size))
