@@ -76,9 +76,9 @@ def test_the_rows_told_are_those_of_the_batches(write_recipe, data, numbered):
     told = list(source.examples_at(0))
     batches = list(source.micro_batches(0))
     assert len(told) >= 2
-    assert all((number is not None) == numbered for number, _, _ in told)
+    assert all((row["row"] is not None) == numbered for row in told)
     # With one row after the other, what is no padding stands in the order of the rows.
-    ids = [token for _, row, _ in told for token in row.tolist()]
+    ids = [token for row in told for token in row["token_ids"]]
     shown = [
         batch.input_ids.flatten()
         if batch.attention_mask is None

@@ -51,6 +51,10 @@ class Split(Protocol):
         """Return the number of rows."""
         ...
 
+    def describe(self, number: int) -> dict[str, Any]:
+        """Return a row as a record of skipped rows shows it."""
+        ...
+
 
 class DataStatistics(Protocol):
     """Statistics of a task's rows that every task has."""

@@ -55,10 +55,8 @@ class BatchSource(Protocol):
         """Return this process's share of the validation rows; none where there is no such set."""
         ...
 
-    def examples_at(
-        self, step: int
-    ) -> Iterable[tuple[int | None, np.ndarray, np.ndarray] | dict[str, Any]]:
-        """Return this process's rows of a step just done: number, ids, label mask; or a record."""
+    def examples_at(self, step: int) -> Iterable[dict[str, Any]]:
+        """Return a record of each of this process's rows of a step just done."""
         ...
 
     def padding_statistics(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.text.dataset import PreparedData
-from wegeft_cli.data.text.encode import EncodedDataset
+from wegeft_cli.data.text.encode import EncodedDataset, describe_row
 from wegeft_cli.data.text.streaming import Row, RowStream, open_stream
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
@@ -62,12 +62,12 @@ class PlannedBatches(PlannedSource):
             if numbers:
                 yield self._collate_train(numbers)
 
-    def examples_at(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield this process's rows of one optimizer step: number, ids and label mask of each."""
+    def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield a record of each of this process's rows of one optimizer step."""
         for numbers in self.numbers_at(step):
             for number in numbers:
                 for row in [number] if self._packs is None else self._packs[number]:
-                    yield (row, *self._train.row(row))
+                    yield self._train.describe(row)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Yield this process's share of the validation rows, longest first."""
@@ -157,10 +157,10 @@ class StreamedBatches:
             if rows:
                 yield collate_rows(rows, pad_token_id=self._pad_token_id)
 
-    def examples_at(self, step: int) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
-        """Return this process's rows of the current step: no number, ids and label mask."""
+    def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield a record of each of this process's rows of the current step, without a number."""
         for rows in self._shares(step):
-            yield from ((None, ids, mask) for ids, mask in rows)
+            yield from (describe_row(None, ids, mask) for ids, mask in rows)
 
     def num_label_tokens(self, step: int) -> int:
         """Count the labeled tokens of one optimizer step over all processes."""

@@ -151,8 +151,8 @@ def read_class_data(
             try:
                 found[part].append(read_source(recipe, source, recipe_dir))
             except* UserError as caught:
-                found = (each for each in caught.exceptions if isinstance(each, UserError))
-                faults += [add_key(fault, f"data.{part}[{position}]") for fault in found]
+                nested = (each for each in caught.exceptions if isinstance(each, UserError))
+                faults += [add_key(fault, f"data.{part}[{position}]") for fault in nested]
     raise_all(faults)
     if not found["train"]:
         raise UserError("no data to train on", key="data.train", hint="add an entry: - path: ...")

@@ -6,7 +6,7 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,11 @@ DROPPED = ("empty", "unmarked", "cut_away")
 """Drop reasons of rows that hold nothing to learn."""
 CHUNK_ROWS = 2000
 """Rows tokenized in one call: enough to keep the tokenizer's threads busy."""
+
+
+def describe_row(number: int | None, ids: np.ndarray, label_mask: np.ndarray) -> dict[str, Any]:
+    """Return a row's number, token ids and learned tokens as JSON values."""
+    return {"row": number, "token_ids": ids.tolist(), "learned": label_mask.tolist()}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class EncodedDataset:
         """Return a row's (ids, label mask), views of the whole."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.label_mask[part]
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """Return a row as a record of skipped rows shows it, without its text."""
+        return describe_row(number, *self.row(number))
 
     @property
     def lengths(self) -> np.ndarray:

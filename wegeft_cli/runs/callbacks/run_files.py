@@ -6,8 +6,6 @@ import json
 import math
 from typing import Any
 
-import numpy as np
-
 from wegeft_cli.artifacts.checkpoint import save_checkpoint
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.recipe.schema import TrainSection
@@ -70,7 +68,7 @@ class SkippedStepsCallback(Callback):
         """Write the rows of all processes."""
         path = self._directory.skipped_path(trainer.step)
         rows = trainer.source.examples_at(trainer.step - 1)
-        mine = [row if isinstance(row, dict) else self._describe(*row) for row in rows]
+        mine = [self._with_text(row) for row in rows]
         parts = trainer.processes.gather(mine)
         if trainer.processes.is_main:
             values = {
@@ -86,10 +84,7 @@ class SkippedStepsCallback(Callback):
             f"its rows are in {path}"
         )
 
-    def _describe(self, number: int | None, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-        return {
-            "row": number,
-            "text": self._tokenizer.decode(ids.tolist()),
-            "token_ids": ids.tolist(),
-            "learned": mask.tolist(),
-        }
+    def _with_text(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "token_ids" not in row:
+            return row
+        return {"row": row["row"], "text": self._tokenizer.decode(row["token_ids"]), **row}
