@@ -75,6 +75,37 @@ def raise_all(faults: list[UserError]) -> None:
         raise ExceptionGroup(f"{len(faults)} faults", faults)
 
 
+class Faults:
+    """Collects the faults of several checks, so that the user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self._found: list[UserError] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the faults that the body raises instead of raising them."""
+        try:
+            yield
+        except* UserError as group:
+            self._found += [fault for fault in _leaves(group) if isinstance(fault, UserError)]
+
+    def add(self, fault: UserError) -> None:
+        """Keep a fault."""
+        self._found.append(fault)
+
+    def raise_all(self) -> None:
+        """Raise the faults, each once; see `raise_all`."""
+        raise_all(list({str(fault): fault for fault in self._found}.values()))
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
+
+
 # Errors that another path or other permissions fix; all others are failures of the machine.
 _USER_ERRNOS = frozenset(
     {

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import stat
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -192,6 +193,22 @@ def test_files_that_a_killed_process_left_go_by_their_name(tmp_path, names_in):
         (tmp_path / name).touch()
     remove_leftover_files(tmp_path, ["run.json", "none.json"])
     assert set(names_in(tmp_path)) == set(others)
+
+
+def test_an_old_temporary_file_that_no_process_holds_is_removed(tmp_path, names_in):
+    old, new, other = ".tmp-0123abcd-out.json", ".tmp-ffffffff-out.json", ".tmp-0123abcd-b.json"
+    for name in (old, new, other):
+        (tmp_path / name).write_text("half")
+    long_ago = time.time() - 3600
+    for name in (old, other):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    with atomic_file(tmp_path / "out.json") as temp:
+        temp.write_text("first")
+        os.utime(temp, (long_ago, long_ago))
+        write_text_atomic(tmp_path / "out.json", "second")
+        assert temp.exists()  # its process holds it
+    assert (tmp_path / "out.json").read_text() == "first"
+    assert names_in(tmp_path) == sorted([new, other, "out.json"])
 
 
 def test_free_space_is_checked_before_the_work(tmp_path):

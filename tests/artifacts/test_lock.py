@@ -22,6 +22,12 @@ def test_a_locked_folder_names_its_holder(tmp_path):
         pass
 
 
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / LOCK_NAME)
+    with pytest.raises(UserError, match="not a regular file"), lock_folder(tmp_path):
+        pass
+
+
 def test_the_lock_goes_with_a_failed_body(tmp_path):
     with pytest.raises(KeyboardInterrupt), lock_folder(tmp_path):
         raise KeyboardInterrupt

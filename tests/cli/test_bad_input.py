@@ -664,3 +664,12 @@ def test_copying_a_recipe_replaces_nothing(wegeft, refuse, place):
     assert "did you mean" in refuse("recipes", "show", "quikstart")
     assert wegeft("recipes", "copy", "quickstart", "new/").exit_code == EXIT_DONE
     assert (place.path / "new/quickstart.yaml").is_file()
+
+
+def test_resume_without_a_value_means_auto(wegeft, place):
+    assert wegeft("train", place.recipe, "train.max_steps=1", "--json").exit_code == EXIT_DONE
+    longer = ["train.max_steps=1", "output_dir=" + str(place.run)]
+    for words in (["--resume"], ["--resume", *longer], ["--resume", "--dry-run"]):
+        done = wegeft("train", place.recipe, *longer, *words)
+        assert done.exit_code == EXIT_DONE, done.stderr
+        assert "ready" in done.stdout or "is finished already" in done.stderr

@@ -29,8 +29,8 @@ def test_a_run_that_came_between_the_look_and_the_lock_is_left_alone(
     recipe = write_recipe()
     look = begin.check_resume
 
-    def look_and_be_overtaken(*args):
-        found = look(*args)
+    def look_and_be_overtaken(*args, **options):
+        found = look(*args, **options)
         monkeypatch.setattr("wegeft_cli.runs.train.check_resume", look)
         train(recipe)
         return found
@@ -44,6 +44,67 @@ def test_a_run_that_came_between_the_look_and_the_lock_is_left_alone(
     with pytest.raises(UserError, match="already holds a run"):
         train(recipe)
     assert files_in(run_dir) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_checks(
+    write_recipe, tmp_path, monkeypatch
+):
+    recipe = write_recipe()
+    monkeypatch.setattr("wegeft_cli.artifacts.run_directory.os.access", lambda *args: False)
+    for options in ({"dry_run": True}, {"resume": "auto"}):
+        with pytest.raises(UserError, match="is not writable") as caught:
+            train(recipe, **options)
+        assert caught.value.key == "output_dir"
+
+
+def test_links_that_lead_nowhere_are_refused(write_recipe, tmp_path):
+    recipe = write_recipe()
+    (tmp_path / "dangling").symlink_to(tmp_path / "missing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "loop", "loop/run"):
+        with pytest.raises(UserError, match=r"is a link to .* which does not exist") as caught:
+            train(recipe, [f"output_dir={tmp_path / name}"])
+        assert caught.value.key == "output_dir"
+
+
+def test_an_earlier_run_is_replaced_on_request(write_recipe, files_in, read_run):
+    recipe = write_recipe()
+    run_dir = train(recipe).run_dir
+    (run_dir / "notes.txt").write_text("my own")
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "adapter-scores.json").write_text("{}")
+    before = files_in(run_dir)
+    with pytest.raises(UserError, match="already holds a run") as caught:
+        train(recipe, ["train.max_steps=3"])
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(UserError, match="contradicts --resume"):
+        train(recipe, overwrite=True, resume="auto")
+    with pytest.raises(UserError, match="model"):
+        train(recipe, ["model.name_or_path=/missing"], overwrite=True)
+    train(recipe, ["train.max_steps=3"], overwrite=True, dry_run=True)
+    assert files_in(run_dir) == before
+    result = train(recipe, ["train.max_steps=3"], overwrite=True)
+    assert (result.status, result.num_steps, read_run(run_dir)["num_steps"]) == ("finished", 3, 3)
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000003"]
+    assert (run_dir / "notes.txt").read_text() == "my own"
+    assert not (run_dir / "eval").exists()
+
+
+def test_all_faults_of_model_targets_and_data_are_raised_together(write_recipe):
+    recipe = write_recipe()
+    with pytest.raises(ExceptionGroup) as caught:
+        train(recipe, ["adapter.target_modules=[nosuch_proj]", "data.train[0].path=missing.jsonl"])
+    assert {fault.key for fault in caught.value.exceptions} == {
+        "adapter.target_modules",
+        "data.train[0].path",
+    }
+    words = ["model.name_or_path=/missing", "data.train[0].path=missing.jsonl"]
+    with pytest.raises(ExceptionGroup) as caught:
+        train(recipe, words, dry_run=True)
+    assert [fault.key for fault in caught.value.exceptions] == [
+        "model.name_or_path",
+        "data.train[0].path",
+    ]
 
 
 def test_a_moved_run_resumes_where_it_is(write_recipe, tmp_path, stop_after, read_run):

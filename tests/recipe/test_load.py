@@ -374,6 +374,7 @@ class TestAliases:
         values = {"adapter.target_modules": "[q_proj]", "adapter.dropout": "0.5"}
         values |= {"model.dtype": "float32", "train.optim": "sgd", "adapter.r": "3"}
         values |= {"train.lr_scheduler_type": "cosine", "model.name_or_path": "x/y"}
+        values |= {"train.learning_rate": "1e-3"}
         value = values.get(key, "abc" if kind_at(parse_key(key)) in (str, str | None) else "4")
         text = f"{spelling}: {value}\n"
         if key != "model.name_or_path":
@@ -563,3 +564,23 @@ def test_loading_a_recipe_loads_no_heavy_package():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_valid_value_that_is_probably_a_mistake_is_noted(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text(
+        "model: {name_or_path: base}\n"
+        "data: {train: [{path: rows.jsonl}]}\n"
+        "train: {learning_rate: 1e4}\n"
+        f"logging: {{run_name: first-hf_{'a1' * 17}, sample_prompts: [fine, sk-{'b2' * 16}]}}\n"
+    )
+    notes = load_recipe(path).notes
+    assert [note.split()[0] for note in notes] == [
+        "train.learning_rate",
+        "logging.run_name",
+        "logging.sample_prompts[1]",
+    ]
+    assert "10000" in notes[0]
+    assert not any("hf_a1" in note or "sk-b2" in note for note in notes)
+    usual = ["train.learning_rate=1.0", "logging.run_name=first", "logging.sample_prompts=[sky]"]
+    assert load_recipe(path, usual).notes == ()

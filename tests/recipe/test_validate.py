@@ -27,8 +27,9 @@ def test_missing_inputs_are_no_fault(write):
     assert values["inputs"][0]["path"] == "some/model"
 
 
-def test_inputs_that_are_here_are_found(write, tmp_path: Path, monkeypatch):
-    model = write("{}", "model/config.json").parent
+def test_inputs_that_are_here_are_found(write, tmp_path: Path, monkeypatch, llama_dir):
+    config = (llama_dir / "config.json").read_text()
+    model = write(config, "model/config.json").parent
     write("[]", "rows.json")  # beside the recipe
     monkeypatch.chdir(write("[]", "elsewhere/other.json").parent)
     (tmp_path / "tests" / "gsm8k").mkdir(parents=True)
@@ -47,6 +48,17 @@ def test_inputs_that_are_here_are_found(write, tmp_path: Path, monkeypatch):
     }
     (model / "config.json").unlink()
     assert validate_recipe(path).inputs[0].note == "a folder without config.json"
+
+
+def test_targets_are_checked_where_the_configuration_is_here(write, llama_dir):
+    config = (llama_dir / "config.json").read_text()
+    model = write(config, "model/config.json").parent
+    path = write(f"model: {{name_or_path: {model}}}\ndata: {{train: [{{path: rows.json}}]}}\n")
+    assert "trainable parameters" in validate_recipe(path).checked[-1]
+    with pytest.raises(UserError) as caught:
+        validate_recipe(path, ["adapter.target_modules=[q_proj, nosuch]"])
+    assert caught.value.key == "adapter.target_modules"
+    assert caught.value.file == "override `adapter.target_modules=[q_proj, nosuch]`"
 
 
 def test_names_of_other_rooms_are_checked_with_their_place(write):

@@ -13,6 +13,7 @@ skipped/        rows of the steps that were skipped
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,7 +23,12 @@ from typing import Any
 from wegeft_cli.errors import UserError, disk_errors
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic, write_text_atomic
+from wegeft_cli.storage.atomic import (
+    remove_folder,
+    remove_leftover_files,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 from wegeft_cli.storage.json_files import (
     parse_object,
     read_json,
@@ -216,11 +222,12 @@ class RunDirectory:
 
         A run that failed before its first checkpoint is replaced.
         """
-        self._check_place()
+        self.check_place()
         if not self._holds_work():
             return
         status = self.status()
         resume = "" if status == "finished" else ", or resume the run with --resume auto"
+        resume += ", or replace the run with --overwrite"
         raise UserError(
             f"this folder already holds a run (status: {status or 'unknown'})",
             file=str(self.path),
@@ -228,16 +235,20 @@ class RunDirectory:
             hint=f"choose another folder, such as output_dir=runs/second{resume}",
         )
 
-    def _check_place(self) -> None:
-        """Raise UserError if the path leads through a file, or recipe.yaml is a user's own."""
-        place = self.path
-        while not place.exists() and place != place.parent:
-            place = place.parent
+    def check_place(self) -> None:
+        """Raise UserError if the directory cannot be written, or recipe.yaml is a user's own."""
+        place = _find_existing(self.path)
         if not place.is_dir():
             raise UserError(
                 f"{str(place)!r} is a file, where the run's folder should go",
                 key="output_dir",
                 hint="choose another one",
+            )
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{str(place)!r} is not writable, where the run's folder should go",
+                key="output_dir",
+                hint="choose another one, or change its permissions",
             )
         if self.recipe_path.exists() and not self.has_own_recipe():
             raise UserError(
@@ -246,6 +257,18 @@ class RunDirectory:
                 key="output_dir",
                 hint="choose another one, such as output_dir=runs/first",
             )
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and keep all others; the caller holds the lock."""
+        if not self.exists():
+            return
+        folders = (self.adapter_dir, self.checkpoints_dir, self.eval_dir, self.skipped_dir)
+        files = (self.metrics_path, self.samples_path, self.recipe_path, self.record_path)
+        for folder in filter(Path.is_dir, folders):
+            remove_folder(folder)
+        with disk_errors(self.path):
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def has_own_recipe(self) -> bool:
         """Return whether recipe.yaml was written by a run, not by a user."""
@@ -263,6 +286,24 @@ class RunDirectory:
                 return True
             unfinished = ("failed", "interrupted", "running")
             return self.record_path.exists() and self.status() not in unfinished
+
+
+def _find_existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    try:
+        while not path.exists() and path != path.parent:
+            if path.is_symlink():
+                raise UserError(
+                    f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist",
+                    key="output_dir",
+                    hint="create its target, remove the link, or choose another folder",
+                )
+            path = path.parent
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UserError(
+            f"{str(path)!r} cannot be resolved: {error}", key="output_dir", hint="check its links"
+        ) from error
+    return path
 
 
 def find_run(path: str | Path | None) -> Path:

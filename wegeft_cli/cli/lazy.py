@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
+
+_VALUES_IF_ALONE = {"--resume": "auto"}
+"""Option -> the value that it has when it is typed without one."""
 
 
 def _with_flag_defaults(parameters: list[Any]) -> list[Any]:
@@ -19,12 +23,31 @@ def _with_flag_defaults(parameters: list[Any]) -> list[Any]:
     return parameters
 
 
+def _is_flag(parameter: Any) -> bool:
+    return bool(getattr(parameter, "is_flag", False))
+
+
+def _is_no_value(word: str) -> bool:
+    """Return whether a word is another option or an override, not the value of an option."""
+    return word.startswith("-") or re.match(r"[a-z_]+(\.[\w\[\]]+)*=", word) is not None
+
+
 class Command(TyperCommand):
     """A command whose usage line shows the arguments by their metavars."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, each flag with a default."""
         return _with_flag_defaults(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words, after adding the values of `_VALUES_IF_ALONE`."""
+        takes_value = {n for each in self.params for n in each.opts if not _is_flag(each)}
+        words: list[str] = []
+        for word, following in zip(args, [*args[1:], "--"], strict=False):
+            words.append(word)
+            if word in takes_value & _VALUES_IF_ALONE.keys() and _is_no_value(following):
+                words.append(_VALUES_IF_ALONE[word])
+        return super().parse_args(ctx, words)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words after the command's name: `[OPTIONS] RECIPE [KEY=VALUE]...`."""

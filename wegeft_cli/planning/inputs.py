@@ -28,6 +28,11 @@ class Input:
     note: str
     """What it is, or what is missing; never a fault of the recipe."""
 
+    @property
+    def may_be_on_hub(self) -> bool:
+        """Whether it is missing here and may be an id on the hub."""
+        return self.note == _HUB
+
 
 def list_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
     """Yield the model, the start adapter, every data source and every benchmark folder."""

@@ -16,7 +16,7 @@ from torch import nn
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.sampler import StepPlan, build_step_plan
 from wegeft_cli.data.text.templates import check_template
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import Faults, UserError, raise_all
 from wegeft_cli.evaluation.benchmarks.base import Benchmark
 from wegeft_cli.evaluation.benchmarks.registry import load_training_benchmarks
 from wegeft_cli.inference.prompt_format import SamplePrompts, build_prompts
@@ -134,18 +134,27 @@ def check_run(
         ExceptionGroup: If there are several such faults.
     """
     recipe, task = loaded.recipe, find_task(loaded.recipe.task)
-    check_template(recipe.data.template)
-    check_learning(recipe, device)
-    missing = _Missing(loaded, files_may_be_missing)
+    missing, faults = _Missing(loaded, files_may_be_missing), Faults()
+    with faults.collected():
+        check_template(recipe.data.template)
+    with faults.collected():
+        check_learning(recipe, device)
+    checked, processor, data = None, None, None
     # The size of a new head follows from the rows. Otherwise the model comes first: it is cheaper.
-    checked = None if task.has_head else _check_model(loaded, task, None, missing, resuming)
-    processor, data = _read_rows(recipe, task, missing)
-    if checked is None:
-        head = task.assumed_head(recipe) if data is None else data.head
-        if data is None and head is not None:
-            count = len(head.labels) or 1
-            missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
-        checked = _check_model(loaded, task, head, missing, resuming)
+    if not task.has_head:
+        with faults.collected():
+            checked = _check_model(loaded, task, None, missing, resuming)
+    with faults.collected():
+        processor, data = _read_rows(recipe, task, missing)
+    if task.has_head:
+        with faults.collected():
+            head = task.assumed_head(recipe) if data is None else data.head
+            if data is None and head is not None:
+                count = len(head.labels) or 1
+                missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
+            checked = _check_model(loaded, task, head, missing, resuming)
+    faults.raise_all()
+    assert checked is not None
     task.check_model(recipe, checked.skeleton, data)
     if processor is not None:
         task.prepare_base(checked.skeleton, checked.head, processor)
@@ -161,6 +170,13 @@ def check_run(
             template = getattr(data.report, "template", "")
             checked.prompts = build_prompts(recipe, processor, loaded.path.parent, template)
     return checked
+
+
+def check_targets(loaded: LoadedRecipe) -> list[ParameterGroup]:
+    """Check the base and the targets by its configuration, and return the learned parameters."""
+    task = find_task(loaded.recipe.task)
+    head = task.assumed_head(loaded.recipe) if task.has_head else None
+    return _check_model(loaded, task, head, _Missing(loaded, True), resuming=False).groups
 
 
 def _check_model(
@@ -185,7 +201,11 @@ def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, Task
     """Read the processor and the rows; None for what may be missing and is."""
     processor = data = None
     with missing.tolerated("processor"):
-        processor = task.load_processor(recipe.model)
+        try:
+            processor = task.load_processor(recipe.model)
+        except UserError as fault:
+            # Without it no row is read, but the user learns of every missing file.
+            raise_all([fault, *missing.list_files("data.")])
     if processor is not None:
         with missing.tolerated("data."):
             data = task.load_data(missing.recipe, missing.loaded.path.parent, processor)
@@ -216,6 +236,14 @@ class _Missing:
         if base is None or not any(any(base.glob(name)) for name in _PROCESSOR_FILES):
             keys.add("processor")
         return keys
+
+    def list_files(self, section: str) -> list[UserError]:
+        """Return a fault for each file of a section that is not on this machine."""
+        return [
+            UserError(f"no file {found.path!r}", key=found.key, hint="check the path")
+            for found in list_inputs(self.loaded.recipe, self.loaded.path.parent)
+            if found.key.startswith(section) and not found.found and not found.may_be_on_hub
+        ]
 
     @contextmanager
     def tolerated(self, *concerned: str) -> Iterator[None]:

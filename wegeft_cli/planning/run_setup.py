@@ -10,7 +10,7 @@ from typing import Any
 
 from wegeft_cli.data.batches.base import BatchSource
 from wegeft_cli.distributed.processes import Processes
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import Faults, UserError
 from wegeft_cli.evaluation.benchmarks.base import Benchmark
 from wegeft_cli.inference.prompt_format import SamplePrompts
 from wegeft_cli.methods.base import ParameterGroup
@@ -78,16 +78,21 @@ def build_setup(
     """
     recipe, is_main = loaded.recipe, processes.is_main
     trackers = list_trackers(recipe.logging.report_to)
-    check_trackers(trackers)
+    faults = Faults()
+    with faults.collected():
+        check_trackers(trackers)
     quantization = name_quantization(recipe.model)
     if quantization is not None:
-        check_quantization(quantization)
-    checked = check_run(
-        loaded,
-        world_size=processes.count,
-        device=processes.device,
-        resuming=resuming,
-    )
+        with faults.collected():
+            check_quantization(quantization)
+    with faults.collected():
+        checked = check_run(
+            loaded,
+            world_size=processes.count,
+            device=processes.device,
+            resuming=resuming,
+        )
+    faults.raise_all()
     task, data, processor = checked.task, checked.data, checked.processor
     assert data is not None
     assert checked.steps is not None

@@ -64,6 +64,8 @@ def validate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Validate
     if loaded.recipe.sweep:
         checked = (*checked, _check_sweep(path, overrides))
     inputs = tuple(list_inputs(loaded.recipe, loaded.path.parent))
+    if any(found.key == "model.name_or_path" and found.found for found in inputs):
+        checked = (*checked, _check_targets(loaded))
     return ValidateReport(str(loaded.path), checked, inputs, loaded.notes)
 
 
@@ -115,6 +117,16 @@ def _check_settings(loaded: LoadedRecipe) -> Iterator[UserError]:
         for fault in group.exceptions:
             if isinstance(fault, UserError) and fault.key is not None:
                 yield _place(fault, fault.key, loaded)
+
+
+def _check_targets(loaded: LoadedRecipe) -> str:
+    """Check the base's configuration and the adapter's targets, and return what they are."""
+    from wegeft_cli.planning.preflight import attach_locations, check_targets
+
+    with attach_locations(loaded):
+        groups = check_targets(loaded)
+    num_parameters = sum(group.num_parameters for group in groups)
+    return f"the adapter fits the base: {num_parameters:,} trainable parameters"
 
 
 def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from wegeft_cli.recipe.schema_keys import (
     section_kinds,
     strip_optional,
 )
+from wegeft_cli.recipe.warnings import list_warnings
 from wegeft_cli.recipe.yaml_source import (
     Document,
     has_interpolation,
@@ -92,7 +93,7 @@ def load_recipe(
     settings = read_settings(path, overrides)
     recipe = build_recipe(settings, need_data=need_data)
     raise_all(settings.errors.faults)
-    notes = settings.errors.notes
+    notes = [*settings.errors.notes, *list_warnings(recipe)]
     if recipe.sweep:
         num_runs = count_runs(recipe.sweep)
         notes.append(f"`sweep` has {num_runs} runs for `wegeft sweep`; it is ignored here")

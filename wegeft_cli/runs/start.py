@@ -58,20 +58,29 @@ class RunState:
         return 0 if self.checkpoint is None else self.checkpoint.step
 
 
-def check_resume(run: Run, resume: str | None) -> Checkpoint | None:
+def check_resume(run: Run, resume: str | None, *, overwrite: bool = False) -> Checkpoint | None:
     """Check, before anything is read, that the run may start or resume in its directory.
 
     Args:
         resume: None starts a new run, `auto` resumes from the newest checkpoint, a path from that
             checkpoint.
+        overwrite: Whether a new run replaces one in the directory.
 
     Raises:
         UserError: If the directory holds another run, or the recipe differs from the run's.
     """
+    if run.processes.is_main:  # a later process may find what the first one has written
+        run.directory.check_place()
     if resume is None:
-        if run.processes.is_main:  # a later process may find what the first one has written
+        if run.processes.is_main and not overwrite:
             run.directory.check_unused()
         return None
+    if overwrite:
+        raise UserError(
+            "contradicts --resume: the one replaces a run, the other continues it",
+            key="--overwrite",
+            hint="use one of them",
+        )
     num_processes = run.processes.count
     check_same_recipe(run.directory, run.recipe, num_processes=num_processes)
     if resume == AUTO:
@@ -97,9 +106,16 @@ def can_resume(directory: RunDirectory, resume: str | None) -> bool:
 
 @contextmanager
 def open_run(
-    run: Run, resume: str | None, named: Checkpoint | None, setup: RunSetup
+    run: Run,
+    resume: str | None,
+    named: Checkpoint | None,
+    setup: RunSetup,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[RunState]:
     """Lock the run's directory while the body runs, and record a failure of the body in run.json.
+
+    `overwrite` removes an earlier run's files.
 
     A fault before the run starts leaves the run.json of an earlier process unchanged.
 
@@ -113,6 +129,8 @@ def open_run(
             run.reporter.note(
                 f"{directory.adapter_dir} was being replaced when a process was killed"
             )
+        if is_main and overwrite:
+            directory.clear()
         if is_main and resume is None:
             directory.check_unused()  # a run may have started and ended since `check_resume`
         state = RunState(named)

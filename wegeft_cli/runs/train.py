@@ -57,6 +57,7 @@ def train(
     *,
     resume: str | None = None,
     dry_run: bool = False,
+    overwrite: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     reporter: Reporter | None = None,
 ) -> TrainResult:
@@ -66,6 +67,8 @@ def train(
         recipe_path: A recipe file, the name of a shipped recipe, or a loaded recipe.
         overrides: `key=value` texts that win over the file.
         resume: `auto` resumes from the run's newest complete checkpoint, a path from that one.
+        overwrite: Replace an earlier run in the output folder, once all checks have passed. Its
+            adapter, checkpoints, metrics and evaluations are removed, other files are kept.
         dry_run: Make all cheap checks and stop before the weights are loaded.
         should_stop: Called after every forward pass of a step, and between the batches of a
             validation; true saves a checkpoint and returns.
@@ -87,13 +90,14 @@ def train(
     for note in loaded.notes:
         reporter.note(note)
     with attach_locations(loaded):
-        return _train(loaded, resume, dry_run, should_stop, reporter)
+        return _train(loaded, resume, dry_run, overwrite, should_stop, reporter)
 
 
 def _train(
     loaded: LoadedRecipe,
     resume: str | None,
     dry_run: bool,
+    overwrite: bool,
     should_stop: Callable[[], bool],
     reporter: Reporter,
 ) -> TrainResult:
@@ -114,14 +118,14 @@ def _train(
         processes=processes,
         reporter=reporter,
     )
-    named = check_resume(run, resume)
+    named = check_resume(run, resume, overwrite=overwrite)
     if resume is not None:
         processes.wait()  # all compare the recipe before the main process writes it
     setup = build_setup(loaded, processes, reporter, resuming=can_resume(run.directory, resume))
     check_disk(run, setup)
     if dry_run:
         return _checked_result(run, setup)
-    with open_run(run, resume, named, setup) as state:
+    with open_run(run, resume, named, setup, overwrite=overwrite) as state:
         if state.is_done:
             return _finished_result(run, setup, state)
         fingerprint = state.fingerprint or state.record.get("base_fingerprint")

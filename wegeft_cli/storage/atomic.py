@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,27 +23,45 @@ if TYPE_CHECKING:
 
 HASH_CHUNK_BYTES = 4 * 2**20
 _GIB = 2**30
+_LEFTOVER_SECONDS = 60
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path` and rename it to `path` after the body.
 
-    A link at `path` is replaced, not followed. After an error the old file is unchanged.
+    A link at `path` is replaced, not followed. After an error the old file is unchanged. Temporary
+    files that killed processes left for this path are removed.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unheld_files(path)
         temp = path.parent / f".tmp-{secrets.token_hex(4)}-{path.name}"
         try:
             with temp.open("xb") as file:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mode = os.fstat(file.fileno()).st_mode & 0o777
-            yield temp
-            _settle(temp, mode)
-            temp.rename(path)
+                yield temp
+                _settle(temp, mode)
+                temp.rename(path)
             _sync(path.parent)
         except BaseException:
             temp.unlink(missing_ok=True)
             raise
+
+
+def _remove_unheld_files(path: Path) -> None:
+    """Remove the temporary files for a path that no process holds, except very new ones.
+
+    A process locks its file just after it has created it.
+    """
+    newest = time.time() - _LEFTOVER_SECONDS
+    for temp in path.parent.glob(f".tmp-{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
+        with suppress(OSError), temp.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_mtime < newest:
+                temp.unlink()
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

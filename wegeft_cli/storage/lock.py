@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,8 +28,10 @@ def lock_folder(path: Path) -> Iterator[None]:
     lock_path = path / LOCK_NAME
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError("is not a regular file", file=str(lock_path), hint="remove it")
         _take_lock(descriptor, lock_path)
         try:
             yield

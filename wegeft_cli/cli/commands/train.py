@@ -32,13 +32,21 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|PATH",
-            help="Resume from the newest complete checkpoint of the run (auto), or from this "
-            "checkpoint. Default: start a new run.",
+            help="Resume from the newest complete checkpoint of the run (auto, or no value) "
+            "or from this checkpoint. Default: start a new run.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Run all checks and stop before the weights are loaded."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an earlier run in the output folder, with its checkpoints, adapter and "
+            "evaluations. Default: refuse a folder that holds a run.",
+        ),
     ] = False,
     num_processes: Annotated[
         int | None,
@@ -100,7 +108,7 @@ def train(
     if push is not None:
         push.check()
     if num_restarts() > 0:
-        resume = resume or "auto"
+        resume, overwrite = resume or "auto", False
 
     def announce_stop() -> None:
         note("stopping: saving after the current pass (Ctrl-C again exits at once)")
@@ -113,6 +121,7 @@ def train(
             overrides or [],
             resume=resume,
             dry_run=dry_run,
+            overwrite=overwrite,
             should_stop=should_stop,
             reporter=RichReporter(),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
-from wegeft_cli.cli.console import note, print_json, show
+from wegeft_cli.cli.console import count, note, print_json, show
 
 
 def validate(
@@ -20,7 +20,9 @@ def validate(
     if as_json:
         print_json(report.to_json())
         return
-    show(f"[green]valid[/] {escape(report.recipe)}", highlight=False, soft_wrap=True)
+    num_missing = sum(not item.found for item in report.inputs)
+    missing = f"; {count(num_missing, 'input')} not on this machine" if num_missing else ""
+    show(f"[green]valid[/] {escape(report.recipe)}{missing}", highlight=False, soft_wrap=True)
     for text in report.checked:
         show(f"  {escape(text)}", highlight=False, soft_wrap=True)
     for item in report.inputs:
