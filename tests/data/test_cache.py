@@ -23,6 +23,7 @@ from wegeft_cli.data.text import chat_template as chat
 from wegeft_cli.data.text import dataset as parts
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.encode import EncodedDataset
+from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.recipe.schema import DataSection, DataSource
 from wegeft_cli.storage.atomic import hold_folder
 
@@ -218,7 +219,7 @@ def test_every_named_chat_template_is_an_ingredient(
     digests = set()
     for mark in ("<A>", "<B>"):
         chat_tokenizer.chat_template = {"default": plain, "tool_use": mark + plain}
-        digests.add(chat.build_template("chat", chat_tokenizer, None).digest)
+        digests.add(chat.build_template(TemplateSettings("chat"), chat_tokenizer, None).digest)
         data = prepare(section, chat_tokenizer)
         assert data.report.num_from_cache == 0
         assert chat_tokenizer.decode(data.train.row(0)[0].tolist()).startswith(mark)
@@ -226,7 +227,7 @@ def test_every_named_chat_template_is_an_ingredient(
     assert len(digests) == 2
     dated = "{{ strftime_now('%Y') }}" + plain
     chat_tokenizer.chat_template = {"default": plain, "tool_use": dated}
-    assert chat.build_template("chat", chat_tokenizer, None).writes_date
+    assert chat.build_template(TemplateSettings("chat"), chat_tokenizer, None).writes_date
 
 
 def test_a_template_that_writes_the_day_is_not_kept_for_the_next_one(
@@ -237,7 +238,7 @@ def test_a_template_that_writes_the_day_is_not_kept_for_the_next_one(
     chat_tokenizer.chat_template = (
         "{{ strftime_now('%Y') }}\n" + chat_tokenizer.chat_template.replace("\n", "")
     )
-    assert chat.build_template("chat", chat_tokenizer, None).writes_date
+    assert chat.build_template(TemplateSettings("chat"), chat_tokenizer, None).writes_date
     data = prepare(talk_section, chat_tokenizer)
     assert "writes today's date" in data.report.warnings[0]
     again = prepare(talk_section, chat_tokenizer).report

@@ -185,7 +185,7 @@ def test_a_template_that_drops_the_answer_is_a_fault() -> None:
         )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_a_fault_where_it_matters() -> None:
+def test_a_template_that_rewrites_earlier_turns_gets_a_sequence_for_each_answer() -> None:
     def forgets_thoughts(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         return chatml(
             [
@@ -200,8 +200,10 @@ def test_a_template_that_rewrites_earlier_turns_is_a_fault_where_it_matters() ->
         row, template="chat", loss_on="completion", apply_chat_template=forgets_thoughts
     )
     assert trained(kept) == ["hm d<|end|>"]
-    with pytest.raises(UserError, match="writes turn 2 otherwise"):
-        render_row(row, template="chat", loss_on="assistant", apply_chat_template=forgets_thoughts)
+    both = render_row(
+        row, template="chat", loss_on="assistant", apply_chat_template=forgets_thoughts
+    )
+    assert [trained(each) for each in (*both.earlier, both)] == [["hm b<|end|>"], ["hm d<|end|>"]]
 
 
 @pytest.mark.parametrize(

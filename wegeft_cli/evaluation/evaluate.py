@@ -244,6 +244,7 @@ def _cache_key(opened: LoadedModel, prints: Mapping[str, Any]) -> dict[str, Any]
         # Files beside the weights define these two.
         "ends": stop_token_ids(opened.model, opened.tokenizer, Decoding(1)),
         "chat_template": getattr(opened.tokenizer, "chat_template", None),
+        "chat_options": opened.chat_settings.describe_options(),
     }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
+from wegeft_cli.data.text.template_settings import CHAT, TemplateSettings, read_settings
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.registry import load_onto, method_of
 from wegeft_cli.recipe.load import load_recipe
@@ -92,6 +93,11 @@ class LoadedModel(_Classified):
     def tokenizer(self) -> Any:
         """The tokenizer of a language model."""
         return self.processor
+
+    @property
+    def chat_settings(self) -> TemplateSettings:
+        """The model's own chat template with the options that it was trained with."""
+        return TemplateSettings(CHAT) if self.recipe is None else read_settings(self.recipe.data)
 
     @property
     def kind(self) -> str:

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
-from wegeft_cli.data.sources.messages import check_text, read_conversation, read_tools
+from wegeft_cli.data.sources.messages import (
+    check_text,
+    read_arguments,
+    read_conversation,
+    read_tools,
+)
 from wegeft_cli.data.text.chat_rendering import Message
 from wegeft_cli.data.text.chat_template import Template, build_template, find_turn_ends
-from wegeft_cli.data.text.templates import AUTO, CHAT, TEMPLATES, PairTemplate, check_template
+from wegeft_cli.data.text.template_settings import AUTO, CHAT, TemplateSettings, read_settings
+from wegeft_cli.data.text.templates import TEMPLATES, PairTemplate, check_template
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
 
@@ -53,8 +59,8 @@ class PromptForm:
         messages = list(question.get("messages") or [_as_message(question)])
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        tools = {"tools": question["tools"]} if question.get("tools") else {}
-        return str(apply(messages, True, **tools))
+        tools, arguments = question.get("tools"), question.get("chat_template_kwargs")
+        return apply(messages, True, tools=tools or None, arguments=arguments)
 
     def find_turn_ends(self, tokenizer: Any) -> list[int]:
         """Return the tokens that end a turn; none without conversations."""
@@ -98,16 +104,26 @@ def choose_form(
     if name is not None and name != AUTO:
         try:
             check_template(name)
-            return PromptForm(build_template(name, tokenizer, None), "--template")
+            return PromptForm(
+                build_template(_with_options(name, recipe), tokenizer, None), "--template"
+            )
         except UserError as fault:
             fault.key = "--template"
             raise
     trained = _find_trained(target, recipe)
     if trained is not None and (trained != CHAT or tokenizer.chat_template):
-        return PromptForm(build_template(trained, tokenizer, None), "as in training")
+        template = build_template(_with_options(trained, recipe), tokenizer, None)
+        return PromptForm(template, "as in training")
     if tokenizer.chat_template:
-        return PromptForm(build_template(CHAT, tokenizer, None), "the tokenizer's")
-    return PromptForm(build_template("plain", tokenizer, None), "there is no chat template")
+        template = build_template(_with_options(CHAT, recipe), tokenizer, None)
+        return PromptForm(template, "the tokenizer's")
+    plain = build_template(TemplateSettings("plain"), tokenizer, None)
+    return PromptForm(plain, "there is no chat template")
+
+
+def _with_options(name: str, recipe: Recipe | None) -> TemplateSettings:
+    """Return the settings of a template with the options of a run's training."""
+    return TemplateSettings(name) if recipe is None else read_settings(recipe.data, name)
 
 
 def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +139,13 @@ def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
             messages = messages[:-1]
         if not messages:
             raise UserError(f"`{talks[0]}` asks nothing: it holds an answer alone")
-        tools = read_tools("tools", row["tools"]) if row.get("tools") else []
-        return {"messages": messages, **({"tools": tools} if tools else {})}
+        question: dict[str, Any] = {"messages": messages}
+        if row.get("tools") and (tools := read_tools("tools", row["tools"])):
+            question["tools"] = tools
+        if row.get("chat_template_kwargs"):
+            column = "chat_template_kwargs"
+            question[column] = read_arguments(column, row[column])
+        return question
     name = next((name for name in _ASKS if row.get(name) is not None), None)
     if name is None:
         raise UserError(
@@ -195,14 +216,17 @@ def render_chat_prompts(
     *,
     protocol: str,
     other: str,
+    settings: TemplateSettings | None = None,
 ) -> RenderedPrompts:
     """Render conversations with the model's chat template, up to the answer.
+
+    `settings` give the options of the template, whose name is `chat`.
 
     Raises:
         UserError: If there is no chat template, or it rejects a conversation.
     """
     try:
-        chat = build_template(CHAT, tokenizer, None)
+        chat = build_template(settings or TemplateSettings(CHAT), tokenizer, None)
     except UserError as fault:
         raise UserError(
             fault.message,
@@ -219,11 +243,18 @@ def render_chat_prompts(
 
 
 def render_user_prompts(
-    tokenizer: Any, texts: Mapping[int, str], *, protocol: str, other: str
+    tokenizer: Any,
+    texts: Mapping[int, str],
+    *,
+    protocol: str,
+    other: str,
+    settings: TemplateSettings | None = None,
 ) -> RenderedPrompts:
     """Render single user messages; see `render_chat_prompts`."""
     conversations = {n: [{"role": "user", "content": text}] for n, text in texts.items()}
-    return render_chat_prompts(tokenizer, conversations, protocol=protocol, other=other)
+    return render_chat_prompts(
+        tokenizer, conversations, protocol=protocol, other=other, settings=settings
+    )
 
 
 _MAX_NEW_TOKENS = 128
@@ -265,7 +296,7 @@ def build_prompts(
     name = recipe.data.template
     if name == AUTO:
         name = data_templates.split(", ")[0]
-    template = build_template(name, tokenizer, recipe_dir)
+    template = build_template(read_settings(recipe.data, name), tokenizer, recipe_dir)
     pair = TEMPLATES.get(name)
     texts = []
     for position, prompt in enumerate(prompts):

@@ -55,6 +55,7 @@ RowFormat: TypeAlias = Literal[
     "auto", "instruction", "prompt_completion", "messages", "conversations", "text", "metamath",
     "codefeedback", "wizardlm",
 ]  # fmt: skip
+SystemTurn: TypeAlias = Literal["template", "merge"]
 LossOn: TypeAlias = Literal["completion", "assistant", "all"]
 Packing: TypeAlias = Literal["none", "bfd"]
 ProblemType: TypeAlias = Literal["single_label_classification", "regression"]
@@ -212,6 +213,12 @@ class DataSection:
     template: str = "auto"
     """auto (Alpaca form for instruction rows, the chat template for messages, no template for
     prompt/completion), a template's name, or the path of a Jinja file."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}, in training and whenever the
+    adapter is prompted. A row's column of this name takes precedence."""
+    system_turn: SystemTurn = "template"
+    """template (the chat template writes a system turn), merge (its text goes before that of the
+    first user turn, for templates that refuse a system turn)."""
     loss_on: LossOn = "completion"
     """Tokens that carry the loss: completion, assistant (every assistant turn), all."""
     max_length: Count = 512

@@ -10,6 +10,7 @@ from typing import Any
 from wegeft_cli.data.sources.messages import (
     check_text,
     join_conversations,
+    read_arguments,
     read_conversation,
     read_tools,
 )
@@ -80,14 +81,20 @@ def _is_helpful(row: Mapping[str, str]) -> bool:
     return "sorry" not in output and "as an ai" not in output
 
 
+_CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+
 FORMATS: dict[str, RowFormat] = {
     # In the order of detection.
-    "messages": RowFormat(("messages",), "chat", ("tools",)),
+    "messages": RowFormat(("messages",), "chat", _CHAT_OPTIONS),
     "conversations": RowFormat(
-        ("conversations",), "chat", ("system", "tools"), others=(("conversations", "conversation"),)
+        ("conversations",),
+        "chat",
+        ("system", *_CHAT_OPTIONS),
+        others=(("conversations", "conversation"),),
     ),
     "instruction": RowFormat(("instruction", "output"), "alpaca", ("input",)),
-    "prompt_completion": RowFormat(("prompt", "completion"), "plain"),
+    # The options are those of conversations.
+    "prompt_completion": RowFormat(("prompt", "completion"), "plain", _CHAT_OPTIONS),
     "text": RowFormat(("text",), "plain"),
     # The filters and sizes of the LoRA-GA code base, whose loaders do not shuffle.
     "metamath": RowFormat(
@@ -187,7 +194,11 @@ def read_row(
             raise UserError(f"no `{column}`; the row has {', '.join(row) or 'no fields'}")
     if row_format.template == "chat" or isinstance(given.get("prompt", ("", ""))[1], list):
         return _read_talk(given)
-    fields = {name: check_text(column, value) for name, (column, value) in given.items()}
+    fields = {
+        name: check_text(column, value)
+        for name, (column, value) in given.items()
+        if name not in _CHAT_OPTIONS
+    }
     corpus = row_format.corpus
     if corpus is None:
         return fields
@@ -198,14 +209,17 @@ def read_row(
 
 def _read_talk(given: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     if "prompt" in given:
-        return join_conversations(given["prompt"][1], given["completion"][1])
-    name = "messages" if "messages" in given else "conversations"
-    talk = read_conversation(*given[name])
+        talk = join_conversations(given["prompt"][1], given["completion"][1])
+    else:
+        talk = read_conversation(*given["messages" if "messages" in given else "conversations"])
     if "system" in given:
         system = check_text(*given["system"])
         if system.strip() and talk["messages"][0]["role"] != "system":
             talk["messages"].insert(0, {"role": "system", "content": system})
             if "learned" in talk:
                 talk["learned"].insert(0, None)
-    tools = read_tools(*given["tools"]) if "tools" in given else []
-    return {**talk, "tools": tools} if tools else talk
+    if "tools" in given and (tools := read_tools(*given["tools"])):
+        talk["tools"] = tools
+    if "chat_template_kwargs" in given:
+        talk["chat_template_kwargs"] = read_arguments(*given["chat_template_kwargs"])
+    return talk

@@ -28,6 +28,16 @@ ROLES = {
 }
 """Who speaks, by the names that files use -> by the name that chat templates know."""
 
+RESERVED_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt", "chat_template", "continue_final_message", "conversation",
+        "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict",
+        "return_tensors", "sanitize_control_tokens", "self", "tokenize", "tokenizer_kwargs",
+        "tools", "truncation",
+    }
+)  # fmt: skip
+"""Names that variables of a chat template cannot have."""
+
 _FLAGS = ("train", "weight")  # axolotl's and OpenAI's word for "learn this turn, or not"
 
 
@@ -116,6 +126,29 @@ def read_tools(column: str, value: Any) -> list[Any]:
     if not isinstance(tools, list):
         raise UserError(f"`{column}` must be a list of tools, got {value!r:.60}")
     return tools
+
+
+def read_arguments(column: str, value: Any) -> dict[str, Any]:
+    """Parse the variables of a chat template: an object, or the JSON text of one."""
+    arguments = value
+    if isinstance(value, str):
+        try:
+            arguments = json.loads(value) if value.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"`{column}` is not JSON: {error}") from error
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise UserError(f"`{column}` must be an object of template variables, got {value!r:.60}")
+    # Tables fill absent keys with null, which templates take for present.
+    given = {name: part for name, part in arguments.items() if part is not None}
+    check_arguments(column, given)
+    return given
+
+
+def check_arguments(subject: str, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError if a template variable has the name of one that every rendering sets."""
+    taken = sorted(RESERVED_ARGUMENTS.intersection(arguments))
+    if taken:
+        raise UserError(f"`{subject}` cannot set {taken[0]!r}, which every rendering sets itself")
 
 
 def _read_flag(message: dict[str, Any], place: str) -> bool | None:

@@ -28,7 +28,7 @@ from wegeft_cli.storage.atomic import (
     remove_leftovers,
 )
 
-_ARRAYS = ("ids", "label_mask", "offsets")
+_ARRAYS = ("ids", "label_mask", "offsets", "continues")
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
 
 
@@ -72,6 +72,7 @@ def build_key(
         "limit": source.limit,
         "group": group,
         "template": section.template,
+        "template_options": [section.chat_template_kwargs, section.system_turn],
         "chat": chat and chat.text,
         "day": date.today().isoformat() if chat and chat.writes_date else None,
         "loss_on": section.loss_on,
@@ -93,7 +94,8 @@ def read_entry(folder: Path, key: str) -> CacheEntry | None:
         content = sealed["content"]
         if sealed["sha256"] != _digest(json.dumps(content, sort_keys=True)):
             raise DamagedEntryError("entry.json is not what was written")
-        arrays = {name: _read_array(entry, name, content["files"][name]) for name in _ARRAYS}
+        files = content["files"]
+        arrays = {name: _read_array(entry, name, files[name]) for name in _ARRAYS if name in files}
     except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         raise DamagedEntryError(str(error)) from error
     return CacheEntry(EncodedDataset(**arrays), content["facts"])
@@ -115,7 +117,10 @@ def write_entry(folder: Path, key: str, dataset: EncodedDataset, facts: Mapping[
         with atomic_folder(folder / key) as entry:
             files = {}
             for name in _ARRAYS:
-                np.save(entry / f"{name}.npy", getattr(dataset, name), allow_pickle=False)
+                array = getattr(dataset, name)
+                if array is None:
+                    continue
+                np.save(entry / f"{name}.npy", array, allow_pickle=False)
                 files[name] = hash_bytes(entry / f"{name}.npy")
             content = {"files": files, "facts": dict(facts)}
             sealed = {"sha256": _digest(json.dumps(content, sort_keys=True)), "content": content}

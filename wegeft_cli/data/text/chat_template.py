@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wegeft_cli.data.sources.messages import check_arguments
 from wegeft_cli.data.sources.paths import find_local
-from wegeft_cli.data.text.chat_rendering import ApplyChatTemplate
-from wegeft_cli.data.text.templates import CHAT, is_template_file, template_hash
+from wegeft_cli.data.text.chat_renderer import ChatRenderer
+from wegeft_cli.data.text.template_settings import CHAT, TemplateSettings
+from wegeft_cli.data.text.templates import is_template_file, template_hash
 from wegeft_cli.errors import UserError
 
 _MARK = "answer"
@@ -19,16 +20,21 @@ class Template(NamedTuple):
     """A template with its renderer.
 
     Args:
-        name: The name in the recipe.
+        settings: Its name in the recipe and the arguments of a chat template.
         digest: Its fingerprint.
         apply: The renderer of a chat template, else None.
         text: The Jinja text of a chat template; several named ones are JSON.
     """
 
-    name: str
+    settings: TemplateSettings
     digest: str
-    apply: ApplyChatTemplate | None
+    apply: ChatRenderer | None
     text: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in the recipe."""
+        return self.settings.name
 
     @property
     def writes_date(self) -> bool:
@@ -36,16 +42,16 @@ class Template(NamedTuple):
         return self.text is not None and "strftime_now" in self.text
 
 
-def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Template:
+def build_template(settings: TemplateSettings, tokenizer: Any, recipe_dir: Path | None) -> Template:
     """Return the template of a name out of `TEMPLATES`, or of the path of a Jinja file.
 
     The tokenizer renders conversations in transformers' sandboxed Jinja.
     """
     text = None
-    if is_template_file(name):
-        text = _read_template(name, recipe_dir)
-    elif name != CHAT:
-        return Template(name, template_hash(name), None)
+    if is_template_file(settings.name):
+        text = _read_template(settings.name, recipe_dir)
+    elif settings.name != CHAT:
+        return Template(settings, template_hash(settings.name), None)
     elif not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",
@@ -56,7 +62,13 @@ def build_template(name: str, tokenizer: Any, recipe_dir: Path | None) -> Templa
     if not isinstance(shown, str):
         # Of named templates each row takes its own: those with tools `tool_use`.
         shown = json.dumps(shown, sort_keys=True)
-    return Template(name, template_hash(shown), _build_chat_renderer(tokenizer, text, name), shown)
+    try:
+        check_arguments("data.chat_template_kwargs", settings.arguments)
+    except UserError as fault:
+        fault.key = "data.chat_template_kwargs"
+        raise
+    digest = template_hash(shown + settings.describe_options())
+    return Template(settings, digest, ChatRenderer(tokenizer, text, settings), shown)
 
 
 def find_turn_ends(template: Template, tokenizer: Any) -> list[int]:
@@ -87,41 +99,3 @@ def _read_template(name: str, recipe_dir: Path | None) -> str:
         raise UserError(
             f"the template cannot be read: {error}", file=str(file), key="data.template"
         ) from error
-
-
-def _build_chat_renderer(tokenizer: Any, text: str | None, name: str) -> ApplyChatTemplate:
-    import jinja2
-
-    def apply(
-        messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
-    ) -> str:
-        try:
-            template = tokenizer.get_chat_template(text, tools)
-        except ValueError as error:
-            names = ", ".join(sorted(tokenizer.chat_template))
-            raise UserError(
-                f"of the tokenizer's chat templates ({names}) none is for a conversation "
-                f"{'with' if tools else 'without'} tools: there is no `default`",
-                key="data.template",
-                hint="write one as data.template: my.jinja",
-            ) from error
-        try:
-            rendered: str = tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"the chat template is not Jinja: {error.message}",
-                file=f"{name}:{error.lineno}",
-                key="data.template",
-            ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            # What a template finds wrong with a conversation, or stumbles over.
-            raise UserError(f"the chat template refuses the conversation: {error}") from error
-        return rendered
-
-    return apply

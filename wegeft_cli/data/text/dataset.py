@@ -38,7 +38,8 @@ from wegeft_cli.data.text.statistics import (
     list_reasons,
 )
 from wegeft_cli.data.text.streaming import RowStream, open_source
-from wegeft_cli.data.text.templates import AUTO, CHAT, check_template, is_template_file
+from wegeft_cli.data.text.template_settings import AUTO, CHAT, read_settings
+from wegeft_cli.data.text.templates import check_template, is_template_file
 from wegeft_cli.data.text.tokenizer import Encoder, build_encoder
 from wegeft_cli.errors import UserError, add_key, raise_all
 from wegeft_cli.recipe.schema import DataSection, DataSource
@@ -153,7 +154,7 @@ def _encode_stream_head(
         np.concatenate([mask for _, mask in rows]),
         np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
     )
-    return EncodedSource(dataset, replace(opened.report(), notes=date_warning(opened.renderer)))
+    return EncodedSource(dataset, replace(opened.report(), notes=opened.renderer.list_notes()))
 
 
 def _split_off(
@@ -170,7 +171,7 @@ def _split_off(
             key="data.validation_fraction",
             hint="raise it, or set it to 0",
         )
-    start = len(dataset) - held_out
+    start = dataset.find_row_start(len(dataset) - held_out)
     return dataset.take(0, start), dataset.take(start, len(dataset))
 
 
@@ -318,10 +319,11 @@ def _find_chat_template(inputs: SourceInputs) -> Template | None:
     """Return the template for the source's conversations, if it can have any."""
     name = inputs.section.template
     if name in (AUTO, CHAT) and inputs.tokenizer.chat_template:
-        return build_template(CHAT, inputs.tokenizer, inputs.recipe_dir)
-    if is_template_file(name):
-        return build_template(name, inputs.tokenizer, inputs.recipe_dir)
-    return None
+        name = CHAT
+    elif not is_template_file(name):
+        return None
+    settings = read_settings(inputs.section, name)
+    return build_template(settings, inputs.tokenizer, inputs.recipe_dir)
 
 
 def _encode_source(inputs: SourceInputs, source: DataSource, group: str) -> EncodedSource:
@@ -348,7 +350,7 @@ def _encode_source(inputs: SourceInputs, source: DataSource, group: str) -> Enco
         length_below=renderer.length_below,
         window=window,
     )
-    num_used = len(dataset) + encoded.num_dropped
+    num_used = len(dataset) + encoded.num_dropped - encoded.num_earlier
     report = SourceStatistics(
         source,
         (renderer.template.name, renderer.template.digest),
@@ -356,7 +358,7 @@ def _encode_source(inputs: SourceInputs, source: DataSource, group: str) -> Enco
         num_rows=len(rows.rows),
         sha256=rows.sha256,
         num_filtered=len(rows.rows) - num_used if corpus else 0,
-        notes=date_warning(renderer),
+        notes=renderer.list_notes(),
         places={
             fate: rows.place(fields[position][0])
             for fate, position in encoded.first_dropped.items()
@@ -365,16 +367,6 @@ def _encode_source(inputs: SourceInputs, source: DataSource, group: str) -> Enco
     if not len(dataset):
         raise UserError(_nothing_left_message(report, section), file=rows.origin)
     return EncodedSource(dataset, report)
-
-
-def date_warning(renderer: RowRenderer) -> tuple[str, ...]:
-    """Return a warning if the template writes today's date."""
-    if not (renderer.is_conversation and renderer.template.writes_date):
-        return ()
-    return (
-        "the chat template writes today's date into every row, so a run on another day, a resumed "
-        "one too, learns from other rows",
-    )
 
 
 def _nothing_left_message(report: SourceStatistics, section: DataSection) -> str:

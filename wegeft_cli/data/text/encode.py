@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -34,11 +35,14 @@ class EncodedDataset:
         label_mask: Whether a token is learned, bool `[total]`; never a row's first token, which
             nothing before it predicts.
         offsets: Start of each row, int64 `[n + 1]`; the last is the total.
+        continues: Whether a row and the next one are from the same conversation, bool `[n]`; None
+            if no rows are.
     """
 
     ids: np.ndarray
     label_mask: np.ndarray
     offsets: np.ndarray
+    continues: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -66,11 +70,18 @@ class EncodedDataset:
         # No row is empty; and no array of one number per token is built, as a running sum would be.
         return np.add.reduceat(self.label_mask, self.offsets[:-1], dtype=np.int64)
 
+    def find_row_start(self, index: int) -> int:
+        """Return the first sequence of the conversation that the sequence `index` is from."""
+        while self.continues is not None and 0 < index < len(self) and self.continues[index - 1]:
+            index -= 1
+        return index
+
     def take(self, start: int, stop: int) -> EncodedDataset:
         """Return the rows from `start` up to but without `stop`."""
         begin, end = self.offsets[start], self.offsets[stop]
         offsets = self.offsets[start : stop + 1] - begin
-        return EncodedDataset(self.ids[begin:end], self.label_mask[begin:end], offsets)
+        continues = None if self.continues is None else self.continues[start:stop]
+        return EncodedDataset(self.ids[begin:end], self.label_mask[begin:end], offsets, continues)
 
 
 def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
@@ -78,10 +89,19 @@ def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
     if len(datasets) == 1:
         return datasets[0]  # it may be memory-mapped and larger than memory
     lengths = np.concatenate([dataset.lengths for dataset in datasets])
+    continues = None
+    if any(dataset.continues is not None for dataset in datasets):
+        continues = np.concatenate(
+            [
+                np.zeros(len(each), np.bool_) if each.continues is None else each.continues
+                for each in datasets
+            ]
+        )
     return EncodedDataset(
         np.concatenate([dataset.ids for dataset in datasets]),
         np.concatenate([dataset.label_mask for dataset in datasets]),
         np.concatenate([[0], np.cumsum(lengths)]),
+        continues,
     )
 
 
@@ -99,6 +119,8 @@ class EncodeStatistics:
             completion.
         longest: Tokens of the longest row before truncation.
         num_overlong: Rows of which only the beginning was tokenized; `longest` counts that.
+        num_earlier: Sequences of earlier answers, beyond one for each row.
+        num_earlier_tokens: Tokens of these sequences that are kept.
         first_dropped: The first row for each drop reason, counted from 0.
     """
 
@@ -110,6 +132,8 @@ class EncodeStatistics:
     num_boundary_merged: int = 0
     longest: int = 0
     num_overlong: int = 0
+    num_earlier: int = 0
+    num_earlier_tokens: int = 0
     first_dropped: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -131,6 +155,8 @@ class EncodeStatistics:
             self.num_boundary_merged + (row.is_kept and row.is_merged),
             max(self.longest, row.num_tokens),
             self.num_overlong + row.is_overlong,
+            self.num_earlier + row.is_earlier,
+            self.num_earlier_tokens + (len(row.ids) if row.is_earlier else 0),
             first,
         )
 
@@ -147,6 +173,7 @@ class EncodedRow(NamedTuple):
         is_overlong: Whether only its beginning was tokenized.
         is_truncated: Whether it was truncated.
         is_merged: Whether a token holds characters of the prompt and of the completion.
+        is_earlier: Whether another sequence of the same row follows.
     """
 
     fate: str
@@ -156,6 +183,7 @@ class EncodedRow(NamedTuple):
     is_overlong: bool = False
     is_truncated: bool = False
     is_merged: bool = False
+    is_earlier: bool = False
 
     @property
     def is_kept(self) -> bool:
@@ -177,7 +205,23 @@ def encode_each(
     piece of the answer unlearned). Of a very long text only the part with the first `max_length`
     tokens is tokenized, so a row of many megabytes costs neither the time nor the memory of its
     tokens. `length_below` excludes rows of this number of tokens or more (EOS not counted).
+
+    A row with sequences of earlier answers yields these first.
     """
+    flags: deque[bool] = deque()
+
+    def flatten() -> Iterator[RenderedText]:
+        for row in rendered:
+            flags.extend([True] * len(row.earlier) + [False])
+            yield from (*row.earlier, row)
+
+    for encoded in _encode_texts(flatten(), encoder, max_length, length_below):
+        yield encoded._replace(is_earlier=flags.popleft())
+
+
+def _encode_texts(
+    rendered: Iterable[RenderedText], encoder: Encoder, max_length: int, length_below: int | None
+) -> Iterator[EncodedRow]:
     num_needed = max(max_length, length_below or 0)
     for row, is_cut, tokens in _encode_chunks(rendered, encoder, num_needed):
         if row.add_special_tokens and tokens.ids[:2] == [encoder.bos, encoder.bos]:
@@ -228,24 +272,35 @@ def encode_rows(
     report = EncodeStatistics()
     num_passed = 0
     rows = encode_each(rendered, encoder=encoder, max_length=max_length, length_below=length_below)
-    for position, row in enumerate(rows):
+    position = 0
+    positions: list[int] = []
+    for row in rows:
+        here, position = position, position + (not row.is_earlier)
         if window is not None and row.fate != "too_long":
             num_passed += 1
             if num_passed > window[1]:
                 break
             if num_passed <= window[0]:
                 continue
-        report = report.add(row, position)
+        report = report.add(row, here)
         if row.is_kept:
             ids.extend(row.ids)
             label_mask += row.label_mask
             lengths.append(len(row.ids))
+            positions.append(here)
     dataset = EncodedDataset(
         np.array(ids, dtype=np.int32),
         np.frombuffer(label_mask, dtype=np.bool_),
         np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        _find_continued(positions),
     )
     return dataset, report
+
+
+def _find_continued(positions: Sequence[int]) -> np.ndarray | None:
+    """Return whether each sequence and the next one are from the same row; None if none are."""
+    same = np.diff(np.array(positions, dtype=np.int64), append=-1) == 0
+    return same if same.any() else None
 
 
 def _encode_chunks(

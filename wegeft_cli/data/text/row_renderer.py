@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.sources.formats import FORMATS, RowFormat, find_format, read_row
 from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.chat_template import Template, build_template
-from wegeft_cli.data.text.templates import AUTO, CHAT, render_row
+from wegeft_cli.data.text.template_settings import AUTO, CHAT, read_settings
+from wegeft_cli.data.text.templates import render_row
 from wegeft_cli.data.text.tokenizer import Encoder
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, DataSource
@@ -26,6 +28,8 @@ class RowRenderer:
         template: The template.
         is_conversation: Whether rows are conversations.
         loss_on: Which part of the text is learned.
+        added_blocks: Empty blocks that the template adds to learned answers -> number of rows.
+        unseen: Fields that the template does not show -> number of rows.
     """
 
     row_format: RowFormat
@@ -33,6 +37,8 @@ class RowRenderer:
     template: Template
     is_conversation: bool
     loss_on: str
+    added_blocks: Counter[str] = field(default_factory=Counter)
+    unseen: Counter[str] = field(default_factory=Counter)
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Check a row and return its fields, or None if a named corpus excludes it."""
@@ -62,13 +68,55 @@ class RowRenderer:
 
         Raise UserError if the template does not fit, with `key` if the error concerns all rows.
         """
-        return render_row(
+        rendered = render_row(
             fields,
             template=self.template.name,
             loss_on=self.loss_on,
             apply_chat_template=self.template.apply,
             max_characters=max_characters,
         )
+        for text in (*rendered.earlier, rendered):
+            if text.added_block is not None:
+                self.added_blocks[text.added_block] += 1
+                break
+        self.unseen.update(self._find_unseen(fields))
+        return rendered
+
+    def _find_unseen(self, fields: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the fields of a conversation for which the chat template has no place."""
+        tools = fields.get("tools")
+        apply = self.template.apply
+        if apply is None or "messages" not in fields:
+            return
+        if tools and not apply.tool_form(tools).shows_tools:
+            yield "tools"
+        has_calls = any(message.get("tool_calls") for message in fields["messages"])
+        if has_calls and not apply.tool_form(tools).shows_calls:
+            yield "tool_calls"
+
+    def list_notes(self) -> tuple[str, ...]:
+        """Return sentences about the rows rendered so far."""
+        return tuple(self._list_notes())
+
+    def _list_notes(self) -> Iterator[str]:
+        if self.is_conversation and self.template.writes_date:
+            yield (
+                "the chat template writes today's date into every row, so a run on another day, a "
+                "resumed one too, learns from other rows"
+            )
+        for block, count in self.added_blocks.items():
+            yield (
+                f"the chat template writes an empty {block} into the learned answers of {count} "
+                "rows that contain none, so the model learns to write it; set "
+                "data.chat_template_kwargs (of Qwen3: {enable_thinking: false}) to make it a part "
+                "of the prompt"
+            )
+        for name, count in self.unseen.items():
+            yield f"the chat template does not show the `{name}` of {count} rows"
+        if self.template.apply is not None:
+            for form in sorted(self.template.apply.converted_arguments):
+                kind = {"object": "objects", "text": "JSON text"}[form]
+                yield f"the arguments of tool calls are given to the chat template as {kind}"
 
 
 def build_renderer(
@@ -89,5 +137,5 @@ def build_renderer(
     name = section.template
     if name == AUTO:
         name = CHAT if is_conversation else row_format.template
-    template = build_template(name, tokenizer, recipe_dir)
+    template = build_template(read_settings(section, name), tokenizer, recipe_dir)
     return RowRenderer(row_format, columns, template, is_conversation, section.loss_on)

@@ -163,6 +163,12 @@ def _source_warnings(part: SourceStatistics, max_length: int) -> Iterator[str]:
     head = f"{part.source.path}: "
     total = f"{'the first ' if part.streaming else ''}{part.num_rows} rows"
     yield from (f"{head}{note}" for note in part.notes)
+    if report.num_earlier:
+        yield (
+            f"{head}{total} became {part.num_rows + report.num_earlier} training sequences, "
+            "because the chat template writes an earlier answer differently once later turns "
+            f"follow; this adds {report.num_earlier_tokens} tokens"
+        )
     if report.num_truncated:
         more = "more than " if report.num_overlong else ""
         yield (

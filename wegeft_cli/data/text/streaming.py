@@ -108,31 +108,48 @@ class RowStream:
 
     def _fill(self) -> None:
         """Tokenize the next rows, at most up to the end of a pass."""
-        drawn: list[tuple[ShuffleBuffer, SourceRow, list[dict[str, int]]]] = []
+        drawn: list[DrawnRow] = []
         ended = None
         while len(drawn) < CHUNK_ROWS and ended is None:
-            chain = self._find_next_chain()
-            row = chain.take()
+            number = self._find_next_chain()
+            before = [each.state() for each in self._chains]
+            row = self._chains[number].take()
             if row is None:
-                ended = chain
+                ended = self._chains[number]
             else:
-                drawn.append((chain, row, [each.state() for each in self._chains]))
-        rendered = (row.source.render(row, self._max_characters) for _, row, _ in drawn)
+                after = [each.state() for each in self._chains]
+                drawn.append(DrawnRow(number, row, before, after))
+        rendered = (each.row.source.render(each.row, self._max_characters) for each in drawn)
         encoded = encode_each(rendered, encoder=self._encoder, max_length=self._max_length)
-        for (chain, row, state), result in zip(drawn, encoded, strict=True):
-            row.source.count(result, row.place)
-            if result.is_kept:
-                chain.num_kept += 1
-                ids = np.array(result.ids, dtype=np.int32)
-                self._ready.append(((ids, np.frombuffer(result.label_mask, np.bool_)), state))
+        for each in drawn:
+            self._add_sequences(each, encoded)
         if ended is not None:
             ended.end_pass()
             if len(self._chains) == 1:
                 self._ready.append(None)
 
-    def _find_next_chain(self) -> ShuffleBuffer:
+    def _add_sequences(self, drawn: DrawnRow, encoded: Iterator[EncodedRow]) -> None:
+        """Add the sequences of a row that are not taken yet, each with the state after it."""
+        chain, source = self._chains[drawn.chain], drawn.row.source
+        num_taken = drawn.before[drawn.chain].get("sequences", 0)
+        for number in itertools.count(1):
+            result = next(encoded)
+            source.count(result, drawn.row.place)
+            chain.num_kept += result.is_kept
+            if result.is_kept and number > num_taken:
+                state = drawn.after
+                if result.is_earlier:
+                    state = list(drawn.before)
+                    state[drawn.chain] = {**state[drawn.chain], "sequences": number}
+                ids = np.array(result.ids, dtype=np.int32)
+                self._ready.append(((ids, np.frombuffer(result.label_mask, np.bool_)), state))
+            if not result.is_earlier:
+                return
+
+    def _find_next_chain(self) -> int:
         total = sum(chain.taken for chain in self._chains) + 1
-        return max(self._chains, key=lambda chain: chain.share * total - chain.taken)
+        lags = [chain.share * total - chain.taken for chain in self._chains]
+        return lags.index(max(lags))
 
 
 def open_source(
@@ -183,6 +200,15 @@ def open_stream(
 # Stream ids, distinct from those of epochs, steps and mixtures; chain, pass and block follow.
 _BLOCK_STREAM = 3 << 62
 _CHAIN_SHIFT, _PASS_SHIFT = 48, 32
+
+
+class DrawnRow(NamedTuple):
+    """A row of a chain, by the chain's number, with the states of all chains around it."""
+
+    chain: int
+    row: SourceRow
+    before: list[dict[str, int]]
+    after: list[dict[str, int]]
 
 
 class SourceRow(NamedTuple):
@@ -239,7 +265,7 @@ class StreamedSource:
         if row.fate in DROPPED:
             self.places.setdefault(row.fate, place)
         self.encoded = self.encoded.add(row, self.num_rows)
-        self.num_rows += 1
+        self.num_rows += not row.is_earlier
 
     def report(self) -> SourceStatistics:
         """Return the statistics of the rows so far."""
@@ -283,12 +309,17 @@ class ShuffleBuffer:
         self.seek({"pass": 0, "row": 0, "taken": 0})
 
     def state(self) -> dict[str, int]:
-        """Return the position of the next row: passes, rows of this pass, and rows in all."""
-        return {"pass": self._pass, "row": self._row, "taken": self.taken}
+        """Return the position of the next row: passes, rows of this pass, and rows in all.
+
+        Of a row that became several sequences, `sequences` counts those that were taken.
+        """
+        state = {"pass": self._pass, "row": self._row, "taken": self.taken}
+        return {**state, "sequences": self._sequences} if self._sequences else state
 
     def seek(self, state: Mapping[str, int]) -> None:
         """Continue at a position from `state`."""
         self._pass, self._row, self.taken = state["pass"], state["row"], state["taken"]
+        self._sequences = state.get("sequences", 0)
         self.is_whole_pass = self._row == 0
         self.num_kept = 0
         self._rows = self._read_pass(self._row)
@@ -296,6 +327,7 @@ class ShuffleBuffer:
     def take(self) -> SourceRow | None:
         """Return the next row, or None at the end of a pass."""
         drawn = next(self._rows, None)
+        self._sequences = 0
         if drawn is None:
             self._pass, self._row = self._pass + 1, 0
             self._rows = self._read_pass(0)

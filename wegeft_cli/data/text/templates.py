@@ -17,10 +17,8 @@ from wegeft_cli.data.text.chat_rendering import (
     Segment,
     render_chat,
 )
+from wegeft_cli.data.text.template_settings import AUTO, CHAT
 from wegeft_cli.errors import UserError
-
-AUTO = "auto"
-CHAT = "chat"
 
 
 @dataclass(frozen=True)
@@ -143,8 +141,8 @@ def render_row(
     Args:
         row: `instruction`, `input` (optional), `output`; or `prompt`, `completion`; or `messages`
             with `learned` (whether each message is, or None), `num_prompt` (the number of first
-            messages that are learned only if they say so, or with `all`) and `tools`; or `text`,
-            which is learned as a whole.
+            messages that are learned only if they say so, or with `all`), `tools` and
+            `chat_template_kwargs`; or `text`, which is learned as a whole.
 
     Raises:
         UserError: If the row does not fit the template (with `key` set), or the template does not
@@ -159,14 +157,23 @@ def render_row(
             raise _misfit("text", template, "auto")
         if apply_chat_template is None:
             raise ValueError("a chat template needs apply_chat_template")
-        if row.get("tools"):
-            apply_chat_template = functools.partial(apply_chat_template, tools=row["tools"])
+        find_marks = getattr(apply_chat_template, "find_marks", None)
+        options = {
+            option: row[field]
+            for option, field in (("tools", "tools"), ("arguments", "chat_template_kwargs"))
+            if row.get(field)
+        }
+        if options:
+            apply_chat_template = functools.partial(apply_chat_template, **options)
+            find_marks = find_marks and functools.partial(find_marks, **options)
         messages = row["messages"] if "messages" in row else _as_messages(row)
         flags = list(row.get("learned") or [None] * len(messages))
         if loss_on != "all":
             num_prompt = row.get("num_prompt", 0)
             flags[:num_prompt] = [bool(flag) for flag in flags[:num_prompt]]
-        return render_chat(messages, flags, loss_on, apply_chat_template, max_characters)
+        return render_chat(
+            messages, flags, loss_on, apply_chat_template, max_characters, find_marks
+        )
     if "messages" in row:
         raise _misfit("messages", template, CHAT)
     if "text" in row:

@@ -66,7 +66,7 @@ class AlpacaEval(JudgedBenchmark[str]):
         from wegeft_cli.evaluation.answers import Answers, generate_answers
 
         is_gift = self.protocol_name == "gift"
-        prompts = self._render(model.tokenizer)
+        prompts = self._render(model)
         answers = Answers({}, {})
         for length, numbers in self._lengths(model, prompts.texts).items():
             decoding = Decoding(length)
@@ -93,10 +93,13 @@ class AlpacaEval(JudgedBenchmark[str]):
         generation = answers.generation(max_length=_GIFT_LENGTH if is_gift else None)
         return outputs, generation, prompts.template_hash
 
-    def _render(self, tokenizer: Any) -> RenderedPrompts:
+    def _render(self, model: Any) -> RenderedPrompts:
         texts = {row.index: row.instruction for row in self.instructions.rows}
         if self.protocol_name == "chat":
-            return render_user_prompts(tokenizer, texts, protocol="chat", other="gift")
+            settings = model.chat_settings
+            return render_user_prompts(
+                model.tokenizer, texts, protocol="chat", other="gift", settings=settings
+            )
         template = TEMPLATES["alpaca"]
         assert template is not None
         filled = {n: template.prompt.replace("{instruction}", t, 1) for n, t in texts.items()}

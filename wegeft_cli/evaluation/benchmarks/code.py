@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.distributed.separate_work import raise_together
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import (
@@ -71,12 +72,16 @@ class CodeBenchmark:
             "num_samples": self.num_samples,
         }
 
-    def prompts(self, tokenizer: Any) -> RenderedPrompts:
+    def prompts(self, tokenizer: Any, settings: TemplateSettings | None = None) -> RenderedPrompts:
         """Render one prompt per problem, by the problem's index."""
         texts = {row.index: self.protocol.prompt(row.prompt) for row in self.problems.rows}
         if self.protocol.is_chat:
             return render_user_prompts(
-                tokenizer, texts, protocol=self.protocol.name, other=DEFAULT_CODE_PROTOCOL
+                tokenizer,
+                texts,
+                protocol=self.protocol.name,
+                other=DEFAULT_CODE_PROTOCOL,
+                settings=settings,
             )
         return RenderedPrompts(texts, self.protocol.template_hash())
 
@@ -91,7 +96,7 @@ class CodeBenchmark:
             opened = open_sandbox(timeout=CODE_TIMEOUT)
             sandbox = raise_together(context.processes, lambda: stack.enter_context(opened))
             self._warn_of_other_data(context)
-            prompts = self.prompts(model.tokenizer)
+            prompts = self.prompts(model.tokenizer, model.chat_settings)
             texts = prompts.texts
             numbers = {
                 index * self.num_samples + sample: (index, sample)

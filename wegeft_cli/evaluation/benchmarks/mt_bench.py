@@ -74,7 +74,7 @@ class MtBench(JudgedBenchmark[Turns]):
             for question in self.questions.rows:
                 text = question.turns[turn]
                 histories[question.index].append({"role": "user", "content": text})
-            prompts = self._render(model.tokenizer, histories)
+            prompts = self._render(model, histories)
             template_hash = prompts.template_hash
             answers, settings, added = self._answer_turn(model, prompts, turn, context)
             num_tokens += added
@@ -94,11 +94,16 @@ class MtBench(JudgedBenchmark[Turns]):
         return outputs, generation, template_hash
 
     def _render(
-        self, tokenizer: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
+        self, model: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
     ) -> RenderedPrompts:
+        tokenizer = model.tokenizer
         if self.protocol_name != _ALPACA and has_chat_template(tokenizer):
             return render_chat_prompts(
-                tokenizer, histories, protocol=self.protocol_name, other=_ALPACA
+                tokenizer,
+                histories,
+                protocol=self.protocol_name,
+                other=_ALPACA,
+                settings=model.chat_settings,
             )
         eos = tokenizer.eos_token or ""
         texts = {

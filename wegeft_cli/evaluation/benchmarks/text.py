@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import (
     BenchmarkContext,
@@ -83,13 +84,17 @@ class TextBenchmark:
             "seed": self.seed,
         }
 
-    def prompts(self, tokenizer: Any) -> RenderedPrompts:
+    def prompts(self, tokenizer: Any, settings: TemplateSettings | None = None) -> RenderedPrompts:
         """Render the prompts; UserError if the protocol needs a chat template and there is none."""
         test_set = self.data.test_set
         texts = {row.index: self.protocol.prompt(test_set, row) for row in self.data.rows}
         if self.protocol.rule(test_set).is_chat:
             return render_user_prompts(
-                tokenizer, texts, protocol=self.protocol.name, other=test_set.default_protocol
+                tokenizer,
+                texts,
+                protocol=self.protocol.name,
+                other=test_set.default_protocol,
+                settings=settings,
             )
         return RenderedPrompts(texts, self.protocol.template_hash(test_set))
 
@@ -103,7 +108,7 @@ class TextBenchmark:
                 f"{self.data.origin} is not the published set: {self.data.complaint}; its scores "
                 "are not comparable with published ones"
             )
-        prompts = self.prompts(model.tokenizer)
+        prompts = self.prompts(model.tokenizer, model.chat_settings)
         answers = generate_answers(
             model,
             prompts,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wegeft_cli.data.text.templates import CHAT, TEMPLATES
+from wegeft_cli.data.text.template_settings import CHAT
+from wegeft_cli.data.text.templates import TEMPLATES
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.answer_extraction import NUMBER_TOLERANCE, gold_number
 from wegeft_cli.evaluation.text.json_rows import raise_faults

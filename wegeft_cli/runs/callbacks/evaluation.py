@@ -68,6 +68,7 @@ class BenchmarksCallback(Callback):
             self._recipe.train.eval_tasks,
             context,
             on_progress,
+            recipe=self._recipe,
         )
 
     def _warn_once(self, text: str) -> None:
@@ -83,6 +84,8 @@ def score_benchmarks(
     groups: Sequence[str],
     context: BenchmarkContext,
     on_progress: Callable[[str, int, int], None],
+    *,
+    recipe: Recipe | None = None,
 ) -> dict[str, float]:
     """Score a model in training; the processes share the rows.
 
@@ -90,7 +93,7 @@ def score_benchmarks(
         `eval_<name>` -> score, 0 to 1, for each benchmark that has one and each complete group; the
         same on all processes.
     """
-    target = LoadedModel(model, tokenizer)
+    target = LoadedModel(model, tokenizer, recipe=recipe)
     context = replace(context, in_lockstep=is_sharded(model))
     scores: dict[str, float] = {}
     for position, (name, benchmark) in enumerate(benchmarks.items()):

@@ -104,14 +104,15 @@ class RowWalker:
                     continue
                 longest = form.max_characters(self._encoder, section.max_length)
                 rendered = form.render(fields, max_characters=longest)
-                (encoded,) = encode_each(
+                sequences = encode_each(
                     [rendered],
                     encoder=self._encoder,
                     max_length=section.max_length,
                     length_below=form.length_below,
                 )
-                yield place, number if encoded.is_kept else None, encoded, rendered
-                number += encoded.is_kept
+                for encoded, text in zip(sequences, (*rendered.earlier, rendered), strict=True):
+                    yield place, number if encoded.is_kept else None, encoded, text
+                    number += encoded.is_kept
         except UserError as fault:
             raise add_key(fault, f"data.train[{position}]") from None
 

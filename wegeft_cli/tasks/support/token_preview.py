@@ -124,7 +124,9 @@ def _choose_rows(
     shown: list[PreviewRow] = []
     first = 0
     for position, report in enumerate(sources):
-        num_kept = report.num_rows - report.num_filtered - report.encoded.num_dropped
+        encoded = report.encoded
+        num_kept = report.num_rows + encoded.num_earlier - encoded.num_dropped
+        num_kept -= report.num_filtered
         if row is None:
             shown += walker.take(position, first, num_rows)
         elif report.streaming or row < first + num_kept:
