@@ -144,6 +144,8 @@ def test_dropout_is_off(llama: Any, make_tokenizer: Callable[..., Any]) -> None:
 def test_the_longest_go_first_and_progress_is_told(
     llama: Any, make_tokenizer: Callable[..., Any]
 ) -> None:
+    # The self-test of batches runs once.
+    generate_texts(llama, make_tokenizer(), PROMPTS, Decoding(1), batch_size=2)
     widths: list[int] = []
     llama.model.embed_tokens.register_forward_pre_hook(
         lambda module, args: widths.append(args[0].shape[1])

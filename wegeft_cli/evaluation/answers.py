@@ -95,6 +95,8 @@ def generate_answers(
         # In lockstep the passes themselves are collectives: an error ends the process instead.
         result = generate() if context.in_lockstep else raise_together(processes, generate)
         settings = result.settings
+        if result.note is not None:
+            context.warn(result.note)
         new |= dict(zip(asked, result.completions, strict=True)) if mine else {}
         num_done += len(numbers)
     return Answers(dict(sorted((done | processes.merge(new)).items())), settings)

@@ -37,6 +37,8 @@ class GenerationResult:
     completions: list[Completion]
     settings: dict[str, Any]
     """Everything that the texts depend on besides model and prompts, as JSON values."""
+    note: str | None = None
+    """What the user should know of the batches, if anything."""
 
     @property
     def texts(self) -> list[str]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.kv_cache import PrefixCache
+from wegeft_cli.generation.padding_check import Batching
 from wegeft_cli.generation.sampling import PerSequenceSampler
 from wegeft_cli.generation.stopping import StopTexts, contains_stop
 from wegeft_cli.generation.streaming import TextStreamer
@@ -126,6 +127,7 @@ class BatchScheduler:
         sample_ids: Each prompt's sample id. Default: its position.
         streamer: Receives the tokens of a single prompt one by one.
         prefix_cache: Used for a single prompt if the model's cache allows it.
+        batching: Which prompts can share a batch.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class BatchScheduler:
         self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
         self.streamer: TextStreamer | None = None
         self.prefix_cache: PrefixCache | None = None
+        self.batching: Batching = "any"
         self._sampler = PerSequenceSampler(decoding)
         self._new_ids: dict[int, list[int]] = {}
         self._in_segments = decoding.num_beams == 1 and rows_can_leave(model)
@@ -154,8 +157,7 @@ class BatchScheduler:
         """Yield {prompt: its new tokens} as answers end; `order` has the longest prompts first."""
         uses_prefix = self._in_segments and caches_every_position(self.model)
         prefix_cache = self.prefix_cache if uses_prefix else None
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in self._split(order, batch_size):
             prompts = [self.prompts[index] for index in rows]
             cache = None if prefix_cache is None else prefix_cache.take(prompts[0])
             batch = ActiveBatch(self.model, self.config.pad_token_id, rows, prompts, cache)
@@ -169,6 +171,17 @@ class BatchScheduler:
             # A sharded base needs this process in the passes of the others.
             batch = ActiveBatch(self.model, self.config.pad_token_id, [0], [[0]])
             batch.generate(1, self.config, synced_gpus=True)
+
+    def _split(self, order: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+        """Yield the prompts of each batch, as many as the model allows."""
+        start = 0
+        while start < len(order):
+            rows = order[start : start + (1 if self.batching == "single" else batch_size)]
+            if self.batching == "equal":
+                length = len(self.prompts[rows[0]])
+                rows = [row for row in rows if len(self.prompts[row]) == length]
+            yield rows
+            start += len(rows)
 
     def _is_any_active(self, is_active: bool) -> bool:
         """Return whether any process of a sharded base has rows left; a collective."""

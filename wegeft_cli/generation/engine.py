@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation.completion import Completion, GenerationResult, decode_completion
 from wegeft_cli.generation.continuous_batching import BatchScheduler
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.kv_cache import PrefixCache
+from wegeft_cli.generation.padding_check import NOTES, find_batching
 from wegeft_cli.generation.stopping import stop_token_ids
 from wegeft_cli.generation.streaming import TextStreamer
 from wegeft_cli.models.context import find_context
@@ -83,10 +85,12 @@ def generate_texts(
     """Continue the prompts; each answer is the one that its prompt alone would get.
 
     The longest prompts go first, so that a batch that is too large for the memory fails at once.
-    Finished answers leave their batch (`continuous_batching`). A prompt that leaves no room for the
-    answer in the model's context loses tokens from its left, after the begin-of-text token;
-    `settings["num_truncated_prompts"]` counts these. The model's own generation config is replaced
-    during the call: transformers would fill gaps from it, such as a repetition penalty. Config,
+    Finished answers leave their batch (`continuous_batching`). A model whose answers depend on
+    padding gets batches of equal lengths, or of one prompt (`padding_check`).
+
+    A prompt that leaves no room for the answer in the model's context loses tokens from its left,
+    after the begin-of-text token; `settings["num_truncated_prompts"]` counts these. The model's own generation config is
+    replaced during the call: transformers would fill gaps from it, such as a repetition penalty. Config,
     training mode and tokenizer are restored.
 
     Args:
@@ -112,6 +116,8 @@ def generate_texts(
     completions: dict[int, Completion] = {}
     order = sorted(range(total), key=lambda index: -len(prompt_ids[index]))
     with _generating(model, config):
+        if batch_size > 1 and (total > 1 or is_sharded(model)):
+            scheduler.batching = find_batching(model, tokenizer)
         for ended in scheduler.run(order, batch_size):
             new = {
                 index: decode_completion(
@@ -132,12 +138,13 @@ def generate_texts(
         **decoding.settings(),
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        "padding_side": "left",
-        "batch_size": batch_size,
+        "padding_side": "left" if scheduler.batching == "any" else "none",
+        "batch_size": 1 if scheduler.batching == "single" else batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_truncated_prompts": sum(truncated),
     }
-    return GenerationResult([completions[index] for index in range(total)], settings)
+    answers = [completions[index] for index in range(total)]
+    return GenerationResult(answers, settings, NOTES.get(scheduler.batching))
 
 
 def fit_context(

@@ -122,6 +122,8 @@ def generate(
             f"{written.settings['num_truncated_prompts']} of {count} prompts are longer than the "
             "model's context has room for: their beginnings were cut off"
         )
+    if written.note is not None:
+        reporter.warn(written.note)
     results = _build_results(questions, num_samples, job.texts, written, base_written)
     if output is not None:
         lines = (json.dumps(row, ensure_ascii=False) for row in results)

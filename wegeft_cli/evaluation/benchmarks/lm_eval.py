@@ -94,7 +94,7 @@ class HarnessBenchmark:
                 }
                 for index, sample in enumerate(result.samples)
             ],
-            generation={**result.settings, "batch_size": context.batch_size},
+            generation=dict(result.settings),
             extra={"metric": result.metric, "metrics": dict(result.metrics)},
         )
 
@@ -107,6 +107,7 @@ class HarnessBenchmark:
                 batch_size=context.batch_size,
                 limit=self.limit,
                 check=check,
+                warn=lambda text: context.warn(f"{self.name}: {text}"),
             )
 
         if context.in_lockstep:

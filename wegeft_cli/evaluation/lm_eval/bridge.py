@@ -9,7 +9,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +151,20 @@ def run_harness(
     batch_size: int,
     limit: int | None = None,
     check: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> HarnessResult:
     """Evaluate the model in memory; training modes and random states are restored.
 
     Args:
         limit: Number of rows of each task. Default: all.
         check: Called before each forward pass; may raise.
+        warn: Called if the batch size is 1 because a batch changes the model's answers.
     """
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
+    from wegeft_cli.generation.padding_check import NOTES, find_batching
 
     class CheckedModel(HFLM):
         def _model_call(self, *words: Any, **named: Any) -> Any:
@@ -179,6 +183,10 @@ def run_harness(
             _kept_random_states(),
             _sandboxed_templates(task.name, task.is_trusted),
         ):
+            model.eval()
+            if batch_size > 1 and find_batching(model, tokenizer) != "any":
+                batch_size = 1
+                warn(NOTES["single"])
             wrapped = CheckedModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = simple_evaluate(
                 model=wrapped,
@@ -193,7 +201,8 @@ def run_harness(
         for module, training in modes:
             module.training = training
     assert found is not None
-    return _read_result(task, found)
+    result = _read_result(task, found)
+    return replace(result, settings={**result.settings, "batch_size": batch_size})
 
 
 def _read_result(task: HarnessTask, found: Mapping[str, Any]) -> HarnessResult:
