@@ -18,7 +18,7 @@ from wegeft_cli.generation.kv_cache import PrefixCache
 from wegeft_cli.generation.padding_check import NOTES, find_batching
 from wegeft_cli.generation.stopping import stop_token_ids
 from wegeft_cli.generation.streaming import TextStreamer
-from wegeft_cli.models.context import find_context
+from wegeft_cli.models.context import check_token_ids, find_context, fitting_pad_id
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def generate_texts(
     prompt_ids, truncated = fit_context(model, tokenizer, prompts.encode(tokenizer), decoding)
     end_ids = stop_token_ids(model, tokenizer, decoding, prompts.end_of_turn_ids)
     config = _build_config(tokenizer, decoding, end_ids)
+    config.pad_token_id = fitting_pad_id(model, config.pad_token_id)
     scheduler = BatchScheduler(model, tokenizer, config, decoding, prompt_ids, prompts.sample_ids)
     scheduler.prefix_cache = prefix_cache
     if events.on_text is not None:
@@ -161,6 +162,7 @@ def fit_context(
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")
+    check_token_ids(model, max(max(ids) for ids in encoded), key="--prompt")
     fitted = [ids[: decoding.max_prompt_tokens] for ids in encoded]
     context = context_length(model)
     if context is not None:

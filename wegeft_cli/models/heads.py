@@ -15,6 +15,7 @@ from torch import nn
 from wegeft_cli.artifacts.stored_names import spell_name
 from wegeft_cli.errors import BaseModelError
 from wegeft_cli.models.completeness import refuse_missing
+from wegeft_cli.models.context import check_token_ids
 from wegeft_cli.models.running_statistics import has_statistics
 from wegeft_cli.models.stochastic_depth import check_drop_path
 from wegeft_cli.recipe.schema import AdapterSection
@@ -195,6 +196,7 @@ def pad_as_tokenizer(model: Any, tokenizer: Any) -> None:
     """
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is not None:
+        check_token_ids(model, pad, key="model.name_or_path")
         # transformers reads a multimodal model's id from the configuration of its text part.
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = pad

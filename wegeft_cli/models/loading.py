@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wegeft_cli.errors import BaseModelError, UserError
-from wegeft_cli.models.base_folder import is_path
+from wegeft_cli.models.base_folder import find_base_folder, is_path
 from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
+from wegeft_cli.models.config_check import check_config, check_labels
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
@@ -35,9 +36,11 @@ def load_config(
     from transformers import AutoConfig
 
     with _translated(name_or_path):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             **_source(name_or_path, revision), trust_remote_code=trust_remote_code
         )
+        check_config(config, find_base_folder(name_or_path, revision))
+    return config
 
 
 _LANGUAGE_MODEL = "causal language model"
@@ -65,7 +68,9 @@ def build_meta_model(
                 f"{type(config).__name__} is no {_LANGUAGE_MODEL if head is None else head.noun}",
                 hint=str(error).splitlines()[0],
             ) from None
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged value raises anything
             reason = (str(error).splitlines() or [""])[0]
             raise BaseModelError(
                 f"no model can be built from its config.json: {type(error).__name__}: {reason}",
@@ -103,8 +108,8 @@ def load_model(
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
         source["use_safetensors"] = True
+    config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     if head is not None:
-        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         head.apply(config)
         source["config"] = config
     with _translated(name_or_path), quiet_transformers():
@@ -208,6 +213,7 @@ def _source(name_or_path: str, revision: str | None) -> dict[str, Any]:
                 f"the folder {name_or_path!r} holds no config.json",
                 hint="give the folder of a transformers model",
             )
+        check_labels(path / "config.json")
         return {"pretrained_model_name_or_path": str(path)}
     if is_path(name_or_path):
         raise BaseModelError(

@@ -58,10 +58,15 @@ class CausalLM(Task):
         ]
 
     def check_model(self, recipe: Recipe, skeleton: nn.Module, data: TaskData | None) -> None:
+        from wegeft_cli.models.context import check_token_ids
         from wegeft_cli.tasks.support.causality_check import check_decoder
 
         check_decoder(skeleton)
         check_context(recipe, skeleton)
+        if data is not None:
+            splits: list[Any] = [data.train, data.validation]
+            ids = [split.ids.max() for split in splits if split is not None and len(split.ids)]
+            check_token_ids(skeleton, int(max(ids, default=0)), key="model.name_or_path")
 
     def check_built(self, model: nn.Module, recipe: Recipe) -> None:
         from wegeft_cli.tasks.support.causality_check import check_causality
@@ -75,9 +80,10 @@ class CausalLM(Task):
         rank: int,
     ) -> BatchSource:  # fmt: skip
         from wegeft_cli.data.batches.text import build_source, build_streamed_source
+        from wegeft_cli.models.context import fitting_pad_id
         from wegeft_cli.models.loading import pad_token_id
 
-        pad = pad_token_id(processor)
+        pad = fitting_pad_id(model, pad_token_id(processor))
         if loaded.recipe.data.streaming:
             return build_streamed_source(loaded, processor, data, plan, rank=rank, pad_token_id=pad)
         return build_source(loaded.recipe, data, plan, rank=rank, pad_token_id=pad)

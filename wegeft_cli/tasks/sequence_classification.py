@@ -49,8 +49,17 @@ class SequenceClassification(ClassificationTask):
         return read_texts(source, recipe_dir=recipe_dir, is_regression=is_regression)
 
     def check_model(self, recipe: Recipe, skeleton: Any, data: TaskData | None) -> None:
+        from wegeft_cli.models.context import check_token_ids
+
         super().check_model(recipe, skeleton, data)
         check_context(recipe, skeleton)
+        if data is not None:
+            splits: list[Any] = [data.train, data.validation]
+            rows = [
+                row["input_ids"] for split in splits if split is not None for row in split.inputs
+            ]
+            largest = max((max(ids, default=0) for ids in rows), default=0)
+            check_token_ids(skeleton, largest, key="model.name_or_path")
 
     def prepare_base(self, model: nn.Module, head: HeadSpec | None, processor: Any) -> None:
         from wegeft_cli.models.heads import pad_as_tokenizer
