@@ -7,6 +7,7 @@ python scripts/recipe_reference.py --check   # exit 1 if the page differs from t
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -35,7 +36,8 @@ One YAML file serves every command. This page is written from the schema by
   `micro_batch_size`, `lora_r`, `num_epochs`, ...) are accepted with a note.
 - `wegeft validate recipe.yaml` checks a recipe, `wegeft plan recipe.yaml` counts parameters, steps
   and memory. Neither needs weights.
-- `wegeft recipes list | show NAME | copy NAME FILE` are the shipped recipes.
+- `wegeft recipes list | show NAME | copy NAME FILE` are the shipped recipes. `wegeft recipes import
+  FILE` converts those of [other tools](from-other-tools.md).
 
 """
 
@@ -70,6 +72,11 @@ def name_type(declared: Any) -> str:
     return f"{name} | None" if is_optional else name
 
 
+def escape_html(text: str) -> str:
+    """Return a text whose `<` is no tag; a code span shows its characters as they are."""
+    return re.sub("`[^`]*`|<", lambda found: "&lt;" if found[0] == "<" else found[0], text)
+
+
 def write_table(prefix: str, fields: list[tuple[str, str, str, str]], sections: set[str]) -> str:
     """Return one section's keys as a table; nested sections have their own tables."""
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -81,7 +88,7 @@ def write_table(prefix: str, fields: list[tuple[str, str, str, str]], sections: 
         kind = kind.replace(" | None", " or null").replace("|", r"\|")
         shown = default.replace("None", "null").replace("False", "false").replace("True", "true")
         shown = shown.replace("'", "") or '""'
-        text = meaning.replace("|", r"\|").replace("<", "&lt;")
+        text = escape_html(meaning.replace("|", r"\|"))
         lines.append(f"| `{prefix}{name}` | {kind} | `{shown}` | {text} |")
     return "\n".join(lines)
 

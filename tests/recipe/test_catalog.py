@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,9 @@ def test_copy_overwrites_nothing(tmp_path: Path):
     assert target.read_text() == "seed: 1\n"
     with pytest.raises(UserError, match="cannot be written"):
         copy_recipe("quickstart", target / "inside.yaml")
+
+
+def test_code_spans_of_the_reference_show_angle_brackets():
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert "`<set>/test.json`" in page
+    assert not re.findall(r"`[^`\n]*&lt;[^`\n]*`", page)

@@ -36,7 +36,7 @@ HELP = {
     "validate": "Check a recipe's keys, types, rules and names, and list which inputs exist.",
     "plan": "Estimate parameters, steps and memory. A folder with only config.json is enough.",
     "preview": "Show rows as the model reads them, and statistics of all rows, without weights.",
-    "recipes": "List, show and copy the shipped recipes.",
+    "recipes": "List, show and copy the shipped recipes, and import those of other tools.",
 }
 """Each command with its help, so that `wegeft --help` imports none of them."""
 

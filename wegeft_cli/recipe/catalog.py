@@ -48,10 +48,15 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
 
     An existing file is refused. A disk error raises `MachineError`.
     """
-    text = read_recipe_text(name)
     target = Path(destination)
     if target.is_dir() or str(destination).endswith("/"):
         target = target / f"{name}{_SUFFIX}"
+    write_new_file(target, read_recipe_text(name))
+    return target
+
+
+def write_new_file(target: Path, text: str) -> None:
+    """Write a new file; an existing one is refused, and a disk error raises `MachineError`."""
     is_mine = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +73,6 @@ def copy_recipe(name: str, destination: str | Path) -> Path:
         is_machine = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
         kind = MachineError if is_machine else UserError
         raise kind(message, file=str(target), hint="choose another folder") from error
-    return target
 
 
 def hint_names(name: str) -> str:

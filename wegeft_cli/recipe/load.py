@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.catalog import find_recipe, hint_names
 from wegeft_cli.recipe.grid import count_runs
+from wegeft_cli.recipe.importing.tools import find_tool
 from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
 from wegeft_cli.recipe.merged import FileValues, MergedValues, ReadErrors, describe
 from wegeft_cli.recipe.reader import DROPPED, ValueReader
@@ -36,6 +37,7 @@ from wegeft_cli.recipe.yaml_source import (
 from wegeft_cli.version import VERSION
 
 _EXTENDS = "extends"
+_LEAST_FOREIGN_KEYS = 4
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,12 @@ def _read_chain(
         name, place = extends
         parents = _read_parent(name, place, file, children, errors)
     values = ValueReader(document, errors).read_file()
+    tool = find_tool(document.values, least=_LEAST_FOREIGN_KEYS)
+    if tool is not None and errors.faults:
+        hint = f"`wegeft recipes import {file} --output NEW.yaml` converts it"
+        errors.faults.append(
+            UserError(f"this is a recipe of {tool.title}", file=str(file), hint=hint)
+        )
     return None if parents is None else [*parents, values]
 
 

@@ -1,18 +1,22 @@
-"""`wegeft recipes`: list, show and copy the shipped recipes."""
+"""`wegeft recipes`: list, show and copy the shipped recipes; import other tools' recipes."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wegeft_cli.cli.arguments import JsonOption
-from wegeft_cli.cli.console import get_console, print_json, show
+from wegeft_cli.cli.console import get_console, note, print_json, show, warn
 from wegeft_cli.cli.lazy import Command, Group
+
+if TYPE_CHECKING:
+    from wegeft_cli.recipe.importing.importer import ImportedRecipe
 
 recipes_app = typer.Typer(
     cls=Group,
-    help="List, show and copy the shipped recipes.",
+    help="List, show and copy the shipped recipes, and import those of other tools.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -66,3 +70,58 @@ def copy(
 
     written = copy_recipe(name, destination or ".")
     show(str(written), markup=False, highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("import", cls=Command)
+def import_recipe(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Recipe of axolotl, LLaMA-Factory, TRL (`trl sft`) or torchtune, or PEFT's "
+            "adapter_config.json.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the new recipe to this file, which must not exist. Default: print it.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert another tool's recipe, and list what differs or has no counterpart."""
+    from wegeft_cli.recipe.catalog import write_new_file
+    from wegeft_cli.recipe.importing.importer import import_recipe as run
+
+    result = run(file)
+    if output is not None:
+        write_new_file(output, result.text)
+    if as_json:
+        print_json(result.to_json())
+        return
+    _report_import(result)
+    if output is None:
+        show(result.text, end="", markup=False, highlight=False, soft_wrap=True)
+    else:
+        show(f"recipe: {output}", highlight=False, soft_wrap=True, markup=False)
+        if not result.missing:
+            show(f"next: wegeft validate {output}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _report_import(result: ImportedRecipe) -> None:
+    """Print the result of an import to standard error."""
+    note(
+        f"{result.tool}: {result.num_keys} keys read, {len(result.converted)} keys written, "
+        f"{len(result.differs)} differ, {len(result.dropped)} have no counterpart, "
+        f"{len(result.unneeded)} are not needed"
+    )
+    for remark in result.differs:
+        note(f"differs: {remark}")
+    for remark in result.dropped:
+        warn(f"no counterpart: {remark}")
+    for remark in result.missing:
+        warn(f"set before training: {remark}")

@@ -33,6 +33,10 @@ class WeGeFTMethod(Method):
     has_generators = True
     needs_package = True
 
+    def unread_keys(self, name: str) -> tuple[str, ...]:
+        """Return the key that only PEFT's methods read."""
+        return ("adapter.peft",)
+
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield keys of PEFT's methods, and dropout on the entries of a quantized base."""
         yield from check_no_peft_keys(recipe)

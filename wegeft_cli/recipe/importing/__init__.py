@@ -1,0 +1,1 @@
+"""Conversion of other tools' recipes, one module per tool: `wegeft recipes import`."""
