@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,9 +89,12 @@ class Faults:
         except* UserError as group:
             self._found += [fault for fault in _leaves(group) if isinstance(fault, UserError)]
 
-    def add(self, fault: UserError) -> None:
-        """Keep a fault."""
-        self._found.append(fault)
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def extend(self, faults: Iterable[UserError]) -> None:
+        """Keep further faults."""
+        self._found.extend(faults)
 
     def raise_all(self) -> None:
         """Raise the faults, each once; see `raise_all`."""

@@ -139,22 +139,21 @@ def check_run(
         check_template(recipe.data.template)
     with faults.collected():
         check_learning(recipe, device)
-    checked, processor, data = None, None, None
+    checked = None
     # The size of a new head follows from the rows. Otherwise the model comes first: it is cheaper.
     if not task.has_head:
         with faults.collected():
             checked = _check_model(loaded, task, None, missing, resuming)
-    with faults.collected():
-        processor, data = _read_rows(recipe, task, missing)
-    if task.has_head:
-        with faults.collected():
-            head = task.assumed_head(recipe) if data is None else data.head
-            if data is None and head is not None:
-                count = len(head.labels) or 1
-                missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
-            checked = _check_model(loaded, task, head, missing, resuming)
-    faults.raise_all()
-    assert checked is not None
+    if faults and not files_may_be_missing:
+        faults.extend(_list_missing_data(loaded))
+    faults.raise_all()  # reading rows may take minutes
+    processor, data = _read_rows(recipe, task, missing)
+    if checked is None:
+        head = task.assumed_head(recipe) if data is None else data.head
+        if data is None and head is not None:
+            count = len(head.labels) or 1
+            missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
+        checked = _check_model(loaded, task, head, missing, resuming)
     task.check_model(recipe, checked.skeleton, data)
     if processor is not None:
         task.prepare_base(checked.skeleton, checked.head, processor)
@@ -201,15 +200,18 @@ def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, Task
     """Read the processor and the rows; None for what may be missing and is."""
     processor = data = None
     with missing.tolerated("processor"):
-        try:
-            processor = task.load_processor(recipe.model)
-        except UserError as fault:
-            # Without it no row is read, but the user learns of every missing file.
-            raise_all([fault, *missing.list_files("data.")])
+        processor = task.load_processor(recipe.model)
     if processor is not None:
         with missing.tolerated("data."):
             data = task.load_data(missing.recipe, missing.loaded.path.parent, processor)
     return processor, data
+
+
+def _list_missing_data(loaded: LoadedRecipe) -> Iterator[UserError]:
+    """Yield the fault of each data source that is not on this machine and no hub id."""
+    for found in list_inputs(loaded.recipe, loaded.path.parent):
+        if found.key.startswith("data.") and not found.found and not found.may_be_on_hub:
+            yield UserError(f"no file {found.path!r}", key=found.key, hint="check the path")
 
 
 class _Missing:
@@ -236,14 +238,6 @@ class _Missing:
         if base is None or not any(any(base.glob(name)) for name in _PROCESSOR_FILES):
             keys.add("processor")
         return keys
-
-    def list_files(self, section: str) -> list[UserError]:
-        """Return a fault for each file of a section that is not on this machine."""
-        return [
-            UserError(f"no file {found.path!r}", key=found.key, hint="check the path")
-            for found in list_inputs(self.loaded.recipe, self.loaded.path.parent)
-            if found.key.startswith(section) and not found.found and not found.may_be_on_hub
-        ]
 
     @contextmanager
     def tolerated(self, *concerned: str) -> Iterator[None]:
