@@ -57,7 +57,8 @@ def build_model(
     model.to(run.processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    run.task.check_built(model, recipe)
+    for note in run.task.check_built(model, recipe):
+        run.reporter.warn(note)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:

@@ -269,16 +269,20 @@ class Task(ABC):
             UserError: If a part of the backbone has no weights and is not trained.
         """
 
-    def check_built(self, model: nn.Module, recipe: Recipe) -> None:
+    def check_built(self, model: nn.Module, recipe: Recipe) -> list[str]:
         """Check the loaded model with its adapter on its device.
 
         Args:
             model: The model.
             recipe: The recipe.
 
+        Returns:
+            Sentences for the user.
+
         Raises:
             UserError: If it cannot train this recipe.
         """
+        return []
 
     @abstractmethod
     def batches(

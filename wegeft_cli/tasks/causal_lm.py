@@ -68,12 +68,15 @@ class CausalLM(Task):
             ids = [split.ids.max() for split in splits if split is not None and len(split.ids)]
             check_token_ids(skeleton, int(max(ids, default=0)), key="model.name_or_path")
 
-    def check_built(self, model: nn.Module, recipe: Recipe) -> None:
+    def check_built(self, model: nn.Module, recipe: Recipe) -> list[str]:
         from wegeft_cli.tasks.support.causality_check import check_causality
         from wegeft_cli.tasks.support.packing_check import check_packing
+        from wegeft_cli.tasks.support.padding_check import check_padding
 
         check_causality(model, recipe)
         check_packing(model, recipe)
+        note = check_padding(model, recipe)
+        return [] if note is None else [note]
 
     def batches(
         self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,
@@ -89,9 +92,10 @@ class CausalLM(Task):
         return build_source(loaded.recipe, data, plan, rank=rank, pad_token_id=pad)
 
     def loss(self, model: nn.Module, recipe: Recipe) -> Loss:
+        from wegeft_cli.tasks.support.padding_check import find_padding_side
         from wegeft_cli.training.loss import CausalLoss
 
-        return CausalLoss(model)
+        return CausalLoss(model, padding_side=find_padding_side(model))
 
     def fake_pass(self, model: nn.Module, recipe: Recipe) -> FakePass:
         from wegeft_cli.tasks.support.fake_passes import causal_pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +45,32 @@ class TokenBatch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _RightPadded:
+    """A batch whose rows begin at the left; see `TokenBatch`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    label_positions: Tensor
+
+
+def pad_right(batch: TokenBatch) -> TokenBatch:
+    """Move the rows of a left-padded batch to the left; packed rows stay where they are."""
+    mask = batch.attention_mask
+    if mask is None:
+        return batch
+    length = mask.shape[1]
+    columns = torch.arange(length, device=mask.device)
+    padding = length - mask.sum(1, keepdim=True)
+    order = (columns + padding) % length
+    ids, moved, labels = (each.gather(1, order) for each in (batch.input_ids, mask, batch.labels))
+    rows = batch.label_positions // length
+    positions = batch.label_positions - padding[rows, 0]
+    return _RightPadded(ids, moved, columns.expand_as(mask), labels, positions)
+
+
 class CausalLoss:
     """Cross-entropy of the next token, summed over the labeled tokens of a batch.
 
@@ -54,9 +81,12 @@ class CausalLoss:
 
     Args:
         model: A causal language model of transformers, or a wrapper of one.
+        padding_side: Where rows are padded. Batches come with padding on the left; `right` moves
+            the rows of a batch with an attention mask.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, padding_side: str = "left") -> None:
+        self._pads_right = padding_side == "right"
         get_base: Any = getattr(model, "get_base_model", None)
         base = get_base() if get_base is not None else model
         get_head: Any = getattr(base, "get_output_embeddings", None)
@@ -66,6 +96,8 @@ class CausalLoss:
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return the sum of the loss over labeled tokens, a scalar of float32 (or float64)."""
+        if self._pads_right:
+            batch = pad_right(batch)
         predicting = batch.label_positions - 1
         targets = batch.labels.flatten()[batch.label_positions]
         if self._has_plain_logits is None:
@@ -76,12 +108,15 @@ class CausalLoss:
             with at_label_positions(self._head, predicting, skip_logits=True) as chosen:
                 self._forward(model, batch)
             return sum_head_losses(chosen[0], self._head, targets)
-        logits = self.compute_logits(model, batch)
+        logits = self._compute_logits(model, batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
     def compute_logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Return the model's logits that predict the labels, `[labeled tokens, vocabulary]`."""
+        return self._compute_logits(model, pad_right(batch) if self._pads_right else batch)
+
+    def _compute_logits(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         predicting = batch.label_positions - 1
         if self._head is None:
             return self._forward(model, batch).flatten(0, 1)[predicting]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wegeft_cli.data.batches.collate import Row, collate_packs, collate_rows
+from wegeft_cli.data.batches.collate import Batch, Row, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, Recipe
@@ -51,10 +52,12 @@ def check_packing(model: nn.Module, recipe: Recipe) -> None:
         raise _refuse(f"the model came with the attention {attention!r}", True)
     if getattr(config, "is_encoder_decoder", False) or not loss.takes_positions:
         raise _refuse("the model takes no `position_ids`, which separate packed rows")
-    packed, alone = _compute_both(model, loss, _build_rows(text, recipe), recipe)
-    error = float((packed - alone).abs().max() / alone.abs().max())
-    tolerance = _TOLERANCE.get(packed.dtype, _TOLERANCE_FLOAT32)
-    if not error <= tolerance:
+    packs = build_rows(text, recipe)
+    batch = collate_packs(packs, pad_token_id=0, flat=flat)
+    error, is_small = measure_error(
+        model, loss, batch, [row for pack in packs for row in pack], recipe
+    )
+    if not is_small:
         raise _refuse(
             f"packed rows see each other in this {type(model).__name__}: their logits are "
             f"{error:.1%} off those of rows by themselves"
@@ -68,7 +71,7 @@ def _refuse(message: str, attention: bool = False) -> UserError:
     return UserError(message, key=_KEY, hint=hint)
 
 
-def _build_rows(config: Any, recipe: Recipe) -> list[list[Row]]:
+def build_rows(config: Any, recipe: Recipe) -> list[list[Row]]:
     """Packs of rows of fixed, arbitrary ids."""
     reaches = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     reach = max((r for r in reaches if r is not None and r < recipe.data.max_length), default=0)
@@ -84,20 +87,24 @@ def _build_rows(config: Any, recipe: Recipe) -> list[list[Row]]:
     return packs
 
 
-def _compute_both(
-    model: nn.Module, loss: CausalLoss, packs: list[list[Row]], recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """Return the logits of the packs, and those of their rows one by one, both [tokens, vocab]."""
+def measure_error(
+    model: nn.Module, loss: CausalLoss, batch: Batch, rows: Sequence[Row], recipe: Recipe
+) -> tuple[float, bool]:
+    """Compare the logits of a batch with those of its rows one by one.
+
+    Return the largest difference as a share of the largest logit, and whether it is rounding.
+    """
     device = next(model.parameters()).device
-    together = collate_packs(packs, pad_token_id=0, flat=lays_packs_flat(recipe))
-    singles = [collate_rows([row], pad_token_id=0) for pack in packs for row in pack]
+    singles = [collate_rows([row], pad_token_id=0) for row in rows]
     training = model.training
     model.eval()  # without dropout, whose random state is the run's
     try:
         with torch.no_grad(), autocast(device.type, recipe.train.mixed_precision):
-            packed, *alone = (
-                loss.compute_logits(model, batch.to(device)) for batch in (together, *singles)
+            together, *parts = (
+                loss.compute_logits(model, each.to(device)) for each in (batch, *singles)
             )
     finally:
         model.train(training)
-    return packed, torch.cat(alone)
+    alone = torch.cat(parts)
+    error = float((together - alone).abs().max() / alone.abs().max())
+    return error, error <= _TOLERANCE.get(together.dtype, _TOLERANCE_FLOAT32)
