@@ -9,16 +9,19 @@ space without tokens; for it, the input embeddings along its reading directions 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.models.loading import build_skeleton, load_tokenizer
+from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.storage.safetensors_reader import TensorInfo, block_rows, read_rows
 
@@ -37,7 +40,8 @@ _UNEMBEDDINGS = ("lm_head", "embed_out", "output")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 # Final norms are outside of the layers, so their names have no number.
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "ln_out")
-_SHIFTED_NORMS = ("gemma",)  # their weight is stored as g - 1
+_PROBE_SCALE = 1000.0
+"""Makes the norm's epsilon negligible."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Vocabulary:
         hidden_size: Width of the residual stream.
         unembedding: [vocabulary, hidden_size].
         embedding: The input embedding, of the same shape; None if the files hold none.
-        norm: The final norm's weight, [hidden_size].
+        norm: The gains of the final norm, [hidden_size].
         is_centered: Whether the norm subtracts the mean (LayerNorm).
         tokenizer: Decodes tokens; None shows numbers.
     """
@@ -95,19 +99,59 @@ def open_vocabulary(base_dir: Path, stored: dict[str, TensorInfo]) -> Vocabulary
     if unembedding is None or len(unembedding.shape) != 2:
         return "the base's files hold no unembedding under a known name"
     hidden_size = unembedding.shape[1]
-    norm = _find(stored, _NORMS)
-    if norm is None or norm.shape != (hidden_size,):
+    try:
+        _, skeleton = build_skeleton(ModelSection(name_or_path=str(base_dir)))
+    except UserError as error:
+        return f"the base's final norm cannot be built: {error.message}"
+    norm = _load_norm(skeleton, stored, hidden_size)
+    if norm is None:
         return "the base's files hold no final norm under a known name"
-    weight = read_rows(norm).double()
-    if str(config.get("model_type", "")).startswith(_SHIFTED_NORMS):
-        weight = weight + 1
-    norm_name = next(name for name, info in stored.items() if info is norm)
-    is_centered = norm_name.removesuffix("weight") + "bias" in stored
+    gains, is_centered = measure_norm(norm, hidden_size)
     try:
         tokenizer = load_tokenizer(str(base_dir))
     except UserError:
         tokenizer = None
-    return Vocabulary(hidden_size, unembedding, embedding, weight, is_centered, tokenizer)
+    return Vocabulary(hidden_size, unembedding, embedding, gains, is_centered, tokenizer)
+
+
+def _load_norm(
+    skeleton: nn.Module, stored: dict[str, TensorInfo], hidden_size: int
+) -> nn.Module | None:
+    """Return a copy of the final norm's module with the weights of the base's files."""
+    decoder = getattr(skeleton, "get_decoder", lambda: None)() or skeleton
+    for name in _NORMS:
+        for module_name, module in decoder.named_modules():
+            parts = module_name.split(".")
+            parameters = dict(module.named_parameters())
+            shapes = {tuple(parameter.shape) for parameter in parameters.values()}
+            is_numbered = any(part.isdigit() for part in parts)
+            if parts[-1] != name or is_numbered or not shapes <= {(hidden_size,)}:
+                continue
+            found = {key: _find(stored, [name], key, hidden_size) for key in parameters}
+            weights = {key: read_rows(info) for key, info in found.items() if info is not None}
+            if len(weights) < len(parameters):
+                return None
+            norm = copy.deepcopy(module).to_empty(device="cpu").double()
+            norm.load_state_dict(weights, strict=False)
+            return norm
+    return None
+
+
+@torch.no_grad()
+def measure_norm(norm: nn.Module, size: int) -> tuple[Tensor, bool]:
+    """Return the gains of a norm and whether it subtracts the mean, from its outputs alone.
+
+    A norm multiplies a vector of mean 0 and mean square 1 by its gains. It maps a constant vector
+    to its bias if it subtracts the mean.
+    """
+    num_minus = size // 2
+    probe = torch.full((size,), math.sqrt(num_minus / (size - num_minus)), dtype=torch.float64)
+    probe[1::2] = -math.sqrt((size - num_minus) / num_minus)
+    bias = norm(torch.zeros(1, 1, size, dtype=torch.float64))[0, 0].double()
+    gains = (norm(_PROBE_SCALE * probe[None, None])[0, 0].double() - bias) / probe
+    constant = norm(torch.full((1, 1, size), _PROBE_SCALE, dtype=torch.float64))[0, 0].double()
+    is_centered = bool((constant - bias).abs().max() < 1e-2 * gains.abs().max())
+    return gains, is_centered
 
 
 def rank_tokens(
@@ -149,11 +193,20 @@ def rank_tokens(
     ]
 
 
-def _find(stored: dict[str, TensorInfo], names: Sequence[str]) -> TensorInfo | None:
-    """Find a tensor by its module's last name, outside the numbered layers."""
+def _find(
+    stored: dict[str, TensorInfo],
+    names: Sequence[str],
+    key: str = "weight",
+    size: int | None = None,
+) -> TensorInfo | None:
+    """Find a tensor by its module's last name, outside the numbered layers.
+
+    With `size`, a vector of this size.
+    """
     for name in names:
         for stored_name, info in stored.items():
             parts = stored_name.split(".")
-            if parts[-2:] == [name, "weight"] and not any(part.isdigit() for part in parts):
+            fits = size is None or info.shape == (size,)
+            if fits and parts[-2:] == [name, key] and not any(part.isdigit() for part in parts):
                 return info
     return None

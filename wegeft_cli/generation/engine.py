@@ -89,9 +89,9 @@ def generate_texts(
     padding gets batches of equal lengths, or of one prompt (`padding_check`).
 
     A prompt that leaves no room for the answer in the model's context loses tokens from its left,
-    after the begin-of-text token; `settings["num_truncated_prompts"]` counts these. The model's own generation config is
-    replaced during the call: transformers would fill gaps from it, such as a repetition penalty. Config,
-    training mode and tokenizer are restored.
+    after the begin-of-text token; `settings["num_truncated_prompts"]` counts these. The model's own
+    generation config is replaced during the call: transformers would fill gaps from it, such as a
+    repetition penalty. Config, training mode and tokenizer are restored.
 
     Args:
         batch_size: Prompts at a time, at least 1.
