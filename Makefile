@@ -27,7 +27,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-scaling bench-training \
-	bench-classification test-peft fuzz docs quickstart digits clean
+	bench-classification test-peft test-peft-suite fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,12 +71,15 @@ test: setup ## The fast tests, offline (sets up .venv first where it is missing)
 test-slow: setup ## The slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
 
+test-peft-suite: setup ## What PEFT promises of any method, against the installed PEFT
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peft_suite -m "not slow and not gpu"
+
 test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
 		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT) torchao==$(ITS_TORCHAO)
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
-	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/interop/test_peft_tuner_*.py \
+	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/peft_suite \
 		tests/end_to_end/test_export.py -m "not slow and not gpu" -W ignore::DeprecationWarning
 
 # Damages of each kind of file.

@@ -28,6 +28,7 @@ _CHOICES = {
 }
 # How layers were looked for: superseded in the file by `modules`, the layers that were found.
 _SEARCH_KEYS = ("exclude_modules", "layers_to_transform", "layers_pattern", "groups")
+_START_KEYS = ("init_weights",)  # says nothing of a trained adapter
 _OPTIONAL_KEYS = (
     "modules_to_save", "init_from", "base_quantization", "auto_mapping", "checkpoint_names"
 )  # fmt: skip
@@ -51,6 +52,8 @@ class WegeftConfig(PeftConfig):
         groups: Explicit sharing: group name -> patterns over full module names.
         side: input or output.
         init: Which factor starts at zero: phi_zero or psi_zero.
+        init_weights: False draws both factors, so that a new adapter changes the output. For tests;
+            no file states it.
         dropout: Dropout on the entries of the frozen weight while training, 0 <= p < 1.
         modules_to_save: Modules that are trained and saved whole beside the pairs.
         layers_to_transform: Index or indices of the layers to adapt; None means all.
@@ -78,6 +81,7 @@ class WegeftConfig(PeftConfig):
     groups: dict[str, list[str]] | None = None
     side: Side = "input"
     init: Init = "phi_zero"
+    init_weights: bool = True
     dropout: float = 0.0
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -158,7 +162,9 @@ class WegeftConfig(PeftConfig):
         values: dict[str, Any] = super().to_dict()
         if self.modules is not None:
             unset = [key for key in _OPTIONAL_KEYS if values.get(key) is None]
-            values = {k: v for k, v in values.items() if k not in (*_SEARCH_KEYS, *unset)}
+            values = {
+                k: v for k, v in values.items() if k not in (*_SEARCH_KEYS, *_START_KEYS, *unset)
+            }
         # Sets have no order, and one adapter should give one file.
         return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
@@ -177,7 +183,7 @@ class WegeftConfig(PeftConfig):
         super(WegeftConfig, stated).save_pretrained(save_directory, **kwargs)
 
     def _names_in_files(self, names: Mapping[str, str], stored: Set[str]) -> dict[str, str]:
-        """Give the tensors of renamed layers by their names in the base's files."""
+        """Return the tensors of renamed layers by their names in the base's files."""
         tensors: dict[str, str] = {}
         for name, file in self.file_layers.items():
             if name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -64,6 +65,15 @@ class FactorPair:
     def _place(self, factor: Tensor) -> Tensor:
         device = self._linear.weight.device
         return factor if device.type == "meta" else factor.to(device)
+
+
+def draw_zero_factor(pair: Generator) -> None:
+    """Draw the factor that starts at zero as the other one, so that the adapter has an effect."""
+    bound = 1.0 / math.sqrt(pair.phi.shape[0])
+    with torch.no_grad():
+        for factor in (pair.phi, pair.psi):
+            if not factor.is_meta and not factor.any():
+                factor.uniform_(-bound, bound)
 
 
 class SummedPairs:

@@ -28,19 +28,26 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("wegeft_factors",)
     other_param_names = ()
 
+    # The widths of the base's layer, as each layer of PEFT states them.
+    in_features: int
+    out_features: int
     # Of PEFT's class, which has no types.
     base_layer: Any
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, transposed: bool) -> None:
+    def __init__(self, base_layer: Any, adapter_name: str, *, transposed: bool) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._transposed = transposed
+        shape = tuple(base_layer.weight.shape)[:: 1 if transposed else -1]
+        # A quantized layer packs its weight, and states its widths.
+        self.in_features = int(getattr(base_layer, "in_features", shape[0]))
+        self.out_features = int(getattr(base_layer, "out_features", shape[-1]))
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._edit = WrappedEdit(self, transposed=transposed)
         self._chosen: str | None = None

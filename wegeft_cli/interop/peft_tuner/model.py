@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from wegeft_cli.interop.peft_tuner.combine import sum_configs
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
-from wegeft_cli.interop.peft_tuner.factors import FactorPair, Part, is_dense
+from wegeft_cli.interop.peft_tuner.factors import FactorPair, Part, draw_zero_factor, is_dense
 from wegeft_cli.interop.peft_tuner.layer import WegeftLinear
 from wegeft_cli.interop.peft_tuner.plan import Plan, read_plan, search_plan
+from wegeft_cli.methods.wegeft.inject import get_generators
 from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
 from wegeft_cli.methods.wegeft.targets import Rows, Target
 from wegeft_cli.models.file_names import file_names
@@ -45,7 +46,8 @@ class WegeftModel(BaseTuner):
         **kwargs: What PEFT's direct injection passes; it is refused.
 
     Raises:
-        ValueError: If the call comes from `inject_adapter_in_model`.
+        ValueError: If the call comes from `inject_adapter_in_model`, or the model has adapters that
+            PEFT does not know.
     """
 
     prefix = "wegeft_"
@@ -67,6 +69,11 @@ class WegeftModel(BaseTuner):
             raise ValueError(
                 "`inject_adapter_in_model` does not support WEGEFT because it uses shared state "
                 "stored on the tuner. Please use `get_peft_model` instead."
+            )
+        if get_generators(model) is not None:
+            raise ValueError(
+                "the model has WeGeFT adapters of `load_adapter` or `inject_generators`, which "
+                "would apply a second time: call `remove_generators`, or load the base anew"
             )
         self._plans: dict[str, Plan] = {}
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
@@ -176,6 +183,8 @@ class WegeftModel(BaseTuner):
             width = target.width(settings.side)
             device = linear.weight.device
             made = Generator(width, settings.rank, settings.scale, settings.init, device=device)
+            if not self.peft_config[adapter_name].init_weights:
+                draw_zero_factor(made)
             phi[adapter_name], psi[adapter_name] = made.phi, made.psi
         return FactorPair(phi, psi, adapter_name, settings.scale, linear)
 

@@ -14,7 +14,7 @@ from peft.utils.peft_types import PeftType
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.interop.conftest import PEFT_MARKS, Mlp, draw_factors, factors_of
+from tests.peft_suite.conftest import PEFT_MARKS, Mlp, draw_factors, factors_of
 from wegeft_cli.interop.peft import WegeftConfig
 from wegeft_cli.interop.peft_tuner.model import WegeftModel
 from wegeft_cli.interop.peft_tuner.register import register

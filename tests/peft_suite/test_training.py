@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from tests.interop.conftest import PEFT_MARKS, VOCABULARY, draw_factors, factors_of
+from tests.peft_suite.conftest import PEFT_MARKS, VOCABULARY, draw_factors, factors_of
 from wegeft_cli.methods.wegeft.inject import inject_generators
 
 pytestmark = PEFT_MARKS

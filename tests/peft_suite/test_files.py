@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from tests.interop.conftest import FACTOR_STD, PEFT_MARKS, draw_factors, factors_of
+from tests.peft_suite.conftest import FACTOR_STD, PEFT_MARKS, draw_factors, factors_of
 from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError
@@ -38,6 +38,21 @@ def inject(subject, dtype=torch.float32, **options):
         for parameter in model.wegeft.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random) * FACTOR_STD)
     return model.eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_adapter_is_not_applied_twice(subjects, name, tmp_path):
+    """A model that has the command line's adapters takes no more from PEFT."""
+    subject = subjects(name)
+    folder = write(inject(subject), subject, tmp_path / "mine")
+    model = subject.base()
+    load_adapter(model, folder)
+    before = subject.run(model)
+    with pytest.raises(ValueError, match="would apply a second time"):
+        PeftModel.from_pretrained(model, folder)
+    with pytest.raises(ValueError, match="would apply a second time"):
+        get_peft_model(model, subject.kind.config())
+    assert subject.run(model).equal(before)
 
 
 def write(model, subject, folder):

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.interop.conftest import KINDS, PEFT_MARKS, draw_factors, factors_of
+from tests.peft_suite.conftest import KINDS, PEFT_MARKS, draw_factors, factors_of
 from wegeft_cli.artifacts.adapter_files import load_adapter_files
 
 pytestmark = PEFT_MARKS
@@ -61,6 +61,27 @@ def test_a_new_adapter_changes_nothing(subject):
 def test_drawn_factors_change_the_output(subject):
     base = subject.run(subject.base())
     assert (subject.run(subject.adapted()) - base).abs().max() > 0.1
+
+
+def test_both_factors_are_drawn_if_asked(subject, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(subject.base(), subject.kind.config(init_weights=False))
+    assert (subject.run(model) - subject.run(subject.base())).abs().max() > 1e-4
+    assert all(factor.any() for factor in factors_of(model).values())
+    before = subject.run(model)
+    model.save_pretrained(tmp_path)
+    assert "init_weights" not in (tmp_path / "adapter_config.json").read_text()
+    load_adapter_files(tmp_path)
+    assert subject.run(PeftModel.from_pretrained(subject.base(), tmp_path)).equal(before)
+
+
+def test_each_layer_states_its_widths(subject):
+    layers = [m for m in subject.adapted().modules() if isinstance(m, BaseTunerLayer)]
+    assert layers
+    for layer in layers:
+        weight = layer.base_layer.weight
+        widths = weight.shape if subject.kind.name == "gpt2" else weight.shape[::-1]
+        assert (layer.in_features, layer.out_features) == tuple(widths)
 
 
 def test_only_the_adapter_is_trainable(subject):
@@ -323,7 +344,7 @@ def test_several_active_adapters_add_up(subject):
 
 def test_a_weighted_sum_of_adapters(subject):
     if subject.kind.name == "bert":
-        pytest.skip("its adapters bring a classifier, which is refused: test_peft_tuner_settings")
+        pytest.skip("its adapters bring a classifier, which is refused: test_settings")
     model = subject.adapted()
     model.add_adapter("other", subject.kind.config(r=2))
     draw_factors(model, "other", 3)
@@ -778,7 +799,7 @@ def test_delete_the_last_adapter(subject):
 
 def test_one_adapter_reweighted(subject):
     if subject.kind.name == "bert":
-        pytest.skip("its adapters bring a classifier, which is refused: test_peft_tuner_settings")
+        pytest.skip("its adapters bring a classifier, which is refused: test_settings")
     model = subject.adapted()
     for weight in (0.5, -0.5):
         name = f"times {weight}".replace(".", "_")
