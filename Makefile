@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow recipes check bench bench-eval bench-merge bench-scaling bench-training \
+.PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training \
 	bench-classification test-peft test-peft-suite fuzz docs quickstart digits clean
 
 help: ## List the targets
@@ -73,6 +73,9 @@ test-slow: setup ## The slow tests
 
 test-peft-suite: setup ## What PEFT promises of any method, against the installed PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peft_suite -m "not slow and not gpu"
+
+families: setup ## Every command on tiny checkpoints of 190 model families; docs/models.md (an hour on two cores, resumable)
+	OMP_NUM_THREADS=1 PYTHONPATH=scripts $(BIN)/python -m families --page docs/models.md
 
 test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \

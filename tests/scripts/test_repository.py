@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 TARGETS = {
     *("setup", "format", "lint", "types", "imports", "test", "test-slow", "recipes"),
+    *("families", "test-peft-suite"),
     *(
         "check",
         "bench",
