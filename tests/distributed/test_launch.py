@@ -212,3 +212,17 @@ def test_srun_joins(write_recipe):
     assert [task.returncode for task in ended] == [EXIT_DONE] * 2, [t.stderr for t in ended]
     assert read_run(recipe)["num_processes"] == 2
     assert sum("finished" in task.stdout for task in ended) == 1
+
+
+def test_a_machine_says_what_it_waits_for(write_recipe):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    words = ["--num-processes", "2", "--num-machines", "2", "--rdzv-endpoint", endpoint]
+    process = start(write_recipe(), *words)
+    try:
+        line = process.stderr.readline()
+    finally:
+        process.send_signal(signal.SIGINT)
+        finish(process)
+    assert f"waiting for all 2 machines at {endpoint}, for 600 s at most" in line

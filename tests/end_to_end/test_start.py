@@ -340,3 +340,26 @@ def test_another_number_of_threads_is_told(write_recipe, listener):
     assert result.status == "finished"
     (told,) = [text for text in listener.warnings if "threads" in text]
     assert f"began with {threads} CPU threads and resumes with {threads + 1}" in told
+
+
+@pytest.mark.parametrize(
+    ("free", "is_set", "warns"), [(1.2, False, True), (4, False, False), (1.2, True, False)]
+)
+def test_more_threads_than_free_cores_are_warned_of(
+    write_recipe, monkeypatch, listener, free, is_set, warns
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if is_set:
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(begin.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(begin, "measure_free_cores", lambda: free)
+    train(write_recipe(), reporter=listener)
+    assert any("OMP_NUM_THREADS=1" in text for text in listener.warnings) is warns
+
+
+def test_each_slow_stage_is_announced(write_recipe, listener):
+    train(write_recipe(data={"validation_fraction": 0.2}), reporter=listener)
+    stages = [
+        n for n in listener.notes if n.startswith(("reading the data", "loading the weights"))
+    ]
+    assert len(stages) == 2

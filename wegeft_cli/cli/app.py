@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
-from wegeft_cli.cli.console import LastingStream, print_fault, print_message
+from wegeft_cli.cli.console import LastingStream, get_console, note, print_fault, print_message
 from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
@@ -39,6 +39,9 @@ HELP = {
     "recipes": "List, show and copy the shipped recipes, and import those of other tools.",
 }
 """Each command with its help, so that `wegeft --help` imports none of them."""
+
+_LOADS_TORCH = {"train", "plan", "preview", "merge", "generate", "chat", "inspect", "export"}
+"""Commands whose imports take seconds, during which the terminal would be silent."""
 
 _FUNCTIONS = {"eval": "evaluate", "recipes": "recipes_app"}
 
@@ -95,6 +98,8 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _silence_imports()
+        if command.__name__ in _LOADS_TORCH and get_console(stderr=True).is_terminal:
+            note(f"{command.__name__}: loading PyTorch")
         try:
             return command(*args, **kwargs)
         except (UserError, ExceptionGroup) as error:

@@ -35,7 +35,7 @@ class ProgressLine:
         self._last = self._start
 
     def advance(self, done: float, **figures: str) -> None:
-        """Set the amount done, and figures to show from now on."""
+        """Set the amount done, and figures to show from now on; an empty one is hidden."""
         self.done = done
         self.figures.update(figures)
         self._last = time.monotonic()
@@ -70,6 +70,7 @@ class ProgressLine:
         return [
             Text.assemble((name.replace("_per_", "/") + " ", "dim"), value)
             for name, value in self.figures.items()
+            if value
         ]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:

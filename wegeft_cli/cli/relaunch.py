@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from wegeft_cli.cli.console import RichReporter
 from wegeft_cli.errors import UserError
 
 _OPTIONS = ("--num-processes", "--num-machines", "--rdzv-endpoint", "--max-restarts")
@@ -22,7 +23,8 @@ def relaunch(num_processes: int, **settings: Any) -> int:
             key="--num-processes",
             hint="omit it under torchrun and accelerate launch",
         )
-    return launch(without_launch_options(sys.argv[1:]), Group(num_processes, **settings))
+    words, group = without_launch_options(sys.argv[1:]), Group(num_processes, **settings)
+    return launch(words, group, RichReporter())
 
 
 def without_launch_options(words: Sequence[str]) -> list[str]:

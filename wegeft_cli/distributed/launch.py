@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, MachineError, UserError
+from wegeft_cli.reporter import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -27,6 +28,8 @@ LOST_PEER = "another process of this run has ended or does not answer"
 
 _SECONDS_TO_SAVE = 600
 """How long processes may take to save and exit after a signal; torch kills them after 30 s."""
+_SECONDS_TO_MEET = 600
+"""How long a machine waits for the others, at the start and after a restart."""
 _FIRST_SLURM_PORT = 20_000
 _SLURM_PORTS = 10_000
 
@@ -123,7 +126,27 @@ def first_host(nodes: str) -> str:
     return "" if found is None else "".join(part or "" for part in found.groups())
 
 
-def launch(words: Sequence[str], group: Group) -> int:
+class _RendezvousNotes(logging.Handler):
+    """Reports from torch's log when this machine waits for the others, and when all are there."""
+
+    def __init__(self, group: Group, reporter: Reporter) -> None:
+        super().__init__()
+        self._group = group
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report a rendezvous that begins or ends."""
+        num_machines = self._group.num_machines
+        if "Rendezvous'ing" in str(record.msg):
+            self._reporter.note(
+                f"waiting for all {num_machines} machines at {self._group.rdzv_endpoint}, for "
+                f"{_SECONDS_TO_MEET} s at most"
+            )
+        elif "Rendezvous complete" in str(record.msg):
+            self._reporter.note(f"all {num_machines} machines are here")
+
+
+def launch(words: Sequence[str], group: Group, reporter: Reporter | None = None) -> int:
     """Run `wegeft WORDS` in several processes and wait for all of them.
 
     A process that dies ends the others at once; all are restarted while restarts are left. Ctrl-C,
@@ -138,9 +161,10 @@ def launch(words: Sequence[str], group: Group) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_local)))
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _report_rendezvous(group, reporter or SilentReporter())
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=group.num_machines,
@@ -149,6 +173,7 @@ def launch(words: Sequence[str], group: Group) -> int:
         run_id=os.environ.get("SLURM_JOB_ID", "wegeft"),
         rdzv_backend="c10d",
         rdzv_endpoint=group.rdzv_endpoint or "localhost:0",
+        rdzv_configs={"join_timeout": _SECONDS_TO_MEET},
         max_restarts=group.max_restarts,
         logs_specs=DefaultLogsSpecs(),
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
@@ -160,9 +185,26 @@ def launch(words: Sequence[str], group: Group) -> int:
         elastic_launch(config, sys.executable)(*command)
     except SignalException as error:
         raise KeyboardInterrupt from error
+    except RendezvousError as error:
+        raise MachineError(
+            f"the {group.num_machines} machines did not meet at {group.rdzv_endpoint}: "
+            f"{str(error) or type(error).__name__}",
+            hint="start the same command on each machine, with an address that all can reach",
+        ) from error
     except ChildFailedError as error:
         return explain_failure(error.failures)
     return EXIT_DONE
+
+
+def _report_rendezvous(group: Group, reporter: Reporter) -> None:
+    """Replace the log lines of torch's launcher by notes for the user."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.setLevel(logging.CRITICAL)
+    if group.num_machines > 1:
+        agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+        agent.setLevel(logging.INFO)
+        agent.propagate = False
+        agent.handlers = [_RendezvousNotes(group, reporter)]
 
 
 def explain_failure(failures: Mapping[int, ProcessFailure]) -> int:

@@ -96,15 +96,15 @@ def plan(
     for note in loaded.notes:
         reporter.note(note)
     with attach_locations(loaded):
-        result = _plan(loaded)
+        result = _plan(loaded, reporter)
     for warning in result.warnings:
         reporter.warn(warning)
     return result
 
 
-def _plan(loaded: LoadedRecipe) -> Plan:
+def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
     recipe = loaded.recipe
-    checked = check_run(loaded, files_may_be_missing=True)
+    checked = check_run(loaded, files_may_be_missing=True, reporter=reporter)
     data, unknown, steps = checked.data, checked.unknown, checked.steps
     checkpoint = checked.checkpoint_bytes / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))

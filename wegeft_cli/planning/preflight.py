@@ -42,6 +42,7 @@ from wegeft_cli.planning.memory import (
 )
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
+from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.tasks.base import Task, TaskData, without_cache
 from wegeft_cli.tasks.registry import adapter_section, find_task
 from wegeft_cli.training.optimizer import check_optimizer
@@ -123,6 +124,7 @@ def check_run(
     device: torch.device | None = None,
     resuming: bool = False,
     files_may_be_missing: bool = False,
+    reporter: Reporter | None = None,
 ) -> Preflight:
     """Check everything about a run that needs no weights.
 
@@ -139,7 +141,7 @@ def check_run(
         check_template(recipe.data.template)
     with faults.collected():
         check_learning(recipe, device)
-    checked = None
+    checked, reporter = None, reporter or SilentReporter()
     # The size of a new head follows from the rows. Otherwise the model comes first: it is cheaper.
     if not task.has_head:
         with faults.collected():
@@ -147,6 +149,7 @@ def check_run(
     if faults and not files_may_be_missing:
         faults.extend(_list_missing_data(loaded))
     faults.raise_all()  # reading rows may take minutes
+    reporter.note("reading the data")
     processor, data = _read_rows(recipe, task, missing)
     if checked is None:
         head = task.assumed_head(recipe) if data is None else data.head

@@ -91,6 +91,7 @@ def build_setup(
             world_size=processes.count,
             device=processes.device,
             resuming=resuming,
+            reporter=reporter,
         )
     faults.raise_all()
     task, data, processor = checked.task, checked.data, checked.processor

@@ -43,6 +43,7 @@ from wegeft_cli.runs.start import (
     input_record,
     open_run,
     record_base_fingerprint,
+    warn_of_few_cores,
 )
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.callbacks import Callback, StopCallback
@@ -125,6 +126,7 @@ def _train(
     check_disk(run, setup)
     if dry_run:
         return _checked_result(run, setup)
+    warn_of_few_cores(run)
     with open_run(run, resume, named, setup, overwrite=overwrite) as state:
         if state.is_done:
             return _finished_result(run, setup, state)
@@ -143,6 +145,7 @@ def _load_model(
     run: Run, setup: RunSetup, state: RunState, sharding: Mapping[str, Any]
 ) -> nn.Module:
     """Load the base and prepare it for training."""
+    run.reporter.note(f"loading the weights of {run.recipe.model.name_or_path}")
     base = load_base(run.recipe.model, head=setup.head, warn=run.reporter.warn, **sharding)
     run.task.initialize_head(base, setup.head, run.recipe)
     run.task.prepare_base(base, setup.head, setup.tokenizer)

@@ -35,6 +35,9 @@ class Callback:
     def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Run at each line of metrics."""
 
+    def on_validation_begin(self, trainer: Trainer) -> None:
+        """Run before each validation."""
+
     def on_validate(self, trainer: Trainer) -> dict[str, float]:
         """Return metrics of a validation beside the validation loss.
 

@@ -258,6 +258,8 @@ class Trainer:
 
     def validate(self) -> bool:
         """Validate, and return whether there are metrics; none if the run was asked to stop."""
+        for callback in self.callbacks:
+            callback.on_validation_begin(self)
         try:
             metrics = measure(
                 self.model, self._validation_loss, self._further_metrics, self._average,

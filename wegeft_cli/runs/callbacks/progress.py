@@ -29,7 +29,12 @@ class ProgressCallback(Callback):
             memory=f"{metrics.peak_memory_gib:.2f} GiB",
         )
 
+    def on_validation_begin(self, trainer: Trainer) -> None:
+        """Show that a validation runs."""
+        self._advance(trainer.step, scoring="validation")
+
     def on_validated(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Note the metrics."""
+        self._advance(trainer.step, scoring="")
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._reporter.note(f"step {trainer.step}: {figures}")
