@@ -17,7 +17,7 @@ NOTES = {
     "batch, which is slower",
     "single": "a batch changes the answers of this model: its prompts run one by one",
 }
-"""What the user is told of a model that cannot batch any prompts."""
+"""Sentences for the user about a model that cannot batch any prompts."""
 
 _TEXT = "The quick brown fox jumps over the lazy dog."
 # Largest difference of logits, as a share of the largest logit: sums in another order.
