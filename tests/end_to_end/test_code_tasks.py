@@ -16,6 +16,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.code.problems import NUM_PUBLISHED, load_problems
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.planning.validate import validate_recipe
+from wegeft_cli.reporter import SilentReporter
 from wegeft_cli.runs.train import train
 
 ALLOWED = {"allow_code_execution": True}
@@ -148,7 +149,7 @@ def test_several_greedy_samples_are_refused(sets):
         ([*solutions(), {"task_id": "HumanEval/7", "completion": ""}], "no problem is called"),
         ([*solutions(), {"task_id": "HumanEval/0", "completion": 3}], "`completion` is not text"),
         ([*solutions(), {"index": 2, "output": ""}], "there are problems 0 to 1"),
-        ([*solutions(), {"x": 1}], "neither `task_id` and `completion`"),
+        ([*solutions(), {"x": 1}], "neither `task_id` or `index` with `output`"),
     ],
 )
 def test_samples_at_fault_are_refused(rows, message, sets):
@@ -214,3 +215,30 @@ def test_training_scores_humaneval_with_consent(sets, write_recipe, read_metrics
         result.run_dir, tasks=["humaneval"], data_dir=sets, max_new_tokens=4, options=ALLOWED
     )
     assert read_metrics(result.run_dir)[-1]["eval_humaneval"] == found["results"][0]["score"]
+
+
+class Notes(SilentReporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_fenced_answers_are_read_from_output_and_explained_in_completion(sets):
+    answers = [
+        (row["task_id"], f"Sure:\n```python\n{row['prompt']}{row['canonical_solution']}```\nDone.")
+        for row in PROBLEMS
+    ]
+    notes = Notes()
+    rows = [{"task_id": task_id, "completion": text} for task_id, text in answers]
+    assert score(sets, rows, reporter=notes)["score"] == 0.0
+    (note,) = notes.warnings
+    assert "no sample is valid Python" in note
+    assert "`output`, with --protocol chat" in note
+    rows = [{"task_id": task_id, "output": text} for task_id, text in answers]
+    notes = Notes()
+    assert score(sets, rows, protocol="chat", reporter=notes)["score"] == 1.0
+    assert notes.warnings == []

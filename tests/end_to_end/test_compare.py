@@ -83,3 +83,37 @@ def test_a_file_that_is_no_result_is_told(score, tmp_path, text):
         compare(score("a", RIGHT), bad)
     with pytest.raises(UserError, match="cannot read"):
         compare(score("a", RIGHT), tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("task", ["boolq"], "wrong type"),
+        ("protocol", {}, "wrong type"),
+        ("score", "0.5", "wrong type"),
+        ("n", 1.5, "wrong type"),
+        ("samples_path", "", "is gone"),
+        ("samples_path", 3, "is gone"),
+        ("samples_path", "/", "is gone"),
+    ],
+)
+def test_a_result_with_other_types_is_named(score, tmp_path, key, value, message):
+    a, b = score("a", RIGHT), score("b", WRONG)
+    result = json.loads(b.read_text())
+    (result if key == "samples_path" else result["results"][0])[key] = value
+    b.write_text(json.dumps(result))
+    with pytest.raises(UserError, match=message) as caught:
+        compare(a, b)
+    assert str(caught.value.key).endswith(key)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "\udcff", '{"index": [0]}', '{"correct": "yes"}'])
+def test_samples_with_other_types_are_named(score, tmp_path, line):
+    a, b = score("a", RIGHT), score("b", WRONG)
+    path = tmp_path / "b-samples.jsonl"
+    lines = path.read_text().splitlines()
+    change = json.loads(line) if line.startswith("{") else None
+    lines[0] = line if change is None else json.dumps(json.loads(lines[0]) | change)
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"JSON|no verdicts"):
+        compare(a, b)

@@ -275,3 +275,32 @@ def test_the_settings_are_whole_and_hold_no_null() -> None:
     assert None not in told.values()
     with pytest.raises(UserError, match="out of range"):
         Decoding(0)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("5.23.0", "past_key_values"),
+        ("5.24.0", "cache"),
+        ("5.24.0.dev0", "cache"),
+        ("6.0.0rc1", "cache"),
+    ],
+)
+def test_the_cache_goes_under_the_name_of_the_installed_transformers(
+    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, version: str, name: str
+) -> None:
+    expected = write(llama, tokenizer, 2)
+    real = llama.generate
+    names: set[str] = set()
+
+    def generate(**named: Any) -> Any:
+        found = {"cache", "past_key_values"} & named.keys()
+        names.update(found)
+        for each in found:
+            named["past_key_values"] = named.pop(each)
+        return real(**named)
+
+    monkeypatch.setattr(llama, "generate", generate)
+    monkeypatch.setattr("transformers.__version__", version)
+    assert write(llama, tokenizer, 2) == expected
+    assert names == {name}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import UserError, disk_errors, raise_all
+from wegeft_cli.evaluation.text.json_rows import raise_faults, read_bytes, read_json_lines
 from wegeft_cli.statistics import compare_paired
-from wegeft_cli.storage.json_files import parse_json
+from wegeft_cli.storage.json_files import parse_json, shorten
 
+_RESULT_TYPES: Mapping[str, tuple[type, ...]] = {
+    "task": (str,),
+    "protocol": (str,),
+    "score": (int, float, type(None)),
+    "n": (int,),
+}
 _SAME = ("template_hash", "data_sha256", "n")
 _REPORTED = ("base_fingerprint", "base_quantization", "adapter_fingerprint", "generation")
 
@@ -107,14 +113,22 @@ def _find_differences(
 
 def _read_results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the results by (task, protocol)."""
-    values = _read_object(path)
-    rows = values.get("results")
+    rows = _read_object(path).get("results")
     if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"task", "protocol", "score", "n"} <= row.keys() for row in rows
+        isinstance(row, dict) and _RESULT_TYPES.keys() <= row.keys() for row in rows
     ):
         raise UserError(
             "this is no result of `wegeft eval`", file=str(path), hint="make one with --output FILE"
         )
+    for position, row in enumerate(rows):
+        for key, types in _RESULT_TYPES.items():
+            if type(row[key]) not in types:
+                raise UserError(
+                    f"has the wrong type: {shorten(row[key])}",
+                    file=str(path),
+                    key=f"results[{position}].{key}",
+                    hint="make the file with `wegeft eval --output FILE`",
+                )
     return {(row["task"], row["protocol"]): row for row in rows}
 
 
@@ -127,23 +141,21 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
     """Read the samples of a result: beside it, or at the recorded path."""
-    recorded = Path(str(_read_object(path).get("samples_path")))
-    for place in (path.with_name(recorded.name), recorded):
-        if place.is_file():
+    recorded = _read_object(path).get("samples_path")
+    known = Path(recorded) if isinstance(recorded, str) else Path()
+    for place in (path.with_name(known.name or "samples"), known):
+        if known.name and place.is_file():
             break
     else:
         raise UserError(
-            f"its samples file {str(recorded)!r} is gone: rows can only be compared with it",
+            f"its samples file {shorten(recorded)} is gone: rows can only be compared with it",
             file=str(path),
             key="samples_path",
             hint="put it beside the result, or score again",
         )
-    with disk_errors(place, "read"):
-        lines = place.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise UserError(f"not JSON Lines: {error}", file=str(place)) from error
+    lines, faults = read_json_lines(read_bytes(place), place)
+    raise_faults(faults)
+    return [line.value for line in lines]
 
 
 def _rows_of(
@@ -154,10 +166,15 @@ def _rows_of(
         for row in samples
         if (row.get("task"), row.get("protocol")) == name and row.get("model") != "base"
     ]
-    if not rows or any("correct" not in row or "index" not in row for row in rows):
+    if not rows or not all(_is_verdict(row) for row in rows):
         raise UserError(
             f"its samples file has no verdicts on `{name[0]}` ({name[1]})",
             file=str(path),
             hint="score again with `wegeft eval --output`",
         )
     return rows
+
+
+def _is_verdict(row: Mapping[str, Any]) -> bool:
+    has_verdict = "correct" in row and type(row["correct"]) in (bool, type(None))
+    return has_verdict and type(row.get("index")) is int

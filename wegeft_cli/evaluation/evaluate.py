@@ -150,6 +150,8 @@ def _evaluate_file(
             hint="name one --task",
         )
     scores = [benchmark.score_file(samples) for benchmark in benchmarks]
+    for note in (note for score in scores for note in score.notes):
+        call.reporter.warn(note)
     evaluation = Evaluation(call.names, scores, NO_PRINTS)
     samples_path = _samples_path(None, benchmarks, output)
     result = {

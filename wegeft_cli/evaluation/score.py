@@ -39,6 +39,8 @@ class Score:
     """Further figures of the result, between interval and data."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further figures of the result, at its end."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of a score of a file; no part of the result."""
     files: dict[str, str] = field(default_factory=dict)
     """Files in third-party formats beside the samples file: {end of the name: content}."""
 

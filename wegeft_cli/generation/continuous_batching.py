@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
@@ -29,8 +30,17 @@ from wegeft_cli.generation.sampling import PerSequenceSampler
 from wegeft_cli.generation.stopping import StopTexts, contains_stop
 from wegeft_cli.generation.streaming import TextStreamer
 
+_CACHE_RENAMED = (5, 24)
+"""Version of transformers from which `generate` takes its cache as `cache`."""
 SEGMENT_TOKENS = 16
 """Tokens generated between two removals of finished rows."""
+
+
+def name_cache_argument() -> str:
+    """Return the name of the argument of `generate` that takes a KV cache."""
+    major, minor, *_ = transformers.__version__.split(".")
+    renamed = (int(major), int(minor)) >= _CACHE_RENAMED
+    return "cache" if renamed else "past_key_values"
 
 
 def rows_can_leave(model: Any) -> bool:
@@ -90,7 +100,7 @@ class ActiveBatch:
     def generate(self, num_tokens: int, config: GenerationConfig, **more: Any) -> list[list[int]]:
         """Generate up to `num_tokens` tokens of every row; a row that ends is padded."""
         config.max_new_tokens = num_tokens
-        cached = {} if self._cache is None else {"past_key_values": self._cache}
+        cached = {} if self._cache is None else {name_cache_argument(): self._cache}
         output = self.model.generate(
             input_ids=self._ids,
             attention_mask=self._mask,

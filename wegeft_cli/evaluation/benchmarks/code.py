@@ -35,6 +35,7 @@ from wegeft_cli.generation.decoding import Decoding, sample_id
 from wegeft_cli.inference.prompt_format import RenderedPrompts, render_user_prompts
 
 NAME = "humaneval"
+_PARSE_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,20 @@ class CodeBenchmark:
         problems = {row.index: row for row in self.problems.rows}
         counts = dict.fromkeys(problems, 0)
         samples: dict[int, CodeSample] = {}
-        for index, text, is_completion in read_code_samples(path, self.problems):
+        read = read_code_samples(path, self.problems)
+        for index, text, is_completion in read:
             completion = text if is_completion else self.protocol.extract(text)
             samples[len(samples)] = CodeSample(problems[index], counts[index], "", text, completion)
             counts[index] += 1
         with open_sandbox(timeout=CODE_TIMEOUT) as sandbox:
-            return self._score(sandbox, samples, BenchmarkContext(1))
+            score = self._score(sandbox, samples, BenchmarkContext(1))
+        if all(sample["detail"].startswith(_PARSE_ERRORS) for sample in score.samples):
+            note = f"{NAME}: no sample is valid Python. "
+            if any(is_completion for _, _, is_completion in read):
+                note += "`completion` is code that continues the problem's prompt. "
+            note += "Put answers with prose or code fences into `output`, with --protocol chat"
+            return replace(score, notes=(note,))
+        return score
 
     def _score(self, sandbox: Any, samples: Mapping[int, Any], context: BenchmarkContext) -> Score:
         from wegeft_cli.evaluation.code.scoring import run_samples, sample_record, summarise

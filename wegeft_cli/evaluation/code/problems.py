@@ -135,19 +135,22 @@ def read_code_samples(path: Path, problems: Problems) -> list[tuple[int, str, bo
 def _read_sample(
     value: dict[str, Any], by_id: dict[str, int], num_rows: int
 ) -> tuple[int, str, bool]:
-    if "task_id" in value and "completion" in value:
-        task_id, text = value["task_id"], value["completion"]
+    name = "completion" if "completion" in value else "output"
+    if "task_id" in value and name in value:
+        task_id, text = str(value["task_id"]), value[name]
         if not isinstance(text, str):
-            raise ValueError("`completion` is not text")
-        prefix, _, number = str(task_id).rpartition("/")
+            raise ValueError(f"`{name}` is not text")
+        prefix, _, number = task_id.rpartition("/")
         if task_id in by_id:
-            return by_id[task_id], text, True
+            return by_id[task_id], text, name == "completion"
         if prefix == "HumanEval" and number.isdecimal() and int(number) < num_rows:
-            return num_rows, text, True  # past the limit
+            return num_rows, text, name == "completion"  # past the limit
         raise ValueError(f"no problem is called {task_id!r}")
     index, text = value.get("index"), value.get("output")
     if isinstance(index, bool) or not isinstance(index, int) or not isinstance(text, str):
-        raise ValueError("neither `task_id` and `completion` nor `index` and `output`")
+        raise ValueError(
+            "neither `task_id` or `index` with `output`, nor `task_id` and `completion`"
+        )
     if not 0 <= index < num_rows:
         raise ValueError(f"`index` is {index}, but there are problems 0 to {num_rows - 1}")
     return index, text, False
