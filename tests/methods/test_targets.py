@@ -207,3 +207,59 @@ def test_published_counts_of_vit_and_roberta():
     assert [2 * 16 * d for d in group_widths(groups, "input").values()] == [24_576]
     groups = assign_groups(find_targets(roberta, ["query", "value"]))
     assert sum(2 * 32 * d for d in group_widths(groups, "input").values()) == 98_304
+
+
+class TestKinds:
+    """`share: module_type`: all layers of a kind have one width."""
+
+    def test_a_name_of_two_widths_is_split_by_the_modules_around_it(self, make_gpt2):
+        assigned = assign_groups(find_targets(make_gpt2(), "all-linear"))
+        assert {name: len(members) for name, members in assigned.items()} == {
+            "c_attn": 2, "attn-c_proj": 2, "c_fc": 2, "mlp-c_proj": 2,
+        }  # fmt: skip
+        assert group_widths(assigned, "input")["mlp-c_proj"] == 128
+
+    def test_layers_that_differ_in_width_alone_are_split_by_width(self):
+        model = nn.ModuleDict(
+            {"stages": nn.ModuleList(nn.ModuleDict({"query": nn.Linear(d, d)}) for d in (4, 8, 8))}
+        )
+        assigned = assign_groups(find_targets(model, "all-linear"))
+        assert {name: len(members) for name, members in assigned.items()} == {
+            "query-d4": 1, "query-d8": 2,
+        }  # fmt: skip
+
+    def test_numbered_members_of_a_list_have_kinds_of_their_own(self):
+        blocks = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))})
+            for _ in range(3)
+        )
+        assigned = assign_groups(find_targets(nn.ModuleDict({"blocks": blocks}), "all-linear"))
+        assert {name: len(members) for name, members in assigned.items()} == {
+            "mlp_0": 3, "mlp_2": 3,
+        }  # fmt: skip
+
+    def test_what_is_trained_whole_is_no_target_of_all_linear(self, make_llama):
+        targets = select_targets(make_llama(), "all-linear", None, ["layers.1.mlp", "lm_head"])
+        assert len(targets) == 11
+        assert not any("layers.1.mlp" in target.name for target in targets)
+
+
+class TestOwnLinearClasses:
+    """Linears of a model's own class are adapted only where they compute W x."""
+
+    def test_a_product_written_otherwise_is_one(self):
+        from transformers.models.falcon.modeling_falcon import FalconLinear
+
+        model = nn.ModuleDict({"dense": FalconLinear(4, 6)})
+        assert [target.name for target in find_targets(model, "all-linear")] == ["dense"]
+
+    def test_a_router_is_none(self):
+        from transformers import Llama4TextConfig
+        from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+        config = Llama4TextConfig(hidden_size=4, num_local_experts=2)
+        model = nn.ModuleDict({"router": Llama4Router(config), "q_proj": nn.Linear(4, 4)})
+        assert [target.name for target in find_targets(model, "all-linear")] == ["q_proj"]
+        for named in (["router"], "rout.*"):
+            with pytest.raises(UserError, match="Llama4Router, which does not compute W x"):
+                find_targets(model, named)

@@ -278,7 +278,7 @@ def test_names_match_by_their_end(make_llama):
     [
         (["q_proj"], {}, "is the adapted layer"),
         (["layers.0.self_attn"], {}, r"holds the adapted layer 'model\.layers\.0\.self_attn\.q_"),
-        (["layers"], {"target_modules": "all-linear", "share": "none"}, "holds the adapted layer"),
+        (["layers"], {"target_modules": ".*_proj", "share": "none"}, "holds the adapted layer"),
         (["self_attn", "layers.0.self_attn.k_proj"], {"target_modules": ["down_proj"]}, "whole"),
         (["act_fn"], {}, "has no parameters"),
         (["layers"], {"target_modules": ["lm_head"]}, "is never called itself"),

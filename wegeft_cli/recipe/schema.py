@@ -133,8 +133,9 @@ class AdapterSection:
     projection, by name or as `name:start-stop`), one regular expression over full module names, or
     `all-linear` (every linear layer except the output head)."""
     share: Share = "module_type"
-    """Layers that share one pair of maps: module_type (all layers of a kind), input_dim (all layers
-    of an input width), none."""
+    """Layers that share one pair of maps: module_type (all layers of a kind; a kind with several
+    input widths is split by the modules around it, or by width), input_dim (all layers of an input
+    width), none."""
     groups: dict[str, list[str]] | None = None
     """Explicit sharing: group name -> patterns over full module names. Replaces `share`."""
     side: Side = "input"

@@ -26,6 +26,7 @@ from wegeft_cli.methods.wegeft.targets import (
     check_dense,
     check_untied,
     find_targets,
+    is_inside_any,
 )
 from wegeft_cli.methods.wegeft.trained_modules import (
     check_saved_modules,
@@ -86,7 +87,7 @@ def inject_generators(
     """
     if rank < 1:
         raise UserError(f"the rank must be at least 1, got {rank}", key="adapter.r")
-    targets = select_targets(model, target_modules, groups)
+    targets = select_targets(model, target_modules, groups, modules_to_save)
     assigned = assign_groups(targets, share=share, groups=groups, side=side)
     settings = GeneratorSettings(
         rank=rank,
@@ -111,9 +112,15 @@ def select_targets(
     model: nn.Module,
     target_modules: str | Sequence[str],
     groups: Mapping[str, Sequence[str]] | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> list[Target]:
-    """Find the targets; with explicit groups and `all-linear`, those that a pattern matches."""
+    """Find the targets; with explicit groups and `all-linear`, those that a pattern matches.
+
+    `all-linear` omits the linears of modules that are trained whole.
+    """
     targets = find_targets(model, target_modules)
+    if target_modules == "all-linear":
+        targets = [t for t in targets if not is_inside_any(t.name, modules_to_save)]
     if groups is not None and target_modules == "all-linear":
         targets = _matched_by(groups, targets, model)
     check_untied(model, targets)

@@ -55,7 +55,9 @@ class WeGeFTMethod(Method):
         from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
         from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
-        targets = select_targets(skeleton, section.target_modules, section.groups)
+        targets = select_targets(
+            skeleton, section.target_modules, section.groups, section.modules_to_save
+        )
         assigned = assign_groups(
             targets,
             share=section.share,

@@ -25,6 +25,8 @@ def assign_groups(
 
     Args:
         share: module_type (one pair per kind of layer), input_dim (one per width), none (one each).
+            A kind is what a layer is called. A name that layers of several widths have is split by
+            the modules around them (`attn-c_proj`, `mlp-c_proj`), or else by width (`query-d96`).
         side: input or output; a group must have one width on that side.
 
     Raises:
@@ -36,9 +38,10 @@ def assign_groups(
         assigned = _assign_explicitly(targets, groups)
     else:
         assigned = {}
+        kinds = _name_kinds(targets, side) if share == "module_type" else {}
         for target in targets:
             if share == "module_type":
-                name = target.kind
+                name = kinds[target]
             elif share == "input_dim":
                 name = f"d{target.width(side)}"
             else:
@@ -48,6 +51,33 @@ def assign_groups(
     faults = [fault for name in assigned for fault in _check_group(name, assigned[name], side, key)]
     raise_all(faults)
     return assigned
+
+
+def _name_kinds(targets: Sequence[Target], side: Side) -> dict[Target, str]:
+    """Name the kind of each target, so that all targets of a kind have one width."""
+    by_name: dict[str, list[Target]] = {}
+    for target in targets:
+        by_name.setdefault(target.kind, []).append(target)
+    kinds: dict[Target, str] = {}
+    for members in by_name.values():
+        kinds |= _split_kind(members, side)
+    return kinds
+
+
+def _split_kind(members: Sequence[Target], side: Side) -> dict[Target, str]:
+    parents = {
+        target: [part for part in target.name.split(".")[:-1] if not part.isdigit()]
+        for target in members
+    }
+    for depth in range(max(map(len, parents.values())) + 1):
+        names = {
+            target: "-".join([*path[max(len(path) - depth, 0) :], target.kind])
+            for target, path in parents.items()
+        }
+        widths = {(name, target.width(side)) for target, name in names.items()}
+        if len(widths) == len(set(names.values())):
+            return names
+    return {target: f"{target.kind}-d{target.width(side)}" for target in members}
 
 
 def group_widths(assigned: Mapping[str, Sequence[Target]], side: Side) -> dict[str, int]:

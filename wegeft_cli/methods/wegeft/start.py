@@ -31,7 +31,9 @@ def check_start(
 ) -> None:
     """Check that generators of these settings can start from an adapter."""
     files = start.read_files()
-    targets = select_targets(skeleton, section.target_modules, section.groups)
+    targets = select_targets(
+        skeleton, section.target_modules, section.groups, section.modules_to_save
+    )
     groups = assign_groups(
         targets,
         share=section.share,

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError, raise_all
@@ -64,15 +66,22 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
 
     linears = {}
     for name, module in model.named_modules():
-        kind = name.rpartition(".")[2]
         if name.startswith(f"{ROOT_NAME}."):
             continue  # a linear that is trained whole
+        kind = _kind_of(name)
         if isinstance(module, nn.Linear):
             linears[name] = Target(name, kind, module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             d_in, d_out = module.weight.shape
             linears[name] = Target(name, kind, d_in, d_out, transposed=True)
     return linears
+
+
+def _kind_of(name: str) -> str:
+    """Return a module's last name; a numbered one (`mlp.0`) is named with its list, `mlp_0`."""
+    *path, last = name.split(".")
+    parents = [part for part in path if not part.isdigit()]
+    return f"{parents[-1]}_{last}" if last.isdigit() and parents else last
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[Target]:
@@ -92,6 +101,9 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         hits = [linears[name] for name in linears if ends_with(name, base_name)]
         if not hits:
             faults.append(_nothing_matches(base_name, linears))
+            continue
+        if others := [hit for hit in hits if not _is_product(model.get_submodule(hit.name))]:
+            faults.append(_no_product(model, others[0]))
             continue
         try:
             found += [_cut_rows(model, hit, part) for hit in hits] if part else hits
@@ -171,7 +183,11 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
 def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -> list[Target]:
     if text == "all-linear":
         heads = _find_heads(model)
-        return [target for name, target in linears.items() if name not in heads]
+        return [
+            target
+            for name, target in linears.items()
+            if name not in heads and _is_product(model.get_submodule(name))
+        ]
     try:
         expression = re.compile(text)
     except re.error as error:
@@ -186,7 +202,42 @@ def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -
             f"{next(iter(linears), 'a.b.q_proj')!r}; for names write a list: [{text}]"
         )
         raise fault
+    if others := [hit for hit in hits if not _is_product(model.get_submodule(hit.name))]:
+        raise _no_product(model, others[0])
     return hits
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Return whether a linear of a model's own class computes `x W^T + b`, as by its name.
+
+    Routers of some mixtures of experts are such classes: they return the chosen experts, too.
+    """
+    kind = type(module)
+    own = kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+    if not own or kind.forward is nn.Linear.forward or not isinstance(module, nn.Linear):
+        return True
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=random)
+        for name, tensor in module.named_parameters(recurse=False)
+    }
+    x = torch.randn(1, 2, module.in_features, generator=random)
+    try:
+        with torch.no_grad():
+            found = torch.func.functional_call(module, tensors, (x,))
+            expected = F.linear(x, tensors["weight"], tensors.get("bias"))
+    except Exception:  # a model's own code may raise anything for an input of this shape
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def _no_product(model: nn.Module, target: Target) -> UserError:
+    kind = type(model.get_submodule(target.name)).__name__
+    return UserError(
+        f"{target.name!r} is a {kind}, which does not compute W x as a linear layer does",
+        key="adapter.target_modules",
+        hint="omit it from the targets",
+    )
 
 
 def _find_heads(model: nn.Module) -> set[str]:
@@ -202,6 +253,13 @@ def _find_heads(model: nn.Module) -> set[str]:
 def ends_with(name: str, last_parts: str) -> bool:
     """Return whether a full module name ends with whole parts, such as `q_proj` or `layers.1.q`."""
     return name == last_parts or name.endswith("." + last_parts)
+
+
+def is_inside_any(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a module is one of those named by their last parts, or inside one."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(ends_with(path, module) for path in paths for module in modules)
 
 
 def _nothing_matches(text: str, linears: Mapping[str, Target]) -> UserError:
