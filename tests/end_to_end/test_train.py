@@ -277,3 +277,25 @@ def test_the_command_exits_by_who_can_mend_it(write_recipe, monkeypatch):
     again = runner.invoke(app, ["train", recipe, "output_dir=" + recipe + ".run"])
     assert again.exit_code == 2
     assert "already holds a run" in again.stderr
+
+
+def test_a_run_validates_and_saves_once_per_epoch(write_recipe, read_metrics, steps_saved):
+    each = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": None}
+    recipe = write_recipe(data={"validation_fraction": 0.2}, train={"num_train_epochs": 3, **each})
+    run_dir = train(recipe).run_dir
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+    assert [line["epoch"] for line in lines if "loss" in line][1::2] == [1.0, 2.0, 3.0]
+    assert steps_saved(run_dir) == [2, 4, 6]
+
+
+def test_a_run_can_end_before_its_schedule(write_recipe, read_metrics):
+    recipe = write_recipe(train={"warmup_ratio": 0.25, "max_steps": 8})
+    whole = [line["learning_rate"] for line in read_metrics(train(recipe).run_dir)]
+    words = ["train.max_steps=4", "train.lr_scheduler_steps=8"]
+    part = train(recipe, words, overwrite=True).run_dir
+    assert [line["learning_rate"] for line in read_metrics(part)] == whole[:4]
+    with pytest.raises(UserError) as caught:
+        train(recipe, ["train.max_steps=-1", "train.lr_scheduler_steps=3"], overwrite=True)
+    assert caught.value.key == "train.lr_scheduler_steps"
+    assert "6 steps of the run" in caught.value.message

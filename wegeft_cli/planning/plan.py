@@ -109,7 +109,9 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
     checkpoint = checked.checkpoint_bytes / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))
     num_steps = steps.num_steps if steps is not None else max(recipe.train.max_steps, 0) or None
-    num_checkpoints = count_checkpoints(recipe.train, num_steps)
+    num_checkpoints = count_checkpoints(
+        recipe.train, num_steps, None if steps is None else steps.steps_per_epoch
+    )
     disk = None if num_checkpoints is None else checkpoint * num_checkpoints
     memory, reason = checked.estimate_memory()
     if reason is not None:

@@ -326,13 +326,26 @@ def check_run_schedule(recipe: Recipe, num_steps: int) -> None:
     if fault is not None:
         key, message, hint = fault
         raise UserError(message, key=key, hint=hint)
+    schedule_steps = count_schedule_steps(train, num_steps)
     check_schedule(
         train.lr_scheduler_type,
         train.lr_scheduler_kwargs,
         learning_rate=train.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=count_warmup_steps(num_steps, train.warmup_ratio, train.warmup_steps),
+        num_steps=schedule_steps,
+        warmup_steps=count_warmup_steps(schedule_steps, train.warmup_ratio, train.warmup_steps),
     )
+
+
+def count_schedule_steps(train: TrainSection, num_steps: int) -> int:
+    """Return the steps of the learning rate schedule of a run; raise UserError if it ends first."""
+    schedule = train.lr_scheduler_steps
+    if schedule is not None and schedule < num_steps < _MANY_STEPS:
+        raise UserError(
+            f"{schedule} is less than the {num_steps} steps of the run",
+            key="train.lr_scheduler_steps",
+            hint="the schedule covers the whole run: raise it, or train for fewer steps",
+        )
+    return schedule or num_steps
 
 
 def count_steps(value: float, num_steps: int) -> int:
@@ -342,13 +355,17 @@ def count_steps(value: float, num_steps: int) -> int:
     return int(value)
 
 
-def count_checkpoints(train: TrainSection, num_steps: int | None) -> int | None:
+def count_checkpoints(
+    train: TrainSection, num_steps: int | None, steps_per_epoch: int | None = None
+) -> int | None:
     """Count the checkpoints that exist at one time at most, the one being written included."""
     kept = train.save_total_limit
     if kept is None:
         if num_steps is None:
             return None
         every = count_steps(train.save_steps, num_steps)
+        if train.save_strategy == "epoch":
+            every = steps_per_epoch or num_steps
         kept = num_steps // every if every else 0
     return kept + 1 + train.load_best_model_at_end
 

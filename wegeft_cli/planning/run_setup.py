@@ -40,6 +40,7 @@ class RunSetup:
         trackers: Names of the experiment trackers.
         digests: Hashes by which a resumed run recognizes its data and tokenizer.
         head: The task's new head, if it has one.
+        steps_per_epoch: Optimizer steps of one pass over the rows; of no use for a stream.
     """
 
     tokenizer: Any
@@ -53,6 +54,7 @@ class RunSetup:
     trackers: tuple[str, ...]
     digests: dict[str, Any]
     head: HeadSpec | None = None
+    steps_per_epoch: int = 0
 
     @property
     def trainable(self) -> int:
@@ -122,6 +124,7 @@ def build_setup(
         trackers,
         task.digest_inputs(recipe, loaded.path.parent, processor),
         head=checked.head,
+        steps_per_epoch=checked.steps.steps_per_epoch,
     )
 
 

@@ -242,6 +242,10 @@ def _check_streaming(recipe: Recipe) -> Iterator[Fault]:
     if data.packing != "none":
         message = f"{data.packing!r} contradicts `data.streaming`: packing needs all rows"
         yield "data.packing", message, "set it to `none`"
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(recipe.train, name) == "epoch":
+            message = "`epoch` contradicts `data.streaming`: an epoch's steps are not known"
+            yield f"train.{name}", message, "set it to `steps`"
     if recipe.train.group_by_length:
         message = "contradicts `data.streaming`: grouping needs all rows"
         yield "train.group_by_length", message, "set it to false"
@@ -260,6 +264,10 @@ def _check_train(recipe: Recipe) -> Iterator[Fault]:
     if train.warmup_ratio > 0 and train.warmup_steps > 0:
         message = f"{train.warmup_steps} contradicts `train.warmup_ratio` {train.warmup_ratio}"
         yield "train.warmup_steps", message, "keep one of the two"
+    schedule, max_steps = train.lr_scheduler_steps, train.max_steps
+    if schedule is not None and schedule < max_steps:
+        message = f"{schedule} is less than `train.max_steps` {max_steps}"
+        yield "train.lr_scheduler_steps", message, "the schedule covers the whole run"
     if train.fsdp_size is not None and train.strategy != "hsdp":
         message = f"{train.fsdp_size} requires `train.strategy: hsdp`"
         yield "train.fsdp_size", message, "set the strategy, or remove it"
@@ -313,10 +321,16 @@ def check_measuring(recipe: Recipe) -> Iterator[Fault]:
 def _check_validation(recipe: Recipe) -> Iterator[Fault]:
     train = recipe.train
     measures = _has_rows(recipe) or train.eval_tasks or recipe.logging.sample_prompts
+    hint = "set `data.validation`, `data.validation_fraction` or `train.eval_tasks`"
     if train.eval_steps > 0 and not measures:
         message = f"{train.eval_steps} requires validation data, and there are none"
-        hint = "set `data.validation`, `data.validation_fraction` or `train.eval_tasks`"
         yield "train.eval_steps", message, hint
+    if train.eval_strategy == "epoch" and not measures:
+        message = "`epoch` requires validation data, and there are none"
+        yield "train.eval_strategy", message, hint
+    if train.eval_strategy == "epoch" and train.eval_steps > 0:
+        message = f"{train.eval_steps} contradicts `train.eval_strategy: epoch`"
+        yield "train.eval_steps", message, "keep one of the two"
     for position, name in enumerate(train.eval_tasks):
         if name in train.eval_tasks[:position]:
             yield f"train.eval_tasks[{position}]", f"contains {name!r} twice", "remove it"
@@ -347,9 +361,10 @@ def _check_watched(recipe: Recipe) -> Iterator[Fault]:
         if is_set and metric == _LOSS and metric not in metrics:
             other = f", or set `{key}: {metrics[0]}`" if metrics else ""
             yield name, "requires validation data, and there are none", hint + other
-        elif is_set and train.eval_steps == 0:
+        elif is_set and train.eval_steps == 0 and train.eval_strategy == "steps":
             message = "requires validation during training, and `train.eval_steps` is 0"
-            yield name, message, "set `train.eval_steps`, e.g. 0.1 for ten validations"
+            hint = "set `train.eval_steps`, e.g. 0.1 for ten validations, or `eval_strategy: epoch`"
+            yield name, message, hint
 
 
 def _check_logging(recipe: Recipe) -> Iterator[Fault]:

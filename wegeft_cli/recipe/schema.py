@@ -71,6 +71,7 @@ Optimizer: TypeAlias = Literal[
     "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 ]  # fmt: skip
 MixedPrecision: TypeAlias = Literal["none", "bf16", "fp16"]
+Interval: TypeAlias = Literal["steps", "epoch"]
 Strategy: TypeAlias = Literal["replicated", "fsdp2", "hsdp"]
 ClassMetric: TypeAlias = Literal["accuracy", "f1", "f1_macro", "matthews_correlation"]
 RegressionMetric: TypeAlias = Literal["pearson", "spearmanr"]
@@ -262,6 +263,9 @@ class TrainSection:
     """transformers' name of the schedule: linear, cosine, cosine_with_min_lr,
     cosine_warmup_with_min_lr, cosine_with_restarts, polynomial, constant (with warmup if one is
     set), constant_with_warmup, inverse_sqrt, warmup_stable_decay."""
+    lr_scheduler_steps: Count | None = None
+    """Optimizer steps over which the schedule runs, at least those of the run: a run can end before
+    its schedule does. warmup_ratio is a fraction of them. Null: the steps of the run."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Settings of the schedule (`min_lr_rate`, `num_decay_steps`, `power`, ...)."""
     warmup_ratio: Fraction = 0.0
@@ -306,11 +310,16 @@ class TrainSection:
     step are always split into forward passes by length, which changes no step's sum.)"""
     use_liger_kernel: bool = False
     """Use liger-kernel's fused kernels for norms, rotary embedding and MLP. Requires a GPU."""
+    eval_strategy: Interval = "steps"
+    """steps: validate by eval_steps. epoch: validate at the end of each epoch."""
     eval_steps: Every = 0.0
     """Validate every N steps; below 1: a fraction of all steps; 0: only at the end."""
     eval_tasks: list[str] = field(default_factory=list)
     """Benchmarks and groups to score at each validation (`wegeft eval --list`) with the settings of
     `eval`. Scores are logged as `eval_<task>`, a group's mean as `eval_<group>`."""
+    save_strategy: Interval = "steps"
+    """steps: save by save_steps. epoch: save at the end of each epoch, and do not read
+    save_steps."""
     save_steps: Every = 0.1
     """Save a checkpoint every N steps; below 1: a fraction of all steps; 0: only when interrupted
     and at the end, so that a crash loses the whole run."""

@@ -14,7 +14,7 @@ from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
 from wegeft_cli.models.running_statistics import moves_statistics
 from wegeft_cli.models.stochastic_depth import add_drop_path
-from wegeft_cli.planning.preflight import count_steps
+from wegeft_cli.planning.preflight import count_schedule_steps, count_steps
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.run import Run
 from wegeft_cli.tasks.registry import inject_adapter
@@ -67,7 +67,10 @@ def build_model(
 
 
 def build_learning(
-    recipe: Recipe, parameters: Mapping[str, nn.Parameter], num_steps: int
+    recipe: Recipe,
+    parameters: Mapping[str, nn.Parameter],
+    num_steps: int,
+    steps_per_epoch: int,
 ) -> tuple[Optimizer, LRScheduler, LoopSettings]:
     """Build the optimizer, the learning rate scheduler and the settings of the loop.
 
@@ -84,19 +87,24 @@ def build_learning(
         adam=AdamSettings(train.adam_beta1, train.adam_beta2, train.adam_epsilon),
         options=train.optim_args,
     )
+    schedule_steps = count_schedule_steps(train, num_steps)
     schedule = build_schedule(
         train.lr_scheduler_type,
         optimizer,
-        num_steps=num_steps,
-        warmup_steps=count_warmup_steps(num_steps, train.warmup_ratio, train.warmup_steps),
+        num_steps=schedule_steps,
+        warmup_steps=count_warmup_steps(schedule_steps, train.warmup_ratio, train.warmup_steps),
         options=train.lr_scheduler_kwargs,
     )
     settings = LoopSettings(
         max_grad_norm=train.max_grad_norm,
         mixed_precision=train.mixed_precision,
         logging_steps=train.logging_steps,
-        eval_steps=count_steps(train.eval_steps, num_steps),
-        save_steps=count_steps(train.save_steps, num_steps),
+        eval_steps=steps_per_epoch
+        if train.eval_strategy == "epoch"
+        else count_steps(train.eval_steps, num_steps),
+        save_steps=steps_per_epoch
+        if train.save_strategy == "epoch"
+        else count_steps(train.save_steps, num_steps),
         early_stopping_patience=train.early_stopping_patience,
         max_skipped_steps=train.max_skipped_steps,
         ema_decay=train.ema_decay,

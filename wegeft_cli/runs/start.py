@@ -212,7 +212,9 @@ def check_disk(run: Run, setup: RunSetup) -> None:
     """Raise MachineError if the disk is too small for the checkpoints that a run still adds."""
     if run.directory.adapter_dir.exists():
         return
-    num_kept = count_checkpoints(run.recipe.train, setup.source.num_steps) or 0
+    num_kept = (
+        count_checkpoints(run.recipe.train, setup.source.num_steps, setup.steps_per_epoch) or 0
+    )
     num_missing = num_kept - len(run.directory.checkpoint_dirs())
     # A new checkpoint is written before an old one is removed.
     num_bytes = max(1, num_missing) * setup.checkpoint_bytes

@@ -167,7 +167,9 @@ def _fit(
     """Train the model."""
     source, checkpoint = setup.source, state.checkpoint
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer, schedule, settings = build_learning(run.recipe, parameters, source.num_steps)
+    optimizer, schedule, settings = build_learning(
+        run.recipe, parameters, source.num_steps, setup.steps_per_epoch
+    )
     loss = run.task.loss(model, run.recipe)
     method, training_loss = run.method.stepper(model, loss, source.num_steps)
     with run.reporter.progress("training", source.num_steps) as advance:
