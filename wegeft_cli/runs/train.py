@@ -68,9 +68,9 @@ def train(
         recipe_path: A recipe file, the name of a shipped recipe, or a loaded recipe.
         overrides: `key=value` texts that win over the file.
         resume: `auto` resumes from the run's newest complete checkpoint, a path from that one.
+        dry_run: Make all cheap checks and stop before the weights are loaded.
         overwrite: Replace an earlier run in the output folder, once all checks have passed. Its
             adapter, checkpoints, metrics and evaluations are removed, other files are kept.
-        dry_run: Make all cheap checks and stop before the weights are loaded.
         should_stop: Called after every forward pass of a step, and between the batches of a
             validation; true saves a checkpoint and returns.
         reporter: Receives messages and progress.
