@@ -3,6 +3,7 @@
 import pytest
 import torch
 from classifiers import write_images, write_processor, write_recipe
+from safetensors.torch import load_file
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -14,18 +15,27 @@ from transformers import (
     CTRLLMHeadModel,
     Data2VecVisionConfig,
     Data2VecVisionForImageClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     MPNetConfig,
     MPNetForSequenceClassification,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ZambaConfig,
+    ZambaForCausalLM,
 )
 
+from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.merging.merge import merge
 from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.planning.plan import plan
+from wegeft_cli.reporter import SilentReporter
 from wegeft_cli.runs.train import train
 
 TOWER = {
@@ -128,3 +138,92 @@ def test_a_roberta_is_trained_up_to_its_last_position(tmp_path, build_tokenizer)
         with pytest.raises(UserError, match="exceed the model's context of 32"):
             command(recipe)
     assert train(recipe, ["data.max_length=32"]).status == "finished"
+
+
+TEXT_PART = {
+    "vocab_size": 380, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+MULTIMODAL = {
+    "gemma3": lambda: Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=TEXT_PART,
+            vision_config={**TOWER, "num_hidden_layers": 1},
+            mm_tokens_per_image=4,
+        )
+    ),
+    "qwen3_5": lambda: Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(
+            text_config={
+                **TEXT_PART,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 16,
+                "linear_value_head_dim": 16,
+                "layer_types": ["linear_attention", "full_attention"],
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": 32,
+            },
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_a_multimodal_base_is_merged_over_its_files(
+    family, tmp_path, write_recipe, build_tokenizer
+):
+    """Its files name the language model's layers otherwise, and hold a tower that no text runs."""
+    torch.manual_seed(0)
+    MULTIMODAL[family]().save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = write_recipe(
+        model={"name_or_path": str(tmp_path / "base")},
+        adapter={"target_modules": r"(?!.*vision).*layers\.\d+\.mlp\.down_proj"},
+        train={"max_steps": 2, "learning_rate": 0.1},
+    )
+    run_dir = train(recipe).run_dir
+    assert inspect(run_dir)["modules"]
+    notes = []
+
+    class Listener(SilentReporter):
+        def note(self, text):
+            notes.append(text)
+
+    merged = merge(run_dir, reporter=Listener()).output_dir
+    assert not any("in memory" in note for note in notes)
+    base, after = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "base", merged)
+    )
+    assert base.keys() == after.keys()
+    changed = [name for name in base if not torch.equal(base[name], after[name])]
+    assert len(changed) == 2
+    assert all(name.endswith("down_proj.weight") for name in changed)
+
+
+def test_the_layers_that_zamba_does_not_share_are_named(tmp_path, write_recipe, build_tokenizer):
+    config = ZambaConfig(
+        vocab_size=380, hidden_size=32, intermediate_size=48, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=2, attention_hidden_size=64,
+        attn_layer_offset=2, attn_layer_period=3, mamba_d_state=8, n_mamba_heads=2,
+        mamba_dt_rank=2, use_mamba_kernels=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    ZambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = write_recipe(
+        model={"name_or_path": str(tmp_path / "base")},
+        adapter={"target_modules": "all-linear"},
+        train={"max_steps": 1},
+    )
+    with pytest.raises(UserError, match="is tied to") as caught:
+        plan(recipe)
+    names = caught.value.hint.removeprefix("name the layers that are not tied: ")
+    assert names == "[in_proj, out_proj, linear]"
+    assert train(recipe, [f"adapter.target_modules={names}"]).status == "finished"

@@ -147,16 +147,24 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
+    tied: dict[Target, str] = {}
     for target in targets:
         weight = model.get_submodule(target.name)._parameters.get("weight")
         others = [name for name in users.get(id(weight), ()) if name != target.name]
         if weight is not None and others:
-            raise UserError(
-                f"the weight of {target.name!r} is tied to {others[0]!r}: "
-                "a change of one would change the other",
-                key="adapter.target_modules",
-                hint="leave it out of the targets",
-            )
+            tied[target] = others[0]
+    if tied:
+        first, other = next(iter(tied.items()))
+        kinds = {target.kind for target in tied}
+        free = dict.fromkeys(target.kind for target in targets if target.kind not in kinds)
+        raise UserError(
+            f"the weight of {first.name!r} is tied to {other!r}: "
+            "a change of one would change the other",
+            key="adapter.target_modules",
+            hint=f"name the layers that are not tied: [{', '.join(free)}]"
+            if free
+            else "leave it out of the targets",
+        )
 
 
 def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
