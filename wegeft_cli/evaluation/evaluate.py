@@ -251,7 +251,7 @@ def _cache_key(opened: LoadedModel, prints: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _find_backend(name: str, benchmarks: Sequence[Benchmark]) -> Callable[..., LoadedModel]:
-    """Return the function that opens a target in another engine, which can decode the benchmarks."""
+    """Return the function that opens a target in another engine; check that it can decode."""
     if name != "vllm":
         raise UserError(
             f"no backend is called {name!r}", key="--backend", hint="give transformers or vllm"
