@@ -67,7 +67,7 @@ def test_every_kind_of_token_has_its_own_style():
 
 
 def test_bad_rows_are_refused_with_their_place(wegeft, place):
-    (place.path / "tiny.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
+    (place.path / "tiny.jsonl").write_text('{"prompt": "a", "completion": true}\n')
     result = wegeft("preview", place.recipe)
     assert result.exit_code == EXIT_USER
     assert "tiny.jsonl:1" in result.stderr

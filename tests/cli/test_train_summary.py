@@ -41,3 +41,12 @@ def test_skipped_steps_and_waste_are_told():
     assert str(Path("runs/a/skipped")) in lines[0]
     assert "25% of the positions" in lines[1]
     assert "40% of them" in lines[1]
+
+
+def test_much_padding_names_the_key_that_removes_it():
+    waste = {"padding_share": 0.5, "packed_sequences": None, "head_share": 0.4}
+    lines = list(summary_lines(change(waste={**waste, "grouped_padding_share": 0.06})))
+    assert "train.group_by_length: true would reduce the padding to 6%" in lines[1]
+    for other in (0.45, None):
+        lines = list(summary_lines(change(waste={**waste, "grouped_padding_share": other})))
+        assert len(lines) == 1

@@ -68,11 +68,46 @@ def test_rows_keep_the_fields_of_their_format() -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "text"), [(4, "4"), (-2, "-2"), (0.5, "0.5"), (10**20, "1" + "0" * 20)]
+)
+def test_numbers_are_read_as_their_json_text(number: float, text: str) -> None:
+    row = {"instruction": "two plus two", "output": number}
+    fields = read_row(row, FORMATS["instruction"], {})
+    assert fields is not None
+    assert fields["output"] == text
+    talk = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": number}]
+    fields = read_row({"messages": talk}, FORMATS["messages"], {})
+    assert fields is not None
+    assert fields["messages"][1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("columns", "suggestion"),
+    [
+        (["question", "answer", "id"], "set columns: {prompt: question, completion: answer}"),
+        (["context", "response"], "set columns: {prompt: context, completion: response}"),
+        (
+            ["instruction", "context", "response", "category"],
+            "set columns: {instruction: instruction, input: context, output: response}",
+        ),
+        (["Question", "Answer"], "set columns: {prompt: Question, completion: Answer}"),
+        (["a", "b"], "say which columns to read"),
+    ],
+)
+def test_unknown_columns_get_a_setting_to_paste(columns: list[str], suggestion: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find_format("auto", columns, {})
+    assert suggestion in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
     ("name", "row", "message"),
     [
         ("instruction", {"instruction": "a"}, "no `output`; the row has instruction"),
         ("instruction", {"instruction": "a", "output": None}, "`output` is null"),
-        ("instruction", {"instruction": "a", "output": 3}, r"must be text, got 3 \(int\)"),
+        ("instruction", {"instruction": "a", "output": True}, r"must be text, got True \(bool\)"),
+        ("instruction", {"instruction": "a", "output": {"b": 1}}, r"must be text, got .* \(dict\)"),
+        ("instruction", {"instruction": "a", "output": float("nan")}, "must be text, got nan"),
         ("instruction", {"instruction": "a", "output": "b", "input": ["c"]}, r"got \['c'\] \(list"),
         ("text", {"text": "half \ud83d"}, "half of a surrogate pair at character 5"),
         (

@@ -32,6 +32,18 @@ def test_a_folder_of_class_folders_by_split(folder):
     assert [path.name for path in rows.inputs] == ["0.png", "1.png"] * 2
 
 
+def test_hidden_files_and_folders_are_not_images(folder):
+    expected = read(path=str(folder))
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "a" / ".thumbs").mkdir()
+    for name in ("a/._0.png", ".cache/1.png", "a/.thumbs/2.png"):
+        (folder / "train" / name).write_bytes(b"\0\5\26\7")
+    found = read(path=str(folder))
+    assert (found.inputs, found.labels) == (expected.inputs, expected.labels)
+    assert found.sha256 == expected.sha256
+
+
 def test_a_folder_without_splits_is_the_training_split(folder):
     assert list(read(path=str(folder / "train")).labels) == ["a", "a", "b", "b"]
     with pytest.raises(UserError, match="no folder for the split 'validation'; there are a, b"):

@@ -177,13 +177,17 @@ def test_nothing_to_learn_at_all_is_a_fault(
 def test_bad_rows_are_told_together_with_their_lines(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:
-    bad = [{"prompt": "q"}, {"prompt": "q", "completion": None}, {"prompt": 3, "completion": "a"}]
+    bad = [
+        {"prompt": "q"},
+        {"prompt": "q", "completion": None},
+        {"prompt": True, "completion": "a"},
+    ]
     file = write_rows([*QA[:1], *bad])
     with pytest.raises(ExceptionGroup) as caught:
         build(tokenizer, file)
     told = [(each.file, each.message) for each in caught.value.exceptions]
     assert [place for place, _ in told] == [f"{file}:{line}" for line in (2, 3, 4)]
-    assert ["no `completion`" in told[0][1], "null" in told[1][1], "(int)" in told[2][1]] == [
+    assert ["no `completion`" in told[0][1], "null" in told[1][1], "(bool)" in told[2][1]] == [
         True
     ] * 3
     assert all(each.key == "data.train[0]" for each in caught.value.exceptions)
@@ -280,6 +284,11 @@ def test_a_template_file_of_ones_own(
         ("{{ messages[0].content + 3 }}", "refuses the conversation", "data.train[0]"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation: .*unsafe", "data.train[0]"),
         ("{{ messages[0].content }}", "does not show the answer", "data.train[0]"),
+        (
+            "Q: {{ instruction }}\nA: {{ output }}",
+            "reads `instruction`, `output`, but a row is in the variable `messages`",
+            "data.template",
+        ),
     ],
 )
 def test_a_faulty_template_file_is_told(

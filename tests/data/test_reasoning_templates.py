@@ -328,3 +328,16 @@ def test_a_system_turn_can_be_merged(
     ((whole, learned),) = texts(data, chat_tokenizer)
     assert "[INST] Be brief.\n\nName a color. [/INST]" in whole
     assert learned == " Red.</s> Blue.</s>"
+
+
+def test_numbers_and_unlearned_answers_are_noted(
+    write_rows: Write, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    talk = [*SHORT[:1], message("assistant", None)]
+    talk[1]["content"] = 4
+    last = build(write_rows, chat_tokenizer, [talk, PLAIN], template="chat", loss_on="completion")
+    notes = "\n".join(last.report.warnings)
+    assert "the numbers of 1 rows are read as their JSON text" in notes
+    assert "only the last answer of 1 conversations with several answers is learned" in notes
+    every = build(write_rows, chat_tokenizer, [talk, PLAIN], template="chat")
+    assert not any("only the last answer" in each for each in every.report.warnings)

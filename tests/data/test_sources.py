@@ -158,9 +158,50 @@ def test_a_text_of_a_parquet_file_that_is_not_utf8_is_a_fault_of_its_row(tmp_pat
 def test_a_list_in_a_jsonl_file_is_told_with_the_way_out(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n")
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(UserError, match="one JSON document over several lines") as caught:
         load(file)
-    assert "name the file .json" in str(caught.value.exceptions[0])
+    assert "name the file .json" in str(caught.value.hint)
+
+
+def test_a_pretty_object_in_a_jsonl_file_is_one_fault(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(ROWS[0], indent=1))
+    with pytest.raises(UserError, match="one JSON document over several lines") as caught:
+        load(file)
+    assert caught.value.file == f"{file}:1"
+
+
+def test_rows_inside_of_an_object_are_named_by_their_field(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"version": "1", "data": ROWS, "more": {"rows": ROWS[:1]}}))
+    with pytest.raises(UserError, match="rows under 'data'") as caught:
+        load(file)
+    assert "set field: data" in str(caught.value.hint)
+    assert load_rows(DataSource(path=str(file), field="data"), recipe_dir=None).rows == ROWS
+    nested = load_rows(DataSource(path=str(file), field="more.rows"), recipe_dir=None)
+    assert nested.rows == ROWS[:1]
+    with pytest.raises(UserError, match=r"no field 'date'; fields found: 'version', 'data'"):
+        load_rows(DataSource(path=str(file), field="date"), recipe_dir=None)
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        other = DataSource(path=str(write(tmp_path, name, ROWS)), field="data")
+        with pytest.raises(UserError, match="is for JSON files") as caught:
+            load_rows(other, recipe_dir=None)
+        assert caught.value.key == "field"
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_another_separator_is_named(tmp_path: Path, mark: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt{mark}completion\na{mark}b\n")
+    with pytest.raises(UserError, match="separated by") as caught:
+        load(file)
+    assert "commas" in str(caught.value.hint)
+
+
+def test_hidden_files_are_not_data(tmp_path: Path) -> None:
+    write(tmp_path, "train.jsonl", ROWS)
+    (tmp_path / "._train.jsonl").write_bytes(b"\0\5\26\7")
+    assert load(tmp_path).rows == ROWS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.parquet"])

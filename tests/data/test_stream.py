@@ -147,9 +147,11 @@ def test_only_a_block_and_a_chunk_are_read_ahead(
     pulled = 0
     kind = files.KINDS[".jsonl"]
 
-    def counting(file: BinaryIO, name: str, skip: int) -> Iterator[files.RawRow]:
+    def counting(
+        file: BinaryIO, name: str, skip: int, list_field: str | None
+    ) -> Iterator[files.RawRow]:
         nonlocal pulled
-        for row in kind.read(file, name, skip):
+        for row in kind.read(file, name, skip, list_field):
             pulled += 1
             yield row
 
@@ -204,7 +206,7 @@ def test_weighted_sources_are_drawn_by_their_shares(
         ("[1]", "is not an object"),
         ('{"prompt": "q"}', "no `completion`"),
         ('{"prompt": "q", "completion": null}', "`completion` is null"),
-        ('{"prompt": "q", "completion": 3}', "must be text"),
+        ('{"prompt": "q", "completion": true}', "must be text"),
     ],
 )
 def test_a_bad_row_is_told_with_its_place(

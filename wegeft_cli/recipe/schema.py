@@ -177,6 +177,8 @@ class DataSource:
     """Format of a row: auto (from its columns), instruction (alpaca), prompt_completion, messages,
     conversations (sharegpt), text, or a named corpus (metamath, codefeedback, wizardlm) with its
     published filter and order."""
+    field: str | None = None
+    """Field of a JSON file that holds the list of rows, e.g. data; with dots for nested fields."""
     columns: dict[str, str] | None = None
     """Renames: the format's field -> the file's column, e.g. {prompt: question}."""
     weight: Positive | None = None

@@ -23,6 +23,9 @@ from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 if TYPE_CHECKING:
     from wegeft_cli.runs.run import TrainResult
 
+_MUCH_PADDING = 0.1
+"""Share of positions that another setting must save for the summary to name it."""
+
 
 def train(
     recipe: RecipeArgument,
@@ -189,3 +192,9 @@ def summary_lines(result: TrainResult) -> Iterator[str]:
             f"logits are computed at {result.waste['head_share']:.0%} of them"
             + (f" (estimated from the first {num_looked_at} rows)" if num_looked_at else "")
         )
+        grouped = result.waste.get("grouped_padding_share")
+        if grouped is not None and result.waste["padding_share"] - grouped >= _MUCH_PADDING:
+            yield (
+                f"train.group_by_length: true would reduce the padding to {grouped:.0%} of the "
+                "positions; data.packing: bfd removes most of it"
+            )

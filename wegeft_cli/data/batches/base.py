@@ -133,7 +133,8 @@ class PlannedSource:
         """Return what one epoch computes for nothing, without building its batches.
 
         `padding_share`: share of positions without a token; `packed_sequences`: number of packs,
-        None without packing; `head_share`: share of positions that the output head computes.
+        None without packing; `head_share`: share of positions that the output head computes;
+        `grouped_padding_share`: `padding_share` with `train.group_by_length`, None if it is set.
         """
         order = self.plan.epoch_order(0)
         positions = self.num_positions()
@@ -141,7 +142,15 @@ class PlannedSource:
             "padding_share": 1 - int(self.lengths[order].sum()) / positions,
             "packed_sequences": None,
             "head_share": int(self.label_counts[order].sum()) / positions,
+            "grouped_padding_share": self._grouped_padding_share(),
         }
+
+    def _grouped_padding_share(self) -> float | None:
+        if self.plan.group_lengths is not None:
+            return None
+        grouped = replace(self.plan, group_lengths=self.lengths)
+        tokens = int(self.lengths[grouped.epoch_order(0)].sum())
+        return 1 - tokens / grouped.count_positions(self.lengths)
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return nothing: a step's rows follow from its number."""

@@ -83,8 +83,10 @@ class PlannedBatches(PlannedSource):
 
     def padding_statistics(self) -> dict[str, Any]:
         """Return what one epoch computes for nothing; see `PlannedSource`."""
-        packed = None if self._packs is None else len(self._packs)
-        return {**super().padding_statistics(), "packed_sequences": packed}
+        statistics = super().padding_statistics()
+        if self._packs is None:
+            return statistics
+        return {**statistics, "packed_sequences": len(self._packs), "grouped_padding_share": None}
 
     def _collate_train(self, numbers: list[int]) -> Batch:
         if self._packs is None:
@@ -186,7 +188,8 @@ class StreamedBatches:
 
         `estimated_from_rows` is their number; the weights of the sources are not applied.
         """
-        return {**self._first.padding_statistics(), "estimated_from_rows": self._num_first}
+        statistics = {**self._first.padding_statistics(), "grouped_padding_share": None}
+        return {**statistics, "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the position of the stream before the next step, or before the current one."""

@@ -48,10 +48,12 @@ def read_images(source: DataSource, *, recipe_dir: Path | None) -> LabelledRows:
 
 def _find_class_folder(folder: Path, split: str) -> Path | None:
     """The folder of class folders: `<folder>/<split>`, or the folder itself without splits."""
-    inside = [path for path in folder.iterdir() if path.is_dir()]
+    inside = [path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path)]
     if (folder / split).is_dir():
         return folder / split
-    if not inside or any(find_suffix(path) for path in folder.iterdir() if path.is_file()):
+    if not inside or any(
+        find_suffix(path) for path in folder.iterdir() if path.is_file() and not _is_hidden(path)
+    ):
         return None  # a folder of tables
     if split != DataSource.split or any(path.name in ("validation", "test") for path in inside):
         names = ", ".join(sorted(path.name for path in inside)[:MAX_FAULTS])
@@ -63,13 +65,19 @@ def _find_class_folder(folder: Path, split: str) -> Path | None:
     return folder
 
 
+def _is_hidden(path: Path) -> bool:
+    """Return whether a name begins with a dot, such as `._image.jpg` of macOS."""
+    return path.name.startswith(".")
+
+
 def _read_folder(folder: Path, source: DataSource) -> LabelledRows:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path))
     pairs = [
         (path, name)
         for name in names
         for path in sorted((folder / name).rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(map(_is_hidden, [path, *path.relative_to(folder).parents]))
     ]
     if not pairs:
         raise UserError(

@@ -19,6 +19,7 @@ from wegeft_cli.storage.json_files import unique_keys
 
 MAX_ROW_BYTES = 64 * 2**20
 """No line or cell is longer: else a whole data set in one line would be read into memory."""
+_OTHER_SEPARATORS = (";", "\t", "|")
 PARQUET_ROWS = 256
 """Rows of a Parquet file that are turned into Python's objects at a time."""
 
@@ -40,12 +41,13 @@ class FileKind:
     """Reader of one kind of file.
 
     Args:
-        read: (bytes, name, skip) -> the rows, of which the first `skip` are only counted.
+        read: (bytes, name, skip, field) -> the rows, of which the first `skip` are only counted;
+            `field` is the path of the list in a JSON object.
         has_lines: Whether rows are located by their lines.
         can_stream: Whether one row can be read without the others.
     """
 
-    read: Callable[[BinaryIO, str, int], Iterator[RawRow]]
+    read: Callable[[BinaryIO, str, int, str | None], Iterator[RawRow]]
     has_lines: bool = True
     can_stream: bool = True
 
@@ -86,7 +88,7 @@ def _parse(text: str, file: str, first_line: int = 1) -> Any:
         raise UserError(f"not readable JSON: {error}", file=f"{file}:{first_line}") from error
 
 
-def _read_json(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+def _read_json(stream: BinaryIO, file: str, skip: int, list_field: str | None) -> Iterator[RawRow]:
     data = stream.read()
     try:
         text = data.decode("utf-8-sig")
@@ -95,18 +97,41 @@ def _read_json(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
         raise _not_utf8(data[error.start], f"{file}:{line}") from error
     del data
     value = _parse(text, file)
+    if list_field is not None:
+        value = _find_list(value, list_field, file)
     if isinstance(value, dict):
         lists = [key for key, part in value.items() if isinstance(part, list)]
         inside = f" (with rows under {', '.join(map(repr, lists[:3]))})" if lists else ""
-        raise UserError(
-            f"one object{inside} where a list of rows is needed",
-            file=file,
-            hint="write the list itself into the file: [{...}, {...}]",
-        )
+        hint = "write the list itself into the file: [{...}, {...}]"
+        if lists:
+            hint = f"set field: {lists[0]}, or {hint}"
+        raise UserError(f"one object{inside} where a list of rows is needed", file=file, hint=hint)
     if not isinstance(value, list):
         raise UserError(f"{value!r:.40} where a list of rows is needed", file=file)
     for number, row in enumerate(value, start=1):
         yield RawRow(number, None if number <= skip else _as_row(row, f"{file}: row {number}"))
+
+
+def _find_list(value: Any, list_field: str, file: str) -> Any:
+    """Return the value at a dotted path in a JSON object."""
+    for name in list_field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            names = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) else "none"
+            raise UserError(
+                f"the file has no field {name!r}; fields found: {names}", file=file, key="field"
+            )
+        value = value[name]
+    return value
+
+
+def _refuse_field(list_field: str | None, file: str) -> None:
+    if list_field is not None:
+        raise UserError(
+            f"{list_field!r} is for JSON files (.json) alone",
+            file=file,
+            key="field",
+            hint="remove it",
+        )
 
 
 def _as_row(value: Any, place: str) -> dict[str, Any] | UserError:
@@ -115,8 +140,12 @@ def _as_row(value: Any, place: str) -> dict[str, Any] | UserError:
     return UserError(f"{value!r:.40} is not an object", file=place)
 
 
-def _read_jsonl(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+def _read_jsonl(
+    stream: BinaryIO, file: str, skip: int, list_field: str | None = None
+) -> Iterator[RawRow]:
+    _refuse_field(list_field, file)
     # Lines end at \n alone: a JSON string may hold U+2028 and the like.
+    first = True
     for number in itertools.count(1):
         line = stream.readline(MAX_ROW_BYTES + 1)
         if not line:
@@ -133,7 +162,27 @@ def _read_jsonl(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
             skip -= 1
             yield RawRow(number, None)
             continue
-        yield RawRow(number, _parse_line(line, file, number))
+        row = _parse_line(line, file, number)
+        if first and isinstance(row, UserError) and _goes_over_lines(line):
+            raise UserError(
+                "one JSON document over several lines, where JSONL has one object per line",
+                file=f"{file}:{number}",
+                hint="write each object on one line, or name the file .json if it is a list",
+            )
+        first = False
+        yield RawRow(number, row)
+
+
+def _goes_over_lines(line: bytes) -> bool:
+    """Return whether a line is the beginning of a JSON document that later lines continue."""
+    text = line.decode("utf-8-sig", errors="replace").strip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return text.startswith(("{", "[")) and error.pos >= len(text)
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _parse_line(line: bytes, file: str, number: int) -> dict[str, Any] | UserError:
@@ -149,7 +198,10 @@ def _parse_line(line: bytes, file: str, number: int) -> dict[str, Any] | UserErr
         return fault
 
 
-def _read_jsonl_gz(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+def _read_jsonl_gz(
+    stream: BinaryIO, file: str, skip: int, list_field: str | None
+) -> Iterator[RawRow]:
+    _refuse_field(list_field, file)
     try:
         with gzip.GzipFile(fileobj=stream) as unpacked:
             yield from _read_jsonl(unpacked, file, skip)  # type: ignore[arg-type]
@@ -157,7 +209,8 @@ def _read_jsonl_gz(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
         raise UserError(f"not a whole gzip file: {error}", file=file) from error
 
 
-def _read_csv(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+def _read_csv(stream: BinaryIO, file: str, skip: int, list_field: str | None) -> Iterator[RawRow]:
+    _refuse_field(list_field, file)
     csv.field_size_limit(
         MAX_ROW_BYTES
     )  # process-wide; the default of 128 KiB is too small for texts
@@ -171,6 +224,13 @@ def _read_csv(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
             raise fault
         if len(set(header)) < len(header):
             raise UserError(f"two columns of one name: {', '.join(header)}", file=f"{file}:1")
+        separator = next((mark for mark in _OTHER_SEPARATORS if mark in "".join(header)), None)
+        if len(header) == 1 and separator is not None:
+            raise UserError(
+                f"the columns are separated by {separator!r} and not by commas",
+                file=f"{file}:1",
+                hint="save the file as CSV with commas, or as JSONL",
+            )
         line = reader.line_num + 1
         for cells in reader:
             if skip and cells:
@@ -196,7 +256,10 @@ def _check_cells(header: list[str], cells: list[str], place: str) -> dict[str, A
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(stream: BinaryIO, file: str, skip: int) -> Iterator[RawRow]:
+def _read_parquet(
+    stream: BinaryIO, file: str, skip: int, list_field: str | None
+) -> Iterator[RawRow]:
+    _refuse_field(list_field, file)
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 

@@ -12,6 +12,7 @@ from wegeft_cli.data.sources.messages import (
     join_conversations,
     read_arguments,
     read_conversation,
+    read_text,
     read_tools,
 )
 from wegeft_cli.errors import UserError
@@ -125,6 +126,16 @@ FORMATS: dict[str, RowFormat] = {
 """Every row format by name."""
 
 
+_COLUMN_NAMES = {
+    "prompt": ("prompt", "instruction", "question", "query", "problem", "user", "human", "source"),
+    "input": ("context", "input", "document", "passage"),
+    "completion": (
+        "completion", "output", "response", "answer", "solution", "assistant", "target", "chosen"
+    ),
+}  # fmt: skip
+"""Common names of columns, by the field that they hold."""
+
+
 def find_format(name: str, columns: Collection[str], renames: Mapping[str, str]) -> str:
     """Return a source's format name; raise UserError if its columns are missing.
 
@@ -149,12 +160,7 @@ def find_format(name: str, columns: Collection[str], renames: Mapping[str, str])
         # A format whose fields the renames name is the one that is meant.
         fitting.sort(key=lambda key: not set(renames).issubset(FORMATS[key].fields))
         if not fitting:
-            raise UserError(
-                f"no row format fits; {found}",
-                key="columns",
-                hint="say which columns to read, e.g. columns: {prompt: question, completion: "
-                "answer}, or set `format`",
-            )
+            raise UserError(f"no row format fits; {found}", key="columns", hint=_suggest(columns))
         name = fitting[0]
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1)
@@ -171,6 +177,29 @@ def find_format(name: str, columns: Collection[str], renames: Mapping[str, str])
             key="columns",
         )
     return name
+
+
+def _suggest(columns: Collection[str]) -> str:
+    """Return a `columns` setting that fits the names of the columns, or an example of one."""
+    lowered = {column.lower(): column for column in columns}
+    found = {
+        field: next((lowered[name] for name in names if name in lowered), None)
+        for field, names in _COLUMN_NAMES.items()
+    }
+    # A column is read once: `context` is the question where there is no other.
+    if found["prompt"] is None:
+        found["prompt"], found["input"] = found["input"], None
+    if found["prompt"] is None or found["completion"] is None:
+        return (
+            "say which columns to read, e.g. columns: {prompt: question, completion: answer}, or "
+            "set `format`"
+        )
+    names = {"prompt": found["prompt"], "completion": found["completion"]}
+    if found["input"] is not None:
+        names = {
+            "instruction": found["prompt"], "input": found["input"], "output": found["completion"]
+        }  # fmt: skip
+    return f"set columns: {{{', '.join(f'{field}: {name}' for field, name in names.items())}}}"
 
 
 def read_row(
@@ -195,7 +224,7 @@ def read_row(
     if row_format.template == "chat" or isinstance(given.get("prompt", ("", ""))[1], list):
         return _read_talk(given)
     fields = {
-        name: check_text(column, value)
+        name: read_text(column, value)
         for name, (column, value) in given.items()
         if name not in _CHAT_OPTIONS
     }

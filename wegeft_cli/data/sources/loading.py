@@ -81,6 +81,8 @@ def stream_rows(
     MachineError if the hub fails.
     """
     files = find_files(source, recipe_dir)
+    if source.field is not None:
+        raise UserError("a field of a JSON file cannot be streamed", key="field")
     rows = _stream_hub(source, recipe_dir, skip) if files is None else _stream_files(files, skip)
     yield from itertools.islice(rows, source.limit)
 
@@ -129,7 +131,7 @@ def _load_files(files: Sequence[Path], source: DataSource) -> Rows:
         with _opened(file) as stream:
             data = stream.read()
         digests.append(hashlib.sha256(data).hexdigest())
-        parts.append(_load_part(file, data, remaining))
+        parts.append(_load_part(file, data, remaining, source.field))
         if remaining is not None:
             remaining -= len(parts[-1].rows)
     starts = itertools.accumulate((len(part.rows) for part in parts), initial=0)
@@ -141,11 +143,11 @@ def _load_files(files: Sequence[Path], source: DataSource) -> Rows:
     )
 
 
-def _load_part(file: Path, data: bytes, limit: int | None) -> _Part:
+def _load_part(file: Path, data: bytes, limit: int | None, list_field: str | None) -> _Part:
     kind = find_kind(file)
     part = _Part(str(file), lines=[] if kind.has_lines else None)
     faults: list[UserError] = []
-    rows = kind.read(io.BytesIO(data), str(file), 0)
+    rows = kind.read(io.BytesIO(data), str(file), 0, list_field)
     while len(part.rows) != limit and len(faults) < MAX_FAULTS:
         row = next(rows, None)
         if row is None:
@@ -170,7 +172,7 @@ def _stream_files(files: Sequence[Path], skip: int) -> Iterator[tuple[str, dict[
                 hint="write it as JSONL, one object per line",
             )
         with _opened(file) as stream:
-            for row in kind.read(stream, str(file), skip):
+            for row in kind.read(stream, str(file), skip, None):
                 if isinstance(row.value, UserError):
                     raise row.value
                 skip -= row.value is None
@@ -186,7 +188,11 @@ def _join_digests(digests: Sequence[str]) -> str:
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: `train.json`, or shards as `train-00000-of-00002.parquet`."""
-    readable = sorted(file for file in folder.iterdir() if find_suffix(file) in KINDS)
+    readable = sorted(
+        file
+        for file in folder.iterdir()
+        if find_suffix(file) in KINDS and not file.name.startswith(".")
+    )
     chosen = []
     for file in readable:
         stem = file.name.removesuffix(find_suffix(file))
@@ -211,6 +217,8 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _load_hub(source: DataSource, recipe_dir: Path | None) -> Rows:
+    if source.field is not None:
+        raise UserError(f"{source.field!r} is for JSON files (.json) alone", key="field")
     table, origin = open_hub(source, recipe_dir)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))

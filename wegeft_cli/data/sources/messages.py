@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,18 @@ def check_text(column: str, value: Any) -> str:
         raise UserError(f"`{column}` must be text, got {value!r:.60} ({type(value).__name__})")
     check_characters(f"`{column}`", value)
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number that JSON can hold; truth values are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def read_text(column: str, value: Any) -> str:
+    """Return a column's text, or a number's JSON text; else raise UserError."""
+    if is_number(value):
+        return json.dumps(value)
+    return check_text(column, value)
 
 
 def check_characters(subject: str, text: str) -> None:
@@ -168,7 +181,7 @@ def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
                 f"`{place}.from` is {speaker!r:.40}; known are {', '.join(ROLES)}",
                 hint="use {role, content}, whose roles the chat template gets unchanged",
             )
-        said = check_text(f"{place}.value", message.pop("value", None))
+        said = read_text(f"{place}.value", message.pop("value", None))
         return {**message, "role": ROLES[speaker.lower()], "content": said}
     role = check_text(f"{place}.role", message.get("role"))
     content: Any = message.get("content")
@@ -178,7 +191,7 @@ def _read_message(message: dict[str, Any], place: str) -> dict[str, Any]:
         content = _join_parts(content, f"{place}.content")
     # Unknown roles are left to the chat template.
     role = ROLES.get(role.lower(), role)
-    return {**message, "role": role, "content": check_text(f"{place}.content", content)}
+    return {**message, "role": role, "content": read_text(f"{place}.content", content)}
 
 
 def _join_parts(parts: list[Any], place: str) -> str:

@@ -70,6 +70,7 @@ def build_key(
         "format": source.format,
         "columns": source.columns,
         "limit": source.limit,
+        "field": source.field,
         "group": group,
         "template": section.template,
         "template_options": [section.chat_template_kwargs, section.system_turn],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from wegeft_cli.data.text.templates import is_template_file, template_hash
 from wegeft_cli.errors import UserError
 
 _MARK = "answer"
+_ROW_FIELDS = {"instruction", "input", "output", "prompt", "completion", "question", "answer"}
 
 
 class Template(NamedTuple):
@@ -94,8 +96,19 @@ def _read_template(name: str, recipe_dir: Path | None) -> str:
     if file is None:
         raise UserError(f"no such template file: {name!r}", key="data.template")
     try:
-        return file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"the template cannot be read: {error}", file=str(file), key="data.template"
         ) from error
+    fields = sorted(_ROW_FIELDS.intersection(re.findall(r"\w+", text)))
+    if fields and not re.search(r"\bmessages\b", text):
+        raise UserError(
+            f"the template reads {', '.join(f'`{name}`' for name in fields)}, but a row is in the "
+            "variable `messages`",
+            file=str(file),
+            key="data.template",
+            hint="loop over the turns: {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+            "{% endfor %}; rows of instruction and output become a user and an assistant turn",
+        )
+    return text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.data.sources.formats import FORMATS, RowFormat, find_format, read_row
+from wegeft_cli.data.sources.messages import is_number
 from wegeft_cli.data.text.chat_rendering import RenderedText
 from wegeft_cli.data.text.chat_template import Template, build_template
 from wegeft_cli.data.text.template_settings import AUTO, CHAT, read_settings
@@ -30,6 +31,8 @@ class RowRenderer:
         loss_on: Which part of the text is learned.
         added_blocks: Empty blocks that the template adds to learned answers -> number of rows.
         unseen: Fields that the template does not show -> number of rows.
+        counts: Number of rows with `numbers` as texts, and of conversations with `several`
+            answers of which only the last one is learned.
     """
 
     row_format: RowFormat
@@ -39,12 +42,17 @@ class RowRenderer:
     loss_on: str
     added_blocks: Counter[str] = field(default_factory=Counter)
     unseen: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Check a row and return its fields, or None if a named corpus excludes it."""
         if "prompt" in self.row_format.fields:
             self._check_kind(row.get(self.columns.get("prompt", "prompt")))
-        return read_row(row, self.row_format, self.columns)
+        fields = read_row(row, self.row_format, self.columns)
+        values = (row.get(self.columns.get(name, name)) for name in self.row_format.fields)
+        if any(map(_holds_number, values)):
+            self.counts["numbers"] += 1
+        return fields
 
     def _check_kind(self, prompt: Any) -> None:
         if prompt is not None and isinstance(prompt, list) != self.is_conversation:
@@ -80,6 +88,9 @@ class RowRenderer:
                 self.added_blocks[text.added_block] += 1
                 break
         self.unseen.update(self._find_unseen(fields))
+        if self.loss_on == "completion" and "learned" not in fields:
+            roles = Counter(message["role"] for message in fields.get("messages", ()))
+            self.counts["several"] += roles["assistant"] > 1
         return rendered
 
     def _find_unseen(self, fields: Mapping[str, Any]) -> Iterator[str]:
@@ -111,12 +122,31 @@ class RowRenderer:
                 "data.chat_template_kwargs (of Qwen3: {enable_thinking: false}) to make it a part "
                 "of the prompt"
             )
+        if self.counts["numbers"]:
+            yield f"the numbers of {self.counts['numbers']} rows are read as their JSON text"
+        if self.counts["several"]:
+            yield (
+                f"only the last answer of {self.counts['several']} conversations with several "
+                "answers is learned (data.loss_on: completion); set data.loss_on: assistant to "
+                "learn all of them"
+            )
         for name, count in self.unseen.items():
             yield f"the chat template does not show the `{name}` of {count} rows"
         if self.template.apply is not None:
             for form in sorted(self.template.apply.converted_arguments):
                 kind = {"object": "objects", "text": "JSON text"}[form]
                 yield f"the arguments of tool calls are given to the chat template as {kind}"
+
+
+def _holds_number(value: Any) -> bool:
+    """Return whether a field, or the text of one of its messages, is a number."""
+    if isinstance(value, list):
+        return any(
+            is_number(message.get("content", message.get("value")))
+            for message in value
+            if isinstance(message, Mapping)
+        )
+    return is_number(value)
 
 
 def build_renderer(
