@@ -37,6 +37,11 @@ PROVENANCE_NAME = "wegeft_merge.json"  # in a merged model's folder
 _QUANTIZATION = "base_quantization"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint for resuming a run."""
+    return (path / "state.json").is_file() and (path / "manifest.json").is_file()
+
+
 def resolve_adapter_dir(path: Path) -> Path:
     """Find the adapter that a user means by an adapter folder or a run folder.
 
@@ -51,11 +56,12 @@ def resolve_adapter_dir(path: Path) -> Path:
     if not path.is_dir():
         what = "this is a file, not an adapter folder" if path.exists() else "there is no such path"
         raise UserError(what, file=str(path), hint="give an adapter folder or a run folder")
-    if (path / "state.json").is_file() and (path / "manifest.json").is_file():
+    if is_checkpoint(path):
         raise UserError(
             "this is a checkpoint for resuming a run, not an adapter",
             file=str(path),
-            hint=f"give the run's folder, {path.parent.parent}",
+            hint=f"`wegeft merge {path}` makes its adapter and merges it; the run's own adapter is "
+            f"that of {path.parent.parent}",
         )
     if run.adapter_dir.is_dir():
         raise UserError(
@@ -67,7 +73,7 @@ def resolve_adapter_dir(path: Path) -> Path:
         raise UserError(
             f"this run has no adapter yet (its status is {shorten(run.status())})",
             file=str(path),
-            hint="finish it: wegeft train RECIPE --resume auto",
+            hint=_next_step(run),
         )
     if (path / WEIGHTS_NAME).is_file():
         message = f"this adapter folder lacks its {CONFIG_NAME}"
@@ -77,6 +83,15 @@ def resolve_adapter_dir(path: Path) -> Path:
         file=str(path),
         hint="give an adapter folder or a run folder",
     )
+
+
+def _next_step(run: RunDirectory) -> str:
+    """Return how to get an adapter of a run that has none."""
+    finish = f"finish it: `wegeft train {run.recipe_path} --resume auto`"
+    newest = next(filter(is_checkpoint, reversed(run.checkpoint_dirs())), None)
+    if newest is None:
+        return finish
+    return f"{finish}, or merge its newest checkpoint: `wegeft merge {newest}`"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import PROVENANCE_NAME, Adapter
+from wegeft_cli.artifacts.adapter import PROVENANCE_NAME, Adapter, is_checkpoint
 from wegeft_cli.artifacts.adapter_files import CARD_NAME
 from wegeft_cli.artifacts.fingerprint import fingerprint_tensors
 from wegeft_cli.errors import BaseModelError, UserError
@@ -103,7 +103,8 @@ def merge(
     in memory too a classifier's, whose head comes with it, and what trained the base's own weights.
 
     Args:
-        adapter: An adapter or run folder, or several; None takes the newest finished run.
+        adapter: An adapter, run or checkpoint folder, or several; None takes the newest finished
+            run. The adapter of a checkpoint is written beside the run's own.
         weights: One weight w_i for each adapter; empty is 1 for each.
         base: The base's folder or hub id, where it is not as recorded.
         revision: The base's hub revision, where it is not as recorded.
@@ -129,7 +130,7 @@ def merge(
     if max_shard_size is not None:
         parse_size(max_shard_size)
     several = adapter if isinstance(adapter, list | tuple) and adapter else [adapter]
-    adapters = [Adapter.open(each) for each in several]  # type: ignore[arg-type]
+    adapters = [Adapter.open(_find(each, base, reporter)) for each in several]
     shares = _check_weights(weights, len(adapters))
     output = output or _default_output(adapters[0].folder)
     check_unused_folder(output)
@@ -317,6 +318,16 @@ def _merge(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
         )
     weights = "dequantized" if dequantize else "base"
     return _Written(num_tensors, num_folded, quantization, weights, difference)
+
+
+def _find(path: Any, base: str | None, reporter: Reporter) -> str | Path | None:
+    """Return an adapter's place; the adapter of a checkpoint is written first."""
+    if path is None or not is_checkpoint(Path(path)):
+        return path
+    # Imported here, so that another merge does not load all that training needs.
+    from wegeft_cli.runs.checkpoint_adapter import write_checkpoint_adapter
+
+    return write_checkpoint_adapter(Path(path), reporter, base=base)
 
 
 def _only_alone() -> UserError:

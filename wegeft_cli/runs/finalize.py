@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -36,17 +38,38 @@ def export_adapter(
     tidy_checkpoints(run.directory.checkpoints_dir)  # no later save would do it
     step = result.num_steps if best is None else best.step
     if best is not None:
-        own = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        found = rename_checkpoint(model, best.tensors, own, best.state.get("names", ()))
-        tensors = {**(found.get("ema") or found["parameters"]), **found.get("statistics", {})}
-        parameters: dict[str, Tensor] = {
-            **dict(model.named_parameters()), **dict(model.named_buffers())
-        }  # fmt: skip
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                parameters[name].copy_(tensor)
-        if best.state.get("method"):
-            run.method.restore(model, best.state["method"])
+        load_parameters(model, run, best)
+    folder = run.directory.adapter_dir
+    save_adapter_of(model, run, result, step, folder, base_fingerprint=base_fingerprint, head=head)
+    return step
+
+
+def load_parameters(model: nn.Module, run: Run, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint's parameters, or their moving average if it has one, for an adapter."""
+    own = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = rename_checkpoint(model, checkpoint.tensors, own, checkpoint.state.get("names", ()))
+    tensors = {**(found.get("ema") or found["parameters"]), **found.get("statistics", {})}
+    parameters: dict[str, Tensor] = {
+        **dict(model.named_parameters()), **dict(model.named_buffers())
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    if checkpoint.state.get("method"):
+        run.method.restore(model, checkpoint.state["method"])
+
+
+def save_adapter_of(
+    model: nn.Module,
+    run: Run,
+    result: LoopResult,
+    step: int,
+    folder: Path,
+    *,
+    base_fingerprint: str | None,
+    head: HeadSpec | None,
+) -> None:
+    """Write the model's adapter, which is that of a step, complete or not at all."""
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_base = sum(p.numel() for p in model.parameters())
     if not run.method.trains_in_place:
@@ -62,8 +85,7 @@ def export_adapter(
     )
     more = {} if head is None else {HEAD_NAME: _head_text(head, run.recipe)}
     record = AdapterRecord(run.recipe, run.task.peft_task_type, base_fingerprint, card, more)
-    run.method.save(model, run.directory.adapter_dir, record)
-    return step
+    run.method.save(model, folder, record)
 
 
 def load_finished_result(run: Run, checkpoint: Checkpoint) -> LoopResult:

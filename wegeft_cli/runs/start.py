@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -193,19 +193,33 @@ def input_record(setup: RunSetup) -> dict[str, Any]:
 
 def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> None:
     """Fingerprint the base if it is on this machine; raise UserError if the run used another."""
+    state.fingerprint = fingerprint_same_base(run, state.record, is_loaded=is_loaded)
+
+
+def fingerprint_same_base(
+    run: Run, record: Mapping[str, Any], *, is_loaded: bool = False
+) -> str | None:
+    """Return the base's fingerprint if the base is on this machine, or None.
+
+    `record` is the run's record of an earlier process.
+
+    Raises:
+        UserError: If the run used another base.
+    """
     model = run.recipe.model
     base_dir = find_base_folder(model.name_or_path, model.revision)
-    state.fingerprint = fingerprint_base(base_dir) if base_dir is not None else None
-    before = state.record.get("base_fingerprint")
-    if state.fingerprint is None and not is_loaded:
-        return
-    if before is not None and before != state.fingerprint:
+    fingerprint = fingerprint_base(base_dir) if base_dir is not None else None
+    before = record.get("base_fingerprint")
+    if fingerprint is None and not is_loaded:
+        return None
+    if before is not None and before != fingerprint:
         raise UserError(
             f"the base {model.name_or_path!r} has changed since the run began",
             file=str(run.directory.record_path),
             key="base_fingerprint",
             hint="use the same weights, or start a new run with another output_dir",
         )
+    return fingerprint
 
 
 def check_disk(run: Run, setup: RunSetup) -> None:

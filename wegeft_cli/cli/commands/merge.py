@@ -23,7 +23,8 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER",
-            help="One or more adapter or run folders. Default: the newest finished run.",
+            help="One or more adapter, run or checkpoint folders. Default: the newest finished "
+            "run.",
         ),
     ] = None,
     weight: Annotated[
