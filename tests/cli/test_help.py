@@ -122,3 +122,20 @@ def test_version(wegeft):
     from wegeft_cli import __version__
 
     assert wegeft("--version").stdout == f"wegeft {__version__}\n"
+
+
+def test_a_key_as_an_option_is_shown_as_an_argument(run_wegeft):
+    for words, shown in (
+        (["--lr", "3"], "train.learning_rate=3"),
+        (["--adapter.r=8"], "adapter.r=8"),
+    ):
+        done = run_wegeft("train", "quickstart", *words)
+        assert done.returncode == EXIT_USER
+        assert f"Keys of the recipe are arguments: {shown}" in done.stderr
+    assert "Keys of the recipe" not in run_wegeft("merge", "--lr", "3").stderr
+
+
+def test_a_prompt_as_an_argument_is_shown_as_an_option(run_wegeft):
+    done = run_wegeft("generate", "Why is it so?")
+    assert done.returncode == EXIT_USER
+    assert "wegeft generate --prompt 'Why is it so?'" in done.stderr

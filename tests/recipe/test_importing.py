@@ -20,7 +20,7 @@ RECIPES = {
     "llama_factory.yaml": ("LLaMA-Factory", 31, 0),
     "trl_sft.yaml": ("TRL", 22, 0),
     "torchtune_lora.yaml": ("torchtune", 30, 0),
-    "adapter_config.json": ("PEFT", 18, 1),  # it names no data
+    "adapter_config.json": ("PEFT", 19, 1),  # it names no data
 }
 
 

@@ -221,3 +221,8 @@ def hub_target(repo_id: str | None, is_public: bool) -> HubTarget | None:
     from wegeft_cli.publishing.hub import HubTarget
 
     return HubTarget(repo_id, is_public)
+
+
+def is_model_name(text: str) -> bool:
+    """Return whether a text is an existing path or has the form of a path or of a hub id."""
+    return Path(text).exists() or not any(sign.isspace() for sign in text)

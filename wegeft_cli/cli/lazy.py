@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -13,6 +14,34 @@ from typer.main import get_command
 
 _VALUES_IF_ALONE = {"--resume": "auto"}
 """Option -> the value that it has when it is typed without one."""
+
+
+def _explain_key(error: Any, words: list[str]) -> None:
+    """Add to the error of an unknown option how the recipe's key that it means is written."""
+    option = getattr(error, "option_name", None)
+    if option is None or not hasattr(error, "possibilities"):
+        return
+    key = _find_key(option)
+    if key is not None:
+        values = dict(pairwise([*words, ""])) | dict(
+            word.split("=", 1) for word in words if "=" in word
+        )
+        value = values.get(option) or "VALUE"
+        error.message += f". Keys of the recipe are arguments: {key}={value}"
+        error.possibilities = None
+
+
+def _find_key(option: str) -> str | None:
+    """Return the recipe's key that an unknown option probably means."""
+    from wegeft_cli.recipe.keys import parse_key
+    from wegeft_cli.recipe.schema_keys import find_nearest_key, kind_at
+
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    try:
+        path = parse_key(name)
+    except ValueError:
+        return None
+    return name if kind_at(path) is not None else find_nearest_key(path)
 
 
 def _with_flag_defaults(parameters: list[Any]) -> list[Any]:
@@ -47,7 +76,12 @@ class Command(TyperCommand):
             words.append(word)
             if word in takes_value & _VALUES_IF_ALONE.keys() and _is_no_value(following):
                 words.append(_VALUES_IF_ALONE[word])
-        return super().parse_args(ctx, words)
+        try:
+            return super().parse_args(ctx, words)
+        except Exception as error:
+            if any(each.metavar == "KEY=VALUE" for each in self.params):
+                _explain_key(error, args)
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words after the command's name: `[OPTIONS] RECIPE [KEY=VALUE]...`."""

@@ -90,9 +90,11 @@ def generate(
         )
     if output is not None:
         check_output_file(output, _OUTPUT_START, "file of earlier answers", "answers.jsonl")
-    questions = read_questions(prompts, file, limit)
     path = find_target(target)
     recipe = find_recipe_of(path)
+    sources = [] if recipe is None else recipe.data.train
+    columns = [source.columns for source in sources if source.columns]
+    questions = read_questions(prompts, file, limit, columns)
     settings = recipe.eval if recipe is not None else EvalSection()
     opened = LoadedModel.open(path, recipe, base=base, warn=reporter.warn)
     form = choose_form(template, path, recipe, opened.tokenizer)

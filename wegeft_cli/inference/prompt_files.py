@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,17 @@ class Question:
 
 
 def read_questions(
-    prompts: Sequence[str], file: str | Path | None, limit: int | None
+    prompts: Sequence[str],
+    file: str | Path | None,
+    limit: int | None,
+    columns: Sequence[Mapping[str, str]] = (),
 ) -> list[Question]:
     """Read all questions.
 
     Args:
         limit: Number of rows. Default: all.
+        columns: Renames (field -> column) of the training sources; a file with such columns is
+            read by them.
 
     Raises:
         UserError: If there is no question, the file cannot be read, or a row is at fault.
@@ -55,7 +60,7 @@ def read_questions(
     if file is None:
         raise UserError("nothing is asked", key="--prompt", hint='such as --prompt "Who are you?"')
     if str(file) != "-" and find_suffix(Path(file)):
-        return _read_rows(Path(file), limit)
+        return _read_rows(Path(file), limit, columns)
     text = _read_text(str(file)).rstrip("\n")
     if not text.strip():
         raise UserError(
@@ -82,7 +87,9 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def _read_rows(path: Path, limit: int | None) -> list[Question]:
+def _read_rows(
+    path: Path, limit: int | None, columns: Sequence[Mapping[str, str]]
+) -> list[Question]:
     _check_file(path)
     rows = load_rows(DataSource(path=str(path), limit=limit), recipe_dir=None)
     questions: list[Question] = []
@@ -93,7 +100,11 @@ def _read_rows(path: Path, limit: int | None) -> list[Question]:
             if isinstance(row_id, str):
                 check_text("id", row_id)
             questions.append(
-                Question(index, read_question(row), row_id if _is_name(row_id) else None)
+                Question(
+                    index,
+                    read_question(_rename(row, columns)),
+                    row_id if _is_name(row_id) else None,
+                )
             )
         except UserError as fault:
             fault.file = rows.place(index)
@@ -102,6 +113,15 @@ def _read_rows(path: Path, limit: int | None) -> list[Question]:
                 break
     raise_all(faults)
     return questions
+
+
+def _rename(row: dict[str, Any], columns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Return a row with the fields of the first renames whose columns it has."""
+    for renames in columns:
+        found = {field: row[column] for field, column in renames.items() if column in row}
+        if found:
+            return {**{key: row[key] for key in row if key not in renames.values()}, **found}
+    return row
 
 
 def _check_file(path: Path) -> None:

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.recipe.catalog import find_recipe, hint_names
+from wegeft_cli.recipe.catalog import find_recipe, hint_names, list_recipes
 from wegeft_cli.recipe.grid import count_runs
 from wegeft_cli.recipe.importing.tools import find_tool
-from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
+from wegeft_cli.recipe.keys import SWEEP, KeyPath, find_nearest, format_key, parse_key
 from wegeft_cli.recipe.merged import FileValues, MergedValues, ReadErrors, describe
 from wegeft_cli.recipe.reader import DROPPED, ValueReader
 from wegeft_cli.recipe.rules import METHOD_RULES, check_recipe, load_rules
@@ -38,6 +38,7 @@ from wegeft_cli.version import VERSION
 
 _EXTENDS = "extends"
 _LEAST_FOREIGN_KEYS = 4
+_MAX_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,22 @@ def _find_file(path: str | Path) -> Path:
         hint = f"did you mean {inner}?" if inner.is_file() else "name a YAML file in it"
         raise UserError("is a folder, not a recipe", file=str(path), hint=hint)
     message = "no such file, and no shipped recipe of this name"
-    raise UserError(message, file=str(path), hint=hint_names(str(path)))
+    raise UserError(message, file=str(path), hint=_hint_files(file) or hint_names(str(path)))
+
+
+def _hint_files(missing: Path) -> str | None:
+    """Return a hint with the YAML files near a missing one."""
+    if missing.suffix not in (".yaml", ".yml") or not missing.parent.is_dir():
+        return None
+    near = sorted(file for file in missing.parent.glob("*.y*ml") if file.is_file())
+    files = {file.stem: f"{file}" for file in near}
+    shipped = {recipe.name: recipe.name for recipe in list_recipes()}
+    best = find_nearest(missing.stem, [*files, *shipped])
+    if best is not None:
+        return f"did you mean `{(shipped | files)[best]}`?"
+    listed = ", ".join(file.name for file in near[:_MAX_FILES])
+    found = f"YAML files in {missing.parent.resolve()}: {listed or 'none'}"
+    return f"{found}; `wegeft recipes copy quickstart {missing}` writes one to edit"
 
 
 def _read_chain(

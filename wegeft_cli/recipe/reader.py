@@ -14,7 +14,9 @@ from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key, parse_key
 from wegeft_cli.recipe.merged import FileValues, ReadErrors, describe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.schema_keys import (
+    explain_no_counterpart,
     explain_swept,
+    explain_value,
     find_alias,
     find_nearest_key,
     kind_at,
@@ -22,7 +24,12 @@ from wegeft_cli.recipe.schema_keys import (
     strip_optional,
 )
 from wegeft_cli.recipe.unsupported import explain_unsupported
-from wegeft_cli.recipe.yaml_source import Document, has_interpolation, iterate_entries
+from wegeft_cli.recipe.yaml_source import (
+    NO_SPACE,
+    Document,
+    has_interpolation,
+    iterate_entries,
+)
 
 DROPPED: Any = object()
 """Replaces a value that has an error."""
@@ -108,7 +115,8 @@ class ValueReader:
         read = _read_scalar(kind, value, node)
         if read is DROPPED:
             message = f"expected {_name_kind(kind)}, got {describe(value)}"
-            self.errors.add(path, message, place, _hint_type(kind, value, node))
+            hint = _hint_type(kind, value, node)
+            self.errors.add(path, message, place, _hint_value(path, kind, value) or hint)
         return read
 
     def add_unknown(
@@ -120,8 +128,11 @@ class ValueReader:
             reason, hint = refused
             self.errors.add(path, f"is not supported: {reason}", place, hint)
             return
+        useless = explain_no_counterpart(str(path[-1]))
         near = find_nearest_key(path)
-        if near is not None:
+        if useless is not None:
+            hint = useless
+        elif near is not None:
             self.errors.suggested_keys.add(parse_key(near))
             hint = f"did you mean `{near}`?"
         else:
@@ -200,6 +211,17 @@ def _name_kind(kind: Any) -> str:
     if kind in names:
         return names[kind]
     return "a list" if get_origin(kind) is list else "a map"
+
+
+def _hint_value(path: KeyPath, kind: Any, value: Any) -> str | None:
+    """Return what to write instead of a text that another tool's user, or a typo, puts here."""
+    if not isinstance(value, str):
+        return None
+    typo = NO_SPACE.match(value)
+    if typo is not None and not (kind is str or get_origin(kind) is Literal):
+        return f"put a space after the colon: `{typo[1]}: {typo[2]}`"
+    known = explain_value("adapter.type", value) if path == ("adapter",) else None
+    return None if known is None else f"under `adapter.type`, {known}"
 
 
 def _hint_type(kind: Any, value: Any, node: yaml.Node) -> str | None:

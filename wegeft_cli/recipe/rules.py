@@ -12,7 +12,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import find_nearest
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, AdapterSection, ModelSection, Range, Recipe
-from wegeft_cli.recipe.schema_keys import section_kinds, strip_optional
+from wegeft_cli.recipe.schema_keys import explain_value, section_kinds, strip_optional
 from wegeft_cli.recipe.unsupported import explain_unsupported
 
 Fault: TypeAlias = tuple[str, str, str | None]
@@ -86,8 +86,12 @@ def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
     refused = explain_unsupported(str(value))
     if refused is not None:
         return key, f"`{value}` is not supported: {refused[0]}", f"use {one_of}"
+    message = f"must be {one_of}; got {value!r}"
+    known = explain_value(key, value)
+    if known is not None:
+        return key, message, known
     near = find_nearest(str(value), choices)
-    return key, f"must be {one_of}; got {value!r}", f"did you mean `{near}`?" if near else None
+    return key, message, f"did you mean `{near}`?" if near else None
 
 
 def _check_model(recipe: Recipe) -> Iterator[Fault]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -76,12 +77,94 @@ POINTERS = {
     "gradient_clipping": "train.max_grad_norm",
     "scale": "adapter.alpha",
     "lora_target": "adapter.target_modules",
+    "lora_target_linear": "adapter.target_modules",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save",
+    "lora_model_dir": "adapter.init_from",
+    "adapter_name_or_path": "adapter.init_from",
+    "max_samples": "data.train[0].limit",
+    "eval_dataset": "data.validation",
+    "test_datasets": "data.validation",
+    "dataset_prepared_path": "data.cache_dir",
+    "tokenized_path": "data.cache_dir",
+    "buffer_size": "data.shuffle_buffer_size",
+    "eval_strategy": "train.eval_steps",
+    "evaluation_strategy": "train.eval_steps",
+    "evals_per_epoch": "train.eval_steps",
+    "save_strategy": "train.save_steps",
+    "saves_per_epoch": "train.save_steps",
+    "eval_batch_size": "train.per_device_eval_batch_size",
+    "quantization": "model.load_in_4bit",
+    "quantization_bit": "model.load_in_4bit",
+    "flash_attention": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation",
+    "sdp_attention": "model.attn_implementation",
+    "wandb_project": "logging.project",
+    "wandb_name": "logging.run_name",
     "peft_type": "adapter.type",
     "finetuning_type": "adapter.type",
 }
 """Other tools' spellings whose values differ: refused with the key to use."""
+_SECTION_POINTERS = {
+    "model.name": "model.name_or_path",
+    "model.path": "model.name_or_path",
+    "model.id": "model.name_or_path",
+    "data.path": "data.train[0].path",
+    "data.format": "data.train[0].format",
+    "data.columns": "data.train[0].columns",
+    "data.split": "data.train[0].split",
+    "data.train[].type": "data.train[].format",
+    "data.train[].file": "data.train[].path",
+    "data.train[].data_files": "data.train[].path",
+    "data.train[].config": "data.train[].name",
+    "data.train[].subset": "data.train[].name",
+    "data.train[].max_samples": "data.train[].limit",
+}
+"""Keys that mean another key in their section, without list positions."""
+_NO_COUNTERPART = {
+    "strict": "remove it: an unknown key is always an error",
+    "stage": "remove it: `task` and `adapter` select what is trained",
+    "do_train": "remove it: the command selects what is done",
+    "tokens": "remove it: the vocabulary is not extended",
+    "special_tokens": "remove it: the tokenizer's own special tokens are used",
+    "eos_token": "remove it: the tokenizer's own end token is used",
+    "pad_token": "remove it: the tokenizer's own padding token is used",
+    "lora_plus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
+    "loraplus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
+    "pad_to_sequence_len": "remove it: a batch is padded to its longest row",
+    "dataloader_num_workers": "remove it: rows are tokenized before training",
+    "resume_from_checkpoint": "use the option `--resume auto`",
+    "push_to_hub": "use the option `--push-to-hub REPO`",
+    "overwrite_output_dir": "use the option `--overwrite`",
+}
+"""Keys of other tools that no key replaces, with what to do."""
+_VALUES = {
+    "data.train[].format": {
+        "alpaca": "write instruction",
+        "sharegpt": "write conversations",
+        "chat": "write messages",
+        "chatml": "write messages",
+        "chat_template": "write messages",
+        "openai": "write messages",
+        "completion": "write text, or prompt_completion for rows with a prompt and a completion",
+    },
+    "adapter.type": {
+        "qlora": "write lora, and set `model.load_in_4bit: true`",
+        "none": "write full to train every weight",
+    },
+    "train.optim": {"adamw": "write adamw_torch", "adam": "write adamw_torch"},
+    "train.mixed_precision": {
+        "no": "write none",
+        "fp32": "write none",
+        "bfloat16": "write bf16",
+        "float16": "write fp16",
+    },
+    "model.dtype": {"bf16": "write bfloat16", "fp16": "write float16", "fp32": "write float32"},
+}
+"""Other tools' values of a key, with what to write instead."""
 _NEVER_SWEPT = ("output_dir", "extends", SWEEP)
 _SAME_SECTION_BONUS = 0.1  # prefers the same section among equally near keys
+_LEAST_LIKENESS_ELSEWHERE = 0.75  # of a key in another section
 
 
 def strip_optional(kind: Any) -> tuple[Any, bool]:
@@ -168,19 +251,37 @@ def _find_swept_alias(name: str) -> KeyPath | None:
 def find_nearest_key(path: KeyPath) -> str | None:
     """Return the valid key, in any section, that is most similar to an unknown one, or None."""
     name = str(path[-1]).lower().replace("-", "_")
+    parent = format_pattern(path[:-1])
+    entries = parent.replace("data.validation[]", "data.train[]")
+    nearby = _SECTION_POINTERS.get(f"{entries}.{name}")
+    if nearby is not None:
+        is_entry = "[]" in nearby
+        return format_key((*path[:-1], nearby.rpartition(".")[2])) if is_entry else nearby
     foreign = ALIASES.get(name) or POINTERS.get(name)
     if foreign is not None:
         return foreign
-    parent = format_pattern(path[:-1])
-    best, best_likeness = None, LEAST_LIKENESS
+    best, best_likeness = None, 0.0
     for candidate in list_keys():
         likeness = difflib.SequenceMatcher(None, name, str(candidate[-1])).ratio()
         same_section = format_pattern(candidate[:-1]) == parent
+        if likeness < (LEAST_LIKENESS if same_section else _LEAST_LIKENESS_ELSEWHERE):
+            continue
         likeness += _SAME_SECTION_BONUS if same_section else 0.0
         if likeness > best_likeness:
             best = (*path[:-1], candidate[-1]) if same_section else candidate
             best_likeness = likeness
     return format_key(best) if best else None
+
+
+def explain_no_counterpart(name: str) -> str | None:
+    """Return what to do with another tool's key that no key replaces, or None."""
+    return _NO_COUNTERPART.get(name.lower().replace("-", "_"))
+
+
+def explain_value(key: str, value: object) -> str | None:
+    """Return what to write instead of another tool's value of a dotted key, or None."""
+    pattern = re.sub(r"\[\d*\]", "[]", key).replace("data.validation[", "data.train[")
+    return _VALUES.get(pattern, {}).get(str(value).lower())
 
 
 @cache

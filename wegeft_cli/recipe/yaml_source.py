@@ -17,6 +17,9 @@ from wegeft_cli.recipe.keys import KeyPath, format_key
 _MISSING_MARK = "???"  # OmegaConf's mark for a missing value
 _UNESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _OWN_KEY = re.compile(r"\$\{\.*[A-Za-z_]\w*(?:\.\w+|\[\d+\])*\}")
+NO_SPACE = re.compile(r"([A-Za-z_]\w*):([^\s:/]\S*)$")
+"""A key and its value without a space between them, such as `r:4`."""
+_LINE_WITHOUT_SPACE = re.compile(r"\s*(?:- )?([A-Za-z_]\w*):([^\s:/#]\S*)\s*(?:#.*)?$")
 _TAG = "tag:yaml.org,2002:"
 _SHAPES = ("map", "seq", "merge")
 _SCALARS = ("str", "int", "float", "bool", "null", "timestamp")
@@ -61,7 +64,11 @@ def read_document(
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        faults.append(_translate(error, label, has_lines=has_lines))
+        faults.append(
+            _find_typo(text, label, error)
+            if has_lines and isinstance(error, yaml.MarkedYAMLError)
+            else _translate(error, label, has_lines=has_lines)
+        )
         return None
     if node is None or not (at or isinstance(node, yaml.MappingNode)):
         got = "nothing" if node is None else f"{node.value!r:.60}"
@@ -264,6 +271,41 @@ def _blank_out(
 
 def _place(label: str, mark: yaml.Mark) -> str:
     return f"{label}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _find_typo(text: str, label: str, error: yaml.MarkedYAMLError) -> UserError:
+    """Return the fault at the typo that a parser's error follows from, or the parser's own.
+
+    The parser stops later: an open quote runs to the next quote or to the end of the file, and a
+    key without a space after its colon is a text that continues on the next line.
+    """
+    if (quote := _find_open_quote(text)) is not None:
+        message = "not valid YAML: a quote opens here and is not closed on this line"
+        return UserError(message, file=_place(label, quote), hint="close the quote")
+    mark = error.problem_mark or error.context_mark
+    lines = text.splitlines()
+    stop = len(lines) if mark is None else mark.line + 1
+    for number in range(min(stop, len(lines)) - 1, max(stop - 4, -1), -1):
+        typo = _LINE_WITHOUT_SPACE.match(lines[number])
+        if typo is not None:
+            place = f"{label}:{number + 1}:{typo.start(1) + 1}"
+            message = f"not valid YAML: a space is missing after the colon of `{typo[1]}`"
+            return UserError(message, file=place, hint=f"write `{typo[1]}: {typo[2]}`")
+    return _translate(error, label, has_lines=True)
+
+
+def _find_open_quote(text: str) -> yaml.Mark | None:
+    """Return where the last quoted text before a syntax error opens, if it spans several lines."""
+    opened = None
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            is_quoted = isinstance(token, yaml.ScalarToken) and token.style in ("'", '"')
+            if is_quoted and token.start_mark.line != token.end_mark.line:
+                opened = token.start_mark
+    except yaml.MarkedYAMLError as error:
+        if error.context == "while scanning a quoted scalar":
+            return opened or error.context_mark
+    return opened
 
 
 def _translate(error: Exception, label: str, *, has_lines: bool) -> UserError:

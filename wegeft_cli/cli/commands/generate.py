@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wegeft_cli.cli.arguments import JsonOption, TargetArgument
+from wegeft_cli.cli.arguments import JsonOption, TargetArgument, is_model_name
 from wegeft_cli.cli.console import (
     RichReporter,
     escape_control,
@@ -18,6 +19,7 @@ from wegeft_cli.cli.console import (
     write_piece,
 )
 from wegeft_cli.cli.generation_options import GenerationOptions, generation_options, stdin_is_pipe
+from wegeft_cli.errors import UserError
 
 
 @generation_options
@@ -72,6 +74,12 @@ def generate(
     """Generate answers to prompts. Decoding is greedy unless a sampling option is set."""
     from wegeft_cli.inference.generate import generate as run
 
+    if target is not None and not prompt and file is None and not is_model_name(target):
+        raise UserError(
+            f"{target!r} is no adapter, run or model",
+            key="TARGET",
+            hint=f"a prompt is an option: wegeft generate --prompt {shlex.quote(target)}",
+        )
     if not prompt and file is None and stdin_is_pipe():
         file = "-"
     quiet = as_json or output is not None
