@@ -28,6 +28,7 @@ from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.models.heads import find_head_modules
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.statistics import mcnemar_exact
@@ -36,6 +37,7 @@ from wegeft_cli.tasks.support.classifier import check_metrics
 DEFAULT_DIRECTIONS = 16
 
 
+@checked_arguments
 def ablate(
     adapter: str | Path | None = None,
     *,

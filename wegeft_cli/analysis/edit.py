@@ -24,6 +24,7 @@ from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json, read_head
 from wegeft_cli.artifacts.manifest import AdapterManifest, Edit, ModuleEntry
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.registry import require_generators
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.storage.atomic import check_unused_folder
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
@@ -53,6 +54,7 @@ class EditResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
+@checked_arguments
 def edit(
     adapter: str | Path | None = None,
     *,

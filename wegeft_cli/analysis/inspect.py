@@ -29,6 +29,7 @@ from wegeft_cli.methods.wegeft.spectrum import (
     share_inside,
 )
 from wegeft_cli.models.image_processor import read_image
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.reporter import Reporter, SilentReporter
 
 DIRECTIONS = ("columns", "principal")
@@ -44,6 +45,7 @@ class _Looked:
     row: dict[str, Any]
 
 
+@checked_arguments
 def inspect(
     adapter: str | Path | None = None,
     *,

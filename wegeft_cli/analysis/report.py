@@ -19,6 +19,7 @@ from wegeft_cli.artifacts.run_results import (
     read_run,
 )
 from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 from wegeft_cli.storage.json_files import read_object
@@ -53,6 +54,7 @@ class ReportResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
+@checked_arguments
 def report(
     runs: Sequence[str | Path] = (),
     *,

@@ -38,6 +38,7 @@ from wegeft_cli.inference.loaded_model import (
     fingerprint_target,
     task_of_path,
 )
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 
@@ -46,6 +47,7 @@ __all__ = ["evaluate", "list_tasks"]
 _CACHE_VERSIONS = ("wegeft-cli", "torch", "transformers")
 
 
+@checked_arguments
 def evaluate(
     target: str | Path | Sequence[str | Path] | None = None,
     *,

@@ -20,6 +20,7 @@ from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
 from wegeft_cli.inference.prompt_format import PromptForm, choose_form, question_text
 from wegeft_cli.models.device_memory import generation_memory_errors
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
@@ -29,6 +30,7 @@ GREEDY = Decoding(DEFAULT_NEW_TOKENS)
 _OUTPUT_START = '{"index": '
 
 
+@checked_arguments
 def generate(
     target: str | Path | None = None,
     *,

@@ -38,6 +38,7 @@ from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_fingerprint
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder, name_quantization
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_merged_card
 from wegeft_cli.recipe.schema import ModelSection
@@ -81,6 +82,7 @@ class MergeResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
+@checked_arguments
 def merge(
     adapter: str | Path | Sequence[str | Path] | None = None,
     *,

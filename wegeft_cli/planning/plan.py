@@ -19,6 +19,7 @@ from wegeft_cli.planning.preflight import (
     count_checkpoints,
     find_run_dir,
 )
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -74,6 +75,7 @@ class Plan:
         return values
 
 
+@checked_arguments
 def plan(
     recipe_path: str | Path, overrides: Sequence[str] = (), *, reporter: Reporter | None = None
 ) -> Plan:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wegeft_cli.planning.preflight import attach_locations
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.tasks.base import Preview
 from wegeft_cli.tasks.registry import find_task
 
 
+@checked_arguments
 def preview(
     recipe_path: str | Path,
     overrides: Sequence[str] = (),

@@ -28,6 +28,7 @@ from wegeft_cli.artifacts.run_results import (
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_errors, raise_all
 from wegeft_cli.planning.validate import check_names
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
@@ -80,6 +81,7 @@ class SweepResult:
         }
 
 
+@checked_arguments
 def sweep(
     recipe_path: str | Path,
     overrides: Sequence[str] = (),

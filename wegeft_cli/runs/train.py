@@ -20,6 +20,7 @@ from wegeft_cli.models.file_names import rename_checkpoint
 from wegeft_cli.models.loading import load_base
 from wegeft_cli.planning.preflight import attach_locations, find_run_dir
 from wegeft_cli.planning.run_setup import RunSetup, build_setup
+from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_model
@@ -52,6 +53,7 @@ from wegeft_cli.training.snapshot import Snapshot, optimizer_order
 from wegeft_cli.training.trainer import Trainer
 
 
+@checked_arguments
 def train(
     recipe_path: str | Path | LoadedRecipe,
     overrides: Sequence[str] = (),
