@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 
 import typer
 
+from wegeft_cli.cli.broken_imports import describe_import_error
 from wegeft_cli.cli.console import LastingStream, get_console, note, print_fault, print_message
 from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
@@ -109,6 +110,11 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             _print_interrupted()
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except ImportError as error:
+            fault = describe_import_error(error)
+            if fault is None or os.environ.get("WEGEFT_DEBUG") == "1":
+                raise
+            _leave_with(fault)
         except MemoryError:
             _leave_with(MachineError("out of memory"))
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from wegeft_cli.recipe.schema import ModelSection, QuantMethod
 from wegeft_cli.storage.containment import check_model_folder
 from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, TORCH_DTYPES
 
+_NEEDS_PILLOW = re.compile(r"\b(PIL|Pillow|torchvision)\b", re.IGNORECASE)
 _ATTENTION = "model.attn_implementation"
 _DTYPES = {name: TORCH_DTYPES[stored] for name, stored in DTYPE_NAMES.items()}
 
@@ -245,6 +247,8 @@ def _translated(name_or_path: str, what: str = "model") -> Iterator[None]:
             hint = "a safetensors file of it is damaged: fetch or write it again"
         elif isinstance(error, OSError):
             hint = "check the name, the revision, the network and your hub login, or give a folder"
+        elif isinstance(error, ImportError) and _NEEDS_PILLOW.search(str(error)):
+            hint = "pip install 'wegeft-cli[vision]'"
         elif isinstance(error, (ValueError, ImportError)):
             hint = None
         else:

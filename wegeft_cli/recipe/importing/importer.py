@@ -18,6 +18,7 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.importing.conversion import Conversion, Converted, Remark
 from wegeft_cli.recipe.importing.tools import find_tool
 from wegeft_cli.recipe.load import build_recipe, read_settings
+from wegeft_cli.recipe.schema import PEFT_TYPES
 from wegeft_cli.recipe.yaml_source import read_document
 
 _SECTIONS = ("model", "adapter", "data", "train", "eval", "logging")
@@ -145,7 +146,7 @@ def _write(title: str, name: str, at: Conversion) -> str:
         if remarks:
             lines += ["#", f"# {words}:"]
             lines += [f"#   {remark}" for remark in remarks]
-    if at.value("adapter.type") not in (None, "full"):
+    if at.value("adapter.type") in PEFT_TYPES:
         lines += ["#", "# This is the method of the original. `wegeft train FILE "
                   "adapter.type=wegeft` trains WeGeFT on the same data."]  # fmt: skip
     lines.append("")

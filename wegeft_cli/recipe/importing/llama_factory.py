@@ -41,6 +41,7 @@ _REASONS = {
     "enable_thinking": "has no counterpart",
     "compute_accuracy": "has no counterpart: validation logs the loss and `train.eval_tasks`",
 }
+_REFUSED = ("freeze", "oft")
 _KERNELS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa",
             "disabled": "eager"}  # fmt: skip
 
@@ -68,12 +69,12 @@ def convert(at: Conversion, folder: Path) -> None:
 
 def _convert_adapter(at: Conversion) -> None:
     kind = at.take("finetuning_type", "lora")
-    if kind == "full":
-        at.set("adapter.type", "full", "finetuning_type")
-        return
-    if kind != "lora":
+    if kind in _REFUSED:
         hint = "set it to lora or full before the import"
         raise UserError(f"the method {kind!r} has no counterpart", key="finetuning_type", hint=hint)
+    if kind != "lora":
+        at.set("adapter.type", kind, "finetuning_type")
+        return
     set_method(at, "finetuning_type", dora="use_dora", rslora="use_rslora")
     if at.take("pissa_init"):
         at.set("adapter.type", "pissa", "pissa_init")
