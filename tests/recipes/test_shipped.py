@@ -71,7 +71,7 @@ def test_twin_differs_in_the_adapter_alone(name):
         ("llama_metamath", 64, 128, 0.0, SEVEN),
         ("llama_codefeedback", 64, 128, 0.0, SEVEN),
         ("llama_wizardlm", 64, 128, 0.0, SEVEN),
-        ("llama_alpaca", 16, None, 0.0, ["q_proj", "v_proj"]),
+        ("llama_alpaca", 16, 16, 0.0, ["q_proj", "v_proj"]),
         ("quickstart", 64, 32, 0.0, FIVE),
         ("llama_commonsense_lora", 16, 32, 0.0, FIVE),
         ("llama_math10k_lora", 16, 32, 0.0, FIVE),
@@ -144,14 +144,20 @@ def test_published_glue_setting():
     assert (recipe.adapter.r, recipe.adapter.target_modules) == (32, ["query", "value"])
     assert (recipe.data.max_length, recipe.train.per_device_train_batch_size) == (512, 64)
     assert recipe.train.warmup_ratio == 0.06
+    assert (recipe.adapter.alpha, recipe.adapter.init) == (32, "psi_zero")
+    assert (recipe.train.max_grad_norm, recipe.train.load_best_model_at_end) == (0, True)
     assert recipe.sweep == {"seed": [42, 43, 44, 45, 46]}
+
+
+# RoBERTa's positions begin after its padding id: 514 of them make a context of 512.
+ROBERTA = RobertaConfig(num_labels=2, max_position_embeddings=514)
 
 
 @pytest.mark.parametrize(
     ("name", "config", "head", "expected"),
     [
         ("vit_fgvc", ViTConfig(num_labels=200), 768 * 200 + 200, 24_576),
-        ("roberta_glue", RobertaConfig(num_labels=2), 768 * 768 + 768 + 768 * 2 + 2, 98_304),
+        ("roberta_glue", ROBERTA, 768 * 768 + 768 + 768 * 2 + 2, 98_304),
     ],
 )
 def test_published_counts_beside_the_head(tmp_path, name, config, head, expected):
