@@ -150,8 +150,13 @@ class LastingStream:
 def write_piece(text: str) -> None:
     """Write a piece of an answer at once; on a terminal with control characters escaped."""
     console = get_console()
-    shown = escape_control(text) if console.is_terminal else text
-    console.out(shown, end="", highlight=False)
+    if console.is_terminal:
+        console.out(text, end="", highlight=False)
+    elif not console.quiet:
+        try:
+            console.file.write(text)  # another program reads the answer as it is
+        except BrokenPipeError:
+            console.on_broken_pipe()
     console.file.flush()
 
 
