@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
     parser.add_argument("--results", type=Path, default=Path(".cache/families"))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=240, help="seconds of one family")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of one family")
     parser.add_argument("--fresh", action="store_true", help="run families again that have a row")
     parser.add_argument("--page", type=Path, help="write this page from the rows of all families")
     parser.add_argument("--json", action="store_true", help="print all rows as one JSON array")

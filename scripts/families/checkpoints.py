@@ -31,8 +31,8 @@ _SMALL_STD = 0.1
 _STD = 0.2
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE that adds BOS."""
+def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE that adds BOS, and EOS to what a classifier reads."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -44,7 +44,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(TEXTS * 4, trainer)
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A" if task == "causal_lm" else "<s> $A </s>",
+        pair="<s> $A </s> $B </s>",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -104,7 +106,7 @@ def write_checkpoint(task: str, model_type: str, folder: Path) -> None:
         ViTImageProcessorPil(size=size, image_mean=half, image_std=half).save_pretrained(folder)
     else:
         kind = AutoModelForCausalLM if task == "causal_lm" else AutoModel
-        build_tokenizer().save_pretrained(folder)
+        build_tokenizer(task).save_pretrained(folder)
     config.architectures = config.architectures or []
     model = kind.from_config(config).float()
     _spread(model)

@@ -180,6 +180,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "mamba_headdim": 8,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "roc_bert": {
         "pronunciation_vocab_size": 64,
         "shape_vocab_size": 64,
