@@ -73,6 +73,7 @@ def _row_file(folder: Path, task: str, name: str) -> Path:
 
 def _run_child(task: str, name: str, folder: Path, run_stages: Any) -> None:
     """Run the stages of a family in this process, write its row, and end the process."""
+    os.setsid()
     place = Path(tempfile.mkdtemp(prefix="family-"))
     log = (folder / f"{task}.{name}.log").open("w")
     os.dup2(log.fileno(), 1)

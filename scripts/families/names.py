@@ -180,6 +180,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "mamba_headdim": 8,
     },
+    "t5": {"decoder_start_token_id": 3},
+    "umt5": {"decoder_start_token_id": 3},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "roc_bert": {
         "pronunciation_vocab_size": 64,
@@ -195,7 +197,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "cvt": {
         "embed_dim": [16, 16, 32],
         "num_heads": [1, 2, 2],
-        "depth": [1, 1, 1],
+        "depth": [1, 2, 3],
         "drop_path_rate": [0.0] * 3,
     },
     "donut-swin": _SWIN,
