@@ -15,11 +15,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from families.names import DIMENSIONS, EDGE, EXTRA, VOCABULARY, WHOLE_MODEL
+from families.names import DIMENSIONS, EDGE, EXTRA, VOCABULARY, WHOLE_MODEL, WITH_IMAGES
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
 TEXTS = [
@@ -106,6 +107,8 @@ def write_checkpoint(task: str, model_type: str, folder: Path) -> None:
         ViTImageProcessorPil(size=size, image_mean=half, image_std=half).save_pretrained(folder)
     else:
         kind = AutoModelForCausalLM if task == "causal_lm" else AutoModel
+        if task == "causal_lm" and model_type in WITH_IMAGES:
+            kind = AutoModelForImageTextToText
         build_tokenizer(task).save_pretrained(folder)
     config.architectures = config.architectures or []
     model = kind.from_config(config).float()
@@ -124,8 +127,11 @@ def _spread(model: nn.Module) -> None:
                     if parameter.numel() > 1 and float(parameter.std()) < _SMALL_STD:
                         width = parameter.shape[1:].numel()
                         parameter.normal_(0, min(_STD, 1.5 * width**-0.5))
-                elif name in ("weight", "bias"):
+                elif name in ("weight", "bias") or not parameter.any():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                # A row of zeros divides by zero in some norms, and published ones are not zero.
+                module.weight[module.padding_idx].normal_(0, _STD)
             for name, buffer in module.named_buffers(recurse=False):
                 if name == "running_mean":
                     buffer.normal_(0, 0.1)

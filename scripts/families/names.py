@@ -51,6 +51,9 @@ FAMILIES = {
 WHOLE_MODEL = ("clip", "metaclip_2", "siglip", "siglip2")
 """Image families that are published as a whole model, with a text tower and without a head."""
 
+WITH_IMAGES = ("llama4", "mllama")
+"""Language families that are published with an image tower that text alone does not run."""
+
 VOCABULARY = 384
 EDGE = 32
 
