@@ -103,7 +103,8 @@ def write_checkpoint(task: str, model_type: str, folder: Path) -> None:
         whole = model_type in WHOLE_MODEL
         kind = AutoModel if whole else AutoModelForImageClassification
         half = [0.5] * 3
-        size = {"height": EDGE, "width": EDGE}
+        edge = read_edge(config)
+        size = {"height": edge, "width": edge}
         ViTImageProcessorPil(size=size, image_mean=half, image_std=half).save_pretrained(folder)
     else:
         kind = AutoModelForCausalLM if task == "causal_lm" else AutoModel
@@ -114,6 +115,12 @@ def write_checkpoint(task: str, model_type: str, folder: Path) -> None:
     model = kind.from_config(config).float()
     _spread(model)
     model.save_pretrained(folder)
+
+
+def read_edge(config: Any) -> int:
+    """Return the edge of the images that a config is made for."""
+    size = getattr(config, "image_size", None) or EDGE
+    return int(size[0] if isinstance(size, list | tuple) else size)
 
 
 def _spread(model: nn.Module) -> None:

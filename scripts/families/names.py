@@ -185,6 +185,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "t5": {"decoder_start_token_id": 3},
     "umt5": {"decoder_start_token_id": 3},
+    "xlstm": {"mlstm_round_up_to_multiple_of": 8, "ffn_round_up_to_multiple_of": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "roc_bert": {
         "pronunciation_vocab_size": 64,

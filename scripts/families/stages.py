@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from families.checkpoints import write_checkpoint, write_rows
-from families.names import EDGE
 from families.outcomes import FAILED, OK, REFUSED, Collected, DifferenceError, Outcome, attempt
 from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.exporting.export import ExportOptions, export
@@ -350,10 +349,8 @@ def _inputs(family: Family) -> list[dict[str, Tensor]]:
 
         processor = AutoImageProcessor.from_pretrained(family.base)
         paths = sorted((family.folder / "rows" / "images" / "validation").glob("*/*.png"))
-        edge = _edge(family)
         images = [Image.open(path).convert("RGB") for path in paths]
-        size = {"height": edge, "width": edge}
-        return [dict(processor(image, return_tensors="pt", size=size)) for image in images]
+        return [dict(processor(image, return_tensors="pt")) for image in images]
     tokenizer = AutoTokenizer.from_pretrained(family.base)
     if family.task == "causal_lm":
         texts = list(QUESTIONS)
@@ -362,11 +359,6 @@ def _inputs(family: Family) -> list[dict[str, Tensor]]:
         texts = [json.loads(line)["text"] for line in lines]
     rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
     return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-
-
-def _edge(family: Family) -> int:
-    size = json.loads((family.base / "config.json").read_text()).get("image_size", EDGE)
-    return int(size[0] if isinstance(size, list) else size)
 
 
 def _compute_logits(family: Family, model: nn.Module) -> list[Tensor]:
