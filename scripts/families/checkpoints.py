@@ -146,13 +146,13 @@ def _spread(model: nn.Module) -> None:
                     buffer.uniform_(0.8, 1.2)
 
 
-def write_rows(task: str, folder: Path) -> dict[str, list[dict[str, str]]]:
+def write_rows(task: str, folder: Path, edge: int = EDGE) -> dict[str, list[dict[str, str]]]:
     """Write training and validation rows; return the recipe's data sources."""
     import json
 
     folder.mkdir(parents=True, exist_ok=True)
     if task == "image_classification":
-        _write_images(folder / "images")
+        _write_images(folder / "images", edge)
         return {
             part: [{"path": str(folder / "images"), "split": part}]
             for part in ("train", "validation")
@@ -170,12 +170,12 @@ def write_rows(task: str, folder: Path) -> dict[str, list[dict[str, str]]]:
     return {part: [{"path": str(path)}] for part in ("train", "validation")}
 
 
-def _write_images(folder: Path) -> None:
+def _write_images(folder: Path, edge: int) -> None:
     random = np.random.default_rng(0)
     for part, count in (("train", 3), ("validation", 2)):
         for kind in range(3):
             place = folder / part / f"class{kind}"
             place.mkdir(parents=True)
             for number in range(count):
-                pixels = random.normal(60 * kind + 60, 40, (EDGE, EDGE, 3)).clip(0, 255)
+                pixels = random.normal(60 * kind + 60, 40, (edge, edge, 3)).clip(0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")

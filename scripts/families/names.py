@@ -185,7 +185,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "t5": {"decoder_start_token_id": 3},
     "umt5": {"decoder_start_token_id": 3},
-    "xlstm": {"mlstm_round_up_to_multiple_of": 8, "ffn_round_up_to_multiple_of": 8},
+    "xlstm": {"hidden_size": 128},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "roc_bert": {
         "pronunciation_vocab_size": 64,
@@ -234,6 +234,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "patch_padding": [1, 1],
     },
     "levit": {
+        "patch_size": 16,
         "hidden_sizes": [16, 16, 32],
         "num_attention_heads": [2, 2, 2],
         "depths": _ONES[:3],

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -19,7 +20,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from families.checkpoints import write_checkpoint, write_rows
+from families.checkpoints import read_edge, write_checkpoint, write_rows
 from families.outcomes import FAILED, OK, REFUSED, Collected, DifferenceError, Outcome, attempt
 from wegeft_cli.analysis.inspect import inspect
 from wegeft_cli.exporting.export import ExportOptions, export
@@ -75,7 +76,9 @@ class Family:
     def write(self) -> None:
         """Write checkpoint, rows and recipe."""
         write_checkpoint(self.task, self.name, self.base)
-        data: dict[str, Any] = write_rows(self.task, self.folder / "rows")
+        data: dict[str, Any] = write_rows(
+            self.task, self.folder / "rows", read_edge(AutoConfig.from_pretrained(self.base))
+        )
         if self.task == "image_classification":
             data["image_transform"] = "resize"
         else:
