@@ -74,7 +74,7 @@ test-slow: setup ## The slow tests
 test-peft-suite: setup ## What PEFT promises of any method, against the installed PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peft_suite -m "not slow and not gpu"
 
-families: setup ## Every command on tiny checkpoints of 190 model families; docs/models.md (an hour on two cores, resumable)
+families: setup ## Every command on tiny checkpoints of 197 model families; docs/models.md (half an hour on two cores, resumable)
 	OMP_NUM_THREADS=1 PYTHONPATH=scripts $(BIN)/python -m families --page docs/models.md
 
 test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported

@@ -186,6 +186,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "t5": {"decoder_start_token_id": 3},
     "umt5": {"decoder_start_token_id": 3},
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"hidden_size": 128},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "roc_bert": {
