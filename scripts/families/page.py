@@ -84,7 +84,7 @@ def _messages(rows: Sequence[Row]) -> list[str]:
 
 
 def _generalize(message: str) -> str:
-    """Shorten a message, without the folder of one run, in one line of Markdown."""
-    text = re.sub(r"/\S*/family-\w+/", "", " ".join(message.split()))
+    """Shorten a message, without run folders and source lines, in one line of Markdown."""
+    text = re.sub(r"/\S*/family-\w+/| \[[^\]]*\.py:\d+\]$", "", " ".join(message.split()))
     text = text.replace("|", "\\|").replace("<", "&lt;")
     return text if len(text) <= LONGEST else text[:LONGEST].rsplit(" ", 1)[0] + " ..."
