@@ -173,6 +173,15 @@ NOT_HERE = {
     "model.trust_remote_code": "tests/models holds that it is off",
     "data.train[].name": "a hub data set's",
     "data.cache_dir": "changes no row: tests/data/test_cache",
+    **dict.fromkeys(
+        ("data.chat_template_kwargs", "data.system_turn"),
+        "need a chat template: tests/data/test_reasoning_templates.py",
+    ),
+    "data.train[].field": "a JSON document's: tests/data/test_sources.py",
+    **dict.fromkeys(
+        ("train.eval_strategy", "train.save_strategy", "train.lr_scheduler_steps"),
+        "test_train.py holds what they change",
+    ),
     "train.max_skipped_steps": "tests/training/test_skip.py holds it; no row here is bad",
     "train.strategy": "needs processes: tests/distributed/test_strategies.py",
     "train.fsdp_size": "needs processes: tests/distributed/test_strategies.py",

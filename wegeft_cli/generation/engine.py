@@ -162,7 +162,7 @@ def fit_context(
     empty = [index for index, ids in enumerate(encoded) if not ids]
     if empty:
         raise UserError(f"prompt {empty[0]} has no tokens", hint="give at least one character")
-    check_token_ids(model, max(max(ids) for ids in encoded), key="--prompt")
+    check_token_ids(model, max((max(ids) for ids in encoded), default=0), key="--prompt")
     fitted = [ids[: decoding.max_prompt_tokens] for ids in encoded]
     context = context_length(model)
     if context is not None:

@@ -30,7 +30,7 @@ def check_padding(model: nn.Module, recipe: Recipe) -> str | None:
         return None
     config: Any = model.config
     rows = [row for pack in build_rows(config.get_text_config(), recipe) for row in pack]
-    batch = collate_rows(rows, pad_token_id=0)
+    batch = collate_rows(rows, pad_token_id=int(rows[0][0][0]))
     errors: list[float] = []
     for side in ("left", "right"):
         loss = CausalLoss(model, padding_side=side)
