@@ -1,4 +1,4 @@
-"""A damaged config.json, and a tokenizer that does not belong to the base, are told as such."""
+"""A damaged config.json, and a tokenizer of another base, each raise one clear error."""
 
 import json
 import shutil

@@ -5,12 +5,14 @@ A method is one file in this folder, or a package with a `method.py`, that defin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def check_no_peft_keys(recipe: Recipe) -> Iterator[Fault]:
         yield "adapter.peft", message, "remove it, or set `adapter.type`"
 
 
-class Method:
+class Method(ABC):
     """A method of fine-tuning; a subclass overrides what the method does differently.
 
     Module level of a method's file imports no torch, so that recipes are checked without it.
@@ -147,6 +149,7 @@ class Method:
         """Return the rule that a run of `num_steps` optimizer steps breaks, if any."""
         return None
 
+    @abstractmethod
     def count(
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
@@ -166,6 +169,7 @@ class Method:
         """
         raise NotImplementedError
 
+    @abstractmethod
     def inject(
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
@@ -199,10 +203,15 @@ class Method:
             base_dir: The base's files, where they are on this machine.
 
         Raises:
-            UserError: If the adapter is damaged, or a setting differs.
+            UserError: If the adapter is damaged, or a setting differs. By default always: the
+                method does not start from an adapter.
             ExceptionGroup: If several settings differ.
         """
-        raise NotImplementedError
+        raise UserError(
+            f"{section.type!r} does not start from an adapter",
+            key="adapter.init_from",
+            hint="remove it",
+        )
 
     def start_from(
         self,
@@ -222,7 +231,7 @@ class Method:
         Raises:
             UserError: If the adapter is damaged or does not fit.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} overrides check_start alone")
 
     def trains_everything(self, section: AdapterSection) -> bool:
         """Return whether every parameter of the base is trained."""
@@ -237,6 +246,7 @@ class Method:
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Apply the state of an earlier checkpoint before the adapter is saved."""
 
+    @abstractmethod
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the adapter's folder, whole or not at all.
 
@@ -265,6 +275,7 @@ class Method:
             ExceptionGroup: If there are several such faults.
         """
 
+    @abstractmethod
     def load(
         self,
         model: nn.Module,
@@ -293,6 +304,7 @@ class Method:
         """Return a context in which the model computes as its base."""
         return nullcontext()
 
+    @abstractmethod
     def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold a loaded adapter into the base's weights.
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from wegeft_cli.models.module_names import ends_with, unwrap
 from wegeft_cli.recipe.schema import AdapterSection
 
 _WEIGHT = ".weight"
@@ -26,7 +27,7 @@ class FileNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base: Any = getattr(model, "get_base_model", lambda: model)()
+        base = unwrap(model)
         self._own = dict.fromkeys(base.state_dict(), True)
         self._modules = [name for name, _ in base.named_modules() if name]
         self._prefix: str = getattr(base, "base_model_prefix", "")
@@ -140,10 +141,10 @@ class _CurrentNames:
         result: list[str] = []
         for entry in asked:
             name, colon, part = entry.partition(":")
-            if any(_ends_with(module, name) for module in self._modules):
+            if any(ends_with(module, name) for module in self._modules):
                 result.append(entry)
                 continue
-            current = self._search(name, partial(_ends_with, last_parts=name))
+            current = self._search(name, partial(ends_with, last_parts=name))
             result += [each + colon + part for each in current] or [entry]
         return list(dict.fromkeys(result))
 
@@ -174,14 +175,14 @@ def shorten_names(wanted: Collection[str], known: Iterable[str]) -> list[str]:
     known = list(known)
     result: list[str] = []
     for name in known:
-        if name not in wanted or any(_ends_with(name, short) for short in result):
+        if name not in wanted or any(ends_with(name, short) for short in result):
             continue
         parts = name.split(".")
         ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
         result.append(
             next(
                 end for end in ends
-                if all(other in wanted for other in known if _ends_with(other, end))
+                if all(other in wanted for other in known if ends_with(other, end))
             )
         )  # fmt: skip
     return result
@@ -262,7 +263,3 @@ def _earlier_names(model: nn.Module, name: str) -> list[str]:
         if len(files) == 1:
             found.append(name.replace(f".{kind}.", f".{files.pop()}.", 1))
     return found
-
-
-def _ends_with(name: str, last_parts: str) -> bool:
-    return name == last_parts or name.endswith(f".{last_parts}")

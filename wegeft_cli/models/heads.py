@@ -16,6 +16,7 @@ from wegeft_cli.artifacts.stored_names import spell_name
 from wegeft_cli.errors import BaseModelError
 from wegeft_cli.models.completeness import refuse_missing
 from wegeft_cli.models.context import check_token_ids
+from wegeft_cli.models.module_names import is_inside_any, unwrap
 from wegeft_cli.models.running_statistics import has_statistics
 from wegeft_cli.models.stochastic_depth import check_drop_path
 from wegeft_cli.recipe.schema import AdapterSection
@@ -124,7 +125,7 @@ def check_loaded(missing: Mapping[str, str], trained: Collection[str]) -> None:
     Raises:
         UserError: If others are missing: they would stay random.
     """
-    lost = {name: reason for name, reason in missing.items() if not is_covered(name, trained)}
+    lost = {name: reason for name, reason in missing.items() if not is_inside_any(name, trained)}
     if lost:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
         shown = ", ".join(f"{name}{reason}" for name, reason in list(lost.items())[:5])
@@ -134,18 +135,9 @@ def check_loaded(missing: Mapping[str, str], trained: Collection[str]) -> None:
         )
 
 
-def is_covered(name: str, trained: Collection[str]) -> bool:
-    """Return whether a parameter belongs to one of the modules, which may be named by parts."""
-    return any(_covers(module, name) for module in trained)
-
-
-def _covers(asked: str, name: str) -> bool:
-    return f".{asked}." in f".{name}."
-
-
 def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
     """Return what a model's forward needs for images of another size than it was trained on."""
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = unwrap(model)
     own = getattr(base.config, "image_size", image_size)
     own = own[0] if isinstance(own, list | tuple) else own
     takes = "interpolate_pos_encoding" in inspect.signature(base.forward).parameters
@@ -172,7 +164,7 @@ def finish_head(
     fresh = set(missing)
     if not head.keeps_base_head:
         outputs = find_output_modules(model)
-        fresh |= {name for name, _ in model.named_parameters() if is_covered(name, outputs)}
+        fresh |= {name for name, _ in model.named_parameters() if is_inside_any(name, outputs)}
     make_fresh(model, fresh, seed)
     if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
         check_drop_path(model)

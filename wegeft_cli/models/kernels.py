@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.module_names import unwrap
 
 _KEY = "train.use_liger_kernel"
 
@@ -20,8 +21,7 @@ def apply_liger(model: nn.Module) -> None:
     logits are never held together. Some kernels replace functions of transformers for the whole
     process, which is how the package works.
     """
-    get_base: Any = getattr(model, "get_base_model", None)
-    base: Any = get_base() if get_base is not None else model
+    base = unwrap(model)
     check_liger(base.config.model_type)
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -81,7 +81,7 @@ def enable_checkpointing(model: Any) -> None:
     Raises:
         UserError: If the architecture does not support it.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = unwrap(model)
     if not base.supports_gradient_checkpointing:
         raise UserError(
             f"transformers has no activation checkpointing for {type(base).__name__}",

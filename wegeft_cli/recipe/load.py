@@ -167,7 +167,7 @@ def _hint_files(missing: Path) -> str | None:
     """Return a hint with the YAML files near a missing one."""
     if missing.suffix not in (".yaml", ".yml") or not missing.parent.is_dir():
         return None
-    near = sorted(file for file in missing.parent.glob("*.y*ml") if file.is_file())
+    near = sorted(file for file in missing.parent.glob("[!.]*.y*ml") if file.is_file())
     files = {file.stem: f"{file}" for file in near}
     shipped = {recipe.name: recipe.name for recipe in list_recipes()}
     best = find_nearest(missing.stem, [*files, *shipped])

@@ -4,7 +4,7 @@ It cannot be undone, so it is only for a dedicated process. Python 3.11 has no `
 ctypes. A layer that is not available raises `IsolationError` with its name; none is skipped. The
 layers are:
 
-- user: a new user namespace, in which the program is the user `nobody` and has no capability.
+- user: a new user namespace. The program runs in it as the user `nobody`, without capabilities.
 - mount: a new read-only root in memory with the standard library and the shared libraries, and no
   other file of the machine; /tmp is private, small and temporary.
 - pid: a new process namespace; when its first process ends, the kernel ends all others.
@@ -90,7 +90,7 @@ def enter_namespaces(mount_point: Path, limits: Limits) -> bool:
             namespace; nothing is written into the folder.
 
     Returns:
-        Whether the child must change to the user `nobody` (`drop_rights`), which only root can do.
+        Whether the child must call `drop_rights` to become the user `nobody`, as only root can.
     """
     becomes_nobody = _enter_user_namespace()
     for layer in ("mount", "ipc", "net", "pid"):
@@ -155,7 +155,7 @@ def _check(result: int) -> None:
 
 
 def _enter_user_namespace() -> bool:
-    """Enter a new user namespace; return True if the user `nobody` is mapped into it, too.
+    """Enter a new user namespace, and return whether it also maps the user `nobody`.
 
     The kernel does not count the processes of the machine's root, so root must change to another
     user later. Only a process outside can map a second user: a helper that is forked before.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.training.chunked_cross_entropy import (
     at_label_positions,
     is_plain_head,
@@ -87,8 +88,7 @@ class CausalLoss:
 
     def __init__(self, model: nn.Module, *, padding_side: str = "left") -> None:
         self._pads_right = padding_side == "right"
-        get_base: Any = getattr(model, "get_base_model", None)
-        base = get_base() if get_base is not None else model
+        base = unwrap(model)
         get_head: Any = getattr(base, "get_output_embeddings", None)
         self._head: nn.Module | None = get_head() if get_head is not None else None
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters

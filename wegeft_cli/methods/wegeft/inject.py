@@ -26,13 +26,13 @@ from wegeft_cli.methods.wegeft.targets import (
     check_dense,
     check_untied,
     find_targets,
-    is_inside_any,
 )
 from wegeft_cli.methods.wegeft.trained_modules import (
     check_saved_modules,
     find_saved_modules,
     wrap_saved_modules,
 )
+from wegeft_cli.models.module_names import is_inside_any
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import Side
-from wegeft_cli.methods.wegeft.targets import Target, ends_with
+from wegeft_cli.methods.wegeft.targets import Target
+from wegeft_cli.models.module_names import ends_with
 
 Share = Literal["module_type", "input_dim", "none"]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import Side
+from wegeft_cli.models.module_names import ends_with
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -256,18 +257,6 @@ def _find_heads(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if (head is not None and module is head) or name.partition(".")[0] in _HEAD_NAMES
     }
-
-
-def ends_with(name: str, last_parts: str) -> bool:
-    """Return whether a full module name ends with whole parts, such as `q_proj` or `layers.1.q`."""
-    return name == last_parts or name.endswith("." + last_parts)
-
-
-def is_inside_any(name: str, modules: Sequence[str]) -> bool:
-    """Return whether a module is one of those named by their last parts, or inside one."""
-    parts = name.split(".")
-    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(ends_with(path, module) for path in paths for module in modules)
 
 
 def _nothing_matches(text: str, linears: Mapping[str, Target]) -> UserError:

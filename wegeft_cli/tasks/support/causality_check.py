@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.errors import BaseModelError
+from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.training.forward_context import autocast
 
@@ -37,7 +38,7 @@ def check_causality(model: Any, recipe: Recipe) -> None:
     Raises:
         BaseModelError: If they differ: the labels would be part of the input.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = unwrap(model)
     device = next(model.parameters()).device
     vocabulary = min(base.config.get_text_config().vocab_size, 1000)
     row = (torch.arange(_LENGTH, device=device) * 7 + 11) % vocabulary

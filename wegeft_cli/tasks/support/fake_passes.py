@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.methods.wegeft.targets import ROOT_NAME
+from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.base import FakePass
 from wegeft_cli.training.chunked_cross_entropy import (
@@ -75,7 +76,7 @@ def classifier_pass(
 
 def _find_head(model: Any) -> nn.Module:
     """Return the module where a classifier's backbone ends: the first of its head."""
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = unwrap(model)
     prefix = base.base_model_prefix
     for name, child in base.named_children():
         if name not in (prefix, ROOT_NAME) and any(True for _ in child.parameters()):

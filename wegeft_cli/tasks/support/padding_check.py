@@ -8,6 +8,7 @@ from torch import nn
 
 from wegeft_cli.data.batches.collate import collate_rows
 from wegeft_cli.errors import UserError
+from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.support.packing_check import build_rows, measure_error
 from wegeft_cli.training.loss import CausalLoss
@@ -40,16 +41,16 @@ def check_padding(model: nn.Module, recipe: Recipe) -> str | None:
         loss = CausalLoss(model, padding_side=side)
         error, is_small = measure_error(model, loss, batch, rows, recipe)
         if is_small:
-            setattr(_find_base(model), _SIDE, side)
+            setattr(unwrap(model), _SIDE, side)
             if side == "left":
                 return None
             return (
                 f"batches are padded on the right: padding on the left changes the logits of this "
-                f"{type(_find_base(model)).__name__} by {errors[0]:.1%}"
+                f"{type(unwrap(model)).__name__} by {errors[0]:.1%}"
             )
         errors.append(error)
     raise UserError(
-        f"padding changes the logits of this {type(_find_base(model)).__name__}, by "
+        f"padding changes the logits of this {type(unwrap(model)).__name__}, by "
         f"{errors[0]:.1%} on the left and {errors[1]:.1%} on the right",
         key="train.per_device_train_batch_size",
         hint="set train.per_device_train_batch_size and train.per_device_eval_batch_size to 1, "
@@ -59,8 +60,4 @@ def check_padding(model: nn.Module, recipe: Recipe) -> str | None:
 
 def find_padding_side(model: nn.Module) -> str:
     """Return the side that `check_padding` chose; left for a model that was not checked."""
-    return str(getattr(_find_base(model), _SIDE, "left"))
-
-
-def _find_base(model: Any) -> Any:
-    return getattr(model, "get_base_model", lambda: model)()
+    return str(getattr(unwrap(model), _SIDE, "left"))
