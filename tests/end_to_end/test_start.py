@@ -308,7 +308,7 @@ def take_numpy_memory():
 
 @pytest.mark.parametrize("take", [take_torch_memory, take_numpy_memory])
 def test_out_of_memory_is_told_with_keys_and_values(write_recipe, monkeypatch, read_run, take):
-    monkeypatch.setattr("wegeft_cli.runs.train.load_base", lambda recipe, **options: take())
+    monkeypatch.setattr("wegeft_cli.runs.build.load_base", lambda recipe, **options: take())
     recipe = write_recipe()
     with pytest.raises(MachineError, match=r"out of memory on .* at a peak of \d+\.\d\d") as told:
         train(recipe)

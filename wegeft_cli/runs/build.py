@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -11,7 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
+from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.kernels import apply_liger, compile_layers, enable_checkpointing
+from wegeft_cli.models.loading import load_base
 from wegeft_cli.models.running_statistics import moves_statistics
 from wegeft_cli.models.stochastic_depth import add_drop_path
 from wegeft_cli.planning.preflight import count_schedule_steps, count_steps
@@ -22,6 +25,16 @@ from wegeft_cli.training.loop_settings import LoopSettings
 from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import AdamSettings, build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
+
+
+def load_prepared_base(
+    run: Run, head: HeadSpec | None, processor: Any, sharding: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Load the base with its head and what the task changes in it, for `build_model`."""
+    base = load_base(run.recipe.model, head=head, warn=run.reporter.warn, **(sharding or {}))
+    run.task.initialize_head(base, head, run.recipe)
+    run.task.prepare_base(base, head, processor)
+    return base
 
 
 def build_model(

@@ -10,10 +10,10 @@ from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
-from wegeft_cli.models.loading import load_base
 from wegeft_cli.planning.run_setup import build_setup
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter
+from wegeft_cli.runs.build import load_prepared_base
 from wegeft_cli.runs.finalize import load_parameters, save_adapter_of
 from wegeft_cli.runs.resume_rules import with_absolute_paths
 from wegeft_cli.runs.run import Run
@@ -68,10 +68,7 @@ def _save(run: Run, loaded: LoadedRecipe, checkpoint: Checkpoint, folder: Path) 
     else:
         processor = run.task.load_processor(run.recipe.model)
     fingerprint = fingerprint_same_base(run, run.directory.record())
-    base = load_base(run.recipe.model, head=head, warn=run.reporter.warn)
-    run.task.initialize_head(base, head, run.recipe)
-    run.task.prepare_base(base, head, processor)
-    model = inject_adapter(base, run.recipe)
+    model = inject_adapter(load_prepared_base(run, head, processor), run.recipe)
     load_parameters(model, run, checkpoint)
     progress = checkpoint.state["progress"]
     result = LoopResult("interrupted", checkpoint.step, progress["last_loss"])

@@ -17,13 +17,12 @@ from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.file_names import rename_checkpoint
-from wegeft_cli.models.loading import load_base
 from wegeft_cli.planning.preflight import attach_locations, find_run_dir
 from wegeft_cli.planning.run_setup import RunSetup, build_setup
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.runs.build import build_learning, build_model
+from wegeft_cli.runs.build import build_learning, build_model, load_prepared_base
 from wegeft_cli.runs.callbacks.evaluation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.callbacks.progress import ProgressCallback
 from wegeft_cli.runs.callbacks.run_files import (
@@ -148,9 +147,7 @@ def _load_model(
 ) -> nn.Module:
     """Load the base and prepare it for training."""
     run.reporter.note(f"loading the weights of {run.recipe.model.name_or_path}")
-    base = load_base(run.recipe.model, head=setup.head, warn=run.reporter.warn, **sharding)
-    run.task.initialize_head(base, setup.head, run.recipe)
-    run.task.prepare_base(base, setup.head, setup.tokenizer)
+    base = load_prepared_base(run, setup.head, setup.tokenizer, sharding)
     if state.fingerprint is None:  # a model of the hub is on this machine from now on
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})

@@ -1,4 +1,4 @@
-"""`TemplateSettings`: a prompt template with its options, in a recipe or with an adapter."""
+"""`TemplateSettings`: a prompt template with its options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT = "chat"
 
 @dataclass(frozen=True)
 class TemplateSettings:
-    """A prompt template with its options, as a recipe or an adapter states it.
+    """A prompt template with its options, as a recipe states it.
 
     Args:
         name: A name of `TEMPLATES`, or the path of a Jinja file.
@@ -27,23 +27,6 @@ class TemplateSettings:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     system_turn: str = "template"
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TemplateSettings:
-        """Read what `to_json` returned."""
-        return cls(
-            str(values["name"]),
-            dict(values.get("chat_template_kwargs") or {}),
-            str(values.get("system_turn", "template")),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings under the names of the recipe's keys."""
-        return {
-            "name": self.name,
-            "chat_template_kwargs": dict(self.arguments),
-            "system_turn": self.system_turn,
-        }
 
     def describe_options(self) -> str:
         """Return the options that differ from their defaults as text; empty for none."""
