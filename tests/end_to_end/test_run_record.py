@@ -10,6 +10,7 @@ import yaml
 
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.planning.plan import plan
+from wegeft_cli.runs import build as build_module
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs import train as train_module
 from wegeft_cli.runs.callbacks import trackers
@@ -108,7 +109,7 @@ def test_a_failed_attempt_does_not_report_the_figures_of_an_earlier_one(
     def fail(*args, **options):
         raise MachineError("the weights cannot be read")
 
-    monkeypatch.setattr(train_module, "load_base", fail)
+    monkeypatch.setattr(build_module, "load_base", fail)
     with pytest.raises(MachineError):
         train(recipe, resume="auto")
     after = read_run(run_dir)
@@ -125,13 +126,13 @@ def test_a_base_still_on_a_hub_is_compared_once_it_is_loaded(
     recipe = write_recipe(model={"name_or_path": str(base)})
     run_dir = train(recipe, should_stop=stop_after(2)).run_dir
     fingerprint = read_run(run_dir)["base_fingerprint"]
-    find, load, is_here = begin.find_base_folder, train_module.load_base, []
+    find, load, is_here = begin.find_base_folder, build_module.load_base, []
 
     def load_it(section, **options):
         is_here.append(True)
         return load(section, **options)
 
-    monkeypatch.setattr(train_module, "load_base", load_it)
+    monkeypatch.setattr(build_module, "load_base", load_it)
     monkeypatch.setattr(begin, "find_base_folder", lambda *args: find(*args) if is_here else None)
     assert train(recipe, resume="auto", should_stop=stop_after(2)).num_steps == 4
     shutil.copy(build_llama_dir(seed=1) / "model.safetensors", base)
