@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; it is removed")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if asked.folder:
+        Path(asked.folder).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-merge-", dir=asked.folder))
     try:
         result = measure(folder, asked.gib, asked.rounds)

@@ -137,6 +137,19 @@ def test_a_layer_that_peft_puts_elsewhere_is_found_by_its_values(
         export(folder, format="lora", options=PLAIN)
 
 
+def test_a_default_type_of_bfloat16_loses_no_pair(
+    build: Callable[..., Path], make_adapter: Callable[..., Any], tmp_path: Path
+) -> None:
+    """PEFT then rounds the pairs that it loads, and the check rounds those of the file alike."""
+    folder, _ = make_adapter(build("mixtral"), target_modules=["q_proj", "v_proj"])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        export(folder, format="lora", output=tmp_path / "lora", options=PLAIN)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+
+
 def test_vllm_gets_the_parts_of_a_fused_layer(
     build: Callable[..., Path], make_adapter: Callable[..., Any], ids: torch.Tensor, tmp_path: Path
 ) -> None:

@@ -97,13 +97,13 @@ def _copy_without_memory(model: nn.Module) -> nn.Module:
 
 
 def _holds(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> bool:
-    """Return whether a layer of PEFT holds exactly the pair of the file."""
+    """Return whether a layer of PEFT holds the pair of the file, in the type that PEFT gives it."""
     if layer is None:
         return False
     for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         stored = tensors[f"{SAVED_PREFIX}{name}.{part}.weight"]
         weight = modules["default"].weight if "default" in modules else None
-        if weight is None or not torch.equal(weight.to(stored.dtype), stored):
+        if weight is None or not torch.equal(weight, stored.to(weight.dtype)):
             return False
     return True
 
