@@ -137,17 +137,24 @@ def test_a_layer_that_peft_puts_elsewhere_is_found_by_its_values(
         export(folder, format="lora", options=PLAIN)
 
 
-def test_a_default_type_of_bfloat16_loses_no_pair(
-    build: Callable[..., Path], make_adapter: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_pairs_of_a_base_in_half_precision_are_found(
+    dtype: str,
+    build: Callable[..., Path],
+    make_adapter: Callable[..., Any],
+    tmp_path: Path,
+    ids: torch.Tensor,
 ) -> None:
-    """PEFT then rounds the pairs that it loads, and the check rounds those of the file alike."""
-    folder, _ = make_adapter(build("mixtral"), target_modules=["q_proj", "v_proj"])
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        export(folder, format="lora", output=tmp_path / "lora", options=PLAIN)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    """PEFT casts the pairs to the type of the base, which must not count as another value."""
+    base = build("mixtral")
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["dtype"] == dtype
+    folder, _ = make_adapter(base, target_modules=["q_proj", "v_proj"])
+    export(folder, format="lora", output=tmp_path / "lora", options=PLAIN)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    before = model(ids).logits
+    after = PeftModel.from_pretrained(model, str(tmp_path / "lora"))(ids).logits
+    assert (after - before).abs().max() > 1e-3
 
 
 def test_vllm_gets_the_parts_of_a_fused_layer(

@@ -78,8 +78,8 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
 def _copy_without_memory(model: nn.Module) -> nn.Module:
     """Copy a model on the meta device to the CPU: each tensor is one zero, repeated by its strides.
 
-    PEFT moves the tensors of an adapter to the device of the base, where they would lose their
-    values on the meta device.
+    PEFT moves the tensors of an adapter to the device and the type of the base. On the meta device
+    they would lose their values, and in bfloat16 their last bits, so the copy is float32.
     """
     model = copy.deepcopy(model)
     made: dict[torch.Tensor, torch.Tensor] = {}
@@ -88,7 +88,8 @@ def _copy_without_memory(model: nn.Module) -> nn.Module:
             if tensor is None or not tensor.is_meta:
                 continue
             if tensor not in made:
-                zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                zeros = torch.zeros((), dtype=dtype).expand(tensor.shape)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 made[tensor] = nn.Parameter(zeros, requires_grad=False) if is_parameter else zeros
             owner: Any = module._parameters if name in module._parameters else module._buffers
@@ -97,13 +98,13 @@ def _copy_without_memory(model: nn.Module) -> nn.Module:
 
 
 def _holds(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> bool:
-    """Return whether a layer of PEFT holds the pair of the file, in the type that PEFT gives it."""
+    """Return whether a layer of PEFT holds exactly the pair of the file."""
     if layer is None:
         return False
     for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         stored = tensors[f"{SAVED_PREFIX}{name}.{part}.weight"]
         weight = modules["default"].weight if "default" in modules else None
-        if weight is None or not torch.equal(weight, stored.to(weight.dtype)):
+        if weight is None or not torch.equal(weight.to(stored.dtype), stored):
             return False
     return True
 
