@@ -76,11 +76,22 @@ def ids() -> torch.Tensor:
 def test_layers_that_peft_takes_for_experts_are_refused(
     build: Callable[..., Path], make_adapter: Callable[..., Any], kind: str, tmp_path: Path
 ) -> None:
-    folder, _ = make_adapter(build(kind), target_modules="all-linear", share="none")
+    folder, _ = make_adapter(build(kind), target_modules=r".*layers\.0\.mlp\.\w+_proj")
     with pytest.raises(UserError) as caught:
         export(folder, format="lora", output=tmp_path / "lora", options=PLAIN)
     assert "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in caught.value.message
     assert "takes their names for those of model.layers.1.mlp.experts" in caught.value.message
+    assert "wegeft merge" in str(caught.value)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("options", [PLAIN, ExportOptions()])
+def test_an_adapter_of_experts_is_refused(
+    build: Callable[..., Path], make_adapter: Callable[..., Any], options: Any, tmp_path: Path
+) -> None:
+    folder, _ = make_adapter(build("qwen3_moe"), target_modules="all-linear")
+    with pytest.raises(UserError, match="for which no LoRA is written") as caught:
+        export(folder, format="lora", output=tmp_path / "lora", options=options)
     assert "wegeft merge" in str(caught.value)
     assert not (tmp_path / "lora").exists()
 

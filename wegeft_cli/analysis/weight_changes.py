@@ -133,6 +133,11 @@ def open_changes(
     if method.has_generators:
         files = opened.files
         parts = list(_list_parts(files))
+        skipped = sum(entries[0].experts > 0 for entries in files.manifest.modules.values())
+        if not parts:
+            raise UserError("the adapter changes experts alone", file=str(adapter_dir))
+        if skipped:
+            warn(f"the changes of {skipped} stacked weights of experts are not shown")
     elif method.is_lora:
         pairs = load_lora_files(opened)
         parts = [Part(name, name) for name in pairs]
@@ -172,7 +177,7 @@ def _list_parts(files: AdapterFiles) -> Iterator[Part]:
         return Part(name, entry.group, entry.rows, entry.transposed)
 
     for name, entries in files.manifest.modules.items():
-        yield from (make(name, entry) for entry in entries)
+        yield from (make(name, entry) for entry in entries if not entry.experts)
 
 
 def _load_renamed(base_dir: Path, modules: Sequence[str]) -> dict[str, Tensor]:

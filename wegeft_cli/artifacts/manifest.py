@@ -20,7 +20,7 @@ INPLACE_TYPE = "WEGEFT_INPLACE"
 """`peft_type` of adapters that hold the base's own parameters; PEFT has no such method."""
 FORMAT_VERSION = 1
 
-_ENTRY_KEYS = frozenset({"group", "rows", "transposed"})
+_ENTRY_KEYS = frozenset({"group", "rows", "transposed", "experts"})
 # What PEFT writes for itself into the file of an adapter that was trained with it.
 _PEFT_KEYS = frozenset({"auto_mapping", "inference_mode", "peft_version"})
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -38,11 +38,14 @@ class ModuleEntry:
         rows: Half-open row ranges of a fused projection, ascending; None is the whole module.
         transposed: Whether the base stores the weight as [d_in, d_out] (transformers' Conv1D): the
             shape of a square weight does not show it.
+        experts: How many matrices the weight stacks, one for each expert; the module's name is then
+            the parameter's. 0 for a linear layer.
     """
 
     group: str
     rows: tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -319,6 +322,7 @@ def entries_as_json(entries: tuple[ModuleEntry, ...]) -> Any:
         {"group": entry.group}
         | ({} if entry.rows is None else {"rows": entry.rows})
         | ({"transposed": True} if entry.transposed else {})
+        | ({"experts": entry.experts} if entry.experts else {})
         for entry in entries
     ]
 
@@ -332,6 +336,7 @@ def entries_from_json(value: Any) -> tuple[ModuleEntry, ...]:
             entry["group"],
             tuple((a, b) for a, b in entry["rows"]) if "rows" in entry else None,
             entry.get("transposed", False),
+            entry.get("experts", 0),
         )
         for entry in value
     )
@@ -358,7 +363,9 @@ def module_complaint(name: str, value: Any) -> str | None:
         group, rows = entry["group"], entry.get("rows")
         if not isinstance(group, str) or not _GROUP_NAME.fullmatch(group):
             return f"{shorten(group)} is no group name"
-        if "rows" not in entry and "transposed" in entry and len(value) == 1:
+        if "experts" in entry and (not _is_int(entry["experts"], 1) or rows is not None):
+            return f"experts must be a number of at least 1, without rows, got {shorten(entry)}"
+        if "rows" not in entry and {"transposed", "experts"} & set(entry) and len(value) == 1:
             return None
         if not isinstance(rows, list) or not rows or not all(map(_is_range, rows)):
             return f"rows must be pairs [start, stop] with start < stop, got {shorten(rows)}"

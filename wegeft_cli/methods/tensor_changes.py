@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
+from wegeft_cli.artifacts.stored_names import tensors_of_layer
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, LowRankChange, merge_stored
@@ -29,6 +30,8 @@ class TensorChange:
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
         """Rows in one block; all where the change mixes the stored rows."""
+        if len(shape) == 3 and self.low_rank:
+            return 1  # one expert
         if any(pair.side == "output" or pair.transposed for pair in self.low_rank):
             return shape[0]
         return min(FOLD_ROWS, shape[0]) if self.low_rank else block_rows(shape)
@@ -69,7 +72,14 @@ def generated_changes(
             LowRankChange(*files.factors[e.group], scale, side, e.rows, e.transposed)
             for e in entries
         ]
-        _check_shape(name, shapes[f"{name}.weight"], pairs)
+        if entries[0].experts:
+            for full_name in tensors_of_layer(manifest, name, shapes):
+                # A tensor of one expert is a linear's weight, which is never transposed.
+                own = [p if full_name == name else replace(p, transposed=False) for p in pairs]
+                _check_shape(full_name, shapes[full_name][-2:], own)
+                changes.setdefault(full_name, TensorChange()).low_rank.extend(own)
+            continue
+        _check_shape(f"{name}.weight", shapes[f"{name}.weight"], pairs)
         # The output side edits the whole output W x + b, so it maps the bias too.
         kinds = ("weight", "bias") if side == "output" else ("weight",)
         for full_name in (f"{name}.{kind}" for kind in kinds):
@@ -118,7 +128,7 @@ def _check_shape(name: str, shape: tuple[int, ...], pairs: Sequence[LowRankChang
             num_rows = sum(stop - start for start, stop in rows) if fits else 0
         if num_rows == 0 or width != (d_in if pair.side == "input" else num_rows):
             raise UserError(
-                f"{name}.weight is {list(shape)} in the base, the adapter's pair is {width} wide",
-                key=f"modules.{name}",
+                f"{name} is {list(shape)} in the base, the adapter's pair is {width} wide",
+                key=f"modules.{name.removesuffix('.weight')}",
                 hint="this adapter belongs to another base",
             )

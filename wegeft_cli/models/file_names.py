@@ -15,6 +15,8 @@ from wegeft_cli.models.module_names import ends_with, unwrap
 from wegeft_cli.recipe.schema import AdapterSection
 
 _WEIGHT = ".weight"
+# What transformers does to matrices of the files that it puts together unchanged.
+_STACKING = frozenset({"MergeModulelist", "Concatenate"})
 
 
 class FileNames:
@@ -64,6 +66,28 @@ class FileNames:
                 if pattern is None and file_name != name + _WEIGHT:
                     found[name] = file_name.removesuffix(_WEIGHT)
         return found
+
+    def find_pieces(self, stored: Iterable[str]) -> dict[str, list[str]]:
+        """Map the model's tensors to those of the files that transformers stacks into each.
+
+        A tensor that is made in another way, such as by transposing, has no pieces.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        stacked = {
+            pattern
+            for step in self._converters
+            if {type(each).__name__ for each in step.operations} <= _STACKING
+            for pattern in step.source_patterns
+        }
+        pieces: dict[str, list[str]] = {}
+        for name in stored:
+            renamed, pattern = rename_source_key(
+                name, self._renamings, self._converters, self._prefix, self._own
+            )
+            if pattern in stacked and renamed in self._own:
+                pieces.setdefault(renamed, []).append(name)
+        return pieces
 
     def match(self, stored: Iterable[str]) -> dict[str, str]:
         """Map the model's tensors to those of the files that have other names."""

@@ -123,3 +123,11 @@ def project_weight(weight: Tensor, matrix: Tensor, dropout: float = 0.0, seed: i
         The product in the type of `weight`, [n, r].
     """
     return _ProjectWeight.apply(weight, matrix, dropout, seed)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that the surrounding linear computes in: autocast's where it is on."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype

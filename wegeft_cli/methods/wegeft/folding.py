@@ -11,7 +11,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side, delta_weight
 from wegeft_cli.methods.wegeft.inject import get_generators
 from wegeft_cli.methods.wegeft.modules import Generator
-from wegeft_cli.methods.wegeft.targets import Rows, Target
+from wegeft_cli.methods.wegeft.targets import Rows, Target, module_of, weight_of
 
 # Rows of a weight folded at a time. The streaming merge takes the same blocks, so that both give
 # the same bits: a matrix product may round differently when it is cut differently.
@@ -43,7 +43,7 @@ def fold_generators(model: nn.Module, *, keep_base: bool = True) -> int:
     adapter = owner[owner.active]
     for members in adapter.groups.values():
         for target in members:
-            weight = model.get_submodule(target.name).weight
+            weight = weight_of(model, target)
             if type(weight) is not nn.Parameter or not weight.is_floating_point():
                 raise UserError(
                     f"the weight of {target.name!r} is quantized and cannot be folded",
@@ -123,6 +123,11 @@ def merge_stored(stored: Tensor, change: LowRankChange, into: Tensor | None = No
         The folded tensor, shape and type of `stored`; computed in float32, or float64 where
         `stored` is float64.
     """
+    if stored.ndim == 3:  # the stacked matrices of experts
+        merged = stored.clone() if into is None else into
+        for matrix, part in zip(stored, merged, strict=True):
+            merge_stored(matrix, change, into=part)
+        return merged
     scale, side = change.scale, change.side
     dtype = torch.promote_types(stored.dtype, torch.float32)
     phi, psi = change.phi.to(stored.device, dtype), change.psi.to(stored.device, dtype)
@@ -159,12 +164,13 @@ def _row_blocks(num_rows: int, rows: Rows | None, side: Side) -> list[slice | Te
 def _fold_target(
     model: nn.Module, target: Target, generator: Generator, side: Side, changed: dict[str, Tensor]
 ) -> None:
-    linear = model.get_submodule(target.name)
-    for kind in ("weight", "bias"):
-        parameter = getattr(linear, kind)
+    module = module_of(model, target)
+    for kind in (target.kind,) if target.experts else ("weight", "bias"):
+        parameter = getattr(module, kind)
         if parameter is None or (kind == "bias" and side == "input"):
             continue
-        changed.setdefault(f"{target.name}.{kind}", parameter.detach().clone())
+        name = target.name if target.experts else f"{target.name}.{kind}"
+        changed.setdefault(name, parameter.detach().clone())
         phi, psi = generator.phi.detach(), generator.psi.detach()
         change = LowRankChange(phi, psi, generator.scale, side, target.rows, target.transposed)
         merged = merge_stored(parameter.detach(), change)

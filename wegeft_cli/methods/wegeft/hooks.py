@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wegeft_cli.methods.wegeft.autograd import project_weight
+from wegeft_cli.methods.wegeft.autograd import compute_dtype, project_weight
 from wegeft_cli.methods.wegeft.equations import cheaper_view
 from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
 from wegeft_cli.methods.wegeft.targets import Rows, Target
@@ -71,7 +71,7 @@ class LinearEdit:
         x = args[0]
         if edit.settings.side != "input" or self._view(linear, edit, x) != "activation":
             return None
-        return (edit.generator(x.to(_compute_dtype(x))), *args[1:])
+        return (edit.generator(x.to(compute_dtype(x))), *args[1:])
 
     def _after(self, linear: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         x = args[0]
@@ -121,7 +121,7 @@ class LinearEdit:
         # From torch's global state, so that gradient checkpointing, which restores that state,
         # draws the same mask in its second forward pass.
         seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         if settings.side == "input":
             right = psi.to(dtype).t()
@@ -150,7 +150,7 @@ class LinearEdit:
         else:
             # Without the rows of W at hand (a quantized base), the base's own product is taken a
             # second time; `forward` skips the hooks.
-            part = linear.forward(edit.generator(x.to(_compute_dtype(x)))).index_select(-1, index)
+            part = linear.forward(edit.generator(x.to(compute_dtype(x)))).index_select(-1, index)
         return y.index_copy(-1, index, part.to(y.dtype))
 
 
@@ -161,11 +161,3 @@ def _row_index(rows: Rows, device: torch.device) -> Tensor:
 def _is_plain(weight: Tensor) -> bool:
     """Return whether a weight is ordinary and dense, not a subclass that imitates one (torchao)."""
     return type(weight) in (Tensor, nn.Parameter)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that the surrounding linear computes in: autocast's where it is on."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype

@@ -11,6 +11,7 @@ from torch import nn
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.equations import Side, default_alpha
+from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
 from wegeft_cli.methods.wegeft.hooks import LinearEdit
 from wegeft_cli.methods.wegeft.modules import (
     AdapterGenerators,
@@ -26,6 +27,7 @@ from wegeft_cli.methods.wegeft.targets import (
     check_dense,
     check_untied,
     find_targets,
+    module_of,
 )
 from wegeft_cli.methods.wegeft.trained_modules import (
     check_saved_modules,
@@ -87,7 +89,7 @@ def inject_generators(
     """
     if rank < 1:
         raise UserError(f"the rank must be at least 1, got {rank}", key="adapter.r")
-    targets = select_targets(model, target_modules, groups, modules_to_save)
+    targets = select_targets(model, target_modules, groups, modules_to_save, side)
     assigned = assign_groups(targets, share=share, groups=groups, side=side)
     settings = GeneratorSettings(
         rank=rank,
@@ -113,16 +115,29 @@ def select_targets(
     target_modules: str | Sequence[str],
     groups: Mapping[str, Sequence[str]] | None = None,
     modules_to_save: Sequence[str] = (),
+    side: Side = "input",
 ) -> list[Target]:
     """Find the targets; with explicit groups and `all-linear`, those that a pattern matches.
 
-    `all-linear` omits the linears of modules that are trained whole.
+    `all-linear` omits the linears of modules that are trained whole, and on the output side the
+    stacked weights of experts.
+
+    Raises:
+        UserError: If experts are named for the output side.
     """
     targets = find_targets(model, target_modules)
     if target_modules == "all-linear":
+        targets = [t for t in targets if side == "input" or not t.experts]
         targets = [t for t in targets if not is_inside_any(t.name, modules_to_save)]
     if groups is not None and target_modules == "all-linear":
         targets = _matched_by(groups, targets, model)
+    experts = next((target for target in targets if target.experts), None)
+    if experts is not None and side == "output":
+        raise UserError(
+            f"the experts' weight {experts.name!r} has generators on the input side alone",
+            key="adapter.side",
+            hint="set `side: input`, or omit the experts from adapter.target_modules",
+        )
     check_untied(model, targets)
     return targets
 
@@ -186,15 +201,18 @@ def attach_generators(
     if owner.folded is not None:
         raise UserError(f"adapter {owner.folded!r} is folded", hint="unfold_generators first")
     first = next(iter(next(iter(assigned.values()))))
-    device = next(model.get_submodule(first.name).parameters()).device
+    device = next(module_of(model, first).parameters()).device
     adapter = AdapterGenerators(settings, assigned, seed=seed, device=device)
     owner.adapters[adapter_name] = adapter
     for group, members in adapter.groups.items():
         for target in members:
             edit = owner.edits.get(target.name)
             if edit is None:
-                edit = LinearEdit(owner, transposed=target.transposed)
-                edit.attach(model.get_submodule(target.name))
+                if target.experts:
+                    edit = ExpertEdit(owner, target)
+                else:
+                    edit = LinearEdit(owner, transposed=target.transposed)
+                edit.attach(module_of(model, target))
                 owner.edits[target.name] = edit
             edit.add(adapter_name, adapter[group], target, settings)
     wrap_saved_modules(model, owner, adapter_name, saved_modules)

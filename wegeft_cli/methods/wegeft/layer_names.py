@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -11,9 +11,9 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
-from wegeft_cli.artifacts.stored_names import match_stored_names, spell_name
+from wegeft_cli.artifacts.stored_names import describe_pieces, match_stored_names, spell_name
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.wegeft.targets import Target, find_linears, make_target
+from wegeft_cli.methods.wegeft.targets import Target, find_adaptable, make_target
 from wegeft_cli.models.file_names import file_names
 from wegeft_cli.storage.safetensors_reader import list_tensors
 
@@ -44,6 +44,19 @@ def find_checkpoint_names(
     return {ours: names[name] for name, ours in tensors.items() if names.get(name, ours) != ours}
 
 
+def find_experts_names(
+    model: nn.Module, experts: Set[str], base_dir: Path | None
+) -> dict[str, str]:
+    """Return the record of the tensors that the base's files hold of stacked weights."""
+    if not experts or base_dir is None:
+        return {}
+    pieces = file_names(model).find_pieces(list_tensors(base_dir))
+    found: dict[str, str] = {}
+    for name in sorted(experts & pieces.keys()):
+        found |= describe_pieces(name, pieces[name])
+    return found
+
+
 def find_module_name(
     model: nn.Module,
     stored_name: str,
@@ -65,7 +78,10 @@ def find_module_name(
         return found
     # transformers may have renamed the module since. Its older names are mostly those of the files.
     in_files = recorded.get(f"{stored_name}.weight", f"{stored_name}.weight")
-    renamed = file_names(model).module_of(in_files.removesuffix(".weight"))
+    names = file_names(model)
+    renamed = names.module_of(in_files.removesuffix(".weight"))
+    if renamed is None and stored_name in recorded:  # a parameter, as the weights of experts are
+        renamed = names.to_model(recorded[stored_name])
     return renamed if renamed in known else None
 
 
@@ -77,7 +93,7 @@ def find_members(
     Raises:
         UserError: If the model has no such linear, or one of another width.
     """
-    linears = find_linears(model)
+    linears = find_adaptable(model)
     groups: dict[str, list[Target]] = {}
     for stored_name, entries in files.manifest.modules.items():
         recorded = files.manifest.checkpoint_names
@@ -159,7 +175,7 @@ def name_as_in_model(model: nn.Module, files: AdapterFiles, adapter_dir: Path) -
         ExceptionGroup: If several modules are.
     """
     find_members(model, files, adapter_dir)
-    linears = find_linears(model)
+    linears = find_adaptable(model)
     recorded = files.manifest.checkpoint_names
     modules = {
         find_module_name(model, name, linears, recorded) or name: entries

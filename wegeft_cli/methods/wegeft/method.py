@@ -56,7 +56,11 @@ class WeGeFTMethod(Method):
         from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
         targets = select_targets(
-            skeleton, section.target_modules, section.groups, section.modules_to_save
+            skeleton,
+            section.target_modules,
+            section.groups,
+            section.modules_to_save,
+            section.side,
         )
         assigned = assign_groups(
             targets,

@@ -19,6 +19,7 @@ from wegeft_cli.methods.wegeft.sharing import Share
 from wegeft_cli.methods.wegeft.targets import Target
 
 if TYPE_CHECKING:
+    from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
     from wegeft_cli.methods.wegeft.hooks import LinearEdit
     from wegeft_cli.methods.wegeft.trained_modules import ModuleSwitch, SavedModules
 
@@ -173,7 +174,7 @@ class Generators(nn.Module):
         # Adapter -> the modules that it trains whole; only adapters that have some are there.
         self.saved = nn.ModuleDict()
         self.active: str | None = None
-        self.edits: dict[str, LinearEdit] = {}
+        self.edits: dict[str, LinearEdit | ExpertEdit] = {}
         self.switches: dict[str, ModuleSwitch] = {}
         self.folded: str | None = None
         # Base tensors as they were before a fold, by parameter name; unfold puts them back.

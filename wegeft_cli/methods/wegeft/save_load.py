@@ -23,6 +23,7 @@ from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
 from wegeft_cli.methods.wegeft.layer_names import (
     find_checkpoint_names,
+    find_experts_names,
     find_members,
     find_saved,
     find_stored_names,
@@ -86,7 +87,12 @@ def save_adapter(
     if saved is not None:
         parts = {name: next(iter(m.named_parameters()))[0] for name, m in saved.by_name().items()}
         saved_names = find_stored_names(model, parts, base_dir)
-    renamed = {f"{name}.weight": f"{ours}.weight" for name, ours in names.items()}
+    targets = [t for members in owner[adapter_name].groups.values() for t in members]
+    experts = {target.name for target in targets if target.experts}
+    renamed = {
+        name if name in experts else f"{name}.weight": ours if name in experts else f"{ours}.weight"
+        for name, ours in names.items()
+    }
     for name, ours in saved_names.items():
         renamed |= {
             full_name: f"{ours}{full_name.removeprefix(name)}"
@@ -107,7 +113,8 @@ def save_adapter(
         modules_to_save=tuple(saved_names.values()),
         init_from=init_from,
         base_quantization=base_quantization,
-        checkpoint_names=find_checkpoint_names(model, renamed, base_dir),
+        checkpoint_names=find_checkpoint_names(model, renamed, base_dir)
+        | find_experts_names(model, experts, base_dir),
     )
     if card is None:
         card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"
@@ -128,7 +135,7 @@ def _describe_generators(adapter: AdapterGenerators, names: Mapping[str, str]) -
     modules: dict[str, list[ModuleEntry]] = {}
     for group, members in adapter.groups.items():
         for target in members:
-            entry = ModuleEntry(group, target.rows, target.transposed)
+            entry = ModuleEntry(group, target.rows, target.transposed, target.experts)
             modules.setdefault(names[target.name], []).append(entry)
     return {
         "r": settings.rank,

@@ -17,7 +17,7 @@ from wegeft_cli.methods.wegeft.inject import get_generators, select_targets
 from wegeft_cli.methods.wegeft.layer_names import find_module_name, find_saved
 from wegeft_cli.methods.wegeft.save_load import check_fingerprint
 from wegeft_cli.methods.wegeft.sharing import assign_groups
-from wegeft_cli.methods.wegeft.targets import Target, find_linears
+from wegeft_cli.methods.wegeft.targets import Target, find_adaptable
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 from wegeft_cli.recipe.schema import AdapterSection
 
@@ -32,7 +32,11 @@ def check_start(
     """Check that generators of these settings can start from an adapter."""
     files = start.read_files()
     targets = select_targets(
-        skeleton, section.target_modules, section.groups, section.modules_to_save
+        skeleton,
+        section.target_modules,
+        section.groups,
+        section.modules_to_save,
+        section.side,
     )
     groups = assign_groups(
         targets,
@@ -187,7 +191,7 @@ def _with_own_groups(
 
 
 def _layers_by_group(model: nn.Module, files: AdapterFiles) -> dict[str, set[tuple[str, object]]]:
-    manifest, linears = files.manifest, find_linears(model)
+    manifest, linears = files.manifest, find_adaptable(model)
     found: dict[str, set[tuple[str, object]]] = {}
     for stored_name, entries in manifest.modules.items():
         recorded = manifest.checkpoint_names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ Rows = tuple[tuple[int, int], ...]
 
 # The name under which a model owns its generators; modules below it are not the base's.
 ROOT_NAME = "wegeft"
+
+# The weights of experts as transformers calls them where it stacks them.
+_EXPERT_WEIGHTS = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"})
 
 # Heads that classify instead of predicting tokens; `all-linear` leaves them alone, as it does the
 # output embedding: they are trained whole or not at all.
@@ -37,6 +40,8 @@ class Target:
         d_out: Output width of the adapted rows.
         rows: Adapted output rows as [start, stop) ranges; None means all.
         transposed: Whether the weight is stored [d_in, d_out] (transformers' Conv1D).
+        experts: How many matrices the weight stacks, which `name` is then the parameter's name of;
+            0 for a linear.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Target:
     d_out: int
     rows: Rows | None = None
     transposed: bool = False
+    experts: int = 0
 
     @property
     def label(self) -> str:
@@ -78,6 +84,53 @@ def find_linears(model: nn.Module) -> dict[str, Target]:
     return linears
 
 
+def find_experts(model: nn.Module) -> dict[str, Target]:
+    """List the stacked weights `[experts, ...]` of a mixture of experts by the parameters' names.
+
+    transformers 5 stores the experts of a layer in one parameter for each of their products.
+    """
+    experts = {}
+    for name, module in model.named_modules():
+        transposed = _experts_transposed(module)
+        if transposed is None or name.startswith(f"{ROOT_NAME}."):
+            continue
+        for kind, weight in module._parameters.items():
+            if kind in _EXPERT_WEIGHTS and weight is not None and weight.ndim == 3:
+                number, d_out, d_in = weight.shape
+                if transposed:
+                    d_out, d_in = d_in, d_out
+                full_name = f"{name}.{kind}"
+                experts[full_name] = Target(
+                    full_name, kind, d_in, d_out, transposed=transposed, experts=number
+                )
+    return experts
+
+
+def _experts_transposed(module: nn.Module) -> bool | None:
+    """Return whether a module stacks experts as [d_in, d_out]; None if it holds no experts."""
+    if type(module).__name__ == "Llama4TextExperts":
+        return True
+    transposed = getattr(module, "is_transposed", None)
+    return transposed if isinstance(transposed, bool) else None
+
+
+def find_adaptable(model: nn.Module) -> dict[str, Target]:
+    """List all that a generator can change: linears, and the stacked weights of experts."""
+    return find_linears(model) | find_experts(model)
+
+
+def weight_of(model: nn.Module, target: Target) -> Any:
+    """Return the weight that a target changes."""
+    if target.experts:
+        return model.get_parameter(target.name)
+    return model.get_submodule(target.name).weight
+
+
+def module_of(model: nn.Module, target: Target) -> nn.Module:
+    """Return the module whose forward pass uses a target's weight."""
+    return model.get_submodule(target.name.rpartition(".")[0] if target.experts else target.name)
+
+
 def _kind_of(name: str) -> str:
     """Return a module's last name; a numbered one (`mlp.0`) is named with its list, `mlp_0`."""
     *path, last = name.split(".")
@@ -92,7 +145,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         UserError: If a name or expression matches nothing, or rows overlap.
         ExceptionGroup: If several names are at fault.
     """
-    linears = find_linears(model)
+    linears = find_adaptable(model)
     if isinstance(target_modules, str):
         return _match_expression(model, linears, target_modules)
     found: list[Target] = []
@@ -103,7 +156,7 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         if not hits:
             faults.append(_nothing_matches(base_name, linears))
             continue
-        if others := [hit for hit in hits if not _is_product(model.get_submodule(hit.name))]:
+        if others := [hit for hit in hits if not _is_product(module_of(model, hit))]:
             faults.append(_no_product(model, others[0]))
             continue
         try:
@@ -125,7 +178,7 @@ def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
     Raises:
         UserError: If the model has no such linear, or fewer rows.
     """
-    whole = find_linears(model).get(name)
+    whole = find_adaptable(model).get(name)
     if whole is None:
         raise UserError(
             f"the model has no linear layer named {name!r}",
@@ -150,8 +203,10 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
             users.setdefault(id(parameter), []).append(name)
     tied: dict[Target, str] = {}
     for target in targets:
-        weight = model.get_submodule(target.name)._parameters.get("weight")
-        others = [name for name in users.get(id(weight), ()) if name != target.name]
+        kind = target.kind if target.experts else "weight"
+        weight = module_of(model, target)._parameters.get(kind)
+        own = target.name.rpartition(".")[0] if target.experts else target.name
+        others = [name for name in users.get(id(weight), ()) if name != own]
         if weight is not None and others:
             tied[target] = others[0]
     if tied:
@@ -177,7 +232,7 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
     from torch.distributed.tensor import DTensor
 
     for target in targets:
-        weight: Any = model.get_submodule(target.name).weight
+        weight = weight_of(model, target)
         # A weight that processes share (DTensor) is whole when its layer runs.
         is_dense = type(weight) in (Tensor, nn.Parameter) or isinstance(weight, DTensor)
         if not is_dense or not weight.is_floating_point():
@@ -191,11 +246,11 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
 
 def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -> list[Target]:
     if text == "all-linear":
-        heads = _find_heads(model)
+        omitted = _find_heads(model) | _find_routers(model, linears)
         return [
             target
             for name, target in linears.items()
-            if name not in heads and _is_product(model.get_submodule(name))
+            if name not in omitted and _is_product(module_of(model, target))
         ]
     try:
         expression = re.compile(text)
@@ -211,7 +266,7 @@ def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -
             f"{next(iter(linears), 'a.b.q_proj')!r}; for names write a list: [{text}]"
         )
         raise fault
-    if others := [hit for hit in hits if not _is_product(model.get_submodule(hit.name))]:
+    if others := [hit for hit in hits if not _is_product(module_of(model, hit))]:
         raise _no_product(model, others[0])
     return hits
 
@@ -249,6 +304,18 @@ def _no_product(model: nn.Module, target: Target) -> UserError:
     )
 
 
+def _find_routers(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Return the linears that choose experts: those of a module that holds experts."""
+    modules = [name for name, _ in model.named_modules()]
+    blocks = [name.removesuffix(".experts") for name in modules if name.endswith(".experts")]
+    return {
+        name
+        for name in names
+        if any(name.startswith((f"{block}.router", f"{block}.gate.")) for block in blocks)
+        or name.removesuffix(".gate") in blocks
+    }
+
+
 def _find_heads(model: nn.Module) -> set[str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
@@ -270,6 +337,12 @@ def _nothing_matches(text: str, linears: Mapping[str, Target]) -> UserError:
 
 
 def _cut_rows(model: nn.Module, whole: Target, part: str) -> Target:
+    if whole.experts:
+        raise UserError(
+            f"the experts' weight {whole.name!r} is adapted whole: it has no rows to choose",
+            key="adapter.target_modules",
+            hint=f"name it as {whole.kind!r}",
+        )
     by_number = re.fullmatch(r"(\d+)-(\d+)", part)
     if by_number:
         start, stop = int(by_number[1]), int(by_number[2])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.stored_names import has_all_tensors
+from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, make_lora_pair
 from wegeft_cli.methods.wegeft.targets import Target, find_linears
@@ -131,8 +132,17 @@ def plan_lora_equivalent(
     """Decide which layers get a pair; the base's configuration and headers are read, no weights.
 
     Raises:
-        UserError: If the base is another architecture, or damaged.
+        UserError: If the base is another architecture, or damaged, or the adapter changes experts.
     """
+    experts = [name for name, entries in files.manifest.modules.items() if entries[0].experts]
+    if experts:
+        raise UserError(
+            f"the adapter changes {len(experts)} stacked weights of experts, such as "
+            f"{experts[0]!r}, for which no LoRA is written",
+            file=str(adapter_dir),
+            key="modules",
+            hint="merge it into its base (wegeft merge) and serve the merged model",
+        )
     infos = list_tensors(base_dir)
     config = load_config(str(base_dir), trust_remote_code=trust_remote_code)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
