@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "single",  # its state mixes the rows of a batch
     ),
-    "mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "any"),
+    "mamba": (lambda: MambaForCausalLM(MambaConfig(**SMALL)), "left"),
 }
 
 
@@ -72,12 +72,12 @@ def test_a_batch_gives_the_answers_of_single_prompts(
     family: tuple[Any, str], make_tokenizer: Callable[..., Any]
 ) -> None:
     model, batching = family
-    side = "left" if batching == "any" else "none"
+    side = "left" if batching == "left" else "none"
     tokenizer = make_tokenizer("</s>")
     single, batched = (
         generate_texts(model, tokenizer, PROMPTS, Decoding(8), batch_size=size) for size in (1, 4)
     )
     assert batched.settings["padding_side"] == side
     assert batched.settings["batch_size"] == (1 if batching == "single" else 4)
-    assert (batched.note is None) == (batching == "any")
+    assert (batched.note is None) == (batching == "left")
     assert batched.new_ids == single.new_ids

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from wegeft_cli.data.batches.collate import collate_rows
+from wegeft_cli.data.batches.layout import Layout
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.tasks.registry import find_task
-from wegeft_cli.tasks.support.padding_check import check_padding, find_padding_side
+from wegeft_cli.tasks.support.padding_check import find_causal_layout
 from wegeft_cli.training.loss import CausalLoss
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,8 +59,8 @@ def make_rows(*lengths):
     return [(random.integers(3, 60, n), np.arange(n) >= 2) for n in lengths]
 
 
-def losses(model, rows):
-    loss = CausalLoss(model, padding_side=find_padding_side(model))
+def losses(model, rows, side="left"):
+    loss = CausalLoss(model, padding_side=side)
     with torch.no_grad():
         together = loss(model, collate_rows(rows, pad_token_id=0))
         alone = sum(loss(model, collate_rows([row], pad_token_id=0)) for row in rows)
@@ -70,9 +71,8 @@ def losses(model, rows):
 def test_models_that_mask_padding_keep_it_on_the_left(family):
     model = build(LEFT[family])
     state = torch.get_rng_state()
-    assert check_padding(model, TWO) is None
+    assert find_causal_layout(model, TWO) == Layout("left")
     assert torch.equal(torch.get_rng_state(), state)
-    assert find_padding_side(model) == "left"
     together, alone = losses(model, make_rows(9, 4, 6))
     assert together == pytest.approx(alone, rel=1e-5)
 
@@ -83,16 +83,16 @@ def test_models_that_read_padding_get_it_on_the_right(family):
     rows = make_rows(9, 4, 6)
     wrong, alone = losses(model, rows)
     assert abs(wrong - alone) > 1e-3 * alone
-    (note,) = find_task("causal_lm").check_built(model, TWO)
-    assert "padded on the right" in note
-    together, alone = losses(model, rows)
+    layout = find_task("causal_lm").check_built(model, None, TWO)
+    assert layout.kind == "right"
+    assert "padded on the right" in layout.note
+    together, alone = losses(model, rows, layout.kind)
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_gradients_are_those_of_single_rows():
     model = build(RIGHT["bart"])
-    check_padding(model, TWO)
-    loss = CausalLoss(model, padding_side=find_padding_side(model))
+    loss = CausalLoss(model, padding_side=find_causal_layout(model, TWO).kind)
     rows = make_rows(9, 4, 6)
 
     def gradient(batches):
@@ -116,15 +116,15 @@ class Counting(LlamaForCausalLM):
 def test_a_model_that_counts_padding_is_refused():
     model = Counting(LEFT["llama"]).eval()
     with pytest.raises(UserError, match=r"by .*% on the left and .*% on the right") as caught:
-        check_padding(model, TWO)
+        find_causal_layout(model, TWO)
     assert caught.value.key == "train.per_device_train_batch_size"
     single = TrainSection(per_device_train_batch_size=1, per_device_eval_batch_size=1)
-    assert check_padding(model, replace(TWO, train=single)) is None
+    assert find_causal_layout(model, replace(TWO, train=single)) == Layout("left")
 
 
 def test_roberta_starts_its_positions_after_the_padding_id():
     config = RobertaConfig(**SIZES, intermediate_size=48, is_decoder=True)
     model = build(config)
-    check_padding(model, TWO)
-    together, alone = losses(model, make_rows(9, 4, 6))
+    side = find_causal_layout(model, TWO).kind
+    together, alone = losses(model, make_rows(9, 4, 6), side)
     assert together == pytest.approx(alone, rel=1e-5)

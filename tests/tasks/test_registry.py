@@ -26,8 +26,8 @@ class Halved(CausalLM):
     noun = "halved language model"
     ignored_keys = (*CausalLM.ignored_keys, "train.neftune_noise_alpha")
 
-    def loss(self, model, recipe):
-        whole = super().loss(model, recipe)
+    def loss(self, model, recipe, layout):
+        whole = super().loss(model, recipe, layout)
         return lambda model, batch: whole(model, batch) / 2
 
 

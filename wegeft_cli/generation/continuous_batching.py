@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.lockstep import is_sharded
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.kv_cache import PrefixCache
-from wegeft_cli.generation.padding_check import Batching
 from wegeft_cli.generation.sampling import PerSequenceSampler
 from wegeft_cli.generation.stopping import StopTexts, contains_stop
 from wegeft_cli.generation.streaming import TextStreamer
@@ -137,7 +137,7 @@ class BatchScheduler:
         sample_ids: Each prompt's sample id. Default: its position.
         streamer: Receives the tokens of a single prompt one by one.
         prefix_cache: Used for a single prompt if the model's cache allows it.
-        batching: Which prompts can share a batch.
+        batching: Which prompts can share a batch; `left` for any, with padding on the left.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class BatchScheduler:
         self.sample_ids = range(len(prompts)) if sample_ids is None else sample_ids
         self.streamer: TextStreamer | None = None
         self.prefix_cache: PrefixCache | None = None
-        self.batching: Batching = "any"
+        self.batching: Kind = "left"
         self._sampler = PerSequenceSampler(decoding)
         self._new_ids: dict[int, list[int]] = {}
         self._in_segments = decoding.num_beams == 1 and rows_can_leave(model)

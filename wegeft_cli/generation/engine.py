@@ -139,7 +139,7 @@ def generate_texts(
         **decoding.settings(),
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        "padding_side": "left" if scheduler.batching == "any" else "none",
+        "padding_side": "left" if scheduler.batching == "left" else "none",
         "batch_size": 1 if scheduler.batching == "single" else batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_truncated_prompts": sum(truncated),

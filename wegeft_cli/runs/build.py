@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from wegeft_cli.data.batches.layout import Layout
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.models.heads import HeadSpec
@@ -38,9 +39,11 @@ def load_prepared_base(
 
 
 def build_model(
-    base: nn.Module, run: Run, *, base_fingerprint: str | None, resuming: bool
-) -> nn.Module:
+    base: nn.Module, run: Run, processor: Any, *, base_fingerprint: str | None, resuming: bool
+) -> tuple[nn.Module, Layout]:
     """Prepare a loaded base for training: kernels, adapter, device, checkpointing, noise.
+
+    Return the model and the layout of its batches.
 
     Raises:
         UserError: If the adapter, a kernel or packing does not fit the model.
@@ -70,13 +73,14 @@ def build_model(
     model.to(run.processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    for note in run.task.check_built(model, recipe):
-        run.reporter.warn(note)
+    layout = run.task.check_built(model, processor, recipe)
+    if layout.note is not None:
+        run.reporter.warn(layout.note)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:
         compile_layers(model)
-    return model
+    return model, layout
 
 
 def build_learning(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
+from wegeft_cli.data.batches.layout import Layout
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.distributed.sharding import build_sharding, check_launcher
 from wegeft_cli.errors import UserError
@@ -45,6 +46,7 @@ from wegeft_cli.runs.start import (
     record_base_fingerprint,
     warn_of_few_cores,
 )
+from wegeft_cli.tasks.base import Loss
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.callbacks import Callback, StopCallback
 from wegeft_cli.training.loop_settings import LoopResult
@@ -134,8 +136,9 @@ def _train(
         fingerprint = state.fingerprint or state.record.get("base_fingerprint")
         run.update_record({"base_fingerprint": fingerprint})
         with _open_trackers(run, setup, state) as trackers:
-            model = _load_model(run, setup, state, sharding)
-            result = _fit(model, run, setup, state, trackers, should_stop)
+            model, layout = _load_model(run, setup, state, sharding)
+            loss = run.task.loss(model, recipe, layout)
+            result = _fit(model, loss, run, setup, state, trackers, should_stop)
             record = _close_run(model, run, setup, state, result)
             trackers.status = result.status
         processes.leave()
@@ -144,19 +147,22 @@ def _train(
 
 def _load_model(
     run: Run, setup: RunSetup, state: RunState, sharding: Mapping[str, Any]
-) -> nn.Module:
-    """Load the base and prepare it for training."""
+) -> tuple[nn.Module, Layout]:
+    """Load the base and prepare it for training; see `build_model`."""
     run.reporter.note(f"loading the weights of {run.recipe.model.name_or_path}")
     base = load_prepared_base(run, setup.head, setup.tokenizer, sharding)
     if state.fingerprint is None:  # a model of the hub is on this machine from now on
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
     resuming = state.checkpoint is not None
-    return build_model(base, run, base_fingerprint=state.fingerprint, resuming=resuming)
+    return build_model(
+        base, run, setup.tokenizer, base_fingerprint=state.fingerprint, resuming=resuming
+    )
 
 
 def _fit(
     model: nn.Module,
+    loss: Loss,
     run: Run,
     setup: RunSetup,
     state: RunState,
@@ -169,7 +175,6 @@ def _fit(
     optimizer, schedule, settings = build_learning(
         run.recipe, parameters, source.num_steps, setup.steps_per_epoch
     )
-    loss = run.task.loss(model, run.recipe)
     method, training_loss = run.method.stepper(model, loss, source.num_steps)
     with run.reporter.progress("training", source.num_steps) as advance:
         callbacks: list[Callback] = [

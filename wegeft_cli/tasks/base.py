@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wegeft_cli.data.batches.base import BatchShape, BatchSource
+    from wegeft_cli.data.batches.layout import Layout
     from wegeft_cli.data.batches.sampler import StepPlan
     from wegeft_cli.models.heads import HeadSpec
     from wegeft_cli.recipe.load import LoadedRecipe
@@ -269,20 +270,21 @@ class Task(ABC):
             UserError: If a part of the backbone has no weights and is not trained.
         """
 
-    def check_built(self, model: nn.Module, recipe: Recipe) -> list[str]:
-        """Check the loaded model with its adapter on its device.
+    @abstractmethod
+    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
+        """Check the loaded model with its adapter on its device, and choose the batches' layout.
 
         Args:
             model: The model.
+            processor: What `load_processor` returned.
             recipe: The recipe.
 
         Returns:
-            Sentences for the user.
+            The layout, for `loss`.
 
         Raises:
-            UserError: If it cannot train this recipe.
+            UserError: If the model cannot train this recipe.
         """
-        return []
 
     @abstractmethod
     def batches(
@@ -300,8 +302,8 @@ class Task(ABC):
         """  # fmt: skip
 
     @abstractmethod
-    def loss(self, model: nn.Module, recipe: Recipe) -> Loss:
-        """Return the loss of a model that is ready to train."""
+    def loss(self, model: nn.Module, recipe: Recipe, layout: Layout) -> Loss:
+        """Return the loss of a model that is ready to train; `layout` is that of `check_built`."""
 
     def measure_validation(
         self, loss: Loss, head: HeadSpec | None, gather: Callable[[Any], list[Any]]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.data.batches.base import BatchSource
+    from wegeft_cli.data.batches.layout import Layout
     from wegeft_cli.data.batches.sampler import StepPlan
     from wegeft_cli.recipe.load import LoadedRecipe
 
@@ -68,15 +69,14 @@ class CausalLM(Task):
             ids = [split.ids.max() for split in splits if split is not None and len(split.ids)]
             check_token_ids(skeleton, int(max(ids, default=0)), key="model.name_or_path")
 
-    def check_built(self, model: nn.Module, recipe: Recipe) -> list[str]:
+    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
         from wegeft_cli.tasks.support.causality_check import check_causality
         from wegeft_cli.tasks.support.packing_check import check_packing
-        from wegeft_cli.tasks.support.padding_check import check_padding
+        from wegeft_cli.tasks.support.padding_check import find_causal_layout
 
         check_causality(model, recipe)
         check_packing(model, recipe)
-        note = check_padding(model, recipe)
-        return [] if note is None else [note]
+        return find_causal_layout(model, recipe)
 
     def batches(
         self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,
@@ -91,11 +91,10 @@ class CausalLM(Task):
             return build_streamed_source(loaded, processor, data, plan, rank=rank, pad_token_id=pad)
         return build_source(loaded.recipe, data, plan, rank=rank, pad_token_id=pad)
 
-    def loss(self, model: nn.Module, recipe: Recipe) -> Loss:
-        from wegeft_cli.tasks.support.padding_check import find_padding_side
+    def loss(self, model: nn.Module, recipe: Recipe, layout: Layout) -> Loss:
         from wegeft_cli.training.loss import CausalLoss
 
-        return CausalLoss(model, padding_side=find_padding_side(model))
+        return CausalLoss(model, padding_side=layout.kind)
 
     def fake_pass(self, model: nn.Module, recipe: Recipe) -> FakePass:
         from wegeft_cli.tasks.support.fake_passes import causal_pass

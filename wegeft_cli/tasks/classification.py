@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from wegeft_cli.data.batches.base import BatchShape, BatchSource
     from wegeft_cli.data.batches.labelled import Collator
+    from wegeft_cli.data.batches.layout import Layout
     from wegeft_cli.data.batches.sampler import StepPlan
     from wegeft_cli.data.labelled.texts import LabelledRows
     from wegeft_cli.models.heads import HeadSpec
@@ -135,6 +136,19 @@ class ClassificationTask(Task):
         trains_all = find_method(section.type).trains_everything(section)
         finish_head(model, head, section.modules_to_save, recipe.seed, trains_all=trains_all)
 
+    def find_layout(
+        self, model: nn.Module, processor: Any, recipe: Recipe, batch_size: int
+    ) -> Layout:
+        """Return the layout of batches that does not change a row's logits."""
+        from wegeft_cli.data.batches.layout import Layout
+
+        return Layout("right")
+
+    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
+        train = recipe.train
+        batch_size = max(train.per_device_train_batch_size, train.per_device_eval_batch_size)
+        return self.find_layout(model, processor, recipe, batch_size)
+
     def batches(
         self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,
         rank: int,
@@ -151,10 +165,11 @@ class ClassificationTask(Task):
             eval_batch_size=recipe.train.per_device_eval_batch_size,
         )
 
-    def loss(self, model: nn.Module, recipe: Recipe) -> Loss:
+    def loss(self, model: nn.Module, recipe: Recipe, layout: Layout) -> Loss:
         from wegeft_cli.training.classification_loss import ClassLoss
 
-        return ClassLoss(is_regression=recipe.data.problem_type == "regression")
+        is_regression = recipe.data.problem_type == "regression"
+        return ClassLoss(is_regression=is_regression, layout=layout.kind)
 
     def measure_validation(
         self, loss: Any, head: HeadSpec | None, gather: Callable[[Any], list[Any]]

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
     from wegeft_cli.data.batches.base import BatchShape
     from wegeft_cli.data.batches.labelled import Collator
+    from wegeft_cli.data.batches.layout import Layout
     from wegeft_cli.data.labelled.texts import LabelledRows
     from wegeft_cli.models.heads import HeadSpec
 
 
 class SequenceClassification(ClassificationTask):
-    """The rows are tokenized texts, padded on the right."""
+    """The rows are tokenized texts, padded on the right unless that changes a row's logits."""
 
     auto_class = "AutoModelForSequenceClassification"
     noun = "sequence classifier"
@@ -65,6 +66,15 @@ class SequenceClassification(ClassificationTask):
         from wegeft_cli.models.heads import pad_as_tokenizer
 
         pad_as_tokenizer(model, processor)
+
+    def find_layout(
+        self, model: nn.Module, processor: Any, recipe: Recipe, batch_size: int
+    ) -> Layout:
+        from wegeft_cli.tasks.support.padding_check import find_class_layout
+
+        if batch_size == 1:
+            return super().find_layout(model, processor, recipe, batch_size)
+        return find_class_layout(model, processor, recipe)
 
     def collator(self, recipe: Recipe, processor: Any, model: nn.Module) -> Collator:
         from wegeft_cli.data.batches.labelled import TextCollator

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wegeft_cli.data.batches.base import ClassBatch
+from wegeft_cli.data.batches.layout import Kind, split_batch
 
 
 @dataclass
@@ -30,15 +33,20 @@ class ClassLoss:
 
     In eval mode the outputs are kept, so that one pass over the validation rows yields their loss
     and all metrics.
+
+    Args:
+        is_regression: Whether the labels are numbers.
+        layout: The layout of a text classifier's batches; an image classifier has none.
     """
 
-    def __init__(self, *, is_regression: bool) -> None:
+    def __init__(self, *, is_regression: bool, layout: Kind = "right") -> None:
         self._is_regression = is_regression
+        self._layout = layout
         self._outputs = ClassifierOutputs()
 
     def __call__(self, model: nn.Module, batch: ClassBatch) -> Tensor:
         """Return the sum of the loss over the rows, a float32 scalar (float64 in such a model)."""
-        logits: Tensor = model(**batch.inputs).logits
+        logits = compute_class_logits(model, batch.inputs, self._layout)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if model.training:
             self._outputs = ClassifierOutputs()  # discards those of an interrupted validation
@@ -55,3 +63,13 @@ class ClassLoss:
         """Return the outputs since the last call, in their order, and forget them."""
         outputs, self._outputs = self._outputs, ClassifierOutputs()
         return outputs
+
+
+def compute_class_logits(model: nn.Module, inputs: Mapping[str, Any], layout: Kind) -> Tensor:
+    """Return the logits of a batch's rows, `[rows, classes]`, in one or more forward passes."""
+    if layout == "right":
+        logits: Tensor = model(**inputs).logits
+        return logits
+    passes = [(rows, model(**part).logits) for rows, part in split_batch(inputs, layout)]
+    order = torch.cat([rows for rows, _ in passes]).argsort()
+    return torch.cat([logits for _, logits in passes])[order]

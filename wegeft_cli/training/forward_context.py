@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ def autocast(device_type: str, mixed_precision: str) -> AbstractContextManager[A
     """Return torch's autocast for bf16 or fp16, disabled for none."""
     dtype = _DTYPES.get(mixed_precision)
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def evaluating(model: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """Run the body without gradients, in evaluation mode: dropout has the run's random state."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device.type, mixed_precision):
+            yield
+    finally:
+        model.train(training)
 
 
 def offload_activations(

@@ -211,7 +211,7 @@ def encode_rows(
     if tokenizer is None:
         lengths = np.full(len(numbers), count_patches(recipe, config), dtype=np.int64)
         return ClassRows(rows.inputs, numbers, lengths, rows.inputs, rows.origin), 0
-    inputs, num_cut = _tokenise(rows.inputs, tokenizer, recipe.data.max_length)
+    inputs, num_cut = tokenise_pairs(rows.inputs, tokenizer, recipe.data.max_length)
     lengths = np.array([len(row["input_ids"]) for row in inputs], dtype=np.int64)
     return ClassRows(inputs, numbers, lengths, rows.inputs, rows.origin), num_cut
 
@@ -228,9 +228,10 @@ def _edge(value: Any) -> int:
     return int(value) if isinstance(value, int) else 0
 
 
-def _tokenise(
+def tokenise_pairs(
     pairs: Sequence[tuple[str, str | None]], tokenizer: Any, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
+    """Return the tokenizer's lists of each text or pair, and the number of those cut."""
     seconds = [second for _, second in pairs]
     encoded = tokenizer(
         [first for first, _ in pairs],

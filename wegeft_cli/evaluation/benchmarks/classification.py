@@ -99,8 +99,12 @@ class ClassificationBenchmark:
 
         module: Any = model.model.to(PartialState().device)
         _, recipe = model.classifier()
-        collator = _task_of(recipe).collator(recipe, model.processor, module)
-        loss = ClassLoss(is_regression=not self.head.labels)
+        task = _task_of(recipe)
+        collator = task.collator(recipe, model.processor, module)
+        layout = task.find_layout(module, model.processor, recipe, context.batch_size)
+        if layout.note is not None:
+            context.warn(layout.note)
+        loss = ClassLoss(is_regression=not self.head.labels, layout=layout.kind)
         device = next(module.parameters()).device
         processes = context.processes
         place = {"rank": processes.rank, "world_size": processes.count}

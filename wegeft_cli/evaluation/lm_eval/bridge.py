@@ -184,7 +184,7 @@ def run_harness(
             _sandboxed_templates(task.name, task.is_trusted),
         ):
             model.eval()
-            if batch_size > 1 and find_batching(model, tokenizer) != "any":
+            if batch_size > 1 and find_batching(model, tokenizer) != "left":
                 batch_size = 1
                 warn(NOTES["single"])
             wrapped = CheckedModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

@@ -11,7 +11,7 @@ from torch import nn
 from wegeft_cli.errors import BaseModelError
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.training.forward_context import autocast
+from wegeft_cli.training.forward_context import evaluating
 
 _ENCODER_SETTINGS = {"is_decoder": False, "causal": False, "attn_type": "bi"}
 """Settings of classes that are encoders or decoders, with the value that makes an encoder."""
@@ -47,15 +47,9 @@ def check_causality(model: Any, recipe: Recipe) -> None:
     extra: dict[str, Any] = {}
     if "position_ids" in inspect.signature(base.forward).parameters:
         extra["position_ids"] = torch.arange(_LENGTH, device=device).expand(2, -1)
-    training = model.training
-    model.eval()  # without dropout, whose random state is the run's
-    try:
-        with torch.no_grad(), autocast(device.type, recipe.train.mixed_precision):
-            logits = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra
-            ).logits
-    finally:
-        model.train(training)
+    with evaluating(model, recipe.train.mixed_precision):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra)
+    logits = output.logits
     one, two = logits[:, :-1].float()
     error = float((one - two).abs().max() / one.abs().max())
     if not error <= _TOLERANCE.get(logits.dtype, _TOLERANCE_FLOAT32):

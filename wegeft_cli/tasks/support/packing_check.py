@@ -10,17 +10,14 @@ import torch
 from torch import nn
 
 from wegeft_cli.data.batches.collate import Batch, Row, collate_packs, collate_rows
+from wegeft_cli.data.batches.layout import compare_logits
 from wegeft_cli.data.batches.packing import lays_packs_flat
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, Recipe
-from wegeft_cli.training.forward_context import autocast
+from wegeft_cli.training.forward_context import evaluating
 from wegeft_cli.training.loss import CausalLoss
 
 _KEY = "data.packing"
-# Largest difference of logits, as a share of the largest logit: float32 sums in another order, and
-# the roundings of 16-bit layers. A row that sees its neighbor is off by tens of per cent.
-_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.05}
-_TOLERANCE_FLOAT32 = 1e-4
 # Rows of the test, by pack: neighbors of every kind, one of a single token among them.
 _LENGTHS = ((5, 1, 9), (7, 3))
 _COMPARED = 4
@@ -96,20 +93,8 @@ def measure_error(
     """
     device = next(model.parameters()).device
     singles = [collate_rows([row], pad_token_id=0) for row in rows]
-    training = model.training
-    model.eval()  # without dropout, whose random state is the run's
-    try:
-        with torch.no_grad(), autocast(device.type, recipe.train.mixed_precision):
-            together, *parts = (
-                loss.compute_logits(model, each.to(device)) for each in (batch, *singles)
-            )
-    finally:
-        model.train(training)
-    alone = torch.cat(parts)
-    # What is not finite without the other rows says nothing about them: the loop reports it.
-    is_finite = alone.isfinite()
-    if not is_finite.any():
-        return 0.0, True
-    alone, together = alone[is_finite], together[is_finite]
-    error = float((together - alone).abs().max() / alone.abs().max())
-    return error, error <= _TOLERANCE.get(together.dtype, _TOLERANCE_FLOAT32)
+    with evaluating(model, recipe.train.mixed_precision):
+        together, *parts = (
+            loss.compute_logits(model, each.to(device)) for each in (batch, *singles)
+        )
+    return compare_logits(together, torch.cat(parts))
