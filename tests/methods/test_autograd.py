@@ -28,6 +28,16 @@ def test_edit_equals_the_formula_with_all_gradients():
         assert (a.grad - b.grad).abs().max() < EXACT
 
 
+def test_a_model_may_modify_the_edited_output_in_place():
+    phi, psi = (factor.requires_grad_() for factor in make_factors(9, 3))
+    x = torch.randn(2, 5, 9, dtype=torch.float64)
+    out = low_rank_edit(x, phi, psi, 0.7)
+    out += x  # as Falcon, Gemma 3n and RoCBert add their residuals
+    expected = torch.autograd.grad(low_rank_edit(x, phi, psi, 0.7).sum(), (phi, psi))
+    for found, grad in zip(torch.autograd.grad(out.sum(), (phi, psi)), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
 def test_gradcheck():
     phi, psi = make_factors(6, 2)
     x = torch.randn(4, 6, dtype=torch.float64)

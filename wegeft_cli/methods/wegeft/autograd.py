@@ -30,7 +30,10 @@ class _LowRankEdit(torch.autograd.Function):
         needs_u = ctx.needs_input_grad[1]
         ctx.scale = scale
         ctx.save_for_backward(phi, psi, flat if needs_x else None, u if needs_u else None)
-        return edited.view(x.shape)
+        # Not `view`: autograd refuses to modify a view from a custom function in place, as the
+        # residual sums of some models do.
+        reshaped: Tensor = torch.ops.aten._unsafe_view(edited, x.shape)
+        return reshaped
 
     @staticmethod
     @once_differentiable
