@@ -37,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4_moe": {**EXPERTS, "n_routed_experts": 2, "first_k_dense_replace": 1},
     "qwen3_moe": {**EXPERTS, "num_experts": 2, "mlp_only_layers": [0]},
     "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 4, "layer_types": ["full_attention"] * 2},
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 24},
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2},
     "mamba": {"state_size": 4},
     "glm4": {},
@@ -72,28 +74,52 @@ def ids() -> torch.Tensor:
     return torch.arange(4, 12)[None]
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "qwen3_moe"])
-def test_layers_that_peft_takes_for_experts_are_refused(
-    build: Callable[..., Path], make_adapter: Callable[..., Any], kind: str, tmp_path: Path
+MIXTURES = ["deepseek_v3", "glm4_moe", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_peft_reads_the_default_adapter_of_a_mixture(
+    build: Callable[..., Path], make_adapter: Callable[..., Any], kind: str, ids: torch.Tensor
 ) -> None:
-    folder, _ = make_adapter(build(kind), target_modules=r".*layers\.0\.mlp\.\w+_proj")
-    with pytest.raises(UserError) as caught:
-        export(folder, format="lora", output=tmp_path / "lora", options=PLAIN)
-    assert "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj" in caught.value.message
-    assert "takes their names for those of model.layers.1.mlp.experts" in caught.value.message
-    assert "wegeft merge" in str(caught.value)
-    assert not (tmp_path / "lora").exists()
+    """Stacked experts of both layouts, and dense layers that PEFT takes for experts by name."""
+    base = build(kind)
+    folder, model = make_adapter(base, target_modules="all-linear")
+    result = export(folder, format="lora", options=PLAIN)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), result.output_dir
+    ).eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    with loaded.disable_adapter():
+        assert not torch.allclose(loaded(ids).logits, model(ids).logits)
+    config = json.loads((result.output_dir / "adapter_config.json").read_text())
+    assert any(name.endswith(".experts.down_proj") for name in config["target_parameters"])
+    assert not {"gate_proj", "up_proj", "down_proj"} & set(config["target_modules"])
 
 
-@pytest.mark.parametrize("options", [PLAIN, ExportOptions()])
-def test_an_adapter_of_experts_is_refused(
-    build: Callable[..., Path], make_adapter: Callable[..., Any], options: Any, tmp_path: Path
+def test_experts_alone_are_exported_of_files_that_hold_each_of_them(
+    build: Callable[..., Path], make_adapter: Callable[..., Any], ids: torch.Tensor
+) -> None:
+    base = build("mixtral")
+    names = load_file(base / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.1.w3.weight" in names
+    folder, model = make_adapter(base, target_modules=["gate_up_proj"])
+    lora = export(folder, format="lora", options=PLAIN).output_dir
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_experts_are_refused_for_other_readers(
+    build: Callable[..., Path], make_adapter: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, _ = make_adapter(build("qwen3_moe"), target_modules="all-linear")
-    with pytest.raises(UserError, match="for which no LoRA is written") as caught:
-        export(folder, format="lora", output=tmp_path / "lora", options=options)
+    with pytest.raises(UserError, match=r"vLLM refuses .*experts.*experts.gate_up_proj") as caught:
+        export(folder, format="lora", output=tmp_path / "lora", options=FOR_VLLM)
+    assert "wegeft merge" in str(caught.value)
+    with pytest.raises(UserError, match=r"experts.gate_up_proj") as caught:
+        export(folder, format="gguf", output=tmp_path / "gguf", options=PLAIN)
     assert "wegeft merge" in str(caught.value)
     assert not (tmp_path / "lora").exists()
+    assert not (tmp_path / "gguf").exists()
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe"])

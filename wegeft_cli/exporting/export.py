@@ -247,10 +247,10 @@ def _check_readers(
         )
     if plan.is_pairs_alone:
         return
+    others = f"experts ({plan.experts[0]}, ...)" if plan.experts else "biases or whole modules"
     if format == "gguf":
         raise UserError(
-            "llama.cpp reads LoRA pairs alone, and this adapter also changes biases or whole "
-            "modules",
+            f"llama.cpp reads LoRA pairs alone, and this adapter also changes {others}",
             file=str(adapter_dir),
             hint="wegeft merge, then wegeft export MERGED --format gguf",
         )

@@ -70,24 +70,29 @@ class FileNames:
     def find_pieces(self, stored: Iterable[str]) -> dict[str, list[str]]:
         """Map the model's tensors to those of the files that transformers stacks into each.
 
-        A tensor that is made in another way, such as by transposing, has no pieces.
+        Matrices of one kind follow each other by their numbers, and kinds in the order of their
+        rows: gate of experts 0, 1, ..., then up. A tensor that is made in another way, such as by
+        transposing, has no pieces.
         """
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        stacked = {
-            pattern
+        places = {
+            pattern: place
             for step in self._converters
             if {type(each).__name__ for each in step.operations} <= _STACKING
-            for pattern in step.source_patterns
+            for place, pattern in enumerate(step.source_patterns)
         }
-        pieces: dict[str, list[str]] = {}
-        for name in stored:
+        pieces: dict[str, list[tuple[int, str]]] = {}
+        for name in sorted(stored, key=dot_natural_key):
             renamed, pattern = rename_source_key(
                 name, self._renamings, self._converters, self._prefix, self._own
             )
-            if pattern in stacked and renamed in self._own:
-                pieces.setdefault(renamed, []).append(name)
-        return pieces
+            if pattern in places and renamed in self._own:
+                pieces.setdefault(renamed, []).append((places[pattern], name))
+        return {
+            renamed: [name for _, name in sorted(found, key=lambda piece: piece[0])]
+            for renamed, found in pieces.items()
+        }
 
     def match(self, stored: Iterable[str]) -> dict[str, str]:
         """Map the model's tensors to those of the files that have other names."""

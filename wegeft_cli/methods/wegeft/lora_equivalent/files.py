@@ -27,12 +27,12 @@ def plan_tensors(equivalent: LoraEquivalent, dtype: str = "float32") -> Layout:
     stored_type = DTYPE_NAMES[dtype]
     layout: Layout = {}
     for pair in equivalent.written:
-        d_out, d_in = equivalent.shape_of(pair.member)
+        A, (d_out, ranks) = equivalent.pair_shapes(pair.member)
         if pair.rows is not None:
             d_out = pair.rows[1] - pair.rows[0]
         prefix = f"{SAVED_PREFIX}{pair.name}"
-        layout[f"{prefix}.lora_A.weight"] = (stored_type, (equivalent.rank, d_in))
-        layout[f"{prefix}.lora_B.weight"] = (stored_type, (d_out, equivalent.rank))
+        layout[f"{prefix}.lora_A.weight"] = (stored_type, A)
+        layout[f"{prefix}.lora_B.weight"] = (stored_type, (d_out, ranks))
         if equivalent.biased:  # PEFT has one switch for all layers
             layout[f"{prefix}.lora_B.bias"] = (stored_type, (d_out,))
     for name, tensor in equivalent.files.saved_modules.items():
@@ -71,6 +71,7 @@ def write_lora_files(
 def make_config(equivalent: LoraEquivalent, base: str, revision: str | None) -> dict[str, Any]:
     """Return the adapter's config: every key that readers need, all others at PEFT's defaults."""
     manifest = equivalent.files.manifest
+    parameters = equivalent.find_parameters()
     return {
         "peft_type": "LORA",
         "task_type": manifest.task_type,
@@ -81,6 +82,7 @@ def make_config(equivalent: LoraEquivalent, base: str, revision: str | None) -> 
         "lora_alpha": equivalent.rank,
         "lora_dropout": 0.0,
         "target_modules": equivalent.find_targets(),
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,

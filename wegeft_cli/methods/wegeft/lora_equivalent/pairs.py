@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,3 +65,20 @@ def make_lora_pair(
             shift[index] = scale * (phi @ (psi @ bias[index].to(dtype)))
         start = stop
     return LoraPair(A, B, shift)
+
+
+def stack_pairs(pairs: Iterable[LoraPair], *, turned: bool) -> LoraPair:
+    """Stack the pairs of a layer's experts as PEFT stores them in two matrices.
+
+    A is [experts * r, d_in], expert by expert. B is [d_out, r * experts], rank by rank.
+
+    Args:
+        turned: Whether PEFT takes the transposed weight for the weight, so that A and B change
+            places.
+    """
+    As, Bs = [], []
+    for pair in pairs:
+        A, B = (pair.B.t(), pair.A.t()) if turned else (pair.A, pair.B)
+        As.append(A)
+        Bs.append(B)
+    return LoraPair(torch.cat(As), torch.stack(Bs, dim=-1).flatten(1))

@@ -64,8 +64,12 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
         if isinstance(module, LoraLayer)
     }
     tensors = load_tensors(folder / WEIGHTS_NAME)
-    lost = [name for name in equivalent.members if not _holds(layers.get(name), name, tensors)]
-    extra = sorted(layers.keys() - set(equivalent.members))
+    lost = [
+        pair.member
+        for pair in equivalent.written
+        if not _holds(layers.get(pair.name), pair, tensors)
+    ]
+    extra = sorted(layers.keys() - {pair.name for pair in equivalent.written})
     if lost:
         owners = [name for name in extra if not name.endswith(".base_layer")]
         reason = f"it takes their names for those of {_list(owners)}" if owners else "they are lost"
@@ -97,9 +101,12 @@ def _copy_without_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def _holds(layer: Any, name: str, tensors: dict[str, torch.Tensor]) -> bool:
+def _holds(layer: Any, pair: WrittenPair, tensors: dict[str, torch.Tensor]) -> bool:
     """Return whether a layer of PEFT holds exactly the pair of the file."""
+    name = pair.name
     if layer is None:
+        return False
+    if getattr(layer, "parameter_name", "weight") not in ("weight", pair.member.rpartition(".")[2]):
         return False
     for part, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
         stored = tensors[f"{SAVED_PREFIX}{name}.{part}.weight"]
@@ -130,7 +137,10 @@ def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str)
     """
     served = equivalent.architecture
     saved = equivalent.files.manifest.modules_to_save
+    experts = equivalent.experts
     reasons = {
+        "it is not known to read the LoRA of stacked experts as PEFT stores it "
+        f"({', '.join(experts[:3])})": bool(experts),
         f"it serves {served} without LoRA adapters": served in _VLLM_WITHOUT_LORA,
         f"it reads no modules that were trained whole ({', '.join(saved)})": bool(saved),
         f"it reads no changed biases ({', '.join(sorted(equivalent.biased)[:3])})": bool(
@@ -140,7 +150,7 @@ def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str)
     }
     _refuse_for_vllm(reasons, adapter_dir, key=key)
     written = [part for pair in equivalent.written for part in _rename(equivalent, pair, served)]
-    return replace(equivalent, written=tuple(written))
+    return replace(equivalent, written=tuple(written), is_for_peft=False)
 
 
 def check_lora_for_vllm(adapter: Adapter) -> None:
@@ -154,6 +164,8 @@ def check_lora_for_vllm(adapter: Adapter) -> None:
         ),
         "it reads no DoRA": bool(config.get("use_dora")),
         f"it reads no modules that were trained whole ({shorten(saved)})": bool(saved),
+        "it is not known to read LoRA of parameters as PEFT stores it "
+        f"({shorten(config.get('target_parameters'))})": bool(config.get("target_parameters")),
         "it reads no changed biases": (
             bool(config.get("lora_bias")) or config.get("bias", "none") != "none"
         ),
