@@ -22,9 +22,9 @@ from wegeft_cli.analysis.plots import draw_ablation
 
 COLOURS = 256  # of a picture's palette: a chart needs no more, and the repository stays small
 SHOTS = {
-    "report-light": ((1100, 850), "light", "scores"),
+    "report-light": ((1100, 850), "light", "summary"),
     "report-dark": ((1100, 850), "dark", "learned"),
-    "report-phone": ((360, 740), "light", "samples"),
+    "report-phone": ((390, 800), "light", "curves"),
 }
 
 

@@ -6,12 +6,24 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from wegeft_cli.analysis.report import report
-from wegeft_cli.artifacts.run_results import read_run
+from wegeft_cli.analysis.report_page.lines import style_series
+from wegeft_cli.analysis.report_page.overview import format_duration
+from wegeft_cli.artifacts.run_results import (
+    RunOutcome,
+    average,
+    find_best,
+    read_outcome,
+    read_run,
+)
 from wegeft_cli.errors import UserError
+from wegeft_cli.runs.sweep import SweepResult
 
 
 def read_data(page: str) -> dict:
@@ -31,10 +43,15 @@ def test_the_page_holds_what_the_folder_holds(run_dir, tmp_path):
     for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib"):
         values = [(line["step"], line[name]) for line in metrics if "loss" in line]
         rows = charts[f"chart-curve-{name}"]["data"]["values"]
+        rows = [row for row in rows if row.get("kind") != "validation"]
         assert [(row["step"], row["value"]) for row in rows] == values
         assert len(values) == 6
-    found = charts["chart-curve-eval_loss"]["data"]["values"]
+    # The losses of training and validation share a chart.
+    found = [
+        row for row in charts["chart-curve-loss"]["data"]["values"] if row["kind"] == "validation"
+    ]
     assert [(row["step"], row["value"]) for row in found] == record.validation["eval_loss"]
+    assert "chart-curve-eval_loss" not in charts
     base, tuned = record.scores
     assert (base["model"], base["num_correct"], base["n_invalid"]) == ("base", 1, 1)
     assert (tuned["model"], tuned["num_correct"], tuned["n"]) == ("tuned", 4, 6)
@@ -47,8 +64,162 @@ def test_the_page_holds_what_the_folder_holds(run_dir, tmp_path):
     assert data["answers"][0]["by"]["tiny: tuned"]["correct"] is True
     sections = re.findall(r'<section id="(\w+)"', page)
     assert sections == [
-        *("summary", "scores", "samples", "curves", "learned", "recipe", "environment")
+        *("summary", "scores", "curves", "samples", "learned", "recipe", "environment")
     ]
+
+
+def read_headline(page: str) -> dict[str, str]:
+    """Return the headline of a page about one run."""
+    listed = re.search(r'<dl class="headline">(.*?)</dl>', page, re.DOTALL)[1]
+    pairs = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", listed)
+    return {name: html.unescape(re.sub("<[^>]+>", "", value)) for name, value in pairs}
+
+
+def test_the_headline_is_what_the_run_reached(run_dir, tmp_path):
+    page = report([run_dir], output=tmp_path / "a.html", look_inside=False).output.read_text()
+    headline = read_headline(page)
+    record = read_run(run_dir, max_samples=0)
+    step, best = min(record.validation["eval_loss"], key=lambda point: point[1])
+    assert headline == {
+        "Status": "finished",
+        "Score: boolq": "66.7 % (base 16.7 %)",
+        "Best eval_loss": f"{best:.4g} (step {step})",
+        "Training loss": f"{record.run['final_loss']:.4g}",
+        "Method": "wegeft",
+        "Rank": "4",
+        "Learning rate": "0.01",
+        "Trainable parameters": f"{record.run['trainable_parameters']:,}",
+        "Duration": headline["Duration"],
+    }
+    assert re.fullmatch(r"(\d+ min )?\d+ s", headline["Duration"])
+
+
+def test_a_method_without_a_rank_shows_none(run_dir, tmp_path):
+    copy = tmp_path / "full"
+    shutil.copytree(run_dir, copy)
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("type: wegeft", "type: full"))
+    headline = read_headline(report([copy], look_inside=False).output.read_text())
+    assert headline["Method"] == "full"
+    assert "Rank" not in headline
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (7260, "2 h 1 min"),
+        (2e5, "2 d 7 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_series_differ_in_color_or_dashes():
+    styles = [
+        (each["color"], tuple(each["dash"])) for each in style_series(list(map(str, range(64))))
+    ]
+    assert len(set(styles)) == 64
+
+
+def test_every_chart_has_a_picture_without_scripts(pair, hostile, tmp_path):
+    copy = tmp_path / f"c{hostile.replace('/', '')}"
+    shutil.copytree(pair[0], copy)
+    page = report([*pair, copy], output=tmp_path / "a.html", look_inside=False).output.read_text()
+    pictures = re.findall(
+        r'data-chart="([^"]+)"><div class="still"[^>]*>(<svg.*?</svg>)</div>', page, re.DOTALL
+    )
+    drawn = [chart["name"] for chart in read_data(page)["charts"]]
+    assert sorted(name for name, _ in pictures) == sorted(drawn)
+    for _, text in pictures:
+        for element in ElementTree.fromstring(text).iter():
+            assert element.tag.rpartition("}")[2] in {
+                *("svg", "g", "path", "line", "text", "rect", "defs", "clipPath", "title")
+            }
+            assert not any(name.startswith("on") or "href" in name for name in element.attrib)
+
+
+@pytest.fixture
+def sweep_dir(run_dir, tmp_path):
+    """A sweep of three runs, of which one failed and one waits, as `wegeft sweep` writes it."""
+    root = tmp_path / "tries"
+    outcomes = []
+    for name, rate, status in (
+        ("learning_rate=0.01", 0.01, "finished"),
+        ("learning_rate=0.02", 0.02, "finished"),
+        ("learning_rate=0.03", 0.03, "failed"),
+        ("learning_rate=0.04", 0.04, "waiting"),
+    ):
+        outcome = RunOutcome(name, {"train.learning_rate": rate}, Path("runs") / name, status)
+        if status == "waiting":
+            outcomes.append(outcome)
+            continue
+        shutil.copytree(run_dir, root / name)
+        metrics = root / name / "metrics.jsonl"
+        if rate == 0.02:
+            better = re.sub(r'("eval_loss": )(\d+)\.', r"\g<1>0.\2", metrics.read_text())
+            metrics.write_text(better)
+        placed = replace(outcome, run_dir=root / name)
+        error = "the loss <b>diverged" if status == "failed" else None
+        outcomes.append(replace(read_outcome(placed, "eval_loss", status, error)))
+    rows = average(outcomes)
+    result = SweepResult(Path("a.yaml"), root, "failed", "eval_loss", rows, outcomes)
+    best = find_best(rows, "eval_loss").values
+    (root / "sweep.json").write_text(json.dumps(replace(result, best=best).to_json()))
+    return root
+
+
+def test_a_sweep_is_a_table_by_score_and_joint_curves(sweep_dir):
+    result = report([sweep_dir])
+    assert result.output == sweep_dir / "report.html"
+    assert result.runs == [f"learning_rate={rate}" for rate in ("0.02", "0.01", "0.03")]
+    assert result.inspected == ["learning_rate=0.02"]
+    page = result.output.read_text()
+    assert "<title>Report: tries</title>" in page
+    table = re.search(r"<caption>Combinations(.*?)</table>", page, re.DOTALL)[1]
+    columns = re.findall(r'<th scope="col">(.*?)</th>', table)
+    assert columns[:4] == ["learning_rate", "Runs finished", "final loss", "best eval loss"]
+    rows = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', table)
+    assert rows == [
+        ("0.02 <strong>(best)</strong>", "1 of 1"),
+        ("0.01", "1 of 1"),
+        ("0.03", "0 of 1"),
+        ("0.04", "0 of 1"),
+    ]
+    assert "failed: the loss &lt;b&gt;diverged" in page
+    assert "<strong>learning_rate=0.04</strong>: waiting" in page
+    loss = read_data(page)["charts"][0]["spec"]["data"]["values"]
+    assert list(dict.fromkeys(row["run"] for row in loss)) == result.runs
+    report([sweep_dir])  # its own page may be replaced
+
+
+def test_a_sweep_stands_beside_a_run(sweep_dir, run_dir):
+    result = report([sweep_dir, run_dir], look_inside=False, output=sweep_dir / "both.html")
+    assert result.runs[-1] == "tiny"
+    assert "<title>Report: tries, tiny</title>" in result.output.read_text()
+
+
+def test_a_sweep_without_runs_is_refused(tmp_path):
+    table = tmp_path / "sweep.json"
+    table.write_text("{}")
+    with pytest.raises(UserError, match=r"sweep\.json: is damaged"):
+        report([tmp_path])
+    outcome = RunOutcome("seed=1", {"seed": 1}, tmp_path / "seed=1").to_json()
+    table.write_text(json.dumps({"runs": [outcome], "rows": [{"values": {}}]}))
+    with pytest.raises(UserError, match="no run of this sweep has started"):
+        report([tmp_path])
+
+
+def test_many_runs_keep_fewer_points(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 2001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    for num_runs, kept in ((1, 800), (20, 400), (500, 100)):
+        points = read_run(tmp_path, max_samples=0, num_runs=num_runs).curves["loss"]
+        assert (len(points), points[0][0], points[-1][0]) == (kept, 1, 2000)
 
 
 def test_the_inspection_is_kept_and_made_anew_for_a_newer_adapter(run_dir, tmp_path):

@@ -18,6 +18,7 @@ from wegeft_cli.artifacts.run_results import (
     name_apart,
     read_run,
 )
+from wegeft_cli.artifacts.sweep_table import SweepTable, read_sweep
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -72,12 +73,15 @@ def report(
     of samples is only displayed.
 
     Args:
-        runs: Folders of training runs; none takes the newest finished run under runs/.
-        output: The file; None is report.html in the run's folder, or beside the first of several.
+        runs: Folders of training runs, or of sweeps, which stand for all their runs; none takes
+            the newest finished run under runs/.
+        output: The file; None is report.html in the folder of the run or the sweep, or beside the
+            first of several.
         title: The page's title; None names the runs.
         evaluations: Files of `wegeft eval --output` outside of the runs' folders.
         look_inside: Include the result of `inspect`, which is stored in the run's folder as
-            inspection.json and recomputed if the adapter is newer.
+            inspection.json and recomputed if the adapter is newer. Of a sweep only the best run
+            is inspected.
         max_samples: Answers kept of each model, task and protocol, at least 0.
         reporter: Receives messages and progress.
 
@@ -97,24 +101,35 @@ def report(
         )
     if max_samples < 0:
         raise UserError(f"must be at least 0, got {max_samples}", key="--samples")
-    paths = [find_run(path) for path in runs] or [find_run(None)]
-    records = [read_run(path, max_samples=max_samples) for path in paths]
+    found = [(Path(path), read_sweep(Path(path))) for path in runs] or [(find_run(None), None)]
+    sweeps = [sweep for _, sweep in found if sweep is not None]
+    paths = [
+        each
+        for path, sweep in found
+        for each in ([find_run(path)] if sweep is None else sweep.started)
+    ]
+    records = [read_run(path, max_samples=max_samples, num_runs=len(paths)) for path in paths]
     if len({record.run_dir.resolve() for record in records}) < len(records):
         raise UserError("names a run twice", key="RUN")
     for file in evaluations:
         add_evaluation(records, Path(file), max_samples=max_samples)
     name_apart(records)
-    first = records[0].run_dir
-    output = output or (first if len(records) == 1 else first.parent) / "report.html"
+    first = sweeps[0].folder if len(found) == len(sweeps) == 1 else records[0].run_dir
+    folder = first if len(found) == 1 else first.parent
+    output = output or folder / "report.html"
     check_output_file(output, _MARK, "report", "report.html")
+    # To inspect a run reads its base's weights: of a sweep only the best run is inspected.
+    omitted = {path for sweep in sweeps for path in sweep.started[1:]}
     for record in records:
-        _add_inspection(record, look_inside, reporter)
+        if record.run_dir not in omitted:
+            _add_inspection(record, look_inside, reporter)
 
     from wegeft_cli.analysis.report_page.render import render_page
 
     text = render_page(
         [_as_values(record) for record in records],
-        title=title or "Report: " + ", ".join(record.name for record in records),
+        sweeps=sweeps,
+        title=title or "Report: " + ", ".join(_name_all(found, records)),
         made=f"wegeft-cli {VERSION}, {now()[:16].replace('T', ' ')} UTC",
         mark=_MARK,
     )
@@ -127,6 +142,15 @@ def report(
         num_scores=sum(len(record.scores) for record in records),
         inspected=[record.name for record in records if record.inspection is not None],
     )
+
+
+def _name_all(
+    found: Sequence[tuple[Path, SweepTable | None]], records: Sequence[RunRecord]
+) -> list[str]:
+    """Return the names of what the page is about: a sweep has one name for all of its runs."""
+    names = [sweep.folder.resolve().name for _, sweep in found if sweep is not None]
+    swept = {path for _, sweep in found if sweep is not None for path in sweep.started}
+    return names + [record.name for record in records if record.run_dir not in swept]
 
 
 def _as_values(record: RunRecord) -> dict[str, Any]:

@@ -163,6 +163,7 @@ def _describe(values: list[float]) -> Statistic:
 # The curves of a report, with the names of metrics.jsonl.
 CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib")
 _MAX_POINTS = 800  # of one curve; more lines are thinned evenly
+_MAX_POINTS_OF_ALL, _MIN_POINTS = 8000, 100  # of one chart of many runs, and of each of its curves
 
 
 @dataclass
@@ -201,12 +202,13 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path, *, max_samples: int) -> RunRecord:
-    """Read a run's directory, or that of a folder in it, for the report.
+def read_run(path: Path, *, max_samples: int, num_runs: int = 1) -> RunRecord:
+    """Read a run's directory, or that of a folder in it, for the report of `num_runs` runs.
 
     `max_samples` answers are kept of each model, task and protocol. Raise UserError if `path` does
     not belong to a run.
     """
+    limit = min(_MAX_POINTS, max(_MIN_POINTS, _MAX_POINTS_OF_ALL // num_runs))
     directory = RunDirectory.containing(path)
     if directory is None:
         what = "this folder holds no run.json" if path.is_dir() else "there is no such folder"
@@ -220,8 +222,8 @@ def read_run(path: Path, *, max_samples: int) -> RunRecord:
         run_dir=directory.path,
         run=directory.record(),
         recipe=directory.recipe_text(),
-        curves={name: _thin(_series(steps, name)) for name in CURVES},
-        validation={name: _thin(_series(others, name)) for name in metrics},
+        curves={name: _thin(_series(steps, name), limit) for name in CURVES},
+        validation={name: _thin(_series(others, name), limit) for name in metrics},
         num_lines=len(steps),
         samples=directory.samples()[-max_samples:],
     )
@@ -323,9 +325,9 @@ def _series(lines: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, fl
     return [(line["step"], float(line[name])) for line in lines if is_number(line.get(name))]
 
 
-def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Keep at most `_MAX_POINTS` points, evenly spaced, the first and the last included."""
-    if len(points) <= _MAX_POINTS:
+def _thin(points: list[tuple[int, float]], limit: int) -> list[tuple[int, float]]:
+    """Keep at most `limit` points, evenly spaced, the first and the last included."""
+    if len(points) <= limit:
         return points
-    gap = (len(points) - 1) / (_MAX_POINTS - 1)
-    return [points[round(number * gap)] for number in range(_MAX_POINTS)]
+    gap = (len(points) - 1) / (limit - 1)
+    return [points[round(number * gap)] for number in range(limit)]

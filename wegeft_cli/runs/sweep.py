@@ -25,6 +25,7 @@ from wegeft_cli.artifacts.run_results import (
     find_best,
     read_outcome,
 )
+from wegeft_cli.artifacts.sweep_table import TABLE_NAME
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_errors, raise_all
 from wegeft_cli.planning.validate import check_names
@@ -39,7 +40,7 @@ from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic,
 from wegeft_cli.storage.json_files import to_finite
 from wegeft_cli.storage.lock import lock_folder
 
-_TABLE_NAME, _PLOT_NAME = "sweep.json", "sweep.png"
+_PLOT_NAME = "sweep.png"
 _NOT_DRAWN = ("peak_memory_gib", "seconds")
 
 
@@ -131,7 +132,7 @@ def sweep(
         _check_runs(loaded.runs, reporter)
         return _summarize(loaded, output_dir, outcomes, "checked")
     with lock_folder(output_dir):
-        remove_leftover_files(output_dir, (_TABLE_NAME, _PLOT_NAME))
+        remove_leftover_files(output_dir, (TABLE_NAME, _PLOT_NAME))
         try:
             status = _train_all(loaded, output_dir, outcomes, should_stop, reporter)
         except BaseException as error:
@@ -292,7 +293,7 @@ def _draw(result: SweepResult, reporter: Reporter) -> Path | None:
 
 def _write(result: SweepResult) -> None:
     text = json.dumps(to_finite(result.to_json()), indent=2, allow_nan=False) + "\n"
-    write_text_atomic(result.output_dir / _TABLE_NAME, text)
+    write_text_atomic(result.output_dir / TABLE_NAME, text)
 
 
 LOG_NAME = "train.log"

@@ -5,46 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wegeft_cli.analysis.report_page.lines import (
+    PALETTE,
+    SOLID,
+    Chart,
+    draw_lines,
+    make_chart,
+    style_series,
+)
 from wegeft_cli.storage.json_files import is_number
 
-# Okabe and Ito's colors, distinct for any kind of color vision; lines also differ in dashes.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FDF", "#7F7F7F")
-_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [10, 4], [4, 1], [3, 6])
 _ROW = 22  # pixels per bar
 _MOST_CELLS = 64  # largest cosine matrix that is drawn
-
-_CURVE_TITLES = {
-    "loss": "Loss",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_second": "Throughput (tokens per second)",
-    "peak_memory_gib": "Peak memory (GiB)",
-}
-
-Chart = dict[str, Any]
-
-
-def draw_curves(runs: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Draw the training curves, all runs in each chart, and the validation curves."""
-    charts = []
-    for name, title in _CURVE_TITLES.items():
-        rows = [
-            {"run": run["name"], "step": step, "value": value}
-            for run in runs
-            for step, value in run["curves"].get(name, ())
-        ]
-        if rows:
-            charts.append(_line_chart(f"curve-{name}", title, rows, "step", "run", _names(runs)))
-    metrics = dict.fromkeys(name for run in runs for name in run["validation"])
-    for name in metrics:
-        rows = [
-            {"run": run["name"], "step": step, "value": value}
-            for run in runs
-            for step, value in run["validation"].get(name, ())
-        ]
-        title = f"Validation: {name}"
-        charts.append(_line_chart(f"curve-{name}", title, rows, "step", "run", _names(runs)))
-    return charts
+_SHADES = 20  # of a matrix in a page without scripts
+POSITIVE, NEGATIVE = PALETTE[0], PALETTE[1]  # of cosines and of changes of a score
 
 
 def draw_scores(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -66,7 +40,7 @@ def draw_scores(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
     shared = {
         "y": {"field": "what", "type": "nominal", "title": None, "axis": {"labelLimit": 140}},
         "yOffset": {"field": "who", "type": "nominal", "sort": who},
-        "color": _colour("who", who),
+        "color": _color("who", who),
     }
     x: dict[str, Any] = {"type": "quantitative", "scale": {"domain": [0, 1]}}
     x["axis"] = {"format": "%", "title": "score"}
@@ -94,7 +68,8 @@ def draw_scores(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
     height = _ROW * len(who) * len({row["what"] for row in rows})
     spec = {"data": {"values": rows}, "layer": layers, "height": height}
     columns = ["what", "who", "value", "low", "high"]
-    return _chart("scores", "Scores with 95 % intervals", spec, columns)
+    chart = make_chart("scores", "Scores with 95 % intervals", spec, columns)
+    return {**chart, "legend": [{**each, "dash": SOLID} for each in style_series(who)]}
 
 
 def draw_inspection(number: int, found: Mapping[str, Any]) -> list[Chart]:
@@ -115,7 +90,7 @@ def draw_inspection(number: int, found: Mapping[str, Any]) -> list[Chart]:
         ]
         if rows:
             name = f"inspect-{number}-{key}"
-            charts.append(_line_chart(name, title, rows, "layer", "kind", kinds))
+            charts.append(draw_lines(name, title, rows, along="layer", by="kind", series=kinds))
     for place, cosines in enumerate(found["cosines"]):
         if len(cosines["matrix"]) <= _MOST_CELLS:
             charts.append(_draw_cosines(f"inspect-{number}-cosine-{place}", cosines))
@@ -139,20 +114,23 @@ def draw_ablation(number: int, place: int, found: Mapping[str, Any]) -> Chart:
                 "axis": {"format": "+%", "title": "change of the score without the part"},
             },
             "color": {
-                "condition": {"test": "datum.change < 0", "value": PALETTE[1]},
-                "value": PALETTE[0],
+                "condition": {"test": "datum.change < 0", "value": NEGATIVE},
+                "value": POSITIVE,
             },
             "tooltip": [{"field": name} for name in ("part", "change", "lost", "gained")],
         },
         "height": _ROW * len(rows),
     }
     title = f"{found['whole']['task']} with one {found['by']} off at a time"
-    return _chart(f"ablation-{number}-{place}", title, spec, ["part", "change", "lost", "gained"])
+    return make_chart(
+        f"ablation-{number}-{place}", title, spec, ["part", "change", "lost", "gained"]
+    )
 
 
 def _draw_cosines(name: str, cosines: Mapping[str, Any]) -> Chart:
+    """Draw a matrix; opacity is the size of a cosine, so that 0 has the page's color."""
     rows = [
-        {"first": i, "second": j, "cosine": value}
+        {"first": i, "second": j, "cosine": round(value, 4)}
         for i, line in enumerate(cosines["matrix"])
         for j, value in enumerate(line)
         if is_number(value)
@@ -160,14 +138,20 @@ def _draw_cosines(name: str, cosines: Mapping[str, Any]) -> Chart:
     axis = {"type": "ordinal", "axis": {"labelOverlap": True, "labelAngle": 0}}
     spec = {
         "data": {"values": rows},
+        "transform": [{"calculate": "abs(datum.cosine)", "as": "size"}],
         "mark": {"type": "rect"},
         "encoding": {
             "x": {"field": "first", "title": "layer", **axis},
             "y": {"field": "second", "title": "layer", **axis},
             "color": {
-                "field": "cosine",
+                "condition": {"test": "datum.cosine < 0", "value": NEGATIVE},
+                "value": POSITIVE,
+            },
+            "opacity": {
+                "field": "size",
                 "type": "quantitative",
-                "scale": {"scheme": "blueorange", "domain": [-1, 1], "reverse": True},
+                "scale": {"domain": [0, 1], "range": [0, 1]},
+                "legend": None,
             },
             "tooltip": [
                 {"field": "first"},
@@ -177,67 +161,42 @@ def _draw_cosines(name: str, cosines: Mapping[str, Any]) -> Chart:
         },
         "height": 230,
     }
-    chart = _chart(name, f"{cosines['kind']}: cosine between layers' changes", spec, [])
-    # Thousands of cells: the values are in the JSON, not in a table.
-    return {**chart, "renderer": "canvas"}
+    title = f"{cosines['kind']}: cosine between layers' changes"
+    chart = make_chart(name, title, spec, ["first", "second", "cosine"])
+    # Thousands of cells: on a canvas, and in the CSV file instead of a table.
+    return {**chart, "renderer": "canvas", "has_table": False, "is_matrix": True}
 
 
-_LEGEND = {"orient": "top", "title": None, "labelLimit": 260, "columns": 2}
+def draw_matrix_still(chart: Chart) -> str:
+    """Draw a matrix as a small SVG: Vega's has an element for each of thousands of cells."""
+    shades: dict[tuple[str, int], list[str]] = {}
+    rows = chart["spec"]["data"]["values"]
+    for row in rows:
+        color = NEGATIVE if row["cosine"] < 0 else POSITIVE
+        cells = shades.setdefault((color, round(_SHADES * abs(row["cosine"]))), [])
+        cells.append(f"M{row['first']} {row['second']}h1v1h-1z")
+    side = 1 + max((row["first"] for row in rows), default=0)
+    paths = "".join(
+        f'<path fill="{color}" opacity="{shade / _SHADES}" d="{"".join(cells)}"/>'
+        for (color, shade), cells in shades.items()
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="230" height="230" '
+        f'viewBox="0 0 {side} {side}" shape-rendering="crispEdges">{paths}</svg>'
+    )
 
 
-def _line_chart(
-    name: str, title: str, rows: list[dict[str, Any]], along: str, by: str, series: Sequence[str]
-) -> Chart:
-    dashes = [_DASHES[i % len(_DASHES)] for i in range(len(series))]
-    is_single = len(series) == 1
-    spec = {
-        "data": {"values": rows},
-        "mark": {"type": "line", "point": {"size": 12 if len(rows) > 60 else 30}, "clip": True},
-        "encoding": {
-            "x": {"field": along, "type": "quantitative", "axis": {"tickMinStep": 1}},
-            "y": {
-                "field": "value",
-                "type": "quantitative",
-                "title": None,
-                "scale": {"zero": False},
-            },
-            "color": _colour(by, series, hidden=is_single),
-            "strokeDash": {
-                "field": by,
-                "type": "nominal",
-                "scale": {"domain": list(series), "range": dashes},
-                "legend": None if is_single else _LEGEND,
-            },
-            "tooltip": [{"field": by}, {"field": along}, {"field": "value", "format": ".4~g"}],
-        },
-        "height": 220,
-    }
-    return _chart(name, title, spec, [by, along, "value"])
-
-
-def _colour(field: str, series: Sequence[str], *, hidden: bool = False) -> dict[str, Any]:
-    colours = [PALETTE[i % len(PALETTE)] for i in range(len(series))]
+def _color(field: str, series: Sequence[str]) -> dict[str, Any]:
+    styles = style_series(series)
     return {
         "field": field,
         "type": "nominal",
-        "scale": {"domain": list(series), "range": colours},
-        "legend": None if hidden else _LEGEND,
+        "scale": {
+            "domain": [each["name"] for each in styles],
+            "range": [each["color"] for each in styles],
+        },
+        "legend": None,
     }
-
-
-def _chart(name: str, title: str, spec: dict[str, Any], columns: Sequence[str]) -> Chart:
-    whole = {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "description": title,
-        "width": "container",
-        **spec,
-    }
-    # Sections of the page have short names too.
-    return {"name": f"chart-{name}", "title": title, "spec": whole, "columns": list(columns)}
-
-
-def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [run["name"] for run in runs]
 
 
 def _layer(row: Mapping[str, Any], place: int) -> int:

@@ -15,50 +15,89 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from wegeft_cli.analysis.report_page import charts
+from wegeft_cli.analysis.report_page import charts, overview
+from wegeft_cli.analysis.report_page.lines import draw_curves, list_curve_series
+from wegeft_cli.artifacts.sweep_table import SweepTable
 from wegeft_cli.storage.json_files import to_finite
 
 _MOST_TOKEN_ROWS = 12
+_STILL_SAMPLES = 10  # shown without JavaScript; the page turns further
+_STILL_WIDTH = 520
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
-def render_page(runs: Sequence[Mapping[str, Any]], *, title: str, made: str, mark: str) -> str:
+def render_page(
+    runs: Sequence[Mapping[str, Any]],
+    *,
+    sweeps: Sequence[SweepTable] = (),
+    title: str,
+    made: str,
+    mark: str,
+) -> str:
     """Return the page as HTML; `made` states its origin and `mark` is the file's beginning."""
     import jinja2
     import vl_convert
 
-    curves = charts.draw_curves(runs)
+    curves = draw_curves(runs)
     scores = charts.draw_scores(runs)
     inspections = [_prepare_inspection(number, run) for number, run in enumerate(runs)]
     drawn = [*curves, *([scores] if scores else [])]
     drawn += [chart for found in inspections for chart in found["charts"] + found["ablations"]]
-    data = {"charts": drawn, "answers": _collect_answers(runs)}
+    answers = _collect_answers(runs)
     bundle: Any = vl_convert.javascript_bundle  # None is its default, which its types lack
     library = bundle(None)
-    script, style = _read("page.js"), _read("page.css")
+    script = _read("page.js") + _read("charts.js") + _read("samples.js")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _tell_number
+    environment.filters["number"] = overview.format_number
     template = environment.from_string(_read("page.html.jinja"))
     return mark + template.render(
         title=title,
         made=made,
         runs=runs,
-        facts=_compare_facts(runs),
-        differing=_compare_recipes(runs),
+        summary=overview.summarize(runs),
+        sweeps=[(sweep, overview.describe_sweep(sweep)) for sweep in sweeps],
+        facts=overview.list_facts(runs),
+        differing=overview.compare_recipes(runs),
         curves=curves,
+        curve_series=list_curve_series(runs),
         scores=scores,
         inspections=inspections,
-        data=_to_script(data),
+        pictures={chart["name"]: _draw_still(chart) for chart in drawn},
+        data=_to_script({"charts": drawn, "answers": answers}),
         policy=_make_policy([library, script]),
         library=library,
         library_name=f"Vega, Vega-Lite and Vega-Embed from vl-convert-python "
         f"{version('vl-convert-python')} (BSD-3-Clause)",
         script=script,
-        style=style,
-        num_answers=len(data["answers"]),
+        style=_read("page.css"),
+        answers=answers,
+        first_answers=answers[:_STILL_SAMPLES],
     )
+
+
+def _draw_still(chart: charts.Chart) -> str:
+    """Draw a chart as SVG, which the page shows until its script draws the chart, or without it.
+
+    Text and axes have the color of the page's text, so the picture fits light and dark. The
+    renderer escapes the texts of the specification.
+    """
+    if chart["is_matrix"]:
+        return charts.draw_matrix_still(chart)
+    import vl_convert
+
+    text = {"labelColor": "currentColor", "titleColor": "currentColor"}
+    lines = {"gridColor": "currentColor", "domainColor": "currentColor"}
+    config = {
+        "aria": False,  # the picture has one description as a whole
+        "background": "transparent",
+        "font": "sans-serif",
+        "view": {"stroke": None},
+        "axis": {**text, **lines, "tickColor": "currentColor", "gridOpacity": 0.15},
+    }
+    spec = {**to_finite(chart["spec"]), "width": _STILL_WIDTH, "config": config}
+    return vl_convert.vegalite_to_svg(spec)
 
 
 def _read(name: str) -> str:
@@ -79,92 +118,6 @@ def _make_policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _tell_number(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _compare_facts(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """Return the counts of all runs, one row per fact; facts without any value are omitted."""
-
-    def seconds(run: Mapping[str, Any]) -> Any:
-        from datetime import datetime
-
-        try:
-            start, end = (
-                datetime.fromisoformat(run["run"][k]) for k in ("started_at", "finished_at")
-            )
-        except (KeyError, TypeError, ValueError):
-            return None
-        return round((end - start).total_seconds())
-
-    facts: list[tuple[str, Any]] = [
-        ("Status", lambda run: run["run"].get("status")),
-        ("Error", lambda run: run["run"].get("error")),
-        ("Base model", lambda run: run["run"].get("base_model_name_or_path")),
-        ("Trainable parameters", lambda run: run["run"].get("trainable_parameters")),
-        ("Optimizer steps", lambda run: run["run"].get("num_steps")),
-        ("Final loss", lambda run: run["run"].get("final_loss")),
-        ("Adapter of step", lambda run: run["run"].get("adapter_step")),
-        ("Skipped steps", lambda run: run["run"].get("num_skipped")),
-        ("Rows", lambda run: _inner(run, "data", "num_rows")),
-        ("Tokens", lambda run: _inner(run, "data", "num_tokens")),
-        ("Learned tokens", lambda run: _inner(run, "data", "num_label_tokens")),
-        ("Rows cut at max_length", lambda run: _inner(run, "data", "num_truncated")),
-        ("Template", lambda run: _inner(run, "data", "template")),
-        ("Padding share", lambda run: _inner(run, "waste", "padding_share")),
-        ("Seed", lambda run: run["run"].get("seed")),
-        ("Processes", lambda run: run["run"].get("num_processes")),
-        ("Peak memory (GiB)", lambda run: run["run"].get("peak_memory_gib")),
-        ("Seconds from start to end", seconds),
-        ("Started", lambda run: run["run"].get("started_at")),
-    ]
-    rows = [(name, [read(run) for run in runs]) for name, read in facts]
-    return [(name, values) for name, values in rows if any(v is not None for v in values)]
-
-
-def _inner(run: Mapping[str, Any], *keys: str) -> Any:
-    value: Any = run["run"]
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _compare_recipes(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return the recipe's lines in which several runs differ, by dotted key."""
-    if len(runs) < 2:
-        return []
-    tables = [_flatten(run["recipe"]) for run in runs]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [table.get(key, "-") for table in tables]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flatten(text: str) -> dict[str, str]:
-    """Parse a resolved recipe's lines as dotted keys; lists stay with their key."""
-    found: dict[str, str] = {}
-    path: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        stripped = line.strip()
-        if not stripped or stripped.startswith("#"):
-            continue
-        indent = len(line) - len(line.lstrip())
-        key, colon, value = stripped.partition(":")
-        if stripped.startswith("- ") or not colon:
-            name = ".".join(part for _, part in path)
-            found[name] = f"{found.get(name, '')} {stripped}".strip()
-            continue
-        while path and path[-1][0] >= indent:
-            path.pop()
-        path.append((indent, key))
-        if value.strip():
-            found[".".join(part for _, part in path)] = value.strip()
-    return found
 
 
 def _prepare_inspection(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,14 +166,14 @@ def _collect_answers(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )
             question["by"][f"{run['name']}: {answer.get('model', '')}"] = {
                 "output": str(answer.get("output", "")),
-                "prediction": _tell_prediction(answer.get("prediction")),
+                "prediction": _format_prediction(answer.get("prediction")),
                 "correct": answer["correct"],
                 "valid": bool(answer.get("valid", True)),
             }
     return list(questions.values())
 
 
-def _tell_prediction(value: Any) -> str | None:
+def _format_prediction(value: Any) -> str | None:
     if value is None:
         return None
     return f"{value:g}" if isinstance(value, float) else str(value)

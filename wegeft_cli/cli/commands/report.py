@@ -15,7 +15,7 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", help="Run folders to compare. Default: the newest finished run."
+            metavar="RUN", help="Folders of runs or sweeps. Default: the newest finished run."
         ),
     ] = None,
     output: Annotated[
@@ -49,7 +49,7 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: recipe, curves, scores, answers, weights."""
+    """Write one self-contained HTML page: scores, curves, answers, weights, recipe."""
     from wegeft_cli.analysis.report import report as run
 
     result = run(
