@@ -89,7 +89,6 @@ def describe_sweep(sweep: SweepTable) -> Table:
 def list_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Return the counts of all runs, one row per fact; facts without any value are omitted."""
     facts: list[tuple[str, Any]] = [
-        ("Error", lambda run: run["run"].get("error")),
         ("Base model", lambda run: run["run"].get("base_model_name_or_path")),
         ("Optimizer steps", lambda run: run["run"].get("num_steps")),
         ("Adapter of step", lambda run: run["run"].get("adapter_step")),

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from wegeft_cli.analysis.report_page import charts, overview
-from wegeft_cli.analysis.report_page.lines import draw_curves, list_curve_series
+from wegeft_cli.analysis.report_page.lines import Chart, draw_curves, list_curve_series
 from wegeft_cli.artifacts.sweep_table import SweepTable
 from wegeft_cli.storage.json_files import to_finite
 
@@ -77,7 +77,7 @@ def render_page(
     )
 
 
-def _draw_still(chart: charts.Chart) -> str:
+def _draw_still(chart: Chart) -> str:
     """Draw a chart as SVG, which the page shows until its script draws the chart, or without it.
 
     Text and axes have the color of the page's text, so the picture fits light and dark. The
