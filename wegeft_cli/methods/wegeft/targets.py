@@ -29,6 +29,37 @@ _EXPERT_WEIGHTS = frozenset({"gate_up_proj", "gate_proj", "up_proj", "down_proj"
 _HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs", "cls", "fc_norm"})
 
 
+_FUSED = {
+    "gpt2.GPT2Attention.c_attn": "thirds",
+    "openai.Attention.c_attn": "thirds",
+    "imagegpt.ImageGPTAttention.c_attn": "thirds",
+    "mpt.MptAttention.Wqkv": "thirds",
+    "modernbert.ModernBertAttention.Wqkv": "thirds",
+    "hiera.HieraMaskUnitAttention.qkv": "thirds",
+    "phi3.Phi3Attention.qkv_proj": "grouped",
+    "phi4_multimodal.Phi4MultimodalAttention.qkv_proj": "grouped",
+    "gpt_neox.GPTNeoXAttention.query_key_value": "by head",
+    "gpt_neox_japanese.GPTNeoXJapaneseAttention.query_key_value": "by head",
+    "bloom.BloomAttention.query_key_value": "by head",
+    "persimmon.PersimmonAttention.query_key_value": "by head",
+    "minimax.MiniMaxLightningAttention.qkv_proj": "by head",
+    "deberta.DisentangledSelfAttention.in_proj": "by head",
+    "codegen.CodeGenAttention.qkv_proj": "CodeGen",
+    "gpt_bigcode.GPTBigCodeAttention.c_attn": "GPTBigCode",
+    "falcon.FalconAttention.query_key_value": "Falcon",
+    "phi3.Phi3MLP.gate_up_proj": "gate, up",
+    "phi4_multimodal.Phi4MultimodalMLP.gate_up_proj": "gate, up",
+    "glm.GlmMLP.gate_up_proj": "gate, up",
+    "glm4.Glm4MLP.gate_up_proj": "gate, up",
+    "zamba2.Zamba2MLP.gate_up_proj": "gate, up",
+}
+"""Rows of fused projections, by family, class of the module around them, and kind.
+
+In equal thirds q, k, v; with fewer rows for k and v; q, k, v of each head; gate before up.
+"""
+_HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size")
+
+
 @dataclass(frozen=True)
 class Target:
     """One adapted linear, or the named rows of a fused one.
@@ -352,13 +383,13 @@ def _cut_rows(model: nn.Module, whole: Target, part: str) -> Target:
                 key="adapter.target_modules",
             )
         return _with_rows(whole, ((start, stop),), part)
-    parts = _fused_parts(getattr(model, "config", None), whole)
+    parts = _fused_parts(model.get_submodule(whole.name.rpartition(".")[0]), whole)
     if part not in parts:
         known = ", ".join(f"{whole.kind}:{name}" for name in parts) or "none known for this model"
         raise UserError(
             f"{whole.kind!r} has no part {part!r}",
             key="adapter.target_modules",
-            hint=f"its parts are {known}; rows go by number too: {whole.kind}:0-{whole.d_out}",
+            hint=f"its parts are {known}; give rows by number: {whole.kind}:0-{whole.d_out}",
         )
     return _with_rows(whole, parts[part], part)
 
@@ -368,40 +399,51 @@ def _with_rows(whole: Target, rows: Rows, part: str) -> Target:
     return Target(whole.name, f"{whole.kind}_{part}", whole.d_in, d_out, rows, whole.transposed)
 
 
-def _fused_parts(config: Any, whole: Target) -> dict[str, Rows]:
-    """Name the row ranges inside a fused projection, from the family's layout in transformers."""
-    config = getattr(config, "text_config", None) or config
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", None) or 0
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if whole.kind == "gate_up_proj":
-        return _split_rows(("gate", "up"), [whole.d_out // 2] * 2, whole.d_out)
-    if whole.kind == "query_key_value":
-        if getattr(config, "model_type", None) not in ("gpt_neox", "bloom") or not heads:
-            return {}
-        # GPT-NeoX and BLOOM interleave: head 0's q, k, v, then head 1's.
-        width = whole.d_out // (3 * heads)
-        return {
-            part: tuple(((3 * h + i) * width, (3 * h + i + 1) * width) for h in range(heads))
-            for i, part in enumerate("qkv")
-        }
-    if whole.kind in ("qkv_proj", "c_attn", "qkv", "Wqkv", "in_proj"):
-        if heads and kv_heads != heads:
-            width = whole.d_out // (heads + 2 * kv_heads)
-            sizes = [heads * width, kv_heads * width, kv_heads * width]
-        else:
-            sizes = [whole.d_out // 3] * 3
-        return _split_rows(("q", "k", "v"), sizes, whole.d_out)
-    return {}
+def _fused_parts(owner: Any, whole: Target) -> dict[str, Rows]:
+    """Name the row ranges inside a fused projection of a module of transformers.
 
-
-def _split_rows(names: Sequence[str], sizes: Sequence[int], d_out: int) -> dict[str, Rows]:
-    if sum(sizes) != d_out:
+    Its rows are blocks of q, k and v, one after the other: a single block, or one for each head.
+    """
+    names, sizes = _fused_block(owner, whole) or ((), ())
+    block = sum(sizes)
+    if not block or whole.d_out % block:
         return {}
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return {
-        name: ((start, start + size),)
+        name: tuple((b + start, b + start + size) for b in range(0, whole.d_out, block))
         for name, start, size in zip(names, starts, sizes, strict=True)
     }
+
+
+def _fused_block(owner: Any, whole: Target) -> tuple[Sequence[str], Sequence[int]] | None:
+    """Return the parts of one block and their rows; None for a module that is not known."""
+    path = type(owner).__module__.split(".")
+    family = path[2] if path[:2] == ["transformers", "models"] else None
+    layout = _FUSED.get(f"{family}.{type(owner).__name__}.{whole.kind}")
+    if layout is None or getattr(owner, "is_cross_attention", False):
+        return None
+    width = next((getattr(owner, name) for name in _HEAD_WIDTHS if hasattr(owner, name)), 0)
+    by_head, kv_rows = ("qkv", (width, width, width)), 0
+    if layout == "gate, up":
+        return ("gate", "up"), (whole.d_out // 2,) * 2
+    if layout == "CodeGen":  # four blocks, for the four cores that it was trained on
+        return "qvk", (whole.d_out // 12,) * 3
+    if layout == "GPTBigCode":
+        if not owner.multi_query:
+            return by_head
+        kv_rows = owner.kv_dim
+    elif layout == "Falcon":
+        if owner.new_decoder_architecture:
+            return "qkv", (owner.num_heads // owner.num_kv_heads * width, width, width)
+        if not owner.multi_query:
+            return by_head
+        kv_rows = width
+    elif layout == "by head":
+        return by_head
+    elif layout == "grouped":
+        kv_rows = owner.num_key_value_heads * width
+    kv_rows = kv_rows or whole.d_out // 3
+    return "qkv", (whole.d_out - 2 * kv_rows, kv_rows, kv_rows)
 
 
 def _check_overlap(targets: Sequence[Target]) -> None:
