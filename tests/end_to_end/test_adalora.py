@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
-from wegeft_cli.methods.peft.models import load_peft
+from wegeft_cli.methods.peft.loading import load_peft
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs.train import train
 from wegeft_cli.training import trainer as loop

@@ -152,7 +152,7 @@ def test_a_run_is_merged_beside_its_adapter(write_recipe, ids, tmp_path, monkeyp
 
 
 def test_a_lora_run_is_merged_by_peft(write_recipe, ids, llama_dir):
-    from wegeft_cli.methods.peft.models import load_peft
+    from wegeft_cli.methods.peft.loading import load_peft
 
     result = train(write_recipe(adapter={"type": "lora"}, train={"learning_rate": 0.05}))
     merged = merge(result.run_dir)

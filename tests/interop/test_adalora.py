@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.methods.peft.models import build_config, inject_peft, load_peft, save_peft
+from wegeft_cli.methods.peft.loading import load_peft
+from wegeft_cli.methods.peft.models import build_config, inject_peft, save_peft
 from wegeft_cli.methods.peft.rank_budget import OrthogonalLoss, RankBudget, regularise
 
 # The same float32 sums by another road.

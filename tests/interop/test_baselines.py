@@ -11,14 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.peft.models import (
-    build_config,
-    inject_peft,
-    load_peft,
-    merge_peft,
-    save_peft,
-    start_from_peft,
-)
+from wegeft_cli.methods.peft.loading import load_peft, start_from_peft
+from wegeft_cli.methods.peft.models import build_config, inject_peft, merge_peft, save_peft
 from wegeft_cli.methods.wegeft.equations import lora_pair
 from wegeft_cli.methods.wegeft.inject import inject_generators
 
@@ -196,12 +190,12 @@ def test_a_start_takes_every_tensor(llama_dir, ids, tmp_path):
     save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
     fresh = inject(load(llama_dir), "lora", **settings).eval()
     assert not torch.equal(fresh(ids).logits, model(ids).logits)
-    start_from_peft(fresh, tmp_path)
+    start_from_peft(fresh, Adapter.open(tmp_path))
     assert torch.equal(fresh(ids).logits, model(ids).logits)
     assert all(p.requires_grad for n, p in fresh.named_parameters() if "lora_" in n)
     other = inject(load(llama_dir), "lora", **{**settings, "rank": 3})
     with pytest.raises(UserError, match="4 of 5 tensors differ"):
-        start_from_peft(other, tmp_path)
+        start_from_peft(other, Adapter.open(tmp_path))
 
 
 def test_a_module_that_is_not_there_is_told(llama_dir):
@@ -245,7 +239,7 @@ def test_what_peft_does_not_know_is_the_users_to_mend(llama_dir, change, key):
 def test_a_folder_that_peft_cannot_read_is_told(llama_dir, tmp_path):
     config = {"peft_type": "NOPE", "base_model_name_or_path": "base"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: this file is missing"):
         load_peft(load(llama_dir), Adapter.open(tmp_path))
     save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="PEFT cannot load"):

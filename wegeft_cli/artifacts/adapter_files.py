@@ -30,6 +30,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantized
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
+_PICKLED_NAME = "adapter_model.bin"
+_CONVERT = (
+    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in '
+    "torch.load('adapter_model.bin', weights_only=True, map_location='cpu').items()}, "
+    "'adapter_model.safetensors')\""
+)
+_MAX_FAULTS = 5
 _PHI = "base_model.wegeft_phi_"
 _PSI = "base_model.wegeft_psi_"
 SAVED_PREFIX = "base_model.model."
@@ -139,19 +146,7 @@ def load_adapter_files(adapter_dir: Path, text: bytes | None = None) -> AdapterF
     for path in (config_path, weights_path):
         check_inside(path, adapter_dir)
     raise_all(_check_tensors(manifest, read_shard(weights_path).tensors, weights_path))
-    tensors = load_tensors(weights_path)
-    raise_all(
-        [
-            UserError(
-                "holds NaN or infinite values",
-                file=str(weights_path),
-                key=name,
-                hint="the training diverged or the file is damaged: take another adapter",
-            )
-            for name, tensor in tensors.items()
-            if not torch.isfinite(tensor).all()
-        ]
-    )
+    tensors = load_finite_tensors(weights_path)
     return AdapterFiles(
         manifest,
         {group: (tensors[_PHI + group], tensors[_PSI + group]) for group in manifest.groups},
@@ -161,6 +156,39 @@ def load_adapter_files(adapter_dir: Path, text: bytes | None = None) -> AdapterF
             if name.startswith(SAVED_PREFIX)
         },
     )
+
+
+def load_finite_tensors(path: Path) -> dict[str, Tensor]:
+    """Load an adapter's tensors, of any method.
+
+    Raises:
+        UserError: If the file is missing or damaged, or a tensor holds NaN or infinite values.
+        ExceptionGroup: If several tensors do.
+    """
+    pickled = path.with_name(_PICKLED_NAME)
+    if not path.is_file() and pickled.is_file():
+        raise UserError(
+            "these weights are pickled, and loading a pickle can run code",
+            file=str(pickled),
+            hint=f"convert them: {_CONVERT}",
+        )
+    if not path.is_file():
+        raise UserError("this file is missing", file=str(path), hint="copy both files")
+    tensors = load_tensors(path)
+    faults = [
+        UserError(
+            "holds NaN or infinite values",
+            file=str(path),
+            key=name,
+            hint="the training diverged or the file is damaged: take another adapter",
+        )
+        for name, tensor in tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    if len(faults) > _MAX_FAULTS:
+        faults[_MAX_FAULTS - 1].message += f", as do {len(faults) - _MAX_FAULTS} more tensors"
+    raise_all(faults[:_MAX_FAULTS])
+    return tensors
 
 
 def _check_tensors(

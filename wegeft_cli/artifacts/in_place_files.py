@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from wegeft_cli.artifacts.adapter_files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from wegeft_cli.artifacts.adapter_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_finite_tensors,
+)
 from wegeft_cli.artifacts.manifest import INPLACE_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import (
@@ -20,7 +24,6 @@ from wegeft_cli.storage.atomic import (
     write_text_atomic,
 )
 from wegeft_cli.storage.json_files import parse_json, shorten
-from wegeft_cli.storage.safetensors_reader import load_tensors
 
 if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
@@ -93,19 +96,10 @@ def load_inplace_files(adapter: Adapter) -> tuple[InplaceManifest, dict[str, Ten
         if not isinstance(values[name], str) and not (is_free and values[name] is None):
             message = f"must be a text, got {shorten(values[name])}"
             raise UserError(message, file=str(path), key=name)
-    if not weights.is_file():
-        raise UserError("this file is missing", file=str(weights), hint="copy both files")
-    tensors = load_tensors(weights)
-    for name, tensor in tensors.items():
+    tensors = load_finite_tensors(weights)
+    for name in tensors:
         if not name.startswith(_PREFIX):
             raise UserError(f"the tensor {shorten(name)} is no parameter's", file=str(weights))
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                "holds NaN or infinite values",
-                file=str(weights),
-                key=name,
-                hint="the training diverged or the file is damaged: take another adapter",
-            )
     return (
         InplaceManifest(**{name: values[name] for name in known}),
         {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()},

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import load_finite_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.json_files import shorten
-from wegeft_cli.storage.safetensors_reader import load_tensors
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -44,7 +44,7 @@ def load_lora_files(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
                 key=key,
             )
     scale = _read_scale(config, path)
-    tensors = load_tensors(adapter.weights_path)
+    tensors = load_finite_tensors(adapter.weights_path)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, A in tensors.items():
         if not name.endswith(_A):

@@ -94,7 +94,7 @@ def _compute(
     model: nn.Module, adapter_dir: Path, lora_dir: Path, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return float32 logits of base, adapter, merge and LoRA export, [positions, vocabulary]."""
-    from wegeft_cli.methods.peft.models import load_peft
+    from wegeft_cli.methods.peft.loading import load_peft
 
     load_adapter(model, adapter_dir)
     with disable_generators(model):

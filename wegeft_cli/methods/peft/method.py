@@ -121,9 +121,9 @@ class PeftMethod(Method):
         warn: Callable[[str], None],
     ) -> None:
         """Copy the adapter's tensors into PEFT's model."""
-        from wegeft_cli.methods.peft.models import start_from_peft
+        from wegeft_cli.methods.peft.loading import start_from_peft
 
-        start_from_peft(model, start.folder)
+        start_from_peft(model, start)
 
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
         """Write the adapter as PEFT does, and how the base was quantized beside it."""
@@ -151,7 +151,7 @@ class PeftMethod(Method):
         warn: Callable[[str], None],
     ) -> nn.Module:
         """Load the adapter by PEFT, in evaluation mode."""
-        from wegeft_cli.methods.peft.models import load_peft
+        from wegeft_cli.methods.peft.loading import load_peft
 
         return load_peft(model, adapter)
 

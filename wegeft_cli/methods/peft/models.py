@@ -1,28 +1,19 @@
-"""PEFT's methods as baselines in the same recipe: build, save and load by their PEFT names."""
+"""PEFT's methods as baselines in the same recipe: build, save and merge by their PEFT names."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
-from wegeft_cli.models.file_names import current_names, rename_layers
-from wegeft_cli.storage.safetensors_reader import load_tensors
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +21,6 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
-_WRAPPER = "base_model.model."
 # AdaLoRA needs its number of steps when it is built; `RankBudget` later sets the run's.
 _UNKNOWN_STEPS = 2**31
 # What a start from another adapter may differ in: the record, and what acts while training alone.
@@ -70,64 +60,6 @@ def inject_peft(model: nn.Module, config: Any, modules_to_save: Sequence[str] = 
             return peft.get_peft_model(model, config, low_cpu_mem_usage=is_empty)
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
-
-
-def load_peft(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """Load a PEFT adapter onto its base and return PEFT's model, in evaluation mode."""
-    peft = _import_peft()
-    folder = str(adapter.folder)
-    if not adapter.weights_path.is_file():
-        raise UserError("the adapter has no adapter_model.safetensors", file=folder)
-    _check_runs_nothing(adapter)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with _named_as_in_model(model, adapter) as current:
-                loaded = peft.PeftModel.from_pretrained(model, current).eval()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # odd values of the config raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"PEFT cannot load the adapter: {reason}", file=folder) from error
-    # PEFT only warns of missing weights and keeps fresh ones.
-    if any("missing adapter keys" in str(warning.message) for warning in caught):
-        raise UserError(
-            "the weights are not those that adapter_config.json speaks of",
-            file=str(adapter.weights_path),
-            hint="this file belongs to another adapter: copy both files again",
-        )
-    return loaded
-
-
-@contextmanager
-def _named_as_in_model(model: nn.Module, adapter: Adapter) -> Iterator[str]:
-    """Yield the adapter's folder, or a copy of it where transformers has renamed its modules."""
-    config = dict(adapter.config)
-    asked = {key: config.get(key) for key in ("target_modules", "modules_to_save")}
-    current = {key: current_names(model, value) for key, value in asked.items() if value}
-    if all(asked[key] == names for key, names in current.items()):
-        yield str(adapter.folder)
-        return
-    tensors = load_tensors(adapter.weights_path)
-    inner = {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
-    renamed = rename_layers(model, inner)
-    with tempfile.TemporaryDirectory(prefix="wegeft-peft-") as folder:
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps({**config, **current}))
-        tensors = {_WRAPPER + renamed[name]: tensor for name, tensor in inner.items()}
-        save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
-        yield folder
-
-
-def _check_runs_nothing(adapter: Adapter) -> None:
-    """Refuse settings by which PEFT imports a module, or runs a tokenizer's code, of a config."""
-    for key in ("megatron_config", "tokenizer_kwargs"):
-        if adapter.config.get(key):
-            raise UserError(
-                "by this setting code could run that the adapter names",
-                file=str(adapter.config_path),
-                key=key,
-                hint="set it to null, if you trust the adapter",
-            )
 
 
 def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) -> None:
@@ -202,38 +134,6 @@ def check_peft_start(
     )
 
 
-def start_from_peft(model: Any, adapter_dir: Path) -> None:
-    """Put an adapter's tensors into a fresh PEFT model of the same settings.
-
-    Raises:
-        UserError: If the adapter is unreadable, or has other layers or shapes.
-        ExceptionGroup: If several differ.
-    """
-    import peft
-
-    try:
-        tensors = peft.utils.load_peft_weights(str(adapter_dir), device="cpu")
-    except (ValueError, OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"PEFT cannot load the adapter: {reason}", file=str(adapter_dir)) from error
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    names = sorted(own.keys() | tensors.keys())
-    differing = [
-        (name, [list(t[name].shape) if name in t else None for t in (own, tensors)])
-        for name in names
-    ]
-    differing = [(name, shapes) for name, shapes in differing if shapes[0] != shapes[1]]
-    if differing:
-        name, (ours, theirs) = differing[0]
-        raise UserError(
-            f"{len(differing)} of {len(names)} tensors differ from those of {str(adapter_dir)!r}; "
-            f"the first is {name}: {ours or 'not'} here, {theirs or 'not'} there",
-            key="adapter.init_from",
-            hint="give the same adapter.target_modules and adapter.modules_to_save",
-        )
-    peft.set_peft_model_state_dict(model, tensors)
-
-
 def _plain(value: Any) -> Any:
     """Return a setting as JSON keeps it, so that what was read equals what was written."""
     if isinstance(value, set | frozenset | tuple):
@@ -253,7 +153,8 @@ def _without_future_warnings() -> Iterator[None]:
         yield
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """Import PEFT; raise UserError where it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -280,7 +181,7 @@ def build_config(
     Raises:
         UserError: If PEFT is not installed, or has no such method or option.
     """
-    _import_peft()
+    import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     method, preset = _VARIANTS.get(name, (name, {}))
