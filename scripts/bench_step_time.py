@@ -82,9 +82,18 @@ def inject_plain_weight_view(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def inject_wegeft(model: nn.Module, rank: int, view: View) -> nn.Module:
+def inject_wegeft(
+    model: nn.Module, rank: int, view: View | Literal["auto"], dropout: float = 0.0
+) -> nn.Module:
     """Inject this package's generators and return the model."""
-    inject_generators(model, rank=rank, alpha=SCALE * rank, target_modules=TARGETS, view=view)
+    inject_generators(
+        model,
+        rank=rank,
+        alpha=SCALE * rank,
+        target_modules=TARGETS,
+        view=view,
+        dropout=dropout,
+    )
     return model
 
 
@@ -103,6 +112,9 @@ def make_variants(rank: int) -> dict[str, MakeModel]:
         f"LoRA r {rank} (PEFT)": lambda model: inject_lora(model, rank),
         f"WeGeFT r {rank}, activation view": lambda model: inject_wegeft(model, rank, "activation"),
         f"WeGeFT r {rank}, weight view": lambda model: inject_wegeft(model, rank, "weight"),
+        f"WeGeFT r {rank}, weight dropout 0.1": lambda model: inject_wegeft(
+            model, rank, "auto", dropout=0.1
+        ),
         f"WeGeFT r {rank}, weight view written plainly": lambda model: inject_plain_weight_view(
             model, rank
         ),

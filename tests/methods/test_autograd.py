@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from wegeft_cli.methods.wegeft.autograd import _MASK_ROWS, low_rank_edit, project_weight
+from wegeft_cli.methods.wegeft.autograd import low_rank_edit, project_weight
+from wegeft_cli.methods.wegeft.weight_dropout import get_keep_probability
 
 EXACT = 1e-12  # float64, one or two products
 
@@ -108,17 +109,22 @@ class TestProjectWeight:
         assert (out - weight @ matrix).abs().max() < EXACT
         assert (matrix.grad - expected).abs().max() < 1e-10  # sums of 20 products
 
-    @pytest.mark.parametrize("num_rows", [20, 2 * _MASK_ROWS + 7])
-    def test_backward_draws_the_mask_of_the_forward(self, num_rows):
+    @pytest.mark.parametrize("num_rows", [20, 70_007], ids=["one_block", "three_blocks"])
+    @pytest.mark.parametrize("stored_transposed", [False, True])
+    def test_backward_draws_the_mask_of_the_forward(self, num_rows, stored_transposed):
         weight = torch.rand(num_rows, 8, dtype=torch.float64) + 0.5
+        if stored_transposed:  # Conv1D, and the output side
+            weight = weight.t().contiguous().t()
         matrix = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
         identity = torch.eye(8, dtype=torch.float64)
         dropped = project_weight(weight, identity, 0.4, seed=5)  # the dropped weight itself
         grad = torch.randn(num_rows, 3, dtype=torch.float64)
         project_weight(weight, matrix, 0.4, seed=5).backward(grad)
-        assert (matrix.grad - dropped.T @ grad).abs().max() < 1e-10
+        assert (matrix.grad - dropped.T @ grad).abs().max() < 1e-8  # sums of up to 70,007 products
         kept = dropped != 0
-        assert torch.allclose(dropped[kept], weight[kept] / 0.6)
+        keep = get_keep_probability(0.4, weight)
+        assert keep == pytest.approx(0.6, abs=2**-17)
+        assert torch.allclose(dropped[kept], weight[kept] / keep)
         assert 0.45 < kept.double().mean() < 0.75  # p = 0.6 over at least 160 entries
         assert not torch.equal(dropped, project_weight(weight, identity, 0.4, seed=6))
 

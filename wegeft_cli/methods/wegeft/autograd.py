@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Rows of W whose dropout mask exists at one time: bounds the transient copy to a few MiB.
-_MASK_ROWS = 512
+from wegeft_cli.methods.wegeft.weight_dropout import drop_entries, get_keep_probability
 
 
 class _LowRankEdit(torch.autograd.Function):
@@ -73,17 +71,14 @@ def low_rank_edit(x: Tensor, phi: Tensor, psi: Tensor, scale: float) -> Tensor:
 class _ProjectWeight(torch.autograd.Function):
     """`drop(W) m` for a frozen `W`; the backward pass draws the mask again from its seed.
 
-    Saves references to `W` and the seed: no dropped copy of `W` lives between the passes.
+    Saves references to `W` and the seed: no dropped copy of `W` exists between the passes.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, matrix: Tensor, dropout: float, seed: int) -> Tensor:
         ctx.dropout, ctx.seed, ctx.matrix_dtype = dropout, seed, matrix.dtype
         ctx.save_for_backward(weight)
-        matrix = matrix.to(weight.dtype)
-        if dropout == 0:
-            return weight @ matrix
-        return torch.cat([block @ matrix for block in _dropped_blocks(weight, dropout, seed)])
+        return _multiply_dropped(weight, matrix.to(weight.dtype), dropout, seed)
 
     @staticmethod
     @once_differentiable
@@ -91,25 +86,29 @@ class _ProjectWeight(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
         (weight,) = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
-        if ctx.dropout == 0:
-            grad_matrix = weight.t() @ grad
-        else:
-            grad_matrix = grad.new_zeros(weight.shape[1], grad.shape[1])
-            blocks = _dropped_blocks(weight, ctx.dropout, ctx.seed)
-            for block, grad_rows in zip(blocks, grad.split(_MASK_ROWS), strict=True):
-                grad_matrix.addmm_(block.t(), grad_rows)
+        grad_matrix = _multiply_dropped(weight.t(), grad.to(weight.dtype), ctx.dropout, ctx.seed)
         return None, grad_matrix.to(ctx.matrix_dtype), None, None
 
 
-def _dropped_blocks(weight: Tensor, dropout: float, seed: int) -> Iterator[Tensor]:
-    """Yield `weight` in blocks of rows, entries dropped and the rest rescaled by 1/(1-p)."""
-    random = torch.Generator(device=weight.device).manual_seed(seed)
-    keep = 1.0 - dropout
-    for block in weight.split(_MASK_ROWS):
-        mask = torch.empty_like(block, memory_format=torch.contiguous_format)
-        mask.bernoulli_(keep, generator=random)
-        yield mask.mul_(block).div_(keep)
+def _multiply_dropped(weight: Tensor, matrix: Tensor, dropout: float, seed: int) -> Tensor:
+    """Return `drop(W) m`. The mask belongs to the stored entries: `W` and `W^T` share one."""
+    if dropout == 0:
+        return weight @ matrix
+    transposed = not weight.is_contiguous() and weight.t().is_contiguous()
+    stored = weight.t() if transposed else weight
+    # Sums over blocks are float32 at least.
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    out = matrix.new_zeros(weight.shape[0], matrix.shape[1], dtype=sum_dtype)
+    start = 0
+    for block in drop_entries(stored, dropout, seed):
+        stop = start + block.shape[0]
+        if transposed:
+            out += block.t() @ matrix[start:stop]
+        else:
+            out[start:stop] = block @ matrix
+        start = stop
+    # Kept entries are unchanged until here: one division of the small result instead of the weight.
+    return out.div_(get_keep_probability(dropout, weight)).to(weight.dtype)
 
 
 def project_weight(weight: Tensor, matrix: Tensor, dropout: float = 0.0, seed: int = 0) -> Tensor:
@@ -118,8 +117,8 @@ def project_weight(weight: Tensor, matrix: Tensor, dropout: float = 0.0, seed: i
     Args:
         weight: Frozen W, [n, k].
         matrix: m, [k, r]; receives a gradient, `weight` does not.
-        dropout: Probability p that an entry of W is dropped, 0 <= p < 1; the rest is divided by
-            1 - p.
+        dropout: Probability p that an entry of W is dropped, 0 <= p < 1, rounded to a multiple of
+            1/65,536 on the CPU; the rest is divided by 1 - p.
         seed: Seed of the mask; equal seeds give equal masks.
 
     Returns:

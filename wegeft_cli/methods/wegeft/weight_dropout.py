@@ -1,0 +1,62 @@
+"""Dropout on the entries of a frozen weight: masks as a function of a seed, drawn block by block.
+
+On the CPU, 16 random bits decide about an entry: four entries share one 64-bit word of SFC64, whose
+stream numpy guarantees between its releases. A float for each entry, as `Tensor.bernoulli_` draws
+it, costs 12 times as much. On other devices `bernoulli_` draws from the device's own generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LEVELS = 2**16
+# Entries of a block: its mask, its random bits and its copy stay in the cache of a CPU core (2 MiB
+# in float32). A GPU needs larger blocks to be busy.
+_CPU_ENTRIES = 2**18
+_DEVICE_ENTRIES = 2**22
+# Integers as wide as the floating types: a product with 0 or 1 keeps or clears all bits.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def get_keep_probability(dropout: float, weight: Tensor) -> float:
+    """Return the exact probability that `drop_entries` keeps an entry of this weight."""
+    return 1.0 - _threshold(dropout) / _LEVELS if _takes_words(weight) else 1.0 - dropout
+
+
+def drop_entries(weight: Tensor, dropout: float, seed: int) -> Iterator[Tensor]:
+    """Yield a weight in blocks of rows, each entry zero with probability `dropout`.
+
+    Kept entries are unchanged: they are not divided by the probability of keeping them.
+    """
+    entries = _CPU_ENTRIES if _takes_words(weight) else _DEVICE_ENTRIES
+    blocks = weight.split(max(1, entries // max(1, weight.shape[1])))
+    if _takes_words(weight):
+        bits = np.random.SFC64(seed)
+        yield from (_drop_on_cpu(block, dropout, bits) for block in blocks)
+        return
+    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    random = torch.Generator(device=device).manual_seed(seed)
+    for block in blocks:
+        kept = torch.empty_like(block, memory_format=torch.contiguous_format)
+        yield kept.bernoulli_(1.0 - dropout, generator=random).mul_(block)
+
+
+def _takes_words(weight: Tensor) -> bool:
+    """Return whether the entries are in memory of the CPU, which those of a fake tensor are not."""
+    return weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+
+
+def _drop_on_cpu(block: Tensor, dropout: float, bits: np.random.SFC64) -> Tensor:
+    words = bits.random_raw(-(-block.numel() // 4))
+    random = words.view(np.uint16)[: block.numel()].reshape(block.shape)
+    integers = block.contiguous().view(_INTEGERS[block.element_size()]).numpy()
+    return torch.from_numpy(integers * (random >= _threshold(dropout))).view(block.dtype)
+
+
+def _threshold(dropout: float) -> int:
+    """Return the number of 65,536 equally likely values for which an entry is dropped."""
+    return min(round(dropout * _LEVELS), _LEVELS - 1)
