@@ -124,6 +124,15 @@ def test_two_agents_meet(write_recipe):
     assert are_equal(load_factors(one), load_factors(other))
 
 
+def test_an_earlier_run_is_replaced_by_several_processes(write_recipe):
+    recipe = write_recipe(train={"per_device_train_batch_size": 2})
+    assert run(recipe).returncode == EXIT_DONE
+    done = run(recipe, "--overwrite", "--num-processes", "2")
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert read_run(recipe)["num_processes"] == 2
+    assert load_factors(recipe)
+
+
 def test_a_fault_is_told_once(write_recipe):
     recipe = write_recipe(adapter={"target_modules": ["q_prj"]})
     done = run(recipe, "--num-processes", "2")

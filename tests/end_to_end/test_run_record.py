@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.planning.plan import plan
+from wegeft_cli.reporter import SilentReporter
 from wegeft_cli.runs import build as build_module
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs import train as train_module
@@ -225,6 +227,35 @@ def test_a_model_on_a_hub_keeps_its_name(write_recipe, tmp_path):
     sections = {"model": {"name_or_path": "some/model"}, "data": {"train": [{"path": "some/set"}]}}
     kept = with_absolute_paths(load_recipe(write_recipe(**sections)))
     assert (kept.model.name_or_path, kept.data.train[0].path) == ("some/model", "some/set")
+
+
+def test_the_test_set_of_a_classifier_is_written_with_its_absolute_path(
+    write_recipe, tmp_path, monkeypatch
+):
+    from wegeft_cli.recipe.load import load_recipe
+    from wegeft_cli.runs.resume_rules import with_absolute_paths
+
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "good", "label": "yes"}\n')
+    data = {"train": [{"path": "train.jsonl"}], "test": [{"path": "test.jsonl"}]}
+    recipe = write_recipe(task="sequence_classification", data=data)
+    monkeypatch.chdir("/")
+    kept = with_absolute_paths(load_recipe(recipe))
+    assert [source.path for source in kept.data.test] == [str(recipe.parent / "test.jsonl")]
+
+
+def test_a_run_without_validation_leaves_nothing_on_the_progress_line(write_recipe, monkeypatch):
+    shown = {}
+
+    class Recorder(SilentReporter):
+        @contextmanager
+        def progress(self, title, total):
+            shown.clear()
+            yield lambda done, **figures: shown.update(figures)
+
+    train(write_recipe(), reporter=Recorder())
+    assert shown["loss"]
+    assert shown["scoring"] == ""
 
 
 @pytest.fixture

@@ -154,6 +154,7 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
             data,
             train=found(data.train),
             validation=found(data.validation),
+            test=found(data.test),
             template=_write_out(template, beside) if is_template_file(template) else template,
             cache_dir=data.cache_dir and _absolute(Path(data.cache_dir).expanduser()),
         ),

@@ -26,7 +26,7 @@ class Run:
     Args:
         recipe: The recipe with absolute paths.
         task: The task of the recipe's `task`.
-    method: The method of the recipe's `adapter.type`.
+        method: The method of the recipe's `adapter.type`.
         directory: The run's directory; the main process alone writes there.
         processes: The processes of the run.
         reporter: Receives messages and progress.

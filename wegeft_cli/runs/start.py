@@ -132,6 +132,7 @@ def open_run(
             )
         if is_main and overwrite:
             directory.clear()
+        run.processes.wait()  # the others look into the folder only now
         if is_main and resume is None:
             directory.check_unused()  # a run may have started and ended since `check_resume`
         state = RunState(named)

@@ -49,8 +49,11 @@ class Callback:
         """
         return {}
 
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Run after each validation, also if it was stopped or had nothing to measure."""
+
     def on_validated(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Run after each validation with all of its metrics."""
+        """Run after each validation that has metrics, with all of them."""
 
     def on_save(self, trainer: Trainer, snapshot: Snapshot, is_best: bool) -> None:
         """Store a snapshot."""

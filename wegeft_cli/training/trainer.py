@@ -267,6 +267,9 @@ class Trainer:
             )  # fmt: skip
         except ValidationStopped:
             return False
+        finally:
+            for callback in self.callbacks:
+                callback.on_validation_end(self)
         self.progress.validation_due = False
         self._saved_step = None  # a snapshot from before the validation lacks its result
         if not metrics:

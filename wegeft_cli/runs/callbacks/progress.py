@@ -33,8 +33,11 @@ class ProgressCallback(Callback):
         """Show that a validation runs."""
         self._advance(trainer.step, scoring="validation")
 
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Remove what `on_validation_begin` and the scoring of benchmarks showed."""
+        self._advance(trainer.step, scoring="")
+
     def on_validated(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Note the metrics."""
-        self._advance(trainer.step, scoring="")
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._reporter.note(f"step {trainer.step}: {figures}")
