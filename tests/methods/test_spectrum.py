@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from wegeft_cli.methods.wegeft import spectrum
+from wegeft_cli.analysis import spectrum
 from wegeft_cli.methods.wegeft.equations import delta_weight, lora_pair
 
 EXACT = 1e-9  # float64, through factorisations

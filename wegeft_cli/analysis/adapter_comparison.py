@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wegeft_cli.analysis.spectrum import Spectrum, decompose, inner_product, principal_angles
 from wegeft_cli.analysis.weight_changes import Changes, Part
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.spectrum import Spectrum, decompose, inner_product, principal_angles
 from wegeft_cli.reporter import Reporter
 
 Measured = tuple[Part, tuple[Tensor, Tensor], Spectrum]

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from wegeft_cli.analysis.adapter_comparison import compare_changes
 from wegeft_cli.analysis.output_files import check_output, check_plots, save_inspection, write_json
-from wegeft_cli.analysis.token_maps import draw_maps
-from wegeft_cli.analysis.vocabulary import Vocabulary, open_vocabulary, rank_tokens
-from wegeft_cli.analysis.weight_changes import Changes, Part, open_changes
-from wegeft_cli.artifacts.run_directory import find_run
-from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.spectrum import (
+from wegeft_cli.analysis.spectrum import (
     Spectrum,
     decompose,
     direction_strengths,
@@ -28,6 +23,11 @@ from wegeft_cli.methods.wegeft.spectrum import (
     principal_angles,
     share_inside,
 )
+from wegeft_cli.analysis.token_maps import draw_maps
+from wegeft_cli.analysis.vocabulary import Vocabulary, open_vocabulary, rank_tokens
+from wegeft_cli.analysis.weight_changes import Changes, Part, open_changes
+from wegeft_cli.artifacts.run_directory import find_run
+from wegeft_cli.errors import UserError
 from wegeft_cli.models.image_processor import read_image
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.reporter import Reporter, SilentReporter
