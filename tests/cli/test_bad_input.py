@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, normalizers
 
+from wegeft_cli.cli.app import guard
 from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
 ROOMS = ["train", "plan", "preview", "validate"]
@@ -366,7 +369,7 @@ DAMAGES = [
     (cut_config, ["adapter_config.json", "JSON"]),
     (write_foreign_json, ["adapter_config.json", "peft_type", "no adapter's config"]),
     (write_foreign_weights, ["adapter_model.safetensors", "missing"]),
-    (write_lora_config, ["adapter_model.safetensors", "not those"]),
+    (write_lora_config, ["adapter_model.safetensors", "q_proj.lora_A.weight", "copy both"]),
     (forget_base, ["adapter_config.json", "base_model_name_or_path", "--base"]),
 ]
 
@@ -673,3 +676,17 @@ def test_resume_without_a_value_means_auto(wegeft, place):
         done = wegeft("train", place.recipe, *longer, *words)
         assert done.exit_code == EXIT_DONE, done.stderr
         assert "ready" in done.stdout or "is finished already" in done.stderr
+
+
+def test_a_panic_of_the_tokenizers_package_is_one_message(capsys):
+    expression = Regex("(x+x+)+y")
+    normalizer = normalizers.Replace(expression, "")
+
+    @guard
+    def command():
+        normalizer.normalize_str(40 * "x")
+
+    with pytest.raises(typer.Exit) as caught:
+        command()
+    assert caught.value.exit_code == 2
+    assert "the tokenizer failed: Onig" in capsys.readouterr().err

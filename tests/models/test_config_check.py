@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import MambaConfig, T5Config, ViTConfig
+from transformers import MambaConfig, SwinConfig, T5Config, ViTConfig
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.generate import generate
@@ -114,3 +114,10 @@ def test_a_padding_token_beyond_the_embeddings_is_of_no_matter(enlarged, write_r
     recipe = write_recipe(model={"name_or_path": str(folder)}, rows=ROWS, train={"max_steps": 2})
     assert train(recipe).status == "finished"
     generate(str(folder), prompts=["a", "a b a b a b"], max_new_tokens=2)
+
+
+def test_a_stage_of_endless_layers_is_refused():
+    config = SwinConfig(depths=[1, 10**9])
+    with pytest.raises(UserError, match=r"`depths` is \[1, 1000000000\]"):
+        check_config(config, None)
+    check_config(SwinConfig(), None)

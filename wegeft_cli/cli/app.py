@@ -121,8 +121,11 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("WEGEFT_DEBUG") == "1":
                 raise
             _leave_with(_os_error(error))
-        except Exception as error:
-            _report_to_launcher(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # the tokenizers package, in Rust
+                _leave_with(UserError(f"the tokenizer failed: {error}"))
+            if isinstance(error, Exception):
+                _report_to_launcher(f"{type(error).__name__}: {error}")
             raise
 
     return guarded

@@ -1,7 +1,9 @@
-"""Refuse a damaged `config.json` before a model is built from it."""
+"""Refuse a damaged `config.json` before a model is built, and a tokenizer that never ends."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ MAX_LAYERS = 10_000
 
 _COUNTS = (
     "num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_local_experts",
-    "num_experts", "n_routed_experts",
+    "num_experts", "n_routed_experts", "depths", "num_nextn_predict_layers", "num_hidden_groups",
 )  # fmt: skip
 _WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 _MAX_LABELS = 1_000_000
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_PROBE_CHARACTERS = "a A0.\n\t"
+_PROBE_LENGTH = 40
+_PROBE_SECONDS = 5.0
 # A quantized weight takes at least two bits, and a declared text part may have no weights at all.
 _SLACK, _SMALL = 64, 10**10
 
@@ -54,6 +59,54 @@ def check_labels(file: Path) -> None:
         )
 
 
+def check_tokenizer(tokenizer: Any, name_or_path: str) -> None:
+    """Refuse a fast tokenizer whose expressions backtrack without end on short texts.
+
+    Each text repeats one character, also those of the expressions. The engine gives up after
+    10 million steps.
+    """
+    if not tokenizer.is_fast:
+        return
+    backend = tokenizer.backend_tokenizer
+    expressions = [
+        text
+        for part in (backend.normalizer, backend.pre_tokenizer)
+        if part is not None
+        for text in _list_expressions(json.loads(part.__getstate__()))
+    ]
+    if not expressions:
+        return
+    characters = dict.fromkeys(_PROBE_CHARACTERS + "".join(expressions)[:1000])
+    started = time.monotonic()
+    for character in characters:
+        is_endless = False
+        try:
+            backend.encode(_PROBE_LENGTH * character + "!\u00ac")
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            is_endless = True
+        if is_endless or time.monotonic() - started > _PROBE_SECONDS:
+            shown = ", ".join(f"{text!r:.60}" for text in expressions[:3])
+            raise BaseModelError(
+                f"an expression of the tokenizer backtracks without end; it has {shown}",
+                file=str(Path(name_or_path) / "tokenizer.json"),
+                hint="use another tokenizer: this one is damaged or hostile",
+            )
+
+
+def _list_expressions(settings: Any) -> Iterator[str]:
+    """Yield the regular expressions of a normalizer or a pre-tokenizer."""
+    if isinstance(settings, dict):
+        if isinstance(settings.get("Regex"), str):
+            yield settings["Regex"]
+        for value in settings.values():
+            yield from _list_expressions(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _list_expressions(value)
+
+
 def _list_parts(config: Any) -> Iterator[Any]:
     """Yield a configuration and those in it, such as `text_config`."""
     yield config
@@ -71,8 +124,11 @@ def _list_faults(config: Any, num_bytes: int) -> Iterator[tuple[str, str]]:
         yield "architectures", "a list of class names"
     for key in _COUNTS:
         value = getattr(config, key, None)
-        is_one = value is not None and not isinstance(value, list | tuple)
-        if is_one and not _is_int(value, 0, MAX_LAYERS):
+        if isinstance(value, list | tuple):  # one for each stage
+            counts = [count for count in value if isinstance(count, int)]
+        else:
+            counts = [] if value is None else [value]
+        if not all(_is_int(count, 0, MAX_LAYERS) for count in counts):
             yield key, f"a whole number of at most {MAX_LAYERS:,}"
     yield from _list_widths(config, num_bytes)
     window = getattr(config, "sliding_window", None)

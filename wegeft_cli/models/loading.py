@@ -19,7 +19,7 @@ from torch import nn
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.base_folder import find_base_folder, is_path
 from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
-from wegeft_cli.models.config_check import check_config, check_labels
+from wegeft_cli.models.config_check import check_config, check_labels, check_tokenizer
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
@@ -169,6 +169,7 @@ def load_tokenizer(
             f"{name_or_path!r} holds no tokenizer",
             hint="put the tokenizer's files (tokenizer.json and its config) beside config.json",
         )
+    check_tokenizer(tokenizer, name_or_path)
     return tokenizer
 
 

@@ -19,9 +19,14 @@ from wegeft_cli.storage.json_files import unique_keys
 
 MAX_ROW_BYTES = 64 * 2**20
 """No line or cell is longer: else a whole data set in one line would be read into memory."""
+_MAX_BLANK_BYTES = 4 * 2**20
+"""Blank lines in a row, in bytes; a few KB of gzip hold millions of them."""
 _OTHER_SEPARATORS = (";", "\t", "|")
 PARQUET_ROWS = 256
 """Rows of a Parquet file that are turned into Python's objects at a time."""
+# A dictionary can store one text of a column chunk for all rows, so that a small file holds rows of
+# any size. Fewer rows are read at a time where all of them could be this text.
+_SMALL_PARQUET, _PARQUET_BATCH_BYTES = 8 * 2**20, 128 * 2**20
 
 
 class RawRow(NamedTuple):
@@ -146,6 +151,7 @@ def _read_jsonl(
     _refuse_field(list_field, file)
     # Lines end at \n alone: a JSON string may hold U+2028 and the like.
     first = True
+    num_blank = 0
     for number in itertools.count(1):
         line = stream.readline(MAX_ROW_BYTES + 1)
         if not line:
@@ -157,7 +163,15 @@ def _read_jsonl(
                 hint="JSONL has one object per line; a list is JSON: name the file .json",
             )
         if line.isspace():
+            num_blank += len(line)
+            if num_blank > _MAX_BLANK_BYTES:
+                raise UserError(
+                    f"more than {_MAX_BLANK_BYTES // 2**20} MiB of blank lines in a row",
+                    file=f"{file}:{number}",
+                    hint="remove them",
+                )
             continue
+        num_blank = 0
         if skip:
             skip -= 1
             yield RawRow(number, None)
@@ -264,16 +278,24 @@ def _read_parquet(
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     number = 0
+    file_bytes = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     try:
         table = pq.ParquetFile(stream)
         for group in range(table.num_row_groups):
-            size = table.metadata.row_group(group).num_rows
+            described = table.metadata.row_group(group)
+            size = described.num_rows
             if number + size <= skip:
                 # A skipped row group is not read.
                 yield from (RawRow(number + i + 1, None) for i in range(size))
                 number += size
                 continue
-            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group]):
+            at_a_time = PARQUET_ROWS
+            if file_bytes < _SMALL_PARQUET:
+                chunks = (described.column(i) for i in range(described.num_columns))
+                longest = max((chunk.total_uncompressed_size for chunk in chunks), default=1)
+                at_a_time = min(max(_PARQUET_BATCH_BYTES // longest, 1), PARQUET_ROWS)
+            for batch in table.iter_batches(at_a_time, row_groups=[group]):
                 for row in _to_rows(batch, file, number + 1):
                     number += 1
                     yield RawRow(number, None if number <= skip else row)

@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import io
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from wegeft_cli.recipe.schema import DataSource
 MAX_FAULTS = 5
 """Number of bad rows of one source that are reported at a time."""
 
+EXPANSION_VARIABLE = "WEGEFT_MAX_EXPANSION"
+_MAX_EXPANSION = 100.0
+_LEAST_BYTES = 512 * 2**20
 _SHARD = re.compile(r"-\d+-of-\d+")
 _HASH_CHUNK_BYTES = 4 * 2**20
 
@@ -143,11 +147,55 @@ def _load_files(files: Sequence[Path], source: DataSource) -> Rows:
     )
 
 
+class _RowBudget:
+    """Bounds the memory of a file's rows by the file's size: compression hides theirs."""
+
+    def __init__(self, file: str, file_bytes: int) -> None:
+        self._file = file
+        self._file_bytes = file_bytes
+        self._limit = max(_LEAST_BYTES, int(_read_expansion() * file_bytes))
+        self._held = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._held += _count_bytes(row)
+        if self._held > self._limit:
+            raise UserError(
+                f"its {self._file_bytes / 2**20:.1f} MiB hold rows of more than "
+                f"{self._limit / 2**20:,.0f} MiB, which are kept in memory",
+                file=self._file,
+                hint=f"set data.streaming: true or `limit`, or {EXPANSION_VARIABLE}=N for N times "
+                f"the file's size (default: {_MAX_EXPANSION:.0f}, and always 512 MiB)",
+            )
+
+
+def _read_expansion() -> float:
+    text = os.environ.get(EXPANSION_VARIABLE)
+    if not text:
+        return _MAX_EXPANSION
+    try:
+        return max(float(text), 1.0)
+    except (ValueError, OverflowError) as error:
+        message = f"must be a number, got {text[:40]!r}"
+        raise UserError(message, key=EXPANSION_VARIABLE) from error
+
+
+def _count_bytes(value: Any) -> int:
+    """Return about how much memory a value takes."""
+    if isinstance(value, str | bytes):
+        return 50 + len(value)
+    if isinstance(value, dict):
+        return 240 + sum(map(_count_bytes, value.values()))
+    if isinstance(value, list):
+        return 64 + sum(map(_count_bytes, value))
+    return 32
+
+
 def _load_part(file: Path, data: bytes, limit: int | None, list_field: str | None) -> _Part:
     kind = find_kind(file)
     part = _Part(str(file), lines=[] if kind.has_lines else None)
     faults: list[UserError] = []
     rows = kind.read(io.BytesIO(data), str(file), 0, list_field)
+    budget = _RowBudget(str(file), len(data))
     while len(part.rows) != limit and len(faults) < MAX_FAULTS:
         row = next(rows, None)
         if row is None:
@@ -155,6 +203,7 @@ def _load_part(file: Path, data: bytes, limit: int | None, list_field: str | Non
         if isinstance(row.value, UserError):
             faults.append(row.value)
         elif row.value is not None:
+            budget.add(row.value)
             part.rows.append(row.value)
             if part.lines is not None:
                 part.lines.append(row.number)

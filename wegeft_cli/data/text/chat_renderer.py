@@ -11,7 +11,9 @@ from typing import Any
 
 from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.errors import UserError
+from wegeft_cli.time_limit import time_limit
 
+_RENDER_SECONDS = 10.0
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "probe_key"
 _PROBE_CALL = "probe_call"
@@ -58,6 +60,12 @@ class ChatRenderer:
         self._text = text
         self._settings = settings
         self._find_tool_form = functools.lru_cache(maxsize=8)(self._probe_tool_form)
+        self._endless = UserError(
+            f"the chat template takes more than {_RENDER_SECONDS:.0f} seconds for one conversation",
+            file=settings.name if text is not None else getattr(tokenizer, "name_or_path", None),
+            key="data.template",
+            hint="its loops hardly end: use another tokenizer, or your own Jinja file",
+        )
         self.converted_arguments: set[str] = set()
         """Forms, `object` or `text`, into which tool-call arguments were converted."""
 
@@ -91,17 +99,18 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         prepared = self._prepare(messages, template, tools)
-        _, marks = render_jinja_template(
-            conversations=[[_without_null(message) for message in prepared]],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{
-                **self._tokenizer.special_tokens_map,
-                **self._settings.arguments,
-                **(arguments or {}),
-            },
-        )
+        with time_limit(_RENDER_SECONDS, self._endless):
+            _, marks = render_jinja_template(
+                conversations=[[_without_null(message) for message in prepared]],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{
+                    **self._tokenizer.special_tokens_map,
+                    **self._settings.arguments,
+                    **(arguments or {}),
+                },
+            )
         return [(start, stop) for start, stop in marks[0]]
 
     def tool_form(self, tools: Sequence[Any] | None) -> ToolForm:
@@ -131,14 +140,15 @@ class ChatRenderer:
         import jinja2
 
         try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._settings.arguments, **(arguments or {})},
-            )
+            with time_limit(_RENDER_SECONDS, self._endless):
+                rendered: str = self._tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=template,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self._settings.arguments, **(arguments or {})},
+                )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template is not Jinja: {error.message}",
@@ -244,7 +254,9 @@ class ChatRenderer:
     ) -> str:
         try:
             return self._render(template, messages, False, tools)
-        except UserError:
+        except UserError as fault:
+            if fault is self._endless:
+                raise
             return ""
 
 
