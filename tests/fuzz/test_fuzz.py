@@ -35,7 +35,7 @@ from tests.fuzz.damage import (
     damage_yaml,
     json_damage,
 )
-from wegeft_cli.artifacts.adapter import Adapter, quantization_to_json, resolve_adapter_dir
+from wegeft_cli.artifacts.adapter import Adapter, base_record_to_json, resolve_adapter_dir
 from wegeft_cli.artifacts.adapter_files import BASE_NAME, load_adapter_files
 from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
@@ -45,9 +45,9 @@ from wegeft_cli.data.sources.loading import load_rows
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.text.loading import find_test_set, load_questions
 from wegeft_cli.evaluation.text.scoring import read_samples
+from wegeft_cli.inference.form_choice import choose_form
 from wegeft_cli.inference.loaded_model import LoadedModel
 from wegeft_cli.inference.prompt_files import read_questions
-from wegeft_cli.inference.prompt_format import choose_form
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.models.loading import build_meta_model, load_config, load_model, load_tokenizer
 from wegeft_cli.recipe.load import load_recipe
@@ -229,7 +229,7 @@ def world(tmp_path_factory, write_recipe_in, build_llama_dir, adapters_rows) -> 
     )
     shutil.copytree(Path(train(lora).adapter_dir), folder / "lora")
     shutil.copytree(folder / "lora", folder / "quantised")
-    (folder / "quantised" / BASE_NAME).write_text(quantization_to_json("torchao_8bit"))
+    (folder / "quantised" / BASE_NAME).write_text(base_record_to_json("torchao_8bit", None))
     write_data(folder / "data")
     (folder / "sets" / "boolq").mkdir(parents=True)
     (folder / "sets" / "boolq" / "test.json").write_text(json.dumps(adapters_rows))

@@ -19,6 +19,7 @@ from wegeft_cli.artifacts.adapter_files import (
 )
 from wegeft_cli.artifacts.head_file import read_head
 from wegeft_cli.artifacts.manifest import AdapterManifest
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.artifacts.run_directory import RunDirectory, find_recipe_of, find_run
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
@@ -198,22 +199,54 @@ class Adapter:
         It is a key of WeGeFT's config. PEFT warns of keys that it does not know, so a PEFT adapter
         has it in `wegeft_base.json`.
         """
-        path, found = self.config_path, self.config.get(_QUANTIZATION)
-        record = self.folder / BASE_NAME
-        if found is None and not record.is_file():
-            return None
-        if found is None:
-            path, values = record, read_json(record)
-            found = values.get(_QUANTIZATION) if isinstance(values, dict) else None
-        if not isinstance(found, str):
+        path, found = self._find_recorded(_QUANTIZATION)
+        if found is not None and not isinstance(found, str):
             message = f"must be a text, got {shorten(found)}"
             raise UserError(message, file=str(path), key=_QUANTIZATION)
         return found
 
+    @cached_property
+    def prompt(self) -> PromptRecord | None:
+        """The prompt form of the training; None for older adapters and those of other programs."""
+        path, found = self._find_recorded(PROMPT_KEY)
+        return None if found is None else PromptRecord.from_json(found, file=str(path))
 
-def quantization_to_json(kind: str) -> str:
-    """Return the text of `wegeft_base.json`, see `Adapter.quantization`."""
-    return json.dumps({_QUANTIZATION: kind}, indent=2) + "\n"
+    def _find_recorded(self, key: str) -> tuple[Path, Any]:
+        """Return a value of the config, else of `wegeft_base.json`, and its file."""
+        record = self.folder / BASE_NAME
+        if self.config.get(key) is not None or not record.is_file():
+            return self.config_path, self.config.get(key)
+        values = read_json(record)
+        if not isinstance(values, dict):
+            raise UserError(f"must be a JSON object, got {shorten(values)}", file=str(record))
+        return record, values.get(key)
+
+
+def base_record_to_json(quantization: str | None, prompt: PromptRecord | None) -> str | None:
+    """Return the text of `wegeft_base.json`, or None if there is nothing to record.
+
+    It holds what a PEFT adapter's own config cannot, see `Adapter.quantization`.
+    """
+    values: dict[str, Any] = {}
+    if quantization is not None:
+        values[_QUANTIZATION] = quantization
+    if prompt is not None:
+        values[PROMPT_KEY] = prompt.to_json()
+    return json.dumps(values, indent=2) + "\n" if values else None
+
+
+def find_prompt_record(path: str | Path) -> PromptRecord | None:
+    """Return the prompt form that an adapter, a run or a merged model records, if it does.
+
+    Raises:
+        UserError: If the record is damaged.
+    """
+    folder = Path(path)
+    provenance = folder / PROVENANCE_NAME
+    if (found := read_object(provenance).get(PROMPT_KEY)) is not None:
+        return PromptRecord.from_json(found, file=str(provenance))
+    is_adapter = any((each / CONFIG_NAME).is_file() for each in (folder, folder / "adapter"))
+    return Adapter.open(folder).prompt if is_adapter else None
 
 
 def read_provenance(folder: Path) -> str | None:

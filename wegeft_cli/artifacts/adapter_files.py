@@ -28,7 +28,7 @@ from wegeft_cli.storage.safetensors_reader import TensorInfo, load_tensors, read
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-BASE_NAME = "wegeft_base.json"  # beside a baseline: how its base was quantized
+BASE_NAME = "wegeft_base.json"  # beside a PEFT adapter: what its own config cannot hold
 ORIGINAL_NAME = "original"  # beside an edited adapter: what it was made from
 _PICKLED_NAME = "adapter_model.bin"
 _CONVERT = (

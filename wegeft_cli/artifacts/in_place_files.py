@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from wegeft_cli.artifacts.adapter_files import (
     load_finite_tensors,
 )
 from wegeft_cli.artifacts.manifest import INPLACE_TYPE
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import (
     atomic_folder,
@@ -43,6 +44,7 @@ class InplaceManifest:
         revision: Its hub revision.
         base_fingerprint: Its fingerprint, None if unknown.
         wegeft_version: Version that wrote it.
+        prompt: The prompt form of the training rows; omitted from the file if it is unknown.
     """
 
     method: str
@@ -51,6 +53,7 @@ class InplaceManifest:
     revision: str | None
     base_fingerprint: str | None
     wegeft_version: str
+    prompt: PromptRecord | None = None
 
 
 def save_inplace_files(
@@ -71,6 +74,10 @@ def save_inplace_files(
         MachineError: If the disk fails.
     """
     config = {"peft_type": INPLACE_TYPE, "format_version": 1, **asdict(manifest)}
+    if manifest.prompt is None:
+        del config[PROMPT_KEY]
+    else:
+        config[PROMPT_KEY] = manifest.prompt.to_json()
     with atomic_folder(adapter_dir) as folder:
         # Cloned: tied parameters share one memory, which safetensors refuses.
         kept = {_PREFIX + name: tensor.clone() for name, tensor in tensors.items()}
@@ -86,7 +93,7 @@ def load_inplace_files(adapter: Adapter) -> tuple[InplaceManifest, dict[str, Ten
     values = parse_json(adapter.text, file=str(path))
     if not isinstance(values, dict) or values.get("peft_type") not in _TYPES:
         raise UserError(f"is no {INPLACE_TYPE} adapter", file=str(path), key="peft_type")
-    known = {field.name for field in fields(InplaceManifest)}
+    known = {field.name for field in fields(InplaceManifest) if field.default is MISSING}
     missing = sorted(known - values.keys())
     if missing or values.get("format_version") != 1:
         what = f"lacks {', '.join(missing)}" if missing else "is of another format"
@@ -101,6 +108,6 @@ def load_inplace_files(adapter: Adapter) -> tuple[InplaceManifest, dict[str, Ten
         if not name.startswith(_PREFIX):
             raise UserError(f"the tensor {shorten(name)} is no parameter's", file=str(weights))
     return (
-        InplaceManifest(**{name: values[name] for name in known}),
+        InplaceManifest(**{name: values[name] for name in known}, prompt=adapter.prompt),
         {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()},
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord, prompt_complaint
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.schema import Init, Share, Side
 from wegeft_cli.storage.json_files import is_number, parse_json, shorten
@@ -92,6 +93,7 @@ class AdapterManifest:
         checkpoint_names: Tensor of an adapted or trained module, as named here -> its name in the
             base's files, where that differs. Those names stay when transformers renames a module.
             Omitted from the file if none differs.
+        prompt: The prompt form of the training rows; omitted from the file if it is unknown.
     """
 
     task_type: str | None
@@ -113,6 +115,7 @@ class AdapterManifest:
     base_quantization: str | None = None
     edits: tuple[Edit, ...] = ()
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)
+    prompt: PromptRecord | None = None
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -132,6 +135,7 @@ class AdapterManifest:
         values["modules"] = {name: entries_as_json(es) for name, es in self.modules.items()}
         values["edits"] = [asdict(edit) for edit in self.edits]
         values["checkpoint_names"] = dict(self.checkpoint_names)
+        values[PROMPT_KEY] = None if self.prompt is None else self.prompt.to_json()
         values = {key: v for key, v in values.items() if key not in _OPTIONAL or v}
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
@@ -180,6 +184,8 @@ class AdapterManifest:
         read |= {"modules": modules, "target_modules": target_modules}
         read["modules_to_save"] = tuple(values.get("modules_to_save", ()))
         read["checkpoint_names"] = dict(values.get("checkpoint_names", {}))
+        prompt = values.get(PROMPT_KEY)
+        read[PROMPT_KEY] = None if prompt is None else PromptRecord.from_json(prompt, file=file)
         read["edits"] = tuple(Edit(e["part"], float(e["factor"])) for e in values.get("edits", ()))
         return cls(**{key: values[key] for key in checks} | read)
 
@@ -311,6 +317,7 @@ _OPTIONAL: dict[str, Callable[[Any], str | None]] = {
     "base_quantization": _text_or_null,
     "edits": _edits,
     "checkpoint_names": _name_map,
+    PROMPT_KEY: prompt_complaint,
 }
 
 

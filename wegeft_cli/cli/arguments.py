@@ -53,6 +53,15 @@ BaseOption = Annotated[
         "--base", metavar="PATH", help="Folder or hub id of the base. Default: the recorded base."
     ),
 ]
+ChatTemplateOption = Annotated[
+    str,
+    typer.Option(
+        "--chat-template",
+        metavar="CHOICE",
+        help="Chat template to write: base (the base's own) or trained (the prompt form of the "
+        "training).",
+    ),
+]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.run_directory import find_recipe_of
-from wegeft_cli.data.text.templates import TEMPLATES
+from wegeft_cli.data.text.template_settings import CHAT, TemplateSettings
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import Benchmark, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL as CLASSIFICATION
@@ -38,6 +38,7 @@ from wegeft_cli.inference.loaded_model import (
     fingerprint_target,
     task_of_path,
 )
+from wegeft_cli.inference.trained_form import find_trained_form
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
@@ -187,7 +188,7 @@ def _evaluate_target(
         benchmarks = load_benchmarks(call.names, replace(request, options=options))
         call = call.joined()
         samples_path = _samples_path(path, benchmarks, call.output)
-        _warn_of_other_template(recipe, benchmarks, call.reporter)
+        _warn_of_other_template(find_trained_form(path, recipe), benchmarks, call.reporter)
         runner = EvaluationRunner(
             benchmarks,
             request.batch_size or request.settings.batch_size,
@@ -248,7 +249,7 @@ def _cache_key(opened: LoadedModel, prints: Mapping[str, Any]) -> dict[str, Any]
         # Files beside the weights define these two.
         "ends": stop_token_ids(opened.model, opened.tokenizer, Decoding(1)),
         "chat_template": getattr(opened.tokenizer, "chat_template", None),
-        "chat_options": opened.chat_settings.describe_options(),
+        "prompt_form": asdict(opened.chat_settings),
     }
 
 
@@ -269,15 +270,16 @@ def _find_backend(name: str, benchmarks: Sequence[Benchmark]) -> Callable[..., L
 
 
 def _warn_of_other_template(
-    recipe: Recipe | None, benchmarks: Sequence[Benchmark], reporter: Reporter
+    trained: TemplateSettings | None, benchmarks: Sequence[Benchmark], reporter: Reporter
 ) -> None:
-    """Warn if a run was trained with another prompt template than a benchmark uses."""
-    if recipe is None or recipe.data.template not in TEMPLATES:
+    """Warn if a model was trained with another prompt template than a benchmark uses."""
+    if trained is None:
         return
     for benchmark in benchmarks:
         template = getattr(benchmark, "template", None)
-        if template not in (None, recipe.data.template):
+        # What asks by the chat template asks by the trained form.
+        if template not in (None, CHAT, trained.name):
             reporter.warn(
                 f"{benchmark.name}: `{benchmark.protocol_name}` uses the template `{template}`, "
-                f"but the run was trained with `{recipe.data.template}`"
+                f"but the run was trained with `{trained.name}`"
             )

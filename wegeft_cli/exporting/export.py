@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.artifacts.adapter_files import CARD_NAME
+from wegeft_cli.artifacts.adapter import Adapter, base_record_to_json, find_prompt_record
+from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
+from wegeft_cli.inference.form_choice import choose_chat_template
 from wegeft_cli.methods.registry import require_generators
 from wegeft_cli.methods.wegeft.lora_equivalent.files import (
     count_bytes,
@@ -25,10 +26,12 @@ from wegeft_cli.methods.wegeft.lora_equivalent.files import (
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
 from wegeft_cli.methods.wegeft.lora_equivalent.readers import check_peft, prepare_for_vllm
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
+from wegeft_cli.models.base_folder import CHAT_TEMPLATE_NAME
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_lora_card
+from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
 from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, list_tensors
@@ -50,6 +53,8 @@ class ExportOptions:
         prompts: What the parity report asks; empty takes its own.
         parity: Whether to measure parity, for which the base is loaded.
         push: Hub repository that receives the result.
+        chat_template: base, or trained, which writes the prompt form of the training as the chat
+            template.
         server: `vllm` writes what vLLM reads, and refuses what it does not. Default: what PEFT
             reads.
     """
@@ -61,6 +66,7 @@ class ExportOptions:
     parity: bool = True
     push: HubTarget | None = None
     server: str | None = None
+    chat_template: str = "base"
 
 
 @dataclass(frozen=True)
@@ -183,9 +189,18 @@ def _export_model(
     if not infos:
         raise UserError("this folder holds no safetensors", file=str(model_dir))
     check_free_space(output, sum(info.num_bytes for info in infos.values()), "the GGUF file")
+    trained_form = choose_chat_template(
+        find_prompt_record(model_dir), options.chat_template, ModelSection(str(model_dir)),
+        reporter.warn,
+    )  # fmt: skip
     with atomic_folder(output) as folder, reporter.progress("exporting", len(infos)) as advance:
         num_tensors = write_model_gguf(
-            folder / "model.gguf", model_dir, infos, dtype=options.dtype, on_tensor=advance
+            folder / "model.gguf",
+            model_dir,
+            infos,
+            dtype=options.dtype,
+            chat_template=trained_form,
+            on_tensor=advance,
         )
         num_bytes = (folder / "model.gguf").stat().st_size
     return ExportResult(output, format, "model", num_tensors, num_bytes)
@@ -215,6 +230,12 @@ def _export_adapter(
     with base_errors(base, adapter.folder):
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter.folder, warn=reporter.warn)
+        trained_form = choose_chat_template(
+            adapter.prompt,
+            options.chat_template,
+            ModelSection(str(base_dir), trust_remote_code=adapter.trusts_remote_code),
+            reporter.warn,
+        )
         plan = plan_lora_equivalent(
             files,
             base_dir,
@@ -230,10 +251,14 @@ def _export_adapter(
     export = _PairExport(adapter, base_dir, name_or_path, revision, plan, options, reporter)
     check_free_space(output, count_bytes(plan_tensors(plan, export.dtype)), "the export")
     with atomic_folder(output) as folder:
-        return replace(
-            export.write_gguf(folder) if format == "gguf" else export.write_peft(folder, output),
-            output_dir=output,
+        result = (
+            export.write_gguf(folder) if format == "gguf" else export.write_peft(folder, output)
         )
+        if (record := base_record_to_json(None, adapter.prompt)) is not None:
+            (folder / BASE_NAME).write_text(record, encoding="utf-8")
+        if trained_form is not None:
+            (folder / CHAT_TEMPLATE_NAME).write_text(trained_form, encoding="utf-8")
+        return replace(result, output_dir=output)
 
 
 def _check_readers(
@@ -308,7 +333,7 @@ class _PairExport:
         parity = self._measure_parity(folder)
         (folder / PARITY_NAME).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         card = write_lora_card(
-            self.adapter.folder,
+            self.adapter,
             self.name_or_path,
             self.revision,
             title=output.resolve().name,

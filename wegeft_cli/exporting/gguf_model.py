@@ -32,12 +32,14 @@ def write_model_gguf(
     infos: Mapping[str, TensorInfo],
     *,
     dtype: str | None,
+    chat_template: str | None,
     on_tensor: Callable[[int], None],
 ) -> int:
     """Write the file; one tensor is in memory at a time. Vectors are float32, as llama.cpp asks.
 
     Args:
         dtype: float32, bfloat16, float16 or q8_0 for the matrices; None keeps the stored type.
+        chat_template: The chat template; None keeps the model's own.
 
     Raises:
         UserError: If the model, its tokenizer or a type is none that is written here.
@@ -56,7 +58,7 @@ def write_model_gguf(
     if written == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, layers, model_dir / "config.json")
-    add_vocab(writer, model_dir, layers.config["vocab_size"])
+    add_vocab(writer, model_dir, layers.config["vocab_size"], chat_template)
     frequencies = _rope_factors(layers, model_dir / "config.json")
 
     kept = {name: info for name, info in infos.items() if not name.endswith("inv_freq")}

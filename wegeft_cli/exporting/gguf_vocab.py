@@ -25,8 +25,12 @@ _CUTS = {
 }
 
 
-def add_vocab(writer: Any, model_dir: Path, num_rows: int) -> None:
+def add_vocab(
+    writer: Any, model_dir: Path, num_rows: int, chat_template: str | None = None
+) -> None:
     """Put a model's tokenizer into a file that is being written.
+
+    `chat_template` replaces the model's own.
 
     Raises:
         UserError: If the tokenizer is missing, damaged, or cuts text in a way that is not known.
@@ -55,6 +59,8 @@ def add_vocab(writer: Any, model_dir: Path, num_rows: int) -> None:
         writer.add_token_scores([scores.get(text, _NEVER) for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     special = gguf.SpecialVocab(model_dir, load_merges=scores is None, n_vocab=len(tokens))
+    if chat_template is not None:
+        special.chat_template = chat_template
     special.add_to_gguf(writer, quiet=True)
 
 

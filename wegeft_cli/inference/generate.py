@@ -16,9 +16,10 @@ from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generation.completion import GenerationResult
 from wegeft_cli.generation.decoding import Decoding, sample_id
 from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
+from wegeft_cli.inference.form_choice import choose_form
 from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
-from wegeft_cli.inference.prompt_format import PromptForm, choose_form, question_text
+from wegeft_cli.inference.prompt_format import PromptForm, question_text
 from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import EvalSection

@@ -56,7 +56,7 @@ def open_in_vllm(
     from transformers import AutoConfig, GenerationConfig
 
     target = ModelTarget.resolve(path, recipe, base=base).require_text()
-    section, adapter = target.section, target.adapter
+    section, adapter, prompt = target.section, target.adapter, target.find_prompt()
     if (quantized := name_quantization(section)) is not None:
         # The equivalent is made from the dense weights, which are another model.
         raise UserError(
@@ -83,7 +83,9 @@ def open_in_vllm(
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
     if adapter is None:
         model = vllm.open_model(str(folder), **told)
-        return LoadedInVllm(model, tokenizer, section, write=vllm.generate_in_vllm)
+        return LoadedInVllm(
+            model, tokenizer, section, recipe=recipe, write=vllm.generate_in_vllm, prompt=prompt
+        )
     with ExitStack() as stack:
         lora_dir, rank = _find_lora(adapter, folder, section, warn, stack)
         model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
@@ -91,7 +93,15 @@ def open_in_vllm(
         scratch = stack.pop_all()
     atexit.register(scratch.close)
     weakref.finalize(model, scratch.close)
-    return LoadedInVllm(model, tokenizer, section, adapter, write=vllm.generate_in_vllm)
+    return LoadedInVllm(
+        model,
+        tokenizer,
+        section,
+        adapter,
+        recipe=recipe,
+        write=vllm.generate_in_vllm,
+        prompt=prompt,
+    )
 
 
 def _find_lora(

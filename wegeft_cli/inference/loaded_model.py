@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wegeft_cli.artifacts.adapter import Adapter, read_provenance
 from wegeft_cli.artifacts.run_directory import find_run
-from wegeft_cli.data.text.template_settings import CHAT, TemplateSettings, read_settings
+from wegeft_cli.data.text.template_settings import CHAT, TemplateSettings
 from wegeft_cli.errors import BaseModelError, UserError
+from wegeft_cli.inference.trained_form import find_trained_form
 from wegeft_cli.methods.registry import load_onto, method_of
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import DataSection, ModelSection, ProblemType, Recipe, TaskName
@@ -58,6 +59,7 @@ class LoadedModel(_Classified):
         head: The classification head; None for a language model.
         recipe: The run's recipe. A classifier outside of a run has one that describes its inputs.
         write: Generates texts in another engine. Default: transformers.
+        prompt: The prompt form of the training, where it is known.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class LoadedModel(_Classified):
     head: HeadSpec | None = None
     recipe: Recipe | None = None
     write: Callable[..., Any] | None = None
+    prompt: TemplateSettings | None = None
 
     @classmethod
     def open(
@@ -96,8 +99,8 @@ class LoadedModel(_Classified):
 
     @property
     def chat_settings(self) -> TemplateSettings:
-        """The model's own chat template with the options that it was trained with."""
-        return TemplateSettings(CHAT) if self.recipe is None else read_settings(self.recipe.data)
+        """The prompt form of conversations: that of the training, else the chat template."""
+        return self.prompt or TemplateSettings(CHAT)
 
     @property
     def kind(self) -> str:
@@ -178,14 +181,30 @@ class ModelTarget(_Classified):
             with model_errors(self.path):
                 model, processor = load(self.section, warn)
             origin = self.base or read_provenance(Path(self.path))
-            return LoadedModel(model, processor, self.section, None, origin, self.head, self.recipe)
+            return self._loaded(model, processor, None, origin)
         with base_errors(self.base, self.adapter.folder):
             model, processor = load(self.section, warn)
         model = load_onto(model, self.adapter, self.section, warn=warn).eval()
         in_place = method_of(self.adapter).trains_in_place
         origin = self.section.name_or_path if in_place else None
+        return self._loaded(model, processor, self.adapter, origin)
+
+    def find_prompt(self) -> TemplateSettings | None:
+        """Return the prompt form of the training, where it is known."""
+        return None if self.head is not None else find_trained_form(self.path, self.recipe)
+
+    def _loaded(
+        self, model: Any, processor: Any, adapter: Adapter | None, origin: str | None
+    ) -> LoadedModel:
         return LoadedModel(
-            model, processor, self.section, self.adapter, origin, self.head, self.recipe
+            model,
+            processor,
+            self.section,
+            adapter,
+            origin,
+            self.head,
+            self.recipe,
+            prompt=self.find_prompt(),
         )
 
     def _load_classifier(

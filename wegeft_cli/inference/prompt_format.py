@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.messages import (
     check_text,
     read_arguments,
@@ -17,7 +16,7 @@ from wegeft_cli.data.sources.messages import (
 from wegeft_cli.data.text.chat_rendering import Message
 from wegeft_cli.data.text.chat_template import Template, build_template, find_turn_ends
 from wegeft_cli.data.text.template_settings import AUTO, CHAT, TemplateSettings, read_settings
-from wegeft_cli.data.text.templates import TEMPLATES, PairTemplate, check_template
+from wegeft_cli.data.text.templates import TEMPLATES, PairTemplate, fill_turns
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
 
@@ -89,43 +88,6 @@ class PromptForm:
         return form.format(instruction=question["instruction"], input=extra)
 
 
-def choose_form(
-    name: str | None, target: str | Path, recipe: Recipe | None, tokenizer: Any
-) -> PromptForm:
-    """Choose the prompt format of a model.
-
-    Args:
-        name: A template's name or Jinja file, as typed. Default, and with `auto`: that of the
-            run's training, else the tokenizer's chat template, else the plain text.
-
-    Raises:
-        UserError: If there is no such template, or it cannot be read.
-    """
-    if name is not None and name != AUTO:
-        try:
-            check_template(name)
-            return PromptForm(
-                build_template(_with_options(name, recipe), tokenizer, None), "--template"
-            )
-        except UserError as fault:
-            fault.key = "--template"
-            raise
-    trained = _find_trained(target, recipe)
-    if trained is not None and (trained != CHAT or tokenizer.chat_template):
-        template = build_template(_with_options(trained, recipe), tokenizer, None)
-        return PromptForm(template, "as in training")
-    if tokenizer.chat_template:
-        template = build_template(_with_options(CHAT, recipe), tokenizer, None)
-        return PromptForm(template, "the tokenizer's")
-    plain = build_template(TemplateSettings("plain"), tokenizer, None)
-    return PromptForm(plain, "there is no chat template")
-
-
-def _with_options(name: str, recipe: Recipe | None) -> TemplateSettings:
-    """Return the settings of a template with the options of a run's training."""
-    return TemplateSettings(name) if recipe is None else read_settings(recipe.data, name)
-
-
 def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
     """Read the question of a row without its answer.
 
@@ -171,22 +133,6 @@ def _as_message(question: Mapping[str, Any]) -> Message:
     return {"role": "user", "content": f"{text}\n\n{extra}" if extra.strip() else text}
 
 
-def _find_trained(target: str | Path, recipe: Recipe | None) -> str | None:
-    """Return the template of the training rows; with `auto` the first that they used."""
-    if recipe is None:
-        return None
-    if recipe.data.template != AUTO:
-        return recipe.data.template
-    for folder in (Path(target), Path(target).parent):
-        try:
-            name = str(RunDirectory(folder).record()["data"]["template"]).partition(", ")[0]
-            check_template(name)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError, UserError):
-            continue
-        return name
-    return None
-
-
 @dataclass(frozen=True)
 class RenderedPrompts:
     """Prompts as the model reads them.
@@ -218,12 +164,10 @@ def render_chat_prompts(
     other: str,
     settings: TemplateSettings | None = None,
 ) -> RenderedPrompts:
-    """Render conversations with the model's chat template, up to the answer.
-
-    `settings` give the options of the template, whose name is `chat`.
+    """Render conversations in a prompt form, by default the chat template, up to the answer.
 
     Raises:
-        UserError: If there is no chat template, or it rejects a conversation.
+        UserError: If there is no chat template, or the form rejects a conversation.
     """
     try:
         chat = build_template(settings or TemplateSettings(CHAT), tokenizer, None)
@@ -234,9 +178,14 @@ def render_chat_prompts(
             hint=f"`{protocol}` uses the model's own chat template: use an instruction-tuned "
             f"model, or the protocol `{other}`",
         ) from fault
-    assert chat.apply is not None
+    apply = chat.apply
+    if apply is None:
+        pair, eos = TEMPLATES[chat.name], tokenizer.eos_token or ""
+        assert pair is not None
+        texts = {number: fill_turns(pair, turns, eos) for number, turns in conversations.items()}
+        return RenderedPrompts(texts, chat.digest)
     texts = {
-        number: chat.apply([dict(turn) for turn in turns], True)
+        number: apply([dict(turn) for turn in turns], True)
         for number, turns in conversations.items()
     }
     return RenderedPrompts(texts, chat.digest, False, find_turn_ends(chat, tokenizer))

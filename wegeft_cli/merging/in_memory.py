@@ -29,12 +29,14 @@ class OutputFormat:
         dtype: Type of all floating tensors. Default: the base's.
         max_shard_size: Largest size of a file's tensors, such as 5GB.
         texts: File name -> text of a file that is written beside the weights.
+        chat_template: Chat template of the folder. Default: the base's.
     """
 
     folder: Path
     dtype: str | None = None
     max_shard_size: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
 
 
 def is_whole(adapter: Adapter) -> bool:
@@ -101,6 +103,8 @@ def write_model(model: Any, processor: Any, form: OutputFormat) -> int:
     """Write a model with its tokenizer or image processor and return its number of tensors."""
     if form.dtype is not None:
         model = model.to(getattr(torch, form.dtype))
+    if form.chat_template is not None:
+        processor.chat_template = form.chat_template
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     check_free_space(form.folder, num_bytes, "the merged model")
     with atomic_folder(form.folder) as temporary, quiet_transformers():

@@ -16,7 +16,9 @@ from torch import nn
 from wegeft_cli.artifacts.adapter import PROVENANCE_NAME, Adapter, is_checkpoint
 from wegeft_cli.artifacts.adapter_files import CARD_NAME
 from wegeft_cli.artifacts.fingerprint import fingerprint_tensors
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.errors import BaseModelError, UserError
+from wegeft_cli.inference.form_choice import choose_chat_template
 from wegeft_cli.merging.in_memory import (
     OutputFormat,
     fold_onto,
@@ -36,6 +38,7 @@ from wegeft_cli.merging.streaming import merge_stream
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_fingerprint
+from wegeft_cli.models.base_folder import chat_template_files
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.loading import fetch_base_folder, name_quantization
 from wegeft_cli.public_arguments import checked_arguments
@@ -93,6 +96,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     dequantize: bool = False,
+    chat_template: str = "base",
     push: HubTarget | None = None,
     reporter: Reporter | None = None,
 ) -> MergeResult:
@@ -115,6 +119,8 @@ def merge(
         max_shard_size: Largest size of a file's tensors (5GB); None keeps the base's files.
         dequantize: Fold into the dequantized weights of the base as it was quantized while
             training, not into its 16-bit weights; one adapter alone, with weight 1.
+        chat_template: Chat template of the folder: base (the base's own) or trained (the prompt
+            form of the training).
         push: Hub repository that receives the folder.
         reporter: Where words and progress go.
 
@@ -139,6 +145,9 @@ def merge(
     if push is not None:
         push.check()
     job = _plan_job(adapters, shares, base, revision, dequantize=dequantize)
+    prompt = job.prompt
+    with base_errors(base, adapters[0].folder):
+        trained_form = choose_chat_template(prompt, chat_template, job.section, reporter.warn)
     texts = {
         CARD_NAME: write_merged_card(
             [each.folder for each in adapters],
@@ -146,10 +155,12 @@ def merge(
             job.section.name_or_path,
             job.section.revision,
             output.name,
+            prompt,
+            holds_form=trained_form is not None,
         ),
         PROVENANCE_NAME: json.dumps(job.provenance(), indent=2) + "\n",
     }
-    form = OutputFormat(output, dtype, max_shard_size, texts)
+    form = OutputFormat(output, dtype, max_shard_size, texts, trained_form)
     with base_errors(base, adapters[0].folder):
         written = _merge_whole(job, form, reporter) if job.is_whole else _merge(job, form, reporter)
     if written.quantization is not None:
@@ -205,6 +216,12 @@ class _Job:
         """Whether one adapter is merged with weight 1."""
         return list(self.shares) == [1.0]
 
+    @property
+    def prompt(self) -> PromptRecord | None:
+        """The prompt form of the training, if it is known and all adapters have the same."""
+        first = self.first.prompt
+        return first if all(each.prompt == first for each in self.adapters) else None
+
     def changes(
         self, shapes: Mapping[str, tuple[int, ...]], model: nn.Module | None = None
     ) -> dict[str, TensorChange] | None:
@@ -228,6 +245,7 @@ class _Job:
                 for adapter, w in zip(self.adapters, self.shares, strict=True)
             ],
             "peft_type": self.first.peft_type,
+            PROMPT_KEY: None if self.prompt is None else self.prompt.to_json(),
             "wegeft_version": VERSION,
         }
 
@@ -392,6 +410,9 @@ def _merge_changes(
         reporter.note("the base's files name its layers otherwise: merged in memory")
         return _merge_changes_in_memory(job, form)
     size = form.max_shard_size
+    texts: dict[str, str | None] = dict(form.texts)
+    if form.chat_template is not None:
+        texts |= chat_template_files(stored.folder, form.chat_template)
     with reporter.progress("merging", 100) as advance:
         report = merge_stream(
             stored,
@@ -399,7 +420,7 @@ def _merge_changes(
             changes,
             dtype=form.dtype,
             max_shard_bytes=None if size is None else parse_size(size),
-            texts=form.texts,
+            texts=texts,
             on_progress=lambda done, total: advance(round(100 * done / max(total, 1))),
         )
     return report.num_tensors, report.num_edited

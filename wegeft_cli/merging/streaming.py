@@ -61,7 +61,7 @@ def merge_stream(
     *,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
-    texts: Mapping[str, str] | None = None,
+    texts: Mapping[str, str | None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> StreamReport:
     """Copy a model folder, changing some tensors on the way; the model is never in memory.
@@ -75,6 +75,7 @@ def merge_stream(
             rounded once, to the type that is written.
         dtype: float32, bfloat16 or float16 for all floating tensors; None keeps the stored types.
         max_shard_bytes: Largest size of a file's tensors in bytes; None keeps the source's files.
+        texts: File name -> text of a file beside the weights; None for one that is not copied.
         on_progress: Called with (bytes done, bytes in all).
 
     Raises:
@@ -113,7 +114,8 @@ def merge_stream(
         if dtype is not None and base_dir / _CONFIG_NAME in others:
             write_config(base_dir / _CONFIG_NAME, folder / _CONFIG_NAME, dtype)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
         if index is not None:
             (folder / INDEX_NAME).write_bytes(index)
         for output in outputs:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.artifacts.prompt_record import PromptRecord
     from wegeft_cli.methods.tensor_changes import TensorChange
     from wegeft_cli.recipe.rules import Fault
 
@@ -53,6 +54,7 @@ class AdapterRecord:
         base_fingerprint: The base's fingerprint, where it is known.
         card: Text of README.md.
         more_files: Further files, name -> text.
+        prompt: The prompt form of the training rows; None for a classifier.
     """
 
     recipe: Recipe
@@ -60,6 +62,7 @@ class AdapterRecord:
     base_fingerprint: str | None
     card: str
     more_files: Mapping[str, str] = field(default_factory=dict)
+    prompt: PromptRecord | None = None
 
 
 _GENERATOR_KEYS = ("share", "groups", "side", "init", "view")  # keys of `adapter`

@@ -199,6 +199,7 @@ class InPlaceMethod(Method):
             revision=recipe.model.revision,
             base_fingerprint=record.base_fingerprint,
             wegeft_version=VERSION,
+            prompt=record.prompt,
         )
         trained = {
             name: parameter.detach().cpu()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.lora_files import served_rank
+from wegeft_cli.artifacts.prompt_record import PromptRecord
 from wegeft_cli.artifacts.run_directory import RunDirectory
+from wegeft_cli.data.text.templates import TEMPLATES
+from wegeft_cli.data.text.trained_form import describe_difference
 from wegeft_cli.methods.registry import find_method
-from wegeft_cli.models.base_folder import find_base_folder
+from wegeft_cli.models.base_folder import find_base_folder, read_chat_template
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.redaction import mask_secrets
@@ -32,6 +36,7 @@ class CardFacts:
         recipe: The resolved recipe of its run.
         run: The run's run.json.
         scores: The results of `wegeft eval` on it, each with `base_score` or None.
+        prompt: The prompt form of the training, if it is known.
     """
 
     base: str
@@ -39,6 +44,7 @@ class CardFacts:
     recipe: Recipe | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
     scores: Sequence[Mapping[str, Any]] = ()
+    prompt: PromptRecord | None = None
 
     @property
     def is_on_hub(self) -> bool:
@@ -49,6 +55,22 @@ class CardFacts:
     def task(self) -> Task:
         """The recipe's task, or the default task without a recipe."""
         return find_task((self.recipe or Recipe()).task)
+
+    def describe_prompt(self) -> dict[str, Any] | None:
+        """Return what a card says about the prompt form; None if it is unknown."""
+        if self.prompt is None:
+            return None
+        folder = find_base_folder(self.base, self.revision)
+        template = None if folder is None else read_chat_template(folder)
+        pair = TEMPLATES.get(self.prompt.template)
+        return {
+            "name": self.prompt.template,
+            "is_chat": self.prompt.is_chat,
+            "text": None if pair is None else pair.prompt,
+            "options": self.prompt.options,
+            "more": self.prompt.more_templates,
+            "difference": describe_difference(self.prompt, template),
+        }
 
     def find_license(self) -> tuple[str | None, bool]:
         """Return the license in the base's card, and whether the base has a license file."""
@@ -65,15 +87,17 @@ def write_card(
     final_loss: float | None,
     *,
     adapter_step: int,
+    prompt: PromptRecord | None = None,
     parameters: tuple[int, int] | None = None,
     validation: Mapping[int, Mapping[str, float]] | None = None,
 ) -> str:
     """Return the card of a trained adapter, Markdown with the hub's metadata at the top.
 
     `parameters` counts the learned parameters and those of the base; `validation` maps steps to
-    metrics, of which the card lists those of `adapter_step`.
+    metrics, of which the card lists those of `adapter_step`. `prompt` is the form of the training
+    rows.
     """
-    facts = CardFacts(recipe.model.name_or_path, recipe.model.revision, recipe)
+    facts = CardFacts(recipe.model.name_or_path, recipe.model.revision, recipe, prompt=prompt)
     method = find_method(recipe.adapter.type)
     needs_package = method.needs_package or facts.task.has_head
     return _render(
@@ -96,10 +120,10 @@ def write_card(
 
 
 def write_lora_card(
-    adapter_dir: Path, base: str, revision: str | None, *, rank: int, **values: Any
+    adapter: Adapter, base: str, revision: str | None, *, rank: int, **values: Any
 ) -> str:
     """Return the card of an adapter's LoRA equivalent."""
-    facts = read_facts(adapter_dir, base, revision)
+    facts = replace(read_facts(adapter.folder, base, revision), prompt=adapter.prompt)
     tags = ["lora", "wegeft"]
     values |= {
         "rank": rank,
@@ -116,9 +140,15 @@ def write_merged_card(
     base: str,
     revision: str | None,
     title: str,
+    prompt: PromptRecord | None,
+    *,
+    holds_form: bool,
 ) -> str:
-    """Return the card of a base with adapters merged into it."""
-    facts = read_facts(adapter_dirs[0], base, revision)
+    """Return the card of a base with adapters merged into it.
+
+    `holds_form` says whether the folder's chat template is the trained form.
+    """
+    facts = replace(read_facts(adapter_dirs[0], base, revision), prompt=prompt)
     is_single = len(adapter_dirs) == 1
     count = facts.run.get("trainable_parameters")
     return _render(
@@ -129,6 +159,7 @@ def write_merged_card(
         title=title,
         adapters=list(zip(map(_name_adapter, adapter_dirs), weights, strict=True)),
         num_parameters=count if is_single and isinstance(count, int) else None,
+        holds_form=holds_form,
         scores=facts.scores if is_single else (),
         is_wegeft=True,
         recipe=_recipe_text(facts) if is_single else "",
@@ -149,7 +180,8 @@ def _render(
         pipeline_tag=facts.task.pipeline_tag,
         tags=list(tags),
     )
-    texts = [(_TEMPLATES / f"{name}.md.jinja").read_text("utf-8") for name in (template, "end")]
+    parts = (template, "prompt", "end")
+    texts = [(_TEMPLATES / f"{name}.md.jinja").read_text("utf-8") for name in parts]
     shared: dict[str, Any] = {
         "base": facts.base,
         "version": VERSION,
@@ -158,6 +190,7 @@ def _render(
         "license": license_name,
         "has_license_file": has_license_file,
         "recipe": _recipe_text(facts),
+        "prompt": facts.describe_prompt(),
     }
     card = ModelCard.from_template(data, template_str="".join(texts), **(shared | values))
     return str(card).strip() + "\n"

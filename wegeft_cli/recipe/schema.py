@@ -220,7 +220,10 @@ class DataSection:
     prompt/completion), a template's name, or the path of a Jinja file."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template, e.g. {enable_thinking: false}, in training and whenever the
-    adapter in the run's folder is prompted. A row's column of this name takes precedence."""
+    adapter is prompted. A row's column of this name takes precedence."""
+    system: str | None = None
+    """System prompt of the conversations that have no system turn, in training and whenever the
+    adapter is prompted. Requires a chat template. Null: none."""
     system_turn: SystemTurn = "template"
     """template (the chat template writes a system turn), merge (its text goes before that of the
     first user turn, for templates that refuse a system turn)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_checkpoints
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.methods.base import AdapterRecord
 from wegeft_cli.models.file_names import rename_checkpoint
@@ -75,17 +76,29 @@ def save_adapter_of(
     if not run.method.trains_in_place:
         # The model holds trained modules and generators in addition to the base's own modules.
         num_base -= num_trained
+    prompt = _read_prompt(run)
     card = write_card(
         run.recipe,
         result.num_steps,
         result.final_loss,
         adapter_step=step,
+        prompt=prompt,
         parameters=(num_trained, num_base),
         validation=result.validation,
     )
     more = {} if head is None else {HEAD_NAME: _head_text(head, run.recipe)}
-    record = AdapterRecord(run.recipe, run.task.peft_task_type, base_fingerprint, card, more)
+    record = AdapterRecord(
+        run.recipe, run.task.peft_task_type, base_fingerprint, card, more, prompt
+    )
     run.method.save(model, folder, record)
+
+
+def _read_prompt(run: Run) -> PromptRecord | None:
+    """Return the prompt form in run.json; None for a classifier, and for an older run."""
+    values = run.directory.record().get(PROMPT_KEY)
+    if values is None:
+        return None
+    return PromptRecord.from_json(values, file=str(run.directory.record_path))
 
 
 def load_finished_result(run: Run, checkpoint: Checkpoint) -> LoopResult:

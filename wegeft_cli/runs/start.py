@@ -16,8 +16,11 @@ from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.artifacts.checkpoint import Checkpoint, find_newest_checkpoint, load_checkpoint
 from wegeft_cli.artifacts.environment import describe_environment
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
+from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.artifacts.run_directory import RunDirectory, now
 from wegeft_cli.data.fingerprint import check_same_data
+from wegeft_cli.data.text.template_settings import TemplateSettings, recorded_settings
+from wegeft_cli.data.text.trained_form import describe_prompt
 from wegeft_cli.distributed.failures import is_lost_peer, lost_peer_error
 from wegeft_cli.errors import UserError
 from wegeft_cli.models.base_folder import find_base_folder
@@ -180,7 +183,21 @@ def _start_record(run: Run, setup: RunSetup, state: RunState) -> dict[str, Any]:
         "init_from": recipe.adapter.init_from,
         **input_record(setup),
         **_data_record(setup),
+        PROMPT_KEY: None if (prompt := describe_form(run, setup)) is None else prompt.to_json(),
     }
+
+
+def describe_form(run: Run, setup: RunSetup) -> PromptRecord | None:
+    """Return the prompt form of the training rows; None for a classifier."""
+    if not run.task.generates_text:
+        return None
+    return describe_prompt(run.recipe.data, cast(Any, setup.report).template, setup.tokenizer)
+
+
+def find_form(run: Run, setup: RunSetup) -> TemplateSettings | None:
+    """Return the prompt form in which a model in training is asked; None for a classifier."""
+    record = describe_form(run, setup)
+    return None if record is None else recorded_settings(record)
 
 
 def input_record(setup: RunSetup) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from wegeft_cli.planning.preflight import attach_locations, find_run_dir
 from wegeft_cli.planning.run_setup import RunSetup, build_setup
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
-from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.reporter import Advance, Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_model, load_prepared_base
 from wegeft_cli.runs.callbacks.evaluation import BenchmarksCallback, TaskMetricsCallback
 from wegeft_cli.runs.callbacks.progress import ProgressCallback
@@ -41,6 +41,7 @@ from wegeft_cli.runs.start import (
     can_resume,
     check_disk,
     check_resume,
+    find_form,
     input_record,
     open_run,
     record_base_fingerprint,
@@ -187,9 +188,7 @@ def _fit(
             TaskMetricsCallback(run.task, loss, setup.head),
         ]
         if setup.tasks:
-            callbacks.append(
-                BenchmarksCallback(run.recipe, setup.tokenizer, setup.tasks, run.reporter, advance)
-            )
+            callbacks.append(_benchmarks_callback(run, setup, advance))
         if setup.prompts is not None:
             callbacks.append(
                 SamplePromptsCallback(
@@ -219,6 +218,11 @@ def _fit(
             with suppress(UserError, OSError):  # the error itself is what matters
                 run.update_record({"num_steps": trainer.step})
             raise
+
+
+def _benchmarks_callback(run: Run, setup: RunSetup, advance: Advance) -> BenchmarksCallback:
+    form = find_form(run, setup)
+    return BenchmarksCallback(run.recipe, setup.tokenizer, setup.tasks, run.reporter, advance, form)
 
 
 def _close_run(

@@ -9,6 +9,7 @@ import typer
 
 from wegeft_cli.cli.arguments import (
     BaseOption,
+    ChatTemplateOption,
     JsonOption,
     PublicOption,
     PushOption,
@@ -92,6 +93,7 @@ def export(
             "read is refused. Default: PEFT's names.",
         ),
     ] = None,
+    chat_template: ChatTemplateOption = "base",
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,
     as_json: JsonOption = False,
@@ -114,6 +116,7 @@ def export(
             not no_parity,
             hub_target(push_to_hub, is_public),
             server,
+            chat_template,
         ),
         reporter=RichReporter(),
     )

@@ -9,6 +9,7 @@ import typer
 
 from wegeft_cli.cli.arguments import (
     BaseOption,
+    ChatTemplateOption,
     JsonOption,
     PublicOption,
     PushOption,
@@ -71,6 +72,7 @@ def merge(
             "16-bit base.",
         ),
     ] = False,
+    chat_template: ChatTemplateOption = "base",
     push_to_hub: PushOption = None,
     is_public: PublicOption = False,
     as_json: JsonOption = False,
@@ -87,6 +89,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         dequantize=dequantize,
+        chat_template=chat_template,
         push=hub_target(push_to_hub, is_public),
         reporter=RichReporter(),
     )

@@ -73,7 +73,7 @@ def build_key(
         "field": source.field,
         "group": group,
         "template": section.template,
-        "template_options": [section.chat_template_kwargs, section.system_turn],
+        "template_options": [section.chat_template_kwargs, section.system_turn, section.system],
         "chat": chat and chat.text,
         "day": date.today().isoformat() if chat and chat.writes_date else None,
         "loss_on": section.loss_on,

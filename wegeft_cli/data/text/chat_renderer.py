@@ -185,6 +185,8 @@ class ChatRenderer:
     ) -> list[Any]:
         """Return the messages in the form that the template takes."""
         prepared = list(messages)
+        if self._settings.system is not None and prepared[0].get("role") != "system":
+            prepared.insert(0, {"role": "system", "content": self._settings.system})
         if self._settings.system_turn == "merge":
             prepared = merge_system_turn(prepared)
         if not any(message.get("tool_calls") for message in prepared):

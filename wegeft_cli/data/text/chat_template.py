@@ -49,10 +49,18 @@ def build_template(settings: TemplateSettings, tokenizer: Any, recipe_dir: Path 
 
     The tokenizer renders conversations in transformers' sandboxed Jinja.
     """
-    text = None
-    if is_template_file(settings.name):
+    text = settings.text
+    if text is not None:
+        pass
+    elif is_template_file(settings.name):
         text = _read_template(settings.name, recipe_dir)
     elif settings.name != CHAT:
+        if settings.system is not None:
+            raise UserError(
+                f"the prompt form {settings.name!r} has no place for a system prompt",
+                key="data.system",
+                hint=f"use data.template: {CHAT}, if the model has a chat template",
+            )
         return Template(settings, template_hash(settings.name), None)
     elif not tokenizer.chat_template:
         raise UserError(

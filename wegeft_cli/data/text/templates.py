@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -42,6 +42,12 @@ class PairTemplate:
     def question(self, *, as_trained: bool = False) -> str:
         """The prompt of the scorer, with `{instruction}`."""
         return self.prompt if as_trained or self.asked_as is None else self.asked_as
+
+    def write_answer(self, output: str) -> str:
+        """Return the learned text of an answer."""
+        if self.answer_mark is not None:
+            output = output.replace("####", self.answer_mark)
+        return self.completion.format(output=output)
 
 
 _ALPACA = (
@@ -94,6 +100,24 @@ TEMPLATES: dict[str, PairTemplate | None] = {
     "metamath_alpaca": PairTemplate(_METAMATH_ALPACA, " {output}"),
 }
 """Every template by name; none stands for the tokenizer's own chat template."""
+
+
+def fill_turns(pair: PairTemplate, messages: Sequence[Message], eos: str) -> str:
+    """Render turns of user and assistant by a form of single questions, up to the next answer.
+
+    Raises:
+        UserError: If a turn has another role.
+    """
+    texts = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            texts.append(pair.prompt.format(instruction=content, input=""))
+        elif message["role"] == "assistant":
+            texts.append(pair.write_answer(content) + eos)
+        else:
+            raise UserError(f"the prompt form has no place for a turn of {message['role']!r}")
+    return "".join(texts)
 
 
 def is_template_file(template: str) -> bool:
@@ -216,11 +240,9 @@ def _render_pair(
                 hint="use data.template: alpaca, or leave `input` empty",
             )
         form = template.prompt_with_input
-    if template.answer_mark is not None:
-        output = output.replace("####", template.answer_mark)
     # The values go in by one call: braces inside a row are never read as fields.
     prompt = form.format(instruction=instruction, input=extra)
-    completion = template.completion.format(output=output)
+    completion = template.write_answer(output)
     return RenderedText((Segment(prompt, loss_on == "all"), Segment(completion, True)))
 
 

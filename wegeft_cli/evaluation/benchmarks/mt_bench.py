@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from wegeft_cli.data.text.template_settings import CHAT
 from wegeft_cli.evaluation.benchmarks.base import BenchmarkContext, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.judged import (
     JudgedBenchmark,
@@ -97,7 +98,8 @@ class MtBench(JudgedBenchmark[Turns]):
         self, model: Any, histories: Mapping[int, Sequence[Mapping[str, str]]]
     ) -> RenderedPrompts:
         tokenizer = model.tokenizer
-        if self.protocol_name != _ALPACA and has_chat_template(tokenizer):
+        has_form = has_chat_template(tokenizer) or model.chat_settings.name != CHAT
+        if self.protocol_name != _ALPACA and has_form:
             return render_chat_prompts(
                 tokenizer,
                 histories,

@@ -30,7 +30,8 @@ _CHOICES = {
 _SEARCH_KEYS = ("exclude_modules", "layers_to_transform", "layers_pattern", "groups")
 _START_KEYS = ("init_weights",)  # says nothing of a trained adapter
 _OPTIONAL_KEYS = (
-    "modules_to_save", "init_from", "base_quantization", "auto_mapping", "checkpoint_names"
+    "modules_to_save", "init_from", "base_quantization", "auto_mapping", "checkpoint_names",
+    "prompt",
 )  # fmt: skip
 _SCALE_TOLERANCE = 1e-6  # alpha / r as another program may have rounded it
 
@@ -67,6 +68,7 @@ class WegeftConfig(PeftConfig):
         base_quantization: How the base was quantized while training, for the record.
         checkpoint_names: Tensors of `modules` and `modules_to_save` -> their names in the base's
             files, where they differ; found out when saving.
+        prompt: The prompt form of the training rows, for the record.
         wegeft_version: Version that wrote the file.
 
     Raises:
@@ -93,6 +95,7 @@ class WegeftConfig(PeftConfig):
     init_from: str | None = None
     base_quantization: str | None = None
     checkpoint_names: dict[str, str] | None = None
+    prompt: dict[str, Any] | None = None
     wegeft_version: str = VERSION
 
     def __post_init__(self) -> None:

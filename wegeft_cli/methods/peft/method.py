@@ -126,16 +126,16 @@ class PeftMethod(Method):
         start_from_peft(model, start)
 
     def save(self, model: nn.Module, folder: Path, record: AdapterRecord) -> None:
-        """Write the adapter as PEFT does, and how the base was quantized beside it."""
-        from wegeft_cli.artifacts.adapter import quantization_to_json
+        """Write the adapter as PEFT does; the quantization and the prompt form go beside it."""
+        from wegeft_cli.artifacts.adapter import base_record_to_json
         from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
         from wegeft_cli.methods.peft.models import save_peft
         from wegeft_cli.models.quantization import find_kind
         from wegeft_cli.storage.atomic import atomic_folder
 
         texts = {CARD_NAME: record.card, **record.more_files}
-        if (kind := find_kind(model)) is not None:
-            texts[BASE_NAME] = quantization_to_json(kind)
+        if (text := base_record_to_json(find_kind(model), record.prompt)) is not None:
+            texts[BASE_NAME] = text
         name_or_path = record.recipe.model.name_or_path
         with atomic_folder(folder) as temporary:
             save_peft(model, temporary, base_model_name_or_path=name_or_path)

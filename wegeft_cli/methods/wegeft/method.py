@@ -143,6 +143,7 @@ class WeGeFTMethod(Method):
             base_quantization=find_kind(model),
             card=record.card,
             more_files=record.more_files,
+            prompt=record.prompt,
         )
 
     def check_adapter(self, adapter: Adapter) -> None:

@@ -19,6 +19,7 @@ from wegeft_cli.artifacts.adapter_files import (
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.in_place_files import InplaceManifest
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
+from wegeft_cli.artifacts.prompt_record import PromptRecord
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.methods.wegeft.inject import attach_generators, get_generators
 from wegeft_cli.methods.wegeft.layer_names import (
@@ -47,6 +48,7 @@ def save_adapter(
     adapter_name: str = "default",
     card: str | None = None,
     more_files: Mapping[str, str] | None = None,
+    prompt: PromptRecord | None = None,
 ) -> AdapterManifest:
     """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors`, README.md.
 
@@ -66,6 +68,7 @@ def save_adapter(
         adapter_name: Which adapter.
         card: Text of README.md; None writes a short one.
         more_files: Further files of the folder, name -> text.
+        prompt: The prompt form of the training rows, for the record.
 
     Returns:
         The manifest as written.
@@ -115,6 +118,7 @@ def save_adapter(
         base_quantization=base_quantization,
         checkpoint_names=find_checkpoint_names(model, renamed, base_dir)
         | find_experts_names(model, experts, base_dir),
+        prompt=prompt,
     )
     if card is None:
         card = f"# WeGeFT adapter\n\nBase model: {base_model_name_or_path}\n"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from wegeft_cli.data.batches.lockstep import is_sharded
+from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.evaluation.benchmarks.base import Benchmark, BenchmarkContext
 from wegeft_cli.evaluation.benchmarks.groups import group_means
 from wegeft_cli.inference.loaded_model import LoadedModel
@@ -41,8 +42,10 @@ class BenchmarksCallback(Callback):
         benchmarks: Mapping[str, Benchmark],
         reporter: Reporter,
         advance: Advance,
+        prompt: TemplateSettings | None = None,
     ) -> None:
         self._recipe = recipe
+        self._prompt = prompt
         self._tokenizer = tokenizer
         self._benchmarks = benchmarks
         self._reporter = reporter
@@ -68,7 +71,7 @@ class BenchmarksCallback(Callback):
             self._recipe.train.eval_tasks,
             context,
             on_progress,
-            recipe=self._recipe,
+            prompt=self._prompt,
         )
 
     def _warn_once(self, text: str) -> None:
@@ -85,7 +88,7 @@ def score_benchmarks(
     context: BenchmarkContext,
     on_progress: Callable[[str, int, int], None],
     *,
-    recipe: Recipe | None = None,
+    prompt: TemplateSettings | None = None,
 ) -> dict[str, float]:
     """Score a model in training; the processes share the rows.
 
@@ -93,7 +96,7 @@ def score_benchmarks(
         `eval_<name>` -> score, 0 to 1, for each benchmark that has one and each complete group; the
         same on all processes.
     """
-    target = LoadedModel(model, tokenizer, recipe=recipe)
+    target = LoadedModel(model, tokenizer, prompt=prompt)
     context = replace(context, in_lockstep=is_sharded(model))
     scores: dict[str, float] = {}
     for position, (name, benchmark) in enumerate(benchmarks.items()):
