@@ -247,6 +247,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilenet_v2": {"depth_multiplier": 0.25},
     "mobilevit": {
+        "image_size": 4 * EDGE,
         "hidden_sizes": [16, 24, 32],
         "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 32],
         "patch_size": 2,
@@ -264,8 +265,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "stem_channels": 8,
         "hidden_dim": 32,
     },
-    "pvt": _PVT,
-    "pvt_v2": {**_PVT, "image_size": [EDGE, EDGE]},
+    "pvt": {**_PVT, "image_size": 2 * EDGE},
+    "pvt_v2": {**_PVT, "image_size": [2 * EDGE, 2 * EDGE]},
     "segformer": _PVT,
     "regnet": {**_STAGES, "embedding_size": 16, "groups_width": 8},
     "resnet": {**_STAGES, "embedding_size": 16},

@@ -27,6 +27,7 @@ from wegeft_cli.exporting.export import ExportOptions, export
 from wegeft_cli.inference.generate import generate
 from wegeft_cli.inference.loaded_model import ModelTarget
 from wegeft_cli.merging.merge import merge
+from wegeft_cli.models.heads import image_inputs
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.runs.train import train
@@ -346,14 +347,15 @@ def _compute_adapter(family: Family) -> tuple[list[Tensor], list[Tensor]]:
         return adapter, _compute_logits(family, base)
 
 
-def _inputs(family: Family) -> list[dict[str, Tensor]]:
+def _inputs(family: Family, model: nn.Module) -> list[dict[str, Tensor]]:
     if family.task == "image_classification":
         from PIL import Image
 
         processor = AutoImageProcessor.from_pretrained(family.base)
         paths = sorted((family.folder / "rows" / "images" / "validation").glob("*/*.png"))
         images = [Image.open(path).convert("RGB") for path in paths]
-        return [dict(processor(image, return_tensors="pt")) for image in images]
+        pixels = [processor(image, return_tensors="pt")["pixel_values"] for image in images]
+        return [image_inputs(model, each) for each in pixels]
     tokenizer = AutoTokenizer.from_pretrained(family.base)
     if family.task == "causal_lm":
         texts = list(QUESTIONS)
@@ -367,7 +369,7 @@ def _inputs(family: Family) -> list[dict[str, Tensor]]:
 def _compute_logits(family: Family, model: nn.Module) -> list[Tensor]:
     model.eval()
     with torch.no_grad():
-        return [model(**row).logits.float() for row in _inputs(family)]
+        return [model(**row).logits.float() for row in _inputs(family, model)]
 
 
 def _validation_loss(family: Family) -> float:

@@ -24,7 +24,7 @@ from wegeft_cli.inference.loaded_model import ModelTarget
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.methods.wegeft.targets import find_linears
-from wegeft_cli.models.heads import image_options
+from wegeft_cli.models.heads import image_inputs
 from wegeft_cli.models.image_processor import make_array, make_picture, make_thumbnail
 from wegeft_cli.models.loading import load_backbone, load_image_processor
 from wegeft_cli.reporter import Reporter
@@ -63,7 +63,7 @@ def draw_maps(
             seen = see(picture)
             with torch.no_grad(), recorded(model, names) as recording:
                 pixels = seen.pixels[None].to(next(model.parameters()).dtype)
-                model(pixel_values=pixels, **image_options(model, pixels.shape[-1]))
+                model(**image_inputs(model, pixels))
             grid = _find_grid(model.config, pixels)
             kind = model.config.model_type  # type: ignore[union-attr]
             modules = [

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wegeft_cli.artifacts.stored_names import spell_name
-from wegeft_cli.errors import BaseModelError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.completeness import refuse_missing
 from wegeft_cli.models.context import check_token_ids
 from wegeft_cli.models.module_names import is_inside_any, unwrap
@@ -55,6 +55,7 @@ class HeadSpec:
     def apply(self, config: Any) -> None:
         """Write the head into a model's configuration."""
         names = self.labels or ("value",)
+        config.num_labels = len(names)  # a value of its own in PVT
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
         config.problem_type = self.problem_type
@@ -135,13 +136,38 @@ def check_loaded(missing: Mapping[str, str], trained: Collection[str]) -> None:
         )
 
 
-def image_options(model: nn.Module, image_size: int) -> dict[str, Any]:
-    """Return what a model's forward needs for images of another size than it was trained on."""
+def image_inputs(model: nn.Module, pixels: Tensor) -> dict[str, Any]:
+    """Return what a model's forward takes for square images, `[images, channels, size, size]`.
+
+    Raises:
+        UserError: If the model cuts images into patches of a size that does not divide theirs.
+    """
     base = unwrap(model)
-    own = getattr(base.config, "image_size", image_size)
+    known = inspect.signature(base.forward).parameters
+    size = pixels.shape[-1]
+    if "spatial_shapes" in known:
+        return _cut_patches(pixels, base.config.vision_config.patch_size)
+    own = getattr(base.config, "image_size", size)
     own = own[0] if isinstance(own, list | tuple) else own
-    takes = "interpolate_pos_encoding" in inspect.signature(base.forward).parameters
-    return {"interpolate_pos_encoding": True} if takes and own != image_size else {}
+    takes = "interpolate_pos_encoding" in known and own != size
+    return {"pixel_values": pixels, **({"interpolate_pos_encoding": True} if takes else {})}
+
+
+def _cut_patches(pixels: Tensor, patch: int) -> dict[str, Any]:
+    """Return images as rows of patches (SigLIP 2), each patch row by row, its channels last."""
+    count, channels, size, _ = pixels.shape
+    if size % patch:
+        raise UserError(
+            f"images of {size} pixels are no whole number of patches of {patch}",
+            key="data.image_size",
+            hint=f"use a multiple of {patch}, such as {max(1, size // patch) * patch}",
+        )
+    edge = size // patch
+    parts = pixels.reshape(count, channels, edge, patch, edge, patch)
+    rows = parts.permute(0, 2, 4, 3, 5, 1).reshape(count, edge * edge, -1)
+    shapes = torch.full((count, 2), edge, dtype=torch.int64, device=pixels.device)
+    mask = torch.ones(rows.shape[:2], dtype=torch.int64, device=pixels.device)
+    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 def finish_head(

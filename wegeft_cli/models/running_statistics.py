@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,6 +24,17 @@ def hold_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if _keeps(module):
             module.register_forward_pre_hook(_evaluate)
+
+
+def align_gradients(model: nn.Module) -> None:
+    """Give normalization layers gradients in the memory format of their outputs.
+
+    torch's kernel for the CPU misreads one in another format, of a batch of one image: CvT trained
+    on wrong gradients.
+    """
+    for module in model.modules():
+        if _keeps(module):
+            module.register_forward_hook(_align)
 
 
 def moves_statistics(model: nn.Module) -> bool:
@@ -48,3 +60,10 @@ def _keeps(module: nn.Module) -> bool:
 
 def _evaluate(module: nn.Module, args: Any) -> None:
     module.training = False
+
+
+def _align(module: nn.Module, args: Any, output: Tensor) -> None:
+    if output.requires_grad:
+        is_plain = output.is_contiguous() or output.ndim != 4
+        form = torch.contiguous_format if is_plain else torch.channels_last
+        output.register_hook(lambda grad: grad.contiguous(memory_format=form))

@@ -94,13 +94,14 @@ def adapter_section(recipe: Recipe, model: nn.Module) -> tuple[AdapterSection, l
 
 def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Prepare a base for training by the recipe's method, the task's new head included."""
-    from wegeft_cli.models.running_statistics import hold_statistics
+    from wegeft_cli.models.running_statistics import align_gradients, hold_statistics
 
     task = find_task(recipe.task)
     section, _ = adapter_section(recipe, model)
     method = find_method(section.type)
     model = method.inject(model, section, task_type=task.peft_task_type, seed=recipe.seed)
     hold_statistics(model)
+    align_gradients(model)
     return model
 
 

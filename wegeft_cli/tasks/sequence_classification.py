@@ -51,16 +51,18 @@ class SequenceClassification(ClassificationTask):
 
     def check_model(self, recipe: Recipe, skeleton: Any, data: TaskData | None) -> None:
         from wegeft_cli.models.context import check_token_ids
+        from wegeft_cli.tasks.support.classifier import check_shortest
 
         super().check_model(recipe, skeleton, data)
         check_context(recipe, skeleton)
         if data is not None:
-            splits: list[Any] = [data.train, data.validation]
-            rows = [
-                row["input_ids"] for split in splits if split is not None for row in split.inputs
-            ]
-            largest = max((max(ids, default=0) for ids in rows), default=0)
-            check_token_ids(skeleton, largest, key="model.name_or_path")
+            for part in ("train", "validation"):
+                split: Any = getattr(data, part)
+                if split is None:
+                    continue
+                largest = max((max(row["input_ids"], default=0) for row in split.inputs), default=0)
+                check_token_ids(skeleton, largest, key="model.name_or_path")
+                check_shortest(skeleton, int(split.lengths.min()), f"data.{part}")
 
     def prepare_base(self, model: nn.Module, head: HeadSpec | None, processor: Any) -> None:
         from wegeft_cli.models.heads import pad_as_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -66,12 +66,14 @@ class ImageCollator:
 
     Args:
         transform: What becomes of an image.
-        options: What the model's forward takes beside the pixels.
+        finish: Returns the inputs of the model's forward for pixels.
     """
 
-    def __init__(self, transform: ImageTransform, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, transform: ImageTransform, finish: Callable[[Tensor], dict[str, Any]]
+    ) -> None:
         self._transform = transform
-        self._options = dict(options)
+        self._finish = finish
         num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
         # Where nothing is random, small pictures of small sets are made once.
@@ -88,7 +90,7 @@ class ImageCollator:
                     made = self._transform.load(rows.inputs[number])
                     self._made[id(rows), number] = made
             kept = [self._made[id(rows), number] for number in numbers]
-            return lambda: {"pixel_values": torch.stack(kept), **self._options}
+            return lambda: self._finish(torch.stack(kept))
         pending: list[Future[Tensor]] = [
             self._threads.submit(
                 self._transform.load,
@@ -97,10 +99,7 @@ class ImageCollator:
             )
             for number in numbers
         ]
-        return lambda: {
-            "pixel_values": torch.stack([each.result() for each in pending]),
-            **self._options,
-        }
+        return lambda: self._finish(torch.stack([each.result() for each in pending]))
 
 
 class ClassBatches(PlannedSource):

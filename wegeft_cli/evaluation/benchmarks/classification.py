@@ -94,13 +94,15 @@ class ClassificationBenchmark:
         from accelerate import PartialState
 
         from wegeft_cli.data.batches.labelled import iterate_batches
-        from wegeft_cli.tasks.support.classifier import score_answers
+        from wegeft_cli.tasks.support.classifier import check_shortest, score_answers
         from wegeft_cli.training.classification_loss import ClassifierOutputs, ClassLoss
 
         module: Any = model.model.to(PartialState().device)
         _, recipe = model.classifier()
         task = _task_of(recipe)
         collator = task.collator(recipe, model.processor, module)
+        if not task.reads_images:
+            check_shortest(module, int(self.rows.lengths.min()), f"data.{self.name}")
         layout = task.find_layout(module, model.processor, recipe, context.batch_size)
         if layout.note is not None:
             context.warn(layout.note)

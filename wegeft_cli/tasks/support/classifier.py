@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from wegeft_cli.data.text.tokenizer import copy_backend
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.image_processor import ImageTransform
 from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.tasks.support.classification_metrics import (
     count_confusion,
@@ -22,6 +25,9 @@ from wegeft_cli.tasks.support.classification_metrics import (
     measure_regression,
 )
 from wegeft_cli.training.classification_loss import ClassifierOutputs, ClassLoss
+
+_SHORT = 16
+"""Tokens of a row that no model is too deep for."""
 
 
 def load_padding_tokenizer(section: ModelSection) -> Any:
@@ -80,7 +86,8 @@ def _read_size(processor: Any) -> int | None:
         height = size.get("height") if isinstance(size, dict) else getattr(size, "height", None)
         if height:
             return int(height)
-    return None
+    patches = getattr(processor, "max_num_patches", None)  # SigLIP 2: images of any shape
+    return math.isqrt(patches) * int(processor.patch_size) if patches else None
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,43 @@ def gather_metrics(
         return {}
     metrics = score_answers(everything, head).metrics
     return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def check_shortest(model: nn.Module, length: int, place: str) -> None:
+    """Check that a text classifier can read its shortest row, without weights.
+
+    Funnel halves a row several times and fails where nothing is left.
+
+    Args:
+        model: The model, which may be on the meta device.
+        length: Tokens of the row.
+        place: Where the row is, for the message.
+
+    Raises:
+        UserError: If the model fails on it and not on a longer one.
+    """
+    if length >= _SHORT or not (reason := _fails_on(model, length)):
+        return
+    if _fails_on(model, _SHORT):
+        return  # it does not run without weights
+    least = next(n for n in range(length + 1, _SHORT + 1) if not _fails_on(model, n))
+    raise UserError(
+        f"a row of {length} tokens is too short for {type(unwrap(model)).__name__}, which reads "
+        f"{least} or more ({reason:.80})",
+        key=place,
+        hint=f"remove rows of fewer than {least} tokens, or take another model",
+    )
+
+
+def _fails_on(model: nn.Module, length: int) -> str:
+    """Return the error of a forward pass over a row of some length; empty if there is none."""
+    ids = torch.zeros((1, length), dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # any error of a model's code
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
 
 
 def choose_metric(recipe: Recipe | None, head: HeadSpec) -> str:

@@ -101,7 +101,7 @@ def find_class_layout(model: nn.Module, tokenizer: Any, recipe: Recipe) -> Layou
 
 def tokenise_test_rows(tokenizer: Any, max_length: int) -> ClassRows:
     """Return three rows of unequal length, and one of the first one's length."""
-    pairs = [(text, None) for text in (_TEXT, _TEXT[:25], _TEXT[:9])]
+    pairs = [(text, None) for text in (_TEXT, _TEXT[:36], _TEXT[:16])]
     rows, _ = tokenise_pairs(pairs, tokenizer, max_length)
     # The ends stay where they are: they are special tokens of many models.
     rows.append({name: [*ids[:1], *ids[-2:0:-1], *ids[1:][-1:]] for name, ids in rows[0].items()})
