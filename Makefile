@@ -6,7 +6,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 WEGEFT := $(BIN)/wegeft
+BASE_STAMP := $(VENV)/.base-done
 STAMP := $(VENV)/.setup-done
+# uv, where it is installed, is faster than pip.
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 # Processes that share the tests, each with one thread.
 WORKERS := 2
 NUM_RECIPES := 17
@@ -32,16 +35,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Create .venv with the pinned packages (once, 2 to 10 minutes by network)
+setup: $(STAMP) ## Create .venv with the pinned packages, the developers' too (once, 2 to 10 minutes by network)
 
-$(STAMP): pyproject.toml constraints.txt
+# What the quickstart needs, and no more.
+$(BASE_STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "make: Python 3.11 or newer is needed and '$(PYTHON)' is not one;" \
 			"name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "== setup: installing the packages of constraints.txt into $(VENV) (2 to 10 minutes, once)"
+	@echo "== setup: installing wegeft and what it needs into $(VENV) (1 to 5 minutes, once)"
 	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -e '.[gguf]' -c constraints.txt
+	@touch $@
+
+$(STAMP): $(BASE_STAMP)
+	@echo "== setup: installing the developers' packages of constraints.txt into $(VENV) (1 to 5 minutes, once)"
+	$(INSTALL) -e '.[dev]' -c constraints.txt
 	@touch $@
 
 format: setup ## Format the code and mend what ruff can mend
@@ -126,7 +135,7 @@ docs: setup ## Check that every link between the Markdown pages leads somewhere
 	$(BIN)/python scripts/recipe_reference.py --check
 	$(BIN)/python scripts/check_docs.py
 
-quickstart: setup ## Train, merge and score a small real model (under 10 minutes on two cores)
+quickstart: $(BASE_STAMP) ## Train, merge and score a small real model (under 10 minutes on two cores)
 	@echo "== quickstart 1/5: the model, SmolLM2-135M (92.9 MB, once)"
 	@$(BIN)/python scripts/quickstart_model.py
 	@echo "== quickstart 2/5: the data, 1,480 generated word problems"
