@@ -204,14 +204,17 @@ def test_what_cannot_be_had_offline_is_told(name, message, folder):
     assert caught.value.hint
 
 
-def test_another_protocol_a_samples_file_and_a_missing_harness_are_refused(
-    folder, monkeypatch, tmp_path
+def test_another_protocol_a_samples_file_vllm_and_a_missing_harness_are_refused(
+    folder, monkeypatch, tmp_path, llama_dir
 ):
     with pytest.raises(UserError, match="does not score"):
         evaluate("x", tasks=["lm-eval:tiny_choice"], data_dir=folder, protocol="gift")
     (tmp_path / "s.jsonl").write_text('{"index": 0, "output": ""}\n')
     with pytest.raises(UserError, match="from the model"):
         evaluate(tasks=["lm-eval:tiny_choice"], data_dir=folder, samples=tmp_path / "s.jsonl")
+    with pytest.raises(UserError, match="needs the model in memory") as caught:
+        evaluate(llama_dir, tasks=["lm-eval:tiny_choice"], data_dir=folder, backend="vllm")
+    assert caught.value.key == "--backend"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed") as caught:
         load_harness_task("tiny_choice", data_dir=folder)

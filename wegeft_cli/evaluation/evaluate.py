@@ -263,6 +263,12 @@ def _find_backend(name: str, benchmarks: Sequence[Benchmark]) -> Callable[..., L
     from wegeft_cli.inference.loaded_in_vllm import open_in_vllm
 
     for benchmark in benchmarks:
+        if getattr(benchmark, "needs_model", False):
+            raise UserError(
+                f"`{benchmark.name}` needs the model in memory, and not in vLLM",
+                key="--backend",
+                hint="leave out --backend",
+            )
         decoding = getattr(benchmark, "decoding", None)
         if isinstance(decoding, Decoding):
             check_decoding(decoding, f"protocol {benchmark.protocol_name!r}")

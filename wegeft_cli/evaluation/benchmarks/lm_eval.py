@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import (
@@ -33,6 +33,7 @@ class HarnessBenchmark:
 
     task: HarnessTask
     limit: int | None
+    needs_model: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -56,12 +57,6 @@ class HarnessBenchmark:
 
     def run(self, model: Any, context: BenchmarkContext) -> Score:
         """Run the harness on the first process, or in lockstep on all; share its result."""
-        if model.write is not None:
-            raise UserError(
-                f"`{self.name}` needs the model in memory",
-                key="--backend",
-                hint="leave out --backend",
-            )
         result = self._run_harness(model, context)
         context.on_progress(self.num_examples, self.num_examples)
         values = [sample["value"] for sample in result.samples]
