@@ -179,6 +179,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "zamba2": {
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
         "num_key_value_heads": 4,
         "adapter_rank": 8,
         "n_mamba_heads": 8,

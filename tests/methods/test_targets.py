@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from families.checkpoints import build_config
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -42,6 +44,17 @@ def test_all_linear_leaves_the_head_out(make_llama, make_gpt2):
     assert all(t.transposed for t in gpt2)
     shapes = {t.kind: (t.d_in, t.d_out) for t in gpt2 if "attn" in t.name}
     assert shapes == {"c_attn": (32, 96), "c_proj": (32, 32)}
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_all_linear_leaves_tied_layers_out(family):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_config(family))
+    kinds = {target.kind for target in find_targets(model, "all-linear")}
+    assert "in_proj" in kinds
+    assert kinds.isdisjoint({"q_proj", "gate_up_proj", "down_proj"})
+    with pytest.raises(UserError, match="is tied to"):
+        select_targets(model, ["q_proj"])
 
 
 def test_one_string_is_a_regular_expression_over_whole_names(make_llama):

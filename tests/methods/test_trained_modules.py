@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import PoolFormerConfig, PoolFormerForImageClassification
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
@@ -13,10 +14,12 @@ from wegeft_cli.methods.wegeft.inject import (
     get_generators,
     inject_generators,
     remove_generators,
+    select_targets,
     use_generators,
 )
 from wegeft_cli.methods.wegeft.targets import find_linears
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.models.heads import find_head_modules
 
 TARGETS = ["q_proj", "v_proj"]
 # Outside the layers, inside them, an embedding, a norm, a linear: all that a language model has.
@@ -354,3 +357,16 @@ def test_a_nested_module_is_copied_whole():
     third = inject(model, ["odd"], target_modules=["first"], adapter_name="third")
     assert torch.equal(model(x), before)
     assert sum(1 for _ in third.saved_of("third").parameters()) == 4
+
+
+def test_a_full_name_means_that_module_alone():
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_labels": 2}
+    model = PoolFormerForImageClassification(PoolFormerConfig(**sizes))
+    heads = find_head_modules(model)
+    assert heads == ["norm", "classifier"]
+    # Modules of that name in the backbone have no parameters, and were refused.
+    assert find_saved_modules(model, heads) == heads
+    # A layer of the backbone inside a module of the head's name is a target.
+    model.poolformer.norm = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    targets = select_targets(model, "all-linear", modules_to_save=heads)
+    assert [target.name for target in targets] == ["poolformer.norm.0"]

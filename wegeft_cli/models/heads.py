@@ -189,8 +189,8 @@ def finish_head(
         check_loaded(missing, [*find_head_modules(model), *saved])
     fresh = set(missing)
     if not head.keeps_base_head:
-        outputs = find_output_modules(model)
-        fresh |= {name for name, _ in model.named_parameters() if is_inside_any(name, outputs)}
+        outputs = tuple(f"{name}." for name in find_output_modules(model))
+        fresh |= {name for name, _ in model.named_parameters() if name.startswith(outputs)}
     make_fresh(model, fresh, seed)
     if head.drop_path_rate is not None and not hasattr(model.config, "drop_path_rate"):
         check_drop_path(model)

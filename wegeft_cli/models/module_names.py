@@ -16,6 +16,11 @@ def ends_with(name: str, last_parts: str) -> bool:
     return name == last_parts or name.endswith(f".{last_parts}")
 
 
+def find_named(known: Collection[str], asked: str) -> list[str]:
+    """Return the module of a full name, else those that end with it."""
+    return [asked] if asked in known else [name for name in known if ends_with(name, asked)]
+
+
 def is_inside_any(name: str, modules: Collection[str]) -> bool:
     """Return whether a module or parameter is one of the modules or inside one.
 

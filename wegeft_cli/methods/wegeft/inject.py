@@ -32,9 +32,9 @@ from wegeft_cli.methods.wegeft.targets import (
 from wegeft_cli.methods.wegeft.trained_modules import (
     check_saved_modules,
     find_saved_modules,
+    list_saved_modules,
     wrap_saved_modules,
 )
-from wegeft_cli.models.module_names import is_inside_any
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -119,8 +119,8 @@ def select_targets(
 ) -> list[Target]:
     """Find the targets; with explicit groups and `all-linear`, those that a pattern matches.
 
-    `all-linear` omits the linears of modules that are trained whole, and on the output side the
-    stacked weights of experts.
+    `all-linear` omits heads, routers, tied layers, the linears of modules that are trained whole,
+    and on the output side the stacked weights of experts.
 
     Raises:
         UserError: If experts are named for the output side.
@@ -128,7 +128,8 @@ def select_targets(
     targets = find_targets(model, target_modules)
     if target_modules == "all-linear":
         targets = [t for t in targets if side == "input" or not t.experts]
-        targets = [t for t in targets if not is_inside_any(t.name, modules_to_save)]
+        saved = list_saved_modules(model, modules_to_save) if modules_to_save else ()
+        targets = [t for t in targets if not f"{t.name}.".startswith(tuple(f"{s}." for s in saved))]
     if groups is not None and target_modules == "all-linear":
         targets = _matched_by(groups, targets, model)
     experts = next((target for target in targets if target.experts), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,18 +228,7 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
     Raises:
         UserError: If a target's weight is tied, as an output head often is to the embedding.
     """
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    tied: dict[Target, str] = {}
-    for target in targets:
-        kind = target.kind if target.experts else "weight"
-        weight = module_of(model, target)._parameters.get(kind)
-        own = target.name.rpartition(".")[0] if target.experts else target.name
-        others = [name for name in users.get(id(weight), ()) if name != own]
-        if weight is not None and others:
-            tied[target] = others[0]
+    tied = _find_tied(model, targets)
     if tied:
         first, other = next(iter(tied.items()))
         kinds = {target.kind for target in tied}
@@ -252,6 +241,23 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
             if free
             else "leave it out of the targets",
         )
+
+
+def _find_tied(model: nn.Module, targets: Iterable[Target]) -> dict[Target, str]:
+    """Return the targets whose weight another module uses too, with that module's name."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    tied: dict[Target, str] = {}
+    for target in targets:
+        kind = target.kind if target.experts else "weight"
+        weight = module_of(model, target)._parameters.get(kind)
+        own = target.name.rpartition(".")[0] if target.experts else target.name
+        others = [name for name in users.get(id(weight), ()) if name != own]
+        if weight is not None and others:
+            tied[target] = others[0]
+    return tied
 
 
 def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
@@ -278,6 +284,7 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
 def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -> list[Target]:
     if text == "all-linear":
         omitted = _find_heads(model) | _find_routers(model, linears)
+        omitted |= {target.name for target in _find_tied(model, linears.values())}
         return [
             target
             for name, target in linears.items()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.modules import Generators
 from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target
+from wegeft_cli.models.module_names import find_named
 
 _KEY = "adapter.modules_to_save"
 _NO_FORWARD = object()
@@ -146,18 +147,27 @@ def find_saved_modules(
         UserError: If a name matches nothing, or a module cannot be trained whole.
         ExceptionGroup: If there are several such faults.
     """
+    found = list_saved_modules(model, names)
+    check_saved_modules(model, found, targets)
+    return found
+
+
+def list_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the full names of the modules that a recipe's `modules_to_save` names, in order.
+
+    A full name, such as the `norm` of a classifier's head, means that module alone.
+
+    Raises:
+        UserError: If a name matches nothing.
+        ExceptionGroup: If several do not.
+    """
     known = [
         name for name, _ in model.named_modules() if name and name.partition(".")[0] != ROOT_NAME
     ]
-    hits = {
-        asked: [name for name in known if name == asked or name.endswith(f".{asked}")]
-        for asked in names
-    }
+    hits = {asked: find_named(known, asked) for asked in names}
     raise_all([_nothing_matches(asked, known) for asked, found in hits.items() if not found])
     wanted = {name for found in hits.values() for name in found}
-    found = [name for name in known if name in wanted]
-    check_saved_modules(model, found, targets)
-    return found
+    return [name for name in known if name in wanted]
 
 
 def check_saved_modules(
