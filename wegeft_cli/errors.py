@@ -164,3 +164,16 @@ def add_key(fault: UserError, key: str) -> UserError:
     elif "." not in fault.key:
         fault.key = f"{key}.{fault.key}"
     return fault
+
+
+def cut_text(text: str, limit: int) -> str:
+    """Return a text, cut between words to at most `limit` characters with the `...` that says so.
+
+    A word that takes most of them is cut inside.
+    """
+    if len(text) <= limit:
+        return text
+    head = text[: limit - 3]
+    if not text[len(head)].isspace() and (last := head.rfind(" ")) > limit // 3:
+        head = head[:last]
+    return f"{head.rstrip()}..."

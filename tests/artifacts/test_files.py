@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wegeft_cli.errors import MachineError, UserError, disk_errors
+from wegeft_cli.errors import MachineError, UserError, cut_text, disk_errors
 from wegeft_cli.storage.atomic import (
     atomic_file,
     atomic_folder,
@@ -25,6 +25,8 @@ from wegeft_cli.storage.atomic import (
     write_bytes_atomic,
     write_text_atomic,
 )
+from wegeft_cli.storage.json_files import shorten
+from wegeft_cli.storage.sizes import format_size
 
 
 @contextmanager
@@ -225,7 +227,7 @@ def test_a_file_system_without_room_is_told_as_such():
 def test_a_small_need_is_not_told_as_nothing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    with pytest.raises(MachineError, match=r"1\.00 MiB are needed for it, and 0\.00 MiB are free"):
+    with pytest.raises(MachineError, match=r"1\.0 MiB are needed for it, and 0 B are free"):
         check_free_space(tmp_path, 2**20, "it")
 
 
@@ -238,3 +240,35 @@ def test_hash_of_a_stretch_and_of_a_file_that_ends_early(tmp_path):
     assert hash_bytes(path) == abc
     with pytest.raises(UserError, match="ends too early"):
         hash_bytes(path, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (0.002 * 2**30, "2.0 MiB"),
+        (2**29, "512.0 MiB"),
+        (1.25 * 2**30, "1.25 GiB"),
+        (2**42, "4096.00 GiB"),
+    ],
+)
+def test_sizes_have_the_unit_in_which_they_are_at_least_one(num_bytes, text):
+    assert format_size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "cut"),
+    [
+        ("short", 5, "short"),
+        ("several words of a text", 20, "several words of..."),
+        ("several words of it", 18, "several words..."),
+        ("several words of", 15, "several..."),
+        ("a" * 30, 10, "aaaaaaa..."),
+        ("an " + "a" * 30, 20, "an aaaaaaaaaaaaaa..."),
+    ],
+)
+def test_a_message_shows_whole_words_of_a_long_text(text, limit, cut):
+    assert cut_text(text, limit) == cut
+    assert shorten(text, limit=limit + 2).strip("'").startswith(cut.removesuffix("...")[:8])

@@ -153,6 +153,19 @@ def test_only_the_first_process_prints(run_wegeft, place):
     assert run_wegeft("validate", place.recipe, env={"RANK": "0"}).stdout
 
 
+def test_the_import_of_torch_is_announced_before_it(run_wegeft, place):
+    """A log or a terminal is not silent for the seconds that the import takes."""
+    stub = place.path / "stub"
+    stub.mkdir()
+    (stub / "torch.py").write_text("raise SystemExit('torch is imported')")
+    path = os.pathsep.join([str(stub), os.environ.get("PYTHONPATH", "")])
+    for command in (["train", place.recipe, "--dry-run"], ["plan", place.recipe]):
+        done = run_wegeft(*command, env={"PYTHONPATH": path})
+        assert done.stderr.splitlines() == [f"{command[0]}: loading PyTorch", "torch is imported"]
+        done = run_wegeft(*command, env={"PYTHONPATH": path, "RANK": "1"})
+        assert done.stderr.splitlines() == ["torch is imported"]
+
+
 def test_debugging_shows_the_traceback(run_wegeft, place):
     plain = run_wegeft("validate", "missing.yaml")
     assert plain.returncode == EXIT_USER

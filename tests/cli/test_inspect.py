@@ -23,6 +23,45 @@ def test_inspect_prints_tables_or_one_object(wegeft, place_with_run):
     assert found["tokens"]["reason"] == "none were asked for"
 
 
+def count_lines(text: str) -> int:
+    return len(text.splitlines())
+
+
+def test_inspect_is_a_summary_unless_all_is_asked_for(wegeft, place_with_run):
+    summary = wegeft("inspect", place_with_run.run).stdout
+    whole = wegeft("inspect", place_with_run.run, "--all").stdout
+    assert "largest changes, 5 of 6" in summary
+    assert "--all prints every row" in summary
+    assert count_lines(summary) <= 40
+    assert "of 6" not in whole
+    assert "--all" not in whole
+    assert count_lines(whole) > count_lines(summary) + 10
+    # What the user asks for is shown.
+    asked = wegeft("inspect", place_with_run.run, "--num-directions", "2").stdout
+    assert count_lines(asked) > count_lines(summary)
+
+
+def test_inspect_of_many_modules_fits_a_screen(wegeft, place_with_run, monkeypatch):
+    from wegeft_cli.analysis import inspect as analysis
+
+    found = analysis.inspect(place_with_run.run)
+    found["modules"] = [
+        {**row, "label": f"model.layers.{n}.{row['label']}", "relative_change": n / 100}
+        for n in range(50)
+        for row in found["modules"]
+    ]
+    found["groups"] = [{**found["groups"][0], "group": f"layer_{n}"} for n in range(50)]
+    monkeypatch.setattr(analysis, "inspect", lambda *_, **__: found)
+    summary = wegeft("inspect", place_with_run.run).stdout
+    assert "singular directions of W), 5 of 50" in " ".join(summary.split())
+    assert "largest changes, 5 of 300" in summary
+    assert "model.layers.49." in summary
+    assert count_lines(summary) <= 45
+    assert count_lines(wegeft("inspect", place_with_run.run, "--all").stdout) > 350
+    printed = json.loads(wegeft("inspect", place_with_run.run, "--json").stdout)
+    assert len(printed["modules"]) == 300
+
+
 def test_inspect_against_and_ablate(wegeft, place_with_run, data_dir):
     result = wegeft("inspect", place_with_run.run, "--against", place_with_run.run)
     assert "cosine 1.000" in result.stdout

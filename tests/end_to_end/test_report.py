@@ -13,8 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 from wegeft_cli.analysis.report import report
+from wegeft_cli.analysis.report_page.charts import draw_ablation
 from wegeft_cli.analysis.report_page.lines import style_series
 from wegeft_cli.analysis.report_page.overview import format_duration
+from wegeft_cli.analysis.report_page.render import _draw_still
 from wegeft_cli.artifacts.run_results import (
     RunOutcome,
     average,
@@ -140,6 +142,15 @@ def test_every_chart_has_a_picture_without_scripts(pair, hostile, tmp_path):
                 *("svg", "g", "path", "line", "text", "rect", "defs", "clipPath", "title")
             }
             assert not any(name.startswith("on") or "href" in name for name in element.attrib)
+
+
+def test_names_in_pictures_are_text(hostile):
+    part = {"part": hostile, "change": -0.5, "lost": 1, "gained": 0}
+    found = {"parts": [part], "whole": {"task": hostile}, "by": "group"}
+    text = _draw_still(draw_ablation(0, 0, found))
+    assert "<script" not in text
+    assert "<img" not in text
+    assert any(hostile[:20] in "".join(each.itertext()) for each in ElementTree.fromstring(text))
 
 
 @pytest.fixture

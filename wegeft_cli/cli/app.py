@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from wegeft_cli.cli.broken_imports import describe_import_error
-from wegeft_cli.cli.console import LastingStream, get_console, note, print_fault, print_message
+from wegeft_cli.cli.console import LastingStream, note, print_fault, print_message
 from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
@@ -32,7 +32,7 @@ HELP = {
     "generate": "Generate answers to prompts. Decoding is greedy unless a sampling option is set.",
     "chat": "Chat with a model. /adapter compares it with its base; /help lists the commands.",
     "inspect": "Show what an adapter changes: size, novelty, rank, tokens; or rank its parts.",
-    "report": "Write one self-contained HTML page: recipe, curves, scores, answers, weights.",
+    "report": "Write one self-contained HTML page: scores, curves, answers, weights, recipe.",
     "edit": "Write an adapter with parts removed or scaled. The original is kept in it.",
     "validate": "Check a recipe's keys, types, rules and names, and list which inputs exist.",
     "plan": "Estimate parameters, steps and memory. A folder with only config.json is enough.",
@@ -42,7 +42,7 @@ HELP = {
 """Each command with its help, so that `wegeft --help` imports none of them."""
 
 _LOADS_TORCH = {"train", "plan", "preview", "merge", "generate", "chat", "inspect", "export"}
-"""Commands whose imports take seconds, during which the terminal would be silent."""
+"""Commands whose imports take seconds, during which a terminal or a log would be silent."""
 
 _FUNCTIONS = {"eval": "evaluate", "recipes": "recipes_app"}
 
@@ -99,7 +99,7 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         _silence_imports()
-        if command.__name__ in _LOADS_TORCH and get_console(stderr=True).is_terminal:
+        if command.__name__ in _LOADS_TORCH:
             note(f"{command.__name__}: loading PyTorch")
         try:
             return command(*args, **kwargs)

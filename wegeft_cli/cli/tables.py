@@ -205,13 +205,6 @@ def show_table(
     show(table)
 
 
-def format_memory(gib: float) -> str:
-    """Return an amount of memory with the unit in which it is at least 1: `1.25 GiB`, `3.1 MiB`."""
-    if gib >= 1 or gib == 0:
-        return f"{gib:.2f} GiB"
-    return f"{gib * 2**10:.1f} MiB" if gib * 2**10 >= 1 else f"{gib * 2**20:.1f} KiB"
-
-
 def _percent(score: float | None) -> str:
     return "-" if score is None else f"{score:.1%}"
 

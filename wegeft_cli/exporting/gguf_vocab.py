@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, cut_text
 from wegeft_cli.exporting.gguf_layers import import_gguf
 from wegeft_cli.storage.json_files import read_json
 
@@ -132,7 +132,7 @@ def _name_cut(values: Mapping[str, Any], path: Path) -> str:
         pattern = before[0]["pattern"].get("Regex")
         if pattern in _CUTS and before[0].get("behavior") == "Isolated":
             return _CUTS[pattern]
-    raise _unknown(path, f"it cuts text by {json.dumps(before)[:120]}")
+    raise _unknown(path, f"it cuts text by {cut_text(json.dumps(before), 120)}")
 
 
 def _unknown(path: Path, why: str) -> UserError:

@@ -19,6 +19,7 @@ from wegeft_cli.data.text.template_settings import AUTO, CHAT, TemplateSettings,
 from wegeft_cli.data.text.templates import TEMPLATES, PairTemplate, fill_turns
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.storage.json_files import shorten
 
 _ASKS = ("prompt", "instruction", "question", "text")
 _TALKS = ("messages", "conversations")
@@ -80,7 +81,7 @@ class PromptForm:
         if extra.strip():
             if pair.prompt_with_input is None:
                 raise UserError(
-                    f"the prompt form {self.name!r} has no place for `input`, got {extra[:40]!r}",
+                    f"the prompt form {self.name!r} has no place for `input`, got {shorten(extra)}",
                     key="--template",
                     hint="give --template alpaca, or leave `input` empty",
                 )

@@ -23,6 +23,7 @@ from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.storage.sizes import format_size
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _disk_warnings(recipe: Recipe, disk_gib: float | None, free_gib: float) -> l
     if disk_gib is None or disk_gib <= free_gib:
         return []
     return [
-        f"checkpoints will take {disk_gib:.2f} GiB and {free_gib:.2f} GiB are free at "
+        f"checkpoints will take {format_size(disk_gib * GIB)} and "
+        f"{format_size(free_gib * GIB)} are free at "
         f"{find_run_dir(recipe)}: lower train.save_total_limit or choose another output_dir"
     ]

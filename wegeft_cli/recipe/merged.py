@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, cut_text
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
 
 
@@ -124,11 +124,7 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {_shorten(value)!r}"
+        return f"the text {cut_text(value, _MAX_SHOWN)!r}"
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "a map"
-    return f"the number {_shorten(str(value))}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+    return f"the number {cut_text(str(value), _MAX_SHOWN)}"

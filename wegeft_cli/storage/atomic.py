@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wegeft_cli.errors import MachineError, UserError, disk_errors
+from wegeft_cli.storage.sizes import format_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 HASH_CHUNK_BYTES = 4 * 2**20
-_GIB = 2**30
 _LEFTOVER_SECONDS = 60
 
 
@@ -204,17 +204,11 @@ def check_free_space(path: Path, num_bytes: int, what: str) -> None:
         )
     if disk.free < num_bytes:
         raise MachineError(
-            f"{_show_size(num_bytes)} are needed for {what}, and {_show_size(disk.free)} are free",
+            f"{format_size(num_bytes)} are needed for {what}, and "
+            f"{format_size(disk.free)} are free",
             file=str(path),
             hint="free some space or choose another folder",
         )
-
-
-def _show_size(num_bytes: int) -> str:
-    """Format a size in GiB, or in MiB if it is below 0.1 GiB."""
-    if num_bytes >= _GIB / 10:
-        return f"{num_bytes / _GIB:.2f} GiB"
-    return f"{num_bytes / 2**20:.2f} MiB"
 
 
 def hash_bytes(path: Path, start: int = 0, num_bytes: int | None = None) -> str:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import shorten
 
 
 def check_links(folder: Path) -> None:
@@ -52,7 +53,7 @@ def check_model_folder(folder: Path) -> None:
         wrong = next((name for name in names if not is_shard_name(name)), None)
         if wrong is not None:
             raise UserError(
-                f"{str(wrong)[:60]!r} is no name of a safetensors file in this folder",
+                f"{shorten(str(wrong))} is no name of a safetensors file in this folder",
                 file=str(path),
                 key="weight_map",
                 hint="fetch the model again, from whom you trust",

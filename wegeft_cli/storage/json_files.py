@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import UserError, disk_errors
+from wegeft_cli.errors import UserError, cut_text, disk_errors
 
 MAX_JSON_BYTES = 100_000_000
 """Longest JSON file that is read: the index of a model with a million tensors is shorter."""
@@ -96,8 +96,7 @@ def is_number(value: Any) -> bool:
 
 def shorten(value: object, *, limit: int = 60) -> str:
     """Return the `repr` of a value for a message, at most `limit` characters long."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return cut_text(repr(value), limit)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

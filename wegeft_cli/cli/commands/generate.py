@@ -19,7 +19,7 @@ from wegeft_cli.cli.console import (
     write_piece,
 )
 from wegeft_cli.cli.generation_options import GenerationOptions, generation_options, stdin_is_pipe
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, cut_text
 
 
 @generation_options
@@ -135,7 +135,7 @@ def _show_answers(result: dict[str, Any]) -> None:
         if len(rows) > 1:
             sample = f", answer {row['sample'] + 1}" if "sample" in row else ""
             head = " ".join(row["prompt"].split())
-            head = head if len(head) <= 60 else head[:59] + "…"
+            head = cut_text(head, 60)
             show(_plain(f"[{row['index']}{sample}] {head}"), style="bold", highlight=False)
         if "base_output" in row:
             show("base", style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,32 @@ from wegeft_cli.cli.console import RichReporter, print_json, show
 from wegeft_cli.cli.tables import show_table
 from wegeft_cli.errors import UserError
 
-_NUM_SHOWN = 20  # modules in a table
 _MIN_COLUMNS = 4
-_NUM_WITH_TOKENS = 4  # modules whose tokens are shown
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """How much is printed; None is everything.
+
+    Args:
+        rows: Rows of a table of modules, groups or parts.
+        modules: Modules whose tokens are shown, of those that write and of those that read.
+        directions: Directions of each of these.
+        tokens: Tokens at each end of a direction.
+    """
+
+    rows: int | None
+    modules: int
+    directions: int | None
+    tokens: int | None
+
+
+_SUMMARY = _Extent(rows=5, modules=2, directions=1, tokens=4)  # with its titles, one screen
+_ALL = _Extent(rows=None, modules=4, directions=None, tokens=None)
 
 
 def inspect(
+    context: typer.Context,
     adapter: AdapterArgument = None,
     against: Annotated[
         str | None,
@@ -125,9 +146,14 @@ def inspect(
             "--output", "-o", metavar="FILE", help="Also write the JSON object to this file."
         ),
     ] = None,
+    show_all: Annotated[
+        bool,
+        typer.Option("--all", help="Print every row and direction. Default: a summary."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter changes: size, novelty, rank, tokens; or rank its parts."""
+    extent = _ALL if show_all else _find_summary(context)
     if ablate is not None:
         if against is not None or image:
             message = "excludes --against and --image"
@@ -148,7 +174,7 @@ def inspect(
             output=output,
             reporter=RichReporter(),
         )
-        print_json(ranking) if as_json else _print_ablation(ranking)
+        print_json(ranking) if as_json else _print_ablation(ranking, extent)
         return
     given = {"--task": task, "--protocol": protocol, "--data-dir": data_dir, "--limit": limit}
     _refuse_without_ablate({**given, "--batch-size": batch_size, "--top": top})
@@ -170,7 +196,17 @@ def inspect(
     if as_json:
         print_json(result)
     else:
-        _print_inspection(result)
+        _print_inspection(result, extent)
+
+
+def _find_summary(context: typer.Context) -> _Extent:
+    """Return the summary, with as many directions and tokens as the user asked for."""
+    options = {"directions": "num_directions", "tokens": "tokens"}
+    sources = {field: context.get_parameter_source(name) for field, name in options.items()}
+    asked: dict[str, Any] = {
+        field: None for field, source in sources.items() if source and source.name != "DEFAULT"
+    }
+    return replace(_SUMMARY, **asked)
 
 
 def _refuse_without_ablate(given: Mapping[str, Any]) -> None:
@@ -179,16 +215,19 @@ def _refuse_without_ablate(given: Mapping[str, Any]) -> None:
             raise UserError("requires --ablate", key=key, hint="add --ablate group")
 
 
-def _print_inspection(result: dict[str, Any]) -> None:
-    _print_groups(result)
-    _print_modules(result)
-    _print_tokens(result)
+def _print_inspection(result: dict[str, Any], extent: _Extent) -> None:
+    _print_groups(result, extent)
+    _print_modules(result, extent)
+    _print_tokens(result, extent)
     if "against" in result:
-        _print_against(result["against"])
+        _print_against(result["against"], extent)
     _print_plots(result)
 
 
-def _print_groups(result: dict[str, Any]) -> None:
+def _print_groups(result: dict[str, Any], extent: _Extent) -> None:
+    rows = sorted(result["groups"], key=lambda row: -row["relative_change"])
+    if len(rows) <= (extent.rows or len(rows)):
+        rows = result["groups"]
     _show_rows(
         f"change by group (familiar: in the {result['top_k']} leading singular directions of W)",
         ["group", "modules", "||dW||/||W||", "familiar", "novel", "eff. rank"],
@@ -201,17 +240,16 @@ def _print_groups(result: dict[str, Any]) -> None:
                 _percent(row["novel"]),
                 f"{row['effective_rank']:.1f}",
             ]
-            for row in result["groups"]
+            for row in rows
         ],
+        extent,
     )
 
 
-def _print_modules(result: dict[str, Any]) -> None:
+def _print_modules(result: dict[str, Any], extent: _Extent) -> None:
     rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
-    shown = rows[:_NUM_SHOWN]
-    more = f", {len(shown)} of {len(rows)}; --json has all" if len(rows) > len(shown) else ""
     _show_rows(
-        f"largest changes{more}",
+        "largest changes",
         ["module", "||dW||/||W||", "familiar", "eff. rank", "by chance", "least angle"],
         [
             [
@@ -222,35 +260,45 @@ def _print_modules(result: dict[str, Any]) -> None:
                 _percent(row["familiar_by_chance"]),
                 f"{row['principal_angles'][0]:.1f}°" if row["principal_angles"] else "-",
             ]
-            for row in shown
+            for row in rows
         ],
+        extent,
     )
 
 
-def _print_tokens(result: dict[str, Any]) -> None:
+def _print_tokens(result: dict[str, Any], extent: _Extent) -> None:
     reason = result["tokens"].get("reason")
     if reason is not None:
         show(f"no tokens: {reason}", style="dim", markup=False)
         return
     rows = sorted(result["modules"], key=lambda row: -row["relative_change"])
-    writers = [row for row in rows if row.get("role") == "writes"][:_NUM_WITH_TOKENS]
+    writers = [row for row in rows if row.get("role") == "writes"]
     # On the input side all layers of a group read with the same psi: one of them is enough.
     readers = list({row["group"]: row for row in rows[::-1] if row.get("role") == "reads"}.values())
-    readers = readers[::-1][:_NUM_WITH_TOKENS]
     for title, found, names in (
         ("promoted and suppressed by the output", writers, ("promoted", "suppressed")),
-        ("input tokens along and against the read direction", readers, ("along", "against")),
+        (
+            "input tokens along and against the read direction",
+            readers[::-1],
+            ("along", "against"),
+        ),
     ):
         cells = [
-            [row["label"], str(direction["direction"]), *(_join(direction[name]) for name in names)]
-            for row in found
-            for direction in row["tokens"]
+            [
+                row["label"],
+                str(direction["direction"]),
+                *(_join(direction[name][: extent.tokens]) for name in names),
+            ]
+            for row in found[: extent.modules]
+            for direction in row["tokens"][: extent.directions]
         ]
         if cells:
-            _show_rows(title, ["module", "direction", *names], cells, wrap=True)
+            _show_rows(title, ["module", "direction", *names], cells, _ALL, wrap=True)
+    if extent.rows is not None:
+        show("--all prints every row and more directions; --json has everything", style="dim")
 
 
-def _print_against(against: dict[str, Any]) -> None:
+def _print_against(against: dict[str, Any], extent: _Extent) -> None:
     rows = sorted(against["modules"], key=lambda row: row["cosine"])
     show(
         f"against {against['adapter']}: cosine {against['cosine']:.3f}, size ratio "
@@ -271,12 +319,13 @@ def _print_against(against: dict[str, Any]) -> None:
                 f"{row['overlap']:.3f}",
                 f"{row['overlap_right']:.3f}",
             ]
-            for row in rows[:_NUM_SHOWN]
+            for row in rows
         ],
+        extent,
     )
 
 
-def _print_ablation(result: dict[str, Any]) -> None:
+def _print_ablation(result: dict[str, Any], extent: _Extent) -> None:
     whole, base = result["whole"], result["base"]
     metric = whole.get("metric", "accuracy")  # text benchmarks have no other
     show(
@@ -299,6 +348,7 @@ def _print_ablation(result: dict[str, Any]) -> None:
             ]
             for row in result["parts"]
         ],
+        replace(extent, rows=extent.rows and 2 * extent.rows),
     )
     _print_plots(result)
 
@@ -309,9 +359,17 @@ def _print_plots(result: dict[str, Any]) -> None:
 
 
 def _show_rows(
-    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], *, wrap: bool = False
+    title: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    extent: _Extent,
+    *,
+    wrap: bool = False,
 ) -> None:
-    cells = zip(*rows, strict=True) if rows else ((),) * len(names)
+    shown = rows[: extent.rows]
+    if len(shown) < len(rows):
+        title += f", {len(shown)} of {len(rows)}"
+    cells = zip(*shown, strict=True) if shown else ((),) * len(names)
     columns = dict(zip(names, map(list, cells), strict=True))
     if wrap:
         show_table(columns, title=title, text=names)

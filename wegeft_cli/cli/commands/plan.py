@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, print_json, show
-from wegeft_cli.cli.tables import format_memory, show_table
+from wegeft_cli.cli.tables import show_table
+from wegeft_cli.storage.sizes import GIB, format_size
 
 if TYPE_CHECKING:
     from wegeft_cli.planning.plan import Plan
@@ -65,19 +66,19 @@ def _show_steps(result: Plan) -> None:
 
 def _show_memory(result: Plan) -> None:
     parts = {
-        name.replace("_", " "): "unknown" if gib is None else format_memory(gib)
+        name.replace("_", " "): "unknown" if gib is None else format_size(gib * GIB)
         for name, gib in result.memory_gib.items()
         if gib != 0
     }
-    parts[f"free on this {result.device} now"] = format_memory(result.available_gib)
+    parts[f"free on this {result.device} now"] = format_size(result.available_gib * GIB)
     columns = {
         "memory on each device, estimated": list(parts),
         "": list(parts.values()),
     }
     show_table(columns, bold_rows=[list(parts).index("total")])
-    disk = "" if result.disk_gib is None else f", {format_memory(result.disk_gib)} at most"
-    each = format_memory(result.checkpoint_gib)
-    show(f"checkpoints: {each} each{disk}; {format_memory(result.free_disk_gib)} free")
+    disk = "" if result.disk_gib is None else f", {format_size(result.disk_gib * GIB)} at most"
+    each = format_size(result.checkpoint_gib * GIB)
+    show(f"checkpoints: {each} each{disk}; {format_size(result.free_disk_gib * GIB)} free")
 
 
 def _format_flops(value: float) -> str:

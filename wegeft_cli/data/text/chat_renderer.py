@@ -11,6 +11,7 @@ from typing import Any
 
 from wegeft_cli.data.text.template_settings import TemplateSettings
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import shorten
 from wegeft_cli.time_limit import time_limit
 
 _RENDER_SECONDS = 10.0
@@ -283,8 +284,8 @@ def _parse_arguments(text: str) -> Any:
         arguments = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"`tool_calls`: the arguments {text[:40]!r} are not JSON: {error}"
+            f"`tool_calls`: the arguments {shorten(text)} are not JSON: {error}"
         ) from error
     if not isinstance(arguments, dict):
-        raise UserError(f"`tool_calls`: the arguments must be a JSON object, got {text[:40]!r}")
+        raise UserError(f"`tool_calls`: the arguments must be a JSON object, got {shorten(text)}")
     return arguments

@@ -11,6 +11,7 @@ from typing import Any
 
 from wegeft_cli.data.sources.messages import check_characters
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import shorten
 
 Message = Mapping[str, Any]
 ApplyChatTemplate = Callable[..., str]
@@ -299,7 +300,7 @@ def _split_tail(span: str, message: Message) -> tuple[str, str]:
     end = _find_end(span, content)
     if end is None:
         raise UserError(
-            f"the chat template does not show the answer {content[:40]!r} unchanged",
+            f"the chat template does not show the answer {shorten(content)} unchanged",
             hint="use another data.template",
         )
     tail = span[end:]

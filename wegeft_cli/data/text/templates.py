@@ -19,6 +19,7 @@ from wegeft_cli.data.text.chat_rendering import (
 )
 from wegeft_cli.data.text.template_settings import AUTO, CHAT
 from wegeft_cli.errors import UserError
+from wegeft_cli.storage.json_files import shorten
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _render_pair(
     if extra.strip():
         if template.prompt_with_input is None:
             raise UserError(
-                f"the template {name!r} has no place for `input`, got {extra[:40]!r}",
+                f"the template {name!r} has no place for `input`, got {shorten(extra)}",
                 hint="use data.template: alpaca, or leave `input` empty",
             )
         form = template.prompt_with_input

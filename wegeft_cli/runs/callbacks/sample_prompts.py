@@ -6,6 +6,7 @@ from typing import Any
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.batches.lockstep import is_sharded
+from wegeft_cli.errors import cut_text
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import Prompts, generate_texts
 from wegeft_cli.inference.prompt_format import SamplePrompts
@@ -75,4 +76,4 @@ class SamplePromptsCallback(Callback):
 
 def _shorten(text: str) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= _SHOWN else flat[: _SHOWN - 1] + "…"
+    return cut_text(flat, _SHOWN)

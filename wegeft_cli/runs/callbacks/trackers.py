@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from wegeft_cli.errors import cut_text
 from wegeft_cli.redaction import mask_secrets
 from wegeft_cli.training.callbacks import Callback
 from wegeft_cli.training.metrics import StepMetrics
@@ -97,7 +98,7 @@ class Trackers:
             reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
             self._warn(
                 f"the tracker {name} failed and is disabled for the rest of this run; "
-                f"metrics.jsonl holds every figure ({reason[:_MAX_REASON]})"
+                f"metrics.jsonl holds every figure ({cut_text(reason, _MAX_REASON)})"
             )
 
 
