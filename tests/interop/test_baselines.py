@@ -145,6 +145,19 @@ def test_a_method_is_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     assert (logits - load(llama_dir)(ids).logits).abs().max() > 1e-3 * logits.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("method", "key"), [("lora", "target_modules"), ("ia3", "feedforward_modules")]
+)
+def test_sets_are_written_in_one_order(llama_dir, tmp_path, method, key):
+    targets = ["v_proj", "q_proj", "k_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    options = {"feedforward_modules": targets} if method == "ia3" else {}
+    settings = {"rank": 2, "alpha": None, "target_modules": targets, "options": options}
+    model = inject(load(llama_dir), method, **settings)
+    assert isinstance(getattr(model.peft_config["default"], key), set)
+    save_peft(model, tmp_path, base_model_name_or_path=str(llama_dir))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[key] == sorted(targets)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_modules_trained_whole_are_saved_loaded_and_merged(llama_dir, ids, tmp_path, method):
     model = inject(

@@ -98,3 +98,25 @@ def test_questions_are_read_by_the_columns_of_the_recipe(tmp_path):
     first, second = read_questions([], file, None, columns)
     assert first.asked == {"instruction": "Why?", "input": "Because."}
     assert second.asked["instruction"] == "Who?"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("logging.run_name=hf_" + "a1" * 15, "logging.run_name"),
+        ("logging.project=sk-" + "a1" * 15, "logging.project"),
+        ("logging.sample_prompts=[one, my key is ghp_" + "a1" * 15 + "]", "sample_prompts[1]"),
+        ("adapter.peft={note: AKIA" + "A1" * 8 + "}", "adapter.peft.note"),
+        ("data.chat_template_kwargs={key: hf_" + "a1" * 15 + "}", "chat_template_kwargs.key"),
+        ("train.optim_args={key: hf_" + "a1" * 15 + "}", "train.optim_args.key"),
+        ("output_dir=runs/hf_" + "a1" * 15, "output_dir"),
+    ],
+)
+def test_a_secret_in_an_override_is_announced(tmp_path, override, key):
+    file = tmp_path / "r.yaml"
+    file.write_text(BASE + DATA, encoding="utf-8")
+    assert not load_recipe(file).notes
+    overrides = [override] if "adapter.peft" not in override else ["adapter.type=lora", override]
+    notes = " ".join(load_recipe(file, overrides).notes)
+    assert f"{key} looks like a secret key" in notes
+    assert "a1a1" not in notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
@@ -73,6 +75,13 @@ def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) ->
         model.save_pretrained(
             str(adapter_dir), safe_serialization=True, save_embedding_layers=False
         )
+    # PEFT writes its sets in the order of this process's hashes.
+    path = adapter_dir / CONFIG_NAME
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in vars(model.peft_config[model.active_adapter]).items():
+        if isinstance(value, set) and key in values:
+            values[key] = sorted(value)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def merge_peft(model: Any) -> tuple[nn.Module, int]:
