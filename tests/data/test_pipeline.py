@@ -488,3 +488,34 @@ def test_a_row_of_ten_megabytes_is_told_as_cut(
     report = build(chat_tokenizer, write_rows(plain), max_length=64).report
     assert "1 of 11 rows were cut" in report.warnings[0]
     assert "the longest has more than" in report.warnings[0]
+
+
+def test_random_validation_split(tokenizer: Any, write_rows: Callable[..., Path]) -> None:
+    """A pure function of its seed, over all sources; every row is on one side."""
+    rows = {
+        name: [{"prompt": f"{name}{n}?", "completion": str(n)} for n in range(10)] for name in "ab"
+    }
+    files = [write_rows(each, f"{name}.jsonl") for name, each in rows.items()]
+
+    def split(**fields: Any) -> list[list[str]]:
+        data = build(tokenizer, *files, **fields)
+        assert data.validation is not None
+        return [texts(data.train, tokenizer), texts(data.validation, tokenizer)]
+
+    random: dict[str, Any] = {"validation_fraction": 0.25, "validation_split": "random"}
+    train, held_out = split(**random)
+    first, last = split(validation_fraction=0.05)
+    everything = first + last
+    assert len(held_out) == 5
+    assert sorted(train + held_out) == sorted(everything)
+    assert train == [text for text in everything if text in set(train)]
+    assert split(**random) == [train, held_out]
+    assert split(**random, validation_seed=1)[1] != held_out
+    assert split(validation_fraction=0.25)[1] == everything[-5:]
+    # The rows of each source are known, for its own validation loss.
+    counts = build(tokenizer, *files, **random).validation_counts
+    assert counts == {name: sum(name in text for text in held_out) for name in "ab"}
+    assert min(counts.values()) > 0
+    alone = build(tokenizer, *files, **random, need_validation=False)
+    assert alone.validation_counts == {}
+    assert len(alone.train) == 15

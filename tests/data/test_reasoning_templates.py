@@ -341,3 +341,19 @@ def test_numbers_and_unlearned_answers_are_noted(
     assert "only the last answer of 1 conversations with several answers is learned" in notes
     every = build(write_rows, chat_tokenizer, [talk, PLAIN], template="chat")
     assert not any("only the last answer" in each for each in every.report.warnings)
+
+
+def test_random_split_keeps_a_conversation_whole(
+    write_rows: Write, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    talks = [PLAIN for _ in range(6)]
+    for seed in range(5):
+        data = build(
+            write_rows, chat_tokenizer, talks,
+            validation_fraction=0.3, validation_split="random", validation_seed=seed,
+        )  # fmt: skip
+        for part in (data.train, data.validation):
+            assert part is not None
+            assert part.continues is not None
+            assert not part.continues[-1]
+            assert len(part) % 2 == 0

@@ -190,11 +190,24 @@ def test_bad_ways_to_ask(recipe, options, message):
         evaluate(run_dir, **options)
 
 
-def test_held_out_rows_are_of_every_class(recipe):
-    path = recipe(data={"validation": [], "validation_fraction": 0.34})
+@pytest.mark.parametrize("split", ["last", "random"])
+def test_held_out_rows_are_of_every_class(recipe, split):
+    path = recipe(data={"validation": [], "validation_fraction": 0.34, "validation_split": split})
     run = json.loads((train(path, ["train.max_steps=1"]).run_dir / "run.json").read_text())
     assert run["data"]["num_validation_rows"] == 6
     assert run["data"]["rows_per_class"] == [4, 4, 4]
+
+
+def test_validation_loss_of_each_source(recipe, images_dir):
+    """Rows of both sources count once in the metrics, and each source has its loss."""
+    sources = [{"path": str(images_dir), "split": part} for part in ("validation", "test")]
+    path = recipe(data={"validation": sources})
+    run = json.loads((train(path, ["train.max_steps=1"]).run_dir / "run.json").read_text())
+    metrics = run["validation"]["1"]
+    name = images_dir.name
+    losses = metrics[f"eval_loss_{name}"], metrics[f"eval_loss_{name}_2"]
+    assert metrics["eval_loss"] == pytest.approx((6 * losses[0] + 9 * losses[1]) / 15)
+    assert (metrics["eval_accuracy"] * 15) == pytest.approx(round(metrics["eval_accuracy"] * 15))
 
 
 def test_fgvc_splits_with_gaps_are_numbered_together(recipe, tmp_path, images_dir):

@@ -201,7 +201,7 @@ def build_batches(dataset, rank=0, *, packs=None, flat=False, grouped=False, wor
         plan,
         packs=packs,
         flat=flat,
-        validation=None,
+        validation={},
         rank=rank,
         eval_batch_size=1,
         pad_token_id=0,

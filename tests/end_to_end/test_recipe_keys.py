@@ -70,6 +70,12 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("data.train[0].limit=5", DATA),
     ("data.validation=[{{path: {rows}}}]", EVALS),
     ("data.validation_fraction=0.2", EVALS),
+    ("data.validation_split=random", EVALS, VALIDATED),
+    (
+        "data.validation_seed=3",
+        EVALS,
+        {"data": {"validation_fraction": 0.4, "validation_split": "random"}},
+    ),
     ("data.template=question_answer", DATA),
     ("data.loss_on=all", DATA),
     ("data.max_length=9", DATA),
@@ -174,8 +180,8 @@ NOT_HERE = {
     "data.train[].name": "a hub data set's",
     "data.cache_dir": "changes no row: tests/data/test_cache",
     **dict.fromkeys(
-        ("data.chat_template_kwargs", "data.system_turn"),
-        "need a chat template: tests/data/test_reasoning_templates.py",
+        ("data.chat_template_kwargs", "data.system_turn", "data.system"),
+        "need a chat template: tests/data/test_reasoning_templates.py, test_trained_form.py",
     ),
     "data.train[].field": "a JSON document's: tests/data/test_sources.py",
     **dict.fromkeys(

@@ -139,9 +139,9 @@ def test_validation_rows_are_read_whole(load, tmp_path):
     loaded, tokenizer = load(f"data.validation=[{{path: {tmp_path / 'streamed.jsonl'}}}]")
     source, report = open_source(loaded, tokenizer)
     assert report.num_validation_rows == 10
-    batches = list(source.validation_batches())
+    (batches,) = map(list, source.validation_batches().values())
     assert sum(len(batch.input_ids) for batch in batches) == 10
-    assert len(list(source.validation_batches())) == len(batches)
+    assert len(list(source.validation_batches()["streamed"])) == len(batches)
 
 
 def test_a_streamed_run_that_was_stopped_ends_like_one_that_was_not(

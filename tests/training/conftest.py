@@ -108,9 +108,11 @@ class RowSource:
     def epoch_at(self, step: int) -> float:
         return step * self._per_step / len(self._rows)
 
-    def validation_batches(self) -> Iterator[Batch]:
-        for start in range(0, len(self._validation), 3):
-            yield collate_rows(self._validation[start : start + 3], pad_token_id=0)
+    def validation_batches(self) -> dict[str, Iterator[Batch]]:
+        starts = range(0, len(self._validation), 3)
+        parts = (self._validation[start : start + 3] for start in starts)
+        batches = (collate_rows(part, pad_token_id=0) for part in parts)
+        return {"held_out": batches} if self._validation else {}
 
     def state_at(self, step: int) -> dict[str, Any]:
         return {"place": step * self._per_step}

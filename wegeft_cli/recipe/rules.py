@@ -186,6 +186,9 @@ def _check_data(recipe: Recipe) -> Iterator[Fault]:
     if data.validation and data.validation_fraction > 0:
         message = f"{data.validation_fraction} contradicts `data.validation`"
         yield "data.validation_fraction", message, "keep one of the two"
+    if data.validation_split != "last" and data.validation_fraction == 0:
+        message = f"{data.validation_split!r} has no effect: `data.validation_fraction` is 0"
+        yield "data.validation_split", message, "set `data.validation_fraction`"
     yield from _check_weights(recipe)
     yield from _check_padding(recipe)
     if data.streaming:

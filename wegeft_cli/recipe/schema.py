@@ -55,6 +55,7 @@ RowFormat: TypeAlias = Literal[
     "auto", "instruction", "prompt_completion", "messages", "conversations", "text", "metamath",
     "codefeedback", "wizardlm",
 ]  # fmt: skip
+Split: TypeAlias = Literal["last", "random"]
 SystemTurn: TypeAlias = Literal["template", "merge"]
 LossOn: TypeAlias = Literal["completion", "assistant", "all"]
 Packing: TypeAlias = Literal["none", "bfd"]
@@ -202,8 +203,14 @@ class DataSection:
     validation: list[DataSource] = field(default_factory=list)
     """Sources for the validation loss."""
     validation_fraction: BelowOne = 0.0
-    """Hold out the last floor(fraction x rows) of the training rows for validation (the authors'
-    tuning rule), 0 <= fraction < 1; for a classifier, of each class. Excludes `validation`."""
+    """Hold out floor(fraction x rows) of the training rows for validation, 0 <= fraction < 1; for a
+    classifier, of each class. Excludes `validation`."""
+    validation_split: Split = "last"
+    """Rows that validation_fraction holds out: last (the authors' tuning rule), or random (a pure
+    function of validation_seed)."""
+    validation_seed: Seed = 42
+    """Seed of a random validation split. It does not follow `seed`, so that runs with several seeds
+    share their validation rows."""
     test: list[DataSource] = field(default_factory=list)
     """Sources on which `wegeft eval` scores a classifier. Training reads only their classes."""
     problem_type: ProblemType = "single_label_classification"

@@ -161,6 +161,7 @@ class ClassificationTask(Task):
             plan,
             self.collator(recipe, processor, model),
             validation=data.validation,
+            validation_counts=data.validation_counts,
             rank=rank,
             eval_batch_size=recipe.train.per_device_eval_batch_size,
         )

@@ -34,8 +34,9 @@ from wegeft_cli.training.snapshot import (
 from wegeft_cli.training.validation import (
     ValidationStopped,
     check_stop,
-    mean_loss,
+    mean_losses,
     measure,
+    sum_loss,
     update_best,
 )
 
@@ -262,7 +263,7 @@ class Trainer:
             callback.on_validation_begin(self)
         try:
             metrics = measure(
-                self.model, self._validation_loss, self._further_metrics, self._average,
+                self.model, self._validation_losses, self._further_metrics, self._average,
                 self.processes,
             )  # fmt: skip
         except ValidationStopped:
@@ -353,12 +354,16 @@ class Trainer:
         if self.progress.num_skipped > limit:
             raise _divergence_error(self.progress, loss, grad_norm)
 
-    def _validation_loss(self) -> float | None:
+    def _validation_losses(self) -> dict[str, float]:
         with self._autocast():
-            batches = self.source.validation_batches()
-            return mean_loss(
-                self.model, self.loss_function, batches, self.processes, self.should_stop
-            )
+            sums: dict[str, tuple[float, float]] = {}
+            for name, batches in self.source.validation_batches().items():
+                if sums:
+                    self.check_stop()
+                sums[name] = sum_loss(
+                    self.model, self.loss_function, batches, self.processes, self.should_stop
+                )
+        return mean_losses(sums)
 
     def _further_metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}

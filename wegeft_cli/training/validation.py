@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ def check_stop(should_stop: Callable[[], bool], processes: Processes) -> None:
 
 def measure(
     model: nn.Module,
-    measure_loss: Callable[[], float | None],
+    measure_losses: Callable[[], dict[str, float]],
     evaluate: Callable[[], dict[str, float]],
     average: ParameterAverage | None,
     processes: Processes,
@@ -37,7 +37,8 @@ def measure(
     """Compute the metrics of a validation without any effect on the training that follows.
 
     Args:
-        measure_loss: Returns the validation loss, or None without validation rows.
+        measure_losses: Returns `eval_loss`, and of several sources their own losses; nothing
+            without validation rows.
 
     Returns:
         Metric -> value, equal on all processes; empty if there is nothing to measure.
@@ -49,8 +50,7 @@ def measure(
     with averaged, _preserved_random_state(processes.device), torch.no_grad():
         model.eval()
         try:
-            loss = measure_loss()
-            metrics = {} if loss is None else {"eval_loss": loss}
+            metrics = measure_losses()
             metrics.update(evaluate())
         finally:
             model.train()
@@ -58,14 +58,14 @@ def measure(
     return processes.broadcast(metrics)
 
 
-def mean_loss(
+def sum_loss(
     model: nn.Module,
     loss_function: Callable[[nn.Module, Any], Tensor],
     batches: Iterable[Batch],
     processes: Processes,
     should_stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Return the mean loss per labeled token over all processes, or None without such a token.
+) -> tuple[float, float]:
+    """Return the sum of the loss and the number of labeled tokens over all processes.
 
     Raises:
         ValidationStopped: If the run was asked to stop.
@@ -80,7 +80,22 @@ def mean_loss(
         loss_sum += float(loss_function(model, batch.to(processes.device)))
         num_labels += batch.num_label_tokens
     loss_sum, total_labels = processes.sum(loss_sum, num_labels)
-    return loss_sum / total_labels if total_labels > 0 else None
+    return loss_sum, total_labels
+
+
+def mean_losses(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return `eval_loss`, the mean per labeled token, and of several sources `eval_loss_<name>`.
+
+    Args:
+        sums: Source -> sum of its losses and number of its labeled tokens.
+    """
+    total, num_labels = (sum(part) for part in zip(*sums.values(), strict=True)) if sums else (0, 0)
+    if not num_labels:
+        return {}
+    losses = {"eval_loss": total / num_labels}
+    if len(sums) > 1:
+        losses |= {f"eval_loss_{name}": each / n for name, (each, n) in sums.items() if n}
+    return losses
 
 
 def update_best(progress: Progress, value: float | None, greater_is_better: bool) -> None:

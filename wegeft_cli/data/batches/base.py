@@ -51,8 +51,11 @@ class BatchSource(Protocol):
         """Return how many passes over the data `step` steps make."""
         ...
 
-    def validation_batches(self) -> Iterable[Batch]:
-        """Return this process's share of the validation rows; none where there is no such set."""
+    def validation_batches(self) -> Mapping[str, Iterable[Batch]]:
+        """Return this process's share of the validation rows of each source, by its name.
+
+        There are the same names on all processes, and none without validation rows.
+        """
         ...
 
     def examples_at(self, step: int) -> Iterable[dict[str, Any]]:
@@ -79,7 +82,7 @@ class PlannedSource:
         plan: Which sequences each step takes.
         lengths: Tokens, or patches, of each sequence.
         label_counts: Labels of each sequence.
-        validation_lengths: Tokens of each validation row; None without such rows.
+        validation_lengths: Validation source -> tokens of each of its rows.
         rank: This process.
         eval_batch_size: Validation rows in one forward pass.
     """
@@ -90,7 +93,7 @@ class PlannedSource:
         lengths: np.ndarray,
         label_counts: np.ndarray,
         *,
-        validation_lengths: np.ndarray | None,
+        validation_lengths: Mapping[str, np.ndarray],
         rank: int,
         eval_batch_size: int,
     ) -> None:
@@ -118,12 +121,13 @@ class PlannedSource:
         """Return how many passes over the data `step` steps make."""
         return self.plan.epoch_of(step)
 
-    def validation_numbers(self) -> list[list[int]]:
-        """Return the rows of each of this process's validation batches, longest first."""
-        if self._validation_lengths is None:
-            return []
+    def validation_numbers(self) -> dict[str, list[list[int]]]:
+        """Return the rows of this process's validation batches by source, longest first."""
         world_size, size = self.plan.world_size, self._eval_batch_size
-        return longest_first(self._validation_lengths, size, self._rank, world_size)
+        return {
+            name: longest_first(lengths, size, self._rank, world_size)
+            for name, lengths in self._validation_lengths.items()
+        }
 
     def num_positions(self) -> int:
         """Return the positions of one epoch, padding included."""

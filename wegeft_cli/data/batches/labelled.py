@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wegeft_cli.data.batches.base import ClassBatch, PlannedSource, longest_first
+from wegeft_cli.data.batches.base import (
+    ClassBatch,
+    PlannedSource,
+    longest_first,
+)
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.labelled.dataset import ClassRows
 from wegeft_cli.models.image_processor import ImageTransform
@@ -110,6 +115,7 @@ class ClassBatches(PlannedSource):
         plan: Which rows each step takes.
         collator: Makes inputs of rows.
         validation: Validation rows, or None.
+        validation_counts: Source -> number of its validation rows.
         rank: This process.
         eval_batch_size: Validation rows in one forward pass.
     """
@@ -121,20 +127,30 @@ class ClassBatches(PlannedSource):
         collator: Collator,
         *,
         validation: ClassRows | None,
-        rank: int,
-        eval_batch_size: int,
+        validation_counts: Mapping[str, int],
+        **place: int,
     ) -> None:
+        lengths = np.empty(0, np.int64) if validation is None else validation.lengths
+        ends = itertools.accumulate(validation_counts.values(), initial=0)
+        starts = {
+            name: start
+            for (name, count), start in zip(validation_counts.items(), ends, strict=False)
+            if count
+        }
         super().__init__(
             plan,
             train.lengths,
             train.label_counts,
-            validation_lengths=None if validation is None else validation.lengths,
-            rank=rank,
-            eval_batch_size=eval_batch_size,
+            validation_lengths={
+                name: lengths[start : start + validation_counts[name]]
+                for name, start in starts.items()
+            },
+            **place,
         )
         self._train = train
         self._collator = collator
         self._validation = validation
+        self._starts = starts
         self._ahead: dict[int, list[Callable[[], ClassBatch]]] = {}
 
     def micro_batches(self, step: int) -> Iterator[ClassBatch]:
@@ -151,10 +167,20 @@ class ClassBatches(PlannedSource):
         for numbers in self.numbers_at(step):
             yield from map(self._train.describe, numbers)
 
-    def validation_batches(self) -> Iterator[ClassBatch]:
-        """Yield this process's share of the validation rows, longest first."""
-        if self._validation is not None:
-            yield from _make_ahead(self._validation, self._collator, self.validation_numbers())
+    def validation_batches(self) -> dict[str, Iterator[ClassBatch]]:
+        """Return this process's share of each source's validation rows, longest first."""
+        rows = self._validation
+        if rows is None:
+            return {}
+        # Row numbers count through all sources: the metrics identify rows by them.
+        return {
+            name: _make_ahead(
+                rows,
+                self._collator,
+                [[self._starts[name] + number for number in batch] for batch in batches],
+            )
+            for name, batches in self.validation_numbers().items()
+        }
 
     def _submit(self, step: int) -> list[Callable[[], ClassBatch]]:
         # A row's crop and flip depend only on the run's seed and the step: a resumed run, or one

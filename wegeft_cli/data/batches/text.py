@@ -28,7 +28,7 @@ class PlannedBatches(PlannedSource):
         packs: Rows of each pack; None takes the rows one by one, padded. Validation rows are never
             packed.
         flat: Concatenate a batch's packs into one sequence.
-        validation: Validation rows, or None.
+        validation: Source -> its validation rows.
         rank: This process.
         eval_batch_size: Validation rows in one forward pass.
         pad_token_id: Fills short rows.
@@ -41,14 +41,14 @@ class PlannedBatches(PlannedSource):
         *,
         packs: Sequence[Sequence[int]] | None = None,
         flat: bool = False,
-        validation: EncodedDataset | None,
+        validation: Mapping[str, EncodedDataset],
         pad_token_id: int,
         **place: int,
     ) -> None:
         lengths, label_counts = train.lengths, train.label_counts
         if packs is not None:
             lengths, label_counts = sum_packs(lengths, packs), sum_packs(label_counts, packs)
-        held_out = None if validation is None else validation.lengths
+        held_out = {name: rows.lengths for name, rows in validation.items()}
         super().__init__(plan, lengths, label_counts, validation_lengths=held_out, **place)
         self._train = train
         self._packs = packs
@@ -69,11 +69,12 @@ class PlannedBatches(PlannedSource):
                 for row in [number] if self._packs is None else self._packs[number]:
                     yield self._train.describe(row)
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """Yield this process's share of the validation rows, longest first."""
-        for rows in self.validation_numbers():
-            assert self._validation is not None
-            yield self._collate(self._validation, rows)
+    def validation_batches(self) -> dict[str, Iterator[Batch]]:
+        """Return this process's share of each source's validation rows, longest first."""
+        numbers = self.validation_numbers()
+        return {
+            name: self._collate_each(rows, numbers[name]) for name, rows in self._validation.items()
+        }
 
     def num_positions(self) -> int:
         """Return the positions of one epoch; packs laid flat need no padding."""
@@ -87,6 +88,10 @@ class PlannedBatches(PlannedSource):
         if self._packs is None:
             return statistics
         return {**statistics, "packed_sequences": len(self._packs), "grouped_padding_share": None}
+
+    def _collate_each(self, dataset: EncodedDataset, batches: list[list[int]]) -> Iterator[Batch]:
+        for rows in batches:
+            yield self._collate(dataset, rows)
 
     def _collate_train(self, numbers: list[int]) -> Batch:
         if self._packs is None:
@@ -107,7 +112,7 @@ def build_source(
         plan,
         packs=data.packs,
         flat=lays_packs_flat(recipe),
-        validation=data.validation,
+        validation=data.split_validation(),
         rank=rank,
         eval_batch_size=recipe.train.per_device_eval_batch_size,
         pad_token_id=pad_token_id,
@@ -179,8 +184,8 @@ class StreamedBatches:
         """
         return float(self._place(step)[1])
 
-    def validation_batches(self) -> Iterator[Batch]:
-        """Return this process's share of the validation rows, longest first."""
+    def validation_batches(self) -> dict[str, Iterator[Batch]]:
+        """Return this process's share of each source's validation rows, longest first."""
         return self._first.validation_batches()
 
     def padding_statistics(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,9 +13,10 @@ import numpy as np
 
 from wegeft_cli.data.labelled.labels import Labels, build_labels
 from wegeft_cli.data.labelled.texts import LabelledRows
+from wegeft_cli.data.sources.paths import name_sources
 from wegeft_cli.errors import UserError, add_key, raise_all
 from wegeft_cli.models.heads import HeadSpec, read_labels
-from wegeft_cli.recipe.schema import DataSource, Recipe
+from wegeft_cli.recipe.schema import DataSection, DataSource, Recipe
 
 SourceReader: TypeAlias = Callable[[Recipe, DataSource, Path | None], LabelledRows]
 """Reads one source: recipe, source, folder for relative paths."""
@@ -116,6 +117,7 @@ class ClassData:
         report: What was found.
         mixture: None: classes are not mixed by weight.
         packs: None: rows are not packed.
+        validation_counts: Source -> number of its validation rows, in their order.
     """
 
     head: HeadSpec
@@ -125,6 +127,7 @@ class ClassData:
     report: ClassReport
     mixture: None = None
     packs: None = None
+    validation_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_class_data(
@@ -174,8 +177,10 @@ def read_class_data(
             num_truncated = sum(cut for _, cut in encoded)
     train, validation = splits["train"], splits["validation"]
     assert train is not None
-    if recipe.data.validation_fraction > 0:
-        train, validation = _split_off(train, recipe.data.validation_fraction, bool(labels.names))
+    held_out = _choose_held_out(train, recipe.data, bool(labels.names))
+    if held_out is not None:
+        kept = np.setdiff1d(np.arange(len(train)), held_out)
+        train, validation = train.take(kept), train.take(held_out)
     head = HeadSpec(
         recipe.task,
         labels.names,
@@ -186,7 +191,8 @@ def read_class_data(
     report = _build_report(
         recipe, labels, train, validation, splits["test"], found["train"], num_truncated
     )
-    return ClassData(head, train, validation, splits["test"], report)
+    counts = _count_validation(recipe.data, found, held_out)
+    return ClassData(head, train, validation, splits["test"], report, validation_counts=counts)
 
 
 def encode_rows(
@@ -259,27 +265,43 @@ def join_rows(parts: Sequence[ClassRows]) -> ClassRows | None:
     )
 
 
-def _split_off(rows: ClassRows, fraction: float, is_by_class: bool) -> tuple[ClassRows, ClassRows]:
-    """Hold out the last floor(fraction x rows), of each class where there are any.
+def _choose_held_out(rows: ClassRows, section: DataSection, is_by_class: bool) -> np.ndarray | None:
+    """Choose floor(fraction x rows) rows for validation, of each class where there are any.
 
     A folder lists its classes one after the other: the last rows of all would be the last classes.
     """
-    share = Fraction(str(fraction))
+    if section.validation_fraction == 0:
+        return None
+    share = Fraction(str(section.validation_fraction))
     groups = (
         [np.flatnonzero(rows.labels == label) for label in np.unique(rows.labels)]
         if is_by_class
         else [np.arange(len(rows))]
     )
+    if section.validation_split == "random":
+        generator = np.random.default_rng(section.validation_seed)
+        groups = [generator.permutation(group) for group in groups]
     held = [group[len(group) - math.floor(share * len(group)) :] for group in groups]
     held_out = np.sort(np.concatenate(held))
     if not len(held_out):
         raise UserError(
-            f"{fraction} of {len(rows)} rows is no row of any class",
+            f"{section.validation_fraction} of {len(rows)} rows is no row of any class",
             key="data.validation_fraction",
             hint="raise it, or set it to 0",
         )
-    kept = np.setdiff1d(np.arange(len(rows)), held_out)
-    return rows.take(kept), rows.take(held_out)
+    return held_out
+
+
+def _count_validation(
+    section: DataSection, found: Mapping[str, Sequence[LabelledRows]], held_out: np.ndarray | None
+) -> dict[str, int]:
+    """Return the validation rows of each source, by its name."""
+    part = "validation" if held_out is None else "train"
+    counts = [len(rows.labels) for rows in found[part]]
+    if held_out is not None:
+        sources = np.repeat(np.arange(len(counts)), counts)[held_out]
+        counts = np.bincount(sources, minlength=len(counts)).tolist()
+    return dict(zip(name_sources(getattr(section, part)), counts, strict=True))
 
 
 def _build_report(

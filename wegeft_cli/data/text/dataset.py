@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from wegeft_cli.data.batches.mixture import Mixture
 from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.sources.loading import MAX_FAULTS, Rows, digest_source, find_files, load_rows
-from wegeft_cli.data.sources.paths import find_suffix
+from wegeft_cli.data.sources.paths import find_suffix, name_sources
 from wegeft_cli.data.text.cache import (
     DamagedEntryError,
     build_key,
@@ -60,6 +60,7 @@ class PreparedData:
         sources: Statistics of each training source.
         packs: With `data.packing`, the numbers of each pack's training rows.
         head: None: a language model keeps its base's head.
+        validation_counts: Source -> number of its validation rows, in their order.
     """
 
     train: EncodedDataset
@@ -69,6 +70,17 @@ class PreparedData:
     sources: tuple[SourceStatistics, ...] = ()
     packs: list[list[int]] | None = None
     head: None = None
+    validation_counts: Mapping[str, int] = field(default_factory=dict)
+
+    def split_validation(self) -> dict[str, EncodedDataset]:
+        """Return the validation rows of each source that has some."""
+        parts: dict[str, EncodedDataset] = {}
+        start = 0
+        for name, count in self.validation_counts.items():
+            if self.validation is not None and count:
+                parts[name] = self.validation.take(start, start + count)
+            start += count
+        return parts
 
 
 def build_datasets(
@@ -109,11 +121,16 @@ def build_datasets(
                 parts[group].append(part)
     raise_all(faults)
     train = concatenate_datasets([part.dataset for part in parts["train"]])
-    train, validation = _split_off(train, section.validation_fraction)
+    counts = np.array([len(part.dataset) for part in parts["train"]])
+    train, validation, held_out = _split_off(train, counts, section)
+    validation_counts = dict(zip(name_sources(section.train), held_out.tolist(), strict=True))
     if parts["validation"]:
         validation = concatenate_datasets([part.dataset for part in parts["validation"]])
+        names = name_sources(section.validation)
+        sizes = (len(part.dataset) for part in parts["validation"])
+        validation_counts = dict(zip(names, sizes, strict=True))
     if not need_validation:
-        validation = None
+        validation, validation_counts = None, {}
     report = compute_statistics(
         train,
         validation,
@@ -121,13 +138,15 @@ def build_datasets(
         [part.report for part in parts["validation"]],
         max_length=section.max_length,
     )
-    counts = [len(part.dataset) for part in parts["train"]]
-    mixture = None if section.streaming else _build_mixture(section, counts, len(train))
+    kept = (counts - held_out).tolist()
+    mixture = None if section.streaming else _build_mixture(section, kept)
     reports = tuple(part.report for part in parts["train"])
     packs = None
     if section.packing != "none":
         packs = pack_rows(train.lengths, section.max_length)
-    return PreparedData(train, validation, report, mixture, reports, packs)
+    return PreparedData(
+        train, validation, report, mixture, reports, packs, validation_counts=validation_counts
+    )
 
 
 def _encode_stream_head(
@@ -158,33 +177,52 @@ def _encode_stream_head(
 
 
 def _split_off(
-    dataset: EncodedDataset, fraction: float
-) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """Hold out the last floor(fraction x rows) rows."""
+    dataset: EncodedDataset, counts: np.ndarray, section: DataSection
+) -> tuple[EncodedDataset, EncodedDataset | None, np.ndarray]:
+    """Hold out floor(fraction x rows) rows; return both parts and how many rows of each source.
+
+    The sequences of a conversation stay together, so there can be a few more.
+    """
+    fraction = section.validation_fraction
     if fraction <= 0:
-        return dataset, None
+        return dataset, None, np.zeros_like(counts)
     # The decimal that the recipe shows: 0.29 x 100 is below 29 in binary.
-    held_out = math.floor(Fraction(str(fraction)) * len(dataset))
-    if not held_out:
+    num_held_out = math.floor(Fraction(str(fraction)) * len(dataset))
+    if not num_held_out:
         raise UserError(
             f"{fraction} of {len(dataset)} rows is no row",
             key="data.validation_fraction",
             hint="raise it, or set it to 0",
         )
-    start = dataset.find_row_start(len(dataset) - held_out)
-    return dataset.take(0, start), dataset.take(start, len(dataset))
+    if section.validation_split == "random":
+        chosen = _draw_rows(dataset, num_held_out, section.validation_seed)
+    else:
+        chosen = np.arange(dataset.find_row_start(len(dataset) - num_held_out), len(dataset))
+    kept = np.setdiff1d(np.arange(len(dataset)), chosen, assume_unique=True)
+    sources = np.repeat(np.arange(len(counts)), counts)
+    held_out = np.bincount(sources[chosen], minlength=len(counts))
+    return dataset.select(kept), dataset.select(chosen), held_out
 
 
-def _build_mixture(section: DataSection, counts: list[int], num_rows: int) -> Mixture | None:
-    """Return the mixture of weighted sources, whose first `num_rows` rows are trained on."""
+def _draw_rows(dataset: EncodedDataset, count: int, seed: int) -> np.ndarray:
+    """Draw sequences without replacement until there are `count`, whole conversations at a time."""
+    is_start = np.ones(len(dataset), np.bool_)
+    if dataset.continues is not None:
+        is_start[1:] = ~dataset.continues[:-1]
+    conversations = np.split(np.arange(len(dataset)), np.flatnonzero(is_start)[1:])
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    lengths = np.array([len(conversations[number]) for number in order])
+    num_drawn = int(np.searchsorted(np.cumsum(lengths), count)) + 1
+    return np.sort(np.concatenate([conversations[number] for number in order[:num_drawn]]))
+
+
+def _build_mixture(section: DataSection, kept: Sequence[int]) -> Mixture | None:
+    """Return the mixture of weighted sources, of each of which `kept` rows are trained on."""
     weights = [source.weight for source in section.train if source.weight is not None]
     if not weights:
         return None
-    kept = []
-    for number, count in enumerate(counts):
-        kept.append(min(count, num_rows))
-        num_rows -= kept[-1]
-        if not kept[-1]:
+    for number, count in enumerate(kept):
+        if not count:
             raise UserError(
                 f"{section.validation_fraction} of all rows takes every row of "
                 f"data.train[{number}], which has a weight",

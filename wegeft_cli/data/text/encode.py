@@ -83,6 +83,19 @@ class EncodedDataset:
         continues = None if self.continues is None else self.continues[start:stop]
         return EncodedDataset(self.ids[begin:end], self.label_mask[begin:end], offsets, continues)
 
+    def select(self, rows: np.ndarray) -> EncodedDataset:
+        """Return the rows of ascending numbers; a conversation's sequences must stay together."""
+        if len(rows) == (rows[-1] + 1 - rows[0] if len(rows) else 0):
+            start = int(rows[0]) if len(rows) else 0
+            return self.take(start, start + len(rows))
+        chosen = [self.row(int(number)) for number in rows]
+        return EncodedDataset(
+            np.concatenate([ids for ids, _ in chosen]),
+            np.concatenate([mask for _, mask in chosen]),
+            np.concatenate([[0], np.cumsum(self.lengths[rows], dtype=np.int64)]),
+            None if self.continues is None else self.continues[rows],
+        )
+
 
 def concatenate_datasets(datasets: Sequence[EncodedDataset]) -> EncodedDataset:
     """Concatenate at least one data set."""
