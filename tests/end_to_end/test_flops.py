@@ -1,7 +1,9 @@
 """Operations counted from shapes against those that torch counts while a real model trains."""
 
 import pytest
+from families.checkpoints import build_config
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.batches.text import build_source
@@ -14,7 +16,7 @@ from wegeft_cli.models.loading import (
 )
 from wegeft_cli.planning.batch_shapes import batch_shapes
 from wegeft_cli.planning.fake_step import skeleton_with_adapter
-from wegeft_cli.planning.flops import ATTENTION, count_flops
+from wegeft_cli.planning.flops import OPERATIONS, count_flops
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.tasks.registry import inject_adapter
 from wegeft_cli.training.loss import CausalLoss
@@ -73,7 +75,7 @@ def test_a_run_counts_what_torch_counts(prepare, overrides):
     source = build_source(recipe, data, plan, rank=0, pad_token_id=2)
     loss = CausalLoss(model)
     loss(model, next(iter(source.micro_batches(0))))  # it tries the head once
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         for step in range(source.num_steps):
             for batch in source.micro_batches(step):
                 loss(model, batch).backward()
@@ -82,6 +84,17 @@ def test_a_run_counts_what_torch_counts(prepare, overrides):
     assert counter.get_total_flops() > 1e7
     assert in_all == pytest.approx(counter.get_total_flops(), rel=TOLERANCE)
     assert per_step == pytest.approx(in_all / source.num_steps)
+
+
+def test_products_of_experts_are_counted(prepare, build_tokenizer, tmp_path):
+    config = build_config("mixtral")
+    config.num_hidden_layers = 6
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
+    build_tokenizer().save_pretrained(tmp_path / "mixtral")
+    test_a_run_counts_what_torch_counts(
+        prepare,
+        [f"model.name_or_path={tmp_path / 'mixtral'}", "adapter.target_modules=all-linear"],
+    )
 
 
 def test_a_long_run_is_told_from_its_first_steps(prepare):

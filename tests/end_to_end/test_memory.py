@@ -5,12 +5,19 @@ from typing import get_args
 
 import pytest
 import torch
+from families.checkpoints import build_config
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.collate import collate_rows
 from wegeft_cli.models.loading import build_skeleton, load_config, load_model
-from wegeft_cli.planning.fake_step import skeleton_with_adapter, trace_step, trace_validation
+from wegeft_cli.planning.fake_step import (
+    MemoryTracker,
+    skeleton_with_adapter,
+    trace_step,
+    trace_validation,
+)
 from wegeft_cli.planning.memory import (
     count_optimizer_bytes,
     estimate_memory,
@@ -115,6 +122,38 @@ def test_activations_are_what_autograd_saves(read_recipe, overrides, is_padded):
     assert saved > 100_000
     assert step.activations == pytest.approx(saved, rel=TOLERANCE)
     assert step.blocks == step.activations  # no tensor here is too large for a heap
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_take_what_a_real_step_takes(
+    family, dtype, write_recipe, build_tokenizer, tmp_path
+):
+    changes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128}
+    config = build_config(family)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    path = write_recipe(
+        model={"name_or_path": str(tmp_path / "base"), "dtype": dtype},
+        adapter={"target_modules": "all-linear"},
+    )
+    recipe = load_recipe(path).recipe
+    model = inject_adapter(load_model(recipe.model.name_or_path, dtype=dtype), recipe).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    batch = build_batch([LENGTH, LENGTH - 5, LENGTH - 9])
+    own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    loss = CausalLoss(model)
+    loss(model, batch)  # which also tries one token
+    with MemoryTracker([tensor for tensor in own if tensor is not None]) as tracker:
+        loss(model, batch).backward()
+    _, skeleton = build_skeleton(recipe.model)
+    shape = BatchShape(ROWS, LENGTH, ROWS * LABELS, True)
+    step = trace_step(skeleton_with_adapter(skeleton, recipe), recipe, shape)
+    estimate = step.activations + step.logits + step.backward
+    assert estimate == pytest.approx(tracker.peak, rel=0.02)
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer(read_recipe):

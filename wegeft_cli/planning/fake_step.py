@@ -88,7 +88,11 @@ def without_values(model: Any, recipe: Recipe, *, is_masked: bool) -> Iterator[N
     try:
         if is_unmasked:
             model.set_attn_implementation(_UNMASKED)
-        with FakeTensorMode(), _with_fakes(model, find_dtype(recipe.model, model.config)):
+        with (
+            FakeTensorMode(),
+            _GroupedProducts(),
+            _with_fakes(model, find_dtype(recipe.model, model.config)),
+        ):
             yield
     except Exception as error:  # any error of a model's code without values
         reason = str(error).strip().splitlines()
@@ -276,6 +280,26 @@ def _make_fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     is_base = tensor.is_floating_point() and not tensor.requires_grad
     fake = torch.empty(tensor.shape, dtype=dtype if is_base else tensor.dtype)
     return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Gives the products of experts a result in every type; torch's rule for it knows bfloat16.
+
+    A product of all rows by the experts chosen for them has one shape, however they are chosen.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        return args[0].new_empty(grouped_shape(*args[:3], **(kwargs or {})))
+
+
+def grouped_shape(left: Any, right: Any, offs: Any = None, **rest: Any) -> list[int]:
+    """Return the shape of `torch._grouped_mm`'s result; two matrices are cut along their sum."""
+    groups = offs.shape[:1] if left.ndim == right.ndim else ()
+    return [*groups, left.shape[-2], right.shape[-1]]
 
 
 HEAP_BLOCK_BYTES = 32 * 2**20

@@ -15,8 +15,16 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.forward_context import autocast
 
-# The counter knows the GPU's fused attention, not the CPU's, which does as much.
-ATTENTION = {
+
+def _count_grouped(left: Any, right: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Count a product of experts by its shapes: each row meets the experts chosen for it."""
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return int(2 * groups * left[-2] * left[-1] * right[-1])
+
+
+# The counter knows the GPU's fused attention, not the CPU's, which does as much, and no experts.
+OPERATIONS = {
+    torch.ops.aten._grouped_mm: _count_grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *args, out_val=None, **kwargs: sdpa_flop_count(query, key, value)
     ),
@@ -81,7 +89,7 @@ def _count(model: Any, recipe: Recipe, shape: BatchShape) -> float:
 def _run(model: Any, recipe: Recipe, shape: BatchShape) -> float:
     with without_values(model, recipe, is_masked=shape.is_masked):
         fake = find_task(recipe.task).fake_pass(model, recipe)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
             with autocast("cpu", recipe.train.mixed_precision):
                 loss = fake.loss(shape)
             loss.backward()
