@@ -114,14 +114,17 @@ def test_another_type_is_rounded_once(llama_dir, make_adapter):
         merge(folder, dtype="int8", output=folder.with_name("other"))
 
 
-def test_names_that_do_not_map_are_merged_in_memory(
-    build_gpt2_dir, make_adapter, ids, tmp_path, listener
+@pytest.mark.parametrize("are_found", [True, False])
+def test_names_that_the_adapter_does_not_record_are_found_or_merged_in_memory(
+    build_gpt2_dir, make_adapter, ids, tmp_path, listener, are_found, monkeypatch
 ):
     """The adapter was saved where its base was not, so it knows the model's names alone."""
     base_dir = build_gpt2_dir("")
     folder, model = make_adapter(base_dir, told="some-org/some-model", target_modules=["c_attn"])
+    if not are_found:
+        monkeypatch.setattr("wegeft_cli.merging.merge._find_changes", lambda job, shapes: None)
     result = merge(folder, base=str(base_dir), output=tmp_path / "merged", reporter=listener)
-    assert any("in memory" in note for note in listener.notes)
+    assert any("in memory" in note for note in listener.notes) != are_found
     assert result.num_folded == 2
     fold_generators(model)
     assert_same_tensors(result.output_dir, model)

@@ -39,8 +39,10 @@ from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_fingerprint
 from wegeft_cli.models.base_folder import chat_template_files
+from wegeft_cli.models.completeness import warn_of_unused
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
-from wegeft_cli.models.loading import fetch_base_folder, name_quantization
+from wegeft_cli.models.file_names import file_names
+from wegeft_cli.models.loading import build_skeleton, fetch_base_folder, name_quantization
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_merged_card
@@ -405,10 +407,13 @@ def _merge_changes(
     stored: StoredModel, job: _Job, form: OutputFormat, reporter: Reporter
 ) -> tuple[int, int]:
     """Merge by tensor changes; return the numbers of all tensors and of the changed ones."""
-    changes = job.changes({name: info.shape for name, info in stored.tensors.items()})
+    shapes = {name: info.shape for name, info in stored.tensors.items()}
+    changes = job.changes(shapes)
+    if changes is None:
+        changes = _find_changes(job, shapes)
     if changes is None:
         reporter.note("the base's files name its layers otherwise: merged in memory")
-        return _merge_changes_in_memory(job, form)
+        return _merge_changes_in_memory(job, form, reporter)
     size = form.max_shard_size
     texts: dict[str, str | None] = dict(form.texts)
     if form.chat_template is not None:
@@ -426,8 +431,26 @@ def _merge_changes(
     return report.num_tensors, report.num_edited
 
 
-def _merge_changes_in_memory(job: _Job, form: OutputFormat) -> tuple[int, int]:
+def _find_changes(
+    job: _Job, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorChange] | None:
+    """Return the changes of an adapter that records no names of the files, by the model's names.
+
+    The model is built without weights. None where its files hold a tensor in another form.
+    """
+    _, skeleton = build_skeleton(job.section)
+    names = file_names(skeleton).match(shapes)
+    own = {**shapes, **{name: shapes[file] for name, file in names.items()}}
+    try:
+        changes = job.changes(own, skeleton)
+    except KeyError:
+        return None
+    return None if changes is None else {names.get(n, n): each for n, each in changes.items()}
+
+
+def _merge_changes_in_memory(job: _Job, form: OutputFormat, reporter: Reporter) -> tuple[int, int]:
     model, tokenizer = load_dense(job.section)
+    warn_of_unused(model, reporter.warn)  # the merged model is without them
     parameters = dict(model.named_parameters())
     changes = job.changes({name: tuple(p.shape) for name, p in parameters.items()}, model)
     assert changes is not None
