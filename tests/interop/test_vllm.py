@@ -128,6 +128,7 @@ def test_the_twin_in_vllm_scores_as_the_adapter_here(
     assert started["model"] == started["tokenizer"] == str(llama_dir)
     assert (started["enable_lora"], started["max_loras"], started["max_lora_rank"]) == (True, 1, 8)
     assert started["generation_config"] == "vllm"
+    assert started["dtype"] == "float32"  # of the checkpoint; vLLM's "auto" halves it
     assert [request is None for _, _, request in engine.asked] == [True, False]
     prompts, params, request = engine.asked[1]
     assert request is not None

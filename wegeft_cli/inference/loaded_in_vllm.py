@@ -77,7 +77,7 @@ def open_in_vllm(
             if has_own
             else GenerationConfig.from_model_config(config)
         ),
-        "dtype": section.dtype,
+        "dtype": _find_dtype(section.dtype, config),
         "trust_remote_code": section.trust_remote_code,
     }
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
@@ -102,6 +102,14 @@ def open_in_vllm(
         write=vllm.generate_in_vllm,
         prompt=prompt,
     )
+
+
+def _find_dtype(asked: str, config: Any) -> str:
+    """Return the type of the weights: `auto` is the checkpoint's, which vLLM would halve."""
+    stored = getattr(config, "dtype", None)
+    if asked != "auto" or stored is None:
+        return asked
+    return str(stored).removeprefix("torch.")
 
 
 def _find_lora(
