@@ -45,8 +45,13 @@ def test_skipped_steps_and_waste_are_told():
 
 def test_much_padding_names_the_key_that_removes_it():
     waste = {"padding_share": 0.5, "packed_sequences": None, "head_share": 0.4}
-    lines = list(summary_lines(change(waste={**waste, "grouped_padding_share": 0.06})))
-    assert "train.group_by_length: true would reduce the padding to 6%" in lines[1]
+    grouped = {**waste, "grouped_padding_share": 0.06, "packed_padding_share": None}
+    lines = list(summary_lines(change(waste=grouped)))
+    assert lines[1] == (
+        "the padding can be reduced: train.group_by_length: true to 6% (47% fewer positions)"
+    )
+    lines = list(summary_lines(change(waste={**grouped, "packed_padding_share": 0.0})))
+    assert lines[1].endswith(", or data.packing: bfd to 0% (50% fewer positions)")
     for other in (0.45, None):
         lines = list(summary_lines(change(waste={**waste, "grouped_padding_share": other})))
         assert len(lines) == 1

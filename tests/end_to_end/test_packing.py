@@ -19,6 +19,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.batches.text import PlannedBatches
 from wegeft_cli.data.text.encode import EncodedDataset
@@ -185,7 +186,9 @@ def dataset() -> EncodedDataset:
     return EncodedDataset(np.arange(offsets[-1], dtype=np.int32), label_mask, offsets)
 
 
-def build_batches(dataset, rank=0, *, packs=None, flat=False, grouped=False, world_size=1):
+def build_batches(
+    dataset, rank=0, *, packs=None, flat=False, grouped=False, world_size=1, max_length=None
+):
     plan = StepPlan(
         num_rows=len(dataset) if packs is None else len(packs),
         per_device_batch_size=3,
@@ -196,7 +199,7 @@ def build_batches(dataset, rank=0, *, packs=None, flat=False, grouped=False, wor
         num_epochs=1.0,
         group_lengths=dataset.lengths if grouped else None,
     )
-    return PlannedBatches(
+    batches = PlannedBatches(
         dataset,
         plan,
         packs=packs,
@@ -206,6 +209,8 @@ def build_batches(dataset, rank=0, *, packs=None, flat=False, grouped=False, wor
         eval_batch_size=1,
         pad_token_id=0,
     )
+    batches.max_length = max_length
+    return batches
 
 
 def pair_up() -> list[list[int]]:
@@ -241,6 +246,7 @@ def test_an_epoch_holds_every_token_once_and_waste_counts_the_rest(dataset, way,
     assert sorted(set(tokens)) == list(range(dataset.offsets[-1]))
     assert len(tokens) - tokens.count(0) + 1 == dataset.offsets[-1]
     statistics = ranks[0].padding_statistics()
+    assert statistics.pop("packed_padding_share") is None
     grouped = statistics.pop("grouped_padding_share")
     if way:
         assert grouped is None
@@ -252,6 +258,16 @@ def test_an_epoch_holds_every_token_once_and_waste_counts_the_rest(dataset, way,
         "packed_sequences": 31 if "packs" in way else None,
         "head_share": pytest.approx(num_labels / positions),
     }
+
+
+def test_the_padding_of_packs_is_known_before(dataset):
+    max_length = 2 * int(dataset.lengths.max())
+    told = build_batches(dataset, max_length=max_length).padding_statistics()
+    packs = pack_rows(dataset.lengths, max_length)
+    left = build_batches(dataset, packs=packs).padding_statistics()["padding_share"]
+    # A batch is padded to its own longest pack, and the estimate to that of all.
+    assert left <= told["packed_padding_share"] <= left + 0.1
+    assert told["packed_padding_share"] < told["padding_share"]
 
 
 def test_what_is_done_against_padding_leaves_less(dataset):

@@ -76,6 +76,7 @@ def test_unshuffled_batches_are_the_planned_ones(load, world_size, accumulation)
             **planned.padding_statistics(),
             "estimated_from_rows": 10,
             "grouped_padding_share": None,  # a stream cannot be grouped by length
+            "packed_padding_share": None,  # or packed
         }
 
 

@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import RobertaConfig, ViTConfig
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast, RobertaConfig, ViTConfig
 
+from wegeft_cli.data.text.encode import encode_rows
+from wegeft_cli.data.text.templates import render_row
+from wegeft_cli.data.text.tokenizer import build_encoder
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.catalog import list_recipes, read_recipe_text
@@ -46,6 +50,51 @@ def test_header_says_what_whence_how_and_on_what(name):
         assert re.search(rf"^# {part} +\S", header, re.MULTILINE), part
     assert re.search(rf"wegeft train {name}\b", header)
     assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that splits spaces, line breaks and first letters as Llama-2's does.
+
+    No token holds a line break and another character, a space and a letter are one token while a
+    space and a digit are two, and two spaces are one where no letter follows.
+    """
+    merges = [*(("▁", letter) for letter in "asTx#-`"), ("▁", "▁"), ("▁▁", "▁▁")]
+    characters = [chr(code) for code in range(33, 127)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *characters]
+    tokens += ["".join(pair) for pair in merges]
+    model = models.BPE(
+        {token: number for number, token in enumerate(tokens)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_masks_differ_where_the_header_says_so(name, llama_tokenizer):
+    """The authors count the tokens of the prompt; decision 7 learns a token that it shares."""
+    answers = ["The answer is 4.", "42", " so", "\n\nIt is.", "`x`", "- one", "  x"]
+    template = load_recipe(f"llama_{name}").recipe.data.template
+    differing = []
+    for answer in answers:
+        texts = {"instruction": "What is 1 + 1?", "output": answer}
+        row = render_row(texts, template=template, loss_on="completion")
+        dataset, report = encode_rows([row], encoder=build_encoder(llama_tokenizer), max_length=512)
+        ids, mask = dataset.row(0)
+        prompt = llama_tokenizer(row.segments[0].text, add_special_tokens=False)["input_ids"]
+        first = int(mask.argmax()) - (ids[0] == llama_tokenizer.bos_token_id)
+        assert (first != len(prompt)) == (report.num_boundary_merged == 1)
+        assert first in (len(prompt), len(prompt) - 1)
+        if first != len(prompt):
+            differing.append(answer)
+    assert differing == (["42", " so", "\n\nIt is.", "  x"] if name == "metamath" else [])
+    assert ("(decision 7)" in read_recipe_text(f"llama_{name}")) == bool(differing)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

@@ -64,8 +64,9 @@ class TrainResult:
         num_skipped: Steps whose loss or gradient was not finite.
         estimated_memory_gib: Estimated peak memory of one device.
         peak_memory_gib: Measured peak memory.
-        waste: `padding_share`, `packed_sequences`, `head_share` and `grouped_padding_share` (with
-            `train.group_by_length`) of an epoch's positions. For a stream they are of its first
+        waste: `padding_share`, `packed_sequences`, `head_share`, `grouped_padding_share` (with
+            `train.group_by_length`) and `packed_padding_share` (with `data.packing`) of an epoch's
+            positions. For a stream they are of its first
             rows, whose number is `estimated_from_rows`.
     """
 

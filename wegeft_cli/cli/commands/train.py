@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -192,9 +192,20 @@ def summary_lines(result: TrainResult) -> Iterator[str]:
             f"logits are computed at {result.waste['head_share']:.0%} of them"
             + (f" (estimated from the first {num_looked_at} rows)" if num_looked_at else "")
         )
-        grouped = result.waste.get("grouped_padding_share")
-        if grouped is not None and result.waste["padding_share"] - grouped >= _MUCH_PADDING:
-            yield (
-                f"train.group_by_length: true would reduce the padding to {grouped:.0%} of the "
-                "positions; data.packing: bfd removes most of it"
-            )
+        yield from _padding_lines(result.waste)
+
+
+def _padding_lines(waste: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what reduces much padding, with what remains and the positions that it saves."""
+    now = waste["padding_share"]
+    ways = {
+        "train.group_by_length: true": waste.get("grouped_padding_share"),
+        "data.packing: bfd": waste.get("packed_padding_share"),
+    }
+    found = [
+        f"{key} to {share:.0%} ({1 - (1 - now) / (1 - share):.0%} fewer positions)"
+        for key, share in ways.items()
+        if share is not None and now - share >= _MUCH_PADDING
+    ]
+    if found:
+        yield f"the padding can be reduced: {', or '.join(found)}"

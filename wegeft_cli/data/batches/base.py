@@ -138,7 +138,8 @@ class PlannedSource:
 
         `padding_share`: share of positions without a token; `packed_sequences`: number of packs,
         None without packing; `head_share`: share of positions that the output head computes;
-        `grouped_padding_share`: `padding_share` with `train.group_by_length`, None if it is set.
+        `grouped_padding_share`: `padding_share` with `train.group_by_length`, None if it is set;
+        `packed_padding_share`: about that with `data.packing`, None if it is set or not possible.
         """
         order = self.plan.epoch_order(0)
         positions = self.num_positions()
@@ -147,6 +148,7 @@ class PlannedSource:
             "packed_sequences": None,
             "head_share": int(self.label_counts[order].sum()) / positions,
             "grouped_padding_share": self._grouped_padding_share(),
+            "packed_padding_share": None,
         }
 
     def _grouped_padding_share(self) -> float | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from wegeft_cli.data.batches.base import PlannedSource
 from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
-from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
+from wegeft_cli.data.batches.packing import lays_packs_flat, pack_rows, sum_packs
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.text.dataset import PreparedData
 from wegeft_cli.data.text.encode import EncodedDataset, describe_row
@@ -33,6 +33,9 @@ class PlannedBatches(PlannedSource):
         eval_batch_size: Validation rows in one forward pass.
         pad_token_id: Fills short rows.
     """
+
+    max_length: int | None = None
+    """Tokens of the packs that could be made of the rows; None if that is not known."""
 
     def __init__(
         self,
@@ -86,8 +89,16 @@ class PlannedBatches(PlannedSource):
         """Return what one epoch computes for nothing; see `PlannedSource`."""
         statistics = super().padding_statistics()
         if self._packs is None:
-            return statistics
-        return {**statistics, "packed_sequences": len(self._packs), "grouped_padding_share": None}
+            return {**statistics, "packed_padding_share": self._packed_padding_share()}
+        statistics["packed_sequences"] = len(self._packs)
+        return {**statistics, "grouped_padding_share": None, "packed_padding_share": None}
+
+    def _packed_padding_share(self) -> float | None:
+        """Return the share of padding in packs of equal length; None for rows that repeat."""
+        if self.max_length is None or len(self.plan.epoch_order(0)) != len(self.lengths):
+            return None
+        sums = sum_packs(self.lengths, pack_rows(self.lengths, self.max_length))
+        return 1 - int(sums.sum()) / (len(sums) * int(sums.max()))
 
     def _collate_each(self, dataset: EncodedDataset, batches: list[list[int]]) -> Iterator[Batch]:
         for rows in batches:
@@ -107,7 +118,7 @@ def build_source(
     recipe: Recipe, data: PreparedData, plan: StepPlan, *, rank: int, pad_token_id: int
 ) -> PlannedBatches:
     """Build the batches of a run whose rows are all at hand."""
-    return PlannedBatches(
+    source = PlannedBatches(
         data.train,
         plan,
         packs=data.packs,
@@ -117,6 +128,8 @@ def build_source(
         eval_batch_size=recipe.train.per_device_eval_batch_size,
         pad_token_id=pad_token_id,
     )
+    source.max_length = recipe.data.max_length
+    return source
 
 
 class StreamedBatches:
@@ -193,7 +206,8 @@ class StreamedBatches:
 
         `estimated_from_rows` is their number; the weights of the sources are not applied.
         """
-        statistics = {**self._first.padding_statistics(), "grouped_padding_share": None}
+        nothing = {"grouped_padding_share": None, "packed_padding_share": None}
+        statistics = {**self._first.padding_statistics(), **nothing}
         return {**statistics, "estimated_from_rows": self._num_first}
 
     def state_at(self, step: int) -> dict[str, Any]:
