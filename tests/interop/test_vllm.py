@@ -17,9 +17,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
+from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.generation import vllm_engine as vllm
@@ -206,6 +207,25 @@ def test_an_adapter_of_peft_that_vllm_refuses_is_refused_before_the_engine_start
     assert reason in caught.value.message
     assert caught.value.key == "--backend"
     assert engine.started == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's use
+def test_the_values_and_ranks_of_an_adapter_of_peft_are_read_before_the_engine_starts(
+    engine: type[LLM], tmp_path: Path, llama_dir: Path, data_dir: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_dir)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], rank_pattern={"q_proj": 12})
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS_NAME
+    settings: dict[str, Any] = {"data_dir": data_dir, "max_new_tokens": 3, "backend": "vllm"}
+    evaluate(tmp_path, tasks=["boolq"], output=tmp_path / "a.json", **settings)
+    assert engine.started[0]["max_lora_rank"] == 16
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        evaluate(tmp_path, tasks=["boolq"], **settings)
+    assert len(engine.started) == 1
 
 
 def test_beams_are_refused_before_the_engine_starts(

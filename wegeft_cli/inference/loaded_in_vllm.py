@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.artifacts.adapter_files import load_finite_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors
@@ -126,7 +127,11 @@ def _find_lora(
     method = method_of(adapter)
     if not method.has_generators:
         check_lora_for_vllm(adapter)
-        return adapter.folder, int(adapter.config["r"])
+        tensors = load_finite_tensors(adapter.weights_path)
+        ranks = [len(tensor) for name, tensor in tensors.items() if ".lora_A." in name]
+        if not ranks:
+            raise UserError("holds no LoRA pairs", file=str(adapter.weights_path))
+        return adapter.folder, max(ranks)
     check_base(adapter.files.manifest, base_dir, adapter.folder, warn=warn)
     equivalent = plan_lora_equivalent(
         adapter.files,
