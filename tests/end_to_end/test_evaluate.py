@@ -261,3 +261,62 @@ def test_compare_base_comes_with_the_paired_test(place):
 
 def test_the_recipes_limit_holds_for_a_set_under_its_other_name(place, data_dir):
     assert evaluate("runs/tiny", tasks=["BoolQ"])["results"][0]["n"] == 5
+
+
+def test_own_test_set(place, tmp_path, adapters_rows):
+    """`--data FILE --metric NAME`: prompts as in training; a file scores like a model."""
+    file = tmp_path / "own.jsonl"
+    rows = [{"instruction": r["instruction"], "answer": r["answer"]} for r in adapters_rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = evaluate("runs/tiny", tasks=["boolq"], limit=6)
+    outputs = [line["output"] for line in read_lines(trained["samples_path"])]
+    for metric, score in (("contains", 0.5), ("exact_match", 0.0)):
+        result = evaluate("runs/tiny", data=[file], metric=metric, max_new_tokens=6)
+        (row,) = result["results"]
+        assert (row["task"], row["protocol"]) == ("data:own", metric)
+        assert (row["score"], row["n"], row["num_rows"]) == (score, 6, 6)
+        samples = read_lines(result["samples_path"])
+        assert [line["output"] for line in samples] == outputs
+        assert samples[0]["prompt"] == rows[0]["instruction"] + "\n"  # the form of training
+        again = evaluate(samples=Path(result["samples_path"]), data=[file], metric=metric)
+        assert again["results"][0]["score"] == score
+    (row,) = evaluate("runs/tiny", data=[file], metric="rouge_l", max_new_tokens=6)["results"]
+    assert row["num_correct"] is None
+    assert 0 < row["score"] < 1
+    with pytest.raises(UserError, match="no metric 'bleu'"):
+        evaluate("runs/tiny", data=[file], metric="bleu")
+    with pytest.raises(UserError, match="needs a judge"):
+        evaluate("runs/tiny", data=[file], metric="judge")
+    with pytest.raises(UserError, match="does not score the task"):
+        evaluate("runs/tiny", data=[file], protocol="gift")
+    other = tmp_path / "b" / "own.jsonl"
+    other.parent.mkdir()
+    other.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match="two test sets have the name"):
+        evaluate("runs/tiny", data=[file, other])
+    words = ["eval", "runs/tiny", "--data", str(file), "--metric", "contains", "--compare-base"]
+    done = CliRunner().invoke(app, [*words, "--max-new-tokens", "6", "--json"])
+    printed = json.loads(done.stdout)
+    assert printed["results"][0]["score"] == 0.5
+    assert printed["comparison"][0]["task"] == "data:own"
+
+
+def test_own_test_set_of_the_recipe(place, tmp_path, write_recipe, adapters_rows):
+    """`eval.tasks` and `train.eval_tasks`, with the columns of the recipe."""
+    file = tmp_path / "own.jsonl"
+    rows = [{"frage": r["instruction"], "antwort": r["answer"]} for r in adapters_rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "frage", "completion": "antwort"}
+    recipe = write_recipe(
+        rows=rows,
+        data={"train": [{"path": str(file), "columns": columns}], "max_length": 200},
+        train={"max_steps": 1, "eval_steps": 1, "eval_tasks": [f"data:{file}"],
+               "metric_for_best_model": "eval_data:own", "load_best_model_at_end": True},
+        eval={"tasks": [f"data:{file}"], "answer_metric": "contains", "max_new_tokens": 4},
+    )  # fmt: skip
+    run_dir = train(recipe).run_dir
+    record = json.loads((run_dir / "run.json").read_text())
+    (row,) = evaluate(run_dir)["results"]
+    assert (row["task"], row["protocol"]) == ("data:own", "contains")
+    assert row["generation"]["max_new_tokens"] == 4
+    assert record["validation"]["1"]["eval_data:own"] == row["score"]

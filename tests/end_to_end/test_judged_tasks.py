@@ -447,3 +447,19 @@ def test_training_scores_mt_bench_by_the_judge_of_the_environment(
     lines = [line for line in read_metrics(train(recipe).run_dir) if "eval_mt_bench" in line]
     assert [line["eval_mt_bench"] for line in lines] == pytest.approx([0.7, 0.7])
     assert all(0 <= line["eval_alpaca_eval"] <= 1 for line in lines)
+
+
+def test_a_judge_scores_a_test_set_of_ones_own(
+    write_recipe: Any, server: JudgeServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.jsonl"
+    write_lines(file, [{"question": f"Q{n}?", "answer": f"gold {n}"} for n in range(4)])
+    server.say = lambda prompt: "[[correct]]" if "gold 1" in prompt else "no: [[incorrect]]"
+    run_dir = train(write_recipe(train={"max_steps": 1})).run_dir
+    options = {"judge_url": server.url, "judge_model": "j"}
+    result = evaluate(run_dir, data=[file], metric="judge", max_new_tokens=2, options=options)
+    (row,) = result["results"]
+    assert (row["score"], row["n_invalid"], row["judge"]) == (0.25, 0, "j")
+    assert len(server.bodies) == 4
+    line = json.loads(Path(result["samples_path"]).read_text().splitlines()[1])
+    assert (line["correct"], line["verdict"]) == (True, "[[correct]]")

@@ -152,7 +152,8 @@ TrustTaskCodeOption = Annotated[
 ]
 
 SystemOption = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="System message. Default: none.")
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="System message. Default: the training's."),
 ]
 TemplateOption = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.base import Benchmark, EvaluationRequest
 from wegeft_cli.evaluation.benchmarks.classification import PROTOCOL as CLASSIFICATION
 from wegeft_cli.evaluation.benchmarks.dataset_groups import CLASS_GROUPS
+from wegeft_cli.evaluation.benchmarks.groups import OWN_DATA
 from wegeft_cli.evaluation.benchmarks.registry import list_tasks, load_benchmarks
 from wegeft_cli.evaluation.classifiers import (
     evaluate_classifier,
@@ -63,6 +64,8 @@ def evaluate(
     samples: Path | None = None,
     base: str | None = None,
     backend: str = "transformers",
+    data: Sequence[str | Path] = (),
+    metric: str | None = None,
     options: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +88,9 @@ def evaluate(
         samples: Score the outputs in this file instead of a model's.
         base: The base's folder or hub id, if it is not where the adapter records it.
         backend: transformers or vllm.
+        data: Files with rows of questions and answers, scored beside `tasks` by `metric`.
+        metric: exact_match, contains, number, rouge_l or judge. Default: the recipe's
+            `eval.answer_metric`.
         options: Options of single tasks: allow_leaky, seed, ...
         reporter: Progress and messages. Default: none.
 
@@ -96,9 +102,9 @@ def evaluate(
         UserError: If a task, a protocol, a test set, the target or the samples are at fault.
         ExceptionGroup: If there are several such faults.
     """
-    request = EvaluationRequest(
-        protocol, data_dir, limit, batch_size, max_new_tokens, options or {}
-    )
+    options = {**(options or {}), "metric": metric}
+    request = EvaluationRequest(protocol, data_dir, limit, batch_size, max_new_tokens, options)
+    tasks = [*tasks, *(f"{OWN_DATA}{file}" for file in data)]
     reporter = reporter or SilentReporter()
     call = EvaluationCall(tasks, output, compare_base, base, backend, reporter)
     if samples is not None and (target is not None or compare_base):
@@ -184,7 +190,9 @@ def _evaluate_target(
         names = [score.task for score in evaluation.scores]
         samples_path = choose_samples_path(path, call.output, names, CLASSIFICATION)
     else:
-        options = {**request.options, "target": str(path)}
+        sources = [] if recipe is None else recipe.data.train
+        columns = [source.columns for source in sources if source.columns]
+        options = {**request.options, "target": str(path), "columns": columns}
         benchmarks = load_benchmarks(call.names, replace(request, options=options))
         call = call.joined()
         samples_path = _samples_path(path, benchmarks, call.output)

@@ -102,7 +102,7 @@ def _read_rows(
             questions.append(
                 Question(
                     index,
-                    read_question(_rename(row, columns)),
+                    read_question(rename_columns(row, columns)),
                     row_id if _is_name(row_id) else None,
                 )
             )
@@ -115,7 +115,7 @@ def _read_rows(
     return questions
 
 
-def _rename(row: dict[str, Any], columns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def rename_columns(row: dict[str, Any], columns: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Return a row with the fields of the first renames whose columns it has."""
     for renames in columns:
         found = {field: row[column] for field, column in renames.items() if column in row}

@@ -47,6 +47,15 @@ class PromptForm:
         """Whether it renders conversations; else each question alone."""
         return self.template.apply is not None
 
+    @classmethod
+    def of_model(cls, model: Any) -> PromptForm:
+        """Return the form of a loaded model: that of its training, else its chat template."""
+        settings, tokenizer = model.chat_settings, model.tokenizer
+        why = "the model's"
+        if settings == TemplateSettings(CHAT) and not tokenizer.chat_template:
+            settings, why = TemplateSettings("plain"), "there is no chat template"
+        return cls(build_template(settings, tokenizer, None), why)
+
     def write(self, question: Mapping[str, Any], system: str | None = None) -> str:
         """Render a question up to the answer.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wegeft_cli.data.sources.paths import find_local
-from wegeft_cli.evaluation.benchmarks.groups import expand_groups
+from wegeft_cli.evaluation.benchmarks.groups import OWN_DATA, expand_groups
 from wegeft_cli.evaluation.benchmarks.registry import find_folder
 from wegeft_cli.recipe.schema import Recipe
 
@@ -50,6 +50,12 @@ def list_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
                 yield Input(key, source.path, False, _explain_missing(source.path))
             else:
                 yield Input(key, source.path, True, f"at {local}")
+    for name in dict.fromkeys([*recipe.eval.tasks, *recipe.train.eval_tasks]):
+        if name.startswith(OWN_DATA):
+            file = Path(name.removeprefix(OWN_DATA)).expanduser()
+            yield Input(
+                "eval.tasks", name, file.exists(), f"at {file}" if file.exists() else _LATER
+            )
     if recipe.eval.data_dir is not None:
         for name in expand_groups(recipe.eval.tasks):
             place_in = find_folder(name)

@@ -76,6 +76,7 @@ Interval: TypeAlias = Literal["steps", "epoch"]
 Strategy: TypeAlias = Literal["replicated", "fsdp2", "hsdp"]
 ClassMetric: TypeAlias = Literal["accuracy", "f1", "f1_macro", "matthews_correlation"]
 RegressionMetric: TypeAlias = Literal["pearson", "spearmanr"]
+AnswerMetric: TypeAlias = Literal["exact_match", "contains", "number", "rouge_l", "judge"]
 Metric: TypeAlias = Literal["auto", ClassMetric, RegressionMetric]
 
 INPLACE_TYPES: tuple[str, ...] = get_args(InPlaceMethod)
@@ -370,7 +371,8 @@ class EvalSection:
     """Evaluation settings, used where the command line sets none."""
 
     tasks: list[str] = field(default_factory=list)
-    """Benchmarks and groups by name (`wegeft eval --list`)."""
+    """Benchmarks and groups by name (`wegeft eval --list`), and `data:FILE` for test sets of your
+    own, scored by answer_metric."""
     protocol: str = "wegeft"
     """Prompt, decoding and scoring rules: wegeft, gift, llm_adapters, lora_ga, lora_pro, metamath,
     a `_fixed` form, chat, ... A benchmark that the protocol does not cover uses its own."""
@@ -382,6 +384,9 @@ class EvalSection:
     """Use only the first N rows of each test set."""
     data_dir: str | None = None
     """Folder with `<set>/test.json`. Null: the hub."""
+    answer_metric: AnswerMetric = "exact_match"
+    """Score of a test set of your own (`data:FILE` in tasks, or `wegeft eval --data`): exact_match,
+    contains (as whole words, case ignored), number (the last one), rouge_l, judge."""
     metric: Metric = "auto"
     """Score of a classifier: accuracy, f1 (of the second class), f1_macro, matthews_correlation; of
     a regression: pearson, spearmanr. auto: accuracy, or pearson."""

@@ -11,6 +11,7 @@ from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.errors import UserError
+from wegeft_cli.evaluation.benchmarks.groups import OWN_DATA
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.recipe.schema import DataSource, Recipe
 
@@ -143,6 +144,10 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
     def found(sources: list[DataSource]) -> list[DataSource]:
         return [replace(source, path=_write_out(source.path, beside)) for source in sources]
 
+    def tasks(names: list[str]) -> list[str]:
+        paths = {name: name.removeprefix(OWN_DATA) for name in names if name.startswith(OWN_DATA)}
+        return [f"{OWN_DATA}{_write_out(paths[name])}" if name in paths else name for name in names]
+
     template = data.template
     return replace(
         recipe,
@@ -158,7 +163,12 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
             template=_write_out(template, beside) if is_template_file(template) else template,
             cache_dir=data.cache_dir and _absolute(Path(data.cache_dir).expanduser()),
         ),
-        eval=replace(measured, data_dir=measured.data_dir and _write_out(measured.data_dir)),
+        train=replace(recipe.train, eval_tasks=tasks(recipe.train.eval_tasks)),
+        eval=replace(
+            measured,
+            tasks=tasks(measured.tasks),
+            data_dir=measured.data_dir and _write_out(measured.data_dir),
+        ),
         sweep={},
     )
 

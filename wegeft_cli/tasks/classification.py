@@ -33,7 +33,8 @@ LANGUAGE_ONLY = (
     "data.template", "data.chat_template_kwargs", "data.system", "data.system_turn",
     "data.loss_on", "data.packing", "data.streaming", "data.cache_dir",
     "train.eval_tasks", "train.use_liger_kernel", "logging.sample_prompts", "eval.tasks",
-    "eval.max_new_tokens", "eval.protocol", "model.load_in_4bit", "model.load_in_8bit",
+    "eval.max_new_tokens", "eval.protocol", "eval.answer_metric",
+    "model.load_in_4bit", "model.load_in_8bit",
     "train.strategy", "train.compile",
 )  # fmt: skip
 """Keys that only language modeling reads."""

@@ -46,6 +46,24 @@ def evaluate(
             help="Rules for prompt, decoding and scoring (see --list). Default: the recipe's.",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Test set of your own: rows of a question and an answer (JSON, JSONL, CSV, "
+            "Parquet). Repeatable.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="Score of --data: exact_match, contains, number, rouge_l or judge. Default: the "
+            "recipe's, else exact_match.",
+        ),
+    ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = None,
     batch_size: Annotated[
@@ -163,6 +181,8 @@ def evaluate(
         samples=given,
         base=base,
         backend=backend,
+        data=data or (),
+        metric=metric,
         options=options,
         reporter=RichReporter(),
     )

@@ -8,6 +8,9 @@ from typing import Any
 
 MEAN = "unweighted mean of the tasks' scores"
 
+OWN_DATA = "data:"
+"""Begins the name of a task that is a file of your own: `data:questions.jsonl`."""
+
 
 @dataclass(frozen=True)
 class Group:

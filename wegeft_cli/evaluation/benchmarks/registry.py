@@ -97,7 +97,13 @@ def load_benchmarks(names: Sequence[str], request: EvaluationRequest) -> list[Be
             if request.protocol is not None:
                 _check_named_protocol(family, name, request.protocol)
             benchmark = family.load(name, request)
-            found.setdefault((benchmark.name, benchmark.protocol_name), benchmark)
+            known = found.setdefault((benchmark.name, benchmark.protocol_name), benchmark)
+            if known.cache_key() != benchmark.cache_key():
+                raise UserError(
+                    f"two test sets have the name `{benchmark.name}`",
+                    key="task",
+                    hint="rename one of the files",
+                )
     raise_all(faults)
     return list(found.values())
 
@@ -125,7 +131,8 @@ def load_training_benchmarks(recipe: Recipe) -> dict[str, Benchmark]:
         ExceptionGroup: If there are several such faults.
     """
     keys = {"--data-dir": "eval.data_dir", "protocol": "eval.protocol"}
-    options = training_options()
+    columns = [source.columns for source in recipe.data.train if source.columns]
+    options = {**training_options(), "columns": columns}
     found: dict[str, Benchmark] = {}
     faults: list[UserError] = []
     for position, typed in enumerate(recipe.train.eval_tasks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,43 @@ def read_samples(
         UserError: If a line or a row is at fault; the fault names file and line.
         ExceptionGroup: If several are.
     """
-    lines, faults = read_json_lines(read_bytes(path), path)
-    rows = [line for line in lines if _answers(line.value, data)]
-    if lines and not rows:
-        message = f"no line answers the task `{data.test_set.name}`"
-        raise UserError(message, file=str(path), key="--samples", hint="name another --task")
     prompts = {}
     if protocol is not None and not protocol.rule(data.test_set).is_chat:
         prompts = {row.index: protocol.prompt(data.test_set, row) for row in data.rows}
+    indices = [row.index for row in data.rows]
+    return read_outputs(
+        path,
+        data.test_set.name,
+        indices,
+        num_rows=data.num_rows,
+        origin=data.origin,
+        prompts=prompts,
+    )
+
+
+def read_outputs(
+    path: Path,
+    task: str,
+    indices: Sequence[int],
+    *,
+    num_rows: int,
+    origin: str,
+    prompts: Mapping[int, str] | None = None,
+) -> dict[int, str]:
+    """Read one output for each row of a task, see `read_samples`.
+
+    Args:
+        indices: The rows that are scored.
+        num_rows: All rows of the test set.
+        origin: Where the rows come from, for messages.
+        prompts: The prompts of the rows. Default: prompts are not compared.
+    """
+    prompts = prompts or {}
+    lines, faults = read_json_lines(read_bytes(path), path)
+    rows = [line for line in lines if _answers(line.value, task)]
+    if lines and not rows:
+        message = f"no line answers the task `{task}`"
+        raise UserError(message, file=str(path), key="--samples", hint="name another --task")
     outputs: dict[int, str] = {}
     first_places: dict[int, str] = {}
     with_other_prompt: list[PlacedRow] = []
@@ -113,8 +142,8 @@ def read_samples(
         if isinstance(index, bool) or not isinstance(index, int):
             problem = f"is {index!r}, not a whole number" if "index" in row.value else "is missing"
             faults.append(UserError(f"`index` {problem}", file=row.place))
-        elif not 0 <= index < data.num_rows:
-            message = f"`index` is {index}, but the test set has rows 0 to {data.num_rows - 1}"
+        elif not 0 <= index < num_rows:
+            message = f"`index` is {index}, but the test set has rows 0 to {num_rows - 1}"
             faults.append(UserError(message, file=row.place))
         elif index in first_places:
             message = f"`index` {index} again: it is also in {first_places[index]}"
@@ -137,19 +166,19 @@ def read_samples(
         )
         hint = f"the file is of protocol `{first.value.get('protocol')}`"
         faults.append(UserError(message, file=first.place, hint=hint))
-    missing = [row.index for row in data.rows if row.index not in first_places]
+    missing = [index for index in indices if index not in first_places]
     if missing:
         listed = ", ".join(str(index) for index in missing[:_MAX_INDICES])
         more = ", ..." if len(missing) > _MAX_INDICES else ""
-        message = f"no sample for {len(missing)} of {len(data.rows)} rows: index {listed}{more}"
-        hint = f"every row of {data.origin} needs one; or lower the limit"
+        message = f"no sample for {len(missing)} of {len(indices)} rows: index {listed}{more}"
+        hint = f"every row of {origin} needs one; or lower the limit"
         faults.append(UserError(message, file=str(path), hint=hint))
     raise_faults(faults)
     return outputs
 
 
-def _answers(value: Mapping[str, Any], data: Questions) -> bool:
+def _answers(value: Mapping[str, Any], task: str) -> bool:
     """Return whether a line answers this benchmark; a line without `task` does."""
-    return value.get("task") in (None, data.test_set.name) and (
+    return value.get("task") in (None, task) and (
         "task" not in value or value.get("model") != "base"
     )
