@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from wegeft_cli.analysis.report import report
-from wegeft_cli.analysis.report_page.charts import draw_ablation
+from wegeft_cli.analysis.report_page.charts import draw_ablation, draw_scores
 from wegeft_cli.analysis.report_page.lines import style_series
 from wegeft_cli.analysis.report_page.overview import format_duration
 from wegeft_cli.analysis.report_page.render import _draw_still
@@ -142,6 +142,25 @@ def test_every_chart_has_a_picture_without_scripts(pair, hostile, tmp_path):
                 *("svg", "g", "path", "line", "text", "rect", "defs", "clipPath", "title")
             }
             assert not any(name.startswith("on") or "href" in name for name in element.attrib)
+
+
+def test_scores_of_many_models_are_named_at_their_lines():
+    score = {"task": "boolq", "protocol": "p", "score": 0.5, "ci95": [0.4, 0.6]}
+
+    def draw(number: int) -> dict:
+        runs = [
+            {"name": f"run-{n}", "scores": [{**score, "model": model}]}
+            for n in range(number)
+            for model in ("base", "tuned")
+        ]
+        return draw_scores(runs)
+
+    few, many = draw(4), draw(5)
+    assert len({each["color"] for each in few["legend"]}) == 8
+    assert many["legend"] == []
+    lines = [row["line"] for row in many["spec"]["data"]["values"]]
+    assert len(set(lines)) == 10
+    assert lines[0] == "run-0: base, boolq (p)"
 
 
 def test_names_in_pictures_are_text(hostile):

@@ -37,11 +37,14 @@ def draw_scores(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
     if not rows:
         return None
     who = list(dict.fromkeys(row["who"] for row in rows))
-    shared = {
-        "y": {"field": "what", "type": "nominal", "title": None, "axis": {"labelLimit": 140}},
-        "yOffset": {"field": "who", "type": "nominal", "sort": who},
-        "color": _color("who", who),
-    }
+    y = {"type": "nominal", "title": None, "sort": None, "axis": {"labelLimit": 140}}
+    shared: dict[str, Any] = {"y": {"field": "what", **y}, "color": _color("who", who)}
+    if is_named := len(who) > len(PALETTE):  # colors repeat: each model is a line of its own
+        rows = [{**row, "line": f"{row['who']}, {row['what']}"} for row in rows]
+        y["axis"] = {"labelLimit": 240}
+        shared["y"] = {"field": "line", **y}
+    else:
+        shared["yOffset"] = {"field": "who", "type": "nominal", "sort": who}
     x: dict[str, Any] = {"type": "quantitative", "scale": {"domain": [0, 1]}}
     x["axis"] = {"format": "%", "title": "score"}
     layers = [
@@ -65,11 +68,12 @@ def draw_scores(runs: Sequence[Mapping[str, Any]]) -> Chart | None:
             },
         },
     ]
-    height = _ROW * len(who) * len({row["what"] for row in rows})
+    height = _ROW * (len(rows) if is_named else len(who) * len({row["what"] for row in rows}))
     spec = {"data": {"values": rows}, "layer": layers, "height": height}
     columns = ["what", "who", "value", "low", "high"]
     chart = make_chart("scores", "Scores with 95 % intervals", spec, columns)
-    return {**chart, "legend": [{**each, "dash": SOLID} for each in style_series(who)]}
+    legend = [] if is_named else [{**each, "dash": SOLID} for each in style_series(who)]
+    return {**chart, "legend": legend}
 
 
 def draw_inspection(number: int, found: Mapping[str, Any]) -> list[Chart]:
