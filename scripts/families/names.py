@@ -186,6 +186,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "mamba_headdim": 8,
     },
+    "mobilebert": {"normalization_type": "layer_norm"},  # random layers without one saturate
     "t5": {"decoder_start_token_id": 3},
     "umt5": {"decoder_start_token_id": 3},
     "xmod": {"default_language": "en_XX"},
