@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,22 +56,27 @@ def find_causal_layout(model: nn.Module, recipe: Recipe) -> Layout:
 
     with evaluating(model, recipe.train.mixed_precision):
         kind, errors = find_layout(("left", "right"), rows, (), run)
-    name = type(unwrap(model)).__name__
     if kind is None:
         raise UserError(
-            f"padding changes the logits of this {name}, by {errors[0]:.1%} on the left and "
-            f"{errors[1]:.1%} on the right",
+            " and ".join(
+                _describe(model, *found) for found in zip(("left", "right"), errors, strict=True)
+            ),
             key="train.per_device_train_batch_size",
             hint="set train.per_device_train_batch_size and train.per_device_eval_batch_size to 1, "
             "which needs no padding",
         )
     if kind == "left":
         return Layout(kind)
-    return Layout(
-        kind,
-        f"batches are padded on the right: padding on the left changes the logits of this {name} "
-        f"by {errors[0]:.1%}",
-    )
+    note = f"batches are padded on the right: {_describe(model, 'left', errors[0])}"
+    return Layout(kind, note)
+
+
+def _describe(model: nn.Module, side: str, error: float) -> str:
+    """Return what padding on a side does to a model."""
+    name = type(unwrap(model)).__name__
+    if not math.isfinite(error):
+        return f"this {name} fails on padding on the {side}"
+    return f"padding on the {side} changes the logits of this {name} by {error:.1%}"
 
 
 def find_class_layout(model: nn.Module, tokenizer: Any, recipe: Recipe) -> Layout:
@@ -94,9 +100,7 @@ def find_class_layout(model: nn.Module, tokenizer: Any, recipe: Recipe) -> Layou
     assert kind is not None
     if kind == "right":
         return Layout(kind)
-    reason = "padding on the right changes the logits of this"
-    name = type(unwrap(model)).__name__
-    return Layout(kind, f"{_NOTES[kind]}: {reason} {name} by {errors[0]:.1%}")
+    return Layout(kind, f"{_NOTES[kind]}: {_describe(model, 'right', errors[0])}")
 
 
 def tokenise_test_rows(tokenizer: Any, max_length: int) -> ClassRows:
