@@ -170,6 +170,7 @@ def test_samples_at_fault_are_refused(rows, message, sets):
             "more than once",
         ),
         (gzip.compress(b"", mtime=0), "no problems here"),
+        (gzip.compress(bytes(65 * 2**20), 1, mtime=0), "more than 64 MiB"),
     ],
 )
 def test_a_damaged_problem_file_is_refused(content, message, sets):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.evaluation.lm_eval import bridge
 from wegeft_cli.evaluation.lm_eval.bridge import load_harness_task
 from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.runs.train import train
@@ -192,6 +193,18 @@ def test_a_template_cannot_run_code(folder, llama_dir, key):
         evaluate(llama_dir, tasks=["lm-eval:tiny_choice"], data_dir=folder)
     assert caught.value.key == "--trust-task-code"
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target", "doc_to_choice"])
+def test_a_template_that_loops_is_interrupted(folder, llama_dir, monkeypatch, key):
+    monkeypatch.setattr(bridge, "_RENDER_SECONDS", 0.3)
+    loop = "{% for i in range(99999) %}"
+    text = loop + loop + "{{ i }}" + 2 * "{% endfor %}"
+    path = next(folder.rglob("tiny.yaml"))
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(f"{key}:")]
+    path.write_text("\n".join([*lines, f'{key}: "{text}"']) + "\n")
+    with pytest.raises(UserError, match="takes more than 0 seconds"):
+        evaluate(llama_dir, tasks=["lm-eval:tiny_choice"], data_dir=folder)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import io
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ _LAYOUT = (
 )
 _FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 _MAX_LISTED = 10
+_MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,13 @@ def _read_file(path: Path) -> tuple[list[PlacedRow], str]:
     sha256 = hashlib.sha256(content).hexdigest()
     if path.suffix == ".gz":
         try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as unpacked:
+                content = unpacked.read(_MAX_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"not a whole gzip file: {error}", file=str(path)) from error
+        if len(content) > _MAX_BYTES:
+            message = f"holds more than {_MAX_BYTES // 2**20} MiB, and HumanEval has 0.2 MiB"
+            raise UserError(message, file=str(path))
     rows, faults = read_json_lines(content, path)
     raise_faults(faults)
     return rows, sha256

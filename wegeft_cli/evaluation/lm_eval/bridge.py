@@ -22,6 +22,7 @@ from wegeft_cli.evaluation.lm_eval.task_files import (
     refuse_code,
     with_data,
 )
+from wegeft_cli.time_limit import time_limit
 
 _SEEDS = {
     "random_seed": 0,
@@ -29,6 +30,7 @@ _SEEDS = {
     "torch_random_seed": 1234,
     "fewshot_random_seed": 1234,
 }
+_RENDER_SECONDS = 10.0
 _MAIN_METRICS = ("exact_match", "acc")
 
 
@@ -286,10 +288,22 @@ def _number(value: Any) -> float | None:
 
 @contextlib.contextmanager
 def _sandboxed_templates(name: str, is_trusted: bool) -> Iterator[None]:
-    """Render the templates of an untrusted task file in Jinja's immutable sandbox."""
+    """Render templates of an untrusted task file in Jinja's immutable sandbox, with a limit."""
+    from jinja2 import Template
     from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
+
+    class LimitedTemplate(Template):
+        def render(self, *args: Any, **kwargs: Any) -> str:
+            fault = UserError(
+                f"a template of the task `lm-eval:{name}` takes more than {_RENDER_SECONDS:.0f} "
+                "seconds for one row",
+                key="--data-dir",
+                hint="its loops hardly end: read the task file",
+            )
+            with time_limit(_RENDER_SECONDS, fault):
+                return super().render(*args, **kwargs)
 
     original = utils.env
     if not is_trusted:
@@ -297,6 +311,7 @@ def _sandboxed_templates(name: str, is_trusted: bool) -> Iterator[None]:
             undefined=original.undefined, keep_trailing_newline=original.keep_trailing_newline
         )
         utils.env.filters.update(original.filters)
+        utils.env.template_class = LimitedTemplate
     try:
         yield
     except SecurityError as error:

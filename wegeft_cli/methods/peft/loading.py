@@ -19,7 +19,7 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_finite_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.peft.models import import_peft
-from wegeft_cli.models.file_names import current_names, rename_layers
+from wegeft_cli.models.file_names import current_names, file_names, rename_layers
 from wegeft_cli.time_limit import time_limit
 
 _WRAPPER = "base_model.model."
@@ -145,6 +145,7 @@ def _check_config(model: nn.Module, adapter: Adapter) -> None:
             message = f"must be at most {limit} on this base, got {rank}"
             raise UserError(message, file=file, key=key)
     modules = [name for name, _ in model.named_modules() if name]
+    modules += file_names(model).layers.values()
     for key, value in adapter.config.items():
         slow = UserError(
             f"matching the base's module names takes more than {_MATCH_SECONDS:.0f} seconds",
