@@ -6,7 +6,7 @@ A method is one file in this folder, or a package with a `method.py`, that defin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.artifacts.prompt_record import PromptRecord
     from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.methods.wegeft.targets import Target
     from wegeft_cli.recipe.rules import Fault
 
 MODULES_TO_SAVE = "modules_to_save"
@@ -42,6 +43,41 @@ class ParameterGroup:
     num_layers: int
     width: int | None
     num_parameters: int
+
+
+@dataclass(frozen=True)
+class Omission:
+    """Weights of the base that are not adapted.
+
+    Args:
+        what: What they are, and why they are not adapted.
+        names: Their modules, or the parameters of stacked experts.
+        num_parameters: Parameters of the base in them.
+    """
+
+    what: str
+    names: tuple[str, ...]
+    num_parameters: int
+
+    def __str__(self) -> str:
+        """Return a clause with the count and the first names."""
+        more = ", ..." if len(self.names) > 2 else ""
+        return (
+            f"{self.what} ({self.num_parameters:,} parameters: {', '.join(self.names[:2])}{more})"
+        )
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layers that a method adapts in a model.
+
+    Args:
+        targets: The layers.
+        omitted: What `all-linear` omits.
+    """
+
+    targets: tuple[Target, ...]
+    omitted: tuple[Omission, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +187,31 @@ class Method(ABC):
     def check_schedule(self, section: AdapterSection, num_steps: int) -> Fault | None:
         """Return the rule that a run of `num_steps` optimizer steps breaks, if any."""
         return None
+
+    def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
+        """Return the layers that a section's `target_modules` name, or None without such a key.
+
+        Args:
+            skeleton: The base on the meta device.
+            section: The recipe's `adapter`.
+
+        Raises:
+            UserError: If the targets do not fit the model.
+            ExceptionGroup: If there are several such faults.
+        """
+        return None
+
+    def with_layers(
+        self, skeleton: nn.Module, section: AdapterSection, targets: Sequence[Target]
+    ) -> AdapterSection:
+        """Return a section that adapts only some of the layers of `choose_layers`.
+
+        Args:
+            skeleton: The base on the meta device.
+            section: The section that the layers were chosen by.
+            targets: The layers.
+        """
+        return section
 
     @abstractmethod
     def count(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.recipe.schema import ModelSection
 
-_OTHER_MODULES = ("base", "registry", "init_from", "tensor_changes")
+_OTHER_MODULES = ("base", "registry", "init_from", "omissions", "tensor_changes")
 
 
 def iterate_methods() -> Iterator[Method]:

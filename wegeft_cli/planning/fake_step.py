@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.models.loading import find_dtype
-from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.tasks.registry import find_task, inject_adapter
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.tasks.registry import adapter_section, find_task, inject_adapter
 from wegeft_cli.training.forward_context import autocast
 
 # Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
@@ -170,19 +170,36 @@ def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
     return tracker.peak
 
 
-def skeleton_with_adapter(skeleton: nn.Module, recipe: Recipe) -> Any:
-    """Return a copy of the base without weights as it will be trained: adapter, checkpointing."""
-    section = recipe.adapter
+def skeleton_with_adapter(
+    skeleton: nn.Module, recipe: Recipe, section: AdapterSection | None = None
+) -> Any:
+    """Return a copy of the base without weights as it will be trained: adapter, checkpointing.
+
+    `section` replaces the recipe's `adapter`, see `settle_targets`.
+    """
+    if section is None:
+        section, _ = adapter_section(recipe, skeleton)
     model: Any = copy.deepcopy(skeleton)
     if recipe.model.attn_implementation == "eager":
         model.set_attn_implementation("eager")
     if section.dropout > 0:
         # Dropout on the weight draws a number for its seed; the view that it needs is what counts.
         section = replace(section, dropout=0.0, view="weight")
-    inject_adapter(model, replace(recipe, adapter=section))
+    inject_adapter(model, recipe, section)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(model)
     return model.train()
+
+
+def find_layers(model: nn.Module) -> str:
+    """Return the full name of the list of decoder layers.
+
+    Raises:
+        LookupError: If they are not in one list.
+    """
+    parent, name = _find_layers(model)
+    owner = next(path for path, module in model.named_modules() if module is parent)
+    return f"{owner}.{name}" if owner else name
 
 
 def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.errors import disk_errors
-from wegeft_cli.methods.base import ParameterGroup
+from wegeft_cli.methods.base import Omission, ParameterGroup
 from wegeft_cli.planning.flops import count_flops
 from wegeft_cli.planning.memory import GIB, measure_available, memory_warnings
 from wegeft_cli.planning.preflight import (
@@ -34,6 +34,7 @@ class Plan:
         trainable_parameters: What learns.
         base_parameters: The frozen base, tied weights once.
         groups: What learns, group by group.
+        omitted: Layers that are not adapted: what they are, their names and their parameters.
         num_rows: Training rows; None where the data cannot be reached, or is a stream.
         num_steps: Optimizer steps of one process; None where they depend on the data.
         lengths: Tokens per row: p50, p95, max; None where the data cannot be reached.
@@ -54,6 +55,7 @@ class Plan:
     trainable_parameters: int
     base_parameters: int
     groups: list[ParameterGroup]
+    omitted: list[Omission]
     num_rows: int | None
     num_steps: int | None
     lengths: dict[str, int] | None
@@ -129,6 +131,7 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
         trainable_parameters=sum(group.num_parameters for group in checked.groups),
         base_parameters=sum(parameter.numel() for parameter in checked.skeleton.parameters()),
         groups=checked.groups,
+        omitted=list(checked.targets.omitted),
         num_rows=data.report.num_rows if data is not None and is_known else None,
         num_steps=num_steps,
         lengths=None if data is None else data.report.lengths,
@@ -146,6 +149,7 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
         disk_gib=disk,
         free_disk_gib=free_disk,
         warnings=[
+            *checked.targets.warnings,
             *(data.report.warnings if data is not None else ()),
             *memory_warnings(recipe, memory["total"], device, available),
             *_disk_warnings(recipe, disk, free_disk),

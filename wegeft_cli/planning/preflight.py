@@ -40,11 +40,12 @@ from wegeft_cli.planning.memory import (
     estimate_memory,
     list_learned,
 )
+from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.tasks.base import Task, TaskData, without_cache
-from wegeft_cli.tasks.registry import adapter_section, find_task
+from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.optimizer import check_optimizer
 from wegeft_cli.training.scheduler import check_schedule, count_warmup_steps
 
@@ -64,6 +65,7 @@ class Preflight:
         skeleton: The base on the meta device, nothing injected.
         model: A copy of it that is ready to train: adapter and gradient checkpointing.
         groups: The learned parameters by group.
+        targets: The layers that are adapted, and what is not.
         processor: Tokenizer or image processor; None if it is not on this machine.
         data: The rows; None if they are not on this machine.
         head: The task's new head, if it has one.
@@ -71,7 +73,6 @@ class Preflight:
         eval_tasks: Benchmarks that each validation scores, by their name in the recipe.
         prompts: Prompts that the model answers at each validation, if any.
         unknown: Why something could not be read. Empty unless files may be missing.
-        notes: Sentences on names of the recipe that are read as others.
     """
 
     loaded: LoadedRecipe
@@ -80,6 +81,7 @@ class Preflight:
     skeleton: nn.Module
     model: nn.Module
     groups: list[ParameterGroup]
+    targets: TargetSetup
     processor: Any = None
     data: TaskData | None = None
     head: HeadSpec | None = None
@@ -87,7 +89,6 @@ class Preflight:
     eval_tasks: dict[str, Benchmark] = field(default_factory=dict)
     prompts: SamplePrompts | None = None
     unknown: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -189,14 +190,15 @@ def _check_model(
     config, skeleton = build_skeleton(recipe.model, head)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
-    section, notes = adapter_section(recipe, skeleton)
+    targets = settle_targets(recipe, skeleton)
+    section = targets.section
     if not resuming:
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
         with missing.tolerated("adapter.init_from"):
             check_init_from(section, skeleton, loaded.path.parent, base_dir=base_dir)
     groups = find_method(section.type).count(skeleton, section, task.peft_task_type)
-    model = skeleton_with_adapter(skeleton, recipe)
-    return Preflight(loaded, task, config, skeleton, model, groups, head=head, notes=notes)
+    model = skeleton_with_adapter(skeleton, recipe, section)
+    return Preflight(loaded, task, config, skeleton, model, groups, targets, head=head)
 
 
 def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, TaskData | None]:

@@ -19,6 +19,7 @@ from wegeft_cli.models.loading import name_quantization
 from wegeft_cli.models.quantization import check_quantization
 from wegeft_cli.planning.memory import measure_available, memory_warnings
 from wegeft_cli.planning.preflight import check_run
+from wegeft_cli.planning.targets import TargetSetup
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.tasks.base import DataStatistics
@@ -33,6 +34,7 @@ class RunSetup:
         source: This process's batches.
         report: Statistics of the data.
         groups: The learned parameters by group.
+        targets: The layers that are adapted, and what is not.
         estimated_gib: Estimated peak memory of one device.
         checkpoint_bytes: Estimated size of one checkpoint.
         tasks: Benchmarks that each validation scores, by their name in the recipe.
@@ -47,6 +49,7 @@ class RunSetup:
     source: BatchSource
     report: DataStatistics
     groups: list[ParameterGroup]
+    targets: TargetSetup
     estimated_gib: float | None
     checkpoint_bytes: float
     tasks: dict[str, Benchmark]
@@ -102,9 +105,9 @@ def build_setup(
     source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
     if is_main:
         task.check_rows(data)
-    for note in (*checked.notes, *task.describe_data(data)):
+    for note in (*checked.targets.notes, *task.describe_data(data)):
         reporter.note(note)
-    for warning in data.report.warnings:
+    for warning in (*checked.targets.warnings, *data.report.warnings):
         reporter.warn(warning)
     estimated = None
     if is_main:
@@ -117,6 +120,7 @@ def build_setup(
         source,
         data.report,
         checked.groups,
+        checked.targets,
         estimated,
         checked.checkpoint_bytes,
         checked.eval_tasks,

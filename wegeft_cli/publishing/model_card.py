@@ -13,6 +13,7 @@ from wegeft_cli.artifacts.prompt_record import PromptRecord
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.data.text.templates import TEMPLATES
 from wegeft_cli.data.text.trained_form import describe_difference
+from wegeft_cli.methods.base import Omission
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.models.base_folder import find_base_folder, read_chat_template
 from wegeft_cli.recipe.load import recipe_to_yaml
@@ -90,12 +91,13 @@ def write_card(
     prompt: PromptRecord | None = None,
     parameters: tuple[int, int] | None = None,
     validation: Mapping[int, Mapping[str, float]] | None = None,
+    omitted: Sequence[Omission] = (),
 ) -> str:
     """Return the card of a trained adapter, Markdown with the hub's metadata at the top.
 
     `parameters` counts the learned parameters and those of the base; `validation` maps steps to
     metrics, of which the card lists those of `adapter_step`. `prompt` is the form of the training
-    rows.
+    rows, and `omitted` is what is not adapted.
     """
     facts = CardFacts(recipe.model.name_or_path, recipe.model.revision, recipe, prompt=prompt)
     method = find_method(recipe.adapter.type)
@@ -114,6 +116,7 @@ def write_card(
         saved_modules=recipe.adapter.modules_to_save,
         parameters=parameters,
         measured=(validation or {}).get(adapter_step),
+        omitted=[str(omission) for omission in omitted],
         is_wegeft=method.has_generators,
         trains_in_place=method.trains_in_place,
     )

@@ -134,8 +134,8 @@ class AdapterSection:
     target_modules: Any = "all-linear"
     """Adapted linear layers: a list of module names (`q_proj`; `qkv_proj:q` for rows of a fused
     projection, by name or as `name:start-stop`), one regular expression over full module names, or
-    `all-linear` (every linear layer except heads, routers and tied layers, and on the input side
-    the stacked weights of experts)."""
+    `all-linear` (every linear layer that learns except heads, routers and tied layers, and on the
+    input side the stacked weights of experts; `wegeft plan` lists what it omits)."""
     share: Share = "module_type"
     """Layers that share one pair of maps: module_type (all layers of a kind; a kind with several
     input widths is split by the modules around it, or by width), input_dim (all layers of an input

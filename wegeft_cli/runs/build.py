@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -27,6 +27,9 @@ from wegeft_cli.training.neftune import add_neftune
 from wegeft_cli.training.optimizer import AdamSettings, build_optimizer
 from wegeft_cli.training.scheduler import build_schedule, count_warmup_steps
 
+if TYPE_CHECKING:
+    from wegeft_cli.planning.run_setup import RunSetup
+
 
 def load_prepared_base(
     run: Run, head: HeadSpec | None, processor: Any, sharding: Mapping[str, Any] | None = None
@@ -39,7 +42,7 @@ def load_prepared_base(
 
 
 def build_model(
-    base: nn.Module, run: Run, processor: Any, *, base_fingerprint: str | None, resuming: bool
+    base: nn.Module, run: Run, setup: RunSetup, *, base_fingerprint: str | None, resuming: bool
 ) -> tuple[nn.Module, Layout]:
     """Prepare a loaded base for training: kernels, adapter, device, checkpointing, noise.
 
@@ -52,7 +55,7 @@ def build_model(
     if train.use_liger_kernel:
         apply_liger(base)
     set_seed(recipe.seed)
-    model = inject_adapter(base, recipe)
+    model = inject_adapter(base, recipe, setup.targets.section)
     if recipe.model.drop_path_rate and not hasattr(base.config, "drop_path_rate"):
         add_drop_path(base, recipe.model.drop_path_rate)
     if recipe.adapter.init_from is not None and not resuming:
@@ -73,7 +76,7 @@ def build_model(
     model.to(run.processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    layout = run.task.check_built(model, processor, recipe)
+    layout = run.task.check_built(model, setup.tokenizer, recipe)
     if layout.note is not None:
         run.reporter.warn(layout.note)
     if train.neftune_noise_alpha is not None:

@@ -10,7 +10,9 @@ from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
+from wegeft_cli.models.loading import build_skeleton
 from wegeft_cli.planning.run_setup import build_setup
+from wegeft_cli.planning.targets import settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter
 from wegeft_cli.runs.build import load_prepared_base
@@ -64,11 +66,13 @@ def _save(run: Run, loaded: LoadedRecipe, checkpoint: Checkpoint, folder: Path) 
     head, processor = None, None
     if run.task.has_head:
         setup = build_setup(loaded, run.processes, run.reporter, resuming=True)
-        head, processor = setup.head, setup.tokenizer
+        head, processor, targets = setup.head, setup.tokenizer, setup.targets
     else:
         processor = run.task.load_processor(run.recipe.model)
+        targets = settle_targets(run.recipe, build_skeleton(run.recipe.model)[1])
     fingerprint = fingerprint_same_base(run, run.directory.record())
-    model = inject_adapter(load_prepared_base(run, head, processor), run.recipe)
+    base = load_prepared_base(run, head, processor)
+    model = inject_adapter(base, run.recipe, targets.section)
     load_parameters(model, run, checkpoint)
     progress = checkpoint.state["progress"]
     result = LoopResult("interrupted", checkpoint.step, progress["last_loss"])

@@ -11,7 +11,7 @@ from wegeft_cli.artifacts.checkpoint import Checkpoint, load_checkpoint, tidy_ch
 from wegeft_cli.artifacts.head_file import HEAD_NAME, head_to_json
 from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.methods.base import AdapterRecord
+from wegeft_cli.methods.base import AdapterRecord, Omission
 from wegeft_cli.models.file_names import rename_checkpoint
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.publishing.model_card import write_card
@@ -85,6 +85,7 @@ def save_adapter_of(
         prompt=prompt,
         parameters=(num_trained, num_base),
         validation=result.validation,
+        omitted=[Omission(**each) for each in run.directory.record().get("omitted", ())],
     )
     more = {} if head is None else {HEAD_NAME: _head_text(head, run.recipe)}
     record = AdapterRecord(

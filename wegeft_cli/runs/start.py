@@ -181,6 +181,7 @@ def _start_record(run: Run, setup: RunSetup, state: RunState) -> dict[str, Any]:
         "seed": recipe.seed,
         "base_model_name_or_path": recipe.model.name_or_path,
         "init_from": recipe.adapter.init_from,
+        "omitted": [asdict(omission) for omission in setup.targets.omitted],
         **input_record(setup),
         **_data_record(setup),
         PROMPT_KEY: None if (prompt := describe_form(run, setup)) is None else prompt.to_json(),

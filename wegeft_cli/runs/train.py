@@ -156,9 +156,7 @@ def _load_model(
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
     resuming = state.checkpoint is not None
-    return build_model(
-        base, run, setup.tokenizer, base_fingerprint=state.fingerprint, resuming=resuming
-    )
+    return build_model(base, run, setup, base_fingerprint=state.fingerprint, resuming=resuming)
 
 
 def _fit(

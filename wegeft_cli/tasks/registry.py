@@ -92,12 +92,18 @@ def adapter_section(recipe: Recipe, model: nn.Module) -> tuple[AdapterSection, l
     return find_task(recipe.task).adapter_section(section, model), notes
 
 
-def inject_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Prepare a base for training by the recipe's method, the task's new head included."""
+def inject_adapter(
+    model: nn.Module, recipe: Recipe, section: AdapterSection | None = None
+) -> nn.Module:
+    """Prepare a base for training by the recipe's method, the task's new head included.
+
+    `section` replaces the recipe's `adapter`. It names the model's modules.
+    """
     from wegeft_cli.models.running_statistics import align_gradients, hold_statistics
 
     task = find_task(recipe.task)
-    section, _ = adapter_section(recipe, model)
+    if section is None:
+        section, _ = adapter_section(recipe, model)
     method = find_method(section.type)
     model = method.inject(model, section, task_type=task.peft_task_type, seed=recipe.seed)
     hold_statistics(model)

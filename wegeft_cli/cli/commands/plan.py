@@ -43,6 +43,8 @@ def _show_groups(result: Plan) -> None:
         f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
         f"({result.trainable_parameters / result.base_parameters:.3%})"
     )
+    for omission in result.omitted:
+        show(f"not adapted: {omission}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _show_steps(result: Plan) -> None:

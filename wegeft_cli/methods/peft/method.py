@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from wegeft_cli.methods.base import (
     MODULES_TO_SAVE,
     UNREAD_WITHOUT_GENERATORS,
     AdapterRecord,
+    LayerChoice,
     Method,
     ParameterGroup,
     check_without_generators,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.wegeft.targets import Target
 
 _SET_ELSEWHERE = {
     "r": "adapter.r",
@@ -58,6 +60,20 @@ class PeftMethod(Method):
                 right = _SET_ELSEWHERE[name]
                 yield f"adapter.peft.{name}", f"is set by `{right}`", f"use `{right}`"
 
+    def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
+        """Return WeGeFT's layers for `all-linear`, as far as PEFT can adapt them."""
+        from wegeft_cli.methods.peft.layers import choose_peft_layers
+
+        return choose_peft_layers(skeleton, section, _build_config(section, None))
+
+    def with_layers(
+        self, skeleton: nn.Module, section: AdapterSection, targets: Sequence[Target]
+    ) -> AdapterSection:
+        """Name the layers as PEFT does, and stacked weights under `target_parameters`."""
+        from wegeft_cli.methods.peft.layers import with_peft_layers
+
+        return with_peft_layers(skeleton, section, _build_config(section, None), targets)
+
     def count(
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
@@ -69,7 +85,7 @@ class PeftMethod(Method):
             if not parameter.requires_grad:
                 continue
             # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
-            parts = name.split(".")
+            parts = [part for part in name.split(".") if part != "base_layer"]
             followed = pairwise(parts)
             kind = next((a for a, b in followed if b.startswith(_PARAMETER_PREFIXES)), parts[-1])
             if MODULES_TO_SAVE in parts:  # ...lm_head.modules_to_save.default.weight
@@ -87,17 +103,9 @@ class PeftMethod(Method):
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
         """Wrap the base in PEFT's model, whose initial values come from torch's global state."""
-        from wegeft_cli.methods.peft.models import build_config, inject_peft
+        from wegeft_cli.methods.peft.models import inject_peft
 
-        config = build_config(
-            section.type,
-            section.r,
-            section.alpha,
-            section.target_modules,
-            section.peft,
-            task_type,
-        )
-        return inject_peft(model, config, section.modules_to_save)
+        return inject_peft(model, _build_config(section, task_type), section.modules_to_save)
 
     def check_start(
         self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
@@ -165,6 +173,19 @@ class PeftMethod(Method):
         from wegeft_cli.methods.peft.models import merge_peft
 
         return merge_peft(model)
+
+
+def _build_config(section: AdapterSection, task_type: str | None) -> Any:
+    from wegeft_cli.methods.peft.models import build_config
+
+    return build_config(
+        section.type,
+        section.r,
+        section.alpha,
+        section.target_modules,
+        section.peft,
+        task_type,
+    )
 
 
 METHOD = PeftMethod()

@@ -28,8 +28,9 @@ _UNKNOWN_STEPS = 2**31
 # What a start from another adapter may differ in: the record, and what acts while training alone.
 # The tensors determine the layers, for every way of naming them.
 _FREE_TO_DIFFER = frozenset({
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type",
-    "peft_version", "revision", "runtime_config", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "modules_to_save", "peft_type", "peft_version", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type",
 })  # fmt: skip
 
 

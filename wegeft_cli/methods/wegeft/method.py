@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from wegeft_cli.artifacts.manifest import PEFT_TYPE
 from wegeft_cli.methods.base import (
     MODULES_TO_SAVE,
     AdapterRecord,
+    LayerChoice,
     Method,
     ParameterGroup,
     check_no_peft_keys,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.methods.wegeft.targets import Target
 
 
 class WeGeFTMethod(Method):
@@ -45,6 +48,33 @@ class WeGeFTMethod(Method):
             key = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
             message = f"{dropout} acts on the weight's entries, which `{key}` leaves none of"
             yield "adapter.dropout", message, f"set it to 0, or remove `{key}`"
+
+    def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
+        """Return the targets; explicit groups choose among those of `all-linear`."""
+        from wegeft_cli.methods.omissions import list_omissions
+        from wegeft_cli.methods.wegeft.inject import select_targets
+        from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
+
+        targets = select_targets(
+            skeleton,
+            section.target_modules,
+            section.groups,
+            section.modules_to_save,
+            section.side,
+        )
+        if section.target_modules != "all-linear" or section.groups is not None:
+            return LayerChoice(tuple(targets))
+        names = {target.name for target in targets}
+        why = "which have no output side"
+        saved = list_saved_modules(skeleton, section.modules_to_save)
+        omitted = list_omissions(skeleton, names, saved, why)
+        return LayerChoice(tuple(targets), tuple(omitted))
+
+    def with_layers(
+        self, skeleton: nn.Module, section: AdapterSection, targets: Sequence[Target]
+    ) -> AdapterSection:
+        """Name the targets in full."""
+        return replace(section, target_modules=[target.label for target in targets])
 
     def count(
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,11 +183,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     faults: list[UserError] = []
     for entry in target_modules:
         base_name, _, part = entry.partition(":")
-        hits = [linears[name] for name in linears if ends_with(name, base_name)]
+        hits = find_hits(linears, base_name)
         if not hits:
             faults.append(_nothing_matches(base_name, linears))
             continue
-        if others := [hit for hit in hits if not _is_product(module_of(model, hit))]:
+        if others := [hit for hit in hits if not is_product(module_of(model, hit))]:
             faults.append(_no_product(model, others[0]))
             continue
         try:
@@ -198,6 +198,13 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     _check_overlap(found)
     order = {name: place for place, name in enumerate(linears)}
     return sorted(dict.fromkeys(found), key=lambda target: (order[target.name], target.rows or ()))
+
+
+def find_hits(linears: Mapping[str, Target], name: str) -> list[Target]:
+    """Return the layers whose names end with a name; a full name with a dot is that layer alone."""
+    if "." in name and name in linears:
+        return [linears[name]]
+    return [target for full, target in linears.items() if ends_with(full, name)]
 
 
 def make_target(model: nn.Module, name: str, rows: Rows | None) -> Target:
@@ -228,7 +235,7 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
     Raises:
         UserError: If a target's weight is tied, as an output head often is to the embedding.
     """
-    tied = _find_tied(model, targets)
+    tied = find_tied(model, targets)
     if tied:
         first, other = next(iter(tied.items()))
         kinds = {target.kind for target in tied}
@@ -243,7 +250,7 @@ def check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
         )
 
 
-def _find_tied(model: nn.Module, targets: Iterable[Target]) -> dict[Target, str]:
+def find_tied(model: nn.Module, targets: Iterable[Target]) -> dict[Target, str]:
     """Return the targets whose weight another module uses too, with that module's name."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -283,12 +290,12 @@ def check_dense(model: nn.Module, targets: Sequence[Target], key: str) -> None:
 
 def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -> list[Target]:
     if text == "all-linear":
-        omitted = _find_heads(model) | _find_routers(model, linears)
-        omitted |= {target.name for target in _find_tied(model, linears.values())}
+        omitted = find_heads(model) | find_routers(model).keys()
+        omitted |= {target.name for target in find_tied(model, linears.values())}
         return [
             target
             for name, target in linears.items()
-            if name not in omitted and _is_product(module_of(model, target))
+            if name not in omitted and is_product(module_of(model, target))
         ]
     try:
         expression = re.compile(text)
@@ -304,12 +311,12 @@ def _match_expression(model: nn.Module, linears: dict[str, Target], text: str) -
             f"{next(iter(linears), 'a.b.q_proj')!r}; for names write a list: [{text}]"
         )
         raise fault
-    if others := [hit for hit in hits if not _is_product(module_of(model, hit))]:
+    if others := [hit for hit in hits if not is_product(module_of(model, hit))]:
         raise _no_product(model, others[0])
     return hits
 
 
-def _is_product(module: nn.Module) -> bool:
+def is_product(module: nn.Module) -> bool:
     """Return whether a linear of a model's own class computes `x W^T + b`, as by its name.
 
     Routers of some mixtures of experts are such classes: they return the chosen experts, too.
@@ -342,19 +349,20 @@ def _no_product(model: nn.Module, target: Target) -> UserError:
     )
 
 
-def _find_routers(model: nn.Module, names: Collection[str]) -> set[str]:
-    """Return the linears that choose experts: those of a module that holds experts."""
-    modules = [name for name, _ in model.named_modules()]
+def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that choose experts: parts of a router beside a module of experts."""
+    modules = dict(model.named_modules())
     blocks = [name.removesuffix(".experts") for name in modules if name.endswith(".experts")]
     return {
-        name
-        for name in names
-        if any(name.startswith((f"{block}.router", f"{block}.gate.")) for block in blocks)
-        or name.removesuffix(".gate") in blocks
+        name: module
+        for name, module in modules.items()
+        for block in blocks
+        if name == f"{block}.gate" or name.startswith((f"{block}.router", f"{block}.gate."))
     }
 
 
-def _find_heads(model: nn.Module) -> set[str]:
+def find_heads(model: nn.Module) -> set[str]:
+    """Return the modules of the output heads, which `all-linear` omits."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     return {

@@ -1,0 +1,210 @@
+"""Which layers a run adapts: the same for every method, without layers that cannot learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+from wegeft_cli.cli.app import app
+from wegeft_cli.errors import UserError
+from wegeft_cli.merging.merge import merge
+from wegeft_cli.planning.plan import plan
+from wegeft_cli.planning.targets import settle_targets
+from wegeft_cli.planning.validate import validate_recipe
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.reporter import SilentReporter
+from wegeft_cli.runs.train import train
+
+TINY = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "mixtral": {**TINY, "num_local_experts": 4},
+    "deepseek_v3": {
+        **TINY, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
+        "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    },
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "bart": {
+        "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24,
+    },
+    "gemma3": {
+        "text_config": {**TINY, "sliding_window": 8},
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(
+    write_recipe: Callable[..., Path], build_tokenizer: Callable[..., Any], tmp_path: Path
+) -> Callable[..., Path]:
+    """A function: a recipe for a tiny checkpoint of a family."""
+
+    def write(kind: str, **adapter: Any) -> Path:
+        folder, tokenizer = tmp_path / kind, build_tokenizer()
+        if not folder.exists():
+            torch.manual_seed(0)
+            values = {key: dict(v) if isinstance(v, dict) else v for key, v in KINDS[kind].items()}
+            sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+            values.get("text_config", values).update(sizes)
+            auto = AutoModelForImageTextToText if kind == "gemma3" else AutoModelForCausalLM
+            model = auto.from_config(AutoConfig.for_model(kind, **values))
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return write_recipe(
+            name=f"{kind}-{len(list(tmp_path.iterdir()))}",
+            model={"name_or_path": str(folder)},
+            adapter={"r": 2, "target_modules": "all-linear", **adapter},
+            data={"max_length": 64},
+            train={"max_steps": 1},
+        )
+
+    return write
+
+
+class Notes(SilentReporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def count_file(run_dir: Path) -> int:
+    tensors = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def adapted(recipe: Path) -> list[str]:
+    """Return the layers in the file of an adapter."""
+    config = json.loads((recipe / "adapter" / "adapter_config.json").read_text())
+    return list(config["modules"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "omitted"),
+    [
+        ("mamba", "backbone.layers.0.mixer.dt_proj"),
+        ("bart", "model.decoder.layers.0.encoder_attn.q_proj"),
+        ("gemma3", "model.vision_tower.encoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_layers_that_cannot_learn_are_omitted(
+    write: Callable[..., Path], kind: str, omitted: str
+) -> None:
+    recipe, said = write(kind), Notes()
+    planned = plan(recipe)
+    result = train(recipe, reporter=said)
+    assert planned.trainable_parameters == result.trainable_parameters == count_file(result.run_dir)
+    [omission] = planned.omitted
+    assert omitted in omission.names
+    assert omission.num_parameters > 0
+    assert any(f"`all-linear` omits {omission}" == note for note in said.notes)
+    assert not set(omission.names) & set(adapted(result.run_dir))
+    assert f"Not adapted: {omission}." in (result.run_dir / "adapter" / "README.md").read_text()
+    if kind == "bart":
+        table = CliRunner().invoke(app, ["plan", str(recipe)]).output
+        assert "not adapted: layers that the task does not run" in table
+
+
+def test_named_layers_that_cannot_learn_are_a_fault(write: Callable[..., Path]) -> None:
+    recipe = write("mamba", target_modules=["in_proj", "dt_proj"])
+    with pytest.raises(UserError, match=r"'dt_proj' names layers that cannot learn") as caught:
+        plan(recipe)
+    assert caught.value.key == "adapter.target_modules"
+    with pytest.raises(UserError, match="'dt_proj' names layers that cannot learn"):
+        validate_recipe(recipe)
+    recipe = write("mamba", groups={"a": ["in_proj"], "b": ["dt_proj"]})
+    with pytest.raises(UserError, match="'dt_proj' names layers that cannot learn") as caught:
+        plan(recipe)
+    assert caught.value.key == "adapter.groups.b"
+
+
+@pytest.mark.parametrize("method", ["wegeft", "lora"])
+def test_a_name_of_which_some_layers_learn_adapts_these(
+    write: Callable[..., Path], method: str
+) -> None:
+    said = Notes()
+    recipe = write("gemma3", type=method, target_modules=["q_proj"])
+    result = train(recipe, reporter=said)
+    assert any("not adapted: layers that the task does not run" in text for text in said.warnings)
+    tensors = load_file(result.run_dir / "adapter" / "adapter_model.safetensors")
+    assert plan(recipe).trainable_parameters == sum(t.numel() for t in tensors.values())
+    assert not any("vision" in name for name in tensors)
+    if method == "wegeft":
+        assert not any("vision" in name for name in adapted(result.run_dir))
+
+
+def test_lora_adapts_the_layers_that_wegeft_adapts(write: Callable[..., Path]) -> None:
+    """On a mixture PEFT's own `all-linear` would adapt the router and drop dense layers."""
+    for kind in ("mixtral", "deepseek_v3"):
+        recipe, said = write(kind, type="lora"), Notes()
+        result = train(recipe, reporter=said)
+        planned = plan(recipe)
+        assert [omission.what for omission in planned.omitted] == ["routers"]
+        assert any("`all-linear` omits routers" in note for note in said.notes)
+        counted = planned.trainable_parameters
+        assert counted == result.trainable_parameters == count_file(result.run_dir)
+        tensors = load_file(result.run_dir / "adapter" / "adapter_model.safetensors")
+        names = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors}
+        expected = {
+            name.replace(".experts.gate_up_proj", ".experts.base_layer").replace(
+                ".experts.down_proj", ".experts"
+            )
+            for name in adapted(train(write(kind)).run_dir)
+        }
+        assert names == expected
+        merge([result.run_dir], output=result.run_dir.parent / f"{kind}-merged")
+
+
+def test_a_method_that_cannot_adapt_experts_says_so(write: Callable[..., Path]) -> None:
+    recipe, said = write("deepseek_v3", type="dora"), Notes()
+    result = train(recipe, reporter=said)
+    assert plan(recipe).trainable_parameters == count_file(result.run_dir)
+    text = " ".join(said.notes)
+    assert "experts, which PEFT's dora does not adapt (" in text
+    assert "layers that PEFT takes for experts" in text
+    recipe = write("mixtral", side="output")
+    omitted = {omission.what: omission.num_parameters for omission in plan(recipe).omitted}
+    assert omitted == {"routers": 128, "experts, which have no output side": 9216}
+
+
+def test_dense_models_keep_the_names_that_peft_finds(
+    llama_dir: Path, write_recipe: Callable[..., Path]
+) -> None:
+    adapter = {"type": "lora", "r": 2, "target_modules": "all-linear"}
+    recipe = load_recipe(write_recipe(adapter=adapter)).recipe
+    model = AutoModelForCausalLM.from_pretrained(llama_dir).to("meta")
+    assert settle_targets(recipe, model).section == recipe.adapter
+
+
+def test_the_trace_leaves_the_model_as_it_was(write: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = load_recipe(write("mixtral")).recipe
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").to("meta")
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    modes = [(module.training, len(module._forward_pre_hooks)) for module in model.modules()]
+    settle_targets(recipe, model)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
+    assert modes == [(m.training, len(m._forward_pre_hooks)) for m in model.modules()]
+    assert model.config._experts_implementation == "grouped_mm"
