@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.wegeft.inject import disable_generators
+from wegeft_cli.methods.wegeft.save_load import load_adapter
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.planning.targets import settle_targets
 from wegeft_cli.planning.validate import validate_recipe
@@ -208,3 +210,46 @@ def test_the_trace_leaves_the_model_as_it_was(write: Callable[..., Path], tmp_pa
     assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
     assert modes == [(m.training, len(m._forward_pre_hooks)) for m in model.modules()]
     assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_the_experts_of_a_mixture_on_the_command_line(
+    write: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    def run(*words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    recipe = write(kind)
+    steps = ["train.max_steps=3", "train.save_steps=1"]
+    planned = json.loads(run("plan", recipe, *steps, "--json"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trained = json.loads(run("train", recipe, *steps, f"output_dir={whole}", "--json"))
+    assert planned["trainable_parameters"] == trained["trainable_parameters"] == count_file(whole)
+    assert planned["omitted"][0]["what"] == "routers"
+
+    asked = iter([False])
+    train(recipe, [*steps, f"output_dir={parts}"], should_stop=lambda: next(asked, True))
+    assert not (parts / "adapter").exists()
+    run("train", recipe, *steps, f"output_dir={parts}", "--resume", "auto")
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    run("merge", whole, "--output", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    load_adapter(model, whole / "adapter")
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+        with disable_generators(model):
+            assert (merged(ids).logits - model(ids).logits).abs().max() > 1e-4
+    answers = []
+    for name, place in (("adapter", whole), ("merged", tmp_path / "merged")):
+        output = tmp_path / f"{name}.jsonl"
+        run("generate", place, "-p", "Q1:", "--max-new-tokens", "4", "--output", output)
+        answers.append(json.loads(output.read_text()))
+    assert answers[0] == answers[1]

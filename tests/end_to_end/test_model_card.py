@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 
 from wegeft_cli.publishing.model_card import write_card
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.training.loop_settings import LoopResult
 
 LORA_USE = 'model = PeftModel.from_pretrained(model, "THIS_FOLDER")'
 
@@ -32,11 +33,9 @@ def make_recipe(adapter_type="wegeft", task="causal_lm"):
 def test_the_card_fits_method_and_task(adapter_type, task, library, pipeline, lines):
     card = write_card(
         make_recipe(adapter_type, task),
-        10,
-        0.5,
+        LoopResult("finished", 10, 0.5, {8: {"eval_loss": 0.25}, 10: {"eval_loss": 0.75}}),
         adapter_step=8,
         parameters=(1000, 50000),
-        validation={8: {"eval_loss": 0.25}, 10: {"eval_loss": 0.75}},
     )
     data = ModelCard(card).data
     assert (data.base_model, data.library_name, data.pipeline_tag) == (

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -214,27 +215,32 @@ def _trace_lengths(skeleton: Any, recipe: Recipe, targets: Sequence[Target]) -> 
 def _trace(
     skeleton: Any, recipe: Recipe, targets: Sequence[Target], length: int
 ) -> tuple[IdleTargets, int] | None:
-    """Trace in training mode, or else in evaluation mode, which skips no layers at random."""
-    for is_training in (True, False):
+    """Trace in training mode, or else in evaluation mode, which skips no layers at random.
+
+    Without a mask at first, as a mask's values are not known; some models need one.
+    """
+    shape = BatchShape(1, length, max(1, length // 2), False)
+    for is_masked, is_training in product((False, True), (True, False)):
         try:
             with _prepared(skeleton, is_training=is_training):
-                return _run(skeleton, recipe, targets, length)
+                return _run(skeleton, recipe, targets, replace(shape, is_masked=is_masked))
         except RuntimeError as error:
             _log.debug("targets are not traced (training: %s): %s", is_training, error)
     return None
 
 
 def _run(
-    skeleton: Any, recipe: Recipe, targets: Sequence[Target], length: int
+    skeleton: Any, recipe: Recipe, targets: Sequence[Target], shape: BatchShape
 ) -> tuple[IdleTargets, int]:
     """Return the idle targets of one pass, and its number of operations."""
     probes = {target.name: _Probe() for target in targets}
-    with without_values(skeleton, recipe, is_masked=False), _hooked(skeleton, targets, probes):
+    is_masked = shape.is_masked
+    with without_values(skeleton, recipe, is_masked=is_masked), _hooked(skeleton, targets, probes):
         for probe in probes.values():
             probe.zero = torch.zeros((), requires_grad=True)
         fake = find_task(recipe.task).fake_pass(skeleton, recipe)
         with _OperationCounter() as counter:
-            loss = fake.loss(BatchShape(1, length, max(1, length // 2), False))
+            loss = fake.loss(shape)
         if loss.requires_grad:
             loss.backward()
     idle = IdleTargets(

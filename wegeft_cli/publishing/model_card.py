@@ -21,6 +21,7 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.redaction import mask_secrets
 from wegeft_cli.tasks.base import Task
 from wegeft_cli.tasks.registry import find_task
+from wegeft_cli.training.loop_settings import LoopResult
 from wegeft_cli.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -84,20 +85,17 @@ class CardFacts:
 
 def write_card(
     recipe: Recipe,
-    num_steps: int,
-    final_loss: float | None,
+    result: LoopResult,
     *,
     adapter_step: int,
     prompt: PromptRecord | None = None,
     parameters: tuple[int, int] | None = None,
-    validation: Mapping[int, Mapping[str, float]] | None = None,
     omitted: Sequence[Omission] = (),
 ) -> str:
     """Return the card of a trained adapter, Markdown with the hub's metadata at the top.
 
-    `parameters` counts the learned parameters and those of the base; `validation` maps steps to
-    metrics, of which the card lists those of `adapter_step`. `prompt` is the form of the training
-    rows, and `omitted` is what is not adapted.
+    `parameters` counts the learned parameters and those of the base. `prompt` is the form of the
+    training rows, and `omitted` is what is not adapted.
     """
     facts = CardFacts(recipe.model.name_or_path, recipe.model.revision, recipe, prompt=prompt)
     method = find_method(recipe.adapter.type)
@@ -109,13 +107,13 @@ def write_card(
         ["wegeft", "peft"],
         title=recipe.output_dir.rstrip("/").rpartition("/")[2],
         method="WeGeFT" if method.has_generators else recipe.adapter.type,
-        num_steps=num_steps,
-        final_loss=final_loss,
+        num_steps=result.num_steps,
+        final_loss=result.final_loss,
         adapter_step=adapter_step,
         metric=recipe.train.metric_for_best_model,
         saved_modules=recipe.adapter.modules_to_save,
         parameters=parameters,
-        measured=(validation or {}).get(adapter_step),
+        measured=result.validation.get(adapter_step),
         omitted=[str(omission) for omission in omitted],
         is_wegeft=method.has_generators,
         trains_in_place=method.trains_in_place,

@@ -79,12 +79,10 @@ def save_adapter_of(
     prompt = _read_prompt(run)
     card = write_card(
         run.recipe,
-        result.num_steps,
-        result.final_loss,
+        result,
         adapter_step=step,
         prompt=prompt,
         parameters=(num_trained, num_base),
-        validation=result.validation,
         omitted=[Omission(**each) for each in run.directory.record().get("omitted", ())],
     )
     more = {} if head is None else {HEAD_NAME: _head_text(head, run.recipe)}
