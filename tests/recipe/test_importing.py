@@ -92,10 +92,12 @@ def test_values_of_an_axolotl_recipe(tmp_path):
     assert recipe.data.train[0].path == "data/support_tickets.jsonl"
     assert recipe.data.packing == "bfd"
     assert recipe.data.validation_fraction == 0.05
+    assert recipe.data.validation_split == "random"
     assert recipe.train.learning_rate == 2e-4
     assert recipe.train.optim == "paged_adamw_32bit"
     # 4 epochs, 4 validations and 1 checkpoint in each.
-    assert (recipe.train.eval_steps, recipe.train.save_steps) == (1 / 16, 1 / 4)
+    assert recipe.train.eval_steps == 1 / 16
+    assert recipe.train.save_strategy == "epoch"
 
 
 def test_conversations_of_axolotl_learn_every_answer(tmp_path):
@@ -184,3 +186,34 @@ def test_a_pasted_recipe_names_the_import():
 def test_every_tool_is_found_by_its_own_keys():
     for tool in TOOLS:
         assert find_tool(dict.fromkeys(tool.keys, 1)) == tool
+
+
+def test_strategies_by_epoch_are_keys(tmp_path):
+    """`epoch` is no fraction of the steps, which another number of epochs would change."""
+    text = "model_name_or_path: m\ndataset_name: a/b\neval_strategy: epoch\nsave_strategy: epoch\n"
+    result, recipe = convert(tmp_path, "trl.yaml", text)
+    assert (recipe.train.eval_strategy, recipe.train.save_strategy) == ("epoch", "epoch")
+    assert not {"eval_strategy", "save_strategy"} & {each.key for each in result.differs}
+
+
+def test_system_prompts_and_template_arguments(tmp_path):
+    lf = "stage: sft\nmodel_name_or_path: m\ndataset: mine\ntemplate: {}\n"
+    options = "default_system: Be brief.\nenable_thinking: false\n"
+    source = tmp_path / "lf.yaml"
+    source.write_text(lf.format("qwen3") + options)
+    text = import_recipe(source).text
+    assert "system: Be brief." in text
+    assert "enable_thinking: false" in text
+    source.write_text(lf.format("alpaca") + options)
+    dropped = {remark.key for remark in import_recipe(source).dropped}
+    assert {"default_system", "enable_thinking"} <= dropped
+    axolotl = "base_model: m\nsequence_len: 64\ndatasets:\n- path: a/b\n  type: {}\n"
+    axolotl += (
+        "default_system_message: Be brief.\nchat_template_kwargs: {{enable_thinking: false}}\n"
+    )
+    _, recipe = convert(tmp_path, "ax.yaml", axolotl.format("chat_template"))
+    assert recipe.data.system == "Be brief."
+    assert recipe.data.chat_template_kwargs == {"enable_thinking": False}
+    result, recipe = convert(tmp_path, "ax.yaml", axolotl.format("alpaca"))
+    assert recipe.data.system is None
+    assert "default_system_message" in {remark.key for remark in result.dropped}

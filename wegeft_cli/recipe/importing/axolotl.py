@@ -12,7 +12,7 @@ from wegeft_cli.recipe.importing.trainer_keys import (
     convert_checkpointing_kwargs,
     convert_intervals,
     convert_optimizer_name,
-    share_of_epoch,
+    set_times_per_epoch,
 )
 
 _RENAMED = {
@@ -222,7 +222,8 @@ def _convert_data(at: Conversion) -> None:
 def _set_validation(at: Conversion, share: Any) -> None:
     if isinstance(share, float) and share < 1:
         at.set("data.validation_fraction", share, "val_set_size")
-        at.differ("val_set_size", "the last rows are held out; axolotl holds out random ones")
+        at.set("data.validation_split", "random", "val_set_size")
+        at.differ("val_set_size", "random rows are held out, other ones than axolotl's")
     else:
         at.drop("val_set_size", f"{share} rows: only a fraction of the rows can be held out")
         at.require("data.validation_fraction", f"axolotl holds out {share} rows")
@@ -245,20 +246,21 @@ def _convert_template(at: Conversion) -> None:
             f"`{name}` is axolotl's own text; the tokenizer's chat "
             "template is used, unless data.template is a .jinja file",
         )
+    at.rename({"chat_template_kwargs": "data.chat_template_kwargs"})
     if (text := at.take("default_system_message")) is not None:
-        at.drop("default_system_message", f"{text!r} has no counterpart: write it into the rows")
+        forms = {source.get("format") for source in at.value("data.train") or ()}
+        if forms <= {"messages", "conversations"}:
+            at.set("data.system", text, "default_system_message")
+        else:
+            at.drop("default_system_message", "has no counterpart for rows without turns")
 
 
 def _convert_intervals(at: Conversion) -> None:
     epochs = float(at.value("train.num_train_epochs") or 1.0)
-    convert_intervals(at, epochs=epochs)
-    for key, target in (("evals_per_epoch", "train.eval_steps"),
-                        ("saves_per_epoch", "train.save_steps")):  # fmt: skip
-        times = at.take(key)
-        if times:
-            at.set(target, *share_of_epoch(at, key, float(times), epochs))
-        elif times == 0:
-            at.set(target, 0, key)
+    convert_intervals(at)
+    for key, what in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
+        if (times := at.take(key)) is not None:
+            set_times_per_epoch(at, key, what, float(times), epochs)
 
 
 def _convert_trackers(at: Conversion) -> None:

@@ -37,8 +37,6 @@ _REASONS = {
     "rope_scaling": "has no counterpart: the base's own position encoding is used",
     "resize_vocab": "has no counterpart: the vocabulary is not extended",
     "use_unsloth": "has no counterpart",
-    "default_system": "has no counterpart: write the system text into the rows",
-    "enable_thinking": "has no counterpart",
     "compute_accuracy": "has no counterpart: validation logs the loss and `train.eval_tasks`",
 }
 _REFUSED = ("freeze", "oft")
@@ -123,10 +121,12 @@ def _convert_data(at: Conversion, folder: Path, *, is_text: bool) -> None:
     _convert_mixture(at)
     _convert_loss(at, is_text=is_text)
     set_template(at, at.take("template"), is_text=is_text)
+    _convert_template_options(at)
     share = at.take("val_size")
     if share and float(share) < 1:
         at.set("data.validation_fraction", share, "val_size")
-        at.differ("val_size", "the last rows are held out; LLaMA-Factory holds out random ones")
+        at.set("data.validation_split", "random", "val_size")
+        at.differ("val_size", "random rows are held out, other ones than LLaMA-Factory's")
     elif share:
         at.drop("val_size", f"{share} rows: only a fraction of the rows can be held out")
         at.require("data.validation_fraction", f"LLaMA-Factory holds out {share} rows")
@@ -134,6 +134,20 @@ def _convert_data(at: Conversion, folder: Path, *, is_text: bool) -> None:
         at.set("data.packing", "bfd", "neat_packing" if at.take("neat_packing") else "packing")
         if not at.take("neat_packing"):
             at.differ("packing", "rows of a pack do not attend to each other, as with neat_packing")
+
+
+def _convert_template_options(at: Conversion) -> None:
+    """Convert the system prompt and the thinking mode, which need a chat template."""
+    system, thinks = at.take("default_system"), at.take("enable_thinking")
+    if at.value("data.template") != "chat":
+        for key, value in (("default_system", system), ("enable_thinking", thinks)):
+            if value is not None:
+                at.drop(key, "has no counterpart without a chat template (data.template: chat)")
+        return
+    if system is not None:
+        at.set("data.system", system, "default_system")
+    if thinks is not None:
+        at.set("data.chat_template_kwargs", {"enable_thinking": thinks}, "enable_thinking")
 
 
 def _read_info(at: Conversion, folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -52,7 +52,7 @@ def convert_trainer_keys(at: Conversion) -> None:
     _convert_warmup(at)
     _convert_optimizer(at)
     _convert_precision(at)
-    convert_intervals(at, epochs=at.value("train.num_train_epochs") or 3.0)
+    convert_intervals(at)
     _convert_logging(at)
     convert_checkpointing_kwargs(at)
     at.drop_each(_REASONS)
@@ -124,43 +124,41 @@ def _convert_precision(at: Conversion) -> None:
         at.set("train.mixed_precision", "none", "bf16" if is_bf16 is False else "fp16")
 
 
-def convert_intervals(at: Conversion, *, epochs: float) -> None:
+def convert_intervals(at: Conversion) -> None:
     """Convert when to validate and when to save: steps, epochs or never."""
-    interval = _read_interval(at, "eval", ("eval_strategy", "evaluation_strategy"), epochs)
-    if interval is not None:
-        at.set("train.eval_steps", *interval)
-    interval = _read_interval(at, "save", ("save_strategy",), epochs)
-    if interval is not None:
-        at.set("train.save_steps", *interval)
+    _convert_interval(at, "eval", ("eval_strategy", "evaluation_strategy"))
+    _convert_interval(at, "save", ("save_strategy",))
 
 
-def _read_interval(
-    at: Conversion, what: str, names: tuple[str, ...], epochs: float
-) -> tuple[Any, str] | None:
-    """Return the interval in steps, or as a fraction of the steps, and the key that set it."""
+def _convert_interval(at: Conversion, what: str, names: tuple[str, ...]) -> None:
     found = [(name, value) for name in names if (value := at.take(name)) is not None]
     steps = at.take(f"{what}_steps")
     name, strategy = found[0] if found else (f"{what}_steps", "steps")
     strategy = "no" if strategy is False else strategy  # a bare `no` is false in YAML 1.1
     if strategy == "epoch":
-        return share_of_epoch(at, name, 1, epochs)
-    if strategy == "no":
+        at.set(f"train.{what}_strategy", "epoch", name)
+    elif strategy == "no":
         if what == "eval" and (at.value("data.validation") or at.value("data.validation_fraction")):
             at.differ(name, "validation runs once, at the end of the run")
-        return 0, name
-    if strategy == "best":
+        at.set(f"train.{what}_steps", 0, name)
+    elif strategy == "best":
         at.differ(name, "`best`: set train.load_best_model_at_end and train.save_steps")
-        return None
-    return None if steps is None else (steps, f"{what}_steps")
+    elif steps is not None:
+        at.set(f"train.{what}_steps", steps, f"{what}_steps")
 
 
-def share_of_epoch(at: Conversion, key: str, times: float, epochs: float) -> tuple[float, str]:
-    """Return the fraction of all steps for a number of times per epoch."""
-    share = 1 / (times * epochs)
+def set_times_per_epoch(at: Conversion, key: str, what: str, times: float, epochs: float) -> None:
+    """Set how often an epoch is validated or saved: once, never, or a fraction of all steps."""
+    if times == 1:
+        at.set(f"train.{what}_strategy", "epoch", key)
+        return
+    share = 1 / (times * epochs) if times else 0
     share = round(share, 6) if share < 1 else 0
     limited = "; max_steps sets their number, so check it" if at.value("train.max_steps") else ""
-    at.differ(key, f"is written as a fraction of all steps: {share or 'only at the end'}{limited}")
-    return share, key
+    if times:
+        shown = share or "only at the end"
+        at.differ(key, f"is written as a fraction of all steps: {shown}{limited}")
+    at.set(f"train.{what}_steps", share, key)
 
 
 def _convert_logging(at: Conversion) -> None:

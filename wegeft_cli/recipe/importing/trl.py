@@ -21,6 +21,7 @@ _RENAMED = {
     "max_length": "data.max_length",
     "max_seq_length": "data.max_length",
     "dataset_streaming": "data.streaming",
+    "chat_template_kwargs": "data.chat_template_kwargs",
 }
 _NO_EFFECT = (
     "dataset_num_proc", "dataset_batch_size", "shuffle_dataset", "eval_packing", "padding_free",
