@@ -359,7 +359,8 @@ def test_more_threads_than_free_cores_are_warned_of(
 
 def test_each_slow_stage_is_announced(write_recipe, listener):
     train(write_recipe(data={"validation_fraction": 0.2}), reporter=listener)
-    stages = [
-        n for n in listener.notes if n.startswith(("reading the data", "loading the weights"))
-    ]
-    assert len(stages) == 2
+    starts = ("reading the data", "loading the weights", "adding the adapter")
+    stages = [note for note in listener.notes if note.startswith(starts)]
+    assert [note.startswith(start) for note, start in zip(stages, starts, strict=True)] == [
+        True
+    ] * 3

@@ -156,6 +156,7 @@ def _load_model(
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
     resuming = state.checkpoint is not None
+    run.reporter.note("adding the adapter and testing the model on a few rows")
     return build_model(base, run, setup, base_fingerprint=state.fingerprint, resuming=resuming)
 
 
