@@ -164,3 +164,10 @@ def test_a_placeholder_is_found(tmp_path: Path, load_script: Callable[[str], Mod
     )
     faults = load_script("check_docs").check_page(page)
     assert [fault.split(": ")[1] for fault in faults] == ["TABLE_HERE", "SCORE_HERE"]
+
+
+def test_code_spans_of_the_pages_hold_characters_and_no_entities():
+    root = Path(__file__).parents[2]
+    for page in sorted(root.glob("docs/**/*.md")):
+        spans = re.findall(r"`([^`\n]*)`", page.read_text(encoding="utf-8"))
+        assert not [span for span in spans if re.search(r"&(lt|gt|amp|quot);", span)], page
