@@ -8,11 +8,11 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-RECIPES = sorted(Path("recipes").glob("*.yaml"))
+RECIPES = sorted([*Path("recipes").glob("*.yaml"), Path("recipes/recipe.schema.json")])
 
 
 class BuildWithRecipes(build_py):
-    """Copies recipes/*.yaml to wegeft_cli/shipped/ in the wheel."""
+    """Copies the recipes and their JSON Schema to wegeft_cli/shipped/ in the wheel."""
 
     def run(self) -> None:
         """Build the packages, then add the recipes."""

@@ -1,23 +1,26 @@
-"""Write docs/recipe.md from the schema: every key, its type, default and meaning.
+"""Write docs/recipe.md and recipes/recipe.schema.json from the types of the recipe.
 
-python scripts/recipe_reference.py           # writes the page
-python scripts/recipe_reference.py --check   # exit 1 if the page differs from the schema
+python scripts/recipe_reference.py           # writes both
+python scripts/recipe_reference.py --check   # exit 1 if one of them differs
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from wegeft_cli.recipe import schema
+from wegeft_cli.recipe.json_schema import build_schema, read_meanings
 from wegeft_cli.recipe.schema_keys import section_kinds, strip_optional
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "wegeft_cli" / "recipe" / "schema.py"
 PAGE = ROOT / "docs" / "recipe.md"
+JSON_SCHEMA = ROOT / "recipes" / "recipe.schema.json"
 
 HEAD = """# The recipe
 
@@ -38,6 +41,10 @@ One YAML file serves every command. This page is written from the schema by
   and memory. Neither needs weights.
 - `wegeft recipes list | show NAME | copy NAME FILE` are the shipped recipes. `wegeft recipes import
   FILE` converts those of [other tools](from-other-tools.md).
+- `wegeft recipes schema` prints the JSON Schema. An editor with a YAML language server completes
+  and checks the keys of a file that starts with `# yaml-language-server:
+  $schema=recipe.schema.json`, as every shipped recipe does. `wegeft recipes copy` writes the schema
+  beside the recipe.
 
 """
 
@@ -50,12 +57,12 @@ def read_sections() -> dict[str, tuple[str, list[tuple[str, str, str, str]]]]:
             continue
         fields = []
         kinds = section_kinds(getattr(schema, node.name)) if node.name != "Range" else {}
-        for field, text in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                meaning = " ".join(ast.literal_eval(text.value).split())
+        meanings = read_meanings()[node.name]
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) in meanings:
                 default = ast.unparse(field.value) if field.value is not None else ""
                 name = ast.unparse(field.target)
-                fields.append((name, name_type(kinds[name]), default, meaning))
+                fields.append((name, name_type(kinds[name]), default, meanings[name]))
         sections[node.name] = (ast.get_docstring(node) or "", fields)
     return sections
 
@@ -126,15 +133,20 @@ def root_fields_with_sections(
 
 
 def main() -> int:
-    """Write or check the page."""
-    page = write_page()
-    if "--check" in sys.argv:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-            print("docs/recipe.md differs from the schema: run scripts/recipe_reference.py")
-            return 1
-        return 0
-    PAGE.write_text(page, encoding="utf-8")
-    return 0
+    """Write or check the two files."""
+    files = {
+        PAGE: write_page(),
+        JSON_SCHEMA: json.dumps(build_schema(), indent=1, ensure_ascii=False) + "\n",
+    }
+    num_differing = 0
+    for path, text in files.items():
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            name = path.relative_to(ROOT)
+            print(f"{name} differs from the schema: run scripts/recipe_reference.py")
+            num_differing += 1
+    return min(num_differing, 1)
 
 
 if __name__ == "__main__":

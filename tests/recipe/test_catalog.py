@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.catalog import copy_recipe, find_recipe, list_recipes, read_recipe_text
+from wegeft_cli.recipe.json_schema import build_schema
 from wegeft_cli.recipe.load import load_recipe
 
 
@@ -19,7 +21,9 @@ def test_list_gives_name_title_and_file():
         assert find_recipe(recipe.name) == recipe.path
         text = read_recipe_text(recipe.name)
         assert text == recipe.path.read_text(encoding="utf-8")
-        assert text.startswith(f"# {recipe.title}")
+        lines = text.splitlines()
+        assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
+        assert lines[1].startswith(f"# {recipe.title}")
 
 
 @pytest.mark.parametrize("name", ["", "nope", "../pyproject", "quickstart.yaml"])
@@ -43,6 +47,8 @@ def test_copy_goes_into_folder_or_file_and_loads_equal(tmp_path: Path):
     assert third == tmp_path / "other" / "llama_math10k_lora.yaml"
     assert second.read_text() == read_recipe_text("llama_math10k_lora")
     assert load_recipe(first).recipe == load_recipe("llama_math10k_lora").recipe
+    for copied in (first, second, third):
+        assert json.loads((copied.parent / "recipe.schema.json").read_text()) == build_schema()
 
 
 def test_copy_overwrites_nothing(tmp_path: Path):

@@ -10,6 +10,10 @@ from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.recipe.keys import find_nearest
 
 _SUFFIX = ".yaml"
+_SCHEMA = "recipe.schema.json"
+"""The JSON Schema beside the shipped recipes."""
+_SCHEMA_LINE = f"# yaml-language-server: $schema={_SCHEMA}\n"
+"""First line of a shipped recipe: an editor's YAML language server finds the schema by it."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class RecipeInfo:
     name: str
     """The name for `wegeft train` and `extends`."""
     title: str
-    """The first line of its header."""
+    """The first line of its header, after the line for editors."""
     path: Path
 
 
@@ -46,12 +50,16 @@ def read_recipe_text(name: str) -> str:
 def copy_recipe(name: str, destination: str | Path) -> Path:
     """Copy a shipped recipe to a new file, or into a folder under its name; return the file.
 
-    An existing file is refused. A disk error raises `MachineError`.
+    The JSON Schema that its first line names is copied too, unless the folder has one. An existing
+    recipe is refused. A disk error raises `MachineError`.
     """
     target = Path(destination)
     if target.is_dir() or str(destination).endswith("/"):
         target = target / f"{name}{_SUFFIX}"
     write_new_file(target, read_recipe_text(name))
+    if not target.with_name(_SCHEMA).exists():
+        schema = (_find_folder() / _SCHEMA).read_text(encoding="utf-8")
+        write_new_file(target.with_name(_SCHEMA), schema)
     return target
 
 
@@ -91,4 +99,6 @@ def _find_folder() -> Path:
 
 def _read_title(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").rstrip().rstrip(".")
+        first = file.readline()
+        title = file.readline() if first == _SCHEMA_LINE else first
+        return title.lstrip("# ").rstrip().rstrip(".")

@@ -63,7 +63,7 @@ def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
             for position, item in enumerate(value):
                 if is_dataclass(item):
                     yield from check_values(item, f"{key}[{position}].")
-        elif get_origin(kind) is Literal and value not in (choices := _choices(key, kind)):
+        elif get_origin(kind) is Literal and value not in (choices := list_choices(key, kind)):
             yield _explain_choice(key, value, choices)
         elif get_origin(kind) is Annotated and value is not None:
             allowed: Range = get_args(kind)[1]
@@ -71,7 +71,7 @@ def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
                 yield key, f"must be {allowed.words}; got {value}", None
 
 
-def _choices(key: str, kind: Any) -> tuple[str, ...]:
+def list_choices(key: str, kind: Any) -> tuple[str, ...]:
     """Return the choices of a key, with the methods and tasks that only a registry knows."""
     choices = get_args(kind)
     if key == "adapter.type":

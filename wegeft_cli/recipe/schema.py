@@ -9,33 +9,66 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have, and the words for them."""
+    """The values that a number may have, the words for them, and the same as JSON Schema."""
 
     words: str
     holds: Callable[[float], bool]
+    json_schema: dict[str, Any] = field(hash=False)
 
 
-Count: TypeAlias = Annotated[int, Range("at least 1", lambda value: value >= 1)]
-CountOrZero: TypeAlias = Annotated[int, Range("at least 0", lambda value: value >= 0)]
-NotNegative: TypeAlias = Annotated[float, Range("at least 0", lambda value: value >= 0)]
-Positive: TypeAlias = Annotated[float, Range("above 0", lambda value: value > 0)]
-Fraction: TypeAlias = Annotated[float, Range("between 0 and 1", lambda value: 0 <= value <= 1)]
-BelowOne: TypeAlias = Annotated[
-    float, Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+Count: TypeAlias = Annotated[int, Range("at least 1", lambda value: value >= 1, {"minimum": 1})]
+CountOrZero: TypeAlias = Annotated[
+    int, Range("at least 0", lambda value: value >= 0, {"minimum": 0})
 ]
-Decay: TypeAlias = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
+NotNegative: TypeAlias = Annotated[
+    float, Range("at least 0", lambda value: value >= 0, {"minimum": 0})
+]
+Positive: TypeAlias = Annotated[
+    float, Range("above 0", lambda value: value > 0, {"exclusiveMinimum": 0})
+]
+Fraction: TypeAlias = Annotated[
+    float,
+    Range("between 0 and 1", lambda value: 0 <= value <= 1, {"minimum": 0, "maximum": 1}),
+]
+BelowOne: TypeAlias = Annotated[
+    float,
+    Range(
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        {"minimum": 0, "exclusiveMaximum": 1},
+    ),
+]
+Decay: TypeAlias = Annotated[
+    float,
+    Range(
+        "above 0 and below 1",
+        lambda value: 0 < value < 1,
+        {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
+    ),
+]
 Every: TypeAlias = Annotated[
     float,
     Range(
         "0, a fraction of the steps below 1, or a whole number of steps",
         lambda value: 0 <= value < 1 or (value >= 1 and value == int(value)),
+        {"anyOf": [{"minimum": 0, "exclusiveMaximum": 1}, {"minimum": 1, "multipleOf": 1}]},
     ),
 ]
 MaxSteps: TypeAlias = Annotated[
-    int, Range("-1 or at least 1", lambda value: value == -1 or value >= 1)
+    int,
+    Range(
+        "-1 or at least 1",
+        lambda value: value == -1 or value >= 1,
+        {"anyOf": [{"const": -1}, {"minimum": 1}]},
+    ),
 ]
 Seed: TypeAlias = Annotated[
-    int, Range("between 0 and 4294967295", lambda value: 0 <= value < 2**32)
+    int,
+    Range(
+        "between 0 and 4294967295",
+        lambda value: 0 <= value < 2**32,
+        {"minimum": 0, "maximum": 2**32 - 1},
+    ),
 ]
 
 TaskName: TypeAlias = Literal["causal_lm", "sequence_classification", "image_classification"]

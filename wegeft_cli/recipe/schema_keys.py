@@ -230,6 +230,11 @@ def explain_swept(name: str) -> tuple[str, str | None]:
     return f"the recipe has no key `{name}`", f"did you mean `{near}`?" if near else None
 
 
+def is_swept(name: str) -> bool:
+    """Return whether `sweep` may have a key of this name."""
+    return _swept_kind(name) is not None
+
+
 def _swept_kind(name: str | int) -> Any | None:
     """Return the type of a key under `sweep`: a list of the key's own type."""
     try:

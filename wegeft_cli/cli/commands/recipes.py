@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 recipes_app = typer.Typer(
     cls=Group,
-    help="List, show and copy the shipped recipes, and import those of other tools.",
+    help="List, show and copy the shipped recipes, import those of other tools, print the schema.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -70,6 +70,32 @@ def copy(
 
     written = copy_recipe(name, destination or ".")
     show(str(written), markup=False, highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("schema", cls=Command)
+def print_schema(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the schema to this file, which must not exist. Default: print it.",
+        ),
+    ] = None,
+) -> None:
+    """Print the JSON Schema of a recipe, by which editors complete and check its keys."""
+    import json
+
+    from wegeft_cli.recipe.catalog import write_new_file
+    from wegeft_cli.recipe.json_schema import build_schema
+
+    text = json.dumps(build_schema(), indent=1, ensure_ascii=False) + "\n"
+    if output is None:
+        show(text, end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    write_new_file(output, text)
+    show(f"schema: {output}", highlight=False, soft_wrap=True, markup=False)
 
 
 @recipes_app.command("import", cls=Command)
