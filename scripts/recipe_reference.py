@@ -57,7 +57,7 @@ def read_sections() -> dict[str, tuple[str, list[tuple[str, str, str, str]]]]:
             continue
         fields = []
         kinds = section_kinds(getattr(schema, node.name)) if node.name != "Range" else {}
-        meanings = read_meanings()[node.name]
+        meanings = read_meanings(getattr(schema, node.name))
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) in meanings:
                 default = ast.unparse(field.value) if field.value is not None else ""

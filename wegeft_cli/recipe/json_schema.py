@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from wegeft_cli.recipe import schema
 from wegeft_cli.recipe.keys import SWEEP, KeyPath, format_key
 from wegeft_cli.recipe.rules import list_choices
 from wegeft_cli.recipe.schema import Recipe
@@ -54,24 +54,20 @@ def build_schema() -> Schema:
 
 
 @cache
-def read_meanings() -> dict[str, dict[str, str]]:
-    """Return class name -> key -> its meaning, the text below each key of the schema."""
-    meanings: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if isinstance(node, ast.ClassDef):
-            pairs = zip(node.body, node.body[1:], strict=False)
-            meanings[node.name] = {
-                ast.unparse(key.target): " ".join(ast.literal_eval(text.value).split())
-                for key, text in pairs
-                if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
-            }
-    return meanings
+def read_meanings(section: type) -> dict[str, str]:
+    """Return each key of a section with its meaning, the text below it in the source."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    return {
+        ast.unparse(key.target): " ".join(ast.literal_eval(text.value).split())
+        for key, text in pairwise(body)
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def _describe_section(section: type, path: KeyPath) -> Schema:
     """Return the schema of a map whose keys a dataclass declares."""
     kinds = section_kinds(section, with_ranges=True)
-    meanings = read_meanings()[section.__name__]
+    meanings = read_meanings(section)
     properties: Schema = {}
     for field in fields(section):
         described = _describe(kinds[field.name], (*path, field.name))
