@@ -179,3 +179,22 @@ def test_system_prompt_of_a_data_set(chat_tokenizer, write_rows, tmp_path: Path)
     with pytest.raises(UserError, match="no place for a system prompt") as caught:
         build_datasets(section, tokenizer=chat_tokenizer, recipe_dir=None)
     assert caught.value.key == "data.system"
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "templates").glob("*.jinja")))
+def test_options_of_real_templates(chat_tokenizer, file):
+    """Templates of several families, one of which refuses a system turn unless it is merged."""
+    chat_tokenizer.chat_template = file.read_text()
+    for record in (
+        PromptRecord("chat", None, {"enable_thinking": False}),
+        PromptRecord("chat", None, {"enable_thinking": False}, "merge", "Be brief."),
+    ):
+        text = write_trained_form(record, chat_tokenizer)
+        shown = chat_tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}],
+            chat_template=text,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert ("Be brief.\n\nHi" in shown) == (record.system is not None)
+        assert ("</think>" in shown) == ("enable_thinking" in file.read_text())

@@ -10,12 +10,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from wegeft_cli.artifacts.adapter import Adapter, find_prompt_record
+from wegeft_cli.data.text.dataset import build_datasets
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.exporting.export import ExportOptions, export
 from wegeft_cli.inference.chat import open_conversation
 from wegeft_cli.inference.generate import generate
+from wegeft_cli.inference.prompt_format import build_prompts
 from wegeft_cli.merging.merge import _Job, merge
+from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.runs.train import train
 
 CHATML = (
@@ -23,6 +26,7 @@ CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+THINKING = Path(__file__).parents[1] / "data" / "templates" / "strips-earlier-thoughts.jinja"
 ROWS = [{"instruction": f"Say {n}", "output": f"{n}"} for n in range(8)]
 TALKS = [
     {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "x"}]}
@@ -223,3 +227,58 @@ def test_unknown_form_of_a_newer_version(apart):
     config.write_text(json.dumps({**values, "prompt": {"template": "of_tomorrow"}}))
     with pytest.raises(UserError, match="no prompt form 'of_tomorrow'"):
         generate(apart, prompts=["Say 1"], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("thinks", [None, False])
+def test_thinking_mode_reaches_every_prompt(thinks, write_recipe, llama_dir, data_dir, tmp_path):
+    """With a template of a reasoning model the empty thought belongs to each prompt, or to none."""
+    base = Path(shutil.copytree(llama_dir, tmp_path / "base"))
+    shutil.copy(THINKING, base / "chat_template.jinja")
+    recipe = write_recipe(
+        rows=TALKS,
+        model={"name_or_path": str(base)},
+        data={
+            "max_length": 256,
+            **({} if thinks is None else {"chat_template_kwargs": {"enable_thinking": thinks}}),
+        },
+        train={"max_steps": 1},
+        logging={"sample_prompts": ["Say 1"]},
+    )
+    run_dir = train(recipe).run_dir
+    section = load_recipe(recipe).recipe
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = build_datasets(section.data, tokenizer=tokenizer, recipe_dir=None).train
+    ids, learned = rows.row(0)
+    samples = build_prompts(section, tokenizer, tmp_path, "chat")
+    apart = Path(shutil.copytree(run_dir / "adapter", tmp_path / "apart"))
+    asked = generate(apart, prompts=["Say 1"], max_new_tokens=1)["results"][0]["text"]
+    scored = evaluate(
+        apart, tasks=["boolq"], protocol="chat", data_dir=data_dir, limit=1, max_new_tokens=1,
+        output=tmp_path / "out.json",
+    )  # fmt: skip
+    prompts = {
+        "training": tokenizer.decode(ids[~learned][: learned.tolist().index(True)]),
+        "samples": samples.texts[0],
+        "generate": asked,
+        "chat": open_conversation(apart, max_new_tokens=1)._fit("Say 1")[0],
+        "eval": json.loads(Path(scored["samples_path"]).read_text().splitlines()[0])["prompt"],
+    }
+    block = "<think>\n\n</think>\n\n"
+    found = {place: prompt.endswith(block) for place, prompt in prompts.items()}
+    assert found == dict.fromkeys(prompts, thinks is False)
+
+
+def test_another_end_token_is_a_property_of_the_base(write_recipe, llama_dir, tmp_path):
+    """Training, merge and adapter take it from the copy, whose fingerprint is the original's."""
+    base = Path(shutil.copytree(llama_dir, tmp_path / "base"))
+    config = base / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token": "<pad>"}))
+    recipe = write_recipe(model={"name_or_path": str(base)}, train={"max_steps": 1})
+    run_dir = train(recipe).run_dir
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    data = load_recipe(recipe).recipe.data
+    ids, learned = build_datasets(data, tokenizer=tokenizer, recipe_dir=None).train.row(0)
+    assert (tokenizer.decode(ids[-1]), bool(learned[-1])) == ("<pad>", True)
+    merged = merge(run_dir).output_dir
+    assert AutoTokenizer.from_pretrained(merged).eos_token == "<pad>"
+    merge(run_dir, base=str(llama_dir), output=tmp_path / "of-the-original")

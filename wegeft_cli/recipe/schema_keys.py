@@ -125,10 +125,13 @@ _NO_COUNTERPART = {
     "strict": "remove it: an unknown key is always an error",
     "stage": "remove it: `task` and `adapter` select what is trained",
     "do_train": "remove it: the command selects what is done",
-    "tokens": "remove it: the vocabulary is not extended",
-    "special_tokens": "remove it: the tokenizer's own special tokens are used",
-    "eos_token": "remove it: the tokenizer's own end token is used",
-    "pad_token": "remove it: the tokenizer's own padding token is used",
+    "tokens": "remove it: the vocabulary is not extended; add the tokens to a copy of the base "
+    "(docs/training.md, special tokens)",
+    "special_tokens": "remove it: the tokenizer's own special tokens are used; change them in a "
+    "copy of the base (docs/training.md, special tokens)",
+    "eos_token": "remove it: the tokenizer's own end token is used; change it in a copy of the "
+    "base's tokenizer_config.json",
+    "pad_token": "remove it: no padding token is needed, since masks come from lengths",
     "lora_plus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
     "loraplus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
     "pad_to_sequence_len": "remove it: a batch is padded to its longest row",

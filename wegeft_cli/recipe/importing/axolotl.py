@@ -72,7 +72,8 @@ _REASONS = {
     "loraplus_lr_ratio": "has no counterpart for LoRA (train.lr_ratio is WeGeFT's)",
     "xformers_attention": "has no counterpart",
     "flex_attention": "has no counterpart: set model.attn_implementation",
-    "special_tokens": "has no counterpart: the tokenizer's own tokens are used",
+    "special_tokens": "has no counterpart: change them in a copy of the base's "
+    "tokenizer_config.json",
     "tokens": "has no counterpart: the vocabulary is not extended",
     "resume_from_checkpoint": "is an option of the command: `wegeft train RECIPE --resume PATH`",
     "auto_resume_from_checkpoints": "is an option of the command: `--resume auto`",

@@ -30,8 +30,8 @@ _NO_EFFECT = (
     "add_special_tokens", "gradient_checkpointing_use_reentrant",
 )  # fmt: skip
 _REASONS = {
-    "eos_token": "has no counterpart: the end token is the tokenizer's",
-    "pad_token": "has no counterpart: the pad token is the tokenizer's",
+    "eos_token": "has no counterpart: change it in a copy of the base's tokenizer_config.json",
+    "pad_token": "has no counterpart: none is needed, since masks come from lengths",
     "lora_target_parameters": "has no counterpart",
     "model_init_kwargs": "has no counterpart",
     "test_split_size": "has no counterpart: set data.validation_fraction",
