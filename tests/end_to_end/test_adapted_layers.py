@@ -192,6 +192,26 @@ def test_a_method_that_cannot_adapt_experts_says_so(write: Callable[..., Path]) 
     assert omitted == {"routers": 128, "experts, which have no output side": 9216}
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "takes_experts"),
+    [
+        ("lora", {}, True),
+        ("rslora", {}, True),
+        ("lora", {"lora_dropout": 0.1}, False),
+        ("adalora", {}, False),
+    ],
+)
+def test_lora_without_variants_takes_experts(
+    write: Callable[..., Path], tmp_path: Path, method: str, options: dict[str, Any],
+    takes_experts: bool,
+) -> None:  # fmt: skip
+    recipe = load_recipe(write("mixtral", type=method, peft=options)).recipe
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").to("meta")
+    setup = settle_targets(recipe, model)
+    assert ("target_parameters" in setup.section.peft) == takes_experts
+    assert any("experts" in omission.what for omission in setup.omitted) != takes_experts
+
+
 def test_dense_models_keep_the_names_that_peft_finds(
     llama_dir: Path, write_recipe: Callable[..., Path]
 ) -> None:

@@ -53,9 +53,10 @@ def choose_peft_layers(
         mistaken = [target for target in found if _is_mistaken(target, older)]
         targets = [t for t in found if not t.experts and t not in mistaken]
     names = {target.name for target in [*targets, *mistaken]}
-    omitted = list_omissions(model, names, saved, f"which PEFT's {section.type} does not adapt")
+    method = section.type + (" with these settings" if section.peft else "")
+    omitted = list_omissions(model, names, saved, f"which PEFT's {method} does not adapt")
     if mistaken:
-        what = f"layers that PEFT takes for experts, which its {section.type} does not adapt"
+        what = f"layers that PEFT takes for experts, which its {method} does not adapt"
         omitted.append(omit_targets(what, model, mistaken))
     return LayerChoice(tuple(targets), tuple[Omission, ...](omitted))
 
@@ -100,7 +101,7 @@ def _list_linears(model: nn.Module, saved: Collection[str]) -> set[str]:
 def _takes_parameters(config: Any) -> bool:
     """Return whether PEFT adapts single parameters by such a config: LoRA without variants."""
     return (
-        hasattr(config, "target_parameters")
+        _is_lora(config)
         and config.target_parameters is None
         and not (config.use_dora or config.lora_bias or config.fan_in_fan_out)
         and config.lora_dropout == 0
@@ -110,7 +111,7 @@ def _takes_parameters(config: Any) -> bool:
 
 def _list_mistaken(model: nn.Module, config: Any) -> frozenset[str]:
     """Return the names that PEFT takes for those of experts in this model."""
-    if not hasattr(config, "target_parameters"):
+    if not _is_lora(config):
         return frozenset()
     try:
         from peft import LoraConfig
@@ -120,6 +121,11 @@ def _list_mistaken(model: nn.Module, config: Any) -> frozenset[str]:
     trial = LoraConfig(target_modules=list(_OLDER_NAMES))
     convert_peft_config_for_transformers(trial, model, None)
     return frozenset(set(_OLDER_NAMES) - set(trial.target_modules))
+
+
+def _is_lora(config: Any) -> bool:
+    """Return whether a config is of LoRA itself, by a PEFT that adapts single parameters."""
+    return config.peft_type == "LORA" and hasattr(config, "target_parameters")
 
 
 def _is_mistaken(target: Target, older: Collection[str]) -> bool:
