@@ -16,7 +16,7 @@ PAGES = [
     [], ["train"], ["sweep"], ["merge"], ["export"], ["eval"], ["compare"], ["generate"], ["chat"],
     ["inspect"], ["edit"], ["report"], ["validate"], ["plan"], ["preview"],
     ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],
-    ["recipes", "import"],
+    ["recipes", "schema"], ["recipes", "import"],
 ]  # fmt: skip
 # What each page must leave unloaded; rich too, which would take longer than all the rest.
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "omegaconf", "yaml", "rich"]
@@ -60,7 +60,7 @@ def test_completion_offers_commands_and_options(run_wegeft):
     for line, offered in (
         ("wegeft ", list(HELP)),
         ("wegeft me", ["merge"]),
-        ("wegeft recipes ", ["list", "show", "copy", "import"]),
+        ("wegeft recipes ", ["list", "show", "copy", "schema", "import"]),
         ("wegeft merge --max", ["--max-shard-size"]),
     ):
         completing = {"_PYTHON _M WEGEFT_CLI_COMPLETE": "complete_bash", "COMP_WORDS": line}

@@ -37,7 +37,7 @@ HELP = {
     "validate": "Check a recipe's keys, types, rules and names, and list which inputs exist.",
     "plan": "Estimate parameters, steps and memory. A folder with only config.json is enough.",
     "preview": "Show rows as the model reads them, and statistics of all rows, without weights.",
-    "recipes": "List, show and copy the shipped recipes, and import those of other tools.",
+    "recipes": "List, show and copy the shipped recipes, import others, print the JSON Schema.",
 }
 """Each command with its help, so that `wegeft --help` imports none of them."""
 

@@ -7,18 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wegeft_cli.cli.completion import complete_override, complete_recipe
 from wegeft_cli.errors import UserError
 
 if TYPE_CHECKING:
     from wegeft_cli.publishing.hub import HubTarget
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Recipe file, or the name of a shipped recipe.",
+        autocompletion=complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="KEY=VALUE", help="Overrides of the recipe, such as train.learning_rate=2e-4."
+        metavar="KEY=VALUE",
+        help="Overrides of the recipe, such as train.learning_rate=2e-4.",
+        autocompletion=complete_override,
     ),
 ]
 AdapterArgument = Annotated[

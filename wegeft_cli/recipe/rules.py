@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
-from wegeft_cli.recipe.keys import find_nearest
+from wegeft_cli.recipe.keys import KeyPath, find_nearest, format_key
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, AdapterSection, ModelSection, Range, Recipe
-from wegeft_cli.recipe.schema_keys import explain_value, section_kinds, strip_optional
+from wegeft_cli.recipe.schema_keys import explain_value, kind_at, section_kinds, strip_optional
 from wegeft_cli.recipe.unsupported import explain_unsupported
 
 Fault: TypeAlias = tuple[str, str, str | None]
@@ -69,6 +69,14 @@ def check_values(section: Any, prefix: str = "") -> Iterator[Fault]:
             allowed: Range = get_args(kind)[1]
             if not allowed.holds(value):
                 yield key, f"must be {allowed.words}; got {value}", None
+
+
+def list_values(path: KeyPath) -> tuple[str, ...]:
+    """Return the values of a key that has a closed choice; empty for every other key."""
+    kind, _ = strip_optional(kind_at(path))
+    if kind is bool:
+        return ("true", "false")
+    return list_choices(format_key(path), kind) if get_origin(kind) is Literal else ()
 
 
 def list_choices(key: str, kind: Any) -> tuple[str, ...]:

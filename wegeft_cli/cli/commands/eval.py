@@ -21,6 +21,7 @@ from wegeft_cli.cli.arguments import (
     TargetsArgument,
     TrustTaskCodeOption,
 )
+from wegeft_cli.cli.completion import complete_benchmark, complete_protocol
 from wegeft_cli.cli.console import RichReporter, print_json
 from wegeft_cli.cli.relaunch import relaunch
 from wegeft_cli.cli.tables import print_scores, print_tasks
@@ -36,6 +37,7 @@ def evaluate(
             metavar="NAME",
             help="Benchmark or group (see --list); for a classifier, test or validation. "
             "Repeatable. Default: the recipe's.",
+            autocompletion=complete_benchmark,
         ),
     ] = None,
     protocol: Annotated[
@@ -44,6 +46,7 @@ def evaluate(
             "--protocol",
             metavar="NAME",
             help="Rules for prompt, decoding and scoring (see --list). Default: the recipe's.",
+            autocompletion=complete_protocol,
         ),
     ] = None,
     data: Annotated[

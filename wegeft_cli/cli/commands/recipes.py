@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wegeft_cli.cli.arguments import JsonOption
+from wegeft_cli.cli.completion import complete_recipe
 from wegeft_cli.cli.console import get_console, note, print_json, show, warn
 from wegeft_cli.cli.lazy import Command, Group
 
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
 
 recipes_app = typer.Typer(
     cls=Group,
-    help="List, show and copy the shipped recipes, import those of other tools, print the schema.",
+    help="List, show and copy the shipped recipes, import others, print the JSON Schema.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="Name of a shipped recipe.", autocompletion=complete_recipe
+    ),
+]
 
 
 @recipes_app.command("list", cls=Command)
