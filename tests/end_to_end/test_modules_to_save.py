@@ -130,9 +130,12 @@ def test_gpt2_names_are_those_of_its_files(build_gpt2_dir, make_saving, ids, pre
     assert torch.equal(load(result.output_dir)(ids).logits, model(ids).logits)
 
 
-def test_names_that_do_not_map_are_merged_in_memory(
-    build_gpt2_dir, make_saving, ids, tmp_path, listener
+@pytest.mark.parametrize("are_found", [True, False])
+def test_names_that_the_adapter_does_not_record_are_found_or_merged_in_memory(
+    build_gpt2_dir, make_saving, ids, tmp_path, listener, are_found, monkeypatch
 ):
+    if not are_found:
+        monkeypatch.setattr("wegeft_cli.merging.merge._find_changes", lambda job, shapes: None)
     base_dir = build_gpt2_dir("")
     settings = {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}
     folder, model = make_saving(base_dir, **settings)
@@ -143,7 +146,7 @@ def test_names_that_do_not_map_are_merged_in_memory(
     result = merge(
         tmp_path / "afar", base=str(base_dir), output=tmp_path / "merged", reporter=listener
     )
-    assert any("in memory" in note for note in listener.notes)
+    assert any("in memory" in note for note in listener.notes) != are_found
     assert result.num_folded == 2 + 2
     fold_generators(model)
     assert torch.equal(load(result.output_dir)(ids).logits, model(ids).logits)

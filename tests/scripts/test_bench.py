@@ -24,6 +24,7 @@ LABELS = [
     "LoRA r 4 (PEFT)",
     "WeGeFT r 4, activation view",
     "WeGeFT r 4, weight view",
+    "WeGeFT r 4, weight dropout 0.1",
     "WeGeFT r 4, weight view written plainly",
 ]
 # Same function in float32, other order of operations: logits of order 1 differ in the last digits.

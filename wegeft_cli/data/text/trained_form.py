@@ -15,7 +15,13 @@ from wegeft_cli.data.text.template_settings import (
     read_settings,
     recorded_settings,
 )
-from wegeft_cli.data.text.templates import TEMPLATES, PairTemplate, fill_turns, template_hash
+from wegeft_cli.data.text.templates import (
+    TEMPLATES,
+    PairTemplate,
+    fill_turns,
+    is_template_file,
+    template_hash,
+)
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection
 
@@ -34,6 +40,8 @@ def describe_prompt(section: DataSection, names: str, tokenizer: Any) -> PromptR
     `names` are the templates of its sources, as in the statistics of the data.
     """
     first, *others = names.split(", ")
+    if is_template_file(section.template):
+        first = section.template  # an absolute path, where the statistics have it as it was typed
     settings = read_settings(section, first)
     template = build_template(settings, tokenizer, None)
     is_file = first not in TEMPLATES
