@@ -230,8 +230,8 @@ def test_a_machine_says_what_it_waits_for(write_recipe):
     words = ["--num-processes", "2", "--num-machines", "2", "--rdzv-endpoint", endpoint]
     process = start(write_recipe(), *words)
     try:
-        line = process.stderr.readline()
+        lines = [process.stderr.readline() for _ in range(2)]  # after "train: loading PyTorch"
     finally:
         process.send_signal(signal.SIGINT)
         finish(process)
-    assert f"waiting for all 2 machines at {endpoint}, for 600 s at most" in line
+    assert f"waiting for all 2 machines at {endpoint}, for 600 s at most" in lines[1]

@@ -18,6 +18,7 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.wegeft.inject import disable_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
+from wegeft_cli.models.loading import build_skeleton
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.planning.targets import settle_targets
 from wegeft_cli.planning.validate import validate_recipe
@@ -128,6 +129,74 @@ def test_layers_that_cannot_learn_are_omitted(
     if kind == "bart":
         table = CliRunner().invoke(app, ["plan", str(recipe)]).output
         assert "not adapted: layers that the task does not run" in table
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+def test_the_last_of_many_equal_layers_is_traced_too(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, num_layers: int
+) -> None:
+    """Two of the layers are run: the second stands for the last one."""
+    monkeypatch.setitem(KINDS["mamba"], "num_hidden_layers", num_layers)
+    recipe = write("mamba")
+    [omission] = plan(recipe).omitted
+    assert {f"backbone.layers.{n}.mixer.dt_proj" for n in range(num_layers)} <= set(omission.names)
+    with pytest.raises(UserError, match="dt_proj"):
+        plan(recipe, ["adapter.target_modules=[dt_proj]"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_of_a_float32_base_train_in_mixed_precision(
+    write: Callable[..., Path], precision: str, implementation: str
+) -> None:
+    from wegeft_cli.methods.wegeft.inject import inject_generators
+
+    recipe = load_recipe(write("mixtral")).recipe
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype="float32")
+    model.set_experts_implementation(implementation)
+    generators = inject_generators(model, rank=2, target_modules="all-linear")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    experts = [name for name in generators["default"].groups if "gate_up_proj" in name]
+    assert experts
+    for name in experts:
+        assert generators["default"][name].phi.grad.abs().max() > 0
+
+
+def test_lora_adapts_the_experts_that_a_list_names(write: Callable[..., Path]) -> None:
+    named = {"target_modules": ["gate_up_proj", "down_proj", "q_proj"]}
+    planned = plan(write("mixtral", type="lora", **named))
+    names = {name for group in planned.groups for name in [group.name]}
+    only_q = plan(write("mixtral", type="lora", target_modules=["q_proj"]))
+    assert planned.trainable_parameters > only_q.trainable_parameters, names
+    assert not planned.omitted
+    dora = plan(write("mixtral", type="dora", **named))
+    [omission] = dora.omitted
+    assert "model.layers.0.mlp.experts.down_proj" in omission.names
+    assert "stacked experts" in str(omission)
+
+
+@pytest.mark.parametrize("excluded", [["in_proj"], ".*in_proj"])
+def test_idle_layers_are_excluded_beside_those_of_the_user(
+    write: Callable[..., Path], excluded: Any
+) -> None:
+    recipe = load_recipe(
+        write(
+            "mamba",
+            type="lora",
+            target_modules=".*(x_proj|in_proj|dt_proj)",
+            peft={"exclude_modules": excluded},
+        )
+    ).recipe
+    skeleton = build_skeleton(recipe.model)[1]
+    section = settle_targets(recipe, skeleton).section
+    joined = section.peft["exclude_modules"]
+    text = joined if isinstance(joined, str) else " ".join(joined)
+    assert "in_proj" in text
+    assert "dt_proj" in text
+    assert isinstance(joined, type(excluded))
 
 
 def test_named_layers_that_cannot_learn_are_a_fault(write: Callable[..., Path]) -> None:
@@ -273,3 +342,44 @@ def test_the_experts_of_a_mixture_on_the_command_line(
         run("generate", place, "-p", "Q1:", "--max-new-tokens", "4", "--output", output)
         answers.append(json.loads(output.read_text()))
     assert answers[0] == answers[1]
+
+
+def test_a_checkpoint_of_other_layers_is_refused_with_the_difference(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of an earlier version is, whose `all-linear` chose other layers."""
+    recipe = write("mamba")
+    asked: list[int] = []
+    stopped = train(
+        recipe,
+        ["train.max_steps=3", "adapter.target_modules=[in_proj, x_proj]"],
+        should_stop=lambda: bool(asked) or asked.append(1) is not None,
+    )
+    assert stopped.status == "interrupted"
+    kept = stopped.run_dir / "recipe.yaml"
+    text = kept.read_text()
+    begun = text.index("  target_modules:")
+    end = text.index("  share:", begun)
+    kept.write_text(f"{text[:begun]}  target_modules: all-linear\n{text[end:]}")
+    [checkpoint] = (stopped.run_dir / "checkpoints").iterdir()
+    for action in (
+        lambda: train(kept, resume="auto"),
+        lambda: merge(checkpoint, output=stopped.run_dir / "merged"),
+    ):
+        with pytest.raises(UserError, match=r"it lacks \S*out_proj") as caught:
+            action()
+        assert "adapter.target_modules" in caught.value.hint
+
+
+def test_inside_peft_an_adapter_of_experts_is_refused_by_its_cause(
+    write: Callable[..., Path],
+) -> None:
+    from peft import PeftModel
+
+    import wegeft_cli.interop.peft  # noqa: F401
+
+    recipe = write("mixtral")
+    adapter = train(recipe).run_dir / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(load_recipe(recipe).recipe.model.name_or_path)
+    with pytest.raises(ValueError, match="stacked weight of experts"):
+        PeftModel.from_pretrained(base, str(adapter))

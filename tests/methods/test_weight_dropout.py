@@ -72,6 +72,14 @@ def test_kept_entries_keep_their_bits_and_dropped_ones_are_zero() -> None:
     assert 0.4 < kept.double().mean() < 0.6
 
 
+def test_the_storage_of_the_weight_can_still_be_resized() -> None:
+    """FSDP frees an unsharded weight by resizing its storage to nothing."""
+    weight = torch.ones(8, 8)
+    project_weight(weight, torch.ones(8, 2), 0.5)
+    weight.untyped_storage().resize_(0)
+    assert weight.untyped_storage().nbytes() == 0
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_sizes_that_no_word_divides(rows: int) -> None:
     assert draw_mask(0.5, 1, (rows, 7)).shape == (rows, 7)

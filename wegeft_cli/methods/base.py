@@ -74,10 +74,12 @@ class LayerChoice:
     Args:
         targets: The layers.
         omitted: What `all-linear` omits.
+        as_written: Whether `target_modules` as it is selects these layers.
     """
 
     targets: tuple[Target, ...]
     omitted: tuple[Omission, ...] = ()
+    as_written: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,9 @@ class Method(ABC):
             skeleton: The base on the meta device.
             section: The recipe's `adapter`.
 
+        Returns:
+            The layers and what is omitted of the model.
+
         Raises:
             UserError: If the targets do not fit the model.
             ExceptionGroup: If there are several such faults.
@@ -210,6 +215,9 @@ class Method(ABC):
             skeleton: The base on the meta device.
             section: The section that the layers were chosen by.
             targets: The layers.
+
+        Returns:
+            The section with these layers alone.
         """
         return section
 

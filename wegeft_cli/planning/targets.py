@@ -91,13 +91,13 @@ def settle_targets(recipe: Recipe, skeleton: nn.Module) -> TargetSetup:
     is_named = section.target_modules != "all-linear"
     if not is_named:
         notes = [*notes, *(f"`all-linear` omits {each}" for each in [*choice.omitted, *left])]
-    if idle.names or choice.omitted:
+    if idle.names or choice.omitted or not choice.as_written:
         section = method.with_layers(skeleton, section, kept)
     return TargetSetup(
         section,
         (*choice.omitted, *left),
         tuple(notes),
-        tuple(f"not adapted: {each}" for each in left) if is_named else (),
+        tuple(f"not adapted: {each}" for each in [*choice.omitted, *left]) if is_named else (),
     )
 
 
@@ -172,7 +172,8 @@ def find_idle_targets(skeleton: Any, recipe: Recipe, targets: Sequence[Target]) 
         return _trace_lengths(skeleton, recipe, targets)
     path = find_layers(skeleton)
     kept = {target.name: _as_one_of_two(target.name, path, count) for target in targets}
-    run = [target for target in targets if kept[target.name] == target.name]
+    representatives = set(kept.values())
+    run = [target for target in targets if target.name in representatives]
     with num_layers(skeleton, 2):
         idle = _trace_lengths(skeleton, recipe, run)
     return IdleTargets(

@@ -19,7 +19,7 @@ from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.resume_rules import has_stopped_early
 from wegeft_cli.runs.run import Run
 from wegeft_cli.training.loop_settings import LoopResult
-from wegeft_cli.training.snapshot import Progress
+from wegeft_cli.training.snapshot import Progress, check_same_parameters
 
 
 def export_adapter(
@@ -53,6 +53,7 @@ def load_parameters(model: nn.Module, run: Run, checkpoint: Checkpoint) -> None:
     parameters: dict[str, Tensor] = {
         **dict(model.named_parameters()), **dict(model.named_buffers())
     }  # fmt: skip
+    check_same_parameters(tensors.keys() - found.get("statistics", {}).keys(), own)
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -159,8 +159,9 @@ class TrainingState:
         if {name: value.shape for name, value in saved.items()} != {
             name: parameter.shape for name, parameter in self.parameters.items()
         }:
+            check_same_parameters(saved, self.parameters)
             raise UserError(
-                "the checkpoint holds other parameters than the recipe builds",
+                "the checkpoint holds parameters of other shapes than the recipe builds",
                 key="--resume",
                 hint="resume with the recipe.yaml of the checkpoint's run",
             )
@@ -225,6 +226,25 @@ def _capture_random_states(processes: Processes) -> dict[str, Tensor]:
         for rank, states in enumerate(processes.gather(own))
         for kind, state in states.items()
     }
+
+
+def check_same_parameters(saved: Collection[str], built: Collection[str]) -> None:
+    """Raise UserError unless a checkpoint holds the parameters that the recipe builds."""
+    lacking, further = sorted(set(built) - set(saved)), sorted(set(saved) - set(built))
+    if not (lacking or further):
+        return
+    differences = [
+        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        for what, names in (("it lacks", lacking), ("it also has", further))
+        if names
+    ]
+    raise UserError(
+        "the checkpoint holds other parameters than the recipe builds: " + "; ".join(differences),
+        key="adapter.target_modules",
+        hint="resume with the recipe.yaml of the checkpoint's run. If that is the recipe, another "
+        "version of wegeft-cli chose other layers for it: name the layers of the checkpoint in "
+        "adapter.target_modules, or train anew",
+    )
 
 
 def _restore_random_state(states: Mapping[str, Tensor], processes: Processes, step: int) -> None:

@@ -55,7 +55,7 @@ def evaluate(
             "--data",
             metavar="FILE",
             help="Test set of your own: rows of a question and an answer (JSON, JSONL, CSV, "
-            "Parquet). Repeatable.",
+            "Parquet). Repeatable; not together with --protocol.",
         ),
     ] = None,
     metric: Annotated[

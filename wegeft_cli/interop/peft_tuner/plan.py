@@ -92,6 +92,11 @@ def read_plan(config: WegeftConfig, model: nn.Module) -> Plan:
             recorded = (config.checkpoint_names or {}).get(f"{stored_name}.weight")
             in_files = stored_name if recorded is None else recorded.removesuffix(".weight")
             name = file_names(model).module_of(in_files)
+        if any(entry.experts for entry in entries_from_json(value)):
+            raise ValueError(
+                f"{stored_name!r} is the stacked weight of experts, which WeGeFT inside PEFT does "
+                "not adapt: use wegeft_cli.load_adapter, or the LoRA equivalent of `wegeft export`"
+            )
         if name is None:
             raise ValueError(
                 f"the model has no layer {stored_name!r}: the adapter belongs to another one"

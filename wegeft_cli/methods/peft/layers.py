@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,11 +39,8 @@ def choose_peft_layers(
         return None
     asked = section.target_modules
     saved = list_saved_modules(model, section.modules_to_save)
-    if isinstance(asked, str) and asked != "all-linear":
-        return LayerChoice(tuple(find_targets(model, asked)))
     if asked != "all-linear":
-        linears = find_adaptable(model)
-        return LayerChoice(tuple(hit for name in asked for hit in find_hits(linears, name)))
+        return _choose_named(model, section, config)
     found = [
         target for target in find_targets(model, asked) if not is_inside_any(target.name, saved)
     ]
@@ -61,20 +59,38 @@ def choose_peft_layers(
     return LayerChoice(tuple(targets), tuple[Omission, ...](omitted))
 
 
+def _choose_named(model: nn.Module, section: AdapterSection, config: Any) -> LayerChoice:
+    """Return the layers that a list or an expression names, without experts that PEFT leaves."""
+    asked = section.target_modules
+    if isinstance(asked, str):
+        found = find_targets(model, asked)
+    else:
+        linears = find_adaptable(model)
+        found = [hit for name in asked for hit in find_hits(linears, name)]
+    experts = [target for target in found if target.experts]
+    if not experts or _takes_parameters(config):
+        return LayerChoice(tuple(found), as_written=not experts)
+    method = section.type + (" with these settings" if section.peft else "")
+    what = f"stacked experts, which PEFT's {method} does not adapt"
+    return LayerChoice(
+        tuple(target for target in found if not target.experts),
+        (omit_targets(what, model, experts),),
+    )
+
+
 def with_peft_layers(
     model: nn.Module, section: AdapterSection, config: Any, targets: Sequence[Target]
 ) -> AdapterSection:
     """Return a section by which PEFT adapts these layers and no others."""
     chosen = {target.name for target in targets}
-    if section.target_modules != "all-linear":
+    is_named = section.target_modules != "all-linear"
+    if is_named and not any(target.experts for target in targets):
         choice = choose_peft_layers(model, section, config)
-        idle = (
-            [target.name for target in choice.targets if target.name not in chosen]
-            if choice
-            else []
-        )
-        return replace(section, peft={**section.peft, "exclude_modules": idle}) if idle else section
-    if chosen == _list_linears(model, list_saved_modules(model, section.modules_to_save)):
+        found = () if choice is None else choice.targets
+        return _without(section, [t.name for t in found if t.name not in chosen])
+    if not is_named and chosen == _list_linears(
+        model, list_saved_modules(model, section.modules_to_save)
+    ):
         return section
     older = _list_mistaken(model, config)
     parameters = [
@@ -88,6 +104,18 @@ def with_peft_layers(
     names = shorten_names(modules, [name for name, _ in model.named_modules() if name])
     options = {**section.peft, "target_parameters": parameters} if parameters else section.peft
     return replace(section, target_modules=names, peft=options)
+
+
+def _without(section: AdapterSection, names: Sequence[str]) -> AdapterSection:
+    """Return a section that excludes these modules beside those that the user excludes."""
+    if not names:
+        return section
+    excluded: Any = section.peft.get("exclude_modules") or []
+    if isinstance(excluded, str):  # one regular expression over full names
+        joined: Any = "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    else:
+        joined = [*excluded, *names]
+    return replace(section, peft={**section.peft, "exclude_modules": joined})
 
 
 def _list_linears(model: nn.Module, saved: Collection[str]) -> set[str]:

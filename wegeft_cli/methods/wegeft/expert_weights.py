@@ -114,7 +114,10 @@ class ExpertWeight:
             if func is Tensor.__rmatmul__:
                 func, left, right = torch.matmul, right, left
             if isinstance(right, cls) and isinstance(left, Tensor) and right.keeps(transposed=True):
-                return func(right._edit(left), right._weight, *args[2:], **kwargs)
+                edited = right._edit(left)
+                # Autocast leaves grouped products alone: their operands have the caller's type.
+                edited = edited.to(left.dtype) if name in _GROUPED else edited
+                return func(edited, right._weight, *args[2:], **kwargs)
             if isinstance(left, cls) and isinstance(right, Tensor) and left.keeps(transposed=False):
                 if right.ndim == 1:
                     edited = left._edit(right)

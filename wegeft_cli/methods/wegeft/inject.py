@@ -122,6 +122,16 @@ def select_targets(
     `all-linear` omits heads, routers, tied layers, the linears of modules that are trained whole,
     and on the output side the stacked weights of experts.
 
+    Args:
+        model: The base model.
+        target_modules: Names, one regular expression, or `all-linear`.
+        groups: Group name -> patterns over full module names.
+        modules_to_save: Modules that are trained whole.
+        side: Which side of a layer is edited.
+
+    Returns:
+        The targets, in the order of the model's modules.
+
     Raises:
         UserError: If experts are named for the output side.
     """

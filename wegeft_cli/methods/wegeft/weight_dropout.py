@@ -53,8 +53,11 @@ def _takes_words(weight: Tensor) -> bool:
 def _drop_on_cpu(block: Tensor, dropout: float, bits: np.random.SFC64) -> Tensor:
     words = bits.random_raw(-(-block.numel() // 4))
     random = words.view(np.uint16)[: block.numel()].reshape(block.shape)
-    integers = block.contiguous().view(_INTEGERS[block.element_size()]).numpy()
-    return torch.from_numpy(integers * (random >= _threshold(dropout))).view(block.dtype)
+    # A copy: numpy's view of a storage forbids to resize it, which FSDP does to free a weight.
+    kept = block.clone(memory_format=torch.contiguous_format)
+    integers = kept.view(_INTEGERS[block.element_size()]).numpy()
+    np.multiply(integers, random >= _threshold(dropout), out=integers)
+    return kept
 
 
 def _threshold(dropout: float) -> int:
