@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,6 +164,12 @@ def add_key(fault: UserError, key: str) -> UserError:
     elif "." not in fault.key:
         fault.key = f"{key}.{fault.key}"
     return fault
+
+
+def name_first(names: Sequence[str], count: int) -> str:
+    """Return the first `count` names for a message, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def cut_text(text: str, limit: int) -> str:

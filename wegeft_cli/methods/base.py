@@ -73,7 +73,7 @@ class LayerChoice:
 
     Args:
         targets: The layers.
-        omitted: What `all-linear` omits.
+        omitted: What of the model, or of the named layers, is not adapted.
         as_written: Whether `target_modules` as it is selects these layers.
     """
 
@@ -239,7 +239,6 @@ class Method(ABC):
             UserError: If nothing can be trained as the section says.
             ExceptionGroup: If there are several such faults.
         """
-        raise NotImplementedError
 
     @abstractmethod
     def inject(
@@ -261,7 +260,6 @@ class Method(ABC):
             UserError: If the section does not fit the model.
             ExceptionGroup: If there are several such faults.
         """
-        raise NotImplementedError
 
     def check_start(
         self, skeleton: nn.Module, section: AdapterSection, start: Adapter, base_dir: Path | None
@@ -334,7 +332,6 @@ class Method(ABC):
             UserError: If the folder holds something else.
             MachineError: If the disk fails.
         """
-        raise NotImplementedError
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Check an adapter's config before its base is looked for.
@@ -370,7 +367,6 @@ class Method(ABC):
         Raises:
             UserError: If the adapter is damaged or belongs to another base.
         """
-        raise NotImplementedError
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
         """Return a context in which the model computes as its base."""
@@ -390,7 +386,6 @@ class Method(ABC):
         Raises:
             UserError: If the method cannot be merged.
         """
-        raise NotImplementedError
 
     def tensor_changes(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from wegeft_cli.errors import BaseModelError
+from wegeft_cli.errors import BaseModelError, name_first
 
 _SHOWN = 5
 _COUNTER = ".num_batches_tracked"  # older files lack it, and no forward pass reads it
@@ -31,10 +31,9 @@ def refuse_missing(
     """Raise BaseModelError that names the missing weights, if there are any."""
     if not missing:
         return
-    shown = ", ".join(f"{name}{reason}" for name, reason in list(missing.items())[:_SHOWN])
-    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    shown = name_first([f"{name}{reason}" for name, reason in missing.items()], _SHOWN)
     raise BaseModelError(
-        f"{name_or_path!r} holds no weights for {shown}{more} of {type(model).__name__}: "
+        f"{name_or_path!r} holds no weights for {shown} of {type(model).__name__}: "
         "they would stay random",
         hint=hint or _hint(model),
     )
@@ -55,10 +54,9 @@ def warn_of_unused(model: Any, warn: Callable[[str], None]) -> None:
     """Warn about tensors of the files that a loaded model does not use."""
     names = model.unused_weights
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warn(
             f"{type(model).__name__} does not use these tensors of the base's files: "
-            f"{', '.join(names[:3])}{more}. Check that config.json belongs to the weights"
+            f"{name_first(names, 3)}. Check that config.json belongs to the weights"
         )
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.distributed.processes import Processes
-from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.errors import MachineError, UserError, name_first
 from wegeft_cli.training.ema import ParameterAverage
 
 
@@ -234,7 +234,7 @@ def check_same_parameters(saved: Collection[str], built: Collection[str]) -> Non
     if not (lacking or further):
         return
     differences = [
-        f"{what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+        f"{what} {name_first(names, 1)}"
         for what, names in (("it lacks", lacking), ("it also has", further))
         if names
     ]

@@ -1,4 +1,4 @@
-"""The layers of `all-linear` for PEFT's methods: those that WeGeFT adapts, where PEFT can."""
+"""The layers that PEFT's methods adapt: those of WeGeFT for `all-linear`, where PEFT can."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def choose_peft_layers(
     if not hasattr(config, "target_modules"):
         return None
     asked = section.target_modules
-    saved = list_saved_modules(model, section.modules_to_save)
     if asked != "all-linear":
         return _choose_named(model, section, config)
+    saved = list_saved_modules(model, section.modules_to_save)
     found = [
         target for target in find_targets(model, asked) if not is_inside_any(target.name, saved)
     ]
@@ -51,7 +51,7 @@ def choose_peft_layers(
         mistaken = [target for target in found if _is_mistaken(target, older)]
         targets = [t for t in found if not t.experts and t not in mistaken]
     names = {target.name for target in [*targets, *mistaken]}
-    method = section.type + (" with these settings" if section.peft else "")
+    method = _name_method(section)
     omitted = list_omissions(model, names, saved, f"which PEFT's {method} does not adapt")
     if mistaken:
         what = f"layers that PEFT takes for experts, which its {method} does not adapt"
@@ -70,8 +70,7 @@ def _choose_named(model: nn.Module, section: AdapterSection, config: Any) -> Lay
     experts = [target for target in found if target.experts]
     if not experts or _takes_parameters(config):
         return LayerChoice(tuple(found), as_written=not experts)
-    method = section.type + (" with these settings" if section.peft else "")
-    what = f"stacked experts, which PEFT's {method} does not adapt"
+    what = f"stacked experts, which PEFT's {_name_method(section)} does not adapt"
     return LayerChoice(
         tuple(target for target in found if not target.experts),
         (omit_targets(what, model, experts),),
@@ -104,6 +103,10 @@ def with_peft_layers(
     names = shorten_names(modules, [name for name, _ in model.named_modules() if name])
     options = {**section.peft, "target_parameters": parameters} if parameters else section.peft
     return replace(section, target_modules=names, peft=options)
+
+
+def _name_method(section: AdapterSection) -> str:
+    return section.type + (" with these settings" if section.peft else "")
 
 
 def _without(section: AdapterSection, names: Sequence[str]) -> AdapterSection:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_finite_tensors
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, name_first
 from wegeft_cli.methods.peft.models import import_peft
 from wegeft_cli.models.file_names import current_names, file_names, rename_layers
 from wegeft_cli.time_limit import time_limit
@@ -241,8 +241,7 @@ def _find_misfit(
 
 
 def _first(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return f"{names[0]}{more} {'are' if more else 'is'}"
+    return f"{name_first(names, 1)} {'are' if names[1:] else 'is'}"
 
 
 def _find_moved(missing: list[str], unexpected: list[str]) -> tuple[str, str] | None:

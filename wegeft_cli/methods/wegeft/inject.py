@@ -35,6 +35,7 @@ from wegeft_cli.methods.wegeft.trained_modules import (
     list_saved_modules,
     wrap_saved_modules,
 )
+from wegeft_cli.recipe.schema import AdapterSection
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -151,6 +152,21 @@ def select_targets(
         )
     check_untied(model, targets)
     return targets
+
+
+def select_section_targets(model: nn.Module, section: AdapterSection) -> list[Target]:
+    """Find the targets of a recipe's `adapter`.
+
+    Args:
+        model: The base model.
+        section: The recipe's `adapter`.
+
+    Returns:
+        The targets, in the order of the model's modules.
+    """
+    return select_targets(
+        model, section.target_modules, section.groups, section.modules_to_save, section.side
+    )
 
 
 def _matched_by(

@@ -52,16 +52,10 @@ class WeGeFTMethod(Method):
     def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
         """Return the targets; explicit groups choose among those of `all-linear`."""
         from wegeft_cli.methods.omissions import list_omissions
-        from wegeft_cli.methods.wegeft.inject import select_targets
+        from wegeft_cli.methods.wegeft.inject import select_section_targets
         from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
 
-        targets = select_targets(
-            skeleton,
-            section.target_modules,
-            section.groups,
-            section.modules_to_save,
-            section.side,
-        )
+        targets = select_section_targets(skeleton, section)
         if section.target_modules != "all-linear" or section.groups is not None:
             return LayerChoice(tuple(targets))
         names = {target.name for target in targets}
@@ -81,17 +75,11 @@ class WeGeFTMethod(Method):
     ) -> list[ParameterGroup]:
         """Count 2 d r parameters for each group, and the modules that are trained whole."""
         from wegeft_cli.methods.wegeft.equations import count_parameters
-        from wegeft_cli.methods.wegeft.inject import select_targets
+        from wegeft_cli.methods.wegeft.inject import select_section_targets
         from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
         from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
-        targets = select_targets(
-            skeleton,
-            section.target_modules,
-            section.groups,
-            section.modules_to_save,
-            section.side,
-        )
+        targets = select_section_targets(skeleton, section)
         assigned = assign_groups(
             targets,
             share=section.share,

@@ -11,9 +11,9 @@ from torch import nn
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.errors import UserError, name_first, raise_all
 from wegeft_cli.methods.wegeft.equations import default_alpha
-from wegeft_cli.methods.wegeft.inject import get_generators, select_targets
+from wegeft_cli.methods.wegeft.inject import get_generators, select_section_targets
 from wegeft_cli.methods.wegeft.layer_names import find_module_name, find_saved
 from wegeft_cli.methods.wegeft.save_load import check_fingerprint
 from wegeft_cli.methods.wegeft.sharing import assign_groups
@@ -31,13 +31,7 @@ def check_start(
 ) -> None:
     """Check that generators of these settings can start from an adapter."""
     files = start.read_files()
-    targets = select_targets(
-        skeleton,
-        section.target_modules,
-        section.groups,
-        section.modules_to_save,
-        section.side,
-    )
+    targets = select_section_targets(skeleton, section)
     groups = assign_groups(
         targets,
         share=section.share,
@@ -206,5 +200,4 @@ def _list(names: Iterable[str]) -> str:
     shown = sorted(set(names))
     if not shown:
         return "none"
-    rest = f" and {len(shown) - _NUM_SHOWN} more" if len(shown) > _NUM_SHOWN else ""
-    return ", ".join(shown[:_NUM_SHOWN]) + rest
+    return name_first(shown, _NUM_SHOWN)

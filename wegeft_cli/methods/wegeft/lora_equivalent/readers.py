@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import SAVED_PREFIX, WEIGHTS_NAME
 from wegeft_cli.artifacts.lora_files import SERVED_RANKS
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import UserError, name_first
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, WrittenPair
 from wegeft_cli.storage.json_files import shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
@@ -72,11 +72,15 @@ def check_peft(equivalent: LoraEquivalent, folder: Path, adapter_dir: Path) -> N
     extra = sorted(layers.keys() - {pair.name for pair in equivalent.written})
     if lost:
         owners = [name for name in extra if not name.endswith(".base_layer")]
-        reason = f"it takes their names for those of {_list(owners)}" if owners else "they are lost"
-        message = f"PEFT does not read the LoRA pairs of {_list(lost)}: {reason}"
+        reason = (
+            f"it takes their names for those of {name_first(owners, 3)}"
+            if owners
+            else "they are lost"
+        )
+        message = f"PEFT does not read the LoRA pairs of {name_first(lost, 3)}: {reason}"
         raise _refused(message, adapter_dir)
     if extra:
-        raise _refused(f"PEFT would also adapt {_list(extra)}", adapter_dir)
+        raise _refused(f"PEFT would also adapt {name_first(extra, 3)}", adapter_dir)
 
 
 def _copy_without_memory(model: nn.Module) -> nn.Module:
@@ -114,11 +118,6 @@ def _holds(layer: Any, pair: WrittenPair, tensors: dict[str, torch.Tensor]) -> b
         if weight is None or not torch.equal(weight.to(stored.dtype), stored):
             return False
     return True
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _refused(message: str, adapter_dir: Path) -> UserError:
