@@ -29,6 +29,7 @@ TARGETS = {
         "test-peft",
         "fuzz",
         "docs",
+        "site",
         "quickstart",
         "digits",
         "bench-classification",
@@ -75,7 +76,7 @@ def test_ci_runs_every_check(repository: Path) -> None:
     script = repository / ".ci" / "run"
     assert os.access(script, os.X_OK)
     run = " ".join(re.findall(r"^make ([a-z -]+)", script.read_text(), re.MULTILINE)).split()
-    assert {"lint", "types", "imports", "test", "recipes", "docs", "test-slow"} <= set(run)
+    assert {"lint", "types", "imports", "test", "recipes", "docs", "site", "test-slow"} <= set(run)
 
 
 def test_every_dependency_has_a_pin_inside_its_range(repository: Path) -> None:
