@@ -79,7 +79,7 @@ def draw_layer() -> list[str]:
         draw_text("small", 123, 74, "d → r"),
         draw_text("small", 207, 74, "r → d"),
         '<path class="line" d="M238,100 H264 V150"/><path class="tip" d="M264,158 l-4,-8 h8 z"/>',
-        draw_text("small", 280, 132, "× s", "start"),
+        draw_text("small", 280, 132, "&#215; s", "start"),
         '<circle class="line" cx="264" cy="170" r="11"/>',
         '<path class="line" d="M258,170 H270 M264,164 V176"/>',
         draw_arrow(275, 170, 306, 170),
@@ -88,7 +88,7 @@ def draw_layer() -> list[str]:
         draw_text("small", 344, 192, "frozen"),
         draw_arrow(382, 170, 412, 170),
         draw_text("text math", 424, 175, "y"),
-        draw_text("text math", 214, 256, "W′ = W ( I + s φ ψ )"),
+        draw_text("text math", 214, 256, "W&#8242; = W ( I + s φ ψ )"),
         draw_text("small", 214, 282, "The change s W φ ψ is generated from W itself."),
         draw_text("small", 214, 302, "Only φ and ψ are trained."),
     ]

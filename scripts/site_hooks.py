@@ -158,8 +158,8 @@ def draw_flowchart(source: str) -> str:
     parts += [draw_arrow(corners, widths, *edge) for edge in edges]
     for name, (left, top) in corners.items():
         parts.append(
-            f'<rect x="{left:.0f}" y="{top}" width="{widths[name]:.0f}" height="{BOX_HEIGHT}" rx="4"'
-            ' fill="var(--md-code-bg-color)" stroke="currentColor" stroke-opacity="0.5"/>'
+            f'<rect x="{left:.0f}" y="{top}" width="{widths[name]:.0f}" height="{BOX_HEIGHT}"'
+            ' rx="4" fill="var(--md-code-bg-color)" stroke="currentColor" stroke-opacity="0.5"/>'
             f'<text x="{left + widths[name] / 2:.0f}" y="{top + 19}" text-anchor="middle">'
             f"{html.escape(nodes[name])}</text>"
         )
