@@ -39,8 +39,9 @@ One YAML file serves every command. This page is written from the schema by
   `micro_batch_size`, `lora_r`, `num_epochs`, ...) are accepted with a note.
 - `wegeft validate recipe.yaml` checks a recipe, `wegeft plan recipe.yaml` counts parameters, steps
   and memory. Neither needs weights.
-- `wegeft recipes list | show NAME | copy NAME FILE` are the shipped recipes. `wegeft recipes import
-  FILE` converts those of [other tools](from-other-tools.md).
+- `wegeft recipes list` lists the shipped recipes, `wegeft recipes show NAME` prints one, and
+  `wegeft recipes copy NAME FILE` copies one. `wegeft recipes import FILE` converts those of
+  [other tools](from-other-tools.md).
 - `wegeft recipes schema` prints the JSON Schema. An editor with a YAML language server completes
   and checks the keys of a file that starts with `# yaml-language-server:
   $schema=recipe.schema.json`, as every shipped recipe does. `wegeft recipes copy` writes the schema
