@@ -29,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site \
+.PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site release-check \
 	bench-classification test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
@@ -148,6 +148,9 @@ bench-training: setup ## An epoch of training beside TRL (hours; ROWS=GSM8K's tr
 	$(BIN)/python -m pip install --quiet -e '.[bench]' -c constraints.txt
 	@$(BIN)/python scripts/quickstart_model.py
 	$(BIN)/python scripts/bench_training.py $(ROWS)
+
+release-check: setup ## Build sdist and wheel, check metadata and contents, install both, run the main commands (some minutes)
+	$(BIN)/python scripts/release_check.py
 
 site: setup ## Build the documentation site into .cache/site, offline; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -1,14 +1,18 @@
-"""The one build step that pyproject.toml cannot tell: recipes/ goes into the wheel as package data.
+"""The two build steps that pyproject.toml cannot express.
 
-A checkout and an editable install read recipes/ itself (wegeft_cli/recipe/catalog.py).
+recipes/ goes into the wheel as package data: a checkout and an editable install read recipes/
+itself (wegeft_cli/recipe/catalog.py). The description for a package index is README.md without its
+pictures and relative links, which an index cannot show.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 RECIPES = sorted([*Path("recipes").glob("*.yaml"), Path("recipes/recipe.schema.json")])
+RELATIVE_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)[^)]*\)")
 
 
 class BuildWithRecipes(build_py):
@@ -29,4 +33,14 @@ class BuildWithRecipes(build_py):
         return [*super().get_source_files(), *map(str, RECIPES)]
 
 
-setup(cmdclass={"build_py": BuildWithRecipes})
+def describe() -> str:
+    """Return README.md with the text of each relative link in its place, without pictures."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    return RELATIVE_LINK.sub(lambda found: "" if found[1] else found[2], text)
+
+
+setup(
+    cmdclass={"build_py": BuildWithRecipes},
+    long_description=describe(),
+    long_description_content_type="text/markdown",
+)

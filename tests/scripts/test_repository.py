@@ -30,6 +30,7 @@ TARGETS = {
         "fuzz",
         "docs",
         "site",
+        "release-check",
         "quickstart",
         "digits",
         "bench-classification",
