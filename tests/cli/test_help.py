@@ -14,6 +14,7 @@ from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 PAGES = [
     [], ["train"], ["sweep"], ["merge"], ["export"], ["eval"], ["compare"], ["generate"], ["chat"],
+    ["serve"],
     ["inspect"], ["edit"], ["report"], ["validate"], ["plan"], ["preview"],
     ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],
     ["recipes", "schema"], ["recipes", "import"],
@@ -31,7 +32,8 @@ except SystemExit as error:
     assert error.code == 0, error.code
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2])))
 folder = "wegeft_cli.cli.commands."
-commands = sorted(name.removeprefix(folder) for name in sys.modules if name.startswith(folder))
+loaded = [name for name, module in sys.modules.items() if not hasattr(module, "__path__")]
+commands = sorted(name.split(".")[-1] for name in loaded if name.startswith(folder))
 print("LOADED", json.dumps([heavy, commands]))
 """
 

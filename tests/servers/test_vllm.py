@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -28,6 +29,7 @@ from transformers import (
 
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.exporting.export import ExportOptions, export
+from wegeft_cli.inference.generate import generate
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.methods.wegeft.inject import disable_generators, inject_generators
 from wegeft_cli.methods.wegeft.save_load import save_adapter
@@ -244,3 +246,46 @@ def test_eval_in_vllm_gives_the_answers_of_its_own_engine(
 
     assert outputs(there) == outputs(own)
     assert there["results"][0]["score"] == own["results"][0]["score"]
+
+
+def test_wegeft_serve_runs_vllm_and_ends_it(llama: Path, tmp_path: Path) -> None:
+    """A conversation without settings gets the greedy answer of `wegeft generate`."""
+    folder, _ = adapt(llama, tmp_path / "tuned")
+    question = "Is 3 an even number?"
+    asked = {"prompts": [question], "max_new_tokens": NUM_TOKENS}
+    row = generate(folder, **asked, compare_base=True)["results"][0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", folder, "--backend", "vllm", "--port", port, "--api-key", "a-key"]
+    log = tmp_path / "serve.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [str(PYTHON), "-m", "wegeft_cli", *map(str, words)],
+            env=environment(), stdout=output, stderr=output,
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready(address):
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(1)
+        body = {"max_tokens": NUM_TOKENS, "messages": [{"role": "user", "content": question}]}
+        for name, expected in (("tuned", row["output"]), ("base", row["base_output"])):
+            reply = httpx.post(
+                f"{address}/v1/chat/completions", json={**body, "model": name}, timeout=120,
+                headers={"Authorization": "Bearer a-key"},
+            )  # fmt: skip
+            assert reply.status_code == 200, reply.text
+            text = reply.json()["choices"][0]["message"]["content"]
+            # vLLM holds back the bytes of an incomplete character at the end.
+            assert text.rstrip("\ufffd") == expected.rstrip("\ufffd")
+        unauthorized = httpx.post(f"{address}/v1/chat/completions", json={**body, "model": "base"})
+        assert unauthorized.status_code == 401
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, log.read_text()[-3000:]
+        assert not is_ready(address)
+    finally:
+        server.kill()
+        server.wait(60)

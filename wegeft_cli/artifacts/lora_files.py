@@ -20,15 +20,6 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _UNREAD = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "megatron_config")
 
 
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's `--max-lora-rank`."""
-
-
-def served_rank(rank: int) -> int:
-    """Return the least rank of vLLM's that holds a rank; the rank itself above all of them."""
-    return next((served for served in SERVED_RANKS if served >= rank), rank)
-
-
 def load_lora_files(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Read a LoRA adapter.
 

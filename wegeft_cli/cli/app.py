@@ -31,6 +31,7 @@ HELP = {
     "compare": "Compare two results row by row with McNemar's exact paired test.",
     "generate": "Generate answers to prompts. Decoding is greedy unless a sampling option is set.",
     "chat": "Chat with a model. /adapter compares it with its base; /help lists the commands.",
+    "serve": "Serve an adapter, run or model at an OpenAI-compatible address. Ctrl-C ends it.",
     "inspect": "Show what an adapter changes: size, novelty, rank, tokens; or rank its parts.",
     "report": "Write one self-contained HTML page: scores, curves, answers, weights, recipe.",
     "edit": "Write an adapter with parts removed or scaled. The original is kept in it.",
@@ -41,10 +42,13 @@ HELP = {
 }
 """Each command with its help, so that `wegeft --help` imports none of them."""
 
-_LOADS_TORCH = {"train", "plan", "preview", "merge", "generate", "chat", "inspect", "export"}
+_LOADS_TORCH = {
+    *("train", "plan", "preview", "merge", "generate", "chat", "serve", "inspect", "export"),
+}
 """Commands whose imports take seconds, during which a terminal or a log would be silent."""
 
 _FUNCTIONS = {"eval": "evaluate", "recipes": "recipes_app"}
+_FOLDERS = {"generate": "inference.", "chat": "inference.", "serve": "inference."}
 
 
 class RootGroup(Group):
@@ -52,8 +56,10 @@ class RootGroup(Group):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
+        folder = "wegeft_cli.cli.commands"
         homes = {
-            name: f"wegeft_cli.cli.commands.{name}:{_FUNCTIONS.get(name, name)}" for name in HELP
+            name: f"{folder}.{_FOLDERS.get(name, '')}{name}:{_FUNCTIONS.get(name, name)}"
+            for name in HELP
         }
         self.commands = LazyCommands(homes, guard)
 

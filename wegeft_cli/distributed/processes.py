@@ -40,7 +40,11 @@ class Processes:
         """Return the only process of a command, on the default device."""
         import torch
 
-        return cls(0, 1, torch.accelerator.current_accelerator() or torch.device("cpu"))
+        # Before torch 2.7, asking for the accelerator of a machine without one is an error.
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
+        return cls(0, 1, found or torch.device("cpu"))
 
     @classmethod
     def join(cls, timeout: timedelta) -> Processes:

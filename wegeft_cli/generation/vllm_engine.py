@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.lora_files import SERVED_RANKS
+from wegeft_cli.artifacts.served_ranks import SERVED_RANKS
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation.completion import Completion, GenerationResult, decode_completion
 from wegeft_cli.generation.decoding import Decoding

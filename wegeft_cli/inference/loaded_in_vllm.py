@@ -78,7 +78,7 @@ def open_in_vllm(
             if has_own
             else GenerationConfig.from_model_config(config)
         ),
-        "dtype": _find_dtype(section.dtype, config),
+        "dtype": find_dtype(section.dtype, config),
         "trust_remote_code": section.trust_remote_code,
     }
     tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
@@ -88,7 +88,7 @@ def open_in_vllm(
             model, tokenizer, section, recipe=recipe, write=vllm.generate_in_vllm, prompt=prompt
         )
     with ExitStack() as stack:
-        lora_dir, rank = _find_lora(adapter, folder, section, warn, stack)
+        lora_dir, rank = find_lora(adapter, folder, section, warn, stack)
         model = vllm.open_model(str(folder), lora_dir=lora_dir, rank=rank, **told)
         # The engine reads the files when the first request names them.
         scratch = stack.pop_all()
@@ -105,7 +105,7 @@ def open_in_vllm(
     )
 
 
-def _find_dtype(asked: str, config: Any) -> str:
+def find_dtype(asked: str, config: Any) -> str:
     """Return the type of the weights: `auto` is the checkpoint's, which vLLM would halve."""
     stored = getattr(config, "dtype", None)
     if asked != "auto" or stored is None:
@@ -113,7 +113,7 @@ def _find_dtype(asked: str, config: Any) -> str:
     return str(stored).removeprefix("torch.")
 
 
-def _find_lora(
+def find_lora(
     adapter: Adapter,
     base_dir: Path,
     section: ModelSection,

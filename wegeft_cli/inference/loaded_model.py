@@ -169,6 +169,17 @@ class ModelTarget(_Classified):
 
     def load(self, warn: Callable[[str], None] = lambda text: None) -> LoadedModel:
         """Load the model and its adapter; errors as in `LoadedModel.open`."""
+        model, processor = self.load_base(warn)
+        if self.adapter is None:
+            origin = self.base or read_provenance(Path(self.path))
+            return self._loaded(model, processor, None, origin)
+        model = load_onto(model, self.adapter, self.section, warn=warn).eval()
+        in_place = method_of(self.adapter).trains_in_place
+        origin = self.section.name_or_path if in_place else None
+        return self._loaded(model, processor, self.adapter, origin)
+
+    def load_base(self, warn: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
+        """Load the model, or the adapter's base, with its tokenizer or image processor."""
         from wegeft_cli.methods.wegeft.save_load import base_errors
 
         if self.section.trust_remote_code and self.head is None:
@@ -177,17 +188,9 @@ class ModelTarget(_Classified):
                 "code that comes with the model runs: the run's recipe says model.trust_remote_code"
             )
         load = _load_language_model if self.head is None else self._load_classifier
-        if self.adapter is None:
-            with model_errors(self.path):
-                model, processor = load(self.section, warn)
-            origin = self.base or read_provenance(Path(self.path))
-            return self._loaded(model, processor, None, origin)
-        with base_errors(self.base, self.adapter.folder):
-            model, processor = load(self.section, warn)
-        model = load_onto(model, self.adapter, self.section, warn=warn).eval()
-        in_place = method_of(self.adapter).trains_in_place
-        origin = self.section.name_or_path if in_place else None
-        return self._loaded(model, processor, self.adapter, origin)
+        own = self.adapter
+        with model_errors(self.path) if own is None else base_errors(self.base, own.folder):
+            return load(self.section, warn)
 
     def find_prompt(self) -> TemplateSettings | None:
         """Return the prompt form of the training, where it is known."""

@@ -56,6 +56,15 @@ class PromptForm:
             settings, why = TemplateSettings("plain"), "there is no chat template"
         return cls(build_template(settings, tokenizer, None), why)
 
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> PromptForm:
+        """Return the tokenizer's chat template, else the plain text."""
+        if tokenizer.chat_template:
+            settings, why = TemplateSettings(CHAT), "the tokenizer's"
+        else:
+            settings, why = TemplateSettings("plain"), "there is no chat template"
+        return cls(build_template(settings, tokenizer, None), why)
+
     def write(self, question: Mapping[str, Any], system: str | None = None) -> str:
         """Render a question up to the answer.
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from wegeft_cli.artifacts.adapter import Adapter
-from wegeft_cli.artifacts.lora_files import served_rank
 from wegeft_cli.artifacts.prompt_record import PromptRecord
 from wegeft_cli.artifacts.run_directory import RunDirectory
+from wegeft_cli.artifacts.served_ranks import served_rank
 from wegeft_cli.data.text.templates import TEMPLATES
 from wegeft_cli.data.text.trained_form import describe_difference
 from wegeft_cli.methods.base import Omission

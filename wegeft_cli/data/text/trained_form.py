@@ -86,8 +86,12 @@ def write_trained_form(record: PromptRecord, tokenizer: Any) -> str:
     Raises:
         UserError: If the form cannot be written for this tokenizer.
     """
-    settings = recorded_settings(record)
-    template = build_template(settings, tokenizer, None)
+    return write_form(build_template(recorded_settings(record), tokenizer, None), tokenizer)
+
+
+def write_form(template: Template, tokenizer: Any) -> str:
+    """Return a prompt form as Jinja; errors as of `write_trained_form`."""
+    settings = template.settings
     pair = TEMPLATES.get(settings.name)
     if template.apply is None:
         assert pair is not None
@@ -98,7 +102,7 @@ def write_trained_form(record: PromptRecord, tokenizer: Any) -> str:
         if _is_same_form(text, template, tokenizer):
             return text
     raise UserError(
-        f"the prompt form {record.template!r} cannot be written as a chat template that gives the "
+        f"the prompt form {template.name!r} cannot be written as a chat template that gives the "
         "same tokens with this tokenizer",
         key=_KEY,
         hint=f"use {_KEY} base, and render the prompts yourself",

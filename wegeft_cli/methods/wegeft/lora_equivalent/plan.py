@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
-from wegeft_cli.artifacts.lora_files import served_rank
+from wegeft_cli.artifacts.served_ranks import served_rank
 from wegeft_cli.artifacts.stored_names import has_all_tensors
 from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, make_lora_pair, stack_pairs

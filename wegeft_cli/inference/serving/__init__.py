@@ -1,0 +1,1 @@
+"""`wegeft serve`: models by name behind an OpenAI-compatible server of transformers or vLLM."""
