@@ -24,6 +24,7 @@ from wegeft_cli.planning.memory import (
     measure_available,
     memory_warnings,
 )
+from wegeft_cli.planning.plan import plan
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.schema import Optimizer, TrainSection
 from wegeft_cli.tasks.registry import inject_adapter
@@ -124,6 +125,37 @@ def test_activations_are_what_autograd_saves(read_recipe, overrides, is_padded):
     assert step.blocks == step.activations  # no tensor here is too large for a heap
 
 
+def track_pass(recipe, lengths, *, training=True):
+    """Run a real pass and return the most bytes of its tensors, parameters and gradients aside."""
+    model = load_model(
+        recipe.model.name_or_path,
+        dtype=recipe.model.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+    )
+    model = inject_adapter(model, recipe).train(training)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    batch = build_batch(lengths)
+    own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    loss = CausalLoss(model)
+    loss(model, batch)  # which also tries one token
+    with (
+        torch.set_grad_enabled(training),
+        MemoryTracker([tensor for tensor in own if tensor is not None]) as tracker,
+    ):
+        summed = loss(model, batch)
+        if training:
+            summed.backward()
+    return tracker.peak
+
+
+def check_passes(model, recipe, shape, step_peak, validation_peak):
+    step = trace_step(model, recipe, shape)
+    estimate = step.activations + step.logits + step.backward
+    assert estimate == pytest.approx(step_peak, rel=0.02)
+    assert trace_validation(model, recipe, shape)[0] == pytest.approx(validation_peak, rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_take_what_a_real_step_takes(
@@ -140,20 +172,62 @@ def test_experts_take_what_a_real_step_takes(
         adapter={"target_modules": "all-linear"},
     )
     recipe = load_recipe(path).recipe
-    model = inject_adapter(load_model(recipe.model.name_or_path, dtype=dtype), recipe).train()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    batch = build_batch([LENGTH, LENGTH - 5, LENGTH - 9])
-    own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-    loss = CausalLoss(model)
-    loss(model, batch)  # which also tries one token
-    with MemoryTracker([tensor for tensor in own if tensor is not None]) as tracker:
-        loss(model, batch).backward()
+    lengths = [LENGTH, LENGTH - 5, LENGTH - 9]
+    step, validation = track_pass(recipe, lengths), track_pass(recipe, lengths, training=False)
     _, skeleton = build_skeleton(recipe.model)
     shape = BatchShape(ROWS, LENGTH, ROWS * LABELS, True)
-    step = trace_step(skeleton_with_adapter(skeleton, recipe), recipe, shape)
-    estimate = step.activations + step.logits + step.backward
-    assert estimate == pytest.approx(tracker.peak, rel=0.02)
+    check_passes(skeleton_with_adapter(skeleton, recipe), recipe, shape, step, validation)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_either_attention_takes_what_real_passes_take(read_recipe, attention):
+    # Rows so long that the scores of eager attention outweigh all else.
+    recipe = read_recipe(f"model.attn_implementation={attention}")
+    lengths = [160, 150, 90]
+    step, validation = track_pass(recipe, lengths), track_pass(recipe, lengths, training=False)
+    _, skeleton = build_skeleton(recipe.model)
+    shape = BatchShape(ROWS, 160, ROWS * LABELS, True)
+    check_passes(skeleton_with_adapter(skeleton, recipe), recipe, shape, step, validation)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        (
+            "mixtral",
+            {
+                "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+            },
+        ),
+        (
+            "qwen3_moe",
+            {
+                "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+                "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+                "num_experts": 128, "num_experts_per_tok": 8,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_plan_has_figures_for_large_mixtures(family, shape, write_recipe, tmp_path):
+    config = build_config(family)
+    for key, value in shape.items():
+        setattr(config, key, value)
+    config.save_pretrained(tmp_path / "base")
+    path = write_recipe(
+        model={"name_or_path": str(tmp_path / "base"), "dtype": "bfloat16"},
+        adapter={"target_modules": "all-linear"},
+    )
+    memory = plan(path).memory_gib
+    assert None not in memory.values()
+    assert memory["base_weights"] > 50
+    # Each layer keeps for the backward pass its input, and the input and the hidden state of each
+    # expert that one of the 4 x 64 tokens chose, in bfloat16.
+    hidden = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    per_token = config.num_experts_per_tok * (config.hidden_size + hidden)
+    least = 4 * 64 * config.num_hidden_layers * 2 * (config.hidden_size + per_token)
+    assert least / 2**30 < memory["activations"] < 8 * least / 2**30
 
 
 def test_checkpointing_keeps_one_hidden_state_a_layer(read_recipe):
@@ -322,6 +396,27 @@ def test_a_validation_larger_than_a_step_counts(read_recipe):
     assert large["total"] - none["total"] == pytest.approx(large["validation"], abs=0.01)
 
 
+def test_a_validation_in_large_blocks_leaves_no_holes_in_the_heap(read_recipe):
+    recipe = read_recipe()
+    config, skeleton = build_skeleton(recipe.model)
+    model = skeleton_with_adapter(skeleton, recipe)
+    step, validation = BatchShape(ROWS, LENGTH, LABELS, True), BatchShape(10**6, LENGTH, 1, True)
+    taken, blocks = trace_validation(model, recipe, validation)
+    assert blocks < 0.01 * taken
+
+    def estimate(on_gpu):
+        memory, _ = estimate_memory(
+            recipe, config, model, [step], validation=validation, on_gpu=on_gpu
+        )
+        beside = ("gradients", "activations", "logits", "backward", "allocator", "validation")
+        return sum(memory[name] for name in beside) * 2**30
+
+    assert estimate(on_gpu=True) == pytest.approx(taken)
+    # On a CPU the heap also keeps what the training step took of it.
+    kept = trace_step(model, recipe, step).blocks
+    assert estimate(on_gpu=False) == pytest.approx(taken + kept, rel=0.01)
+
+
 def test_a_validation_keeps_nothing_of_its_layers(read_recipe, build_llama_dir):
     def peak(layers):
         folder = build_llama_dir(num_hidden_layers=layers)
@@ -330,7 +425,8 @@ def test_a_validation_keeps_nothing_of_its_layers(read_recipe, build_llama_dir):
         shape = BatchShape(ROWS, LENGTH, LABELS, True)
         model = skeleton_with_adapter(skeleton, recipe)
         before = len(model.model.layers)
-        bytes_ = trace_validation(model, recipe, shape)
+        bytes_, blocks = trace_validation(model, recipe, shape)
+        assert bytes_ == blocks  # no tensor here is too large for a heap
         assert len(model.model.layers) == before == layers
         return bytes_, trace_step(model, recipe, shape).activations
 

@@ -142,11 +142,12 @@ def _trace(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     )
 
 
-def trace_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
+def trace_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int, int]:
     """Return the most bytes beside the parameters that one forward pass without gradients takes.
 
-    No layer keeps anything for a backward pass, so two layers take as much as all. The model is
-    what `skeleton_with_adapter` returns and is left as it was.
+    The second number counts those of them in blocks below `HEAP_BLOCK_BYTES`. No layer keeps
+    anything for a backward pass, so two layers take as much as all. The model is what
+    `skeleton_with_adapter` returns and is left as it was.
 
     Raises:
         RuntimeError: If the model cannot run without values; its message has the reason.
@@ -159,7 +160,7 @@ def trace_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
         return _measure_validation(model, recipe, shape)
 
 
-def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
+def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int, int]:
     with without_values(model, recipe, is_masked=shape.is_masked), torch.no_grad():
         fake = find_task(recipe.task).fake_pass(model, recipe)
         with (
@@ -167,7 +168,7 @@ def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> int:
             autocast("cpu", recipe.train.mixed_precision),
         ):
             fake.loss(shape)
-    return tracker.peak
+    return tracker.peak, tracker.blocks_at_peak
 
 
 def skeleton_with_adapter(
@@ -333,7 +334,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, ignored: Sequence[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.blocks = 0
+        self.blocks = self.blocks_at_peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in ignored}
 
     def __torch_dispatch__(
@@ -354,7 +355,8 @@ class MemoryTracker(TorchDispatchMode):
         in_block = size if size < HEAP_BLOCK_BYTES else 0
         self.live += size
         self.blocks += in_block
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak, self.blocks_at_peak = self.live, self.blocks
         weakref.finalize(storage, self._drop, key, size, in_block)
 
     def _drop(self, key: int, size: int, in_block: int) -> None:

@@ -98,7 +98,9 @@ def estimate_memory(
     }
     try:
         steps = [trace_step(model, recipe, shape) for shape in shapes]
-        evaluated = 0 if validation is None else trace_validation(model, recipe, validation)
+        evaluated, blocks = (0, 0)
+        if validation is not None:
+            evaluated, blocks = trace_validation(model, recipe, validation)
     except RuntimeError as error:
         names = (
             "activations", "logits", "backward", "allocator", "validation", "loading", "total",
@@ -111,9 +113,10 @@ def estimate_memory(
         "backward": float(step.backward),
         "allocator": 0.0 if on_gpu else _find_heap_share(recipe, dtype) * step.blocks,
     }
-    if not on_gpu:  # its tensors come and go, and leave holes as those of a step do
-        evaluated += int(_find_heap_share(recipe, dtype) * evaluated)
-    # Blocks that a training step left in the heap serve a validation too.
+    if evaluated and not on_gpu:
+        # The heap has holes, and keeps what a training step took. Large tensors are beside it.
+        holes = _find_heap_share(recipe, dtype) * blocks
+        evaluated += int(max(holes, min(step.blocks, evaluated - blocks)))
     beside = ("gradients", "activations", "logits", "backward", "allocator")
     known["validation"] = max(0.0, evaluated - math.fsum(known[name] for name in beside))
     # The file stays mapped while its weights are cast: the host's memory then holds both.
