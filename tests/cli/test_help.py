@@ -141,3 +141,7 @@ def test_a_prompt_as_an_argument_is_shown_as_an_option(run_wegeft):
     done = run_wegeft("generate", "Why is it so?")
     assert done.returncode == EXIT_USER
     assert "wegeft generate --prompt 'Why is it so?'" in done.stderr
+    done = run_wegeft("generate", "runs/mine", "Why is it so?")
+    assert done.returncode == EXIT_USER
+    assert "A prompt is an option" in done.stderr
+    assert "A prompt is" not in run_wegeft("report", "--output", "a", "--title").stderr

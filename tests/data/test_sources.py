@@ -240,6 +240,39 @@ def test_a_folder_without_the_split_tells_what_it_has(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("rows.txt", "one", '{"text": "..."}'),
+        ("rows.tsv", "a\tb", "write the rows as JSONL"),
+        ("rows.jsonl", "{'prompt': 'a'}", "JSON has double quotes"),
+        ("rows.jsonl", """{"prompt": "a", 'completion': "b"}""", "JSON has double quotes"),
+        (
+            "rows.json",
+            '{"version": 1, "splits": {"train": [{"text": "a"}]}}',
+            "field: splits.train",
+        ),
+    ],
+)
+def test_the_message_names_what_to_write(
+    tmp_path: Path, name: str, content: str, hint: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / name)
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_misspelled_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "train.jsonl", ROWS)
+    with pytest.raises(UserError, match="no such file or folder") as caught:
+        load(tmp_path / "trian.jsonl")
+    assert "did you mean train.jsonl?" in (caught.value.hint or "")
+    with pytest.raises(UserError, match="no such file or folder") as caught:
+        load(tmp_path / "other.jsonl")
+    assert "did you mean" not in (caught.value.hint or "")
+
+
 def test_a_split_of_two_kinds_is_not_guessed(tmp_path: Path) -> None:
     write(tmp_path, "train.json", ROWS)
     write(tmp_path, "train.csv", ROWS)

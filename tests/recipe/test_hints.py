@@ -58,7 +58,11 @@ def test_a_section_without_a_space_after_a_colon(tmp_path):
         ("stage: sft", "stage", "remove it"),
         ("eos_token: x", "eos_token", "remove it"),
         ("max_samples: 4", "max_samples", "`data.train[0].limit`"),
-        ("eval_strategy: steps", "eval_strategy", "`train.eval_steps`"),
+        ("eval_strategy: steps", "eval_strategy", "`train.eval_strategy`"),
+        ("system_prompt: Be brief.", "system_prompt", "`data.system`"),
+        ("default_system: Be brief.", "default_system", "`data.system`"),
+        ("tokenizer: {pad_token: x}", "tokenizer", "copy of the base"),
+        ("model: {name_or_path: m, tokenizer: x}", "model.tokenizer", "copy of the base"),
         ("lora_model_dir: x", "lora_model_dir", "`adapter.init_from`"),
         ("model: {name: m}", "model.name", "`model.name_or_path`"),
         ("data: {train: [{path: a}, {file: b}]}", "data.train[1].file", "`data.train[1].path`"),
@@ -89,6 +93,14 @@ def test_a_missing_recipe_names_the_files_nearby(tmp_path):
     with pytest.raises(UserError) as raised:
         load_recipe(tmp_path / "other_name.yaml")
     assert "mine.yaml; `wegeft recipes copy" in raised.value.hint
+
+
+def test_a_file_without_a_question_names_the_columns_of_the_recipe(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"context": "Why?", "response": "Because."}\n')
+    with pytest.raises(UserError, match="the row has context, response") as raised:
+        read_questions([], file, None)
+    assert "columns: {prompt: NAME}" in raised.value.hint
 
 
 def test_questions_are_read_by_the_columns_of_the_recipe(tmp_path):

@@ -31,6 +31,12 @@ def _explain_key(error: Any, words: list[str]) -> None:
         error.possibilities = None
 
 
+def _explain_prompt(error: Any, options: set[str]) -> None:
+    """Add to the error of a word too many that a prompt is an option, where there is one."""
+    if "--prompt" in options and "unexpected extra argument" in str(getattr(error, "message", "")):
+        error.message += '. A prompt is an option: --prompt "..."'
+
+
 def _find_key(option: str) -> str | None:
     """Return the recipe's key that an unknown option probably means."""
     from wegeft_cli.recipe.keys import parse_key
@@ -81,6 +87,7 @@ class Command(TyperCommand):
         except Exception as error:
             if any(each.metavar == "KEY=VALUE" for each in self.params):
                 _explain_key(error, args)
+            _explain_prompt(error, {name for each in self.params for name in each.opts})
             raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

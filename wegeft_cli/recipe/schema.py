@@ -418,8 +418,8 @@ class EvalSection:
     data_dir: str | None = None
     """Folder with `<set>/test.json`. Null: the hub."""
     answer_metric: AnswerMetric = "exact_match"
-    """Score of a test set of your own (`data:FILE` in tasks, or `wegeft eval --data FILE`): exact_match,
-    contains (as whole words, case ignored), number (the last one), rouge_l, judge."""
+    """Score of a test set of your own (`data:FILE` in tasks, or `wegeft eval --data FILE`):
+    exact_match, contains (as whole words, case ignored), number (the last one), rouge_l, judge."""
     metric: Metric = "auto"
     """Score of a classifier: accuracy, f1 (of the second class), f1_macro, matthews_correlation; of
     a regression: pearson, spearmanr. auto: accuracy, or pearson."""

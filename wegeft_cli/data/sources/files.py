@@ -65,7 +65,12 @@ def find_kind(file: Path) -> FileKind:
     """Return a file's reader by its name; raise UserError for an unknown ending."""
     suffix = find_suffix(file)
     if not suffix:
-        raise UserError(f"an unknown kind of file; readable are {', '.join(KINDS)}", file=str(file))
+        raise UserError(
+            f"an unknown kind of file; readable are {', '.join(KINDS)}",
+            file=str(file),
+            hint='write the rows as JSONL, one object per line: {"prompt": "...", "completion": '
+            '"..."}, or {"text": "..."}',
+        )
     return KINDS[suffix]
 
 
@@ -86,6 +91,8 @@ def _parse(text: str, file: str, first_line: int = 1) -> Any:
             hint = "take the comma away"
         elif error.msg == "Extra data" and text.lstrip().startswith("{"):
             hint = "one object per line is JSONL: name the file .jsonl"
+        elif before.endswith(("{", ",")) and text[error.pos : error.pos + 1] == "'":
+            hint = "this is Python's notation: JSON has double quotes (json.dumps writes them)"
         elif before == "[" and not file.endswith(".json"):
             hint = "a list over several lines is JSON: name the file .json"
         raise UserError(message, file=place, hint=hint) from error
@@ -105,7 +112,7 @@ def _read_json(stream: BinaryIO, file: str, skip: int, list_field: str | None) -
     if list_field is not None:
         value = _find_list(value, list_field, file)
     if isinstance(value, dict):
-        lists = [key for key, part in value.items() if isinstance(part, list)]
+        lists = _name_lists(value)
         inside = f" (with rows under {', '.join(map(repr, lists[:3]))})" if lists else ""
         hint = "write the list itself into the file: [{...}, {...}]"
         if lists:
@@ -115,6 +122,15 @@ def _read_json(stream: BinaryIO, file: str, skip: int, list_field: str | None) -
         raise UserError(f"{value!r:.40} where a list of rows is needed", file=file)
     for number, row in enumerate(value, start=1):
         yield RawRow(number, None if number <= skip else _as_row(row, f"{file}: row {number}"))
+
+
+def _name_lists(value: dict[str, Any], depth: int = 3) -> list[str]:
+    """Return the dotted paths of the lists of rows in an object, the outermost first."""
+    found = [key for key, part in value.items() if isinstance(part, list)]
+    for key, part in value.items():
+        if isinstance(part, dict) and depth > 1:
+            found += [f"{key}.{name}" for name in _name_lists(part, depth - 1)]
+    return found
 
 
 def _find_list(value: Any, list_field: str, file: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -16,6 +18,15 @@ from wegeft_cli.recipe.schema import DataSource
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def _find_near(missing: Path) -> str | None:
+    """Return the entry of a missing path's folder whose name is nearest to it."""
+    if not missing.name or not missing.parent.is_dir():
+        return None
+    names = [entry.name for entry in itertools.islice(missing.parent.iterdir(), 1000)]
+    near = difflib.get_close_matches(missing.name, sorted(names), n=1, cutoff=0.75)
+    return near[0] if near else None
+
+
 def open_hub(
     source: DataSource, recipe_dir: Path | None, *, streaming: bool = False
 ) -> tuple[Any, str]:
@@ -24,10 +35,12 @@ def open_hub(
     # A bare name would be one of the loader's own builders, which then read the working folder.
     if not _HUB_ID.fullmatch(path) or find_suffix(Path(path)):
         tried = [Path.cwd() / path, *([recipe_dir / path] if recipe_dir else [])]
+        near = next(filter(None, map(_find_near, tried)), None)
         raise UserError(
             f"no such file or folder: {path!r}",
             key="path",
-            hint=f"looked for {' and '.join(str(place) for place in tried)}; a hub data set is "
+            hint=(f"did you mean {near}? " if near else "")
+            + f"looked for {' and '.join(str(place) for place in tried)}; a hub data set is "
             "named owner/name",
         )
     import datasets

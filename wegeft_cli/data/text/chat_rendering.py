@@ -301,7 +301,7 @@ def _split_tail(span: str, message: Message) -> tuple[str, str]:
     if end is None:
         raise UserError(
             f"the chat template does not show the answer {shorten(content)} unchanged",
-            hint="use another data.template",
+            hint="use a data.template that writes {{ message['content'] }} of each turn as it is",
         )
     tail = span[end:]
     return (span.rstrip() if tail.strip() else span), tail
