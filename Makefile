@@ -158,6 +158,7 @@ site: setup ## Build the documentation site into .cache/site, offline; a dead li
 docs: setup ## Check that every link between the Markdown pages leads somewhere
 	$(BIN)/python scripts/method_picture.py --check
 	$(BIN)/python scripts/recipe_reference.py --check
+	$(BIN)/python scripts/foreign_keys.py --check
 	$(BIN)/python scripts/check_docs.py
 
 quickstart: $(BASE_STAMP) ## Train, merge and score a small real model (under 10 minutes on two cores)

@@ -132,8 +132,8 @@ def read_question(row: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"no `messages`, `prompt`, `instruction`, `question` or `text`; the row has "
             f"{', '.join(map(str, row)) or 'no fields'}",
-            hint="rename the column; those that the run's recipe renames (`columns: {prompt: NAME}` "
-            "of an entry of data.train) are renamed here too",
+            hint="rename the column; those that the run's recipe renames (`columns: {prompt: NAME}`"
+            " of an entry of data.train) are renamed here too",
         )
     extra = row.get("input") if name == "instruction" else None
     return {
