@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from wegeft_cli.errors import MachineError, UserError
-from wegeft_cli.runs import sweep as workflow
-from wegeft_cli.runs.sweep import POLL_SECONDS, run_training, sweep
+from wegeft_cli.runs import children
+from wegeft_cli.runs.children import POLL_SECONDS, run_child, train_words
+from wegeft_cli.runs.sweep import sweep
 from wegeft_cli.runs.train import train
 from wegeft_cli.storage.lock import lock_folder
 
@@ -214,9 +215,9 @@ def test_a_stop_before_a_run_has_its_handlers_is_no_fault(write_recipe, monkeypa
         process.send_signal(number)
         return process
 
-    monkeypatch.setattr("wegeft_cli.runs.sweep.subprocess.Popen", start_and_signal)
+    monkeypatch.setattr("wegeft_cli.runs.children.subprocess.Popen", start_and_signal)
     recipe = write_recipe()
-    end = run_training(recipe, recipe.parent / "train.log", lambda: asked, lambda: None)
+    end = run_child(train_words(recipe), recipe.parent / "train.log", lambda: asked)
     assert end.status == ("interrupted" if asked else "failed")
 
 
@@ -230,7 +231,7 @@ def test_a_run_killed_from_outside_is_told(write_recipe):
             holder = json.loads((run_dir / ".wegeft.lock").read_text())
             os.kill(holder["pid"], signal.SIGKILL)
 
-    end = run_training(recipe, recipe.parent / "train.log", lambda: False, kill)
+    end = run_child(train_words(recipe), recipe.parent / "train.log", lambda: False, kill)
     assert end.status == "failed"
     assert "SIGKILL" in (end.error or "")
 
@@ -283,7 +284,7 @@ def test_what_ends_the_sweep_itself_is_told_on_disk(
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(workflow, "run_training", fail)
+    monkeypatch.setattr(children, "Child", fail)
     with pytest.raises(type(error)):
         sweep(write_recipe(sweep=GRID))
     told = json.loads((tmp_path / "runs" / "tiny" / "sweep.json").read_text())

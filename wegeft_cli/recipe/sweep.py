@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.recipe.grid import list_combinations, name_run
@@ -19,6 +19,9 @@ from wegeft_cli.recipe.load import (
     read_settings,
 )
 from wegeft_cli.recipe.merged import ReadErrors
+
+RunFaults: TypeAlias = dict[tuple[str | None, str | None, str], UserError]
+"""The faults of several runs' recipes, each once: place, key and message -> fault."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +64,46 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> LoadedSweep:
             "or use the override sweep.seed=[42,43,44]",
         )
     base = LoadedRecipe(recipe, settings.file, notes, settings.places())
-    faults: dict[tuple[str | None, str | None, str], UserError] = {}
+    faults: RunFaults = {}
     runs = []
     for values in list_combinations(recipe.sweep):
-        run = _combine(settings, values, recipe.output_dir, faults)
+        sources = {
+            key: settings.merged.find_place(
+                format_key((SWEEP, key, _position(settings, key, value)))
+            )
+            for key, value in values.items()
+        }
+        run = combine(settings, name_run(values), values, sources, faults)
         if run is not None:
             runs.append(run)
     raise_all(list(faults.values()))
     return LoadedSweep(base, tuple(runs))
 
 
-def _combine(
+def combine(
     settings: Settings,
-    values: dict[str, Any],
-    output_dir: str,
-    faults: dict[tuple[str | None, str | None, str], UserError],
+    name: str,
+    values: Mapping[str, Any],
+    sources: Mapping[str, str],
+    faults: RunFaults,
 ) -> SweepRun | None:
-    """Return one combination's run; a fault is kept once, for the first run that has it."""
-    name = name_run(values)
+    """Return the run of a recipe with other values, or None and add what is wrong to `faults`.
+
+    The run's folder is `name` in the recipe's `output_dir`.
+
+    Args:
+        values: Dotted key -> value; each acts like an override.
+        sources: Dotted key -> where its value was written.
+        faults: Receives each fault once, for the first run that has it.
+    """
     own = Settings(settings.file, copy.deepcopy(settings.merged), ReadErrors())
-    own.merged.values.pop(SWEEP)
+    own.merged.values.pop(SWEEP, None)
     for key, value in values.items():
-        path = parse_key(key)
-        place = own.merged.find_place(format_key((SWEEP, key, _position(settings, key, value))))
+        path, place = parse_key(key), sources[key]
         own.merged.add_setting(path, escape_interpolation(value), place, own.errors)
         own.merged.set_place(path, place)
         own.merged.chosen.add(path)
+    output_dir = str(settings.merged.values["output_dir"])
     own.merged.values["output_dir"] = f"{output_dir.rstrip('/')}/{name}"
     own.merged.places[("output_dir",)] = f"run {name}"
     recipe = build_recipe(own)
@@ -95,7 +112,8 @@ def _combine(
         faults.setdefault((fault.file, fault.key, fault.message.rpartition(" (in")[0]), fault)
     if own.errors.faults:
         return None
-    return SweepRun(name, values, LoadedRecipe(recipe, own.file, (), own.places()))
+    notes = tuple(own.errors.notes)
+    return SweepRun(name, dict(values), LoadedRecipe(recipe, own.file, notes, own.places()))
 
 
 def _position(settings: Settings, key: str, value: Any) -> int:
