@@ -8,6 +8,12 @@ seven linears and its LoRA twin (`wegeft export --format lora`). Then, by turns:
     wegeft    wegeft merge ADAPTER
     peft      AutoModelForCausalLM.from_pretrained, PeftModel.from_pretrained, merge_and_unload,
               save_pretrained
+    copy      cp -r of the base's folder
+    export    wegeft export ADAPTER --format lora, without its parity report
+    inspect   wegeft inspect ADAPTER
+
+The merge and the copy run once more "cold": the system forgets the base's files before it
+(posix_fadvise), so that they come from the disk. Export and inspect run once.
 
 Peak memory is what the system counted for the process (VmHWM: file pages that it mapped count), and
 the highest of its private memory alone (RssAnon, sampled every 10 ms). Time is the whole process,
@@ -31,6 +37,10 @@ from statistics import median
 from typing import Any
 
 WIDTH, INNER, HEADS, KV_HEADS, VOCAB, RANK = 2048, 5632, 32, 8, 32000, 64
+COMPARED = ("wegeft", "peft")
+NAMES = (*COMPARED, "copy", "wegeft cold", "copy cold", "export", "inspect")
+ONCE = ("export", "inspect")
+"""Of these one run is enough: `inspect` takes minutes."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHARD = "500MB"
 PEFT_MERGE = f"""
@@ -46,7 +56,7 @@ model.save_pretrained(output, max_shard_size="{SHARD}")
 
 
 def make_base(folder: Path, gib: float) -> int:
-    """Write the model, shard by shard is not needed: it is made once; give its bytes."""
+    """Write the model and return its bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -158,19 +168,47 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(f"model: {result['model_gib']:.2f} GiB in {result['num_shards']} shards, rank {RANK}")
-    for name in ("wegeft", "peft"):
+    for name in NAMES:
         row = result[name]
         print(
-            f"{name:7} {row['seconds']:6.1f} s   CPU {row['cpu_seconds']:6.1f} s   "
+            f"{name:11} {row['seconds']:6.1f} s   CPU {row['cpu_seconds']:6.1f} s   "
             f"peak {row['peak_gib']:.2f} GiB   "
             f"private {row['private_gib']:.2f} GiB   (median of {asked.rounds})"
         )
     print(
         f"ratios: time {result['time_ratio']:.2f}, CPU {result['cpu_ratio']:.2f}, "
         f"peak {result['peak_ratio']:.2f}, "
-        f"private {result['private_ratio']:.2f}; outputs differ by "
+        f"private {result['private_ratio']:.2f}, over a copy {result['copy_ratio']:.2f} "
+        f"(cold {result['cold_copy_ratio']:.2f}); outputs differ by "
         f"{result['units_apart']:.2f} units of bfloat16's last place at most"
     )
+
+
+def forget(folder: Path) -> None:
+    """Take the files of a folder out of the system's memory."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # pages that are not on the disk yet would stay
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def list_commands(folder: Path) -> dict[str, list[str]]:
+    """Give what is measured: name -> command; the last argument is the folder that it writes."""
+    base, adapter, twin = (str(folder / name) for name in ("base", "adapter", "twin"))
+    outputs = {name: str(folder / f"by-{name}") for name in NAMES}
+    wegeft = [sys.executable, "-m", "wegeft_cli"]
+    merge = [*wegeft, "merge", adapter, "--json", "--output"]
+    export = [*wegeft, "export", adapter, "--format", "lora", "--no-parity", "--json", "--output"]
+    return {
+        "wegeft": [*merge, outputs["wegeft"]],
+        "peft": [sys.executable, "-c", PEFT_MERGE, base, twin, outputs["peft"]],
+        "copy": ["cp", "-r", base, outputs["copy"]],
+        "wegeft cold": [*merge, outputs["wegeft cold"]],
+        "copy cold": ["cp", "-r", base, outputs["copy cold"]],
+        "export": [*export, outputs["export"]],
+        "inspect": [*wegeft, "inspect", adapter, "--json"],
+    }
 
 
 def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
@@ -184,19 +222,18 @@ def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
     if os.waitpid(child, 0)[1]:
         raise SystemExit("the model could not be made")
     shards = sorted(base.glob("*.safetensors"))
-    outputs = {name: folder / f"by-{name}" for name in ("wegeft", "peft")}
-    commands = {
-        "wegeft": [
-            *(sys.executable, "-m", "wegeft_cli", "merge", str(adapter)),
-            *("--output", str(outputs["wegeft"]), "--json"),
-        ],
-        "peft": [sys.executable, "-c", PEFT_MERGE, str(base), str(twin), str(outputs["peft"])],
-    }
-    figures: dict[str, list[dict[str, float]]] = {"wegeft": [], "peft": []}
+    commands = list_commands(folder)
+    outputs = {name: folder / f"by-{name}" for name in NAMES}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for number in range(rounds):
-        for name in ("wegeft", "peft") if number % 2 == 0 else ("peft", "wegeft"):
+        names = [name for name in NAMES if number == 0 or name not in ONCE]
+        for name in names if number % 2 == 0 else reversed(names):
             shutil.rmtree(outputs[name], ignore_errors=True)
+            if name.endswith("cold"):
+                forget(base)
             figures[name].append(watch(commands[name]))
+            if name not in COMPARED:
+                shutil.rmtree(outputs[name], ignore_errors=True)
     middle = {
         name: {key: median(row[key] for row in rows) for key in rows[0]}
         for name, rows in figures.items()
@@ -207,11 +244,14 @@ def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
         "peak": "peak_gib",
         "private": "private_gib",
     }
-    pairs = list(zip(figures["wegeft"], figures["peft"], strict=True))
-    ratios = {
-        f"{name}_ratio": median(ours[key] / theirs[key] for ours, theirs in pairs)
-        for name, key in columns.items()
-    }
+
+    def ratio(one: str, two: str, key: str) -> float:
+        pairs = zip(figures[one], figures[two], strict=True)
+        return median(ours[key] / theirs[key] for ours, theirs in pairs)
+
+    ratios = {f"{name}_ratio": ratio(*COMPARED, key) for name, key in columns.items()}
+    ratios["copy_ratio"] = ratio("wegeft", "copy", "seconds")
+    ratios["cold_copy_ratio"] = ratio("wegeft cold", "copy cold", "seconds")
     return {
         "model_gib": sum(path.stat().st_size for path in shards) / 2**30,
         "num_shards": len(shards),

@@ -186,7 +186,7 @@ def test_memory_is_bounded_by_the_blocks(tmp_path):
 
 def test_casts_are_cut_into_blocks_too(base_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("wegeft_cli.storage.safetensors_reader.BLOCK_BYTES", 100)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(stream, "_COPY_BYTES", 100)
     steps = []
     merge_stream(
         base_dir,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wegeft_cli.errors import UserError, disk_errors, raise_all
-from wegeft_cli.storage.atomic import atomic_folder, check_free_space, check_unused_folder
+from wegeft_cli.storage.atomic import (
+    atomic_folder,
+    check_free_space,
+    check_unused_folder,
+    sync_path,
+)
 from wegeft_cli.storage.safetensors_reader import (
-    BLOCK_BYTES,
     DTYPE_NAMES,
     INDEX_NAME,
     SINGLE_NAME,
@@ -22,7 +27,7 @@ from wegeft_cli.storage.safetensors_reader import (
     StoredModel,
     TensorInfo,
     block_rows,
-    read_exactly,
+    read_into,
 )
 from wegeft_cli.storage.safetensors_writer import (
     Item,
@@ -37,6 +42,7 @@ from wegeft_cli.storage.safetensors_writer import (
 __all__ = ["StreamReport", "TensorEdit", "merge_stream"]
 
 _CONFIG_NAME = "config.json"
+_COPY_BYTES = 2**20  # it stays in the processor's cache between reading and writing
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,21 @@ class StreamReport:
     num_tensors: int
     num_edited: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory that all blocks share: new memory for each would cost the system a page at a time."""
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor with any values; it is valid until the same use is taken again."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        buffer = self.buffers.get(use)
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = self.buffers[use] = torch.empty(num_bytes, dtype=torch.uint8)
+        return buffer[:num_bytes].view(dtype).view(shape)
 
 
 def merge_stream(
@@ -106,8 +127,10 @@ def merge_stream(
     num_extra = sum(path.stat().st_size for path in others)
     num_extra += sum(len(output.header) for output in outputs) + len(index or b"")
 
-    num_done = 0
-    with atomic_folder(output_dir) as folder:
+    num_done, scratch = 0, _Scratch()
+    synced: list[Future[None]] = []
+    # The disk writes a finished file while the next one is computed.
+    with atomic_folder(output_dir) as folder, ThreadPoolExecutor(1) as background:
         check_free_space(output_dir, num_bytes + num_extra, "the merged model")
         for path in others:
             copy_file(path, folder / path.relative_to(base_dir))
@@ -122,11 +145,14 @@ def merge_stream(
             with (folder / output.file_name).open("xb") as file:
                 file.write(output.header)
                 for item in output.items:
-                    for block in _stream_item(item):
+                    for block in _stream_item(item, scratch):
                         file.write(block)
                         num_done += len(block)
                         if on_progress is not None:
                             on_progress(num_done, num_bytes)
+            synced.append(background.submit(sync_path, folder / output.file_name))
+        for future in synced:
+            future.result()
     return StreamReport(len(tensors), len(edits), num_bytes)
 
 
@@ -159,15 +185,18 @@ def _check_edits(
     return faults
 
 
-def _stream_item(item: Item) -> Iterator[memoryview]:
-    """Return the bytes of one tensor of the result, in order, block by block."""
+def _stream_item(item: Item, scratch: _Scratch) -> Iterator[memoryview]:
+    """Return the bytes of one tensor of the result, in order, block by block.
+
+    A block is valid until the next one is asked for.
+    """
     source = item.source
     shape = source.shape or (1,)
     if item.edit is not None:
         num_rows = min(max(1, item.edit.rows_at_once(source.shape)), max(1, shape[0]))
     elif item.dtype == source.dtype:
         # Bytes are bytes: one flat row of them needs no shape, and no type known to torch.
-        shape, num_rows = (source.num_bytes,), BLOCK_BYTES
+        shape, num_rows = (source.num_bytes,), _COPY_BYTES
     else:
         shape = (math.prod(shape),)
         num_rows = block_rows(shape)
@@ -178,26 +207,27 @@ def _stream_item(item: Item) -> Iterator[memoryview]:
         file.seek(source.start)
         for start in range(0, shape[0], num_rows):
             stop = min(start + num_rows, shape[0])
-            data = read_exactly(file, (stop - start) * row_bytes, source.shard)
+            raw = scratch.take("read", ((stop - start) * row_bytes,), torch.uint8)
+            data = raw.numpy().data
+            read_into(data, file, source.shard)
             if item.edit is None and item.dtype == source.dtype:
-                yield memoryview(data)
+                yield data
             else:
-                block = torch.frombuffer(data, dtype=TORCH_DTYPES[source.dtype])
-                block = block.reshape((stop - start, *shape[1:]) if source.shape else ())
-                yield _convert(item, block, start)
+                block = raw.view(TORCH_DTYPES[source.dtype])
+                block = block.view((stop - start, *shape[1:]) if source.shape else ())
+                yield _convert(item, block, start, scratch)
 
 
-def _convert(item: Item, block: Tensor, start_row: int) -> memoryview:
+def _convert(item: Item, block: Tensor, start_row: int, scratch: _Scratch) -> memoryview:
     """Edit one block in float32 or float64 and round it once to the type that is written."""
+    edited = block
     if item.edit is not None:
         wide = torch.promote_types(block.dtype, torch.float32)
-        exact = block.to(wide, copy=True)
+        exact = scratch.take("exact", tuple(block.shape), wide).copy_(block)
         edited = item.edit(exact, start_row)
         if edited.shape != block.shape:
             raise ValueError(f"{item.name}: block {block.shape}, edited {edited.shape}")
-    else:
-        edited = block
-    written = edited.to(TORCH_DTYPES[item.dtype])
+    written = scratch.take("written", tuple(block.shape), TORCH_DTYPES[item.dtype]).copy_(edited)
     # A sum is finite only if all of its terms are, and is thirty times as fast as asking each. It
     # is summed in float32 for every type; a sum too large for it only costs the second check.
     if not math.isfinite(written.sum()) and bool(
@@ -208,5 +238,5 @@ def _convert(item: Item, block: Tensor, start_row: int) -> memoryview:
             file=str(item.source.shard),
             hint="choose bfloat16 or float32" if item.dtype == "F16" else None,
         )
-    raw: memoryview = written.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    raw: memoryview = written.reshape(-1).view(torch.uint8).numpy().data
     return raw

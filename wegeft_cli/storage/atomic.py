@@ -45,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 yield temp
                 _settle(temp, mode)
                 temp.rename(path)
-            _sync(path.parent)
+            sync_path(path.parent)
         except BaseException:
             temp.unlink(missing_ok=True)
             raise
@@ -114,7 +114,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 yield temp
                 _settle_folder(temp)
                 exchange_folders(temp, path)
-                _sync(path.parent)
+                sync_path(path.parent)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
@@ -250,7 +250,7 @@ def hold_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 def _settle(path: Path, mode: int) -> None:
     """Set a file's mode (safetensors ignores the umask and writes 0600) and sync it to disk."""
     path.chmod(mode)
-    _sync(path)
+    sync_path(path)
 
 
 def _settle_folder(folder: Path) -> None:
@@ -259,10 +259,11 @@ def _settle_folder(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             _settle(Path(root, name), mode)
-        _sync(Path(root))
+        sync_path(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

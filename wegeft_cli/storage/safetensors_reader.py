@@ -276,9 +276,14 @@ def read_rows(info: TensorInfo, start: int = 0, stop: int | None = None) -> Tens
 def read_exactly(file: BufferedReader, num_bytes: int, path: Path) -> bytearray:
     """Read `num_bytes` from an open file; raise UserError if it ends before."""
     data = bytearray(num_bytes)
-    if file.readinto(data) != num_bytes:
-        raise UserError("this file changed while it was read", file=str(path))
+    read_into(memoryview(data), file, path)
     return data
+
+
+def read_into(data: memoryview, file: BufferedReader, path: Path) -> None:
+    """Fill a buffer from an open file; raise UserError if the file ends before."""
+    if file.readinto(data) != len(data):
+        raise UserError("this file changed while it was read", file=str(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
