@@ -154,6 +154,7 @@ release-check: setup ## Build sdist and wheel, check metadata and contents, inst
 
 site: setup ## Build the documentation site into .cache/site, offline; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "open .cache/site/index.html; with search: $(BIN)/python -m http.server --directory .cache/site"
 
 docs: setup ## Check that every link between the Markdown pages leads somewhere
 	$(BIN)/python scripts/method_picture.py --check

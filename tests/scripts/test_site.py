@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -70,6 +75,61 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
                 assert target.exists(), f"{page}: {address}"
     for style in site.rglob("*.css"):
         assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder without a line for each request."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    """The site as a server shows it: from a folder, browsers forbid the search its index."""
+    handler = partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+)
+def test_pages_in_a_browser(address: str, width: int, scheme: Any) -> None:
+    """Nothing is fetched or reported, and no page scrolls sideways."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None and os.environ.get("WEGEFT_NEED_BROWSER") == "1":
+        pytest.fail("WEGEFT_NEED_BROWSER=1, but there is no Chromium")
+    if executable is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api")
+    reported: list[str] = []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("pageerror", lambda error: reported.append(str(error)))
+        page.on(
+            "request",
+            lambda r: reported.append(r.url) if not r.url.startswith((address, "data:")) else None,
+        )
+        for name in ("index", "method", "architecture", "recipe", "troubleshooting", "api"):
+            page.goto(f"{address}/{name}.html")
+            page.wait_for_selector("article h1")
+            wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert wide <= 0, f"{name} is {wide} pixels too wide"
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            is_dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 128
+            assert is_dark == (scheme == "dark"), name
+        page.keyboard.press("/")
+        page.keyboard.type("learning rate")
+        page.wait_for_selector(".md-search-result__link")
+        browser.close()
+    assert reported == []
 
 
 def test_no_diagram_is_left_to_a_script_from_the_network(site: Path) -> None:
