@@ -65,9 +65,10 @@ PAGES = {
     "README.md": 1,
     "CONTRIBUTING.md": 1,
     "CHANGELOG.md": 1,
-    "docs/*.md": 16,
+    "docs/*.md": 24,
     "docs/decisions/*.md": 30,
     "docs/cluster/*": 2,
+    "containers/*": 2,
     "recipes/*.yaml": 17,
 }
 
