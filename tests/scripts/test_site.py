@@ -145,6 +145,8 @@ def test_every_page_is_reached_from_the_navigation(repository: Path, site: Path)
     assert len(pages) >= 24
     for page in pages:
         assert f'href="{page.stem}.html"' in start or page.stem == "index", page
+    for title in ("Decisions", "API", "Changelog", "Contributing"):
+        assert re.search(rf'class="md-ellipsis">\s*{title}\s*<', start), title
     decisions = (site / "decisions" / "index.html").read_text(encoding="utf-8")
     for page in sorted((repository / "docs" / "decisions").glob("*.md")):
         assert f'href="{page.stem}.html"' in decisions, page
