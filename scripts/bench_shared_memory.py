@@ -178,7 +178,7 @@ def measure(arguments: argparse.Namespace) -> None:
         note("update")
     highest = max(parts.values(), key=lambda part: part["resident"])
     reports = Path(arguments.worker) / f"rank-{processes.rank}.json"
-    reports.write_text(json.dumps({**highest, "loss": round(loss_sum, 4), "parts": parts}))
+    reports.write_text(json.dumps({**highest, "loss": round(float(loss_sum), 4), "parts": parts}))
     processes.leave()
 
 

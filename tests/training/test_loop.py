@@ -6,7 +6,11 @@ import pytest
 import torch
 from loop_hooks import LoopHooks
 
+from wegeft_cli.data.batches.ahead import StepAhead
+from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
+from wegeft_cli.training.gradients import clip_gradients, read_step, sum_gradients
+from wegeft_cli.training.trainer import Trainer
 
 # Sums of the same float64 numbers in another order; the loss itself rounds each logit to float32,
 # the same way however the rows are cut, but for the odd logit that lies on the edge.
@@ -279,3 +283,47 @@ def test_saves_come_as_often_as_told(make_model, make_source, run):
         hooks = LoopHooks(on_save=lambda step, snapshot, is_best, into=saved: into.append(step))
         run(make_model(), make_source(num_steps=7), hooks=hooks, save_steps=save_steps)
         assert saved == expected
+
+
+def test_batches_made_by_a_thread_train_the_same_bits(
+    make_model, make_source, run, factors_of, monkeypatch
+):
+    plain = make_model()
+    expected = run(plain, make_source(num_steps=3, micro_batch=2))
+    prepare, made = Trainer.__post_init__, []
+
+    def make(trainer, step):  # as for a GPU, but without page-locked memory
+        made.append(step)
+        return list(trainer.source.micro_batches(step))
+
+    def prepare_ahead(trainer):
+        prepare(trainer)
+        trainer._ahead = StepAhead(lambda step: make(trainer, step), trainer.source.num_steps)
+
+    monkeypatch.setattr(Trainer, "__post_init__", prepare_ahead)
+    model = make_model()
+    assert run(model, make_source(num_steps=3, micro_batch=2)) == expected
+    assert torch.equal(factors_of(model), factors_of(plain))
+    assert made == [0, 1, 2]
+
+
+def test_a_step_waits_for_the_device_once():
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    alone = Processes(0, 1, torch.device("cpu"))
+    num_reads = []
+
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                num_reads.append(1)
+            return func(*args, **(kwargs or {}))
+
+    with Reads():
+        sums = sum_gradients(parameters, torch.tensor(5.0), alone, stop=True, is_cut=False)
+        norm = clip_gradients(parameters, 1.0)
+    assert num_reads == []  # all of it is computed before anything is read
+    step = read_step(sums, norm, stop=True, is_cut=False)
+    assert (step.loss_sum, step.stop, step.is_cut) == (5.0, True, False)
+    assert step.grad_norm == pytest.approx(math.sqrt(7 * 4))

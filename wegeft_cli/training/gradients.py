@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,33 @@ from wegeft_cli.distributed.processes import Processes
 _SMALLEST_SCALE = 1.0
 
 
+@dataclass(frozen=True)
+class SummedStep:
+    """What is known of a step before it is applied, equal on all processes.
+
+    Args:
+        loss_sum: Summed loss.
+        grad_norm: Global gradient norm before clipping.
+        stop: Whether a process was asked to stop.
+        is_cut: Whether a process left the step before its end.
+    """
+
+    loss_sum: float
+    grad_norm: float
+    stop: bool
+    is_cut: bool
+
+
+def read_step(sums: Tensor, grad_norm: Tensor, *, stop: bool, is_cut: bool) -> SummedStep:
+    """Read the sums of `sum_gradients` and the norm together: one wait for the device a step.
+
+    `stop` and `is_cut` are those of this process, which count where it is the only one.
+    """
+    loss_sum, *flags, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
+    stop, is_cut = [flag > 0 for flag in flags] or [stop, is_cut]
+    return SummedStep(loss_sum, norm, stop, is_cut)
+
+
 def sum_gradients(
     parameters: Iterable[nn.Parameter],
     loss_sum: Tensor,
@@ -21,14 +49,15 @@ def sum_gradients(
     *,
     stop: bool,
     is_cut: bool,
-) -> tuple[float, bool, bool]:
-    """Sum gradients, loss and stop flags over the processes.
+) -> Tensor:
+    """Sum gradients, loss and stop flags over the processes; return the latter three.
 
     All of them are one flat float32 tensor in one collective. Every process gets the same bits, so
     that all stop at the same step and skip the same steps. A process without batches adds zeros.
+    A single process has no flags to sum: the loss is returned alone.
     """
     if processes.count == 1:
-        return float(loss_sum), stop, is_cut
+        return loss_sum.reshape(1)
     parameters = list(parameters)
     for parameter in parameters:
         if parameter.grad is None:
@@ -41,13 +70,13 @@ def sum_gradients(
     for grad in grads:
         grad.copy_(flat[start : start + grad.numel()].view_as(grad))
         start += grad.numel()
-    return float(flat[-3]), bool(flat[-2] > 0), bool(flat[-1] > 0)
+    return flat[start:]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> Tensor:
     """Clip the global gradient norm in place (0: no clipping), and return the norm before."""
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
-    return float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
+    return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
 
 
 def is_finite_step(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScaler) -> bool:

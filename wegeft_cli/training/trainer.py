@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wegeft_cli.data.batches.base import Batch, BatchSource
+from wegeft_cli.data.batches.ahead import StepAhead
+from wegeft_cli.data.batches.base import Batch, BatchSource, PlannedSource
 from wegeft_cli.data.batches.lockstep import is_sharded, pad_to_lockstep, seed_forward
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
@@ -21,7 +22,13 @@ from wegeft_cli.models.running_statistics import trained_statistics
 from wegeft_cli.training.callbacks import Callback
 from wegeft_cli.training.ema import ParameterAverage
 from wegeft_cli.training.forward_context import autocast, offload_activations
-from wegeft_cli.training.gradients import clip_gradients, is_finite_step, sum_gradients
+from wegeft_cli.training.gradients import (
+    SummedStep,
+    clip_gradients,
+    is_finite_step,
+    read_step,
+    sum_gradients,
+)
 from wegeft_cli.training.loop_settings import LoopResult, LoopSettings
 from wegeft_cli.training.metrics import StepMetrics, Stopwatch
 from wegeft_cli.training.snapshot import (
@@ -95,6 +102,9 @@ class Trainer:
         self._stop = False
         self._learning_rate = 0.0
         self._stopwatch = Stopwatch()
+        self._ahead = None
+        if self.processes.device.type == "cuda" and isinstance(self.source, PlannedSource):
+            self._ahead = StepAhead(self._make_pinned, self.source.num_steps)
 
     def fit(self, resume_from: Snapshot | None = None) -> LoopResult:
         """Train to the last step, to the end of the patience, or until a callback asks to stop.
@@ -107,11 +117,12 @@ class Trainer:
         self.model.train()
         self._stopwatch.restart()
         while not (self.is_done or self._stop):
-            loss_sum = self.forward_backward()
-            if loss_sum is None:
+            summed = self.forward_backward()
+            self._stop = summed.stop
+            if summed.is_cut:
                 self.leave_step()
                 break
-            self.update(loss_sum)
+            self.update(summed)
             self.log_if_due()
             with self._stopwatch.paused():
                 self.validate_and_save_if_due()
@@ -161,8 +172,8 @@ class Trainer:
             self.save()
         self._stop = self.progress.validation_due
 
-    def forward_backward(self) -> float | None:
-        """Accumulate a step's gradient; return its summed loss, or None if it was interrupted."""
+    def forward_backward(self) -> SummedStep:
+        """Accumulate a step's gradient, sum it over the processes and clip it."""
         num_labels = self.source.num_label_tokens(self.step)
         own_loss_sum = torch.zeros((), device=self.processes.device)
         is_cut = False
@@ -176,11 +187,13 @@ class Trainer:
                 summed = self.loss_function(self.model, batch.to(self.processes.device))
             self._scaler.scale(summed / num_labels).backward()
             own_loss_sum += summed.detach()
-        loss_sum, self._stop, is_cut = sum_gradients(
-            self.parameters.values(), own_loss_sum, self.processes,
-            stop=is_cut or self.should_stop(), is_cut=is_cut,
-        )  # fmt: skip
-        return None if is_cut else loss_sum
+        stop = is_cut or self.should_stop()
+        sums = sum_gradients(
+            self.parameters.values(), own_loss_sum, self.processes, stop=stop, is_cut=is_cut
+        )
+        self._scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.parameters.values(), self.settings.max_grad_norm)
+        return read_step(sums, grad_norm, stop=stop, is_cut=is_cut)
 
     def leave_step(self) -> None:
         """Discard an interrupted step: the parameters have not changed, so a resume repeats it."""
@@ -188,13 +201,11 @@ class Trainer:
         if self._saved_step != self.step:
             self.save()
 
-    def update(self, loss_sum: float) -> None:
+    def update(self, summed: SummedStep) -> None:
         """Apply the step's gradient, or skip the step if it is not finite."""
-        step = self.step
+        step, loss_sum, grad_norm = self.step, summed.loss_sum, summed.grad_norm
         num_labels, num_tokens = self.source.num_label_tokens(step), self.source.num_tokens(step)
         self._learning_rate = float(self.scheduler.get_last_lr()[0])
-        self._scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.parameters.values(), self.settings.max_grad_norm)
         self.progress.step += 1
         if is_finite_step(loss_sum, grad_norm, self._scaler):
             self._apply_gradient()
@@ -311,8 +322,15 @@ class Trainer:
         )
 
     def _micro_batches(self) -> Iterable[Batch]:
-        batches = self.source.micro_batches(self.step)
+        batches: Iterable[Batch]
+        if self._ahead is None:
+            batches = self.source.micro_batches(self.step)
+        else:
+            batches = self._ahead.take(self.step)
         return pad_to_lockstep(batches, self.processes) if self._is_sharded else batches
+
+    def _make_pinned(self, step: int) -> list[Batch]:
+        return [batch.pin() for batch in self.source.micro_batches(step)]
 
     def _is_stop_requested(self) -> bool:
         """Return whether to leave the step here.

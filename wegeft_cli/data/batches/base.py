@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wegeft_cli.data.batches.ahead import copy_to
 from wegeft_cli.data.batches.sampler import StepPlan
 
 
@@ -23,6 +24,10 @@ class Batch(Protocol):
 
     def to(self, device: torch.device) -> Batch:
         """Give the batch on a device."""
+        ...
+
+    def pin(self) -> Batch:
+        """Give the batch in page-locked memory, from which a GPU copies without blocking."""
         ...
 
 
@@ -219,8 +224,15 @@ class ClassBatch:
 
     def to(self, device: torch.device) -> ClassBatch:
         """The same batch on a device."""
+        return self._each(lambda tensor: copy_to(tensor, device))
+
+    def pin(self) -> ClassBatch:
+        """The same batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ClassBatch:
         inputs = {
-            name: value.to(device) if isinstance(value, Tensor) else value
+            name: change(value) if isinstance(value, Tensor) else value
             for name, value in self.inputs.items()
         }
-        return replace(self, inputs=inputs, labels=self.labels.to(device))
+        return replace(self, inputs=inputs, labels=change(self.labels))

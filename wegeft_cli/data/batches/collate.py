@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from wegeft_cli.data.batches.ahead import copy_to
 
 IGNORED = -100
 """Label of positions that carry no loss."""
@@ -46,14 +48,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
+        return self._each(lambda tensor: copy_to(tensor, device))
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         mask = self.attention_mask
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=self.position_ids.to(device),
-            labels=self.labels.to(device),
-            label_positions=self.label_positions.to(device),
+            input_ids=change(self.input_ids),
+            attention_mask=None if mask is None else change(mask),
+            position_ids=change(self.position_ids),
+            labels=change(self.labels),
+            label_positions=change(self.label_positions),
         )
 
 

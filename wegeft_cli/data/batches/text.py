@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wegeft_cli.data.batches.ahead import StepAhead
 from wegeft_cli.data.batches.base import PlannedSource
 from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
 from wegeft_cli.data.batches.packing import lays_packs_flat, pack_rows, sum_packs
@@ -137,7 +138,7 @@ class StreamedBatches:
 
     Every process reads the whole stream and takes its rows of each global batch, cut by length as
     those of planned batches are. Where a pass over unweighted sources ends, a step takes what is
-    left of it.
+    left of it. A thread reads and tokenizes the rows of the next step while one is computed.
 
     Args:
         stream: The training rows.
@@ -170,6 +171,7 @@ class StreamedBatches:
         self._rows: list[Row] = []
         # Position of the stream before each step that can still be asked about, and passes done.
         self._places = {0: (stream.state(), stream.num_passes)}
+        self._ahead = StepAhead(self._read, plan.num_steps)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Return this process's batches of one optimizer step."""
@@ -216,6 +218,7 @@ class StreamedBatches:
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
         """Move to the position of another run's stream before a step."""
+        self._ahead.forget()
         if state:
             self._stream.seek(state)
         self._step, self._rows = step - 1, []
@@ -239,13 +242,17 @@ class StreamedBatches:
     def _rows_of(self, step: int) -> list[Row]:
         """The rows of the step under way, or of the next one, which then is."""
         if step == self._step + 1:
-            self._rows = self._stream.take(self._plan.global_batch_size)
+            self._rows, following = self._ahead.take(step)
             self._step = step
-            here = self._places[step]
-            self._places = {step: here, step + 1: (self._stream.state(), self._stream.num_passes)}
+            self._places = {step: self._places[step], step + 1: following}
         if step != self._step or not self._rows:
             raise ValueError(f"a stream at step {self._step} has no rows of step {step}")
         return self._rows
+
+    def _read(self, step: int) -> tuple[list[Row], tuple[dict[str, Any], int]]:
+        """Read the next rows of the stream, and its position behind them."""
+        rows = self._stream.take(self._plan.global_batch_size)
+        return rows, (self._stream.state(), self._stream.num_passes)
 
 
 def build_streamed_source(
