@@ -70,6 +70,9 @@ def test_a_section_without_a_space_after_a_colon(tmp_path):
         ("data: {train: [{path: a, format: alpaca}]}", "data.train[0].format", "instruction"),
         ("data: {train: [{path: a, format: sharegpt}]}", "data.train[0].format", "conversations"),
         ("adapter: qlora", "adapter", "model.load_in_4bit: true"),
+        ("train: {eval_strategy: no}", "train.eval_strategy", "remove it"),
+        ("train: {save_strategy: no}", "train.save_strategy", "`train.save_steps: 0`"),
+        ("train: {mixed_precision: no}", "train.mixed_precision", "write none"),
         ("adapter: {type: qlora}", "adapter.type", "model.load_in_4bit: true"),
     ],
 )
@@ -93,6 +96,13 @@ def test_a_missing_recipe_names_the_files_nearby(tmp_path):
     with pytest.raises(UserError) as raised:
         load_recipe(tmp_path / "other_name.yaml")
     assert "mine.yaml; `wegeft recipes copy" in raised.value.hint
+
+
+def test_a_data_file_is_not_a_recipe(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(UserError, match="not valid YAML") as raised:
+        load_recipe(tmp_path / "rows.jsonl")
+    assert "`data.train`" in raised.value.hint
 
 
 def test_a_file_without_a_question_names_the_columns_of_the_recipe(tmp_path):

@@ -118,7 +118,7 @@ eval:
         ("train: {learning_rate: .inf}", "train.learning_rate", "a finite number", None),
         ("adapter: {alpha: 1" + "0" * 400 + "}", "adapter.alpha", "the number 1000", None),
         ("train: {compile: 1}", "train.compile", "expected true or false, got the number 1", None),
-        ("train: {mixed_precision: no}", "train.mixed_precision", "got false", "none, bf16, fp16"),
+        ("train: {mixed_precision: no}", "train.mixed_precision", "got false", "write none"),
         ("train:", "train", "expected a map, got nothing", "remove the key"),
         ("train: [a]", "train", "expected a map, got a list", "its keys: per_device_train"),
         ("eval: {tasks: {a: b}}", "eval.tasks", "expected a list, got a map", "write a list"),

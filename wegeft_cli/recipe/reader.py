@@ -115,8 +115,10 @@ class ValueReader:
         read = _read_scalar(kind, value, node)
         if read is DROPPED:
             message = f"expected {_name_kind(kind)}, got {describe(value)}"
-            hint = _hint_type(kind, value, node)
-            self.errors.add(path, message, place, _hint_value(path, kind, value) or hint)
+            # The word itself: YAML reads `no` as false.
+            raw = node.value if isinstance(node, yaml.ScalarNode) else value
+            hint = explain_value(format_key(path), raw) or _hint_value(path, kind, value)
+            self.errors.add(path, message, place, hint or _hint_type(kind, value, node))
         return read
 
     def add_unknown(

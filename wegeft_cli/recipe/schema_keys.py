@@ -168,6 +168,13 @@ _VALUES = {
         "bfloat16": "write bf16",
         "float16": "write fp16",
     },
+    "train.eval_strategy": {
+        "no": "remove it: without validation rows nothing is validated, and `train.eval_steps: 0` "
+        "validates at the end alone",
+    },
+    "train.save_strategy": {
+        "no": "remove it, and set `train.save_steps: 0` to save at the end alone"
+    },
     "model.dtype": {"bf16": "write bfloat16", "fp16": "write float16", "fp32": "write float32"},
 }
 """Other tools' values of a key, with what to write instead."""

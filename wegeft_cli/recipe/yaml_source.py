@@ -318,7 +318,9 @@ def _translate(error: Exception, label: str, *, has_lines: bool) -> UserError:
             place = _place(label, mark)
     if isinstance(error, RecursionError):
         what = "nested too deeply"
-    if "\\t" in what:
+    if place.partition(":")[0].endswith((".json", ".jsonl", ".csv")):
+        hint = "a recipe is YAML: is this a data file? It belongs under `data.train`"
+    elif "\\t" in what:
         hint = "indent with spaces, not tabs"
     elif "mapping values are not allowed" in what or "found character" in what:
         hint = "quote a text that contains `: ` or begins with one of * & ! % @ `"

@@ -87,7 +87,10 @@ def load_benchmarks(names: Sequence[str], request: EvaluationRequest) -> list[Be
     """
     if not names:
         raise UserError(
-            "no task is named", key="--task", hint="such as --task gsm8k; `wegeft eval --list`"
+            "no task is named",
+            key="--task",
+            hint="such as --task gsm8k; `wegeft eval --list` lists them, and --data FILE scores a "
+            "test set of your own",
         )
     found: dict[tuple[str, str], Benchmark] = {}
     faults: list[UserError] = []
