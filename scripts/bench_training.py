@@ -1,5 +1,8 @@
 """Train one epoch of GSM8K rows by this package and by TRL's SFTTrainer: tokens a second, memory.
 
+The limit of both is measured beside them: the frozen model's forward and backward pass over the
+same tokens without padding, its head at the learned positions, without adapter and optimizer.
+
 Each variant runs in a process of its own, which gives its peak memory, and the variants take turns.
 All of them train on the same token ids and labels, made once by this package's pipeline, with the
 same thread count. Where two variants see the same first batch, its loss is that of the untouched
@@ -38,6 +41,7 @@ PACKED = "WeGeFT r 64, packed"
 ALL_POSITIONS = "WeGeFT r 64, head at all positions"
 LORA = "LoRA r 16, this package's loop"
 TRL = "LoRA r 16, TRL SFTTrainer"
+LIMIT = "limit: frozen model, no padding"
 OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     PLAIN: {},
     GROUPED: {"data": {"shuffle": True}, "train": {"group_by_length": True}},
@@ -45,8 +49,10 @@ OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
     ALL_POSITIONS: {},
     LORA: {"adapter": {"type": "lora", "r": LORA_RANK}},
 }
-VARIANTS = (*OVERRIDES, TRL)
-SAME_FIRST_BATCH = (PLAIN, ALL_POSITIONS, LORA, TRL)
+VARIANTS = (*OVERRIDES, TRL, LIMIT)
+SAME_FIRST_BATCH = (PLAIN, ALL_POSITIONS, LORA, TRL, LIMIT)
+PROFILED_STEP = 1
+"""The second step: the first one pays for what is made once."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +298,192 @@ def train_by_trl(arguments: argparse.Namespace, label: str, folder: Path) -> Mea
     )
 
 
+def build_limit(arguments: argparse.Namespace) -> Any:
+    """Load the frozen model so that its backward pass runs through all of its layers."""
+    import torch
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("rows_apart", attend_rows_apart)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, use_safetensors=True
+    )
+    model.requires_grad_(False)
+    model.to(_find_device()).train()
+    # transformers makes no mask for an attention function that it does not know.
+    model.set_attn_implementation("rows_apart")
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return model
+
+
+_row_lengths: list[int] = []
+"""Tokens of each row of the limit's forward pass."""
+
+
+def attend_rows_apart(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> tuple[Any, None]:
+    """Compute causal attention of each row by itself, of rows laid end to end."""
+    import torch
+
+    parts = zip(*(tensor.split(_row_lengths, 2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *part,
+            is_causal=True,
+            scale=options.get("scaling"),
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+        for part in parts
+    ]
+    return torch.cat(outputs, 1), None
+
+
+def step_limit(model: Any, loss_function: Any, rows: list[Any]) -> tuple[float, int]:
+    """Run the frozen model forward and backward on rows; return the summed loss and the labels."""
+    from wegeft_cli.data.batches.collate import collate_packs
+
+    batch = collate_packs([rows], pad_token_id=0, flat=True).to(_find_device())
+    _row_lengths[:] = [len(ids) for ids, _ in rows]
+    summed = loss_function(model, batch)
+    (summed / batch.num_label_tokens).backward()
+    return float(summed.detach()), batch.num_label_tokens
+
+
+def run_limit(arguments: argparse.Namespace, label: str, folder: Path) -> Measurement:
+    """Measure the limit on the rows of each step of the plain variant."""
+    import time
+
+    import torch
+
+    from wegeft_cli.models.device_memory import measure_peak_memory_gib
+    from wegeft_cli.training.loss import CausalLoss
+
+    rows = encode_rows(write_recipe(make_recipe(arguments, label, folder), folder))
+    model = build_limit(arguments)
+    loss_function = CausalLoss(model)
+    # The trial of one token, which a run makes before its first step.
+    _row_lengths[:] = [1]
+    loss_function._has_plain_logits = loss_function._check_plain_logits(model, one_token())
+    size, losses = arguments.batch_size, []
+    begin = time.perf_counter()
+    for start in range(0, len(rows), size):
+        chosen = [rows.row(i) for i in range(start, min(start + size, len(rows)))]
+        summed, num_labels = step_limit(model, loss_function, chosen)
+        losses.append(summed / num_labels)
+    seconds = time.perf_counter() - begin
+    return Measurement(
+        label=label,
+        seconds=seconds,
+        num_steps=len(losses),
+        num_rows=len(rows),
+        num_tokens=int(rows.lengths.sum()),
+        num_label_tokens=int(rows.label_counts.sum()),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        peak_gib=measure_peak_memory_gib(_find_device()),
+        num_threads=torch.get_num_threads(),
+        trainable_parameters=0,
+    )
+
+
+def one_token() -> Any:
+    """Return a batch of one row of two tokens."""
+    import numpy as np
+
+    from wegeft_cli.data.batches.collate import collate_rows
+
+    row = (np.array([1, 1]), np.array([False, True]))
+    return collate_rows([row], pad_token_id=0).to(_find_device())
+
+
+def profile(arguments: argparse.Namespace) -> dict[str, dict[str, tuple[int, float]]]:
+    """Profile one step of the plain variant, and the same rows' step of the limit.
+
+    Returns:
+        Variant -> operation -> calls, and milliseconds without those of the operations it calls.
+    """
+    import torch
+
+    from wegeft_cli.training.loss import CausalLoss
+    from wegeft_cli.training.trainer import Trainer
+
+    torch.set_num_threads(arguments.threads)
+    profiler = torch.profiler.profile()
+    forward_backward, update = Trainer.forward_backward, Trainer.update
+
+    def profiled_pass(trainer: Any) -> Any:
+        if trainer.step == PROFILED_STEP:
+            profiler.start()
+        return forward_backward(trainer)
+
+    def profiled_update(trainer: Any, *summed: Any) -> None:
+        update(trainer, *summed)
+        if trainer.step == PROFILED_STEP + 1:
+            profiler.stop()
+
+    arguments.rows = (PROFILED_STEP + 1) * arguments.batch_size
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = encode_rows(write_recipe(make_recipe(arguments, PLAIN, folder), folder))
+        Trainer.forward_backward = profiled_pass  # type: ignore[method-assign]
+        Trainer.update = profiled_update  # type: ignore[method-assign]
+        try:
+            train_here(arguments, PLAIN, folder)
+        finally:
+            Trainer.forward_backward = forward_backward  # type: ignore[method-assign]
+            Trainer.update = update  # type: ignore[method-assign]
+    found = {PLAIN: _sum_times(profiler)}
+    model = build_limit(arguments)
+    loss_function = CausalLoss(model)
+    _row_lengths[:] = [1]
+    loss_function._has_plain_logits = loss_function._check_plain_logits(model, one_token())
+    for number in range(PROFILED_STEP + 1):
+        start = number * arguments.batch_size
+        chosen = [rows.row(i) for i in range(start, start + arguments.batch_size)]
+        if number == PROFILED_STEP:
+            with torch.profiler.profile() as profiler:
+                step_limit(model, loss_function, chosen)
+        else:
+            step_limit(model, loss_function, chosen)
+    return {**found, LIMIT: _sum_times(profiler)}
+
+
+def _sum_times(profiler: Any) -> dict[str, tuple[int, float]]:
+    sums = {}
+    for entry in profiler.key_averages():
+        microseconds = max(entry.self_cpu_time_total, entry.self_device_time_total)
+        sums[entry.key] = (entry.count, microseconds / 1e3)
+    return sums
+
+
+def profile_table(found: Mapping[str, Mapping[str, tuple[int, float]]], least: float) -> str:
+    """Return a table of the operations, those that differ most first.
+
+    Args:
+        found: What `profile` returns.
+        least: Share of the step below which a difference is not listed.
+    """
+    step, limit = found[PLAIN], found[LIMIT]
+    totals = [sum(ms for _, ms in each.values()) for each in (step, limit)]
+    lines = [
+        "| operation | calls | limit's | ms | limit's ms | difference, % of the limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| all | | | {totals[0]:.1f} | {totals[1]:.1f}"
+        f" | {100 * (totals[0] / totals[1] - 1):+.1f} |",
+    ]
+    nothing = (0, 0.0)
+    pairs = {key: (step.get(key, nothing), limit.get(key, nothing)) for key in {*step, *limit}}
+    for key, (own, other) in sorted(pairs.items(), key=lambda item: item[1][1][1] - item[1][0][1]):
+        share = (own[1] - other[1]) / totals[1]
+        if abs(share) >= least:
+            lines.append(
+                f"| {key} | {own[0]} | {other[0]} | {own[1]:.1f} | {other[1]:.1f}"
+                f" | {100 * share:+.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def _find_device() -> Any:
     import torch
 
@@ -304,7 +496,7 @@ def run_variant(arguments: argparse.Namespace, label: str) -> Measurement:
 
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        train = train_by_trl if label == TRL else train_here
+        train = {TRL: train_by_trl, LIMIT: run_limit}.get(label, train_here)
         return train(arguments, label, Path(folder))
 
 
@@ -314,7 +506,8 @@ def start_variant(arguments: argparse.Namespace, label: str) -> Measurement:
         result = Path(folder) / "result.json"
         # -P: `scripts` is no place to import from.
         command = [sys.executable, "-P", __file__, "--variant", label, "--result", str(result)]
-        for name in ("rows", "batch_size", "max_length", "threads", "model"):
+        command += ["--model", arguments.layers_of or arguments.model]
+        for name in ("rows", "batch_size", "max_length", "threads"):
             command += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
         done = subprocess.run(
@@ -330,20 +523,71 @@ def start_variant(arguments: argparse.Namespace, label: str) -> Measurement:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[Measurement]]:
-    """Let the variants take turns, another one first in each round."""
+    """Let the variants take turns, another one first in each round.
+
+    Each measurement is appended to a file beside the output. A run that was interrupted continues
+    from it if the settings are the same.
+    """
+    import time
+
     labels = [VARIANTS[number] for number in arguments.variants]
+    order = [
+        (turn, label)
+        for turn in range(arguments.rounds)
+        for label in (*labels[turn % len(labels) :], *labels[: turn % len(labels)])
+    ]
+    partial = Path(f"{arguments.output}.partial")
+    done = read_partial(arguments, partial)[: len(order)]
+    begin = time.perf_counter()
+    for number, (turn, label) in enumerate(order[len(done) :], len(done) + 1):
+        latest = start_variant(arguments, label)
+        done.append(latest)
+        write_partial(arguments, partial, done)
+        minutes = (time.perf_counter() - begin) / 60
+        print(
+            f"{number} of {len(order)}, round {turn + 1}: {label}: {latest.seconds:.1f} s, "
+            f"{latest.peak_gib:.2f} GiB ({minutes:.1f} minutes so far)",
+            file=sys.stderr,
+            flush=True,
+        )
     found: dict[str, list[Measurement]] = {label: [] for label in labels}
-    for turn in range(arguments.rounds):
-        start = turn % len(labels)
-        for label in labels[start:] + labels[:start]:
-            found[label].append(start_variant(arguments, label))
-            latest = found[label][-1]
-            print(
-                f"round {turn + 1}: {label}: {latest.seconds:.1f} s, {latest.peak_gib:.2f} GiB",
-                file=sys.stderr,
-                flush=True,
-            )
+    for each in done:
+        found[each.label].append(each)
     return found
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    hidden = ("variant", "result", "profile", "layers_of")
+    return {name: value for name, value in vars(arguments).items() if name not in hidden}
+
+
+def read_partial(arguments: argparse.Namespace, path: Path) -> list[Measurement]:
+    """Return the measurements of an interrupted run with the same settings."""
+    if not path.is_file():
+        return []
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["settings"] != _settings(arguments):
+        return []
+    return [Measurement(**values) for values in saved["measurements"]]
+
+
+def write_partial(arguments: argparse.Namespace, path: Path, done: list[Measurement]) -> None:
+    """Keep the measurements of a run so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    saved = {"settings": _settings(arguments), "measurements": [asdict(each) for each in done]}
+    path.write_text(json.dumps(saved), encoding="utf-8")
+
+
+def cut_model(source: str, num_layers: int, folder: Path) -> str:
+    """Write the model's first layers and its tokenizer into a folder, and return its path."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    config.num_hidden_layers = num_layers
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, use_safetensors=True)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
 
 
 def find_disagreements(found: Mapping[str, list[Measurement]]) -> list[str]:
@@ -366,7 +610,7 @@ def describe(arguments: argparse.Namespace, found: Mapping[str, list[Measurement
 
     packages = ("torch", "transformers", "accelerate", "peft", *(("trl",) if TRL in found else ()))
     return {
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("variant", "result")},
+        "settings": _settings(arguments),
         "platform": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in packages},
         "disagreements": find_disagreements(found),
@@ -376,7 +620,10 @@ def describe(arguments: argparse.Namespace, found: Mapping[str, list[Measurement
                 "median_seconds": statistics.median(run.seconds for run in runs),
                 "tokens_per_second": _rate(runs, "num_tokens"),
                 "rows_per_second": _rate(runs, "num_rows"),
+                "of_limit": _ratio(found.get(LIMIT), runs, "seconds"),
+                "of_trl": _ratio(runs, found.get(TRL), "seconds"),
                 "peak_gib": max(run.peak_gib for run in runs),
+                "peak_of_trl": _ratio(found.get(TRL), runs, "peak_gib"),
                 "rounds": [asdict(run) for run in runs],
             }
             for label, runs in found.items()
@@ -386,6 +633,18 @@ def describe(arguments: argparse.Namespace, found: Mapping[str, list[Measurement
 
 def _rate(runs: list[Measurement], name: str) -> float:
     return getattr(runs[0], name) / statistics.median(run.seconds for run in runs)
+
+
+def _ratio(
+    below: list[Measurement] | None, above: list[Measurement] | None, name: str
+) -> float | None:
+    """Return the ratio of two medians; None where one was not measured."""
+    if not (below and above):
+        return None
+    upper, lower = (
+        statistics.median(getattr(run, name) for run in runs) for runs in (above, below)
+    )
+    return upper / lower
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -399,19 +658,28 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         f" at most {settings['max_length']} tokens, float32, {first['num_threads']} threads on"
         f" {result['platform']}; {versions}; median of {settings['rounds']} interleaved rounds",
         "",
-        "| variant | trainable | steps | s | tokens/s | rows/s | peak GiB | first, last loss |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "Time is a multiple of the limit's; rows per second and memory are multiples of TRL's.",
+        "",
+        "| variant | trainable | steps | s | of the limit | tokens/s | rows/s | of TRL | peak GiB"
+        " | of TRL | first, last loss |",
+        "| --- |" + " ---: |" * 10,
     ]
     for variant in variants:
         run = variant["rounds"][0]
         lines.append(
             f"| {variant['label']} | {run['trainable_parameters']:,} | {run['num_steps']}"
-            f" | {variant['median_seconds']:.1f} | {variant['tokens_per_second']:,.0f}"
-            f" | {variant['rows_per_second']:.2f} | {variant['peak_gib']:.2f}"
+            f" | {variant['median_seconds']:.1f} | {_show(variant['of_limit'])}"
+            f" | {variant['tokens_per_second']:,.0f} | {variant['rows_per_second']:.2f}"
+            f" | {_show(variant['of_trl'])} | {variant['peak_gib']:.2f}"
+            f" | {_show(variant['peak_of_trl'])}"
             f" | {run['first_loss']:.5f}, {run['last_loss']:.4f} |"
         )
     lines += ["", *(f"NOT THE SAME: {text}" for text in result["disagreements"])]
     return "\n".join(lines).rstrip()
+
+
+def _show(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -419,11 +687,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time an epoch of training beside TRL.")
     parser.add_argument("data", nargs="?", help="GSM8K's train.jsonl (question, answer)")
     parser.add_argument("--rows", type=int, default=512, help="rows of the file, from its start")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row, or of a pack")
-    parser.add_argument("--rounds", type=int, default=3, help="epochs of each variant")
+    parser.add_argument("--rounds", type=int, default=2, help="epochs of each variant")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--model", default=MODEL, help="model folder")
+    parser.add_argument("--layers", type=int, help="take only the first layers of the model")
+    parser.add_argument(
+        "--profile", action="store_true", help="one step's operations beside the limit's"
+    )
     parser.add_argument("--output", default=OUTPUT, help="file for the JSON result")
     names = ", ".join(f"{number} {label}" for number, label in enumerate(VARIANTS))
     parser.add_argument(
@@ -434,6 +706,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
+    parser.set_defaults(layers_of=None)  # the folder of the first layers
     arguments = parser.parse_args(argv)
     if arguments.data is None or not Path(arguments.data).is_file():
         parser.error(
@@ -453,10 +726,19 @@ def main(argv: list[str] | None = None) -> None:
         measured = run_variant(arguments, arguments.variant)
         Path(arguments.result).write_text(json.dumps(asdict(measured)), encoding="utf-8")
         return
-    result = describe(arguments, measure(arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.layers is not None:
+            arguments.layers_of = cut_model(arguments.model, arguments.layers, Path(folder))
+        if arguments.profile:
+            arguments.model = arguments.layers_of or arguments.model
+            print(profile_table(profile(arguments), least=0.005))
+            return
+        found = measure(arguments)
+    result = describe(arguments, found)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Path(f"{arguments.output}.partial").unlink(missing_ok=True)
     print(to_markdown(result))
     if result["disagreements"]:
         sys.exit(1)

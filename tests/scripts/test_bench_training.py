@@ -44,16 +44,22 @@ def test_variants_train_the_same_rows(script: ModuleType, words: list[str]) -> N
         found = {label: [script.run_variant(arguments, label)] for label in here}
     finally:
         torch.set_num_threads(threads)
-    assert len(found) == 5
+    assert len(found) == 6
     assert script.find_disagreements(found) == []
     plain = found[script.PLAIN][0]
     assert (plain.num_rows, plain.num_steps) == (NUM_ROWS, 3)
     assert found[script.PACKED][0].num_steps < 10
     assert found[script.LORA][0].trainable_parameters != plain.trainable_parameters
+    limit = found[script.LIMIT][0]
+    assert (limit.num_steps, limit.trainable_parameters) == (plain.num_steps, 0)
     full = found[script.ALL_POSITIONS][0]
     assert full.last_loss == pytest.approx(plain.last_loss, rel=FLOAT32_TOLERANCE)
     result = script.describe(arguments, found)
     assert json.loads(json.dumps(result))["variants"][0]["label"] == script.PLAIN
+    for variant in result["variants"]:
+        seconds = found[variant["label"]][0].seconds
+        assert variant["of_limit"] == pytest.approx(seconds / limit.seconds)
+        assert variant["of_trl"] is None  # it was not run
     table = script.to_markdown(result).splitlines()
     assert len([line for line in table if line.startswith("| ")]) == 2 + len(here)
 
@@ -81,6 +87,90 @@ def test_all_positions_give_the_loss_of_the_labelled_ones(
         kept = float(CausalLoss(model)(model, batch))
     assert full == pytest.approx(kept, rel=FLOAT32_TOLERANCE)
     assert full > 1
+
+
+def test_the_limit_has_the_gradient_of_each_row_by_itself(
+    script: ModuleType, words: list[str]
+) -> None:
+    arguments = script.parse_arguments(words)
+    model = script.build_limit(arguments)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    random = np.random.default_rng(0)
+    rows = [(random.integers(4, 300, n), np.arange(n) >= n // 2) for n in (9, 5, 7)]
+    made: list[torch.Tensor] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: made.append(output))
+    loss = CausalLoss(model)
+    loss._has_plain_logits = True
+
+    def run(chosen: list[Any]) -> tuple[float, int, torch.Tensor]:
+        made.clear()
+        inputs: list[torch.Tensor] = []
+        handle = embeddings.register_forward_hook(
+            lambda module, args, output: (output.retain_grad(), inputs.append(output))[0]
+        )
+        summed, labels = script.step_limit(model, loss, chosen)
+        handle.remove()
+        assert inputs[0].grad is not None
+        return summed, labels, inputs[0].grad[0] * labels
+
+    whole = run(rows)
+    parts = [run([row]) for row in rows]
+    assert whole[1] == sum(part[1] for part in parts)
+    assert whole[0] == pytest.approx(sum(part[0] for part in parts), rel=FLOAT32_TOLERANCE)
+    gradient = torch.cat([part[2] for part in parts])
+    size = float(gradient.abs().max())
+    assert size > 0
+    assert (whole[2] - gradient).abs().max() < FLOAT32_TOLERANCE * size
+
+
+def test_a_profile_names_what_lies_between(script: ModuleType, words: list[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        found = script.profile(script.parse_arguments(words))
+    finally:
+        torch.set_num_threads(threads)
+    step, limit = found[script.PLAIN], found[script.LIMIT]
+    assert step["aten::mm"][0] > limit["aten::mm"][0] > 0  # the factors' products
+    assert any("Optimizer" in name for name in step)
+    assert not any("Optimizer" in name for name in limit)
+    table = script.profile_table(found, least=0.0).splitlines()
+    assert len(table) == 3 + len({*step, *limit})
+
+
+def test_first_layers_are_those_of_the_model(
+    script: ModuleType, llama_dir: Path, tmp_path: Path
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(llama_dir)
+    cut = AutoModelForCausalLM.from_pretrained(
+        script.cut_model(str(llama_dir), 1, tmp_path / "cut")
+    )
+    assert len(cut.model.layers) == 1 < len(whole.model.layers)
+    weights = [model.model.layers[0].mlp.up_proj.weight for model in (whole, cut)]
+    assert torch.equal(*weights)
+
+
+def test_an_interrupted_run_continues(
+    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    order: list[str] = []
+
+    def start(arguments: Any, label: str) -> Any:
+        order.append(label)
+        if len(order) == 4:
+            raise KeyboardInterrupt
+        return make_measurement(script, label, seconds=float(len(order)))
+
+    monkeypatch.setattr(script, "start_variant", start)
+    own = [*words, "--variants", "0,2,6", "--output", str(tmp_path / "out.json")]
+    with pytest.raises(KeyboardInterrupt):
+        script.measure(script.parse_arguments(own))
+    found = script.measure(script.parse_arguments(own))
+    assert len(order) == 4 + 3
+    assert found[script.PLAIN][0].seconds == 1.0
+    assert {len(runs) for runs in found.values()} == {2}
+    other = script.parse_arguments([*own, "--threads", "2"])
+    assert script.read_partial(other, tmp_path / "out.json.partial") == []
 
 
 def make_measurement(script: ModuleType, label: str, **changes: Any) -> Any:
@@ -114,7 +204,7 @@ def test_what_is_not_the_same_is_told(
 
 
 def test_variants_take_turns(
-    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     order: list[str] = []
 
@@ -123,7 +213,8 @@ def test_variants_take_turns(
         return make_measurement(script, label, seconds=float(len(order)))
 
     monkeypatch.setattr(script, "start_variant", start)
-    found = script.measure(script.parse_arguments([*words, "--variants", "0,2,5"]))
+    own = [*words, "--variants", "0,2,5", "--output", str(tmp_path / "out.json")]
+    found = script.measure(script.parse_arguments(own))
     labels = [script.VARIANTS[number] for number in (0, 2, 5)]
     assert order == [*labels, *labels[1:], labels[0]]
     assert [run.seconds for run in found[labels[0]]] == [1.0, 6.0]
