@@ -30,7 +30,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site release-check \
-	bench-classification test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
+	bench-classification test-lowest test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,26 @@ $(VLLM)/.setup-done: constraints.txt
 
 test-vllm: setup $(VLLM)/.setup-done ## Serve adapters and merged models by vLLM on the CPU and compare the tokens (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers/test_vllm.py
+
+# The lowest versions that pyproject.toml allows, in an environment of their own: torch from the package index is the
+# CUDA build (3 GB). uv finds the versions; typer's is named, because transformers brings a newer one.
+LOWEST := .cache/lowest
+LOWEST_TESTS := $(addprefix tests/,methods/test_equations.py methods/test_folding.py methods/test_inject.py methods/test_autograd.py \
+	methods/test_trained_modules.py artifacts training/test_loop.py training/test_packed.py \
+	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py))
+
+$(LOWEST)/.setup-done: pyproject.toml
+	@echo "== setup: installing the lowest supported versions into $(LOWEST) (some minutes, once)"
+	"$(PYTHON)" -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[peft,vision]' \
+		'typer==0.15.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
+	@touch $@
+
+test-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate, export and their tests with the lowest versions (10 minutes)
+	$(LOWEST)/bin/python scripts/main_road.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) $(LOWEST_TESTS) -m "not slow and not gpu" \
+		-W ignore::DeprecationWarning
 
 # Damages of each kind of file.
 DAMAGES := 100

@@ -119,7 +119,10 @@ class InstalledCommands:
 
     def run(self, *arguments: str) -> Any:
         """Run a command with `--json` and return its object; exit if it fails."""
-        command = [str(Path(sys.executable).parent / "wegeft"), *arguments, "--json"]
+        script = Path(sys.executable).parent / "wegeft"
+        # An environment that `uv run --with` lays over another one has no scripts.
+        start_words = [str(script)] if script.exists() else [sys.executable, "-m", "wegeft_cli"]
+        command = [*start_words, *arguments, "--json"]
         start = time.monotonic()
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True

@@ -141,8 +141,9 @@ def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
         # By name: the sandbox imports this module without site packages.
         if type(error).__name__ != "SafetensorError":
             raise
-        # safetensors wraps the system's error in a text: "... (os error 28)".
-        found = re.search(r"\(os error (\d+)\)", str(error))
+        # safetensors wraps the system's error in a text: "... (os error 28)"; old versions write
+        # "Os { code: 28, ...".
+        found = re.search(r"(?:\(os error |Os \{ code: )(\d+)", str(error))
         if found is None:
             raise
         code = int(found[1])

@@ -18,7 +18,11 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+try:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+except ImportError:  # transformers before 5.4
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 from families.names import DIMENSIONS, EDGE, EXTRA, VOCABULARY, WHOLE_MODEL, WITH_IMAGES
 

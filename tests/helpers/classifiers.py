@@ -11,7 +11,11 @@ import torch
 import yaml
 from PIL import Image
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+try:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+except ImportError:  # transformers before 5.4
+    from transformers import ViTImageProcessor as ViTImageProcessorPil
 
 EDGE = 8
 

@@ -15,6 +15,7 @@ from wegeft_cli.methods.wegeft.inject import (
     remove_generators,
     use_generators,
 )
+from wegeft_cli.models.kernels import enable_checkpointing
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 EXACT = 1e-10  # float64 through a few layers
@@ -249,7 +250,7 @@ class TestWeightDropout:
                 inject_generators(model, rank=4, target_modules=FIVE, dropout=0.3), std=0.05
             )
             if checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False})
+                enable_checkpointing(model)
             torch.manual_seed(11)
             model(ids, labels=ids, use_cache=False).loss.backward()
             grads.append([p.grad for p in generators.parameters()])

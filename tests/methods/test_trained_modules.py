@@ -20,6 +20,7 @@ from wegeft_cli.methods.wegeft.inject import (
 from wegeft_cli.methods.wegeft.targets import find_linears
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 from wegeft_cli.models.heads import find_head_modules
+from wegeft_cli.models.kernels import enable_checkpointing
 
 TARGETS = ["q_proj", "v_proj"]
 # Outside the layers, inside them, an embedding, a norm, a linear: all that a language model has.
@@ -74,7 +75,7 @@ def test_only_they_and_the_factors_learn(make_llama, ids, dtype, checkpointing):
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     generators = inject(model)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {n for n, _ in model.named_parameters() if n.startswith("wegeft.")}
     assert len(learning) == 4 + NUM_SAVED
@@ -95,7 +96,7 @@ def test_checkpointing_gives_the_same_gradients(make_llama, ids, perturb):
         model = make_llama().train()
         generators = perturb(inject(model))
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model(ids, labels=ids, use_cache=False).loss.backward()
         grads.append([p.grad for p in generators.trainable()])
     assert len(grads[0]) == 4 + NUM_SAVED
@@ -110,11 +111,11 @@ def test_a_layer_trained_whole_may_be_one_that_recomputes(make_llama, ids, dtype
     for checkpointing in (False, True):
         model = make_llama().to(dtype).train()
         if checkpointing and first == "checkpointing":
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         targets = ["layers.0.self_attn.q_proj"]
         generators = inject(model, ["layers.1"], target_modules=targets)
         if checkpointing and first == "inject":
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         for use_cache in (False, True):
             model(ids, labels=ids, use_cache=use_cache).loss.backward()
         grads.append([p.grad for p in generators.trainable()])

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 TARGETS = {
     *("setup", "format", "lint", "types", "imports", "test", "test-slow", "recipes"),
-    *("families", "test-peft-suite", "test-vllm"),
+    *("families", "test-peft-suite", "test-vllm", "test-lowest"),
     *(
         "check",
         "bench",

@@ -9,6 +9,7 @@ from loop_hooks import LoopHooks
 from wegeft_cli.data.batches.ahead import StepAhead
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
+from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.training.gradients import clip_gradients, read_step, sum_gradients
 from wegeft_cli.training.trainer import Trainer
 
@@ -167,7 +168,7 @@ def test_checkpointing_changes_no_gradient(make_model, make_source, run, factors
     for checkpointing in (False, True):
         model = make_model(dropout=dropout)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         counter = Counter()
         model.model.layers[0].mlp.register_forward_pre_hook(counter)
         torch.manual_seed(5)

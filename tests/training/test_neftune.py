@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.training.neftune import add_neftune
 
 NUM_ROWS, NUM_TOKENS, WIDTH = 16, 50, 32
@@ -78,7 +79,7 @@ def test_noise_stands_checkpointing(make_model, make_source, run, factors_of):
         model = make_model()
         add_neftune(model, 5.0)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         torch.manual_seed(1)
         run(model, make_source(num_steps=2))
         ends.append(factors_of(model))

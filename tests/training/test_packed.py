@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from wegeft_cli.data.batches.collate import Batch, collate_packs
+from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.training.loss import CausalLoss
 
 # Float32 sums in another order, over a two-layer model.
@@ -128,7 +129,7 @@ def test_loss_and_gradients_are_those_of_separate_rows(
     model = make_model(name, attention)
     assert packed.num_padding > 0
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     else:
         assert model.config.use_cache  # what the model would do by itself, in training too
     expected = sum_alone(model, rows)

@@ -60,9 +60,9 @@ class FileNames:
         found: dict[str, str] = {}
         for name in self._modules:
             if name + _WEIGHT in self._own:
-                file_name, pattern = rename_source_key(
-                    name + _WEIGHT, steps, converters, reverse=True
-                )
+                # In reverse the converters come first.
+                file_name, pattern = rename_source_key(name + _WEIGHT, [], converters)
+                file_name, _ = rename_source_key(file_name, steps, [])
                 if pattern is None and file_name != name + _WEIGHT:
                     found[name] = file_name.removesuffix(_WEIGHT)
         return found

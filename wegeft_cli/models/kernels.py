@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,4 +91,17 @@ def enable_checkpointing(model: Any) -> None:
         )
     # Reentrant checkpointing silently gives wrong gradients for parameters shared by layers if
     # the backward pass has hooks.
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    _find_switch(model, "enable")({"use_reentrant": False})
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Disable activation checkpointing."""
+    _find_switch(model, "disable")()
+
+
+def _find_switch(model: Any, verb: str) -> Callable[..., None]:
+    """Return the model's method, which older versions of transformers call by another name."""
+    name = f"activation_checkpointing_{verb}"
+    older = f"gradient_checkpointing_{verb}"
+    switch: Callable[..., None] = getattr(model, name if hasattr(model, name) else older)
+    return switch

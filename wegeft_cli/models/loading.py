@@ -59,11 +59,10 @@ def build_meta_model(
     config: Any, *, trust_remote_code: bool = False, head: HeadSpec | None = None
 ) -> nn.Module:
     """Build a model on the meta device (without weights), for counts and checks."""
+    auto_class = _auto_class(head)  # some versions compute while they are imported
     with quiet_transformers(), torch.device("meta"):
         try:
-            model: nn.Module = _auto_class(head).from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            model: nn.Module = auto_class.from_config(config, trust_remote_code=trust_remote_code)
             return model
         except ValueError as error:
             raise BaseModelError(

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, pytorch_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from wegeft_cli.data.batches.base import BatchShape
-from wegeft_cli.models.kernels import enable_checkpointing
+from wegeft_cli.models.kernels import disable_checkpointing, enable_checkpointing
 from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 from wegeft_cli.tasks.registry import adapter_section, find_task, inject_adapter
@@ -27,6 +27,9 @@ from wegeft_cli.training.forward_context import autocast
 
 # Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
 # kernel that it has no mask for: the same kernel under a name of our own.
+GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
+"""torch's product of experts, which old versions do not have."""
+
 _UNMASKED = "sdpa_without_mask"
 AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 
@@ -63,7 +66,7 @@ def trace_step(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     try:
         memory = _trace(model, recipe, shape)
         if recipe.train.gradient_checkpointing:
-            model.activation_checkpointing_disable()
+            disable_checkpointing(model)
             whole = _trace(model, recipe, shape)
             enable_checkpointing(model)
             memory = replace(memory, blocks=whole.blocks)
@@ -309,7 +312,7 @@ class _GroupedProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not torch.ops.aten._grouped_mm.default:
+        if GROUPED_PRODUCT is None or func is not GROUPED_PRODUCT.default:
             return func(*args, **(kwargs or {}))
         return args[0].new_empty(grouped_shape(*args[:3], **(kwargs or {})))
 

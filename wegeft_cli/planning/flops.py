@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.planning.batch_shapes import BatchShapes
-from wegeft_cli.planning.fake_step import count_equal_layers, num_layers, without_values
+from wegeft_cli.planning.fake_step import (
+    GROUPED_PRODUCT,
+    count_equal_layers,
+    num_layers,
+    without_values,
+)
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.training.forward_context import autocast
@@ -23,8 +29,7 @@ def _count_grouped(left: Any, right: Any, *args: Any, out_val: Any = None, **kwa
 
 
 # The counter knows the GPU's fused attention, not the CPU's, which does as much, and no experts.
-OPERATIONS = {
-    torch.ops.aten._grouped_mm: _count_grouped,
+OPERATIONS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *args, out_val=None, **kwargs: sdpa_flop_count(query, key, value)
     ),
@@ -34,6 +39,8 @@ OPERATIONS = {
         )
     ),
 }
+if GROUPED_PRODUCT is not None:
+    OPERATIONS[GROUPED_PRODUCT] = _count_grouped
 
 
 def count_flops(model: Any, recipe: Recipe, shapes: BatchShapes) -> tuple[float, float]:
