@@ -23,11 +23,20 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_every_name_is_there():
-    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 24
+    assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 25
     for name in wegeft_cli.__all__:
         assert getattr(wegeft_cli, name) is not None
         assert name in dir(wegeft_cli)
-    for name in ("train", "sweep", "merge", "evaluate", "generate", "plan", "load_adapter"):
+    for name in (
+        "train",
+        "sweep",
+        "bench",
+        "merge",
+        "evaluate",
+        "generate",
+        "plan",
+        "load_adapter",
+    ):
         assert callable(getattr(wegeft_cli, name))
     for name in ("inspect", "ablate", "edit", "report"):
         assert callable(getattr(wegeft_cli, name))

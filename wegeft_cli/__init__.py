@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from wegeft_cli.planning.plan import plan
     from wegeft_cli.planning.preview import preview
     from wegeft_cli.recipe.load import load_recipe
+    from wegeft_cli.runs.bench.bench import bench
     from wegeft_cli.runs.sweep import sweep
     from wegeft_cli.runs.train import train
 
@@ -58,6 +59,7 @@ _HOMES = {
     "load_recipe": "wegeft_cli.recipe.load",
     "train": "wegeft_cli.runs.train",
     "sweep": "wegeft_cli.runs.sweep",
+    "bench": "wegeft_cli.runs.bench.bench",
     "merge": "wegeft_cli.merging.merge",
     "evaluate": "wegeft_cli.evaluation.evaluate",
     "plan": "wegeft_cli.planning.plan",
@@ -74,6 +76,7 @@ __all__ = [
     "UserError",
     "__version__",
     "ablate",
+    "bench",
     "disable_generators",
     "edit",
     "evaluate",

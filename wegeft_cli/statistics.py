@@ -109,3 +109,84 @@ def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
     half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
     # Rounding must not push a bound past the share itself at the ends.
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+@dataclass(frozen=True)
+class PairedMeans:
+    """How two methods differ over the same seeds."""
+
+    n: int
+    """Number of pairs."""
+    difference: float
+    """Mean of B less A."""
+    std: float | None
+    """Standard deviation of the differences; None for one pair."""
+    t_test_p: float | None
+    """Two-sided p-value of the paired t-test; None for one pair."""
+    sign_flip_p: float | None
+    """Two-sided p-value of the exact sign-flip test; None above `MAX_FLIPPED` pairs."""
+    least_sign_flip_p: float
+    """The smallest p-value that the sign-flip test can have with n pairs, 2 / 2^n."""
+
+
+MAX_FLIPPED = 16
+"""Most pairs whose signs are flipped in every way."""
+
+
+def compare_means(a: Sequence[float], b: Sequence[float]) -> PairedMeans:
+    """Compare two methods' figures on the same seeds, in the same order.
+
+    Raises:
+        ValueError: If there are no pairs, or unequal numbers.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError("both need a figure for each seed, at least one")
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    n = len(differences)
+    mean = math.fsum(differences) / n
+    std = None
+    if n > 1:
+        std = math.sqrt(math.fsum((each - mean) ** 2 for each in differences) / (n - 1))
+    return PairedMeans(
+        n=n,
+        difference=mean,
+        std=std,
+        t_test_p=None if std is None else _t_test_p(mean, std, n),
+        sign_flip_p=_sign_flip_p(differences) if n <= MAX_FLIPPED else None,
+        least_sign_flip_p=2.0 ** (1 - n),
+    )
+
+
+def _t_test_p(mean: float, std: float, n: int) -> float:
+    """Return the two-sided p-value of Student's t with n - 1 degrees of freedom."""
+    if std == 0:
+        return 1.0 if mean == 0 else 0.0
+    return student_t_tails(abs(mean) / std * math.sqrt(n), n - 1)
+
+
+def student_t_tails(t: float, degrees: int) -> float:
+    """Return the probability of |T| >= t for Student's t (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    sine, cosine_2 = math.sin(angle), math.cos(angle) ** 2
+    is_odd = degrees % 2 == 1
+    term, total = 1.0, 1.0
+    for k in range(2 if not is_odd else 3, degrees, 2):
+        term *= (k - 1) / k * cosine_2
+        total += term
+    if not is_odd:
+        return max(0.0, 1 - sine * total)
+    inside = angle if degrees == 1 else angle + sine * math.cos(angle) * total
+    return max(0.0, 1 - 2 / math.pi * inside)
+
+
+def _sign_flip_p(differences: Sequence[float]) -> float:
+    """Return the share of all sign patterns whose sum is at least as far from zero.
+
+    If the methods were equal, each difference would have either sign with the same probability.
+    """
+    sums = [0.0]
+    for each in differences:
+        sums = [total + sign for total in sums for sign in (each, -each)]
+    # Sums that differ by rounding alone are equal.
+    least = abs(math.fsum(differences)) - 1e-12 * math.fsum(map(abs, differences))
+    return sum(abs(total) >= least for total in sums) / len(sums)

@@ -13,7 +13,8 @@ from wegeft_cli.cli.app import HELP, app
 from wegeft_cli.errors import EXIT_DONE, EXIT_USER
 
 PAGES = [
-    [], ["train"], ["sweep"], ["merge"], ["export"], ["eval"], ["compare"], ["generate"], ["chat"],
+    [], ["train"], ["sweep"], ["bench"], ["merge"], ["export"], ["eval"], ["compare"], ["generate"],
+    ["chat"],
     ["serve"],
     ["inspect"], ["edit"], ["report"], ["validate"], ["plan"], ["preview"],
     ["recipes"], ["recipes", "list"], ["recipes", "show"], ["recipes", "copy"],

@@ -16,7 +16,7 @@ NO_TARGET = "no-such-folder/no-such-target"
 BAD_RECIPE = "seed: many\nadapter: {r: 0, no_such_key: 1}\n"
 # What a command needs beside its target to get as far as looking for it.
 WORDS = {"eval": ["--task", "boolq"], "generate": ["--prompt", "Hello"]}
-TAKES_RECIPE = ("train", "sweep", "validate", "plan", "preview")
+TAKES_RECIPE = ("train", "sweep", "bench", "validate", "plan", "preview")
 
 
 def list_commands(command: Any = None, path: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy
 import pytest
 
-from wegeft_cli.statistics import compare_paired, mcnemar_exact
+from wegeft_cli.statistics import compare_means, compare_paired, mcnemar_exact
 
 
 def by_enumeration(only_a: int, only_b: int) -> float:
@@ -46,3 +47,31 @@ def test_every_row_is_counted_once() -> None:
 def test_other_rows_are_no_pairs(b: dict[int, bool]) -> None:
     with pytest.raises(ValueError, match="same rows"):
         compare_paired({0: True}, b)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 9])
+def test_means_over_seeds_are_tested_as_scipy_does(n):
+    stats = pytest.importorskip("scipy.stats")
+    random = numpy.random.default_rng(n)
+    a, b = random.normal(size=(2, n))
+    found = compare_means(a.tolist(), b.tolist())
+    assert found.difference == pytest.approx((b - a).mean())
+    assert found.std == pytest.approx((b - a).std(ddof=1))
+    assert found.t_test_p == pytest.approx(stats.ttest_rel(b, a).pvalue, abs=1e-12)
+    flipped = stats.permutation_test(
+        (b - a,), numpy.sum, permutation_type="samples", n_resamples=1e5
+    )
+    assert found.sign_flip_p == pytest.approx(flipped.pvalue)
+    assert found.least_sign_flip_p == 2 / 2**n
+
+
+def test_few_or_equal_seeds_prove_nothing():
+    one = compare_means([1.0], [2.0])
+    assert (one.std, one.t_test_p, one.sign_flip_p) == (None, None, 1.0)
+    same = compare_means([1.0, 2.0], [1.0, 2.0])
+    assert (same.t_test_p, same.sign_flip_p) == (1.0, 1.0)
+    assert compare_means([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]).sign_flip_p == 0.25
+    assert compare_means([0.0] * 17, [1.0] * 17).sign_flip_p is None
+    for a, b in (([], []), ([1.0], [1.0, 2.0])):
+        with pytest.raises(ValueError, match="each seed"):
+            compare_means(a, b)

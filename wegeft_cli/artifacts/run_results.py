@@ -134,7 +134,7 @@ def average(outcomes: Sequence[RunOutcome]) -> list[SweepRow]:
                 num_runs=len(members),
                 num_finished=len(finished),
                 figures={
-                    name: _describe([m.figures[name] for m in finished if name in m.figures])
+                    name: describe_values([m.figures[name] for m in finished if name in m.figures])
                     for name in names
                 },
             )
@@ -155,7 +155,8 @@ def find_best(rows: Sequence[SweepRow], metric: str) -> SweepRow | None:
     return min(whole, key=lambda row: sign * row.figures[figure].mean)
 
 
-def _describe(values: list[float]) -> Statistic:
+def describe_values(values: list[float]) -> Statistic:
+    """Return mean, standard deviation and number of some values."""
     std = statistics.stdev(values) if len(values) > 1 else None
     return Statistic(statistics.fmean(values), std, len(values))
 

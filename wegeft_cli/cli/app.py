@@ -25,6 +25,7 @@ _PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirec
 HELP = {
     "train": "Train the recipe's adapter and write it to the output folder.",
     "sweep": "Train every combination of the recipe's `sweep` and compare them. Rerun to resume.",
+    "bench": "Compare methods on the same data, batches, steps and evaluation. Rerun to resume.",
     "merge": "Merge adapters into their base model, one tensor at a time.",
     "export": "Export an adapter as an exact LoRA equivalent, or an adapter or a model as GGUF.",
     "eval": "Score a model on test sets by a named protocol and log every sample.",

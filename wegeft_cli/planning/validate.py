@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ def check_names(loaded: LoadedRecipe) -> Iterator[UserError]:
     yield from _check_settings(loaded)
 
 
+def check_all_names(recipes: Iterable[LoadedRecipe]) -> None:
+    """Raise every distinct fault of `check_names` over several recipes."""
+    found = [fault for loaded in recipes for fault in check_names(loaded)]
+    raise_all(list({str(fault): fault for fault in found}.values()))
+
+
 def _check_task(name: str, key: str, loaded: LoadedRecipe, *, is_own: bool) -> Iterator[UserError]:
     """Yield a fault if a task does not exist or the recipe's protocol does not score it."""
     try:
@@ -132,8 +138,7 @@ def _check_targets(loaded: LoadedRecipe) -> str:
 def _check_sweep(path: str | Path, overrides: Sequence[str]) -> str:
     """Check every combination of the sweep, and say how many there are."""
     runs = load_sweep(path, overrides).runs
-    found = [fault for run in runs for fault in check_names(run.loaded)]
-    raise_all(list({str(fault): fault for fault in found}.values()))
+    check_all_names(run.loaded for run in runs)
     return f"all of that holds for each of the {len(runs)} runs of `sweep`"
 
 

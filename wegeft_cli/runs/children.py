@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.artifacts.run_results import RunOutcome, read_outcome
@@ -47,24 +48,30 @@ class ChildEnd:
 class Child:
     """A command of this package in a process of its own, whose output goes to the end of a file.
 
-    If this process is killed, the child saves and exits, see `follow_starter`.
+    What it prints on standard output goes to `output`, if that is given. If this process is killed,
+    the child saves and exits, see `follow_starter`.
     """
 
     def __init__(
-        self, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        words: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        output: Path | None = None,
     ) -> None:
         # -P: a file called json.py in the working folder is no module.
         command = [sys.executable, "-P", "-m", "wegeft_cli", *words]
         self._log = log
         self._is_stopping = False
-        with disk_errors(log), log.open("ab") as file:
+        with disk_errors(log), log.open("ab") as file, ExitStack() as stack:
             self._start = file.tell()
+            printed = file if output is None else stack.enter_context(output.open("wb"))
             # Ctrl-C does not reach a separate process group: the child would receive it twice, and
             # a second one means that it should not save.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=file,
+                stdout=printed,
                 stderr=file,
                 process_group=0,
                 env={**os.environ, **(environment or {}), VARIABLE: str(os.getpid())},
@@ -125,14 +132,14 @@ def run_child(
     log: Path,
     should_stop: Callable[[], bool],
     on_poll: Callable[[], None] = lambda: None,
-    environment: Mapping[str, str] | None = None,
+    output: Path | None = None,
 ) -> ChildEnd:
     """Run a command of this package and wait for it.
 
     `should_stop` and `on_poll` are called several times a second; true lets the child save and
     exit. A KeyboardInterrupt is raised after the child has ended.
     """
-    child = Child(words, log, environment)
+    child = Child(words, log, output=output)
     try:
         while (code := child.wait(POLL_SECONDS)) is None:
             on_poll()
@@ -142,6 +149,36 @@ def run_child(
         child.kill()
         raise
     return child.describe_end(code, was_asked=should_stop())
+
+
+def refuse_launcher(what: str) -> None:
+    """Raise UserError where a launcher has started several processes of a command."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{what} starts its runs itself, one process each",
+            hint="start it without a launcher, or train each run under one",
+        )
+
+
+def check_runs(runs: Sequence[SweepRun], train: Callable[..., Any], reporter: Reporter) -> None:
+    """Make all checks of a dry run of `train`, once for all seeds of a combination."""
+    distinct: dict[str, SweepRun] = {}
+    for run in runs:
+        distinct.setdefault(repr(replace(run.loaded.recipe, seed=0, output_dir="")), run)
+    faults: dict[str, UserError] = {}
+    with reporter.progress("checking", len(distinct)) as advance:
+        for done, run in enumerate(distinct.values(), start=1):
+            try:
+                train(run.loaded, resume="auto", dry_run=True)
+            except UserError as fault:
+                faults.setdefault(str(fault), fault)
+            except ExceptionGroup as group:
+                for each in group.exceptions:
+                    if not isinstance(each, UserError):
+                        raise
+                    faults.setdefault(str(each), each)
+            advance(done)
+    raise_all(list(faults.values()))
 
 
 def check_recipes(runs: Sequence[tuple[LoadedRecipe, Path]]) -> None:

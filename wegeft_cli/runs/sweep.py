@@ -6,7 +6,6 @@ This process loads no torch; each run is a child process.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +19,18 @@ from wegeft_cli.artifacts.run_results import (
     find_best,
 )
 from wegeft_cli.artifacts.sweep_table import TABLE_NAME
-from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.planning.validate import check_names
+from wegeft_cli.planning.validate import check_all_names
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import Recipe
-from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
+from wegeft_cli.recipe.sweep import LoadedSweep, load_sweep
 from wegeft_cli.reporter import Reporter, SilentReporter
-from wegeft_cli.runs.children import RunQueue, check_recipes, list_outcomes
+from wegeft_cli.runs.children import (
+    RunQueue,
+    check_recipes,
+    check_runs,
+    list_outcomes,
+    refuse_launcher,
+)
 from wegeft_cli.runs.sweep_plot import draw_sweep
 from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import to_finite
@@ -108,12 +112,14 @@ def sweep(
     loaded = load_sweep(recipe_path, overrides)
     for note in loaded.base.notes:
         reporter.note(note)
-    check_all_names(loaded.runs)
+    check_all_names(run.loaded for run in loaded.runs)
     output_dir = Path(loaded.base.recipe.output_dir).expanduser()
     outcomes = list_outcomes(loaded.runs)
     check_recipes([(run.loaded, o.run_dir) for run, o in zip(loaded.runs, outcomes, strict=True)])
     if dry_run:
-        check_runs(loaded.runs, reporter)
+        from wegeft_cli.runs.train import train  # loads torch
+
+        check_runs(loaded.runs, train, reporter)
         return _summarize(loaded, output_dir, outcomes, "checked")
     with lock_folder(output_dir):
         remove_leftover_files(output_dir, (TABLE_NAME, _PLOT_NAME))
@@ -140,44 +146,6 @@ def sweep(
             result = replace(result, plot=_draw(result, reporter))
         _write(result)
     return result
-
-
-def refuse_launcher(what: str) -> None:
-    """Raise UserError where a launcher has started several processes of a command."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"{what} starts its runs itself, one process each",
-            hint="start it without a launcher, or train each run under one",
-        )
-
-
-def check_all_names(runs: Sequence[SweepRun]) -> None:
-    """Raise every distinct fault of `check_names` over all runs."""
-    found = [fault for run in runs for fault in check_names(run.loaded)]
-    raise_all(list({str(fault): fault for fault in found}.values()))
-
-
-def check_runs(runs: Sequence[SweepRun], reporter: Reporter) -> None:
-    """Make all checks of a dry run, once for all seeds of a combination."""
-    from wegeft_cli.runs.train import train  # loads torch
-
-    distinct: dict[str, SweepRun] = {}
-    for run in runs:
-        distinct.setdefault(repr(replace(run.loaded.recipe, seed=0, output_dir="")), run)
-    faults: dict[str, UserError] = {}
-    with reporter.progress("checking", len(distinct)) as advance:
-        for done, run in enumerate(distinct.values(), start=1):
-            try:
-                train(run.loaded, resume="auto", dry_run=True)
-            except UserError as fault:
-                faults.setdefault(str(fault), fault)
-            except ExceptionGroup as group:
-                for each in group.exceptions:
-                    if not isinstance(each, UserError):
-                        raise
-                    faults.setdefault(str(each), each)
-            advance(done)
-    raise_all(list(faults.values()))
 
 
 def _summarize(

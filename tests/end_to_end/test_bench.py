@@ -1,0 +1,168 @@
+"""A bench as a user starts it: searched, trained, measured, resumed, and read as one table."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from wegeft_cli.errors import UserError
+from wegeft_cli.runs.bench.bench import bench, list_places
+from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
+from wegeft_cli.runs.bench.table import Candidate, find_best, note_edges
+from wegeft_cli.runs.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = {"data": {"validation_fraction": 0.2}, "train": {"max_steps": 3}}
+SMALL = ["lora:adapter.r=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # seven processes: half a minute on a quiet machine
+def test_searched_trained_measured_and_resumed(write_recipe, listener, data_dir):
+    recipe = write_recipe(
+        **SETTINGS, eval={"tasks": ["boolq"], "data_dir": str(data_dir), "limit": 2}
+    )
+    root = recipe.parent / "runs" / "tiny"
+    search = ["lora:train.learning_rate=0.01,1e30"]
+    options = {"methods": ["wegeft", "lora"], "settings": SMALL, "search": search, "seeds": "1"}
+    asked = bench(recipe, ["train.max_skipped_steps=0"], only_commands=True, **options)
+    assert [shlex.split(command)[:2] for command in asked.commands] == [["wegeft", "train"]] * 2
+    for command in asked.commands[:1]:
+        assert train(shlex.split(command)[2], resume="auto").status == "finished"
+    result = bench(recipe, ["train.max_skipped_steps=0"], reporter=listener, **options)
+    told = json.loads((root / "bench.json").read_text())
+    assert told == json.loads(json.dumps(result.to_json()))
+    # 1e30 diverges: that is told, and the other candidate is taken.
+    assert result.status == "failed"
+    mine, lora = result.methods
+    assert [each.status for each in lora.searched] == ["finished", "failed"]
+    assert lora.values == {"train.learning_rate": 0.01}
+    assert any("diverged" in note for note in lora.notes)
+    assert (mine.searched, mine.values) == ([], {})
+    for row in (mine, lora):
+        assert list(row.seeds) == [7]
+        expected = {
+            "score", "validation_loss", "trainable_parameters", "adapter_bytes", "peak_memory_gib",
+            "step_seconds", "merge_seconds",
+        }  # fmt: skip
+        assert set(row.figures) == expected
+    assert mine.figures["trainable_parameters"].mean == 896
+    assert lora.figures["trainable_parameters"].mean == 768
+    assert mine.ratios["trainable_parameters"] == 896 / 768
+    assert mine.test is not None
+    assert mine.test.difference == pytest.approx(
+        mine.seeds[7][result.metric] - lora.seeds[7][result.metric]
+    )
+    assert result.metric == "score"
+    assert not list(root.glob("*/*/merged-by-bench"))
+    (theirs,) = (root / "method_comparison").glob("wegeft--*.json")
+    values = json.loads(theirs.read_text())
+    assert list(values) == ["run_info", "train_info", "meta_info"]
+    assert values["train_info"]["num_trainable_params"] == 896
+    assert values["train_info"]["metrics"][-1]["test accuracy"] == mine.seeds[7]["score"]
+    # An ordinary run: the same as one trained alone.
+    alone = train(recipe, ["train.max_skipped_steps=0", f"output_dir={recipe.parent / 'alone'}"])
+    assert alone.validation_loss == mine.seeds[7]["validation_loss"]
+    before = {path: path.stat().st_mtime_ns for path in root.glob("*/*/*.json")}
+    again = bench(recipe, ["train.max_skipped_steps=0"], reporter=listener, **options)
+    assert again.methods == result.methods
+    after = {path: path.stat().st_mtime_ns for path in root.glob("*/*/*.json")}
+    changed = {path.parent.name for path in before if before[path] != after[path]}
+    assert changed <= {"learning_rate=1e+30_seed=6"}  # what failed is tried again
+
+
+def test_arguments_are_read():
+    search = ["train.learning_rate=1e-4,1e-3", "big:train.warmup_ratio=[0, 0.1]"]
+    found = read_contestants(["wegeft", "big=lora"], ["big:adapter.r=32"], search)
+    assert [(each.label, each.type, each.settings) for each in found] == [
+        ("wegeft", "wegeft", ()),
+        ("big", "lora", ("adapter.r=32",)),
+    ]
+    assert found[0].search == ("sweep.train.learning_rate=[1e-4,1e-3]",)
+    assert found[1].search == (*found[0].search, "sweep.train.warmup_ratio=[0, 0.1]")
+    assert read_seeds("3", 42) == [42, 43, 44]
+    assert read_seeds("5,9", 42) == [5, 9]
+    assert choose_search_seed(42, [42, 43]) == 41
+    assert choose_search_seed(0, [0]) == 2**32 - 1
+    assert choose_search_seed(42, [41, 42]) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((["loraa"], [], []), "did you mean `lora`"),
+        ((["lora", "lora"], [], []), "lora-2=lora"),
+        (([], [], []), "names no method"),
+        ((["lora"], ["adapter.r=2"], []), "names no method"),
+        ((["lora"], ["lara:adapter.r=2"], []), "did you mean `lora`"),
+        ((["lora"], [], ["train.learning_rate"]), "is not KEY=VALUE"),
+        ((["a/b=lora"], [], []), "no usable name"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, words):
+    with pytest.raises(UserError) as caught:
+        read_contestants(*arguments)
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("text", ["0", "1,1", "two", "-1", "4294967296,1", ""])
+def test_wrong_seeds_are_told(text):
+    with pytest.raises(UserError, match="--seeds"):
+        read_seeds(text, 42)
+
+
+def refuse(recipe, *overrides, **options):
+    """Return what is told before the first run, of which no trace may stay."""
+    with pytest.raises((UserError, ExceptionGroup)) as caught:
+        bench(recipe, overrides, **{"methods": ["wegeft", "lora"], **options})
+    assert not (recipe.parent / "runs").exists()
+    found = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else [caught.value]
+    return "; ".join(f"{fault} {fault.hint}" for fault in found)
+
+
+def test_faults_are_told_before_the_first_run(write_recipe):
+    recipe = write_recipe(**SETTINGS)
+    no_rows = write_recipe("none")
+    search = ["train.learning_rate=0.1,0.2"]
+    assert "no validation rows" in refuse(no_rows, search=search)
+    assert "neither validation rows nor test sets" in refuse(no_rows)
+    unequal = refuse(recipe, settings=["lora:data.max_length=32"])
+    assert "data.max_length: is 64 for wegeft and 32 for lora" in unequal
+    assert "train.max_steps" in refuse(recipe, settings=["lora:train.max_steps=9"])
+    assert "none of --methods" in refuse(recipe, baseline="dora")
+    # A method that the task or the base does not take.
+    assert "linear_probe" in refuse(recipe, methods=["lora", "linear_probe"])
+    assert "no bias to train" in refuse(recipe, methods=["lora", "bitfit"])
+    assert "no_such" in refuse(recipe, settings=["lora:adapter.target_modules=[no_such]"])
+
+
+def test_a_dry_run_checks_every_method_and_trains_nothing(write_recipe, tmp_path):
+    result = bench(write_recipe(**SETTINGS), methods=["wegeft", "lora"], dry_run=True)
+    assert (result.status, len(result.methods), result.seeds) == ("checked", 2, [7, 8, 9])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_lowest_validation_loss_is_chosen_and_an_edge_is_told():
+    key = "train.learning_rate"
+    losses = {0.1: 2.0, 0.2: 1.0, 0.3: 1.0, 0.4: float("nan")}
+    searched = [Candidate({key: rate}, "finished", loss) for rate, loss in losses.items()]
+    best = find_best([Candidate({key: 0.05}, "failed", 0.5), *searched])
+    assert best == searched[1]
+    assert note_edges(searched, best) == []
+    assert "largest tried" in note_edges(searched[:2], best)[0]
+    assert find_best([Candidate({key: 0.05}, "failed")]) is None
+
+
+def test_runs_at_the_same_time_share_the_cores_or_the_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert list_places(1) == [{}]
+    assert len(list_places(2)) == 2
+    assert set(list_places(2)[0]) == {"OMP_NUM_THREADS"}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in list_places(2)] == ["3", "5"]
+    with pytest.raises(UserError, match="this machine has 2"):
+        list_places(3)

@@ -1,0 +1,1 @@
+"""`wegeft bench`: several methods on the same data, batches, steps and evaluation."""
