@@ -102,8 +102,6 @@ def read_prose(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".md":
         return "\n".join(line.partition("#")[2] for line in text.splitlines())
-    if path.name == "CHANGELOG.md":
-        text = text.partition("## [Unreleased]")[2].partition("\n## [")[0]
     text = re.sub(r"\]\([^)]*\)", "]", text)
     return re.sub(r"(?<!`)`[^`\n]+`(?!`)", "``", text)
 

@@ -1,3 +1,3 @@
 """The version of the distribution, alone in a file so that a build reads it without imports."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
