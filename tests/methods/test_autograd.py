@@ -14,8 +14,9 @@ def make_factors(d: int, r: int, dtype=torch.float64):
     return [torch.randn(d, r, dtype=dtype), torch.randn(r, d, dtype=dtype)]
 
 
-def test_edit_equals_the_formula_with_all_gradients():
-    phi, psi = make_factors(9, 3)
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_edit_equals_the_formula_with_all_gradients(r):
+    phi, psi = make_factors(9, r)
     x = torch.randn(2, 5, 9, dtype=torch.float64)
     fast = [t.clone().requires_grad_() for t in (x, phi, psi)]
     plain = [t.clone().requires_grad_() for t in (x, phi, psi)]
