@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from wegeft_cli.analysis.report import report
 from wegeft_cli.errors import UserError
 from wegeft_cli.runs.bench.bench import bench, list_places
 from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
@@ -166,3 +167,35 @@ def test_runs_at_the_same_time_share_the_cores_or_the_devices(monkeypatch):
     assert [place["CUDA_VISIBLE_DEVICES"] for place in list_places(2)] == ["3", "5"]
     with pytest.raises(UserError, match="this machine has 2"):
         list_places(3)
+
+
+def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
+    pytest.importorskip("vl_convert")
+    folder = tmp_path / "compared"
+    figures = {"validation_loss": {"mean": 1.25, "std": 0.5, "n": 2}}
+    row = {"figures": figures, "ratios": {"validation_loss": 1.5}, "num_seeds": 2, "notes": []}
+    methods = []
+    for label in ("lora", "<b>mine"):
+        write = {"seed": 1, "output_dir": str(folder / label / "seed=1"), "train": {"max_steps": 1}}
+        train(write_recipe(**write))
+        test = {"t_test_p": 0.125, "sign_flip_p": None}
+        own = {"method": label, "values": {"train.learning_rate": 0.1}, "seeds": {"1": {}}}
+        methods.append({**row, **own, "test": test, "notes": [f"note of {label}"]})
+    runs = [
+        {"name": f"{label}/seed=1", "status": "finished", "values": {"seed": 1}}
+        for label in ("lora", "<b>mine", "../compared/lora")
+    ]
+    values = {"status": "finished", "metric": "validation_loss", "baseline": "lora"}
+    text = json.dumps({**values, "seeds": [1], "methods": methods, "runs": runs})
+    (folder / "bench.json").write_text(text)
+    result = report([folder], look_inside=False)
+    page = (folder / "report.html").read_text()
+    assert result.output == folder / "report.html"
+    assert result.runs == ["lora/seed=1", "<b>mine/seed=1"]
+    assert "1.25 ± 0.5 (1.5 x)" in page
+    assert "note of &lt;b&gt;mine" in page
+    assert "<b>mine" not in page
+    assert "0.125" in page
+    (folder / "bench.json").write_text('{"methods": [{}]}')
+    with pytest.raises(UserError, match="damaged"):
+        report([folder], look_inside=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,13 @@ from wegeft_cli.artifacts.sweep_table import SweepTable, read_sweep
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.reporter import Reporter, SilentReporter
+from wegeft_cli.runs.bench.table import read_bench
 from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 from wegeft_cli.storage.json_files import read_object
 from wegeft_cli.version import VERSION
 
 INSPECTION_NAME = "inspection.json"
+_RUN_OF_BENCH = re.compile(r"(?!\.)[^/]+/(?!\.)[^/]+")
 _MARK = "<!doctype html>\n<!-- wegeft report -->"
 
 
@@ -73,8 +76,8 @@ def report(
     of samples is only displayed.
 
     Args:
-        runs: Folders of training runs, or of sweeps, which stand for all their runs; none takes
-            the newest finished run under runs/.
+        runs: Folders of training runs, or of sweeps and benches, which stand for their runs; none
+            takes the newest finished run under runs/.
         output: The file; None is report.html in the folder of the run or the sweep, or beside the
             first of several.
         title: The page's title; None names the runs.
@@ -101,6 +104,8 @@ def report(
         )
     if max_samples < 0:
         raise UserError(f"must be at least 0, got {max_samples}", key="--samples")
+    benches = [each for path in runs if (each := read_bench(Path(path))) is not None]
+    runs = [folder for path in runs for folder in _list_bench_runs(Path(path))]
     found = [(Path(path), read_sweep(Path(path))) for path in runs] or [(find_run(None), None)]
     sweeps = [sweep for _, sweep in found if sweep is not None]
     paths = [
@@ -113,13 +118,20 @@ def report(
         raise UserError("names a run twice", key="RUN")
     for file in evaluations:
         add_evaluation(records, Path(file), max_samples=max_samples)
+    for record in records:
+        if any(is_of_bench(record.run_dir, each) for each in benches):
+            record.name = f"{record.run_dir.parent.name}/{record.name}"
     name_apart(records)
     first = sweeps[0].folder if len(found) == len(sweeps) == 1 else records[0].run_dir
     folder = first if len(found) == 1 else first.parent
+    if len(benches) == 1 and all(is_of_bench(r.run_dir, benches[0]) for r in records):
+        folder = Path(benches[0]["folder"])
     output = output or folder / "report.html"
     check_output_file(output, _MARK, "report", "report.html")
     # To inspect a run reads its base's weights: of a sweep only the best run is inspected.
     omitted = {path for sweep in sweeps for path in sweep.started[1:]}
+    for each in benches:
+        omitted |= {r.run_dir for r in records[1:] if is_of_bench(r.run_dir, each)}
     for record in records:
         if record.run_dir not in omitted:
             _add_inspection(record, look_inside, reporter)
@@ -129,6 +141,7 @@ def report(
     text = render_page(
         [_as_values(record) for record in records],
         sweeps=sweeps,
+        benches=benches,
         title=title or "Report: " + ", ".join(_name_all(found, records)),
         made=f"wegeft-cli {VERSION}, {now()[:16].replace('T', ' ')} UTC",
         mark=_MARK,
@@ -142,6 +155,33 @@ def report(
         num_scores=sum(len(record.scores) for record in records),
         inspected=[record.name for record in records if record.inspection is not None],
     )
+
+
+def _list_bench_runs(folder: Path) -> list[Path]:
+    """Return the finished seeds' runs of a bench's folder; the folder itself if it is not one's."""
+    values = read_bench(folder)
+    if values is None:
+        return [folder]
+    listed = [run for run in values["runs"] if isinstance(run, dict)]
+    seeds = set(values.get("seeds") or ())
+    names = [
+        str(run.get("name"))
+        for run in listed
+        if run.get("status") == "finished" and (run.get("values") or {}).get("seed") in seeds
+    ]
+    # A name is `<method>/<run>`, and a file from elsewhere must not lead out of the folder.
+    paths = [folder / name for name in names if _RUN_OF_BENCH.fullmatch(name)]
+    started = [path for path in paths if RunDirectory(path).exists()]
+    if not started:
+        raise UserError(
+            "no run of this bench has finished", file=str(folder), hint="start it: wegeft bench"
+        )
+    return started
+
+
+def is_of_bench(run_dir: Path, bench: Mapping[str, Any]) -> bool:
+    """Return whether a run's folder is one of a bench."""
+    return run_dir.parent.parent == Path(bench["folder"])
 
 
 def _name_all(

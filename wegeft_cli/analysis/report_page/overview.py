@@ -86,6 +86,45 @@ def describe_sweep(sweep: SweepTable) -> Table:
     return Table(columns, rows, best[0] if best else None)
 
 
+_BENCH_FIGURES = {
+    "score": "Score",
+    "validation_loss": "Validation loss",
+    "trainable_parameters": "Trainable parameters",
+    "adapter_bytes": "Adapter (bytes)",
+    "peak_memory_gib": "Peak memory (GiB)",
+    "step_seconds": "Step (s)",
+    "merge_seconds": "Merge (s)",
+}
+
+
+def describe_bench(bench: Mapping[str, Any]) -> Table:
+    """Return the methods of a bench: each figure with its ratio to the baseline, and the tests."""
+    rows = bench["methods"]
+    shown = {
+        name: title
+        for name, title in _BENCH_FIGURES.items()
+        if any(name in row["figures"] for row in rows)
+    }
+    tests = {"t_test_p": "p (t-test)", "sign_flip_p": "p (sign flips)"}
+    columns = ["Method", "Chosen values", "Seeds", *shown.values(), *tests.values()]
+    table = [
+        [
+            str(row["method"]),
+            ", ".join(f"{key}={value}" for key, value in (row.get("values") or {}).items()) or "-",
+            f"{len(row['seeds'])} of {row['num_seeds']}",
+            *(_format_figure(row, name) for name in shown),
+            *(format_number((row.get("test") or {}).get(name)) for name in tests),
+        ]
+        for row in rows
+    ]
+    return Table(columns, table)
+
+
+def _format_figure(row: Mapping[str, Any], name: str) -> str:
+    text, ratio = _format_statistic(row["figures"].get(name)), row["ratios"].get(name)
+    return text if ratio is None else f"{text} ({ratio:.3g} x)"
+
+
 def list_facts(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Return the counts of all runs, one row per fact; facts without any value are omitted."""
     facts: list[tuple[str, Any]] = [

@@ -15,7 +15,8 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN", help="Folders of runs or sweeps. Default: the newest finished run."
+            metavar="RUN",
+            help="Folders of runs, sweeps or benches. Default: the newest finished run.",
         ),
     ] = None,
     output: Annotated[

@@ -150,4 +150,4 @@ def read_bench(folder: Path) -> dict[str, Any] | None:
     )
     if not rows or not is_whole or not isinstance(values.get("runs"), list):
         raise UserError("is damaged", file=str(file), hint="run the bench again")
-    return values
+    return {**values, "folder": folder}
