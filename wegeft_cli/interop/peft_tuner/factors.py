@@ -119,6 +119,8 @@ class Part:
 
 
 class _Owner(Protocol):
+    row_names: None
+
     @property
     def working(self) -> str | None: ...
 

@@ -27,6 +27,7 @@ class WegeftLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("wegeft_factors",)
     other_param_names = ()
+    row_names = None
 
     # The widths of the base's layer, as each layer of PEFT states them.
     in_features: int

@@ -147,6 +147,8 @@ class ExpertEdit:
         target: The stacked weight.
     """
 
+    takes_rows = False
+
     def __init__(self, owner: Generators, target: Target) -> None:
         self._owner = owner
         self._name = target.name.rpartition(".")[2]

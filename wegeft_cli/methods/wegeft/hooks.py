@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.errors import UserError
 from wegeft_cli.methods.wegeft.autograd import compute_dtype, project_weight
 from wegeft_cli.methods.wegeft.equations import cheaper_view
 from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
@@ -32,6 +33,8 @@ class LinearEdit:
         owner: The generators at the model's root.
         transposed: Whether the layer stores its weight as [d_in, d_out].
     """
+
+    takes_rows = True
 
     def __init__(self, owner: Generators, *, transposed: bool) -> None:
         self._owner = owner
@@ -59,23 +62,59 @@ class LinearEdit:
         edit = _Edit(generator, settings, target.rows)
         self._by_adapter.setdefault(adapter, []).append(edit)
 
-    def _edits(self) -> Sequence[_Edit]:
-        working = self._owner.working
-        return self._by_adapter.get(working, ()) if working is not None else ()
+    def _edits(self, name: str | None) -> Sequence[_Edit]:
+        return self._by_adapter.get(name, ()) if name is not None else ()
 
     def _before(self, linear: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        edits = self._edits()
+        x, names = args[0], self._owner.row_names
+        if names is None:
+            edited = self._edit_input(linear, self._edits(self._owner.working), x)
+            return None if edited is None else (edited, *args[1:])
+        result: Tensor | None = None
+        for edits, index in self._split_rows(names, x):
+            part = self._edit_input(linear, edits, x[index])
+            if part is not None:
+                result = x.to(part.dtype, copy=True) if result is None else result
+                result[index] = part
+        return None if result is None else (result, *args[1:])
+
+    def _after(self, linear: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x, names = args[0], self._owner.row_names
+        if names is None:
+            return self._edit_output(linear, self._edits(self._owner.working), x, y)
+        for edits, index in self._split_rows(names, x):
+            # The input of `x` was edited before; only the other edits are made here.
+            part = self._edit_output(linear, edits, x[index], y[index])
+            y = y.index_copy(0, index, part)
+        return y
+
+    def _split_rows(
+        self, names: Sequence[str | None], x: Tensor
+    ) -> Iterator[tuple[Sequence[_Edit], Tensor]]:
+        """Yield the edits of each adapter of this layer, with the rows of the input that use it."""
+        times, rest = divmod(len(x), len(names))
+        if rest or not times:
+            raise UserError(f"a layer got {len(x)} rows where `use_rows` has {len(names)} names")
+        for name in dict.fromkeys(names):
+            if edits := self._edits(name):
+                rows = [row for row, each in enumerate(names) if each == name]
+                index = torch.tensor(rows, device=x.device)
+                if times > 1:
+                    within = torch.arange(times, device=x.device)
+                    index = (index[:, None] * times + within).flatten()
+                yield edits, index
+
+    def _edit_input(self, linear: Any, edits: Sequence[_Edit], x: Tensor) -> Tensor | None:
         if len(edits) != 1 or edits[0].rows is not None:
             return None
         edit = edits[0]
-        x = args[0]
         if edit.settings.side != "input" or self._view(linear, edit, x) != "activation":
             return None
-        return (edit.generator(x.to(compute_dtype(x))), *args[1:])
+        edited: Tensor = edit.generator(x.to(compute_dtype(x)))
+        return edited
 
-    def _after(self, linear: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        x = args[0]
-        for edit in self._edits():
+    def _edit_output(self, linear: Any, edits: Sequence[_Edit], x: Tensor, y: Tensor) -> Tensor:
+        for edit in edits:
             if edit.rows is not None:
                 y = self._edit_rows(linear, edit, x, y)
             elif self._view(linear, edit, x) == "weight":

@@ -174,6 +174,8 @@ class Generators(nn.Module):
         # Adapter -> the modules that it trains whole; only adapters that have some are there.
         self.saved = nn.ModuleDict()
         self.active: str | None = None
+        # The adapter of each row of a batch, in the place of the active one.
+        self.row_names: tuple[str | None, ...] | None = None
         self.edits: dict[str, LinearEdit | ExpertEdit] = {}
         self.switches: dict[str, ModuleSwitch] = {}
         self.folded: str | None = None
@@ -206,6 +208,36 @@ class Generators(nn.Module):
             yield
         finally:
             self.active = before
+
+    @contextmanager
+    def use_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Let each row of a batch use an adapter of its own inside the block.
+
+        Every forward pass in the block has these rows, or the same multiple of each, as beams have.
+        A row gets what its adapter alone gives it; the base is computed once for all rows.
+
+        Args:
+            names: The adapter of each row; None is the base.
+
+        Raises:
+            KeyError: If there is no such adapter.
+            UserError: If an adapter is folded, or one of these trains whole modules or experts,
+                which have one weight for all rows.
+        """
+        for name in {name for name in names if name is not None}:
+            self[name]  # there must be one
+            if name in self.saved:
+                raise UserError(f"adapter {name!r} trains whole modules, which rows cannot share")
+        if self.folded is not None:
+            raise UserError(f"adapter {self.folded!r} is folded: unfold_generators first")
+        if not all(edit.takes_rows for edit in self.edits.values()):
+            raise UserError("the rows of a batch cannot have adapters of experts of their own")
+        before = self.active, self.row_names
+        self.active, self.row_names = None, tuple(names)
+        try:
+            yield
+        finally:
+            self.active, self.row_names = before
 
     def trainable(self) -> list[nn.Parameter]:
         """List what learns, each parameter once: factors, and modules that are trained whole."""
