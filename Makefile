@@ -30,7 +30,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site release-check \
-	bench-classification test-lowest test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
+	bench-classification gpu test-lowest test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -158,6 +158,13 @@ bench-eval: setup ## Rows per second of evaluation, beside one prompt at a time 
 
 bench-merge: setup ## Memory and time of merging beside PEFT, on a random model of 2 GiB (12 GiB of disk; keep the machine idle)
 	$(BIN)/python scripts/bench_merge.py
+
+# Python of `make gpu`: an environment that a machine without a package index has already.
+GPU_PYTHON := $(BIN)/python
+
+gpu: ## Tests and benchmarks on one CUDA device (9 minutes; without one: small shapes on the CPU; runs/gpu/gpu.md)
+	@[ "$(GPU_PYTHON)" != "$(BIN)/python" ] || $(MAKE) --no-print-directory setup
+	$(GPU_PYTHON) scripts/bench_gpu.py
 
 bench-scaling: setup ## Cost of a step by processes, length, depth and rank; memory of a shared base (some minutes; keep the machine idle)
 	$(BIN)/python scripts/bench_scaling.py
