@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 TARGETS = {
-    *("setup", "format", "lint", "types", "imports", "test", "test-slow", "recipes"),
+    *("setup", "format", "gpu", "lint", "types", "imports", "test", "test-slow", "recipes"),
     *("families", "test-peft-suite", "test-vllm", "test-lowest"),
     *(
         "check",
