@@ -9,9 +9,12 @@ import pytest
 
 from wegeft_cli.analysis.report import report
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.sweep import load_sweep
+from wegeft_cli.runs import children
 from wegeft_cli.runs.bench.bench import bench, list_places
 from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
 from wegeft_cli.runs.bench.table import Candidate, find_best, note_edges
+from wegeft_cli.runs.children import RunQueue, list_outcomes
 from wegeft_cli.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,3 +202,52 @@ def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
     (folder / "bench.json").write_text('{"methods": [{}]}')
     with pytest.raises(UserError, match="damaged"):
         report([folder], look_inside=False)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_runs_as_places_train_at_once_and_a_stop_reaches_all(
+    write_recipe, monkeypatch, listener, jobs
+):
+    """Each process is an object that ends at its third look."""
+    started, running, most = [], set(), []
+
+    class Stub:
+        def __init__(self, words, log, environment):
+            self.name, self.left = words[1].split("/")[-2], 3
+            started.append((self.name, environment["PLACE"]))
+            running.add(self.name)
+            most.append(len(running))
+
+        def wait(self, seconds):
+            self.left -= 1
+            return None if self.left else 0
+
+        def stop(self):
+            self.left = 1
+
+        def describe_end(self, code, *, was_asked):
+            running.discard(self.name)
+            if was_asked:
+                return children.ChildEnd("interrupted")
+            is_bad = self.name == "seed=2"
+            return children.ChildEnd("failed" if is_bad else "finished", "bad" if is_bad else None)
+
+    monkeypatch.setattr(children, "Child", Stub)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.001)
+    places = [{"PLACE": str(number)} for number in range(jobs)]
+
+    def train_all(should_stop):
+        runs = load_sweep(write_recipe(sweep={"seed": [1, 2, 3]})).runs
+        queue = RunQueue(runs, list_outcomes(runs), lambda: None, listener, places)
+        queue.prepare()
+        return queue.train(should_stop), [outcome.status for outcome in queue.outcomes]
+
+    assert train_all(lambda: False) == ("failed", ["finished", "failed", "finished"])
+    assert max(most) == jobs
+    assert [name for name, _ in started] == ["seed=1", "seed=2", "seed=3"]
+    assert {place for _, place in started} == {str(number) for number in range(jobs)}
+    assert any("seed=2 failed: bad" in text for text in listener.warnings)
+    started.clear()
+    ended = train_all(lambda: bool(started))
+    assert ended[0] == "interrupted"
+    assert ended[1] == ["interrupted"] * len(started) + ["waiting"] * (3 - len(started))

@@ -138,12 +138,14 @@ def _print_commands(result: BenchResult) -> None:
 
 
 def _print_rows(result: BenchResult) -> None:
+    from wegeft_cli.recipe.grid import name_value
+
     rows = result.methods
     columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
     keys = dict.fromkeys(key for row in rows for key in row.values)
     for key in keys:
         name = key.rpartition(".")[2].replace("_", " ")
-        columns[name] = [f"{row.values[key]:g}" if key in row.values else "-" for row in rows]
+        columns[name] = [name_value(row.values[key]) if key in row.values else "-" for row in rows]
     columns["seeds"] = [f"{len(row.seeds)}/{row.num_seeds}" for row in rows]
     for name, (title, _, _) in _TITLES.items():
         if not any(name in row.figures for row in rows):
