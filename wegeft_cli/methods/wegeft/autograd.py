@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wegeft_cli.methods.wegeft.weight_dropout import drop_entries, get_keep_probability
+from wegeft_cli.methods.wegeft.weight_dropout import (
+    drop_entries,
+    get_keep_probability,
+    multiply_in_kernel,
+)
 
 # Measured in docs/log.md: products with 2 to 15 columns are the slow ones.
 _FEW_COLUMNS = 16
@@ -109,6 +113,9 @@ def _multiply_dropped(weight: Tensor, matrix: Tensor, dropout: float, seed: int)
         return weight @ matrix
     transposed = not weight.is_contiguous() and weight.t().is_contiguous()
     stored = weight.t() if transposed else weight
+    product = multiply_in_kernel(stored, matrix, dropout, seed, transposed=transposed)
+    if product is not None:
+        return product
     # Sums over blocks are float32 at least.
     sum_dtype = torch.promote_types(weight.dtype, torch.float32)
     out = matrix.new_zeros(weight.shape[0], matrix.shape[1], dtype=sum_dtype)
@@ -131,7 +138,7 @@ def project_weight(weight: Tensor, matrix: Tensor, dropout: float = 0.0, seed: i
         weight: Frozen W, [n, k].
         matrix: m, [k, r]; receives a gradient, `weight` does not.
         dropout: Probability p that an entry of W is dropped, 0 <= p < 1, rounded to a multiple of
-            1/65,536 on the CPU; the rest is divided by 1 - p.
+            1/65,536 on the CPU and in the CUDA kernel; the rest is divided by 1 - p.
         seed: Seed of the mask; equal seeds give equal masks.
 
     Returns:

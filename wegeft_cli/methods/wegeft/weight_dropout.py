@@ -2,11 +2,15 @@
 
 On the CPU, 16 random bits decide about an entry: four entries share one 64-bit word of SFC64, whose
 stream numpy guarantees between its releases. A float for each entry, as `Tensor.bernoulli_` draws
-it, costs 12 times as much. On other devices `bernoulli_` draws from the device's own generator.
+it, costs 12 times as much. On CUDA a Triton kernel draws 16 bits inside the product, where Triton
+can compile; otherwise `bernoulli_` draws from the device's own generator.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +28,20 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def get_keep_probability(dropout: float, weight: Tensor) -> float:
     """Return the exact probability that `drop_entries` keeps an entry of this weight."""
-    return 1.0 - _threshold(dropout) / _LEVELS if _takes_words(weight) else 1.0 - dropout
+    if _takes_words(weight) or _takes_kernel(weight):
+        return 1.0 - _threshold(dropout) / _LEVELS
+    return 1.0 - dropout
+
+
+def multiply_in_kernel(
+    stored: Tensor, matrix: Tensor, dropout: float, seed: int, *, transposed: bool
+) -> Tensor | None:
+    """Return `drop(W) m`, or `drop(W)^T m`, unbiased, from a kernel; None where there is none."""
+    if not _takes_kernel(stored):
+        return None
+    from wegeft_cli.methods.wegeft.kernels.dropped_product import multiply_dropped
+
+    return multiply_dropped(stored, matrix, _threshold(dropout), seed, transposed=transposed)
 
 
 def drop_entries(weight: Tensor, dropout: float, seed: int) -> Iterator[Tensor]:
@@ -48,6 +65,38 @@ def drop_entries(weight: Tensor, dropout: float, seed: int) -> Iterator[Tensor]:
 def _takes_words(weight: Tensor) -> bool:
     """Return whether the entries are in memory of the CPU, which those of a fake tensor are not."""
     return weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+
+
+def _takes_kernel(weight: Tensor) -> bool:
+    """Return whether the product is a kernel's: equal for a weight and its transpose."""
+    return (
+        weight.device.type == "cuda"
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+        and _kernel_works(weight.device)
+    )
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Return whether Triton is installed and compiles for a device, which needs a C compiler."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (
+        8,
+        0,
+    ):
+        return False
+    try:
+        from wegeft_cli.methods.wegeft.kernels.dropped_product import multiply_dropped
+
+        ones = torch.ones(16, 16, device=device)
+        product = multiply_dropped(ones, ones, 0, 0, transposed=False)
+        return bool((product == 16).all())
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "weight dropout uses torch's operations: its Triton kernel does not run: %s", error
+        )
+        return False
 
 
 def _drop_on_cpu(block: Tensor, dropout: float, bits: np.random.SFC64) -> Tensor:

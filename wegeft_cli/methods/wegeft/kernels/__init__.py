@@ -1,0 +1,1 @@
+"""Kernels in Triton for products that torch has no single operation for."""
