@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def make_command(part: str, folder: Path, small: bool) -> list[str] | None:
         ]
     if part == "kernels":
         script = REPOSITORY / "scripts" / "compile_kernels.py"
-        return [sys.executable, str(script)] if script.is_file() else None
+        return [sys.executable, str(script)] if importlib.util.find_spec("triton") else None
     command = [sys.executable, str(REPOSITORY / "scripts" / "gpu_parts.py"), part]
     command += ["--output", str(folder / f"{part}.json"), "--work", str(folder / "work")]
     return [*command, "--small"] if small else command
