@@ -42,7 +42,7 @@ def test_examples_are_found() -> None:
     assert len(RECIPES) >= 9
     assert len(ROWS) >= 3
     # No block with a language in which examples could hide.
-    languages = {"yaml", "json", "python", "mermaid", ""}
+    languages = {"yaml", "json", "python", "bash", "text", "mermaid", ""}
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         opened = page.read_text(encoding="utf-8").split("\n```")[1::2]
         assert {text.partition("\n")[0] for text in opened} <= languages, page
