@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -242,3 +243,23 @@ def test_a_taken_port_and_missing_packages_are_said_before_anything_is_loaded(
         serve(address=serving.Address(port=0), backend="vllm")
     with pytest.raises(UserError, match="one of auto, transformers, vllm"):
         serve(address=serving.Address(port=0), backend="sglang")
+
+
+def test_rows_of_a_file_name_their_adapters(adapters: dict[str, Path], tmp_path: Path) -> None:
+    names = ["first", "base", "second", "first"]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{QUESTION} {n}", "adapter": name} for n, name in enumerate(names)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more: dict[str, Any] = {"template": "plain", "max_new_tokens": NUM_TOKENS}
+    result = generate(file=file, adapters=options_of(adapters), batch_size=4, **more)
+    assert [row["adapter"] for row in result["results"]] == names
+    for row, answered in zip(rows, result["results"], strict=True):
+        target = adapters["first" if row["adapter"] == "base" else row["adapter"]]
+        alone = generate(target, prompts=[row["prompt"]], compare_base=True, **more)["results"][0]
+        key = "base_output" if row["adapter"] == "base" else "output"
+        assert answered["output"] == alone[key]
+    file.write_text('{"prompt": "x", "adapter": "third"}\n')
+    with pytest.raises(UserError, match="names 'third'"):
+        generate(file=file, adapters=options_of(adapters), **more)
+    with pytest.raises(UserError, match="several prompt forms"):
+        generate(file=file, adapters=options_of(adapters))

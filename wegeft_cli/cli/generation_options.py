@@ -53,7 +53,7 @@ class GenerationOptions:
 
         Temperature 0 together with another sampling option raises `UserError`.
         """
-        from wegeft_cli.inference.generate import GREEDY
+        from wegeft_cli.inference.defaults import GREEDY
 
         draws = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         given: dict[str, Any] = {name: value for name, value in draws.items() if value is not None}

@@ -8,7 +8,8 @@ processes generate in lockstep: a process without rows takes part in the passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -158,6 +159,7 @@ class BatchScheduler:
         self.streamer: TextStreamer | None = None
         self.prefix_cache: PrefixCache | None = None
         self.batching: Kind = "left"
+        self.use_rows: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None
         self._sampler = PerSequenceSampler(decoding)
         self._new_ids: dict[int, list[int]] = {}
         self._in_segments = decoding.num_beams == 1 and rows_can_leave(model)
@@ -220,7 +222,8 @@ class BatchScheduler:
             more["stopping_criteria"] = StoppingCriteriaList([stops])
         if self.streamer is not None:
             more["streamer"] = self.streamer
-        return batch.generate(num_tokens, self.config, **more)
+        with nullcontext() if self.use_rows is None else self.use_rows(batch.rows):
+            return batch.generate(num_tokens, self.config, **more)
 
     def _remove_finished(self, batch: ActiveBatch, new: list[list[int]]) -> dict[int, list[int]]:
         """Remove the rows that have ended from the batch and return their tokens."""

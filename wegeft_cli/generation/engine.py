@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,14 @@ class Prompts:
         add_special_tokens: Whether the tokenizer adds its special tokens; off for the text of a
             chat template, which contains them already.
         end_of_turn_ids: Tokens that end a turn in the chat template. They end an answer too.
+        use_rows: Called with the positions of a batch's prompts; the batch runs in its context.
     """
 
     texts: Sequence[str]
     sample_ids: Sequence[int] | None = None
     add_special_tokens: bool = True
     end_of_turn_ids: Sequence[int] = ()
+    use_rows: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None
 
     def encode(self, tokenizer: Any) -> list[list[int]]:
         """Return the tokens of each text."""
@@ -112,6 +114,7 @@ def generate_texts(
     config.pad_token_id = fitting_pad_id(model, config.pad_token_id)
     scheduler = BatchScheduler(model, tokenizer, config, decoding, prompt_ids, prompts.sample_ids)
     scheduler.prefix_cache = prefix_cache
+    scheduler.use_rows = prompts.use_rows
     if events.on_text is not None:
         scheduler.streamer = TextStreamer(tokenizer, decoding.stop, events.on_text)
     completions: dict[int, Completion] = {}

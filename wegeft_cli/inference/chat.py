@@ -18,8 +18,8 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.generation.decoding import Decoding
 from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
 from wegeft_cli.generation.kv_cache import PrefixCache
+from wegeft_cli.inference.defaults import GREEDY, default_new_tokens, describe_target
 from wegeft_cli.inference.form_choice import choose_form
-from wegeft_cli.inference.generate import GREEDY, default_new_tokens, describe_target
 from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_format import PromptForm
 from wegeft_cli.models.device_memory import generation_memory_errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,20 @@ from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.generation.completion import GenerationResult
 from wegeft_cli.generation.decoding import Decoding, sample_id
-from wegeft_cli.generation.engine import GenerationEvents, Prompts, context_length, generate_texts
+from wegeft_cli.generation.engine import GenerationEvents, Prompts, generate_texts
+from wegeft_cli.inference.defaults import GREEDY, default_new_tokens
 from wegeft_cli.inference.form_choice import choose_form
 from wegeft_cli.inference.loaded_model import LoadedModel, find_target
 from wegeft_cli.inference.prompt_files import MAX_FAULTS, Question, read_questions
 from wegeft_cli.inference.prompt_format import PromptForm, question_text
+from wegeft_cli.inference.row_adapters import load_row_adapters
+from wegeft_cli.inference.serving.targets import read_targets
 from wegeft_cli.models.device_memory import generation_memory_errors
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.schema import EvalSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import check_output_file, write_text_atomic
 
-DEFAULT_NEW_TOKENS = 512
-GREEDY = Decoding(DEFAULT_NEW_TOKENS)
 _OUTPUT_START = '{"index": '
 
 
@@ -46,6 +47,7 @@ def generate(
     batch_size: int | None = None,
     compare_base: bool = False,
     base: str | None = None,
+    adapters: Sequence[str] = (),
     output: Path | None = None,
     reporter: Reporter | None = None,
     on_text: Callable[[str, str], None] | None = None,
@@ -71,6 +73,8 @@ def generate(
         batch_size: Prompts at a time. Default: the recipe's `eval.batch_size`.
         compare_base: Generate the base's answers too.
         base: The base's folder or hub id, if it is not where the adapter records it.
+        adapters: `NAME=PATH` of WeGeFT adapters of one base. Each row of the file names one, or
+            `base`, in its field `adapter`; a batch can hold rows of several.
         output: Write the answers to this file too, one JSON object per line.
         reporter: Progress and messages. Default: none.
         on_text: Called with (`base`, `tuned` or `model`, piece) of a single answer during
@@ -93,14 +97,23 @@ def generate(
         )
     if output is not None:
         check_output_file(output, _OUTPUT_START, "file of earlier answers", "answers.jsonl")
-    path = find_target(target)
+    named = read_targets(target, adapters, base) if adapters else []
+    path = named[0].target.path if named else find_target(target)
     recipe = find_recipe_of(path)
     sources = [] if recipe is None else recipe.data.train
     columns = [source.columns for source in sources if source.columns]
     questions = read_questions(prompts, file, limit, columns)
     settings = recipe.eval if recipe is not None else EvalSection()
-    opened = LoadedModel.open(path, recipe, base=base, warn=reporter.warn)
-    form = choose_form(template, path, recipe, opened.tokenizer)
+    loaded = load_row_adapters(named, template, reporter.warn) if named else None
+    if loaded is None:
+        opened = LoadedModel.open(path, recipe, base=base, warn=reporter.warn)
+        form = choose_form(template, path, recipe, opened.tokenizer)
+    else:
+        opened, form = loaded.opened, loaded.form
+    assigned = [] if loaded is None else loaded.assign(questions)
+    if loaded is None:
+        questions = [replace(one, adapter=None) for one in questions]  # a column of another kind
+    of_prompts = [name for name in assigned for _ in range(num_samples)]
     texts = _write_prompts(questions, form, system)
     count = len(texts) * num_samples
     job = _Batch(
@@ -120,6 +133,8 @@ def generate(
             base_written = job.run(model, tokenizer, "base", reporter, stream)
     is_tuned = opened.kind == "adapter" or opened.base is not None
     who = "tuned" if is_tuned else "model"
+    if loaded is not None:
+        job = replace(job, use_rows=loaded.use(of_prompts))
     written = job.run(opened.model, opened.tokenizer, who, reporter, stream)
     seconds = time.monotonic() - start
     if written.settings["num_truncated_prompts"]:
@@ -158,6 +173,7 @@ class _Batch:
     form: PromptForm
     decoding: Decoding
     batch_size: int
+    use_rows: Callable[[Sequence[int]], AbstractContextManager[None]] | None = None
 
     def run(
         self,
@@ -176,6 +192,7 @@ class _Batch:
                     sample_ids=self.sample_ids,
                     add_special_tokens=not self.form.holds_turns,
                     end_of_turn_ids=self.form.find_turn_ends(tokenizer),
+                    use_rows=self.use_rows,
                 ),
                 self.decoding,
                 events=GenerationEvents(
@@ -196,17 +213,6 @@ def _shown(
         return
     with reporter.progress(f"{who}: generating", count) as advance:
         yield advance
-
-
-def default_new_tokens(model: Any) -> int:
-    """Return the default length of an answer: 512 tokens, or half of a smaller context."""
-    context = context_length(model)
-    return DEFAULT_NEW_TOKENS if context is None else min(DEFAULT_NEW_TOKENS, max(1, context // 2))
-
-
-def describe_target(opened: LoadedModel, path: str | Path, form: PromptForm) -> str:
-    """Return one line about the model and its prompt format."""
-    return f"{opened.kind} {path}, prompt format {form.name} ({form.why})"
 
 
 def _write_prompts(
@@ -244,6 +250,7 @@ def _build_results(
             {
                 "index": question.index,
                 **({} if question.row_id is None else {"id": question.row_id}),
+                **({} if question.adapter is None else {"adapter": question.adapter}),
                 **({"sample": sample} if num_samples > 1 else {}),
                 "prompt": question_text(question.asked),
                 "text": texts[position],

@@ -27,11 +27,13 @@ class Question:
         index: Its position, from 0.
         asked: As `read_question` returns it.
         row_id: The row's own `id`, if it has one.
+        adapter: The adapter that it names, if any.
     """
 
     index: int
     asked: dict[str, Any]
     row_id: str | int | None = None
+    adapter: str | None = None
 
 
 def read_questions(
@@ -104,6 +106,7 @@ def _read_rows(
                     index,
                     read_question(rename_columns(row, columns)),
                     row_id if _is_name(row_id) else None,
+                    row.get("adapter") if isinstance(row.get("adapter"), str) else None,
                 )
             )
         except UserError as fault:

@@ -32,7 +32,7 @@ from wegeft_cli.data.text.trained_form import write_form
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation.engine import context_length
 from wegeft_cli.generation.stopping import stop_token_ids
-from wegeft_cli.inference.generate import GREEDY, default_new_tokens
+from wegeft_cli.inference.defaults import GREEDY, default_new_tokens
 from wegeft_cli.inference.prompt_format import PromptForm
 from wegeft_cli.inference.serving.targets import BASE, NamedTarget
 from wegeft_cli.methods.registry import load_onto, method_of

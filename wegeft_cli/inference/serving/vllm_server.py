@@ -17,7 +17,7 @@ from wegeft_cli.artifacts.served_ranks import SERVED_RANKS
 from wegeft_cli.data.text.trained_form import write_form
 from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.generation.stopping import stop_token_ids
-from wegeft_cli.inference.generate import GREEDY
+from wegeft_cli.inference.defaults import GREEDY
 from wegeft_cli.inference.loaded_in_vllm import find_dtype, find_lora
 from wegeft_cli.inference.prompt_format import PromptForm
 from wegeft_cli.inference.serving.targets import BASE, NamedTarget

@@ -56,6 +56,15 @@ def generate(
     ] = None,
     *,
     generation: GenerationOptions,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=PATH",
+            help="Adapter or run folder for the rows of --file whose field `adapter` is NAME. "
+            "Repeatable; all share one base.",
+        ),
+    ] = None,
     num_samples: Annotated[
         int,
         typer.Option("--num-samples", "-n", metavar="N", min=1, help="Answers per prompt."),
@@ -97,6 +106,7 @@ def generate(
         batch_size=batch_size,
         compare_base=compare_base,
         base=generation.base,
+        adapters=adapter or [],
         output=output,
         reporter=RichReporter(),
         on_text=stream,
