@@ -124,6 +124,21 @@ def test_every_imported_package_is_declared(repository: Path) -> None:
         assert names & declared, f"{module} is imported but not declared in pyproject.toml"
 
 
+def test_every_base_dependency_is_imported(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    words = "\n".join(
+        path.read_text(encoding="utf-8") for path in (repository / "wegeft_cli").rglob("*.py")
+    )
+    modules = {
+        canonicalize_name(name): module
+        for module, names in packages_distributions().items()
+        for name in names
+        if re.search(rf"^ *(?:import|from) {module}\b", words, re.MULTILINE)
+    }
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    assert declared - modules.keys() == set()
+
+
 def test_decisions_are_numbered_and_say_context_choice_and_consequence(repository: Path) -> None:
     pages = sorted((repository / "docs" / "decisions").glob("*.md"))
     assert len(pages) >= 7
