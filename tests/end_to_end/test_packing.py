@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.schema import DataSection, ModelSection, Recipe, TrainSection
 from wegeft_cli.runs.train import train
+from wegeft_cli.tasks.support import flat_check
 from wegeft_cli.tasks.support.packing_check import check_packing
 
 # Float32 sums in another order, over some steps of training.
@@ -273,3 +275,40 @@ def test_the_padding_of_packs_is_known_before(dataset):
 def test_what_is_done_against_padding_leaves_less(dataset):
     shares = [build_batches(dataset, **way).padding_statistics()["padding_share"] for way in WAYS]
     assert shares[0] > shares[1] > shares[3] == 0
+
+
+def test_a_run_lays_rows_end_to_end_and_its_losses_are_those_of_padded_rows(
+    write_recipe, tmp_path, monkeypatch
+):
+    recipe = write_recipe(train={"max_steps": 4, "logging_steps": 1, "save_steps": 2})
+    flat = train(recipe)
+    record = json.loads((flat.run_dir / "run.json").read_text())
+    assert record["layout"] == "flat"
+    assert record["waste"]["padding_share"] == 0
+    monkeypatch.setattr(flat_check, "expect_flat", lambda model, recipe: "no reason")
+    padded = train(recipe, [f"output_dir={tmp_path / 'padded'}"])
+    record = json.loads((padded.run_dir / "run.json").read_text())
+    assert record["layout"] == "left"
+    assert record["waste"]["padding_share"] > 0
+    found, expected = (read_losses(run.run_dir) for run in (flat, padded))
+    assert len(found) == 4
+    assert found == pytest.approx(expected, rel=FLOAT32)
+
+
+def test_a_run_of_padded_batches_continues_with_them(write_recipe, tmp_path, monkeypatch):
+    """Checkpoints of earlier versions record no layout."""
+    recipe = write_recipe(train={"max_steps": 4, "logging_steps": 1, "save_steps": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(flat_check, "expect_flat", lambda model, recipe: "no reason")
+        whole = train(recipe)
+    checkpoint = whole.run_dir / "checkpoints" / "step-00000002"
+    assert "layout" not in json.loads((checkpoint / "state.json").read_text())["source"]
+    continued = train(recipe, [f"output_dir={tmp_path / 'on'}"], resume=str(checkpoint))
+    assert json.loads((continued.run_dir / "run.json").read_text())["layout"] == "left"
+    files = [x.run_dir / "adapter" / "adapter_model.safetensors" for x in (whole, continued)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def read_losses(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [each["loss"] for each in map(json.loads, lines) if "loss" in each]

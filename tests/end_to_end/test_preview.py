@@ -124,6 +124,8 @@ def test_one_row_is_found_by_its_number_over_all_sources(write_recipe, tmp_path,
 
 def test_padding_is_that_of_the_planned_batches(write_recipe):
     path = write_recipe()
+    assert {each["padding_share"] for each in preview(path).waste.values()} == {0}
+    path = write_recipe(model={"attn_implementation": "eager"})
     told = preview(path)
     assert told.setting == "none"
     assert list(told.waste) == ["none", "group_by_length", "packing"]

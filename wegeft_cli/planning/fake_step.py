@@ -16,22 +16,35 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, pytorch_utils
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from wegeft_cli.data.batches.base import BatchShape
+from wegeft_cli.models.attention.row_attention import Rows, attend, current_rows, separate_rows
 from wegeft_cli.models.kernels import disable_checkpointing, enable_checkpointing
 from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 from wegeft_cli.tasks.registry import adapter_section, find_task, inject_adapter
 from wegeft_cli.training.forward_context import autocast
 
-# Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
-# kernel that it has no mask for: the same kernel under a name of our own.
 GROUPED_PRODUCT: Any = getattr(torch.ops.aten, "_grouped_mm", None)
 """torch's product of experts, which old versions do not have."""
 
+# Without numbers transformers cannot see that no mask is needed, and makes one. It makes none for a
+# kernel that it has no mask for: the same kernel under a name of our own.
 _UNMASKED = "sdpa_without_mask"
-AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+
+
+def _attend_unmasked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend without a mask, row by row within `separate_rows`."""
+    lengths = current_rows()
+    rows = None
+    if lengths is not None and query.shape[2] == sum(lengths):
+        rows = Rows(lengths)
+    return attend(module, query, key, value, rows, **kwargs)
+
+
+AttentionInterface.register(_UNMASKED, _attend_unmasked)
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,8 @@ def trace_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int
 
 
 def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int, int]:
-    with without_values(model, recipe, is_masked=shape.is_masked), torch.no_grad():
+    rows = separate_rows(shape.row_lengths)
+    with without_values(model, recipe, is_masked=shape.is_masked), rows, torch.no_grad():
         fake = find_task(recipe.task).fake_pass(model, recipe)
         with (
             MemoryTracker([*model.parameters(), *model.buffers()]) as tracker,
@@ -230,7 +244,9 @@ def _signature(layer: nn.Module, index: int, model: Any) -> Any:
 def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     """Run forward and backward and count."""
     at_head: list[tuple[int, int]] = []
-    with without_values(model, recipe, is_masked=shape.is_masked):
+    # Around the backward pass too, in which checkpointed layers run again.
+    rows = separate_rows(shape.row_lengths)
+    with without_values(model, recipe, is_masked=shape.is_masked), rows:
         fake = find_task(recipe.task).fake_pass(model, recipe)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -56,8 +56,10 @@ def count_flops(model: Any, recipe: Recipe, shapes: BatchShapes) -> tuple[float,
     Raises:
         RuntimeError: If the model cannot run without values; its message has the reason.
     """
-    rows = shapes.sequences.astype(float)
-    positions, labels = rows * shapes.lengths, shapes.labels.astype(float)
+    rows = np.array([len(lengths) for lengths in shapes.rows], dtype=float)
+    squares = np.array([np.square(lengths).sum() for lengths in shapes.rows], dtype=float)
+    positions = (shapes.sequences * shapes.lengths).astype(float)
+    labels = shapes.labels.astype(float)
     if find_task(recipe.task).reads_images:
         total = float(rows.sum()) * _count(model, recipe, BatchShape(1, 1, 1, False))
     else:
@@ -67,15 +69,11 @@ def count_flops(model: Any, recipe: Recipe, shapes: BatchShapes) -> tuple[float,
         passes = [(s, 4 * quarter, k), (2 * s, 2 * quarter, k), (4 * s, quarter, k)]
         passes.append((s, 4 * quarter, 2 * k))
         counts = [_count(model, recipe, BatchShape(*each, False)) for each in passes]
-        terms = [_terms(*np.array(each, dtype=float)) for each in passes]
-        rates = np.linalg.solve(np.array(terms), np.array(counts))
-        total = float(rates @ [term.sum() for term in _terms(rows, shapes.lengths, labels)])
+        terms = [(n * long, n, n * long**2, k) for n, long, k in passes]
+        rates = np.linalg.solve(np.array(terms, dtype=float), np.array(counts))
+        total = float(rates @ [term.sum() for term in (positions, rows, squares, labels)])
     per_step = total / shapes.num_steps
     return per_step, per_step * shapes.num_steps_in_all
-
-
-def _terms(rows: Any, lengths: Any, labels: Any) -> list[Any]:
-    return [rows * lengths, rows, rows * lengths * lengths, labels]
 
 
 def _count(model: Any, recipe: Recipe, shape: BatchShape) -> float:

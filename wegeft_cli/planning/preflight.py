@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.data.batches.base import BatchShape
+from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.sampler import StepPlan, build_step_plan
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.errors import Faults, UserError, raise_all
@@ -96,23 +97,28 @@ class Preflight:
         return count_checkpoint_bytes(self.loaded.recipe, list_learned(self.model))
 
     @cached_property
+    def layout(self) -> Kind:
+        """The expected layout of the batches; the loaded model decides."""
+        return self.task.expect_layout(self.model, self.loaded.recipe)
+
+    @cached_property
     def shapes(self) -> BatchShapes | None:
         """Shapes of the run's forward passes; None without rows."""
         if self.data is None or self.steps is None:
             return None
-        return batch_shapes(self.loaded.recipe, self.data, self.steps)
+        return batch_shapes(self.loaded.recipe, self.data, self.steps, self.layout)
 
     @property
     def largest_shapes(self) -> list[BatchShape]:
         """The passes that may take the most memory."""
         if self.shapes is not None:
             return self.shapes.find_largest()
-        return [worst_case_shape(self.loaded.recipe)]
+        return [worst_case_shape(self.loaded.recipe, self.layout)]
 
     def estimate_memory(self) -> tuple[dict[str, float | None], str | None]:
         """Estimate the peak memory of one device; see `memory.estimate_memory`."""
         recipe = self.loaded.recipe
-        held_out = None if self.data is None else validation_shape(recipe, self.data)
+        held_out = None if self.data is None else validation_shape(recipe, self.data, self.layout)
         return estimate_memory(
             recipe, self.config, self.model, self.largest_shapes, validation=held_out
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -64,7 +63,7 @@ class RunSetup:
         """Number of learned parameters."""
         return sum(group.num_parameters for group in self.groups)
 
-    @cached_property
+    @property
     def waste(self) -> dict[str, Any]:
         """Shares of an epoch's positions: without a token, and with logits."""
         return self.source.padding_statistics()
@@ -103,6 +102,7 @@ def build_setup(
     assert data is not None
     assert checked.steps is not None
     source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
+    source.use_layout(checked.layout)
     if is_main:
         task.check_rows(data)
     for note in (*checked.targets.notes, *task.describe_data(data)):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wegeft_cli.data.batches.layout import Layout
+from wegeft_cli.artifacts.checkpoint import Checkpoint
+from wegeft_cli.data.batches.layout import LAYOUT_KEY, Layout
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.models.heads import HeadSpec
@@ -42,7 +43,12 @@ def load_prepared_base(
 
 
 def build_model(
-    base: nn.Module, run: Run, setup: RunSetup, *, base_fingerprint: str | None, resuming: bool
+    base: nn.Module,
+    run: Run,
+    setup: RunSetup,
+    *,
+    base_fingerprint: str | None,
+    checkpoint: Checkpoint | None,
 ) -> tuple[nn.Module, Layout]:
     """Prepare a loaded base for training: kernels, adapter, device, checkpointing, noise.
 
@@ -58,7 +64,7 @@ def build_model(
     model = inject_adapter(base, recipe, setup.targets.section)
     if recipe.model.drop_path_rate and not hasattr(base.config, "drop_path_rate"):
         add_drop_path(base, recipe.model.drop_path_rate)
-    if recipe.adapter.init_from is not None and not resuming:
+    if recipe.adapter.init_from is not None and checkpoint is None:
         init_from_adapter(
             model,
             recipe.adapter.init_from,
@@ -76,14 +82,27 @@ def build_model(
     model.to(run.processes.device)
     if train.gradient_checkpointing:
         enable_checkpointing(model)
-    layout = run.task.check_built(model, setup.tokenizer, recipe)
-    if layout.note is not None:
-        run.reporter.warn(layout.note)
+    layout = _choose_layout(model, run, setup, checkpoint)
     if train.neftune_noise_alpha is not None:
         add_neftune(model, train.neftune_noise_alpha)
     if train.compile:
         compile_layers(model)
     return model, layout
+
+
+def _choose_layout(
+    model: nn.Module, run: Run, setup: RunSetup, checkpoint: Checkpoint | None
+) -> Layout:
+    """Choose the layout of the batches, and let the source make such batches."""
+    earlier = None if checkpoint is None else checkpoint.state.get("source", {})
+    may_be_flat = earlier is None or earlier.get(LAYOUT_KEY) == "flat"
+    layout = run.task.check_built(model, setup.tokenizer, run.recipe, may_be_flat=may_be_flat)
+    if layout.note is not None:
+        run.reporter.warn(layout.note)
+    elif layout.reason is not None:
+        run.reporter.note(f"rows are padded to the longest of a forward pass: {layout.reason}")
+    setup.source.use_layout(layout.kind)
+    return layout
 
 
 def build_learning(

@@ -155,9 +155,12 @@ def _load_model(
     if state.fingerprint is None:  # a model of the hub is on this machine from now on
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
-    resuming = state.checkpoint is not None
     run.reporter.note("adding the adapter and testing the model on a few rows")
-    return build_model(base, run, setup, base_fingerprint=state.fingerprint, resuming=resuming)
+    model, layout = build_model(
+        base, run, setup, base_fingerprint=state.fingerprint, checkpoint=state.checkpoint
+    )
+    run.update_record({"layout": layout.kind, "waste": setup.waste})
+    return model, layout
 
 
 def _fit(

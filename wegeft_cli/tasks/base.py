@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wegeft_cli.data.batches.base import BatchShape, BatchSource
-    from wegeft_cli.data.batches.layout import Layout
+    from wegeft_cli.data.batches.layout import Kind, Layout
     from wegeft_cli.data.batches.sampler import StepPlan
     from wegeft_cli.models.heads import HeadSpec
     from wegeft_cli.recipe.load import LoadedRecipe
@@ -270,14 +270,22 @@ class Task(ABC):
             UserError: If a part of the backbone has no weights and is not trained.
         """
 
+    def expect_layout(self, skeleton: nn.Module, recipe: Recipe) -> Kind:
+        """Return the layout that batches most likely have, by a model without weights."""
+        return "right"
+
     @abstractmethod
-    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
+    def check_built(
+        self, model: nn.Module, processor: Any, recipe: Recipe, *, may_be_flat: bool = True
+    ) -> Layout:
         """Check the loaded model with its adapter on its device, and choose the batches' layout.
 
         Args:
             model: The model.
             processor: What `load_processor` returned.
             recipe: The recipe.
+            may_be_flat: Whether rows may be laid end to end; a run that was begun with padded
+                batches continues with them.
 
         Returns:
             The layout, for `loss`.

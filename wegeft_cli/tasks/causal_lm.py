@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.data.batches.base import BatchSource
-    from wegeft_cli.data.batches.layout import Layout
+    from wegeft_cli.data.batches.layout import Kind, Layout
     from wegeft_cli.data.batches.sampler import StepPlan
     from wegeft_cli.recipe.load import LoadedRecipe
 
@@ -69,14 +70,28 @@ class CausalLM(Task):
             ids = [split.ids.max() for split in splits if split is not None and len(split.ids)]
             check_token_ids(skeleton, int(max(ids, default=0)), key="model.name_or_path")
 
-    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
+    def expect_layout(self, skeleton: nn.Module, recipe: Recipe) -> Kind:
+        from wegeft_cli.tasks.support.flat_check import expect_flat
+
+        return "flat" if expect_flat(skeleton, recipe) is None else "left"
+
+    def check_built(
+        self, model: nn.Module, processor: Any, recipe: Recipe, *, may_be_flat: bool = True
+    ) -> Layout:
+        from wegeft_cli.data.batches.layout import Layout
         from wegeft_cli.tasks.support.causality_check import check_causality
+        from wegeft_cli.tasks.support.flat_check import check_flat
         from wegeft_cli.tasks.support.packing_check import check_packing
         from wegeft_cli.tasks.support.padding_check import find_causal_layout
 
         check_causality(model, recipe)
+        reason: str | None = "the run was begun with padded batches"
+        if may_be_flat:
+            reason = check_flat(model, recipe)
+        if reason is None:
+            return Layout("flat")
         check_packing(model, recipe)
-        return find_causal_layout(model, recipe)
+        return replace(find_causal_layout(model, recipe), reason=reason)
 
     def batches(
         self, loaded: LoadedRecipe, data: Any, plan: StepPlan, processor: Any, model: nn.Module,

@@ -145,7 +145,9 @@ class ClassificationTask(Task):
 
         return Layout("right")
 
-    def check_built(self, model: nn.Module, processor: Any, recipe: Recipe) -> Layout:
+    def check_built(
+        self, model: nn.Module, processor: Any, recipe: Recipe, *, may_be_flat: bool = True
+    ) -> Layout:
         train = recipe.train
         batch_size = max(train.per_device_train_batch_size, train.per_device_eval_batch_size)
         return self.find_layout(model, processor, recipe, batch_size)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.models.attention.row_attention import separate_rows
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.training.chunked_cross_entropy import (
     at_label_positions,
@@ -45,6 +46,11 @@ class TokenBatch(Protocol):
         """Positions of the labels in the flattened batch, [labeled tokens]."""
         ...
 
+    @property
+    def row_lengths(self) -> tuple[int, ...] | None:
+        """Tokens of each row of rows that are laid end to end in one sequence; else None."""
+        ...
+
 
 @dataclass(frozen=True)
 class _RightPadded:
@@ -55,6 +61,7 @@ class _RightPadded:
     position_ids: Tensor
     labels: Tensor
     label_positions: Tensor
+    row_lengths: None = None
 
 
 def pad_right(batch: TokenBatch) -> TokenBatch:
@@ -83,7 +90,7 @@ class CausalLoss:
     Args:
         model: A causal language model of transformers, or a wrapper of one.
         padding_side: Where rows are padded. Batches come with padding on the left; `right` moves
-            the rows of a batch with an attention mask.
+            the rows of a batch with an attention mask. Rows laid end to end have no padding.
     """
 
     def __init__(self, model: nn.Module, *, padding_side: str = "left") -> None:
@@ -128,7 +135,8 @@ class CausalLoss:
         extra = {"position_ids": batch.position_ids} if self.takes_positions else {}
         mask = batch.attention_mask
         # Without a cache: with one, a model takes packed rows as a single sequence.
-        output = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **extra)
+        with separate_rows(batch.row_lengths):
+            output = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **extra)
         logits: Tensor = output.logits
         return logits
 

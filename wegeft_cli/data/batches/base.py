@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.data.batches.ahead import copy_to
+from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.sampler import StepPlan
 
 
@@ -65,6 +66,10 @@ class BatchSource(Protocol):
 
     def examples_at(self, step: int) -> Iterable[dict[str, Any]]:
         """Return a record of each of this process's rows of a step just done."""
+        ...
+
+    def use_layout(self, kind: Kind) -> None:
+        """Make the batches that a model with this layout takes, from the next one on."""
         ...
 
     def padding_statistics(self) -> dict[str, Any]:
@@ -134,6 +139,9 @@ class PlannedSource:
             for name, lengths in self._validation_lengths.items()
         }
 
+    def use_layout(self, kind: Kind) -> None:
+        """Do nothing: the loss lays out these batches."""
+
     def num_positions(self) -> int:
         """Return the positions of one epoch, padding included."""
         return self.plan.count_positions(self.lengths)
@@ -188,12 +196,14 @@ class BatchShape:
         length: Positions of each, padding counted.
         num_labels: Positions whose loss is computed, at least 1.
         is_masked: Whether an attention mask is needed: rows of unequal length, or packed ones.
+        row_lengths: Tokens of each row, of rows that are laid end to end in one sequence.
     """
 
     num_sequences: int
     length: int
     num_labels: int
     is_masked: bool
+    row_lengths: tuple[int, ...] | None = None
 
     @property
     def num_positions(self) -> int:

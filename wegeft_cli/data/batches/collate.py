@@ -1,4 +1,4 @@
-"""Rows of unequal length become one batch: padded on the left, or packed end to end."""
+"""Rows of unequal length become one batch: padded on the left, or laid end to end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batch:
     Args:
         input_ids: `[batch, seq]`, int64.
         attention_mask: `[batch, seq]`, 1 for real tokens, 0 for padding; None where rows are
-            packed: transformers then finds the rows by their positions, which begin anew.
+            packed or laid end to end: their positions, which begin anew, separate them.
         position_ids: `[batch, seq]`, from 0 at each row's first token; 0 on padding at the left,
             and from 0 again on padding at the right.
         labels: `[batch, seq]`, not shifted: the id where it is learned, else -100.
@@ -35,6 +35,8 @@ class Batch:
         num_label_tokens: Labels that carry loss.
         num_tokens: Real tokens.
         num_padding: Positions without one.
+        row_lengths: Tokens of each row of rows that are laid end to end in one sequence, without
+            padding; else None.
     """
 
     input_ids: Tensor
@@ -45,6 +47,7 @@ class Batch:
     num_label_tokens: int
     num_tokens: int
     num_padding: int
+    row_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -86,6 +89,18 @@ def collate_rows(rows: Sequence[Row], *, pad_token_id: int) -> Batch:
         attention_mask[i, start:] = 1
         _lay_row(row, input_ids[i], position_ids[i], labels[i], start)
     return _build(input_ids, attention_mask, position_ids, labels, sum(lengths))
+
+
+def collate_flat(rows: Sequence[Row]) -> Batch:
+    """Lay rows end to end in one sequence, without padding, every row with positions from 0.
+
+    A row's first token is never a label: the token before it belongs to another row.
+
+    Raises:
+        ValueError: If there is no row or an empty one.
+    """
+    batch = collate_packs([rows], pad_token_id=0, flat=True)
+    return replace(batch, row_lengths=tuple(len(ids) for ids, _ in rows))
 
 
 def collate_packs(packs: Sequence[Sequence[Row]], *, pad_token_id: int, flat: bool) -> Batch:

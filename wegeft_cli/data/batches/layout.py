@@ -9,8 +9,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-Kind = Literal["left", "right", "equal", "single"]
-"""Rows are padded on a side, or share a pass only with rows of equal length, or with none."""
+Kind = Literal["flat", "left", "right", "equal", "single"]
+"""Rows are end to end, or padded on a side, or share a pass with equally long rows or none."""
+
+LAYOUT_KEY = "layout"
+"""Key of the state of a run's batches; without it, the run was begun with padded batches."""
 
 T = TypeVar("T")
 
@@ -26,11 +29,13 @@ class Layout:
 
     Args:
         kind: The layout.
-        note: A sentence for the user; None for the layout that the task prefers.
+        note: A warning for the user; None for the layout that the task prefers.
+        reason: Why the rows are not laid end to end, if that was tried.
     """
 
     kind: Kind
     note: str | None = None
+    reason: str | None = None
 
 
 def compare_logits(

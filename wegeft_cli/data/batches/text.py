@@ -10,7 +10,8 @@ import numpy as np
 
 from wegeft_cli.data.batches.ahead import StepAhead
 from wegeft_cli.data.batches.base import PlannedSource
-from wegeft_cli.data.batches.collate import Batch, collate_packs, collate_rows
+from wegeft_cli.data.batches.collate import Batch, collate_flat, collate_packs, collate_rows
+from wegeft_cli.data.batches.layout import LAYOUT_KEY, Kind
 from wegeft_cli.data.batches.packing import lays_packs_flat, pack_rows, sum_packs
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.text.dataset import PreparedData
@@ -26,9 +27,8 @@ class PlannedBatches(PlannedSource):
     Args:
         train: Training rows.
         plan: Which rows each step takes; which packs, with packing.
-        packs: Rows of each pack; None takes the rows one by one, padded. Validation rows are never
-            packed.
-        flat: Concatenate a batch's packs into one sequence.
+        packs: Rows of each pack; None takes the rows one by one. Validation rows are never packed.
+        flat: Concatenate a batch's packs into one sequence in every layout.
         validation: Source -> its validation rows.
         rank: This process.
         eval_batch_size: Validation rows in one forward pass.
@@ -56,9 +56,14 @@ class PlannedBatches(PlannedSource):
         super().__init__(plan, lengths, label_counts, validation_lengths=held_out, **place)
         self._train = train
         self._packs = packs
-        self._flat = flat
+        self._packs_are_flat = flat
+        self._is_flat = False
         self._validation = validation
         self._pad_token_id = pad_token_id
+
+    def use_layout(self, kind: Kind) -> None:
+        """Lay rows end to end from the next batch on, or pad them."""
+        self._is_flat = kind == "flat"
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield this process's batches of one optimizer step."""
@@ -81,14 +86,16 @@ class PlannedBatches(PlannedSource):
         }
 
     def num_positions(self) -> int:
-        """Return the positions of one epoch; packs laid flat need no padding."""
-        if self._packs is None or not self._flat:
+        """Return the positions of one epoch; rows and packs laid end to end need no padding."""
+        if not (self._is_flat or (self._packs is not None and self._packs_are_flat)):
             return super().num_positions()
         return int(self.lengths[self.plan.epoch_order(0)].sum())
 
     def padding_statistics(self) -> dict[str, Any]:
         """Return what one epoch computes for nothing; see `PlannedSource`."""
         statistics = super().padding_statistics()
+        if self._is_flat and statistics["grouped_padding_share"] is not None:
+            statistics["grouped_padding_share"] = 0.0
         if self._packs is None:
             return {**statistics, "packed_padding_share": self._packed_padding_share()}
         statistics["packed_sequences"] = len(self._packs)
@@ -98,6 +105,8 @@ class PlannedBatches(PlannedSource):
         """Return the share of padding in packs of equal length; None for rows that repeat."""
         if self.max_length is None or len(self.plan.epoch_order(0)) != len(self.lengths):
             return None
+        if self._is_flat:
+            return 0.0
         sums = sum_packs(self.lengths, pack_rows(self.lengths, self.max_length))
         return 1 - int(sums.sum()) / (len(sums) * int(sums.max()))
 
@@ -108,11 +117,23 @@ class PlannedBatches(PlannedSource):
     def _collate_train(self, numbers: list[int]) -> Batch:
         if self._packs is None:
             return self._collate(self._train, numbers)
+        if self._is_flat:
+            return self._collate(
+                self._train, [i for number in numbers for i in self._packs[number]]
+            )
         packs = [[self._train.row(row) for row in self._packs[number]] for number in numbers]
-        return collate_packs(packs, pad_token_id=self._pad_token_id, flat=self._flat)
+        return collate_packs(packs, pad_token_id=self._pad_token_id, flat=self._packs_are_flat)
 
     def _collate(self, dataset: EncodedDataset, rows: list[int]) -> Batch:
-        return collate_rows([dataset.row(i) for i in rows], pad_token_id=self._pad_token_id)
+        return _collate([dataset.row(i) for i in rows], self._is_flat, self._pad_token_id)
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the layout: the last bits of a step depend on it."""
+        return {LAYOUT_KEY: "flat"} if self._is_flat else {}
+
+
+def _collate(rows: Sequence[Row], is_flat: bool, pad_token_id: int) -> Batch:
+    return collate_flat(rows) if is_flat else collate_rows(rows, pad_token_id=pad_token_id)
 
 
 def build_source(
@@ -167,17 +188,23 @@ class StreamedBatches:
         self._num_first = num_first
         self._rank = rank
         self._pad_token_id = pad_token_id
+        self._is_flat = False
         self._step = -1
         self._rows: list[Row] = []
         # Position of the stream before each step that can still be asked about, and passes done.
         self._places = {0: (stream.state(), stream.num_passes)}
         self._ahead = StepAhead(self._read, plan.num_steps)
 
+    def use_layout(self, kind: Kind) -> None:
+        """Lay rows end to end from the next batch on, or pad them."""
+        self._is_flat = kind == "flat"
+        self._first.use_layout(kind)
+
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Return this process's batches of one optimizer step."""
         for rows in self._shares(step):
             if rows:
-                yield collate_rows(rows, pad_token_id=self._pad_token_id)
+                yield _collate(rows, self._is_flat, self._pad_token_id)
 
     def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield a record of each of this process's rows of the current step, without a number."""
@@ -214,13 +241,14 @@ class StreamedBatches:
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the position of the stream before the next step, or before the current one."""
-        return self._place(step)[0]
+        return {**self._place(step)[0], **self._first.state_at(step)}
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
         """Move to the position of another run's stream before a step."""
         self._ahead.forget()
-        if state:
-            self._stream.seek(state)
+        place = {key: value for key, value in state.items() if key != LAYOUT_KEY}
+        if place:
+            self._stream.seek(place)
         self._step, self._rows = step - 1, []
         self._places = {step: (self._stream.state(), self._stream.num_passes)}
 

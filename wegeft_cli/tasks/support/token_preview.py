@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.batches.text import build_source
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.statistics import SourceStatistics
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.loading import load_tokenizer, pad_token_id
+from wegeft_cli.models.loading import build_skeleton, load_tokenizer, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
+from wegeft_cli.tasks.support.flat_check import expect_flat
 from wegeft_cli.tasks.support.histogram import count_lengths
 from wegeft_cli.tasks.support.row_viewer import PreviewRow, RowWalker
 
@@ -169,6 +171,7 @@ def _find_setting(recipe: Recipe) -> str:
 def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict[str, Any]]:
     """Count what each way to make batches computes for nothing."""
     waste = {}
+    layout = _expect_layout(recipe)
     for setting in ("none", "group_by_length", "packing"):
         if setting != _find_setting(recipe) and (
             (recipe.data.streaming and setting != "none")
@@ -181,7 +184,16 @@ def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict
         packs = pack_rows(data.train.lengths, recipe.data.max_length) if is_packed else None
         cut = replace(data, packs=packs)
         plan = build_step_plan(changed, cut, 1)
-        waste[setting] = build_source(
-            changed, cut, plan, rank=0, pad_token_id=pad
-        ).padding_statistics()
+        source = build_source(changed, cut, plan, rank=0, pad_token_id=pad)
+        source.use_layout(layout)
+        waste[setting] = source.padding_statistics()
     return waste
+
+
+def _expect_layout(recipe: Recipe) -> Kind:
+    """Return the layout of the batches by the base's configuration; padded without one."""
+    try:
+        _, skeleton = build_skeleton(recipe.model, None)
+    except UserError:
+        return "left"
+    return "flat" if expect_flat(skeleton, recipe) is None else "left"
