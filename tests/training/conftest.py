@@ -86,6 +86,7 @@ class RowSource:
         validation: Sequence[Row] = (),
     ) -> None:
         self.num_steps = num_steps
+        self.layout, self.max_tokens = "left", None
         self._rows, self._per_step, self._micro = rows, rows_per_step, micro_batch
         self._validation = validation
         self.sought: list[int] = []
@@ -98,6 +99,12 @@ class RowSource:
         rows = self._of_step(step)
         for start in range(0, len(rows), self._micro):
             yield collate_rows(rows[start : start + self._micro], pad_token_id=0)
+
+    def use_layout(self, kind: str, max_tokens: int | None) -> None:
+        self.layout, self.max_tokens = kind, max_tokens
+
+    def halve_passes(self, step: int) -> None:
+        return None
 
     def num_label_tokens(self, step: int) -> int:
         return sum(int(mask.sum()) for _, mask in self._of_step(step))

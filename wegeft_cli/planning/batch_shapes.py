@@ -9,7 +9,7 @@ import numpy as np
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.packing import lays_packs_flat, sum_packs
-from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.batches.sampler import StepPlan, cut_pass
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.base import TaskData
 
@@ -61,7 +61,11 @@ class BatchShapes:
 
 
 def batch_shapes(
-    recipe: Recipe, data: TaskData, plan: StepPlan, layout: Kind = "left"
+    recipe: Recipe,
+    data: TaskData,
+    plan: StepPlan,
+    layout: Kind = "left",
+    max_tokens: int | None = None,
 ) -> BatchShapes:
     """Cut the rows into forward passes without building a batch."""
     row_lengths = data.train.lengths
@@ -75,7 +79,7 @@ def batch_shapes(
     num_steps = min(plan.num_steps, MAX_STEPS)
     for step in range(num_steps):
         for rank in plan.step_indices(step, lengths):
-            for numbers in filter(None, rank):
+            for numbers in _cut(rank, lengths, max_tokens, is_flat):
                 own = lengths[numbers]
                 num_labels, is_padded = int(labels[numbers].sum()), bool(own.min() < own.max())
                 if is_flat:
@@ -99,21 +103,40 @@ def batch_shapes(
     )
 
 
-def worst_case_shape(recipe: Recipe, layout: Kind = "left") -> BatchShape:
+def _cut(
+    micro_batches: list[list[int]], lengths: np.ndarray, max_tokens: int | None, is_flat: bool
+) -> list[list[int]]:
+    return [
+        numbers
+        for micro in micro_batches
+        for numbers in cut_pass(micro, lengths, max_tokens, is_flat=is_flat)
+    ]
+
+
+def worst_case_shape(
+    recipe: Recipe, layout: Kind = "left", max_tokens: int | None = None
+) -> BatchShape:
     """Return the largest possible pass, for rows that cannot be read."""
     size, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
+    if max_tokens is not None:
+        size = max(1, min(size, max_tokens // length))
     if layout == "flat":
         return _flat_shape((length,) * size, size * max(1, length - 1))
     is_packed = recipe.data.packing != "none" and not lays_packs_flat(recipe)
     return BatchShape(size, length, size * max(1, length - 1), size > 1 or is_packed)
 
 
-def validation_shape(recipe: Recipe, data: TaskData, layout: Kind = "left") -> BatchShape | None:
+def validation_shape(
+    recipe: Recipe, data: TaskData, layout: Kind = "left", max_tokens: int | None = None
+) -> BatchShape | None:
     """Return the largest batch of a validation, its first: the longest rows come first."""
     if data.validation is None or not len(data.validation.lengths):
         return None
     size = recipe.train.per_device_eval_batch_size
-    longest = np.argsort(-data.validation.lengths, kind="stable")[:size]
+    batch = np.argsort(-data.validation.lengths, kind="stable")[:size]
+    longest = cut_pass(
+        batch.tolist(), data.validation.lengths, max_tokens, is_flat=layout == "flat"
+    )[0]
     lengths = data.validation.lengths[longest]
     num_labels = max(1, int(data.validation.label_counts[longest].sum()))
     if layout == "flat":

@@ -34,6 +34,10 @@ _HEAP_SHARE, _HEAP_SHARE_16_BITS, _HEAP_SHARE_RECOMPUTED = 0.5, 0.3, 0.35
 _BYTES_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 _BYTES_8_BITS = 1.0
 
+DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Positions of a forward pass by device type, unless the recipe states them."""
+_FEWEST_TOKENS = 64
+
 # Bytes of state per learned parameter of 4 bytes, by transformers' name of the optimizer without
 # `paged_`. 8-bit states hold a scale of 4 bytes for each 256 of them.
 _SCALED = 1 + 4 / 256
@@ -126,6 +130,26 @@ def estimate_memory(
     known["loading"] = max(0.0, loading - math.fsum(known.values()))
     gib = {name: value / GIB for name, value in known.items()}
     return {**gib, "total": math.fsum(gib.values())}, None
+
+
+def fit_tokens(
+    max_tokens: int, memory_gib: Mapping[str, float | None], available_gib: float
+) -> int:
+    """Lower the size of a forward pass to what fits into the memory at hand.
+
+    What the layers keep grows with the tokens of a pass. At least one row always has a pass.
+
+    Args:
+        max_tokens: Positions of a pass by which the memory was estimated.
+        memory_gib: What `estimate_memory` returned for it.
+    """
+    total = memory_gib["total"]
+    if total is None or total <= available_gib:
+        return max_tokens
+    grows = ("activations", "logits", "backward", "allocator")
+    growing = math.fsum(memory_gib[name] or 0.0 for name in grows)
+    share = 1 - (total - available_gib) / growing if growing else 0.0
+    return max(_FEWEST_TOKENS, int(max_tokens * share))
 
 
 def count_base_bytes(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> float:

@@ -37,9 +37,12 @@ from wegeft_cli.planning.batch_shapes import (
 from wegeft_cli.planning.fake_step import skeleton_with_adapter
 from wegeft_cli.planning.inputs import list_inputs
 from wegeft_cli.planning.memory import (
+    DEFAULT_TOKENS,
     count_checkpoint_bytes,
     estimate_memory,
+    fit_tokens,
     list_learned,
+    measure_available,
 )
 from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe
@@ -90,6 +93,7 @@ class Preflight:
     eval_tasks: dict[str, Benchmark] = field(default_factory=dict)
     prompts: SamplePrompts | None = None
     unknown: list[str] = field(default_factory=list)
+    _estimates: dict[int | None, Any] = field(default_factory=dict, repr=False)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -106,22 +110,59 @@ class Preflight:
         """Shapes of the run's forward passes; None without rows."""
         if self.data is None or self.steps is None:
             return None
-        return batch_shapes(self.loaded.recipe, self.data, self.steps, self.layout)
+        return self._shapes(self.max_tokens)
 
     @property
     def largest_shapes(self) -> list[BatchShape]:
         """The passes that may take the most memory."""
-        if self.shapes is not None:
-            return self.shapes.find_largest()
-        return [worst_case_shape(self.loaded.recipe, self.layout)]
+        return self._largest_shapes(self.max_tokens)
+
+    @cached_property
+    def max_tokens(self) -> int | None:
+        """Most positions of a forward pass with several rows; None: no limit.
+
+        The recipe's `train.max_tokens_per_pass`, or the device's default, lowered to what fits into
+        its memory.
+        """
+        chosen = self.loaded.recipe.train.max_tokens_per_pass
+        if chosen is not None or self.task.reads_images:
+            return chosen
+        device, available = measure_available()
+        default = DEFAULT_TOKENS[device]
+        memory, _ = self._estimate_memory(default)
+        return fit_tokens(default, memory, available)
 
     def estimate_memory(self) -> tuple[dict[str, float | None], str | None]:
         """Estimate the peak memory of one device; see `memory.estimate_memory`."""
-        recipe = self.loaded.recipe
-        held_out = None if self.data is None else validation_shape(recipe, self.data, self.layout)
-        return estimate_memory(
-            recipe, self.config, self.model, self.largest_shapes, validation=held_out
-        )
+        return self._estimate_memory(self.max_tokens)
+
+    def _shapes(self, max_tokens: int | None) -> BatchShapes | None:
+        if self.data is None or self.steps is None:
+            return None
+        return batch_shapes(self.loaded.recipe, self.data, self.steps, self.layout, max_tokens)
+
+    def _largest_shapes(self, max_tokens: int | None) -> list[BatchShape]:
+        shapes = self._shapes(max_tokens)
+        if shapes is not None:
+            return shapes.find_largest()
+        return [worst_case_shape(self.loaded.recipe, self.layout, max_tokens)]
+
+    def _estimate_memory(
+        self, max_tokens: int | None
+    ) -> tuple[dict[str, float | None], str | None]:
+        if max_tokens not in self._estimates:
+            recipe, data = self.loaded.recipe, self.data
+            held_out = (
+                None if data is None else validation_shape(recipe, data, self.layout, max_tokens)
+            )
+            self._estimates[max_tokens] = estimate_memory(
+                recipe,
+                self.config,
+                self.model,
+                self._largest_shapes(max_tokens),
+                validation=held_out,
+            )
+        return self._estimates[max_tokens]
 
 
 def check_run(

@@ -102,7 +102,8 @@ def build_setup(
     assert data is not None
     assert checked.steps is not None
     source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
-    source.use_layout(checked.layout)
+    limit: int | None = processes.broadcast(checked.max_tokens if is_main else None)
+    source.use_layout(checked.layout, limit)
     if is_main:
         task.check_rows(data)
     for note in (*checked.targets.notes, *task.describe_data(data)):

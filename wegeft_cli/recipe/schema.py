@@ -298,6 +298,11 @@ class TrainSection:
     """Rows per forward pass of the validation loss on each device."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step. Exact for unequal token counts."""
+    max_tokens_per_pass: Count | None = None
+    """Most tokens of one forward pass, padding counted. The rows of a batch are cut into passes of
+    this size, which changes no step's gradient; a longer row has a pass to itself. A step that runs
+    out of memory is repeated with half of it. Null: chosen by the device (1024 on a CPU, 16384 on a
+    GPU) and its free memory. Not for images."""
     num_train_epochs: Positive = 3.0
     """Passes over the data. Ignored when max_steps is set."""
     max_steps: MaxSteps = -1

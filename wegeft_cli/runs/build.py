@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wegeft_cli.artifacts.checkpoint import Checkpoint
-from wegeft_cli.data.batches.layout import LAYOUT_KEY, Layout
+from wegeft_cli.data.batches.layout import LAYOUT_KEY, LIMIT_KEY, Layout
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.models.heads import HeadSpec
@@ -94,14 +94,16 @@ def _choose_layout(
     model: nn.Module, run: Run, setup: RunSetup, checkpoint: Checkpoint | None
 ) -> Layout:
     """Choose the layout of the batches, and let the source make such batches."""
+    source = setup.source
     earlier = None if checkpoint is None else checkpoint.state.get("source", {})
+    max_tokens = source.max_tokens if earlier is None else earlier.get(LIMIT_KEY)
     may_be_flat = earlier is None or earlier.get(LAYOUT_KEY) == "flat"
     layout = run.task.check_built(model, setup.tokenizer, run.recipe, may_be_flat=may_be_flat)
     if layout.note is not None:
         run.reporter.warn(layout.note)
     elif layout.reason is not None:
         run.reporter.note(f"rows are padded to the longest of a forward pass: {layout.reason}")
-    setup.source.use_layout(layout.kind)
+    source.use_layout(layout.kind, max_tokens)
     return layout
 
 

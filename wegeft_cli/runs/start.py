@@ -210,6 +210,11 @@ def input_record(setup: RunSetup) -> dict[str, Any]:
     }
 
 
+def pass_record(setup: RunSetup) -> dict[str, Any]:
+    """Return the values of run.json that the size and layout of the forward passes determine."""
+    return {"max_tokens_per_pass": setup.source.max_tokens, "waste": setup.waste}
+
+
 def record_base_fingerprint(run: Run, state: RunState, *, is_loaded: bool) -> None:
     """Fingerprint the base if it is on this machine; raise UserError if the run used another."""
     state.fingerprint = fingerprint_same_base(run, state.record, is_loaded=is_loaded)

@@ -44,6 +44,7 @@ from wegeft_cli.runs.start import (
     find_form,
     input_record,
     open_run,
+    pass_record,
     record_base_fingerprint,
     warn_of_few_cores,
 )
@@ -159,7 +160,7 @@ def _load_model(
     model, layout = build_model(
         base, run, setup, base_fingerprint=state.fingerprint, checkpoint=state.checkpoint
     )
-    run.update_record({"layout": layout.kind, "waste": setup.waste})
+    run.update_record({"layout": layout.kind, **pass_record(setup)})
     return model, layout
 
 
@@ -234,7 +235,7 @@ def _close_run(
     is_main = run.processes.is_main
     if is_main:
         result.validation = run.directory.validation()
-    record = end_record(result, run.processes)
+    record = {**end_record(result, run.processes), **pass_record(setup)}
     if is_main and result.status == "finished":
         record["adapter_step"] = export_adapter(
             model, run, result, base_fingerprint=state.fingerprint, head=setup.head

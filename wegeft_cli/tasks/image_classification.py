@@ -31,7 +31,8 @@ class ImageClassification(ClassificationTask):
     reads_images = True
     row_noun = "images"
     ignored_keys = (
-        *LANGUAGE_ONLY, "train.neftune_noise_alpha", "train.group_by_length", "data.max_length"
+        *LANGUAGE_ONLY, "train.neftune_noise_alpha", "train.group_by_length",
+        "train.max_tokens_per_pass", "data.max_length"
     )  # fmt: skip
 
     def check_sources(self, recipe: Recipe) -> Iterator[Fault]:

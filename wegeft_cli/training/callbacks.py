@@ -32,6 +32,13 @@ class Callback:
             loss: The step's mean loss per labeled token.
         """
 
+    def on_smaller_passes(self, trainer: Trainer, limit: int) -> None:
+        """Run when a step that was out of memory is about to be repeated in smaller passes.
+
+        Args:
+            limit: Most positions of a forward pass with several rows from now on.
+        """
+
     def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Run at each line of metrics."""
 

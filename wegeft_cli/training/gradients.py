@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,22 +24,25 @@ class SummedStep:
         grad_norm: Global gradient norm before clipping.
         stop: Whether a process was asked to stop.
         is_cut: Whether a process left the step before its end.
+        is_short: Whether a process left the step because it was out of memory.
     """
 
     loss_sum: float
     grad_norm: float
     stop: bool
     is_cut: bool
+    is_short: bool
 
 
-def read_step(sums: Tensor, grad_norm: Tensor, *, stop: bool, is_cut: bool) -> SummedStep:
+def read_step(sums: Tensor, grad_norm: Tensor, flags: Sequence[bool]) -> SummedStep:
     """Read the sums of `sum_gradients` and the norm together: one wait for the device a step.
 
-    `stop` and `is_cut` are those of this process, which count where it is the only one.
+    `flags` are those of this process, `stop`, `is_cut` and `is_short`. They count where it is the
+    only one.
     """
-    loss_sum, *flags, norm = torch.cat([sums, grad_norm.reshape(1)]).tolist()
-    stop, is_cut = [flag > 0 for flag in flags] or [stop, is_cut]
-    return SummedStep(loss_sum, norm, stop, is_cut)
+    norm = grad_norm.reshape(1).to(sums.device)
+    loss_sum, *counts, norm_value = torch.cat([sums, norm]).tolist()
+    return SummedStep(loss_sum, norm_value, *([count > 0 for count in counts] or flags))
 
 
 def sum_gradients(
@@ -47,10 +50,9 @@ def sum_gradients(
     loss_sum: Tensor,
     processes: Processes,
     *,
-    stop: bool,
-    is_cut: bool,
+    flags: Sequence[bool],
 ) -> Tensor:
-    """Sum gradients, loss and stop flags over the processes; return the latter three.
+    """Sum gradients, loss and flags over the processes; return the latter two, `[1 + flags]`.
 
     All of them are one flat float32 tensor in one collective. Every process gets the same bits, so
     that all stop at the same step and skip the same steps. A process without batches adds zeros.
@@ -63,8 +65,8 @@ def sum_gradients(
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flags = torch.tensor([stop, is_cut], dtype=torch.float32, device=loss_sum.device)
-    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], flags])
+    raised = torch.tensor(flags, dtype=torch.float32, device=loss_sum.device)
+    flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), loss_sum[None], raised])
     torch.distributed.all_reduce(flat)
     start = 0
     for grad in grads:

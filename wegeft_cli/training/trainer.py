@@ -17,7 +17,7 @@ from wegeft_cli.data.batches.base import Batch, BatchSource, PlannedSource
 from wegeft_cli.data.batches.lockstep import is_sharded, pad_to_lockstep, seed_forward
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import MachineError
-from wegeft_cli.models.device_memory import measure_peak_memory_gib
+from wegeft_cli.models.device_memory import is_out_of_memory, measure_peak_memory_gib
 from wegeft_cli.models.running_statistics import trained_statistics
 from wegeft_cli.training.callbacks import Callback
 from wegeft_cli.training.ema import ParameterAverage
@@ -173,27 +173,62 @@ class Trainer:
         self._stop = self.progress.validation_due
 
     def forward_backward(self) -> SummedStep:
-        """Accumulate a step's gradient, sum it over the processes and clip it."""
-        num_labels = self.source.num_label_tokens(self.step)
+        """Accumulate a step's gradient, sum it over the processes and clip it.
+
+        Out of memory in a forward pass of several rows repeats the step in smaller passes.
+        """
         own_loss_sum = torch.zeros((), device=self.processes.device)
-        is_cut = False
+        is_cut, smaller = False, 0
         for number, batch in enumerate(self._micro_batches()):
             is_cut = number > 0 and self._is_stop_requested()
             if is_cut:
                 break
-            number_of_all = number * self.processes.count + self.processes.rank
-            seed_forward(self.settings.seed, self.step, number_of_all)
-            with self._autocast(), self._offload():
-                summed = self.loss_function(self.model, batch.to(self.processes.device))
-            self._scaler.scale(summed / num_labels).backward()
-            own_loss_sum += summed.detach()
-        stop = is_cut or self.should_stop()
-        sums = sum_gradients(
-            self.parameters.values(), own_loss_sum, self.processes, stop=stop, is_cut=is_cut
-        )
+            try:
+                own_loss_sum += self._run_pass(number, batch)
+            except Exception as error:
+                smaller = self._find_smaller_passes(error)
+                break
+        flags = (is_cut or self.should_stop(), is_cut, smaller > 0)
+        sums = sum_gradients(self.parameters.values(), own_loss_sum, self.processes, flags=flags)
         self._scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.parameters.values(), self.settings.max_grad_norm)
-        return read_step(sums, grad_norm, stop=stop, is_cut=is_cut)
+        summed = read_step(sums, grad_norm, flags)
+        if summed.is_short and not summed.is_cut:
+            self._use_smaller_passes(smaller)
+            return self.forward_backward()
+        return summed
+
+    def _run_pass(self, number: int, batch: Any) -> Tensor:
+        """Add a forward pass to the gradient of the step, and return its summed loss."""
+        number_of_all = number * self.processes.count + self.processes.rank
+        seed_forward(self.settings.seed, self.step, number_of_all)
+        with self._autocast(), self._offload():
+            summed = self.loss_function(self.model, batch.to(self.processes.device))
+        self._scaler.scale(summed / self.source.num_label_tokens(self.step)).backward()
+        return summed.detach()
+
+    def _find_smaller_passes(self, error: Exception) -> int:
+        """Return a lower limit for the passes of a step that was out of memory, or raise `error`.
+
+        Processes that share one base wait for each other within a pass and cannot leave it.
+        """
+        limit = self.source.halve_passes(self.step) if is_out_of_memory(error) else None
+        if limit is None or self._is_sharded:
+            raise error
+        return limit
+
+    def _use_smaller_passes(self, limit: int) -> None:
+        """Discard the step's gradient, and limit the passes from now on; a collective."""
+        self._scaler.update(self._scaler.get_scale())
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._ahead is not None:
+            self._ahead.forget()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        limit = min(each for each in self.processes.gather(limit) if each)
+        self.source.use_layout(self.source.layout, limit)
+        for callback in self.callbacks:
+            callback.on_smaller_passes(self, limit)
 
     def leave_step(self) -> None:
         """Discard an interrupted step: the parameters have not changed, so a resume repeats it."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.data.batches.ahead import copy_to
-from wegeft_cli.data.batches.layout import Kind
-from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.batches.layout import LAYOUT_KEY, LIMIT_KEY, Kind
+from wegeft_cli.data.batches.sampler import StepPlan, count_pass, cut_pass
 
 
 class Batch(Protocol):
@@ -36,6 +36,16 @@ class BatchSource(Protocol):
     """The batches of a run in one process; nothing here draws from torch's global random state."""
 
     num_steps: int
+
+    @property
+    def layout(self) -> Kind:
+        """How rows share a forward pass."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most positions of a forward pass with several rows; None: no limit."""
+        ...
 
     def micro_batches(self, step: int) -> Iterable[Batch]:
         """Return this process's batches of one optimizer step.
@@ -68,8 +78,15 @@ class BatchSource(Protocol):
         """Return a record of each of this process's rows of a step just done."""
         ...
 
-    def use_layout(self, kind: Kind) -> None:
-        """Make the batches that a model with this layout takes, from the next one on."""
+    def use_layout(self, kind: Kind, max_tokens: int | None) -> None:
+        """Make batches of this layout and size from the next call of `micro_batches` on."""
+        ...
+
+    def halve_passes(self, step: int) -> int | None:
+        """Return a limit that halves this process's largest pass of a step with several rows.
+
+        None if each of its rows has a pass to itself. Nothing changes until `use_layout`.
+        """
         ...
 
     def padding_statistics(self) -> dict[str, Any]:
@@ -111,13 +128,29 @@ class PlannedSource:
         self.plan = plan
         self.lengths = lengths
         self.label_counts = label_counts
+        self._max_tokens: int | None = None
+        self.layout: Kind = "left"
         self._validation_lengths = validation_lengths
         self._rank = rank
         self._eval_batch_size = eval_batch_size
 
     def numbers_at(self, step: int) -> list[list[int]]:
         """Return the sequences of each of this process's forward passes of a step."""
-        return self.plan.step_indices(step, self.lengths)[self._rank]
+        micro = self.plan.step_indices(step, self.lengths)[self._rank]
+        return [part for numbers in micro for part in self._cut(numbers, self.lengths)]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most positions of a forward pass with several rows; None: no limit."""
+        return self._max_tokens
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether rows lie end to end, without padding."""
+        return self.layout == "flat"
+
+    def _cut(self, numbers: Sequence[int], lengths: np.ndarray) -> list[list[int]]:
+        return cut_pass(numbers, lengths, self.max_tokens, is_flat=self.is_flat)
 
     def num_label_tokens(self, step: int) -> int:
         """Return the labels of one optimizer step over all processes."""
@@ -135,16 +168,30 @@ class PlannedSource:
         """Return the rows of this process's validation batches by source, longest first."""
         world_size, size = self.plan.world_size, self._eval_batch_size
         return {
-            name: longest_first(lengths, size, self._rank, world_size)
+            name: [
+                part
+                for numbers in longest_first(lengths, size, self._rank, world_size)
+                for part in self._cut(numbers, lengths)
+            ]
             for name, lengths in self._validation_lengths.items()
         }
 
-    def use_layout(self, kind: Kind) -> None:
-        """Do nothing: the loss lays out these batches."""
+    def use_layout(self, kind: Kind, max_tokens: int | None) -> None:
+        """Lay rows end to end or pad them, and limit the positions of a pass, from now on."""
+        self.layout, self._max_tokens = kind, max_tokens
+
+    def halve_passes(self, step: int) -> int | None:
+        """Return a limit that halves the largest pass with several rows; None without one."""
+        sizes = [
+            count_pass(numbers, self.lengths, is_flat=self.is_flat)
+            for numbers in self.numbers_at(step)
+            if len(numbers) > 1
+        ]
+        return max(sizes) // 2 if sizes else None
 
     def num_positions(self) -> int:
         """Return the positions of one epoch, padding included."""
-        return self.plan.count_positions(self.lengths)
+        return self.plan.count_positions(self.lengths, self.max_tokens)
 
     def padding_statistics(self) -> dict[str, Any]:
         """Return what one epoch computes for nothing, without building its batches.
@@ -172,8 +219,9 @@ class PlannedSource:
         return 1 - tokens / grouped.count_positions(self.lengths)
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """Return nothing: a step's rows follow from its number."""
-        return {}
+        """Return the layout: the last bits of a step depend on it. Its rows follow from `step`."""
+        layout = {LAYOUT_KEY: "flat"} if self.is_flat else {}
+        return layout if self.max_tokens is None else {**layout, LIMIT_KEY: self.max_tokens}
 
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
         """Do nothing: a step's rows follow from its number."""

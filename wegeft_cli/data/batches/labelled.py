@@ -17,6 +17,7 @@ from wegeft_cli.data.batches.base import (
     PlannedSource,
     longest_first,
 )
+from wegeft_cli.data.batches.layout import Kind
 from wegeft_cli.data.batches.sampler import StepPlan
 from wegeft_cli.data.labelled.dataset import ClassRows
 from wegeft_cli.models.image_processor import ImageTransform
@@ -161,6 +162,11 @@ class ClassBatches(PlannedSource):
             self._ahead[step + 1] = self._submit(step + 1)
         for make in pending:
             yield make()
+
+    def use_layout(self, kind: Kind, max_tokens: int | None) -> None:
+        """Limit the positions of a pass from now on; the loss lays out the rows."""
+        super().use_layout(kind, max_tokens)
+        self._ahead.clear()
 
     def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield this process's rows of one optimizer step, as a file of skipped rows shows them."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 Kind = Literal["flat", "left", "right", "equal", "single"]
-"""Rows are end to end, or padded on a side, or share a pass with equally long rows or none."""
+"""Rows are laid end to end, padded on a side, or share a pass with equally long rows or none."""
 
-LAYOUT_KEY = "layout"
-"""Key of the state of a run's batches; without it, the run was begun with padded batches."""
+LAYOUT_KEY, LIMIT_KEY = "layout", "max_tokens_per_pass"
+"""Keys of the state of a run's batches; without them, its batches are padded and not limited."""
 
 T = TypeVar("T")
 

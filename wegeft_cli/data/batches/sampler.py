@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
@@ -113,16 +114,28 @@ class StepPlan:
         """
         return self._cut(self.global_batch(step), lengths)
 
-    def count_positions(self, lengths: np.ndarray) -> int:
+    def count_positions(self, lengths: np.ndarray, max_positions: int | None = None) -> int:
         """Count the positions of the first epoch's forward passes, padding included.
 
-        Each pass is as wide as its longest row; the rows are cut as in `step_indices`, but no list
-        of them is built.
+        Each pass is as wide as its longest row; the rows are cut as in `step_indices`, and without
+        a limit no list of them is built.
 
         Args:
             lengths: Tokens of each row, int `[num_rows]`.
+            max_positions: Most positions of a pass with several rows; see `cut_pass`.
         """
         order = self.epoch_order(0)
+        if max_positions is not None:
+            steps = range(0, len(order), self.global_batch_size)
+            return sum(
+                len(numbers) * int(lengths[numbers].max())
+                for start in steps
+                for rank in self._cut(
+                    order[start : start + self.global_batch_size].tolist(), lengths
+                )
+                for micro in rank
+                for numbers in cut_pass(micro, lengths, max_positions, is_flat=False)
+            )
         num_full = self.num_rows // self.global_batch_size
         full = lengths[order[: num_full * self.global_batch_size]]
         by_length = np.sort(full.reshape(num_full, self.global_batch_size))[:, ::-1]
@@ -145,6 +158,37 @@ class StepPlan:
             for rank, share in zip(ranks, shares, strict=True):
                 rank.append(share.tolist())
         return ranks
+
+
+def cut_pass(
+    numbers: Sequence[int], lengths: np.ndarray, max_positions: int | None, *, is_flat: bool
+) -> list[list[int]]:
+    """Cut the rows of a forward pass, in order, into passes of a limited number of positions.
+
+    Args:
+        numbers: The rows.
+        lengths: Tokens of each row of the data set.
+        max_positions: Most positions of a pass. A longer row has a pass to itself. None: no limit.
+        is_flat: Whether rows lie end to end; otherwise all are as long as the longest.
+    """
+    passes: list[list[int]] = []
+    total = longest = 0
+    for number in numbers:
+        length = int(lengths[number])
+        total, longest = total + length, max(longest, length)
+        count = len(passes[-1]) + 1 if passes else 1
+        size = total if is_flat else count * longest
+        if not passes or (max_positions is not None and size > max_positions):
+            passes.append([])
+            total = longest = length
+        passes[-1].append(number)
+    return passes
+
+
+def count_pass(numbers: Sequence[int], lengths: np.ndarray, *, is_flat: bool) -> int:
+    """Count the positions of a forward pass of at least one row."""
+    own = lengths[list(numbers)]
+    return int(own.sum() if is_flat else len(own) * own.max())
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,9 +11,9 @@ import numpy as np
 from wegeft_cli.data.batches.ahead import StepAhead
 from wegeft_cli.data.batches.base import PlannedSource
 from wegeft_cli.data.batches.collate import Batch, collate_flat, collate_packs, collate_rows
-from wegeft_cli.data.batches.layout import LAYOUT_KEY, Kind
+from wegeft_cli.data.batches.layout import LAYOUT_KEY, LIMIT_KEY, Kind
 from wegeft_cli.data.batches.packing import lays_packs_flat, pack_rows, sum_packs
-from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.batches.sampler import StepPlan, count_pass, cut_pass
 from wegeft_cli.data.text.dataset import PreparedData
 from wegeft_cli.data.text.encode import EncodedDataset, describe_row
 from wegeft_cli.data.text.streaming import Row, RowStream, open_stream
@@ -57,13 +57,8 @@ class PlannedBatches(PlannedSource):
         self._train = train
         self._packs = packs
         self._packs_are_flat = flat
-        self._is_flat = False
         self._validation = validation
         self._pad_token_id = pad_token_id
-
-    def use_layout(self, kind: Kind) -> None:
-        """Lay rows end to end from the next batch on, or pad them."""
-        self._is_flat = kind == "flat"
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield this process's batches of one optimizer step."""
@@ -87,14 +82,14 @@ class PlannedBatches(PlannedSource):
 
     def num_positions(self) -> int:
         """Return the positions of one epoch; rows and packs laid end to end need no padding."""
-        if not (self._is_flat or (self._packs is not None and self._packs_are_flat)):
+        if not (self.is_flat or (self._packs is not None and self._packs_are_flat)):
             return super().num_positions()
         return int(self.lengths[self.plan.epoch_order(0)].sum())
 
     def padding_statistics(self) -> dict[str, Any]:
         """Return what one epoch computes for nothing; see `PlannedSource`."""
         statistics = super().padding_statistics()
-        if self._is_flat and statistics["grouped_padding_share"] is not None:
+        if self.is_flat and statistics["grouped_padding_share"] is not None:
             statistics["grouped_padding_share"] = 0.0
         if self._packs is None:
             return {**statistics, "packed_padding_share": self._packed_padding_share()}
@@ -105,7 +100,7 @@ class PlannedBatches(PlannedSource):
         """Return the share of padding in packs of equal length; None for rows that repeat."""
         if self.max_length is None or len(self.plan.epoch_order(0)) != len(self.lengths):
             return None
-        if self._is_flat:
+        if self.is_flat:
             return 0.0
         sums = sum_packs(self.lengths, pack_rows(self.lengths, self.max_length))
         return 1 - int(sums.sum()) / (len(sums) * int(sums.max()))
@@ -117,7 +112,7 @@ class PlannedBatches(PlannedSource):
     def _collate_train(self, numbers: list[int]) -> Batch:
         if self._packs is None:
             return self._collate(self._train, numbers)
-        if self._is_flat:
+        if self.is_flat:
             return self._collate(
                 self._train, [i for number in numbers for i in self._packs[number]]
             )
@@ -125,11 +120,11 @@ class PlannedBatches(PlannedSource):
         return collate_packs(packs, pad_token_id=self._pad_token_id, flat=self._packs_are_flat)
 
     def _collate(self, dataset: EncodedDataset, rows: list[int]) -> Batch:
-        return _collate([dataset.row(i) for i in rows], self._is_flat, self._pad_token_id)
+        return _collate([dataset.row(i) for i in rows], self.is_flat, self._pad_token_id)
 
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Return the layout: the last bits of a step depend on it."""
-        return {LAYOUT_KEY: "flat"} if self._is_flat else {}
+
+def _count_tokens(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([len(ids) for ids, _ in rows])
 
 
 def _collate(rows: Sequence[Row], is_flat: bool, pad_token_id: int) -> Batch:
@@ -188,23 +183,45 @@ class StreamedBatches:
         self._num_first = num_first
         self._rank = rank
         self._pad_token_id = pad_token_id
-        self._is_flat = False
         self._step = -1
         self._rows: list[Row] = []
         # Position of the stream before each step that can still be asked about, and passes done.
         self._places = {0: (stream.state(), stream.num_passes)}
         self._ahead = StepAhead(self._read, plan.num_steps)
 
-    def use_layout(self, kind: Kind) -> None:
-        """Lay rows end to end from the next batch on, or pad them."""
-        self._is_flat = kind == "flat"
-        self._first.use_layout(kind)
+    @property
+    def layout(self) -> Kind:
+        """How rows share a forward pass."""
+        return self._first.layout
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether rows lie end to end, without padding."""
+        return self._first.is_flat
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most positions of a forward pass with several rows; None: no limit."""
+        return self._first.max_tokens
+
+    def use_layout(self, kind: Kind, max_tokens: int | None) -> None:
+        """Lay rows end to end or pad them, and limit the positions of a pass, from now on."""
+        self._first.use_layout(kind, max_tokens)
+
+    def halve_passes(self, step: int) -> int | None:
+        """Return a limit that halves the largest pass with several rows; None without one."""
+        sizes = [
+            count_pass(range(len(rows)), _count_tokens(rows), is_flat=self.is_flat)
+            for rows in self._shares(step)
+            if len(rows) > 1
+        ]
+        return max(sizes) // 2 if sizes else None
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Return this process's batches of one optimizer step."""
         for rows in self._shares(step):
             if rows:
-                yield _collate(rows, self._is_flat, self._pad_token_id)
+                yield _collate(rows, self.is_flat, self._pad_token_id)
 
     def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield a record of each of this process's rows of the current step, without a number."""
@@ -246,7 +263,7 @@ class StreamedBatches:
     def seek(self, step: int, state: Mapping[str, Any]) -> None:
         """Move to the position of another run's stream before a step."""
         self._ahead.forget()
-        place = {key: value for key, value in state.items() if key != LAYOUT_KEY}
+        place = {key: value for key, value in state.items() if key not in (LAYOUT_KEY, LIMIT_KEY)}
         if place:
             self._stream.seek(place)
         self._step, self._rows = step - 1, []
@@ -260,12 +277,16 @@ class StreamedBatches:
     def _shares(self, step: int) -> list[list[Row]]:
         """This process's rows of a step, by micro-batch."""
         rows = self._rows_of(step)
-        lengths = np.array([len(ids) for ids, _ in rows])
+        lengths = _count_tokens(rows)
         alone = replace(
             self._plan, num_rows=len(rows), shuffle=False, max_steps=1, group_lengths=None
         )
         shares = alone.step_indices(0, lengths)[self._rank]
-        return [[rows[i] for i in numbers] for numbers in shares]
+        return [
+            [rows[i] for i in part]
+            for numbers in shares
+            for part in cut_pass(numbers, lengths, self.max_tokens, is_flat=self.is_flat)
+        ]
 
     def _rows_of(self, step: int) -> list[Row]:
         """The rows of the step under way, or of the next one, which then is."""

@@ -19,6 +19,14 @@ class ProgressCallback(Callback):
         """Advance the progress line."""
         self._advance(trainer.step)
 
+    def on_smaller_passes(self, trainer: Trainer, limit: int) -> None:
+        """Report the new limit."""
+        if trainer.processes.is_main:
+            self._reporter.note(
+                f"out of memory in step {trainer.step + 1}: it is repeated in forward passes "
+                f"of at most {limit:,} tokens, as are all later ones (train.max_tokens_per_pass)"
+            )
+
     def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Show the metrics beside the progress line."""
         self._advance(

@@ -185,7 +185,7 @@ def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict
         cut = replace(data, packs=packs)
         plan = build_step_plan(changed, cut, 1)
         source = build_source(changed, cut, plan, rank=0, pad_token_id=pad)
-        source.use_layout(layout)
+        source.use_layout(layout, recipe.train.max_tokens_per_pass)
         waste[setting] = source.padding_statistics()
     return waste
 
