@@ -2,6 +2,7 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,7 +75,8 @@ def test_a_stream_is_read_ahead_and_its_faults_wait_for_their_step(
         num_rows=9, per_device_batch_size=4, accumulation_steps=1, world_size=1, seed=0,
         shuffle=False, num_epochs=1, max_steps=5,
     )  # fmt: skip
-    source = text.StreamedBatches(stream, plan, first=None, num_first=0, rank=0, pad_token_id=0)
+    first = SimpleNamespace(state_at=lambda step: {})
+    source = text.StreamedBatches(stream, plan, first=first, num_first=0, rank=0, pad_token_id=0)
     for step in range(2):
         assert source.num_label_tokens(step) > 0
         source._ahead._pending[1].exception()  # the thread is done with the step after this one

@@ -162,10 +162,18 @@ def test_the_largest_batch_is_the_one_that_comes(write_recipe):
     rows = [{"prompt": "Q:", "completion": " ab" * n} for n in (1, 2, 3, 4, 20, 21)]
     recipe = write_recipe(rows=rows, train={"per_device_train_batch_size": 2})
     told = plan(recipe, ["train.gradient_accumulation_steps=3"])
-    # All six rows make one step, cut by length: the two longest meet.
+    # All six rows make one step, cut by length: the two longest meet, end to end.
     longest = told.lengths["max"]
-    assert told.largest_batch["sequences"] == 2
-    assert told.largest_batch["length"] == longest
+    assert told.largest_batch["sequences"] == 1
+    assert longest < told.largest_batch["length"] < 2 * longest
+    padded = plan(
+        recipe, ["train.gradient_accumulation_steps=3", "model.attn_implementation=eager"]
+    )
+    assert padded.largest_batch == {**told.largest_batch, "sequences": 2, "length": longest}
+    cut = plan(
+        recipe, ["train.gradient_accumulation_steps=3", f"train.max_tokens_per_pass={longest}"]
+    )
+    assert cut.largest_batch["length"] == longest
     assert longest < told.largest_batch["labels"] < 2 * longest
     alone = plan(recipe, ["train.per_device_train_batch_size=1"])
     assert (alone.largest_batch["sequences"], alone.largest_batch["length"]) == (1, longest)
@@ -186,7 +194,7 @@ def test_operations_follow_the_rows(write_recipe, write_config):
     assert (blind.num_steps, blind.train_flops, blind.lengths) == (3, None, None)
     reasons = [reason.partition(":")[0] for reason in blind.unknown]
     assert reasons == ["rows and steps", "operations"]
-    assert blind.largest_batch == {"sequences": 4, "length": 64, "labels": 4 * 63}
+    assert blind.largest_batch == {"sequences": 1, "length": 4 * 64, "labels": 4 * 63}
 
 
 def test_what_does_not_fit_is_warned_of(write_recipe, listener, monkeypatch):

@@ -26,7 +26,9 @@ def steady_process(monkeypatch):
     ids=str,
 )
 def test_plan_and_dry_run_estimate_the_same_memory(write_recipe, overrides):
-    recipe = write_recipe(train={"per_device_train_batch_size": 1})
+    recipe = write_recipe(
+        train={"per_device_train_batch_size": 1}, model={"attn_implementation": "eager"}
+    )
     planned = plan(recipe, overrides)
     checked = train(recipe, overrides, dry_run=True)
     assert checked.estimated_memory_gib == planned.memory_gib["total"]

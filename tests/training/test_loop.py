@@ -313,7 +313,7 @@ def test_a_step_waits_for_the_device_once():
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
     alone = Processes(0, 1, torch.device("cpu"))
-    num_reads = []
+    num_reads, flags = [], (True, False, False)
 
     class Reads(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -322,9 +322,9 @@ def test_a_step_waits_for_the_device_once():
             return func(*args, **(kwargs or {}))
 
     with Reads():
-        sums = sum_gradients(parameters, torch.tensor(5.0), alone, stop=True, is_cut=False)
+        sums = sum_gradients(parameters, torch.tensor(5.0), alone, flags=flags)
         norm = clip_gradients(parameters, 1.0)
     assert num_reads == []  # all of it is computed before anything is read
-    step = read_step(sums, norm, stop=True, is_cut=False)
-    assert (step.loss_sum, step.stop, step.is_cut) == (5.0, True, False)
+    step = read_step(sums, norm, flags)
+    assert (step.loss_sum, step.stop, step.is_cut, step.is_short) == (5.0, *flags)
     assert step.grad_norm == pytest.approx(math.sqrt(7 * 4))

@@ -146,7 +146,7 @@ class PlannedSource:
 
     @property
     def is_flat(self) -> bool:
-        """Whether rows lie end to end, without padding."""
+        """Whether rows are laid end to end, without padding."""
         return self.layout == "flat"
 
     def _cut(self, numbers: Sequence[int], lengths: np.ndarray) -> list[list[int]]:

@@ -169,7 +169,7 @@ def cut_pass(
         numbers: The rows.
         lengths: Tokens of each row of the data set.
         max_positions: Most positions of a pass. A longer row has a pass to itself. None: no limit.
-        is_flat: Whether rows lie end to end; otherwise all are as long as the longest.
+        is_flat: Whether rows are laid end to end; otherwise all are as long as the longest.
     """
     passes: list[list[int]] = []
     total = longest = 0

@@ -196,7 +196,7 @@ class StreamedBatches:
 
     @property
     def is_flat(self) -> bool:
-        """Whether rows lie end to end, without padding."""
+        """Whether rows are laid end to end, without padding."""
         return self._first.is_flat
 
     @property
