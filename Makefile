@@ -30,7 +30,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site release-check \
-	bench-classification gpu test-lowest test-peft test-peft-suite test-vllm fuzz docs quickstart digits clean
+	bench-classification gpu test-lowest test-peft test-peft-suite test-triton test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,14 @@ $(VLLM)/.setup-done: constraints.txt
 
 test-vllm: setup $(VLLM)/.setup-done ## Serve adapters and merged models by vLLM on the CPU and compare the tokens (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers/test_vllm.py
+
+# Triton without a GPU: its interpreter computes the kernels' values, and its compiler counts their registers.
+TRITON := triton==3.9.0
+
+test-triton: setup ## Weight dropout's kernel in Triton's interpreter, and compiled ahead of time for three GPUs (a minute)
+	@[ -d .cache/triton ] || $(BIN)/python -m pip install --quiet --no-deps --target .cache/triton $(TRITON)
+	PYTHONPATH=.cache/triton $(BIN)/python -m pytest tests/methods/test_dropped_product.py
+	PYTHONPATH=.cache/triton:. $(BIN)/python scripts/compile_kernels.py
 
 # The lowest versions that pyproject.toml allows, in an environment of their own: torch from the package index is the
 # CUDA build (3 GB). uv finds the versions; typer's is named, because transformers brings a newer one.
