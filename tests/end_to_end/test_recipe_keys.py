@@ -130,6 +130,7 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("train.gradient_checkpointing=true", CALLS),
     ("train.gradient_checkpointing=true", CALLS, LORA),
     ("train.group_by_length=true", FACTORS),
+    ("train.max_tokens_per_pass=20", CALLS),
     ("train.eval_steps=1", EVALS, VALIDATED),
     ("train.save_steps=2", SAVED),
     ("train.save_total_limit=1", SAVED, {"train": {"save_steps": 1}}),

@@ -137,7 +137,7 @@ def fit_tokens(
 ) -> int:
     """Lower the size of a forward pass to what fits into the memory at hand.
 
-    What the layers keep grows with the tokens of a pass. At least one row always has a pass.
+    What the layers keep grows with the tokens of a pass. If no pass fits, nothing is lowered.
 
     Args:
         max_tokens: Positions of a pass by which the memory was estimated.
@@ -149,7 +149,8 @@ def fit_tokens(
     grows = ("activations", "logits", "backward", "allocator")
     growing = math.fsum(memory_gib[name] or 0.0 for name in grows)
     share = 1 - (total - available_gib) / growing if growing else 0.0
-    return max(_FEWEST_TOKENS, int(max_tokens * share))
+    # What does not fit in the smallest pass either is planned for another machine.
+    return int(max_tokens * share) if max_tokens * share >= _FEWEST_TOKENS else max_tokens
 
 
 def count_base_bytes(recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> float:

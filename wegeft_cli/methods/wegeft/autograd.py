@@ -66,7 +66,8 @@ def _multiply_thin(matrix: Tensor, thin: Tensor) -> Tensor:
     The float32 products of a CPU can be ten times as fast with few rows as with few columns.
     """
     if 1 < thin.shape[1] < _FEW_COLUMNS and thin.device.type == "cpu":
-        return torch.mm(thin.t(), matrix.t()).t()
+        # A copy is aligned: the last digits would depend on where a factor of a mapped file starts.
+        return torch.mm(thin.t().clone(), matrix.t()).t()
     return torch.mm(matrix, thin)
 
 
