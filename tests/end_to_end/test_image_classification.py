@@ -21,13 +21,14 @@ from transformers import (
 )
 
 from wegeft_cli.analysis.edit import edit
-from wegeft_cli.errors import UserError
+from wegeft_cli.errors import MachineError, UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.exporting.export import export
 from wegeft_cli.inference.generate import generate
 from wegeft_cli.merging.merge import merge
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs.train import train
+from wegeft_cli.training.trainer import Trainer
 
 FLOAT32 = 1e-4
 METHODS = ("wegeft", "lora", "adalora", "bitfit", "linear_probe", "full")
@@ -346,3 +347,17 @@ def test_a_start_from_an_adapter_of_another_base_is_refused(recipe, tmp_path):
     other = write_vit(tmp_path / "other", intermediate_size=40)
     with pytest.raises(UserError, match="base"):
         train(recipe("other"), [*start, f"model.name_or_path={other}"])
+
+
+def test_a_batch_of_images_is_not_cut_when_memory_runs_out(recipe, monkeypatch):
+    run_pass = Trainer._run_pass
+
+    def fail(self, number, batch):
+        if len(batch.labels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_pass(self, number, batch)
+
+    monkeypatch.setattr(Trainer, "_run_pass", fail)
+    with pytest.raises(MachineError, match="out of memory") as caught:
+        train(recipe())
+    assert "max_tokens_per_pass" not in str(caught.value)

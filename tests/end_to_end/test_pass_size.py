@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wegeft_cli.planning import memory as memory_estimate
+from wegeft_cli.planning import preflight
+from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs.train import train
 from wegeft_cli.training.loss import CausalLoss
 
@@ -73,10 +76,13 @@ def short_of_memory(monkeypatch):
     return limit
 
 
+@pytest.mark.parametrize("precision", ["none", "fp16"])
 def test_a_step_without_memory_is_repeated_in_smaller_passes(
-    tmp_path, write_recipe, adapter_of, read_run, short_of_memory, listener
+    tmp_path, write_recipe, adapter_of, read_run, short_of_memory, listener, precision
 ):
-    settings = ("adapter.dropout=0.2", "adapter.view=weight")
+    settings = (
+        "adapter.dropout=0.2", "adapter.view=weight", f"train.mixed_precision={precision}"
+    )  # fmt: skip
     short_of_memory(40)
     run_dir, repeated = adapter_of(
         write_recipe(), f"output_dir={tmp_path}/repeated", *settings, reporter=listener
@@ -93,3 +99,24 @@ def test_a_step_without_memory_is_repeated_in_smaller_passes(
     assert repeated.keys() == begun_small.keys()
     for name, tensor in repeated.items():
         assert torch.equal(tensor, begun_small[name]), name
+
+
+def test_free_memory_lowers_the_size(tmp_path, write_recipe, read_run, listener, monkeypatch):
+    monkeypatch.setattr(memory_estimate, "_measure_resident", lambda: 0.0)
+    whole = plan(write_recipe())
+    grows = ("activations", "logits", "backward", "allocator")
+    free = whole.memory_gib["total"] - sum(whole.memory_gib[name] for name in grows) / 2
+    monkeypatch.setattr(memory_estimate, "_FEWEST_TOKENS", 1)
+    monkeypatch.setattr(preflight, "measure_available", lambda: ("cpu", free))
+    result = train(write_recipe(), [f"output_dir={tmp_path}/lowered"], reporter=listener)
+    limit = read_run(result.run_dir)["max_tokens_per_pass"]
+    assert 0 < limit < whole.largest_batch["length"]
+    assert any(f"at most {limit} tokens instead of 1,024" in note for note in listener.notes)
+
+
+def test_what_no_size_fits_is_not_lowered():
+    parts = {"base_weights": 9.0, "activations": 1.0, "logits": 0.0, "backward": 0.0}
+    memory = {**parts, "allocator": 0.0, "total": 10.0}
+    assert memory_estimate.fit_tokens(1000, memory, 10.0) == 1000
+    assert memory_estimate.fit_tokens(1000, memory, 9.5) == 500
+    assert memory_estimate.fit_tokens(1000, memory, 8.0) == 1000

@@ -35,15 +35,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_error(
-    error: BaseException, recipe: Recipe, device: torch.device, estimated_gib: float | None
+    error: BaseException,
+    recipe: Recipe,
+    device: torch.device,
+    estimated_gib: float | None,
+    *,
+    can_cut: bool,
 ) -> MachineError:
-    """Build the error that states used and estimated memory and the keys to lower."""
+    """Build the error that states used and estimated memory and the keys to lower.
+
+    `can_cut` says whether a batch may be cut into smaller forward passes.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[0].strip() if lines else "no more left"
     peak = measure_peak_memory_gib(device)
     planned = "" if estimated_gib is None else f", where {estimated_gib:.2f} GiB were estimated"
     train = recipe.train
-    ways = []
+    ways = ["lower train.max_tokens_per_pass"] if can_cut else []
     if train.per_device_train_batch_size > 1:
         ways.append(
             f"lower train.per_device_train_batch_size (it is {train.per_device_train_batch_size}) "

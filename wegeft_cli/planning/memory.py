@@ -34,8 +34,6 @@ _HEAP_SHARE, _HEAP_SHARE_16_BITS, _HEAP_SHARE_RECOMPUTED = 0.5, 0.3, 0.35
 _BYTES_4_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 _BYTES_8_BITS = 1.0
 
-DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Positions of a forward pass by device type, unless the recipe states them."""
 _FEWEST_TOKENS = 64
 
 # Bytes of state per learned parameter of 4 bytes, by transformers' name of the optimizer without
@@ -140,7 +138,7 @@ def fit_tokens(
     What the layers keep grows with the tokens of a pass. If no pass fits, nothing is lowered.
 
     Args:
-        max_tokens: Positions of a pass by which the memory was estimated.
+        max_tokens: Positions of the largest pass, by which the memory was estimated.
         memory_gib: What `estimate_memory` returned for it.
     """
     total = memory_gib["total"]
@@ -229,6 +227,8 @@ def memory_warnings(
     further = [] if train.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     if recipe.model.dtype in ("auto", "float32"):
         further.append(f"set model.dtype: bfloat16 ({recipe.model.dtype})")
+    if train.max_tokens_per_pass is not None:
+        ways.insert(0, f"train.max_tokens_per_pass ({train.max_tokens_per_pass})")
     advice = "; or ".join([f"lower {', '.join(ways)}", *further])
     return [
         f"the run needs about {total_gib:.2f} GiB and {available_gib:.2f} GiB are free on "

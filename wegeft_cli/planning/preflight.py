@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wegeft_cli.data.batches.base import BatchShape
-from wegeft_cli.data.batches.layout import Kind
+from wegeft_cli.data.batches.layout import DEFAULT_TOKENS, Kind
 from wegeft_cli.data.batches.sampler import StepPlan, build_step_plan
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.errors import Faults, UserError, raise_all
@@ -37,7 +37,6 @@ from wegeft_cli.planning.batch_shapes import (
 from wegeft_cli.planning.fake_step import skeleton_with_adapter
 from wegeft_cli.planning.inputs import list_inputs
 from wegeft_cli.planning.memory import (
-    DEFAULT_TOKENS,
     count_checkpoint_bytes,
     estimate_memory,
     fit_tokens,
@@ -130,7 +129,9 @@ class Preflight:
         device, available = measure_available()
         default = DEFAULT_TOKENS[device]
         memory, _ = self._estimate_memory(default)
-        return fit_tokens(default, memory, available)
+        largest = max(shape.num_positions for shape in self._largest_shapes(default))
+        fitting = fit_tokens(largest, memory, available)
+        return default if fitting == largest else min(default, fitting)
 
     def estimate_memory(self) -> tuple[dict[str, float | None], str | None]:
         """Estimate the peak memory of one device; see `memory.estimate_memory`."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from wegeft_cli.data.batches.base import BatchSource
+from wegeft_cli.data.batches.layout import DEFAULT_TOKENS
 from wegeft_cli.distributed.processes import Processes
 from wegeft_cli.errors import Faults, UserError
 from wegeft_cli.evaluation.benchmarks.base import Benchmark
@@ -104,6 +105,12 @@ def build_setup(
     source = task.batches(loaded, data, checked.steps, processor, checked.skeleton, processes.rank)
     limit: int | None = processes.broadcast(checked.max_tokens if is_main else None)
     source.use_layout(checked.layout, limit)
+    default = DEFAULT_TOKENS[measure_available()[0]]
+    if limit is not None and recipe.train.max_tokens_per_pass is None and limit < default:
+        reporter.note(
+            f"forward passes take at most {limit:,} tokens instead of {default:,}, to fit into the "
+            "free memory (train.max_tokens_per_pass)"
+        )
     if is_main:
         task.check_rows(data)
     for note in (*checked.targets.notes, *task.describe_data(data)):

@@ -96,7 +96,10 @@ def _choose_layout(
     """Choose the layout of the batches, and let the source make such batches."""
     source = setup.source
     earlier = None if checkpoint is None else checkpoint.state.get("source", {})
-    max_tokens = source.max_tokens if earlier is None else earlier.get(LIMIT_KEY)
+    max_tokens = source.max_tokens
+    if earlier is not None:  # the recorded size, or a lower one of the recipe
+        sizes = (earlier.get(LIMIT_KEY), run.recipe.train.max_tokens_per_pass)
+        max_tokens = min((size for size in sizes if size is not None), default=None)
     may_be_flat = earlier is None or earlier.get(LAYOUT_KEY) == "flat"
     layout = run.task.check_built(model, setup.tokenizer, run.recipe, may_be_flat=may_be_flat)
     if layout.note is not None:

@@ -28,6 +28,7 @@ _REPORT_KEYS = (
     "train.strategy",
     "train.logging_steps",
     "train.max_skipped_steps",
+    "train.max_tokens_per_pass",
     "train.eval_steps",
     "train.eval_strategy",
     "train.eval_tasks",

@@ -268,7 +268,9 @@ def record_failure(run: Run, estimated_gib: float | None) -> Iterator[None]:
         raised: BaseException = error
         if is_out_of_memory(error):
             device = run.processes.device
-            raised = out_of_memory_error(error, run.recipe, device, estimated_gib)
+            raised = out_of_memory_error(
+                error, run.recipe, device, estimated_gib, can_cut=not run.task.reads_images
+            )
         elif not run.processes.local and is_lost_peer(error):
             raised = lost_peer_error(run.recipe.train.ddp_timeout)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

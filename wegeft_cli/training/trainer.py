@@ -91,6 +91,8 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             self.processes.device.type, enabled=self.settings.mixed_precision == "fp16"
         )
+        # The scaler makes its scale at its first use; a pass without memory may fail before that.
+        self._scaler.scale(torch.zeros((), device=self.processes.device))
         decay = self.settings.ema_decay
         self._average = None if decay is None else ParameterAverage(self.parameters, decay)
         self._state = TrainingState(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 from typing import Generic, TypeVar
 
 import torch
@@ -26,19 +27,31 @@ class StepAhead(Generic[T]):
     def __init__(self, make: Callable[[int], T], num_steps: int) -> None:
         self._make = make
         self._num_steps = num_steps
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-step")
         self._pending: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:
         """Return what a step needs, and begin to make what the next one needs."""
         if self._pending is None or self._pending[0] != step:
             self.forget()
-            self._pending = (step, self._thread.submit(self._make, step))
+            self._pending = (step, self._start(step))
         made = self._pending[1].result()
         following = step + 1
         if following < self._num_steps:
-            self._pending = (following, self._thread.submit(self._make, following))
+            self._pending = (following, self._start(following))
         return made
+
+    def _start(self, step: int) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self._make(step))
+            except BaseException as error:  # whatever it is, it belongs to the step
+                future.set_exception(error)
+
+        # A daemon: a process that ends does not wait for a slow source.
+        Thread(target=run, name="next-step", daemon=True).start()
+        return future
 
     def forget(self) -> None:
         """Wait for the thread and discard what it made."""

@@ -216,7 +216,7 @@ class PlannedSource:
             return None
         grouped = replace(self.plan, group_lengths=self.lengths)
         tokens = int(self.lengths[grouped.epoch_order(0)].sum())
-        return 1 - tokens / grouped.count_positions(self.lengths)
+        return 1 - tokens / grouped.count_positions(self.lengths, self.max_tokens)
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the layout: the last bits of a step depend on it. Its rows follow from `step`."""

@@ -168,6 +168,10 @@ class ClassBatches(PlannedSource):
         super().use_layout(kind, max_tokens)
         self._ahead.clear()
 
+    def halve_passes(self, step: int) -> int | None:
+        """Return a lower limit for texts; None for images, whose normalization sees the pass."""
+        return None if isinstance(self._collator, ImageCollator) else super().halve_passes(step)
+
     def examples_at(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield this process's rows of one optimizer step, as a file of skipped rows shows them."""
         for numbers in self.numbers_at(step):

@@ -15,6 +15,9 @@ Kind = Literal["flat", "left", "right", "equal", "single"]
 LAYOUT_KEY, LIMIT_KEY = "layout", "max_tokens_per_pass"
 """Keys of the state of a run's batches; without them, its batches are padded and not limited."""
 
+DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Most positions of a forward pass by device type, unless the recipe states them."""
+
 T = TypeVar("T")
 
 # Largest difference of logits, as a share of the largest logit: float32 sums in another order, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +146,8 @@ def _find_row_kernel(device: torch.device) -> Any:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return None
-    return varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
 
 
 def _attend_by_kernel(
@@ -173,7 +175,8 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | Rows | None:
     A mask beside causality and a window, such as one of blocks that see each other, keeps the form
     of a tensor; transformers then separates the rows in it.
     """
-    lengths = _lengths.get()
+    # A compiled model is never trained on rows end to end, and its tracer cannot read the variable.
+    lengths = None if torch.compiler.is_compiling() else _lengths.get()
     if lengths is not None and not args and kwargs.get("batch_size") == 1:
         places = kwargs.get("cache_position")  # older versions pass no `q_length`
         num_tokens = kwargs.get("q_length") if places is None else len(places)

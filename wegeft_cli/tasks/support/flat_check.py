@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.data.batches.collate import Batch, collate_flat, collate_rows
 from wegeft_cli.data.batches.layout import compare_logits
+from wegeft_cli.models.device_memory import is_out_of_memory
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.support.packing_check import build_rows
@@ -55,13 +56,13 @@ def check_flat(model: nn.Module, recipe: Recipe) -> str | None:
         return reason
     config: Any = model.config
     rows = [row for pack in build_rows(config.get_text_config(), recipe) for row in pack]
-    parts = [_run(model, collate_rows([row], pad_token_id=0), recipe) for row in rows]
-    logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
     try:
+        parts = [_run(model, collate_rows([row], pad_token_id=0), recipe) for row in rows]
+        logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
         flat_logits, flat_gradients = _run(model, collate_flat(rows), recipe)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error):
+            return "their test, which keeps all activations, does not fit into memory"
         return f"this {type(unwrap(model)).__name__} fails on rows end to end ({error!r:.200})"
     error_of_logits, is_small = compare_logits(flat_logits, logits)
     if not is_small:

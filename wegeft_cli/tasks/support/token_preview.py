@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from wegeft_cli.data.batches.layout import Kind
+import torch
+
+from wegeft_cli.data.batches.layout import DEFAULT_TOKENS, Kind
 from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.batches.sampler import build_step_plan
 from wegeft_cli.data.batches.text import build_source
@@ -172,6 +174,7 @@ def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict
     """Count what each way to make batches computes for nothing."""
     waste = {}
     layout = _expect_layout(recipe)
+    default = DEFAULT_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
     for setting in ("none", "group_by_length", "packing"):
         if setting != _find_setting(recipe) and (
             (recipe.data.streaming and setting != "none")
@@ -185,7 +188,7 @@ def _count_waste(recipe: Recipe, data: PreparedData, pad: int) -> dict[str, dict
         cut = replace(data, packs=packs)
         plan = build_step_plan(changed, cut, 1)
         source = build_source(changed, cut, plan, rank=0, pad_token_id=pad)
-        source.use_layout(layout, recipe.train.max_tokens_per_pass)
+        source.use_layout(layout, recipe.train.max_tokens_per_pass or default)
         waste[setting] = source.padding_statistics()
     return waste
 
