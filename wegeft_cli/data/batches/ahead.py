@@ -46,10 +46,10 @@ class StepAhead(Generic[T]):
         def run() -> None:
             try:
                 future.set_result(self._make(step))
-            except BaseException as error:  # whatever it is, it belongs to the step
+            except BaseException as error:  # raised by `take` of this step
                 future.set_exception(error)
 
-        # A daemon: a process that ends does not wait for a slow source.
+        # A daemon thread: a process that ends does not wait for a slow source.
         Thread(target=run, name="next-step", daemon=True).start()
         return future
 
