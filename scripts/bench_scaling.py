@@ -178,7 +178,7 @@ def build_step(variant: Variant, folder: str, tokens: int, processes: Any) -> Ca
         loss = loss_function(model, batch) / batch.num_label_tokens
         loss.backward()
         if not variant.alone:
-            sum_gradients(learned, loss.detach(), processes, stop=False, is_cut=False)
+            sum_gradients(learned, loss.detach(), processes, flags=(False,) * 3)
         clip_gradients(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()

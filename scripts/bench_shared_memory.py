@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace) -> None:
         loss.backward()
         note("backward")
         loss_sum, *_ = sum_gradients(
-            owner.trainable(), loss.detach(), processes, stop=False, is_cut=False
+            owner.trainable(), loss.detach(), processes, flags=(False,) * 3
         )
         optimizer.step()
         optimizer.zero_grad()
