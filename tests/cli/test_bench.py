@@ -54,7 +54,7 @@ def test_the_table_the_notes_and_the_exit_code(wegeft, end_with, monkeypatch, st
     result = end_with(status)
     shown = wegeft("bench", "tiny.yaml")
     assert shown.exit_code == code
-    for words in ("0.0003", "none", "1.0150 ± 0.0071", "q_proj+v_proj", "2/3", "0.25", "1.49"):
+    for words in ("0.0003", "none", "1.0150 ± 0.0071", "q_proj+v_proj", "2/3", "at least 0.5", "1.49"):
         assert words in shown.stdout
     assert "lora: [red] note of lora" in shown.stdout
     assert "runs/bench.json" in shown.stdout
@@ -65,6 +65,13 @@ def test_the_table_the_notes_and_the_exit_code(wegeft, end_with, monkeypatch, st
     lines = wegeft("bench", "tiny.yaml").stdout.splitlines()
     table = lines[: next(i for i, line in enumerate(lines) if line.startswith("x: "))]
     assert any("1.0150" in line for line in table)
+
+
+def test_ratios_compare_the_seeds_of_both():
+    base = replace(make_row("a", 1.0, {}), seeds={n: {"score": n / 10} for n in (1, 5, 9)})
+    found = complete(replace(base, method="b", seeds={9: {"score": 0.9}}), base, "score")
+    assert found.ratios == {"score": 1.0}
+    assert found.test.n == 1
 
 
 def test_commands_are_the_only_lines_on_standard_output(wegeft, end_with):

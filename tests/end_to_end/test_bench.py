@@ -112,7 +112,7 @@ def test_wrong_arguments_are_told(arguments, words):
     assert words in f"{caught.value.message} {caught.value.hint}"
 
 
-@pytest.mark.parametrize("text", ["0", "1,1", "two", "-1", "4294967296,1", ""])
+@pytest.mark.parametrize("text", ["0", "1,1", "two", "-1", "4294967296,1", "", "²"])
 def test_wrong_seeds_are_told(text):
     with pytest.raises(UserError, match="--seeds"):
         read_seeds(text, 42)
@@ -137,6 +137,8 @@ def test_faults_are_told_before_the_first_run(write_recipe):
     assert "data.max_length: is 64 for wegeft and 32 for lora" in unequal
     assert "train.max_steps" in refuse(recipe, settings=["lora:train.max_steps=9"])
     assert "none of --methods" in refuse(recipe, baseline="dora")
+    seen = refuse(recipe, "eval.tasks=[boolq]", "train.eval_tasks=[boolq]")
+    assert "scores boolq in training" in seen
     # A method that the task or the base does not take.
     assert "linear_probe" in refuse(recipe, methods=["lora", "linear_probe"])
     assert "no bias to train" in refuse(recipe, methods=["lora", "bitfit"])

@@ -325,3 +325,9 @@ def test_alpha_stays_as_it_was_typed(make_llama):
     generators = inject_generators(model, rank=49, alpha=1.0, target_modules=["q_proj"])
     assert generators["default"].settings.alpha == 1.0
     assert generators["default"].settings.scale == 1 / 49
+
+
+@pytest.mark.parametrize("name", ["eval", "train", "keys", "a.b"])
+def test_names_that_a_module_cannot_have_are_refused(make_llama, name):
+    with pytest.raises(UserError, match="adapter name"):
+        inject_generators(make_llama(), rank=2, adapter_name=name)

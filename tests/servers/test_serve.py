@@ -232,6 +232,10 @@ def test_a_taken_port_and_missing_packages_are_said_before_anything_is_loaded(
             serve(address=serving.Address(port=port), backend="transformers")
         assert "another --port" in (error.value.hint or "")
         assert time.monotonic() - start < 1
+    with serving.Address(port=0).bind() as first:  # a server that loads its models
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match="cannot be bound"):
+            serving.Address(port=port).bind()
     present = serving.find_spec
     monkeypatch.setattr(
         serving, "find_spec", lambda name: None if name in ("fastapi", "vllm") else present(name)

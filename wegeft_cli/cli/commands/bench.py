@@ -53,7 +53,7 @@ def bench(
             metavar="KEY=V,V",
             help="Values to choose from for each method by validation loss, such as "
             "train.learning_rate=1e-4,3e-4,1e-3; LABEL:KEY=V,V for one method. Repeatable. "
-            "Default: the recipe's sweep, else none.",
+            "They are combined with the recipe's sweep. Default: none.",
         ),
     ] = None,
     settings: Annotated[
@@ -184,13 +184,15 @@ def _format_p(value: float | None) -> str:
 
 def _print_end(result: BenchResult) -> None:
     plain: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
-    show(
-        f"x: divided by {result.baseline}. p: paired over {len(result.seeds)} seeds against "
-        f"{result.baseline}, t-test and exact sign flips (at least "
-        f"{2.0 ** (1 - len(result.seeds)):.2g} at this number)",
-        style="dim",
-        **plain,
-    )
+    show(f"x: divided by {result.baseline}, over the seeds of both", style="dim", **plain)
+    for row in result.methods:
+        if row.test is not None:
+            show(
+                f"p of {row.method}: paired over {row.test.n} seeds against {result.baseline}, "
+                f"t-test and exact sign flips (at least {row.test.least_sign_flip_p:.2g})",
+                style="dim",
+                **plain,
+            )
     for row in result.methods:
         for text in row.notes:
             show(f"{row.method}: {text}", **plain)

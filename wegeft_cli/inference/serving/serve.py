@@ -26,7 +26,7 @@ class Address:
     api_key: str | None = None
 
     def bind(self) -> socket.socket:
-        """Return a socket bound to the address; port 0 takes a free one.
+        """Return a socket that listens at the address; port 0 takes a free one.
 
         Raises:
             UserError: If the port is taken, or the host is not one of this machine.
@@ -36,6 +36,7 @@ class Address:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((self.host, self.port))
+            bound.listen()  # now, or a second server could bind it while the models are loaded
         except (OSError, OverflowError) as error:
             bound.close()
             reason = getattr(error, "strerror", None) or str(error)

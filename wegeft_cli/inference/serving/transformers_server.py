@@ -219,7 +219,8 @@ def _fit(model: Any, inputs: Any, config: Any) -> None:
         return
     if length >= context:
         raise HTTPException(400, f"the prompt has {length} tokens, and the model reads {context}")
-    config.max_new_tokens = min(config.max_new_tokens, context - length)
+    room = context - length
+    config.max_new_tokens = min(config.max_new_tokens or room, room)
 
 
 class _State(GenerationState):

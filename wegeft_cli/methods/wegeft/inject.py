@@ -311,5 +311,7 @@ def _check_settings(settings: GeneratorSettings, adapter_name: str) -> None:
         )
     if not math.isfinite(settings.alpha):
         raise UserError(f"alpha must be finite, got {settings.alpha}", key="adapter.alpha")
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise UserError(f"adapter name {adapter_name!r} is reserved", hint="choose another name")
     if not _ADAPTER_NAME.fullmatch(adapter_name):
         raise UserError(f"adapter name {adapter_name!r} may hold only letters, digits, _ and -")

@@ -197,6 +197,18 @@ def _read_seed(path: str | Path, overrides: Sequence[str]) -> int:
     return seed if isinstance(seed, int) else Recipe.seed
 
 
+def check_unseen(recipe: Recipe) -> None:
+    """Refuse test sets that a training run would score: a checkpoint or a value could fit them."""
+    watched = recipe.train.metric_for_best_model.removeprefix("eval_")
+    seen = {*recipe.train.eval_tasks, watched} & set(recipe.eval.tasks)
+    if seen:
+        raise UserError(
+            f"scores {', '.join(sorted(seen))} in training, which the bench scores at the end",
+            key="train.eval_tasks",
+            hint="remove it there, or from `eval.tasks`",
+        )
+
+
 def _choose_baseline(asked: str | None, labels: Sequence[str]) -> str:
     if asked is None:
         return _DEFAULT_BASELINE if _DEFAULT_BASELINE in labels else labels[0]
@@ -278,6 +290,7 @@ class _Bench:
                 key="data.validation",
                 hint=f"{hint}, or `eval.tasks`",
             )
+        check_unseen(recipe)
         self._check_recipes(self.searching)
         firsts = [
             entry.searched.runs[0]

@@ -142,7 +142,7 @@ def _split_label(key: str, text: str, labels: Mapping[str, str]) -> tuple[str | 
 def read_seeds(text: str, first: int) -> list[int]:
     """Return the seeds of `--seeds`: a number of seeds from the recipe's on, or a list of seeds."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         hint = "a number of seeds, such as 3, or the seeds, such as 42,43,44"
         raise UserError(f"got {text!r}", key="--seeds", hint=hint)
     numbers = [int(part) for part in parts]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from wegeft_cli.artifacts.run_directory import SCORES_END, RunDirectory
 from wegeft_cli.artifacts.run_results import BEST, LOWER_IS_BETTER, RunOutcome
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.runs.children import ChildEnd, run_child
+from wegeft_cli.storage.atomic import write_text_atomic
 from wegeft_cli.storage.json_files import is_number, read_object
 
 SCORE, VALIDATION_LOSS = "score", "validation_loss"
 _SCORES_NAME = f"adapter-bench{SCORES_END}"
+_SCORED_NAME = "bench-settings.json"
 _MERGE_NAME, _MERGED_NAME = "merge.json", "merged-by-bench"
 _LOG_NAME = "bench.log"
 
@@ -80,9 +84,14 @@ def evaluate_run(run_dir: Path, recipe: Recipe, should_stop: Callable[[], bool])
     """Score a finished run's adapter, unless that is done."""
     directory = RunDirectory(run_dir)
     words, output = list_eval_words(recipe), directory.eval_dir / _SCORES_NAME
-    if not words or _is_newer(output, directory):
+    settings = {"words": words, "eval": asdict(recipe.eval), "test": str(recipe.data.test)}
+    record, text = output.with_name(_SCORED_NAME), json.dumps(settings, sort_keys=True)
+    is_scored = record.is_file() and record.read_text(encoding="utf-8") == text
+    if not words or (is_scored and _is_newer(output, directory)):
         return ChildEnd("finished")
     output.parent.mkdir(exist_ok=True)
+    output.unlink(missing_ok=True)
+    write_text_atomic(record, text)
     command = ["eval", str(run_dir), *words, "--output", str(output)]
     return run_child(command, run_dir / _LOG_NAME, should_stop)
 

@@ -99,6 +99,15 @@ def note_edges(searched: Sequence[Candidate], best: Candidate) -> list[str]:
     return notes
 
 
+def _share_seeds(row: BenchRow, baseline: BenchRow, name: str) -> list[int]:
+    """Return the seeds for which both rows have a figure: others would make a ratio unequal."""
+    return [
+        seed
+        for seed, figures in row.seeds.items()
+        if name in figures and name in baseline.seeds.get(seed, {})
+    ]
+
+
 def complete(row: BenchRow, baseline: BenchRow | None, metric: str) -> BenchRow:
     """Return a row with means, ratios and the paired test."""
     names = dict.fromkeys(name for figures in row.seeds.values() for name in figures)
@@ -107,16 +116,12 @@ def complete(row: BenchRow, baseline: BenchRow | None, metric: str) -> BenchRow:
     test = None
     if baseline is not None:
         theirs = _average(baseline, names)
-        ratios = {
-            name: means[name].mean / theirs[name].mean
-            for name in names
-            if name in theirs and theirs[name].mean
-        }
-        shared = [
-            seed
-            for seed, figures in row.seeds.items()
-            if metric in figures and metric in baseline.seeds.get(seed, {})
-        ]
+        for name in theirs:
+            both = _share_seeds(row, baseline, name)
+            divisor = sum(baseline.seeds[seed][name] for seed in both)
+            if divisor:
+                ratios[name] = sum(row.seeds[seed][name] for seed in both) / divisor
+        shared = _share_seeds(row, baseline, metric)
         if shared and row.method != baseline.method:
             test = compare_means(
                 [baseline.seeds[seed][metric] for seed in shared],
