@@ -54,8 +54,17 @@ def test_the_table_the_notes_and_the_exit_code(wegeft, end_with, monkeypatch, st
     result = end_with(status)
     shown = wegeft("bench", "tiny.yaml")
     assert shown.exit_code == code
-    for words in ("0.0003", "none", "1.0150 ± 0.0071", "q_proj+v_proj", "2/3", "at least 0.5", "1.49"):
+    for words in (
+        "0.0003",
+        "none",
+        "1.0150 ± 0.0071",
+        "q_proj+v_proj",
+        "2/3",
+        "at least 0.5",
+        "1.49",
+    ):
         assert words in shown.stdout
+    assert "(at least 0.5)" in shown.stdout
     assert "lora: [red] note of lora" in shown.stdout
     assert "runs/bench.json" in shown.stdout
     told = wegeft("bench", "tiny.yaml", "--json")
