@@ -1,6 +1,6 @@
 # wegeft on CPUs. In the repository's root:
 #   docker build -f containers/cpu.Dockerfile -t wegeft:cpu .
-#   docker run --rm -it --user "$(id -u):$(id -g)" -v "$PWD:/work" wegeft:cpu train recipe.yaml
+#   docker run --rm -it --user "$(id -u):$(id -g)" -v "$PWD:/workspace" wegeft:cpu train recipe.yaml
 FROM ghcr.io/astral-sh/uv:0.8.22 AS uv
 
 FROM python:3.12.11-slim-bookworm
@@ -16,10 +16,10 @@ RUN uv venv /opt/venv \
         --constraint constraints.txt '.[peft,vision,gguf,report]'
 
 ENV PATH=/opt/venv/bin:$PATH \
-    HF_HOME=/work/.cache/huggingface \
+    HF_HOME=/workspace/.cache/huggingface \
     PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 wegeft
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["wegeft"]
 CMD ["--help"]

@@ -1,6 +1,6 @@
 # wegeft on NVIDIA GPUs. In the repository's root:
 #   docker build -f containers/cuda.Dockerfile -t wegeft:cuda .
-#   docker run --rm -it --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" wegeft:cuda train recipe.yaml
+#   docker run --rm -it --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/workspace" wegeft:cuda train recipe.yaml
 # PyTorch's wheels contain the CUDA libraries. The host provides the driver and the NVIDIA container toolkit.
 FROM ghcr.io/astral-sh/uv:0.8.22 AS uv
 
@@ -22,12 +22,12 @@ RUN uv venv /opt/venv \
         --constraint constraints.txt '.[peft,vision,gguf,report,bitsandbytes,liger]'
 
 ENV PATH=/opt/venv/bin:$PATH \
-    HF_HOME=/work/.cache/huggingface \
+    HF_HOME=/workspace/.cache/huggingface \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 wegeft
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["wegeft"]
 CMD ["--help"]

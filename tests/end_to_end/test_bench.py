@@ -39,7 +39,7 @@ def test_searched_trained_measured_and_resumed(write_recipe, listener, data_dir)
     result = bench(recipe, ["train.max_skipped_steps=0"], reporter=listener, **options)
     told = json.loads((root / "bench.json").read_text())
     assert told == json.loads(json.dumps(result.to_json()))
-    # 1e30 diverges: that is told, and the other candidate is taken.
+    # The rate 1e30 diverges. A note says so, and the other candidate is chosen.
     assert result.status == "failed"
     mine, lora = result.methods
     assert [each.status for each in lora.searched] == ["finished", "failed"]
@@ -119,7 +119,7 @@ def test_wrong_seeds_are_told(text):
 
 
 def refuse(recipe, *overrides, **options):
-    """Return what is told before the first run, of which no trace may stay."""
+    """Return the errors that are raised before the first run, which leave no file behind."""
     with pytest.raises((UserError, ExceptionGroup)) as caught:
         bench(recipe, overrides, **{"methods": ["wegeft", "lora"], **options})
     assert not (recipe.parent / "runs").exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wegeft_cli.data.batches.ahead import copy_to
 from wegeft_cli.data.batches.layout import LAYOUT_KEY, LIMIT_KEY, Kind
-from wegeft_cli.data.batches.sampler import StepPlan, count_pass, cut_pass
+from wegeft_cli.data.batches.sampler import StepPlan, cut_pass, halve_largest
 
 
 class Batch(Protocol):
@@ -182,12 +182,8 @@ class PlannedSource:
 
     def halve_passes(self, step: int) -> int | None:
         """Return a limit that halves the largest pass with several rows; None without one."""
-        sizes = [
-            count_pass(numbers, self.lengths, is_flat=self.is_flat)
-            for numbers in self.numbers_at(step)
-            if len(numbers) > 1
-        ]
-        return max(sizes) // 2 if sizes else None
+        passes = (self.lengths[numbers] for numbers in self.numbers_at(step))
+        return halve_largest(passes, is_flat=self.is_flat)
 
     def num_positions(self) -> int:
         """Return the positions of one epoch, padding included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
@@ -185,10 +185,16 @@ def cut_pass(
     return passes
 
 
-def count_pass(numbers: Sequence[int], lengths: np.ndarray, *, is_flat: bool) -> int:
-    """Count the positions of a forward pass of at least one row."""
-    own = lengths[list(numbers)]
-    return int(own.sum() if is_flat else len(own) * own.max())
+def halve_largest(passes: Iterable[np.ndarray], *, is_flat: bool) -> int | None:
+    """Return half of the positions of the largest pass with several rows; None without one.
+
+    Args:
+        passes: Tokens of each row of each pass.
+        is_flat: Whether rows are laid end to end; otherwise all are as long as the longest.
+    """
+    several = [lengths for lengths in passes if len(lengths) > 1]
+    sizes = [int(each.sum() if is_flat else len(each) * each.max()) for each in several]
+    return max(sizes) // 2 if sizes else None
 
 
 @functools.lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from wegeft_cli.data.batches.base import PlannedSource
 from wegeft_cli.data.batches.collate import Batch, collate_flat, collate_packs, collate_rows
 from wegeft_cli.data.batches.layout import LAYOUT_KEY, LIMIT_KEY, Kind
 from wegeft_cli.data.batches.packing import lays_packs_flat, pack_rows, sum_packs
-from wegeft_cli.data.batches.sampler import StepPlan, count_pass, cut_pass
+from wegeft_cli.data.batches.sampler import StepPlan, cut_pass, halve_largest
 from wegeft_cli.data.text.dataset import PreparedData
 from wegeft_cli.data.text.encode import EncodedDataset, describe_row
 from wegeft_cli.data.text.streaming import Row, RowStream, open_stream
@@ -210,12 +210,7 @@ class StreamedBatches:
 
     def halve_passes(self, step: int) -> int | None:
         """Return a limit that halves the largest pass with several rows; None without one."""
-        sizes = [
-            count_pass(range(len(rows)), _count_tokens(rows), is_flat=self.is_flat)
-            for rows in self._shares(step)
-            if len(rows) > 1
-        ]
-        return max(sizes) // 2 if sizes else None
+        return halve_largest(map(_count_tokens, self._shares(step)), is_flat=self.is_flat)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Return this process's batches of one optimizer step."""
