@@ -86,7 +86,7 @@ test-peft-suite: setup ## What PEFT promises of any method, against the installe
 families: setup ## Every command on tiny checkpoints of 197 model families; docs/models.md (half an hour on two cores, resumable)
 	OMP_NUM_THREADS=1 PYTHONPATH=scripts $(BIN)/python -m families --page docs/models.md
 
-test-peft: setup ## WeGeFT as a method of PEFT, and LoRA twins, against the oldest PEFT supported
+test-peft: setup ## WeGeFT as a method of PEFT, and LoRA equivalents, against the oldest PEFT supported
 	@[ -d .cache/peft-$(OLDEST_PEFT) ] || $(BIN)/python -m pip install --quiet --no-deps \
 		--target .cache/peft-$(OLDEST_PEFT) peft==$(OLDEST_PEFT) torchao==$(ITS_TORCHAO)
 	@PYTHONPATH=.cache/peft-$(OLDEST_PEFT) $(BIN)/python -c \

@@ -1,9 +1,9 @@
-"""Memory and time of `wegeft merge` beside PEFT's merge of the exact LoRA twin.
+"""Memory and time of `wegeft merge` beside PEFT's merge of the exact LoRA equivalent.
 
     python scripts/bench_merge.py [--gib 2] [--rounds 3] [--folder DIR] [--json]
 
 A Llama-shaped model of random bfloat16 weights is written in shards, with a WeGeFT adapter on all
-seven linears and its LoRA twin (`wegeft export --format lora`). Then, by turns:
+seven linears and its LoRA equivalent (`wegeft export --format lora`). Then, by turns:
 
     wegeft    wegeft merge ADAPTER
     peft      AutoModelForCausalLM.from_pretrained, PeftModel.from_pretrained, merge_and_unload,
@@ -48,9 +48,9 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base, twin, output = sys.argv[1:]
+base, equivalent, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-model = PeftModel.from_pretrained(model, twin).merge_and_unload()
+model = PeftModel.from_pretrained(model, equivalent).merge_and_unload()
 model.save_pretrained(output, max_shard_size="{SHARD}")
 """
 
@@ -78,8 +78,8 @@ def make_base(folder: Path, gib: float) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def make_adapter(base_dir: Path, folder: Path, twin: Path) -> None:
-    """Write an adapter with factors that are not zero, and its LoRA twin."""
+def make_adapter(base_dir: Path, folder: Path, equivalent: Path) -> None:
+    """Write an adapter with factors that are not zero, and its LoRA equivalent."""
     import torch
 
     from wegeft_cli.exporting.export import ExportOptions, export
@@ -95,7 +95,7 @@ def make_adapter(base_dir: Path, folder: Path, twin: Path) -> None:
         for parameter in generators.parameters():
             parameter.copy_(0.02 * torch.randn(parameter.shape, generator=random))
     save_adapter(model, folder, base_model_name_or_path=str(base_dir))
-    export(folder, format="lora", output=twin, options=ExportOptions(parity=False))
+    export(folder, format="lora", output=equivalent, options=ExportOptions(parity=False))
 
 
 def watch(command: list[str]) -> dict[str, float]:
@@ -195,14 +195,14 @@ def forget(folder: Path) -> None:
 
 def list_commands(folder: Path) -> dict[str, list[str]]:
     """Give what is measured: name -> command; the last argument is the folder that it writes."""
-    base, adapter, twin = (str(folder / name) for name in ("base", "adapter", "twin"))
+    base, adapter, equivalent = (str(folder / name) for name in ("base", "adapter", "equivalent"))
     outputs = {name: str(folder / f"by-{name}") for name in NAMES}
     wegeft = [sys.executable, "-m", "wegeft_cli"]
     merge = [*wegeft, "merge", adapter, "--json", "--output"]
     export = [*wegeft, "export", adapter, "--format", "lora", "--no-parity", "--json", "--output"]
     return {
         "wegeft": [*merge, outputs["wegeft"]],
-        "peft": [sys.executable, "-c", PEFT_MERGE, base, twin, outputs["peft"]],
+        "peft": [sys.executable, "-c", PEFT_MERGE, base, equivalent, outputs["peft"]],
         "copy": ["cp", "-r", base, outputs["copy"]],
         "wegeft cold": [*merge, outputs["wegeft cold"]],
         "copy cold": ["cp", "-r", base, outputs["copy cold"]],
@@ -213,11 +213,11 @@ def list_commands(folder: Path) -> dict[str, list[str]]:
 
 def measure(folder: Path, gib: float, rounds: int) -> dict[str, Any]:
     """Make the files and ask both by turns."""
-    base, adapter, twin = folder / "base", folder / "adapter", folder / "twin"
+    base, adapter, equivalent = folder / "base", folder / "adapter", folder / "equivalent"
     child = os.fork()  # what makes the files must not lend its memory to what is measured
     if child == 0:
         make_base(base, gib)
-        make_adapter(base, adapter, twin)
+        make_adapter(base, adapter, equivalent)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         raise SystemExit("the model could not be made")

@@ -38,8 +38,8 @@ Exempt functions
 Task switches
     Lines outside `tasks/` and `recipe/schema.py` that hold the name of a task as a string; that
     compare `recipe.task` or `head.task`, test its membership or look it up in a table; that read
-    or call `is_classifier` or a similar name; or that name a class of one task beside its twin, in
-    `isinstance` or in a union (`CausalLoss | ClassLoss`).
+    or call `is_classifier` or a similar name; or that name a class of one task beside its
+    counterpart, in `isinstance` or in a union (`CausalLoss | ClassLoss`).
 Method switches
     Lines outside `methods/`, `recipe/schema.py` and `interop/peft_tuner/` (WeGeFT as a class of
     PEFT, which has to name it) that hold `"adalora"`, `"bitfit"`, `"linear_probe"` or `"WEGEFT"`;

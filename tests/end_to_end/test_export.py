@@ -159,7 +159,7 @@ def test_parity_is_told_in_numbers(llama_dir, make_adapter, monkeypatch):
     assert told["is_measured"]
     assert told["prompts"] == ["the correct answer is", "true false"]
     assert {(row["dtype"], row["pair"]) for row in told["results"]} == {
-        ("float32", "adapter and LoRA twin in PEFT"),
+        ("float32", "adapter and LoRA equivalent in PEFT"),
         ("float32", "adapter and merged"),
     }
     for row in told["results"]:
@@ -193,7 +193,7 @@ def test_parity_in_the_bases_own_type_too(build_llama_dir, make_adapter):
     # Merging in float32 rounds nothing away; factors in bfloat16 do.
     twin, merged = (
         rows["float32", f"adapter and {name}"]["max_difference"]
-        for name in ("LoRA twin in PEFT", "merged")
+        for name in ("LoRA equivalent in PEFT", "merged")
     )
     assert merged < twin
     tensors = load_file(result.output_dir / "adapter_model.safetensors")

@@ -279,7 +279,9 @@ def test_contradictions_are_told(make_llama):
         ({"rank": 0, "alpha": 1.0}, "at least 1"),
         ({"alpha": float("inf")}, "finite"),
         ({"adapter_name": "a.b"}, "letters, digits"),
-        ({"groups": {"update": ["q_proj"]}}, "taken by torch"),
+        ({"groups": {"update": ["q_proj"]}}, "is an attribute of the module"),
+        ({"groups": {"settings": ["q_proj"]}}, "is an attribute of the module"),
+        ({"groups": {"groups": ["q_proj"]}}, "is an attribute of the module"),
     ]:
         with pytest.raises(UserError, match=message):
             inject_generators(model, **{"target_modules": ["q_proj"], "rank": 4, **settings})

@@ -175,6 +175,77 @@ def test_what_a_request_gets_wrong_is_said(app: Any) -> None:
     assert ask(app, "/load_model", json={"model": "other"}).status_code == 404
 
 
+TURNS = {"messages": [{"role": "user", "content": QUESTION}]}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "message"),
+    [
+        ("chat/completions", {**TURNS, "temperature": "hot"}, "`temperature` must be a number"),
+        ("chat/completions", {**TURNS, "temperature": -1}, "`temperature` must be a number of at"),
+        ("chat/completions", {**TURNS, "top_p": 2}, "`top_p` must be a number in (0, 1]"),
+        ("chat/completions", {**TURNS, "max_tokens": "many"}, "`max_tokens` must be a whole num"),
+        ("chat/completions", {**TURNS, "max_tokens": -1}, "`max_tokens` must be a whole number"),
+        ("chat/completions", {**TURNS, "seed": 1.5}, "`seed` must be a whole number"),
+        ("chat/completions", {**TURNS, "stop": [1]}, "`stop` must be a text or a list of texts"),
+        ("chat/completions", {**TURNS, "stream": "yes"}, "`stream` must be true or false"),
+        ("chat/completions", {**TURNS, "logit_bias": {"a": 1}}, "`logit_bias` must be a map"),
+        ("chat/completions", {**TURNS, "chat_template_kwargs": 1}, "`chat_template_kwargs` must"),
+        ("chat/completions", {**TURNS, "generation_config": "{"}, "`generation_config` must be"),
+        ("chat/completions", {}, "`messages` is missing"),
+        ("chat/completions", {"messages": "Hello"}, "`messages` must be a list of objects"),
+        ("chat/completions", {"messages": []}, "`messages` must be a list of objects"),
+        ("chat/completions", {"messages": [{"content": "a"}]}, "`messages[0].role` must be a text"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "`messages[0].content[0].text` must be a text",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "`messages[0].tool_calls[0].function.arguments` must be a JSON object",
+        ),
+        ("completions", {}, "`prompt` is missing"),
+        ("completions", {"prompt": [1, 2]}, "`prompt` must be a text"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "`max_tokens` must be a whole number"),
+        ("responses", {}, "`input` is missing"),
+        ("responses", {"input": 5}, "`input` must be a text or a list of objects"),
+        ("responses", {"input": [{"role": 5, "content": "a"}]}, "`input[0].role` must be a text"),
+        ("responses", {"input": [{"type": "function_call"}]}, "`input[0].call_id` must be a text"),
+        ("responses", {"input": "a", "max_output_tokens": None, "top_p": "x"}, "`top_p` must be"),
+    ],
+)  # fmt: skip
+def test_a_faulty_field_is_named(
+    app: Any, route: str, fields: dict[str, Any], message: str
+) -> None:
+    reply = ask(app, f"/v1/{route}", json={"model": "first", **fields})
+    assert reply.status_code == 400, reply.text
+    assert message in reply.json()["error"]["message"]
+
+
+def test_null_fields_are_absent_and_parts_are_read(app: Any) -> None:
+    empty = dict.fromkeys(("temperature", "top_p", "seed", "stop", "tools", "chat_template_kwargs"))
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    body = {"model": "first", "messages": parts, "max_tokens": 3, **empty}
+    assert ask(app, "/v1/chat/completions", json=body).status_code == 200
+    for given in (QUESTION, [{"role": "user", "content": QUESTION}],
+                  [{"type": "input_text", "text": QUESTION}]):  # fmt: skip
+        body = {"model": "first", "input": given, "stream": False, "max_output_tokens": 3}
+        assert ask(app, "/v1/responses", json=body).status_code == 200
+
+
+def test_a_fault_of_the_server_is_no_fault_of_the_request(
+    app: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise ValueError("a fault in the model")
+
+    monkeypatch.setattr("wegeft_cli.inference.serving.transformers_server._fit", fail)
+    with pytest.raises(ValueError, match="a fault in the model"):  # a server answers with 500
+        ask(app, "/v1/chat/completions", json={"model": "first", **TURNS})
+
+
 def test_an_answer_ends_with_the_context(app: Any) -> None:
     body = {"model": "base", "prompt": "x" * 240, "max_tokens": 100, "temperature": 0}
     usage = ask(app, "/v1/completions", json=body).json()["usage"]

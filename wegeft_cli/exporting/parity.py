@@ -64,7 +64,7 @@ def measure_parity(
             effects.append({"dtype": told, "effect": float((adapter - base).abs().max())})
             results += [
                 {"dtype": told, "pair": f"adapter and {name}", **_compare(adapter, other)}
-                for name, other in (("LoRA twin in PEFT", lora), ("merged", merged))
+                for name, other in (("LoRA equivalent in PEFT", lora), ("merged", merged))
             ]
             del model
     except (MachineError, BaseModelError) as error:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
 
-_BRANCHES = ("attention", "mlp")
+_BRANCHES = (("attention", "mlp"), ("attention", "output.dropout"))
+"""Modules that end a block's two branches. In transformers 5.2 to 5.8 the last module of ViT's MLP,
+`output`, adds the residual; the dropout in it is the last one before."""
 
 
 def add_drop_path(model: Any, rate: float) -> None:
@@ -25,12 +27,12 @@ def add_drop_path(model: Any, rate: float) -> None:
     Raises:
         UserError: If it has no such blocks.
     """
-    blocks = _find_blocks(model)
+    blocks, branches = _find_blocks(model)
     for number, block in enumerate(blocks):
         share = rate * number / max(len(blocks) - 1, 1)
         if share > 0:
-            for name in _BRANCHES:
-                getattr(block, name).register_forward_hook(_DropRows(share))
+            for name in branches:
+                block.get_submodule(name).register_forward_hook(_DropRows(share))
 
 
 def check_drop_path(model: Any) -> None:
@@ -52,13 +54,29 @@ class _DropRows:
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
 
-def _find_blocks(model: Any) -> list[Any]:
-    for module in model.modules():
-        blocks = list(module) if isinstance(module, nn.ModuleList) else []
-        if blocks and all(hasattr(block, name) for block in blocks for name in _BRANCHES):
-            return blocks
+def _find_blocks(model: Any) -> tuple[list[Any], tuple[str, ...]]:
+    """Return the model's only stack of blocks and the modules that end their branches."""
+    found = [
+        (list(module), branches)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+        for branches in _BRANCHES
+        if all(_has(block, name) for block in module for name in branches)
+    ]
+    if len(found) == 1:
+        return found[0]
     raise UserError(
-        f"{type(model).__name__} has no blocks of `attention` and `mlp` to leave out",
+        f"stochastic depth needs one stack of blocks with attention and MLP, as in ViT; "
+        f"{type(model).__name__} has {len(found) or 'none'}",
         key="model.drop_path_rate",
-        hint="leave it out",
+        hint="remove the key",
     )
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    """Return whether a block has a submodule."""
+    try:
+        block.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

@@ -34,6 +34,7 @@ from wegeft_cli.generation.engine import context_length
 from wegeft_cli.generation.stopping import stop_token_ids
 from wegeft_cli.inference.defaults import GREEDY, default_new_tokens
 from wegeft_cli.inference.prompt_format import PromptForm
+from wegeft_cli.inference.serving.request_check import check_request
 from wegeft_cli.inference.serving.targets import BASE, NamedTarget
 from wegeft_cli.methods.registry import load_onto, method_of
 from wegeft_cli.models.context import fitting_pad_id
@@ -158,6 +159,13 @@ class _AsInGenerate:
     """What every handler of a request does: greedy by default, and only models of this server."""
 
     model_manager: _Models
+    needed: str
+    """The request's field with the prompt."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Check a request, then answer it."""
+        check_request(body, self.needed)
+        return await super().handle_request(body, request_id)  # type: ignore[misc]
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         found = self.model_manager.find(body.get("model"))
@@ -185,13 +193,19 @@ class _AsInGenerate:
 class _Chat(_AsInGenerate, ChatCompletionHandler):
     """Handles /v1/chat/completions."""
 
+    needed = "messages"
+
 
 class _Completion(_AsInGenerate, CompletionHandler):
     """Handles /v1/completions."""
 
+    needed = "prompt"
+
 
 class _Response(_AsInGenerate, ResponseHandler):
     """Handles /v1/responses."""
+
+    needed = "input"
 
 
 class _Generation(GenerateManager):

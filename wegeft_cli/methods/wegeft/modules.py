@@ -120,9 +120,9 @@ class AdapterGenerators(nn.ModuleDict):
         self.settings = settings
         self.groups = {name: tuple(members) for name, members in groups.items()}
         for name, members in self.groups.items():
-            if hasattr(nn.ModuleDict, name):
+            if hasattr(self, name):
                 raise UserError(
-                    f"group name {name!r} is taken by torch itself",
+                    f"the group name {name!r} is an attribute of the module that holds the groups",
                     key="adapter.groups",
                     hint="choose another name under adapter.groups",
                 )
