@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from wegeft_cli.data.batches.sampler import StepPlan
+from wegeft_cli.data.batches.sampler import StepPlan, cut_pass
 
 
 def make_plan(**changes: Any) -> StepPlan:
@@ -206,10 +206,11 @@ def test_few_rows_can_be_grouped(num_rows: int) -> None:
     assert sorted(drawn) == list(range(num_rows))
 
 
+@pytest.mark.parametrize("limit", [None, 1, 40, 100, 1000])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("cut", [(1, 1, 1), (2, 2, 2), (4, 1, 2), (3, 2, 1), (16, 4, 2)])
 def test_positions_are_counted_without_building_the_passes(
-    cut: tuple[int, int, int], grouped: bool
+    cut: tuple[int, int, int], grouped: bool, limit: int | None
 ) -> None:
     plan = make_plan(
         num_rows=437,
@@ -219,11 +220,11 @@ def test_positions_are_counted_without_building_the_passes(
         group_lengths=LENGTHS if grouped else None,
     )
     passes = [
-        LENGTHS[micro]
+        LENGTHS[numbers]
         for step in range(plan.steps_per_epoch)
         for rank in plan.step_indices(step, LENGTHS)
         for micro in rank
-        if micro
+        for numbers in cut_pass(micro, LENGTHS, limit, is_flat=False)
     ]
-    assert plan.count_positions(LENGTHS) == sum(len(rows) * rows.max() for rows in passes)
+    assert plan.count_positions(LENGTHS, limit) == sum(len(rows) * rows.max() for rows in passes)
     assert sum(map(len, passes)) == 437

@@ -117,35 +117,23 @@ class StepPlan:
     def count_positions(self, lengths: np.ndarray, max_positions: int | None = None) -> int:
         """Count the positions of the first epoch's forward passes, padding included.
 
-        Each pass is as wide as its longest row; the rows are cut as in `step_indices`, and without
-        a limit no list of them is built.
+        Each pass is as wide as its longest row; the rows are cut as in `step_indices`, of all full
+        steps at once.
 
         Args:
             lengths: Tokens of each row, int `[num_rows]`.
             max_positions: Most positions of a pass with several rows; see `cut_pass`.
         """
         order = self.epoch_order(0)
-        if max_positions is not None:
-            steps = range(0, len(order), self.global_batch_size)
-            return sum(
-                len(numbers) * int(lengths[numbers].max())
-                for start in steps
-                for rank in self._cut(
-                    order[start : start + self.global_batch_size].tolist(), lengths
-                )
-                for micro in rank
-                for numbers in cut_pass(micro, lengths, max_positions, is_flat=False)
-            )
         num_full = self.num_rows // self.global_batch_size
         full = lengths[order[: num_full * self.global_batch_size]]
         by_length = np.sort(full.reshape(num_full, self.global_batch_size))[:, ::-1]
-        # The first of every `per_device_batch_size` rows is the longest of its forward pass.
-        positions = by_length[:, :: self.per_device_batch_size].sum() * self.per_device_batch_size
-        if num_full < self.steps_per_epoch:
-            rest = self._cut(order[num_full * self.global_batch_size :].tolist(), lengths)
-            passes = (micro for rank in rest for micro in rank if micro)
-            positions += sum(len(micro) * int(lengths[micro].max()) for micro in passes)
-        return int(positions)
+        positions = _count_padded(by_length.reshape(-1, self.per_device_batch_size), max_positions)
+        rest = self._cut(order[num_full * self.global_batch_size :].tolist(), lengths)
+        passes = (micro for rank in rest for micro in rank if micro)
+        return positions + sum(
+            _count_padded(lengths[None, micro], max_positions) for micro in passes
+        )
 
     def _cut(self, rows: list[int], lengths: np.ndarray | None) -> list[list[list[int]]]:
         """Cut a step's rows into `[rank][micro-batch][row indices]`."""
@@ -183,6 +171,26 @@ def cut_pass(
             total = longest = length
         passes[-1].append(number)
     return passes
+
+
+def _count_padded(lengths: np.ndarray, max_positions: int | None) -> int:
+    """Count the positions of padded batches that `cut_pass` cuts; lengths `[batches, rows]`.
+
+    The rows of a batch are longest first: the first row of a pass gives its width.
+    """
+    num_rows = lengths.shape[1]
+    total, batches = 0, np.arange(len(lengths))
+    starts = np.zeros(len(lengths), dtype=np.int64)
+    while len(batches):
+        widths = lengths[batches, starts].astype(np.int64)
+        taken = num_rows - starts
+        if max_positions is not None:
+            taken = np.minimum(taken, np.maximum(max_positions // np.maximum(widths, 1), 1))
+        total += int((taken * widths).sum())
+        starts = starts + taken
+        remain = starts < num_rows
+        batches, starts = batches[remain], starts[remain]
+    return total
 
 
 def halve_largest(passes: Iterable[np.ndarray], *, is_flat: bool) -> int | None:
