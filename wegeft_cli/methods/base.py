@@ -174,6 +174,10 @@ class Method(ABC):
         """Return a noun phrase for an adapter of the method."""
         return f"a {peft_type} adapter"
 
+    def explain_name(self, name: str) -> tuple[str, str] | None:
+        """Return why a name near this method's is refused and what to use instead, or None."""
+        return None
+
     def unread_keys(self, name: str) -> tuple[str, ...]:
         """Return the dotted recipe keys that the method does not read."""
         return ()

@@ -90,6 +90,12 @@ def unread_keys(name: str) -> tuple[str, ...]:
     return find_method(name).unread_keys(name)
 
 
+def explain_name(name: str) -> tuple[str, str] | None:
+    """Return why a name is refused and what to use instead, or None for another name."""
+    found = (method.explain_name(name) for method in iterate_methods())
+    return next((each for each in found if each is not None), None)
+
+
 def check_recipe(recipe: Recipe) -> Iterator[Fault]:
     """Yield every rule of the recipe's method that the recipe breaks."""
     yield from find_method(recipe.adapter.type).check(recipe)

@@ -22,7 +22,7 @@ _CORPORA = ("metamath", "codefeedback", "wizardlm")
 TASK_RULES = "wegeft_cli.tasks.registry"
 """Module of the tasks: `check_recipe(recipe)`, `validation_metrics(recipe)`, `task_names()`."""
 METHOD_RULES = "wegeft_cli.methods.registry"
-"""Module with `check_recipe(recipe)` and `unread_keys(method)`, the rules of the methods.
+"""Module with `check_recipe(recipe)`, `unread_keys(method)` and `explain_name(name)`: the methods.
 
 `recipe` is below `tasks` and `methods`, so both are loaded by name, as plugins are.
 """
@@ -92,6 +92,8 @@ def list_choices(key: str, kind: Any) -> tuple[str, ...]:
 def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
     one_of = f"one of {', '.join(choices)}"
     refused = explain_unsupported(str(value))
+    if key == "adapter.type" and (known_type := load_rules(METHOD_RULES).explain_name(str(value))):
+        return key, f"`{value}` is not supported: {known_type[0]}", known_type[1]
     if refused is not None:
         return key, f"`{value}` is not supported: {refused[0]}", f"use {one_of}"
     message = f"must be {one_of}; got {value!r}"

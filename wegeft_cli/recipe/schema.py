@@ -77,7 +77,9 @@ QuantMethod: TypeAlias = Literal["bitsandbytes", "torchao"]
 InPlaceMethod: TypeAlias = Literal["full", "bitfit", "linear_probe"]
 PeftMethod: TypeAlias = Literal[
     "lora", "dora", "rslora", "pissa", "adalora", "ia3", "vera", "loha", "lokr", "oft", "boft",
-    "hra", "fourierft", "vblora", "randlora", "c3a", "miss", "road", "delora", "waveft",
+    "hra", "fourierft", "vblora", "randlora", "c3a", "miss", "road", "delora", "waveft", "hira",
+    "ln_tuning", "adamss", "beft", "deft", "frod", "glora", "gralora", "osf", "peanut", "psoft",
+    "pvera", "shira", "supertuning", "tinylora", "unilora",
 ]  # fmt: skip
 MethodName: TypeAlias = Literal["wegeft", InPlaceMethod, PeftMethod]
 Share: TypeAlias = Literal["module_type", "input_dim", "none"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ from wegeft_cli.methods.base import (
     Method,
     ParameterGroup,
     check_without_generators,
+)
+from wegeft_cli.methods.peft.support import (
+    NEED_WEIGHTS,
+    check_support,
+    count_layer,
+    explain_name,
 )
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import PEFT_TYPES, AdapterSection, Recipe
@@ -36,7 +43,7 @@ _SET_ELSEWHERE = {
     "peft_type": "adapter.type",
     "task_type": "task",
 }
-_OWN_FILES = ("lora", "dora", "rslora", "pissa", "adalora")  # beside this package
+_OWN_FILES = ("lora", "dora", "rslora", "pissa", "adalora", "ln_tuning")  # beside this package
 _PARAMETER_PREFIXES = (
     "lora_", "ia3_", "vera_", "hada_", "lokr_", "oft_", "hra_", "boft_", "fourierft_",
 )  # fmt: skip
@@ -48,6 +55,10 @@ class PeftMethod(Method):
     names = tuple(name for name in PEFT_TYPES if name not in _OWN_FILES)
     takes_any_name = True
 
+    def explain_name(self, name: str) -> tuple[str, str] | None:
+        """Return why a type of PEFT is refused and the nearest alternative."""
+        return explain_name(name)
+
     def unread_keys(self, name: str) -> tuple[str, ...]:
         """Return the keys that only generators read."""
         return UNREAD_WITHOUT_GENERATORS
@@ -55,6 +66,7 @@ class PeftMethod(Method):
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield keys of other methods, and options that have a recipe key already."""
         yield from check_without_generators(recipe)
+        yield from check_support(recipe)
         for name in recipe.adapter.peft:
             if name in _SET_ELSEWHERE:
                 right = _SET_ELSEWHERE[name]
@@ -78,7 +90,10 @@ class PeftMethod(Method):
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
         """Count the learned parameters of PEFT's own model, summed by kind of layer."""
+        if section.type in NEED_WEIGHTS:
+            return _count_by_shape(skeleton, section, task_type)
         model = self.inject(copy.deepcopy(skeleton), section, task_type=task_type, seed=0)
+        prefixes = (*_PARAMETER_PREFIXES, _find_prefix(section, task_type))
         counts: dict[str, tuple[int, int]] = {}
         saved: set[str] = set()
         for name, parameter in model.named_parameters():
@@ -87,7 +102,7 @@ class PeftMethod(Method):
             # ...layers.0.self_attn.q_proj.lora_A.default.weight: the layer's kind is q_proj
             parts = [part for part in name.split(".") if part != "base_layer"]
             followed = pairwise(parts)
-            kind = next((a for a, b in followed if b.startswith(_PARAMETER_PREFIXES)), parts[-1])
+            kind = next((a for a, b in followed if b.startswith(prefixes)), parts[-1])
             if MODULES_TO_SAVE in parts:  # ...lm_head.modules_to_save.default.weight
                 kind = MODULES_TO_SAVE
                 saved.add(name.partition(f".{MODULES_TO_SAVE}.")[0])
@@ -102,9 +117,14 @@ class PeftMethod(Method):
     def inject(
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
-        """Wrap the base in PEFT's model, whose initial values come from torch's global state."""
+        """Wrap the base in PEFT's model, whose initial values come from torch's global state.
+
+        A model without weights gets LoRA in place of `NEED_WEIGHTS`, for the memory estimate.
+        """
         from wegeft_cli.methods.peft.models import inject_peft
 
+        if section.type in NEED_WEIGHTS and all(p.is_meta for p in model.parameters()):
+            section = replace(section, type="lora", peft={})
         return inject_peft(model, _build_config(section, task_type), section.modules_to_save)
 
     def check_start(
@@ -186,6 +206,36 @@ def _build_config(section: AdapterSection, task_type: str | None) -> Any:
         section.peft,
         task_type,
     )
+
+
+def _find_prefix(section: AdapterSection, task_type: str | None) -> str:
+    """Return how PEFT begins the names of a method's parameters."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    config = _build_config(section, task_type)
+    prefix: str = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    return prefix
+
+
+def _count_by_shape(
+    skeleton: nn.Module, section: AdapterSection, task_type: str | None
+) -> list[ParameterGroup]:
+    """Count by the layers' shapes what PEFT cannot build without weights, see `count_layer`."""
+    from wegeft_cli.methods.peft.layers import choose_peft_layers
+    from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+
+    config = _build_config(section, task_type)
+    choice = choose_peft_layers(skeleton, section, config)
+    counts: dict[str, list[int]] = {}
+    for target in () if choice is None else choice.targets:
+        number = count_layer(section.type, config, target.d_in, target.d_out)
+        counts.setdefault(target.kind, []).append(number)
+    groups = [ParameterGroup(kind, len(each), None, sum(each)) for kind, each in counts.items()]
+    if saved := find_saved_modules(skeleton, section.modules_to_save):
+        whole = [p for name in saved for p in skeleton.get_submodule(name).parameters()]
+        total = sum(parameter.numel() for parameter in whole)
+        groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
+    return groups
 
 
 METHOD = PeftMethod()

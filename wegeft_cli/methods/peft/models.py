@@ -14,6 +14,7 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.peft.support import ADDED_IN
 from wegeft_cli.methods.wegeft.equations import default_alpha
 from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
@@ -57,12 +58,36 @@ def inject_peft(model: nn.Module, config: Any, modules_to_save: Sequence[str] = 
         config.modules_to_save = find_saved_modules(model, modules_to_save)
 
     try:
-        with _without_future_warnings():
+        with _without_warnings():
             # On a model without weights nothing is drawn or computed from them (PiSSA's SVD).
             is_empty = any(parameter.is_meta for parameter in model.parameters())
-            return peft.get_peft_model(model, config, low_cpu_mem_usage=is_empty)
-    except ValueError as error:
+            wrapped = peft.get_peft_model(model, config, low_cpu_mem_usage=is_empty)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, TypeError) and "support" not in str(error):
+            raise
         raise UserError(str(error).splitlines()[0], key="adapter.target_modules") from error
+    _name_feedforward(config)
+    _check_biases(wrapped, config)
+    return wrapped
+
+
+def _name_feedforward(config: Any) -> None:
+    """Name IA3's feedforward layers in full where its targets are: PEFT reads no other."""
+    targets, ends = config.target_modules, getattr(config, "feedforward_modules", None)
+    if isinstance(targets, set) and isinstance(ends, set) and not ends <= targets:
+        config.feedforward_modules = {name for name in targets if name.endswith(tuple(ends))}
+
+
+def _check_biases(wrapped: nn.Module, config: Any) -> None:
+    """Refuse BEFT on layers without a bias, into which PEFT could not merge it."""
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "beft_bias") and module.get_base_layer().bias is None:
+            raise UserError(
+                f"{name.removeprefix('base_model.model.')!r} has no bias, and "
+                f"{config.peft_type.value.lower()!r} could not be merged into it",
+                key="adapter.target_modules",
+                hint="name layers with a bias",
+            )
 
 
 def save_peft(model: Any, adapter_dir: Path, *, base_model_name_or_path: str) -> None:
@@ -156,10 +181,16 @@ def _method_of(name: str) -> str:
 
 
 @contextmanager
-def _without_future_warnings() -> Iterator[None]:
-    """Keep quiet that PEFT asks transformers by names that are on their way out."""
+def _without_warnings() -> Iterator[None]:
+    """Keep quiet that PEFT asks transformers by names that are on their way out.
+
+    LN tuning also warns of each norm that it is no linear layer, and BEFT of layers that are then
+    refused.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type")
+        warnings.filterwarnings("ignore", "Detected that the base layer has no bias")
         yield
 
 
@@ -174,6 +205,15 @@ def import_peft() -> Any:
             hint="pip install 'wegeft-cli[peft]'",
         ) from error
     return peft
+
+
+def _no_such_method(name: str) -> UserError:
+    import peft
+
+    message = f"PEFT {peft.__version__} has no method {name!r}"
+    since = ADDED_IN.get(name)
+    hint = None if since is None else f"pip install 'peft>={since}'"
+    return UserError(message, key="adapter.type", hint=hint)
 
 
 def build_config(
@@ -199,7 +239,7 @@ def build_config(
         str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()
     }
     if method not in configs:
-        raise UserError(f"PEFT has no method {name!r}", key="adapter.type")
+        raise _no_such_method(name)
     config_class = configs[method]
     fields = config_class.__dataclass_fields__
     unknown = [key for key in options if key not in fields]
@@ -223,6 +263,10 @@ def build_config(
         offered |= {"target_r": rank, "init_r": first_rank(rank, options)}
         offered |= {"lora_alpha": offered["adalora_alpha"], "total_step": _UNKNOWN_STEPS}
         del offered["r"]  # it has none, and warns of one
+    if "alpha" in fields and alpha is not None:
+        offered["alpha"] = alpha
+    if method == "supertuning":  # alone it learns entries of W; a rank adds LoRA to them
+        del offered["r"]
     if method == "oft":  # takes the one or the other
         offered |= {"r": 0} if options.get("oft_block_size") else {"oft_block_size": 0}
     values = {key: value for key, value in offered.items() if key in fields}

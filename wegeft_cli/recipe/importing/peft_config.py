@@ -7,6 +7,7 @@ from typing import Any, get_args
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.importing.adapter_keys import set_targets
 from wegeft_cli.recipe.importing.conversion import Conversion
+from wegeft_cli.recipe.rules import METHOD_RULES, load_rules
 from wegeft_cli.recipe.schema import PeftMethod
 
 _NO_EFFECT = (
@@ -34,7 +35,9 @@ def convert(at: Conversion, folder: Any) -> None:
         at.take("init_lora_weights")
     method = chosen[0] if chosen else kind
     if method not in get_args(PeftMethod):
-        raise UserError(f"the method {kind!r} has no counterpart", key="peft_type")
+        reason, hint = load_rules(METHOD_RULES).explain_name(kind) or ("", None)
+        message = f"the method {kind!r} has no counterpart" + (f": {reason}" if reason else "")
+        raise UserError(message, key="peft_type", hint=hint)
     at.set("adapter.type", method, "peft_type")
     at.rename({"r": "adapter.r", "lora_alpha": "adapter.alpha"})
     at.rename({"base_model_name_or_path": "model.name_or_path", "revision": "model.revision"})
