@@ -92,8 +92,20 @@ def test_groups_of_the_published_setting(write_recipe, write_config):
         "down_proj": 2 * 64 * 11008,
     }
     assert {group.num_layers for group in result.groups} == {32}
+    assert told["scale"] == 2
     assert json.loads(json.dumps(told)) == told
     assert told.keys() >= {"trainable_parameters", "base_parameters", "num_steps", "memory_gib"}
+
+
+def test_plan_shows_the_scale_of_the_rule(write_recipe, write_config):
+    adapter = {"r": 16, "target_modules": FIVE, "scale_rule": "rank_width"}
+    recipe = write_recipe(model={"name_or_path": write_config(LLAMA2_7B)}, adapter=adapter)
+    d = (4 * 4096 + 11008) / 5
+    assert plan(recipe).scale == pytest.approx(32768 / (16 * d))
+    result = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert f"s = {32768 / (16 * d):.4g}" in result.stdout
+    lora = plan(recipe, ["adapter.scale_rule=none", "adapter.type=lora"])
+    assert lora.scale is None
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,25 @@ def test_alpha_stays_as_it_was_typed(make_llama):
     assert generators["default"].settings.scale == 1 / 49
 
 
+@pytest.mark.parametrize(("side", "rank", "d"), [("input", 4, 32), ("output", 8, 24)])
+def test_the_rule_divides_by_rank_and_mean_width(make_llama, side, rank, d):
+    model = make_llama()
+    names = ["q_proj", "v_proj"]
+    generators = inject_generators(
+        model, rank=rank, scale_rule="rank_width", target_modules=names, side=side
+    )
+    settings = generators["default"].settings
+    assert settings.alpha == 32768 / d
+    assert settings.scale == 32768 / (rank * d)
+
+
+def test_the_rule_refuses_a_set_alpha(make_llama):
+    with pytest.raises(UserError, match="computes the scale that"):
+        inject_generators(make_llama(), alpha=8, scale_rule="rank_width")
+    with pytest.raises(UserError, match="no scale rule 'width'"):
+        inject_generators(make_llama(), scale_rule="width")
+
+
 @pytest.mark.parametrize("name", ["eval", "train", "keys", "a.b"])
 def test_names_that_a_module_cannot_have_are_refused(make_llama, name):
     with pytest.raises(UserError, match="adapter name"):

@@ -147,6 +147,16 @@ def test_seed_and_limits_of_sources():
             "only `wegeft` has",
         ),
         (
+            {"adapter": {"scale_rule": "rank_width", "alpha": 8.0}},
+            "adapter.scale_rule",
+            "adapter.alpha",
+        ),
+        (
+            {"adapter": {"scale_rule": "rank_width", "type": "lora"}},
+            "adapter.scale_rule",
+            "read by `wegeft` alone",
+        ),
+        (
             {"data": {"packing": "bfd"}, "model": {"attn_implementation": "flex_attention"}},
             "data.packing",
             "flex_attention",
@@ -189,7 +199,7 @@ def test_what_belongs_together_is_accepted():
         change(adapter={"dropout": 0.1, "view": "weight"}),
         change(adapter={"groups": {"a-b_1": ["x"]}}),
         change(adapter={"type": "dora", "r": 8, "peft": {"lora_dropout": 0.1}}),
-        change(adapter={"target_modules": "all-linear"}),
+        change(adapter={"target_modules": "all-linear", "scale_rule": "rank_width"}),
         change(adapter={"modules_to_save": ["lm_head"], "init_from": "runs/first"}),
         change(adapter={"type": "lora", "modules_to_save": ["lm_head"], "init_from": "runs/a"}),
         change(adapter={"target_modules": ["qkv_proj:q", "c_attn:0-768"]}),

@@ -103,7 +103,7 @@ class AdapterRecord:
     prompt: PromptRecord | None = None
 
 
-_GENERATOR_KEYS = ("share", "groups", "side", "init", "view")  # keys of `adapter`
+_GENERATOR_KEYS = ("scale_rule", "share", "groups", "side", "init", "view")  # keys of `adapter`
 LAYER_KEYS = ("r", "alpha", "target_modules")
 """Keys of `adapter` that describe what is added to layers."""
 UNREAD_WITHOUT_GENERATORS = (
@@ -224,6 +224,10 @@ class Method(ABC):
             The section with these layers alone.
         """
         return section
+
+    def scale(self, skeleton: nn.Module, section: AdapterSection) -> float | None:
+        """Return the scale of WeGeFT's weight change; None for a method of another equation."""
+        return None
 
     @abstractmethod
     def count(

@@ -10,6 +10,7 @@ from typing import Any
 
 from wegeft_cli.errors import disk_errors
 from wegeft_cli.methods.base import Omission, ParameterGroup
+from wegeft_cli.methods.registry import find_method
 from wegeft_cli.planning.flops import count_flops
 from wegeft_cli.planning.memory import GIB, measure_available, memory_warnings
 from wegeft_cli.planning.preflight import (
@@ -34,6 +35,7 @@ class Plan:
         trainable_parameters: What learns.
         base_parameters: The frozen base, tied weights once.
         groups: What learns, group by group.
+        scale: Scale s of WeGeFT's weight change; None for the other methods.
         omitted: Layers that are not adapted: what they are, their names and their parameters.
         num_rows: Training rows; None where the data cannot be reached, or is a stream.
         num_steps: Optimizer steps of one process; None where they depend on the data.
@@ -55,6 +57,7 @@ class Plan:
     trainable_parameters: int
     base_parameters: int
     groups: list[ParameterGroup]
+    scale: float | None
     omitted: list[Omission]
     num_rows: int | None
     num_steps: int | None
@@ -111,6 +114,7 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
     recipe = loaded.recipe
     checked = check_run(loaded, files_may_be_missing=True, reporter=reporter)
     data, unknown, steps = checked.data, checked.unknown, checked.steps
+    section = checked.targets.section
     checkpoint = checked.checkpoint_bytes / GIB
     free_disk = _measure_free_disk(find_run_dir(recipe))
     num_steps = steps.num_steps if steps is not None else max(recipe.train.max_steps, 0) or None
@@ -131,6 +135,7 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
         trainable_parameters=sum(group.num_parameters for group in checked.groups),
         base_parameters=sum(parameter.numel() for parameter in checked.skeleton.parameters()),
         groups=checked.groups,
+        scale=find_method(section.type).scale(checked.skeleton, section),
         omitted=list(checked.targets.omitted),
         num_rows=data.report.num_rows if data is not None and is_known else None,
         num_steps=num_steps,

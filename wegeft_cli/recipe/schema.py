@@ -83,6 +83,7 @@ PeftMethod: TypeAlias = Literal[
 ]  # fmt: skip
 MethodName: TypeAlias = Literal["wegeft", InPlaceMethod, PeftMethod]
 Share: TypeAlias = Literal["module_type", "input_dim", "none"]
+ScaleRule: TypeAlias = Literal["none", "rank_width"]
 Side: TypeAlias = Literal["input", "output"]
 Init: TypeAlias = Literal["phi_zero", "psi_zero"]
 View: TypeAlias = Literal["auto", "activation", "weight"]
@@ -166,6 +167,10 @@ class AdapterSection:
     """Rank of the two shared maps, at least 1. Published setting: 64."""
     alpha: Positive | None = None
     """The weight change is scaled by alpha / r. Null: 2 r, the published scale of 2."""
+    scale_rule: ScaleRule = "none"
+    """Rule that computes the scale s: none (alpha / r), or rank_width (32768 / (r d), where d is
+    the mean width of the adapted layers on the edited side), under which one learning rate serves
+    several ranks and models. Excludes `alpha`. The adapter records s r as its alpha."""
     target_modules: Any = "all-linear"
     """Adapted linear layers: a list of module names (`q_proj`; `qkv_proj:q` for rows of a fused
     projection, by name or as `name:start-stop`), one regular expression over full module names, or

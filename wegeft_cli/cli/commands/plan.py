@@ -43,6 +43,8 @@ def _show_groups(result: Plan) -> None:
         f"{result.trainable_parameters:,} of {result.base_parameters:,} parameters "
         f"({result.trainable_parameters / result.base_parameters:.3%})"
     )
+    if result.scale is not None:
+        show(f"scale of the weight change: s = {result.scale:.4g}")
     for omission in result.omitted:
         show(f"not adapted: {omission}", style="dim", highlight=False, soft_wrap=True)
 

@@ -17,12 +17,17 @@ Output side:  W' = (I + s phi psi) W      b' = b + s phi (psi b)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Side = Literal["input", "output"]
+ScaleRule = Literal["none", "rank_width"]
+
+_ALPHA_TIMES_WIDTH = 32768
+"""alpha times the mean width under `rank_width`: alpha is 32 at width 1024."""
 
 
 def delta_weight(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> Tensor:
@@ -118,6 +123,20 @@ def lora_pair(W: Tensor, phi: Tensor, psi: Tensor, s: float, side: Side) -> tupl
 def default_alpha(r: int) -> int:
     """Return the alpha of an adapter that sets none: `2 r`, the published scale `s = 2`."""
     return 2 * r
+
+
+def ruled_alpha(widths: Sequence[int]) -> float:
+    """Return the alpha of the rule `rank_width`, so that `s = 32768 / (r d)`.
+
+    Under Adam the best learning rate falls as `1 / sqrt(s r d)`; see docs/evidence.md.
+
+    Args:
+        widths: Width of every adapted layer on the edited side; `d` is their mean.
+
+    Returns:
+        s r.
+    """
+    return _ALPHA_TIMES_WIDTH * len(widths) / sum(widths)
 
 
 def count_parameters(d: int, r: int) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.equations import Side, default_alpha
+from wegeft_cli.methods.wegeft.equations import ScaleRule, Side, default_alpha, ruled_alpha
 from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
 from wegeft_cli.methods.wegeft.hooks import LinearEdit
 from wegeft_cli.methods.wegeft.modules import (
@@ -45,6 +45,7 @@ def inject_generators(
     *,
     rank: int = 64,
     alpha: float | None = None,
+    scale_rule: ScaleRule = "none",
     target_modules: str | Sequence[str] = "all-linear",
     share: Share = "module_type",
     groups: Mapping[str, Sequence[str]] | None = None,
@@ -66,6 +67,8 @@ def inject_generators(
         model: A model with `torch.nn.Linear` or Conv1D layers, quantized ones too.
         rank: r, at least 1.
         alpha: The scale is alpha / r; None means 2 r (the published scale of 2).
+        scale_rule: none, or rank_width: the scale is 32768 / (r d) with d the mean width of the
+            adapted layers on the edited side, and `alpha` must be None.
         target_modules: Names, one regular expression, or `all-linear`; see `find_targets`.
         share: Who shares one pair: module_type, input_dim or none.
         groups: Explicit map, group -> patterns; replaces `share`. With `all-linear`, only what a
@@ -94,7 +97,7 @@ def inject_generators(
     assigned = assign_groups(targets, share=share, groups=groups, side=side)
     settings = GeneratorSettings(
         rank=rank,
-        alpha=float(default_alpha(rank)) if alpha is None else alpha,
+        alpha=find_alpha(targets, rank=rank, alpha=alpha, scale_rule=scale_rule, side=side),
         side=side,
         init=init,
         dropout=dropout,
@@ -166,6 +169,55 @@ def select_section_targets(model: nn.Module, section: AdapterSection) -> list[Ta
     """
     return select_targets(
         model, section.target_modules, section.groups, section.modules_to_save, section.side
+    )
+
+
+def find_alpha(
+    targets: Sequence[Target],
+    *,
+    rank: int,
+    alpha: float | None,
+    scale_rule: ScaleRule,
+    side: Side,
+) -> float:
+    """Return the numerator of the scale `s = alpha / r`: as set, by the rule, or else `2 r`.
+
+    Args:
+        targets: The adapted layers.
+        rank: r.
+        alpha: The value that is set; None where none is.
+        scale_rule: none or rank_width.
+        side: Which side of a layer is edited.
+
+    Returns:
+        s r.
+
+    Raises:
+        UserError: If both a value and a rule are set, or the rule is unknown.
+    """
+    if scale_rule == "none":
+        return float(default_alpha(rank)) if alpha is None else alpha
+    if scale_rule != "rank_width":
+        raise UserError(
+            f"no scale rule {scale_rule!r}", key="adapter.scale_rule", hint="none or rank_width"
+        )
+    if alpha is not None:
+        raise UserError(
+            f"{scale_rule!r} computes the scale that `adapter.alpha` sets",
+            key="adapter.scale_rule",
+            hint="remove one of them",
+        )
+    return ruled_alpha([target.width(side) for target in targets])
+
+
+def find_section_alpha(targets: Sequence[Target], section: AdapterSection) -> float:
+    """Return the numerator of the scale for a recipe's `adapter`; see `find_alpha`."""
+    return find_alpha(
+        targets,
+        rank=section.r,
+        alpha=section.alpha,
+        scale_rule=section.scale_rule,
+        side=section.side,
     )
 
 

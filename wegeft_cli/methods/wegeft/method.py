@@ -43,6 +43,10 @@ class WeGeFTMethod(Method):
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield keys of PEFT's methods, and dropout on the entries of a quantized base."""
         yield from check_no_peft_keys(recipe)
+        rule = recipe.adapter.scale_rule
+        if rule != "none" and recipe.adapter.alpha is not None:
+            message = f"{rule!r} computes the scale that `adapter.alpha` sets"
+            yield "adapter.scale_rule", message, "remove one of them"
         model, dropout = recipe.model, recipe.adapter.dropout
         if dropout > 0 and (model.load_in_4bit or model.load_in_8bit):
             key = "model.load_in_4bit" if model.load_in_4bit else "model.load_in_8bit"
@@ -100,6 +104,13 @@ class WeGeFTMethod(Method):
             groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
         return groups
 
+    def scale(self, skeleton: nn.Module, section: AdapterSection) -> float:
+        """Return alpha / r, by the rule where one is set."""
+        from wegeft_cli.methods.wegeft.inject import find_section_alpha, select_section_targets
+
+        targets = select_section_targets(skeleton, section)
+        return find_section_alpha(targets, section) / section.r
+
     def inject(
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
@@ -110,6 +121,7 @@ class WeGeFTMethod(Method):
             model,
             rank=section.r,
             alpha=section.alpha,
+            scale_rule=section.scale_rule,
             target_modules=section.target_modules,
             share=section.share,
             groups=section.groups,

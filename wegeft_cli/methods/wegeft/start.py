@@ -12,8 +12,11 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError, name_first, raise_all
-from wegeft_cli.methods.wegeft.equations import default_alpha
-from wegeft_cli.methods.wegeft.inject import get_generators, select_section_targets
+from wegeft_cli.methods.wegeft.inject import (
+    find_section_alpha,
+    get_generators,
+    select_section_targets,
+)
 from wegeft_cli.methods.wegeft.layer_names import find_module_name, find_saved
 from wegeft_cli.methods.wegeft.save_load import check_fingerprint
 from wegeft_cli.methods.wegeft.sharing import assign_groups
@@ -39,7 +42,7 @@ def check_start(
         side=section.side,
     )
     files = _with_own_groups(skeleton, groups, files)
-    alpha = float(default_alpha(section.r)) if section.alpha is None else section.alpha
+    alpha = find_section_alpha(targets, section)
     saved = find_saved_modules(skeleton, section.modules_to_save, targets)
     faults = [
         *_compare_numbers(section.r, alpha, section.side, files),
