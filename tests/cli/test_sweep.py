@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,11 @@ def test_a_dry_run_is_ready_or_tells_the_fault(wegeft, place):
     assert fault.exit_code == EXIT_USER
     assert "data.max_length" in fault.stderr
     assert not place.run.exists()
+
+
+def test_commands_are_the_only_lines_on_standard_output(wegeft, end_with, monkeypatch):
+    result = replace(end_with("listed"), commands=["wegeft train a.yaml --resume auto"])
+    monkeypatch.setattr(workflow, "sweep", lambda *args, **kwargs: result)
+    shown = wegeft("sweep", "tiny.yaml", "--print-commands")
+    assert shown.stdout.splitlines() == result.commands
+    assert shown.exit_code == EXIT_DONE

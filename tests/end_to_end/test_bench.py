@@ -11,10 +11,10 @@ from wegeft_cli.analysis.report import report
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.sweep import load_sweep
 from wegeft_cli.runs import children
-from wegeft_cli.runs.bench.bench import bench, list_places
+from wegeft_cli.runs.bench.bench import bench
 from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
 from wegeft_cli.runs.bench.table import Candidate, find_best, note_edges
-from wegeft_cli.runs.children import RunQueue, list_outcomes
+from wegeft_cli.runs.children import RunQueue, list_outcomes, list_places
 from wegeft_cli.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -46,6 +46,7 @@ CASES: list[tuple[str, str] | tuple[str, str, dict[str, Any]]] = [
     ("adapter.r=2", SHAPES),
     ("adapter.alpha=3", FACTORS),
     ("adapter.scale_rule=rank_width", FACTORS),
+    ("adapter.match_params=448", SHAPES),
     ("adapter.target_modules=[q_proj]", GROUPS),
     ("adapter.target_modules='.*layers[.]0[.].*(q|k)_proj'", GROUPS),
     ("adapter.target_modules=all-linear", FACTORS, {"adapter": {"share": "input_dim"}}),

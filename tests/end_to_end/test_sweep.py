@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -302,3 +303,37 @@ def test_train_takes_the_recipe_alone(write_recipe, read_run):
     result = train(write_recipe(sweep=GRID), ["train.max_steps=1"])
     assert "sweep: {}" in (result.run_dir / "recipe.yaml").read_text()
     assert train(result.run_dir / "recipe.yaml", resume="auto").status == "finished"
+
+
+def test_commands_for_a_cluster_and_several_runs_at_once(write_recipe, monkeypatch):
+    """Each process is an object that ends at once; a second sweep collects the run on disk."""
+    recipe = write_recipe(train={"max_steps": 1})
+    grid = ["sweep.seed=[1, 2, 3]"]
+    listed = sweep(recipe, grid, only_commands=True)
+    words = [shlex.split(command) for command in listed.commands]
+    assert [each[:2] + each[3:] for each in words] == [["wegeft", "train", "--resume", "auto"]] * 3
+    assert (listed.status, listed.to_json()["commands"]) == ("listed", listed.commands)
+    assert not (listed.output_dir / "sweep.json").exists()
+    assert train(words[0][2], resume="auto").status == "finished"
+    assert sweep(recipe, grid, only_commands=True).commands == listed.commands[1:]
+    started = []
+
+    class Stub:
+        def __init__(self, words, log, environment):
+            started.append((Path(words[1]).parent.name, dict(environment)))
+
+        def wait(self, seconds):
+            return 0
+
+        def describe_end(self, code, *, was_asked):
+            return children.ChildEnd("finished")
+
+    monkeypatch.setattr(children, "Child", Stub)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    result = sweep(recipe, grid, jobs=2)
+    places = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert started == [("seed=2", places[0]), ("seed=3", places[1])]
+    assert (result.jobs, result.status) == (2, "finished")
+    with pytest.raises(UserError, match="this machine has 2"):
+        sweep(recipe, grid, jobs=3)

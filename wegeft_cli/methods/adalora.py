@@ -34,6 +34,10 @@ class AdaLoraMethod(PeftMethod):
         for name, reason in _OWN.items():
             if name in adapter.peft:
                 yield f"adapter.peft.{name}", reason, "remove it"
+        if adapter.match_params is not None and "init_r" in adapter.peft:
+            message = "fixes the number of parameters, which `adapter.match_params` chooses"
+            yield "adapter.peft.init_r", message, "remove one of the two"
+            return
         for name, least in {"init_r": adapter.r + 1, "deltaT": 1, "tinit": 0, "tfinal": 0}.items():
             value = adapter.peft.get(name, least)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -182,6 +182,10 @@ class Method(ABC):
         """Return the dotted recipe keys that the method does not read."""
         return ()
 
+    def reads_rank(self, section: AdapterSection) -> bool:
+        """Return whether the number of learned parameters follows `adapter.r`."""
+        return "adapter.r" not in self.unread_keys(section.type)
+
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield every rule of the method that a recipe breaks.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from wegeft_cli import methods
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.base import Method
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import Recipe
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.recipe.schema import ModelSection
 
+_RANK_KEY = "adapter.r"
 _OTHER_MODULES = ("base", "registry", "init_from", "omissions", "tensor_changes")
 
 
@@ -87,7 +89,8 @@ def require_generators(adapter: Adapter, reason: str, *, hint: str) -> None:
 
 def unread_keys(name: str) -> tuple[str, ...]:
     """Return the dotted recipe keys that a method does not read."""
-    return find_method(name).unread_keys(name)
+    keys = find_method(name).unread_keys(name)
+    return (*keys, BUDGET_KEY) if _RANK_KEY in keys else keys
 
 
 def explain_name(name: str) -> tuple[str, str] | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.evaluation.benchmarks.groups import OWN_DATA, expand_groups
 from wegeft_cli.evaluation.benchmarks.registry import find_folder
+from wegeft_cli.recipe.catalog import find_recipe
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, read_budget
 from wegeft_cli.recipe.schema import Recipe
 
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
@@ -35,13 +37,18 @@ class Input:
 
 
 def list_inputs(recipe: Recipe, recipe_dir: Path) -> Iterator[Input]:
-    """Yield the model, the start adapter, every data source and every benchmark folder."""
+    """Yield the model, the start adapter, a counted recipe, and every data source and test set."""
     yield _find_model(recipe.model.name_or_path)
     start = recipe.adapter.init_from
     if start is not None:
         place = find_local(start, recipe_dir)
         note = _LATER if place is None else f"at {place}"
         yield Input("adapter.init_from", start, place is not None, note)
+    counted = read_budget(recipe.adapter.match_params).params
+    if isinstance(counted, str):
+        file = find_local(counted, recipe_dir) or find_recipe(counted)
+        note = _LATER if file is None else f"at {file}"
+        yield Input(BUDGET_KEY, counted, file is not None, note)
     for part in ("train", "validation", "test"):
         for position, source in enumerate(getattr(recipe.data, part)):
             key = f"data.{part}[{position}].path"

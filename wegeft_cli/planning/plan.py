@@ -22,6 +22,7 @@ from wegeft_cli.planning.preflight import (
 )
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.parameter_budget import MatchedRank
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.sizes import format_size
@@ -52,6 +53,7 @@ class Plan:
         free_disk_gib: What is free where the run's folder will be.
         warnings: What may stop the run: memory, disk, rows.
         unknown: Why figures are missing.
+        matched: The rank that `adapter.match_params` chooses, with its budget; None without it.
     """
 
     trainable_parameters: int
@@ -73,6 +75,7 @@ class Plan:
     free_disk_gib: float
     warnings: list[str]
     unknown: list[str]
+    matched: MatchedRank | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object: groups by name."""
@@ -160,6 +163,7 @@ def _plan(loaded: LoadedRecipe, reporter: Reporter) -> Plan:
             *_disk_warnings(recipe, disk, free_disk),
         ],
         unknown=unknown,
+        matched=checked.targets.matched,
     )
 
 

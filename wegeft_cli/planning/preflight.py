@@ -43,6 +43,7 @@ from wegeft_cli.planning.memory import (
     list_learned,
     measure_available,
 )
+from wegeft_cli.planning.rank_match import match_rank
 from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe, TrainSection
@@ -239,6 +240,7 @@ def _check_model(
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
     targets = settle_targets(recipe, skeleton)
+    targets = match_rank(recipe, loaded.path.parent, skeleton, targets)
     section = targets.section
     if not resuming:
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)

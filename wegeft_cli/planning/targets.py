@@ -30,6 +30,7 @@ from wegeft_cli.planning.fake_step import (
     num_layers,
     without_values,
 )
+from wegeft_cli.recipe.parameter_budget import MatchedRank
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 from wegeft_cli.tasks.registry import adapter_section, find_task
 
@@ -53,12 +54,14 @@ class TargetSetup:
         omitted: What is not adapted.
         notes: Sentences on names that are read as others, and on what is not adapted.
         warnings: Sentences on layers that the recipe names and that are not adapted.
+        matched: The rank that `adapter.match_params` has chosen, if the recipe sets it.
     """
 
     section: AdapterSection
     omitted: tuple[Omission, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    matched: MatchedRank | None = None
 
 
 def settle_targets(recipe: Recipe, skeleton: nn.Module) -> TargetSetup:

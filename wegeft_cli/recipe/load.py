@@ -17,6 +17,7 @@ from wegeft_cli.recipe.grid import count_runs
 from wegeft_cli.recipe.importing.tools import find_tool
 from wegeft_cli.recipe.keys import SWEEP, KeyPath, find_nearest, format_key, parse_key
 from wegeft_cli.recipe.merged import FileValues, MergedValues, ReadErrors, describe
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY
 from wegeft_cli.recipe.reader import DROPPED, ValueReader
 from wegeft_cli.recipe.rules import METHOD_RULES, check_recipe, load_rules
 from wegeft_cli.recipe.schema import Recipe
@@ -131,6 +132,7 @@ def build_recipe(settings: Settings, *, need_data: bool = True) -> Recipe:
     """
     merged, errors = settings.merged, settings.errors
     _drop_unread_keys(merged, errors)
+    _check_rank(merged, errors)
     recipe = _to_recipe(merged, errors)
     for fault in check_recipe(recipe, where=merged.find_place, need_data=need_data):
         key = parse_key(fault.key or "")
@@ -143,6 +145,8 @@ def build_recipe(settings: Settings, *, need_data: bool = True) -> Recipe:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return YAML that `load_recipe` reads as an equal recipe, with every key."""
     values = escape_interpolation(asdict(recipe))
+    if recipe.adapter.match_params is not None:
+        del values["adapter"]["r"]  # not chosen yet
     header = f"# Resolved by wegeft-cli {VERSION}, every key with its value; it repeats the run.\n"
     return header + OmegaConf.to_yaml(OmegaConf.create(values))
 
@@ -267,6 +271,15 @@ def _drop_unread_keys(merged: MergedValues, errors: ReadErrors) -> None:
         del section[name]
         merged.places.pop(path, None)
         errors.notes.append(f"`{key}` is ignored: {kind!r} does not read it")
+
+
+def _check_rank(merged: MergedValues, errors: ReadErrors) -> None:
+    """Add an error if one file, or the overrides, choose the rank in two ways."""
+    adapter = merged.values.get("adapter")
+    if not isinstance(adapter, dict) or adapter.get("match_params") is None or "r" not in adapter:
+        return
+    message = f"contradicts `{BUDGET_KEY}`, which chooses the rank"
+    errors.add(("adapter", "r"), message, merged.find_place("adapter.r"), "keep one of the two")
 
 
 def _to_recipe(merged: MergedValues, errors: ReadErrors) -> Recipe:

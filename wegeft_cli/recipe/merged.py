@@ -7,6 +7,9 @@ from typing import Any
 
 from wegeft_cli.errors import UserError, cut_text
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
+from wegeft_cli.recipe.parameter_budget import replace_rank
+
+_ADAPTER = "adapter"
 
 
 @dataclass
@@ -22,9 +25,16 @@ class MergedValues:
 
     def add_file(self, file: FileValues) -> None:
         """Merge the values of a file: maps are merged, all else is replaced."""
+        self._replace_rank(file.values.get(_ADAPTER))
         _merge_maps(self.values, file.values)
         for path, place in file.places.items():
             self.set_place(path, place)
+
+    def _replace_rank(self, new: Any) -> None:
+        """Remove the way to choose the rank that new values of `adapter` replace."""
+        if isinstance(new, dict):
+            for path in replace_rank(self.values.get(_ADAPTER), new, self.chosen):
+                self.places.pop(path, None)
 
     def set_place(self, path: KeyPath, place: str) -> None:
         """Record where a key was set, and forget the places inside a replaced list."""
@@ -43,6 +53,12 @@ class MergedValues:
 
     def add_setting(self, path: KeyPath, value: Any, label: str, errors: ReadErrors) -> None:
         """Set one key to a valid value; missing maps are created, a missing entry is an error."""
+        if path == (_ADAPTER,):
+            self._replace_rank(value)
+        elif path[0] == _ADAPTER and len(path) == 2:
+            new = {str(path[1]): value}
+            self._replace_rank(new)
+            value = new[str(path[1])]
         container: Any = self.values
         for depth, part in enumerate(path):
             here, is_last = path[: depth + 1], depth == len(path) - 1

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import KeyPath, find_nearest, format_key
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, list_budget_faults
 from wegeft_cli.recipe.schema import PACKING_ATTENTION, AdapterSection, ModelSection, Range, Recipe
 from wegeft_cli.recipe.schema_keys import explain_value, kind_at, section_kinds, strip_optional
 from wegeft_cli.recipe.unsupported import explain_unsupported
@@ -143,6 +144,9 @@ def _check_adapter(recipe: Recipe) -> Iterator[Fault]:
             "contains an empty name",
             "use module names such as `lm_head`",
         )
+    has_rank = "adapter.r" not in load_rules(METHOD_RULES).unread_keys(adapter.type)
+    for message, hint in list_budget_faults(adapter, has_rank=has_rank):
+        yield BUDGET_KEY, message, hint
     if adapter.init_from is not None and not adapter.init_from.strip():
         yield "adapter.init_from", "is empty", "set an adapter or run folder, or remove it"
     if adapter.dropout > 0 and adapter.view == "activation":

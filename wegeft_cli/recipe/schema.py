@@ -171,6 +171,12 @@ class AdapterSection:
     """Rule that computes the scale s: none (alpha / r), or rank_width (32768 / (r d), where d is
     the mean width of the adapted layers on the edited side), under which one learning rate serves
     several ranks and models. Excludes `alpha`. The adapter records s r as its alpha."""
+    match_params: Any = None
+    """Number of trainable parameters that chooses the rank, instead of `r`: the rank of the nearest
+    number, which must be within 10 %. The path of a recipe counts the parameters of its `adapter`
+    on this base. The number includes modules that are trained whole and a classifier's head. Alpha
+    stays as it is (null: scale 2); {params: N, scale: 0.5} sets alpha / r instead. A file or an
+    override that sets `match_params` replaces an earlier `r` and keeps its scale."""
     target_modules: Any = "all-linear"
     """Adapted linear layers: a list of module names (`q_proj`; `qkv_proj:q` for rows of a fused
     projection, by name or as `name:start-stop`), one regular expression over full module names, or

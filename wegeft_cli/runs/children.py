@@ -6,6 +6,7 @@ This process loads no torch.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,11 @@ from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_error
 from wegeft_cli.recipe.load import LoadedRecipe, recipe_to_yaml
 from wegeft_cli.recipe.sweep import SweepRun
 from wegeft_cli.reporter import Advance, Reporter
-from wegeft_cli.runs.resume_rules import check_same_recipe, with_absolute_paths
+from wegeft_cli.runs.resume_rules import (
+    check_same_recipe,
+    with_absolute_paths,
+    with_matched_rank,
+)
 
 LOG_NAME = "train.log"
 POLL_SECONDS = 0.25
@@ -160,6 +165,38 @@ def refuse_launcher(what: str) -> None:
         )
 
 
+def list_places(jobs: int) -> list[dict[str, str]]:
+    """Return the environment of each of several runs: a device each, or a part of the cores."""
+    if jobs < 1:
+        raise UserError(f"must be at least 1, got {jobs}", key="--jobs")
+    if jobs == 1:
+        return [{}]
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+    if jobs > count:
+        raise UserError(
+            f"{jobs} runs at the same time need {jobs} devices, and this machine has {count}",
+            key="--jobs",
+            hint=f"at most {count}; --print-commands lists the runs for a cluster",
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:jobs]]
+
+
+def list_commands(outcomes: Sequence[RunOutcome]) -> list[str]:
+    """Return the commands that train the runs which are not finished."""
+    return [
+        shlex.join(["wegeft", *train_words(RunDirectory(outcome.run_dir).recipe_path)])
+        for outcome in outcomes
+        if outcome.status != "finished"
+    ]
+
+
 def check_runs(runs: Sequence[SweepRun], train: Callable[..., Any], reporter: Reporter) -> None:
     """Make all checks of a dry run of `train`, once for all seeds of a combination."""
     distinct: dict[str, SweepRun] = {}
@@ -236,8 +273,9 @@ class RunQueue:
                 self.outcomes[position] = self._read(position, "finished", None)
                 self.reporter.note(f"{outcome.name} is finished already")
             else:
-                text = recipe_to_yaml(with_absolute_paths(run.loaded))
-                RunDirectory(outcome.run_dir).write_recipe(text)
+                directory = RunDirectory(outcome.run_dir)
+                recipe = with_matched_rank(directory, with_absolute_paths(run.loaded))
+                directory.write_recipe(recipe_to_yaml(recipe))
 
     def train(self, should_stop: Callable[[], bool]) -> str:
         """Train the runs that are not finished; return finished, failed or interrupted."""

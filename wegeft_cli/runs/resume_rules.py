@@ -13,11 +13,14 @@ from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.benchmarks.groups import OWN_DATA
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.parameter_budget import MatchedRank, read_budget, with_params
 from wegeft_cli.recipe.schema import DataSource, Recipe
 
 if TYPE_CHECKING:
     from wegeft_cli.artifacts.checkpoint import Checkpoint
 
+MATCHED = "match_params"
+"""Key of run.json for the rank that `adapter.match_params` has chosen."""
 # Keys that change the length of a run or what it reports, never what an earlier step computed.
 _LENGTH_KEYS = ("train.num_train_epochs", "train.max_steps")
 _REPORT_KEYS = (
@@ -55,6 +58,7 @@ def check_same_recipe(
     """Raise UserError if a run cannot be resumed under a recipe, with each key and both values."""
     if not directory.recipe_path.is_file():
         return
+    recipe = with_matched_rank(directory, recipe)
     # Validations must be comparable: if a benchmark is watched, `eval` may not change either.
     watches_task = _watches(recipe) and recipe.train.metric_for_best_model != "eval_loss"
     may_change = (
@@ -65,6 +69,7 @@ def check_same_recipe(
     )
     # Earlier versions stored paths as they were typed.
     saved = with_absolute_paths(load_recipe(directory.recipe_path))
+    saved = _with_budget(directory, with_matched_rank(directory, saved), recipe)
     if num_processes is not None:
         _check_same_rows(directory, saved, recipe, num_processes)
     before = dict(flatten(asdict(saved)))
@@ -80,6 +85,34 @@ def check_same_recipe(
             file=str(directory.recipe_path),
             hint="resume with the run's own recipe.yaml, or choose another output_dir",
         )
+
+
+def find_matched_rank(directory: RunDirectory, recipe: Recipe) -> MatchedRank | None:
+    """Return the rank that a run has chosen for the recipe's `adapter.match_params` before."""
+    asked = recipe.adapter.match_params
+    if asked is None:
+        return None
+    return MatchedRank.from_record(directory.record().get(MATCHED), asked)
+
+
+def with_matched_rank(directory: RunDirectory, recipe: Recipe) -> Recipe:
+    """Return a recipe with the rank that its run has chosen before, which is never chosen anew."""
+    found = find_matched_rank(directory, recipe)
+    return recipe if found is None else replace(recipe, adapter=found.settle(recipe.adapter))
+
+
+def _with_budget(directory: RunDirectory, saved: Recipe, recipe: Recipe) -> Recipe:
+    """Return a run's recipe with its budget in place of its rank, to compare it with another."""
+    values = directory.record().get(MATCHED)
+    if recipe.adapter.match_params is None or not isinstance(values, dict):
+        return saved
+    adapter = replace(
+        saved.adapter,
+        match_params=values.get("asked"),
+        r=recipe.adapter.r,
+        alpha=recipe.adapter.alpha,
+    )
+    return replace(saved, adapter=adapter)
 
 
 def _check_same_rows(
@@ -150,11 +183,16 @@ def with_absolute_paths(loaded: LoadedRecipe) -> Recipe:
         return [f"{OWN_DATA}{_write_out(paths[name])}" if name in paths else name for name in names]
 
     template = data.template
+    counted = adapter.match_params and read_budget(adapter.match_params).params
     return replace(
         recipe,
         model=replace(model, name_or_path=_write_out(model.name_or_path)),
         adapter=replace(
-            adapter, init_from=adapter.init_from and _write_out(adapter.init_from, beside)
+            adapter,
+            init_from=adapter.init_from and _write_out(adapter.init_from, beside),
+            match_params=with_params(adapter.match_params, _write_out(counted, beside))
+            if isinstance(counted, str)
+            else adapter.match_params,
         ),
         data=replace(
             data,

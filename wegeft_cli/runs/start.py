@@ -27,7 +27,7 @@ from wegeft_cli.models.base_folder import find_base_folder
 from wegeft_cli.models.device_memory import is_out_of_memory, out_of_memory_error
 from wegeft_cli.planning.preflight import count_checkpoints
 from wegeft_cli.recipe.load import recipe_to_yaml
-from wegeft_cli.runs.resume_rules import check_same_recipe, has_stopped_early
+from wegeft_cli.runs.resume_rules import MATCHED, check_same_recipe, has_stopped_early
 from wegeft_cli.runs.run import Run
 from wegeft_cli.storage.atomic import check_free_space, heal_folder
 from wegeft_cli.training.loop_settings import LoopResult
@@ -181,6 +181,7 @@ def _start_record(run: Run, setup: RunSetup, state: RunState) -> dict[str, Any]:
         "seed": recipe.seed,
         "base_model_name_or_path": recipe.model.name_or_path,
         "init_from": recipe.adapter.init_from,
+        MATCHED: None if (matched := setup.targets.matched) is None else matched.to_json(),
         "omitted": [asdict(omission) for omission in setup.targets.omitted],
         **input_record(setup),
         **_data_record(setup),

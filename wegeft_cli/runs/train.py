@@ -22,6 +22,8 @@ from wegeft_cli.planning.preflight import attach_locations, find_run_dir
 from wegeft_cli.planning.run_setup import RunSetup, build_setup
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
+from wegeft_cli.recipe.parameter_budget import MatchedRank
+from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.reporter import Advance, Reporter, SilentReporter
 from wegeft_cli.runs.build import build_learning, build_model, load_prepared_base
 from wegeft_cli.runs.callbacks.evaluation import BenchmarksCallback, TaskMetricsCallback
@@ -34,9 +36,14 @@ from wegeft_cli.runs.callbacks.run_files import (
 from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
-from wegeft_cli.runs.resume_rules import find_output_dir, with_absolute_paths
+from wegeft_cli.runs.resume_rules import (
+    find_matched_rank,
+    find_output_dir,
+    with_absolute_paths,
+)
 from wegeft_cli.runs.run import Run, TrainResult, end_record, recipe_settings, result_from_record
 from wegeft_cli.runs.start import (
+    AUTO,
     RunState,
     can_resume,
     check_disk,
@@ -113,6 +120,12 @@ def _train(
             f"the run is in {recipe.output_dir}, the folder of its recipe.yaml; its `output_dir` "
             f"was {loaded.recipe.output_dir}"
         )
+    directory = RunDirectory(find_run_dir(recipe))
+    matched = _find_matched_rank(directory, recipe, resume)
+    if matched is not None:
+        recipe = replace(recipe, adapter=matched.settle(recipe.adapter))
+        adapter = matched.settle(loaded.recipe.adapter)
+        loaded = replace(loaded, recipe=replace(loaded.recipe, adapter=adapter))
     check_launcher()
     processes = Processes.join(timedelta(seconds=recipe.train.ddp_timeout))
     sharding = build_sharding(recipe.train, processes)
@@ -120,7 +133,7 @@ def _train(
         recipe=recipe,
         task=find_task(recipe.task),
         method=find_method(recipe.adapter.type),
-        directory=RunDirectory(find_run_dir(recipe)),
+        directory=directory,
         processes=processes,
         reporter=reporter,
     )
@@ -128,6 +141,10 @@ def _train(
     if resume is not None:
         processes.wait()  # all compare the recipe before the main process writes it
     setup = build_setup(loaded, processes, reporter, resuming=can_resume(run.directory, resume))
+    matched = matched or setup.targets.matched
+    if matched is not None:
+        run = replace(run, recipe=replace(recipe, adapter=matched.settle(recipe.adapter)))
+        setup = replace(setup, targets=replace(setup.targets, matched=matched))
     check_disk(run, setup)
     if dry_run:
         return _checked_result(run, setup)
@@ -145,6 +162,17 @@ def _train(
             trackers.status = result.status
         processes.leave()
     return result_from_record(run.directory, {**input_record(setup), **record})
+
+
+def _find_matched_rank(
+    directory: RunDirectory, recipe: Recipe, resume: str | None
+) -> MatchedRank | None:
+    """Return the rank that the resumed run has chosen for the recipe's parameter budget."""
+    if resume is None:
+        return None
+    if resume != AUTO:
+        directory = RunDirectory.of_checkpoint(Path(resume).expanduser())
+    return find_matched_rank(directory, recipe)
 
 
 def _load_model(

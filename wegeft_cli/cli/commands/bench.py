@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
-from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.several_runs import (
+    JobsOption,
+    PrintCommandsOption,
+    announce_stop,
+    exit_by_status,
+    show_commands,
+)
 from wegeft_cli.cli.tables import show_table
-from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from wegeft_cli.runs.bench.bench import BenchResult
@@ -72,22 +78,8 @@ def bench(
             help="Method of the ratios and the paired test. Default: lora, else the first.",
         ),
     ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(
-            "--jobs",
-            metavar="N",
-            min=1,
-            help="Runs at the same time, one GPU each; without a GPU they share the cores.",
-        ),
-    ] = 1,
-    print_commands: Annotated[
-        bool,
-        typer.Option(
-            "--print-commands",
-            help="Print the commands that train what is left, one a line, and train nothing.",
-        ),
-    ] = False,
+    jobs: JobsOption = 1,
+    print_commands: PrintCommandsOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every method and stop before training.")
     ] = False,
@@ -95,9 +87,6 @@ def bench(
 ) -> None:
     """Compare methods on the same data, batches, steps and evaluation. Rerun to resume."""
     from wegeft_cli.distributed.signals import StopRequest
-
-    def announce_stop() -> None:
-        note("stopping: the current runs save a checkpoint (Ctrl-C again exits at once)")
 
     with StopRequest(announce_stop) as should_stop:
         from wegeft_cli.runs.bench.bench import bench as run
@@ -119,22 +108,13 @@ def bench(
     if as_json:
         print_json(result.to_json())
     elif result.status == "listed":
-        _print_commands(result)
+        show_commands(result.commands, "wegeft bench")
     elif result.status == "checked":
         show(f"[green]ready[/]: {len(result.methods)} methods, {len(result.seeds)} seeds each")
     else:
         _print_rows(result)
         _print_end(result)
-    if result.status == "interrupted":
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if result.status == "failed":
-        raise typer.Exit(EXIT_FAILED)
-
-
-def _print_commands(result: BenchResult) -> None:
-    for command in result.commands:
-        show(command, highlight=False, soft_wrap=True, markup=False)
-    note(f"{len(result.commands)} runs are left; run `wegeft bench` again when they have ended")
+    exit_by_status(result.status)
 
 
 def _print_rows(result: BenchResult) -> None:

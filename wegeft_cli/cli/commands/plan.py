@@ -23,14 +23,15 @@ def plan(
     if as_json:
         print_json(result.to_json())
         return
-    _show_groups(result)
+    show_groups(result)
     _show_steps(result)
     _show_memory(result)
     for reason in result.unknown:
         show(f"unknown: {reason}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _show_groups(result: Plan) -> None:
+def show_groups(result: Plan) -> None:
+    """Print the trained parameters by group, the chosen rank and what is omitted."""
     groups = result.groups
     columns = {
         "trainable group": [group.name for group in groups],
@@ -45,6 +46,13 @@ def _show_groups(result: Plan) -> None:
     )
     if result.scale is not None:
         show(f"scale of the weight change: s = {result.scale:.4g}")
+    if result.matched is not None:
+        found = result.matched
+        off = found.trainable_parameters / found.budget - 1
+        show(
+            f"rank {found.r}: {found.trainable_parameters:,} parameters for a budget of "
+            f"{found.budget:,} ({off:+.1%})"
+        )
     for omission in result.omitted:
         show(f"not adapted: {omission}", style="dim", highlight=False, soft_wrap=True)
 

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
-from wegeft_cli.cli.console import RichReporter, note, print_json, show
+from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.several_runs import (
+    JobsOption,
+    PrintCommandsOption,
+    announce_stop,
+    exit_by_status,
+    show_commands,
+)
 from wegeft_cli.cli.tables import show_table
-from wegeft_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from wegeft_cli.artifacts.run_results import Statistic
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
 def sweep(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    jobs: JobsOption = 1,
+    print_commands: PrintCommandsOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every combination and stop before training.")
     ] = False,
@@ -27,30 +35,28 @@ def sweep(
     """Train every combination of the recipe's `sweep` and compare them. Rerun to resume."""
     from wegeft_cli.distributed.signals import StopRequest
 
-    def announce_stop() -> None:
-        note("stopping: the current run saves a checkpoint (Ctrl-C again exits at once)")
-
     with StopRequest(announce_stop) as should_stop:
         from wegeft_cli.runs.sweep import sweep as run
 
         result = run(
             recipe,
             overrides or [],
+            jobs=jobs,
             dry_run=dry_run,
+            only_commands=print_commands,
             should_stop=should_stop,
             reporter=RichReporter(),
         )
     if as_json:
         print_json(result.to_json())
+    elif result.status == "listed":
+        show_commands(result.commands, "wegeft sweep")
     elif result.status == "checked":
         show(f"[green]ready[/]: {len(result.runs)} runs, {len(result.rows)} without their seeds")
     else:
         _print_rows(result)
         _print_end(result)
-    if result.status == "interrupted":
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if result.status == "failed":
-        raise typer.Exit(EXIT_FAILED)
+    exit_by_status(result.status)
 
 
 def _print_rows(result: SweepResult) -> None:

@@ -63,6 +63,10 @@ class PeftMethod(Method):
         """Return the keys that only generators read."""
         return UNREAD_WITHOUT_GENERATORS
 
+    def reads_rank(self, section: AdapterSection) -> bool:
+        """Return whether PEFT's config has a rank, and no option replaces it."""
+        return bool(getattr(_build_config(section, None), "r", None))
+
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield keys of other methods, and options that have a recipe key already."""
         yield from check_without_generators(recipe)

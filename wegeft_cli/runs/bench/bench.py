@@ -7,8 +7,6 @@ torch for the checks before the first run alone.
 from __future__ import annotations
 
 import json
-import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,9 +52,10 @@ from wegeft_cli.runs.children import (
     RunQueue,
     check_recipes,
     check_runs,
+    list_commands,
     list_outcomes,
+    list_places,
     refuse_launcher,
-    train_words,
 )
 from wegeft_cli.storage.atomic import remove_leftover_files, write_bytes_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import to_finite
@@ -218,29 +217,6 @@ def _choose_baseline(asked: str | None, labels: Sequence[str]) -> str:
     return asked
 
 
-def list_places(jobs: int) -> list[dict[str, str]]:
-    """Return the environment of each of several runs: a device each, or a part of the cores."""
-    if jobs < 1:
-        raise UserError(f"must be at least 1, got {jobs}", key="--jobs")
-    if jobs == 1:
-        return [{}]
-    import torch
-
-    count = torch.cuda.device_count()
-    if count == 0:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
-    if jobs > count:
-        raise UserError(
-            f"{jobs} runs at the same time need {jobs} devices, and this machine has {count}",
-            key="--jobs",
-            hint=f"at most {count}; --print-commands lists the runs for a cluster",
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:jobs]]
-
-
 @dataclass
 class _Bench:
     """The runs of a bench in the order of its two stages, the search and the seeds."""
@@ -318,11 +294,7 @@ class _Bench:
         if all(outcome.status == "finished" for outcome in self.search_outcomes):
             self._load_seeds()
             self._queue(self._seed_runs(), self.seed_outcomes).prepare()
-        left = [o for o in self._outcomes() if o.status != "finished"]
-        commands = [
-            shlex.join(["wegeft", *train_words(RunDirectory(o.run_dir).recipe_path)]) for o in left
-        ]
-        return replace(self.summarize("listed"), commands=commands)
+        return replace(self.summarize("listed"), commands=list_commands(self._outcomes()))
 
     def run(self) -> BenchResult:
         """Train and measure what is not finished, and write the table."""

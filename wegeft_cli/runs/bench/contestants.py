@@ -11,6 +11,7 @@ from typing import Any
 from wegeft_cli.errors import Faults, UserError, raise_all
 from wegeft_cli.methods.registry import method_names
 from wegeft_cli.recipe.keys import find_nearest
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
 from wegeft_cli.runs.resume_rules import flatten
@@ -18,6 +19,7 @@ from wegeft_cli.runs.resume_rules import flatten
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):([A-Za-z].*)", re.DOTALL)
 _MAX_SEED = 2**32 - 1
+_RANK_KEYS = {"adapter.r": BUDGET_KEY, BUDGET_KEY: "adapter.r"}
 # What a method may have of its own. Everything else makes the data, the steps or the scores.
 _OWN = (
     "adapter.", "sweep", "seed", "output_dir", "logging.run_name",
@@ -191,7 +193,7 @@ def _load(
 ) -> LoadedSweep:
     """Load a method's recipe as a sweep in a folder of its own."""
     own = [f"adapter.type={contestant.type}", *contestant.settings]
-    loaded = load_sweep(path, [*overrides, *own, *words])
+    loaded = load_sweep(path, [*_without_replaced(overrides, contestant), *own, *words])
     runs = []
     for run in loaded.runs:
         name = f"{contestant.label}/{run.name}"
@@ -200,6 +202,17 @@ def _load(
         recipe = replace(run.loaded.recipe, output_dir=output_dir)
         runs.append(replace(run, name=name, loaded=replace(run.loaded, recipe=recipe)))
     return replace(loaded, runs=tuple(runs))
+
+
+def _without_replaced(overrides: Sequence[str], contestant: Contestant) -> list[str]:
+    """Return the overrides without the way to choose the rank that a method's own replaces."""
+    own = {_key_of(text) for text in (*contestant.settings, *contestant.search)}
+    replaced = {other for key, other in _RANK_KEYS.items() if key in own}
+    return [text for text in overrides if _key_of(text) not in replaced]
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].strip().removeprefix("sweep.")
 
 
 def check_same_data(entries: Sequence[Entry]) -> None:

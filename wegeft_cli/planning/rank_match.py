@@ -1,0 +1,141 @@
+"""The rank whose number of trainable parameters is nearest to `adapter.match_params`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from wegeft_cli.data.sources.paths import find_local
+from wegeft_cli.errors import UserError
+from wegeft_cli.methods.registry import find_method
+from wegeft_cli.planning.targets import TargetSetup, settle_targets
+from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, MatchedRank, read_budget
+from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.tasks.registry import find_task
+
+_TOLERANCE = 0.1
+_LARGEST_RANK = 2**14
+
+
+def match_rank(
+    recipe: Recipe, recipe_dir: Path, skeleton: nn.Module, targets: TargetSetup
+) -> TargetSetup:
+    """Return the layers of a run with the rank that the recipe's budget chooses, if it has one.
+
+    Args:
+        recipe_dir: The folder of the recipe's file.
+        skeleton: The base on the meta device, with the task's head.
+        targets: The layers of `settle_targets`.
+
+    Raises:
+        UserError: If the method has no rank, the other recipe cannot be counted, or no rank is
+            within 10 % of the budget.
+        ExceptionGroup: If there are several such faults.
+    """
+    section = targets.section
+    if section.match_params is None:
+        return targets
+    if not find_method(section.type).reads_rank(section):
+        options = " with these options" if section.peft else ""
+        raise UserError(
+            f"chooses a rank, and {section.type!r}{options} has none",
+            key=BUDGET_KEY,
+            hint="remove it, or set another `adapter.type`",
+        )
+    asked = read_budget(section.match_params)
+    budget = asked.params
+    if isinstance(budget, str):
+        budget = _count_recipe(budget, recipe, recipe_dir, skeleton)
+
+    def settle(rank: int) -> AdapterSection:
+        alpha = section.alpha if asked.scale is None else asked.scale * rank
+        return replace(section, r=rank, alpha=alpha, match_params=None)
+
+    def count(rank: int) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ranks that are only tried
+            return _count(recipe, skeleton, settle(rank))
+
+    rank, number = _choose(try_ranks(count, budget), budget, section.type)
+    chosen = settle(rank)
+    matched = MatchedRank(recipe.adapter.match_params, budget, rank, chosen.alpha, number)
+    scale = 2.0 if chosen.alpha is None else chosen.alpha / rank
+    note = (
+        f"`{BUDGET_KEY}` chooses rank {rank}: {number:,} trainable parameters for a budget of "
+        f"{budget:,}, alpha / r = {scale:.3g}"
+    )
+    return replace(targets, section=chosen, matched=matched, notes=(*targets.notes, note))
+
+
+def _count(recipe: Recipe, skeleton: nn.Module, section: AdapterSection) -> int:
+    task_type = find_task(recipe.task).peft_task_type
+    groups = find_method(section.type).count(skeleton, section, task_type)
+    return sum(group.num_parameters for group in groups)
+
+
+def _count_recipe(path: str, recipe: Recipe, recipe_dir: Path, skeleton: nn.Module) -> int:
+    """Count the trainable parameters of another recipe's `adapter` on this base."""
+    try:
+        other = load_recipe(find_local(path, recipe_dir) or path, need_data=False).recipe.adapter
+        if other.match_params is not None:
+            raise UserError("has a budget itself", hint="name a recipe with `adapter.r`")
+        section = settle_targets(replace(recipe, adapter=other), skeleton).section
+        return _count(recipe, skeleton, section)
+    except* UserError as group:
+        reasons = "; ".join(str(fault) for fault in group.exceptions)
+        raise UserError(f"{path!r} cannot be counted: {reasons}", key=BUDGET_KEY) from None
+
+
+def try_ranks(count: Callable[[int], int], budget: int) -> dict[int, int]:
+    """Count at ranks around a budget: doubled until it is passed, then between the last two.
+
+    The number of parameters may grow or shrink with the rank. The ranks end where a count fails.
+    """
+    counts = {1: count(1)}
+    low, high = 1, 2
+    while counts[low] != budget:
+        if high > _LARGEST_RANK:
+            return counts
+        try:
+            counts[high] = count(high)
+        except UserError:
+            return counts
+        if (counts[low] < budget) != (counts[high] < budget):
+            break
+        if abs(counts[high] - budget) > abs(counts[low] - budget):
+            return counts
+        low, high = high, 2 * high
+    is_line_tried = False
+    while high - low > 1 and budget not in (counts[low], counts[high]):
+        share = (budget - counts[low]) / (counts[high] - counts[low])
+        # Most counts are lines over the rank: their first guess is exact.
+        guess = (low + high) // 2 if is_line_tried else low + int(share * (high - low))
+        middle = min(max(guess, low + 1), high - 1)
+        is_line_tried = not is_line_tried
+        counts[middle] = count(middle)
+        if (counts[low] < budget) != (counts[middle] < budget):
+            high = middle
+        else:
+            low = middle
+    return counts
+
+
+def _choose(counts: dict[int, int], budget: int, method: str) -> tuple[int, int]:
+    """Return the rank of the nearest count, the lower one of two, and the count."""
+    nearest = sorted(counts, key=lambda rank: (abs(counts[rank] - budget), rank))
+    rank = nearest[0]
+    if abs(counts[rank] - budget) <= _TOLERANCE * budget:
+        return rank, counts[rank]
+    others = [other for other in nearest if counts[other] != counts[rank]]
+    two = sorted([rank, *others[:1]])
+    shown = " and ".join(f"rank {r} has {counts[r]:,}" for r in two)
+    raise UserError(
+        f"no rank of {method!r} is within 10 % of {budget:,} trainable parameters: {shown}",
+        key=BUDGET_KEY,
+        hint=f"such as {' or '.join(str(counts[r]) for r in two)}",
+    )
