@@ -53,7 +53,7 @@ def match(path, overrides=()):
     loaded = load_recipe(path, overrides)
     _, skeleton = build_skeleton(loaded.recipe.model)
     targets = settle_targets(loaded.recipe, skeleton)
-    return match_rank(loaded.recipe, path.parent, skeleton, targets).matched
+    return match_rank(loaded.recipe, path.parent, skeleton, targets, settle_targets).matched
 
 
 @pytest.mark.parametrize("method", ["wegeft", "dora", "adalora", "vera", "delora", "randlora"])
@@ -119,7 +119,7 @@ def test_ranks_end_where_the_method_takes_no_higher_one():
             ["adapter.match_params=5000", "adapter.type=adalora", "adapter.peft={init_r: 9}"],
             "fixes the number of parameters",
         ),
-        (["adapter.match_params=5000", "adapter.r=8"], "contradicts `adapter.match_params`"),
+        (["adapter.match_params=5000", "adapter.r=8"], "contradicts `adapter.r` 8"),
         (["adapter.match_params=5000", "adapter.init_from=."], "keeps the rank of its adapter"),
         (["adapter.match_params=0"], "at least 1"),
         (["adapter.match_params=-5"], "at least 1"),

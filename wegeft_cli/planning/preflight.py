@@ -240,7 +240,7 @@ def _check_model(
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
     targets = settle_targets(recipe, skeleton)
-    targets = match_rank(recipe, loaded.path.parent, skeleton, targets)
+    targets = match_rank(recipe, loaded.path.parent, skeleton, targets, settle_targets)
     section = targets.section
     if not resuming:
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)

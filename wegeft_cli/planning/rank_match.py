@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
-from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, MatchedRank, read_budget
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
 from wegeft_cli.tasks.registry import find_task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from wegeft_cli.planning.targets import TargetSetup
 
 _TOLERANCE = 0.1
 _LARGEST_RANK = 2**14
 
 
 def match_rank(
-    recipe: Recipe, recipe_dir: Path, skeleton: nn.Module, targets: TargetSetup
+    recipe: Recipe,
+    recipe_dir: Path,
+    skeleton: nn.Module,
+    targets: TargetSetup,
+    settle_targets: Callable[[Recipe, nn.Module], TargetSetup],
 ) -> TargetSetup:
     """Return the layers of a run with the rank that the recipe's budget chooses, if it has one.
 
     Args:
         recipe_dir: The folder of the recipe's file.
         skeleton: The base on the meta device, with the task's head.
-        targets: The layers of `settle_targets`.
+        targets: The layers of the recipe.
+        settle_targets: Decides which layers another recipe adapts.
 
     Raises:
         UserError: If the method has no rank, the other recipe cannot be counted, or no rank is
@@ -50,7 +59,10 @@ def match_rank(
     asked = read_budget(section.match_params)
     budget = asked.params
     if isinstance(budget, str):
-        budget = _count_recipe(budget, recipe, recipe_dir, skeleton)
+        other = _load_adapter(budget, recipe_dir)
+        with _explained(budget):
+            layers = settle_targets(replace(recipe, adapter=other), skeleton)
+            budget = _count(recipe, skeleton, layers.section)
 
     def settle(rank: int) -> AdapterSection:
         alpha = section.alpha if asked.scale is None else asked.scale * rank
@@ -78,14 +90,20 @@ def _count(recipe: Recipe, skeleton: nn.Module, section: AdapterSection) -> int:
     return sum(group.num_parameters for group in groups)
 
 
-def _count_recipe(path: str, recipe: Recipe, recipe_dir: Path, skeleton: nn.Module) -> int:
-    """Count the trainable parameters of another recipe's `adapter` on this base."""
-    try:
-        other = load_recipe(find_local(path, recipe_dir) or path, need_data=False).recipe.adapter
-        if other.match_params is not None:
+def _load_adapter(path: str, recipe_dir: Path) -> AdapterSection:
+    """Return the `adapter` of another recipe, which is counted on this base."""
+    with _explained(path):
+        adapter = load_recipe(find_local(path, recipe_dir) or path, need_data=False).recipe.adapter
+        if adapter.match_params is not None:
             raise UserError("has a budget itself", hint="name a recipe with `adapter.r`")
-        section = settle_targets(replace(recipe, adapter=other), skeleton).section
-        return _count(recipe, skeleton, section)
+        return adapter
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Name the key and the other recipe in its faults."""
+    try:
+        yield
     except* UserError as group:
         reasons = "; ".join(str(fault) for fault in group.exceptions)
         raise UserError(f"{path!r} cannot be counted: {reasons}", key=BUDGET_KEY) from None

@@ -278,8 +278,9 @@ def _check_rank(merged: MergedValues, errors: ReadErrors) -> None:
     adapter = merged.values.get("adapter")
     if not isinstance(adapter, dict) or adapter.get("match_params") is None or "r" not in adapter:
         return
-    message = f"contradicts `{BUDGET_KEY}`, which chooses the rank"
-    errors.add(("adapter", "r"), message, merged.find_place("adapter.r"), "keep one of the two")
+    message = f"chooses the rank, and contradicts `adapter.r` {adapter['r']}"
+    place = merged.find_place(BUDGET_KEY)
+    errors.add(parse_key(BUDGET_KEY), message, place, "keep one of the two")
 
 
 def _to_recipe(merged: MergedValues, errors: ReadErrors) -> Recipe:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wegeft_cli.recipe.keys import KeyPath
-from wegeft_cli.recipe.schema import AdapterSection
+if TYPE_CHECKING:
+    from wegeft_cli.recipe.keys import KeyPath
+    from wegeft_cli.recipe.schema import AdapterSection
 
 BUDGET_KEY = "adapter.match_params"
 _SECTION, _BUDGET, _RANK, _ALPHA = "adapter", "match_params", "r", "alpha"
