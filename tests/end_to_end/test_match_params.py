@@ -56,7 +56,9 @@ def match(path, overrides=()):
     return match_rank(loaded.recipe, path.parent, skeleton, targets, settle_targets).matched
 
 
-@pytest.mark.parametrize("method", ["wegeft", "dora", "adalora", "vera", "delora", "randlora"])
+@pytest.mark.parametrize(
+    "method", ["wegeft", "dora", "adalora", "vera", "gralora", "randlora", "shira"]
+)
 def test_the_rank_of_the_nearest_count_is_chosen(write_with, method):
     recipe = write_with({**WITHOUT_RANK, "type": method})
     matched = match(recipe, ["adapter.match_params=5000"])
@@ -93,13 +95,26 @@ def test_counts_grow_or_shrink_with_the_rank(count, budget, rank):
     assert len(asked) == len(set(asked)) < 32
 
 
-def test_ranks_end_where_the_method_takes_no_higher_one():
-    def count(rank):
-        if rank > 8:
-            raise UserError("too large")
-        return 10 * rank
+@pytest.mark.parametrize(
+    ("is_taken", "budget", "rank"),
+    [
+        (lambda r: r <= 13, 1000, 13),
+        (lambda r: r <= 13, 120, 12),
+        (lambda r: r % 2 == 0, 150, 14),
+        (lambda r: r % 4 == 0, 100, 8),
+        (lambda r: r % 4 == 0 and r <= 24, 5000, 24),
+    ],
+)
+def test_ranks_that_a_method_refuses_are_passed_over(is_taken, budget, rank):
+    def count(r):
+        if not is_taken(r):
+            raise UserError("is refused")
+        return 10 * r
 
-    assert max(try_ranks(count, 1000)) == 8
+    counts = try_ranks(count, budget)
+    assert min(counts, key=lambda r: (abs(counts[r] - budget), r)) == rank
+    with pytest.raises(UserError, match="is refused"):
+        try_ranks(lambda r: count(-1), budget)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 0.1
 _LARGEST_RANK = 2**14
+_FIRST_RANKS = (1, 2, 4, 8, 16)
+_OFFSETS = (0, 1, -1, 2, -2, 3, -3)  # of ranks that are tried in place of a refused one
 
 
 def match_rank(
@@ -112,34 +114,40 @@ def _explained(path: str) -> Iterator[None]:
 def try_ranks(count: Callable[[int], int], budget: int) -> dict[int, int]:
     """Count at ranks around a budget: doubled until it is passed, then between the last two.
 
-    The number of parameters may grow or shrink with the rank. The ranks end where a count fails.
+    The number of parameters may grow or shrink with the rank. A method may refuse some ranks, such
+    as odd ones, and all high ones.
     """
-    counts = {1: count(1)}
-    low, high = 1, 2
-    while counts[low] != budget:
-        if high > _LARGEST_RANK:
-            return counts
-        try:
-            counts[high] = count(high)
-        except UserError:
-            return counts
-        if (counts[low] < budget) != (counts[high] < budget):
-            break
-        if abs(counts[high] - budget) > abs(counts[low] - budget):
+    counts: dict[int, int] = {}
+
+    def is_counted(rank: int) -> bool:
+        with suppress(UserError):
+            counts[rank] = counts[rank] if rank in counts else count(rank)
+        return rank in counts
+
+    def has_passed(before: int, after: int) -> bool:
+        return (counts[before] < budget) != (counts[after] < budget)
+
+    low = next((rank for rank in _FIRST_RANKS if is_counted(rank)), None)
+    if low is None:
+        return {1: count(1)}  # raises the reason
+    high = 2 * low
+    while counts[low] != budget and is_counted(high) and not has_passed(low, high):
+        if abs(counts[high] - budget) > abs(counts[low] - budget) or high >= _LARGEST_RANK:
             return counts
         low, high = high, 2 * high
-    is_line_tried = False
-    while high - low > 1 and budget not in (counts[low], counts[high]):
-        share = (budget - counts[low]) / (counts[high] - counts[low])
-        # Most counts are lines over the rank: their first guess is exact.
-        guess = (low + high) // 2 if is_line_tried else low + int(share * (high - low))
-        middle = min(max(guess, low + 1), high - 1)
-        is_line_tried = not is_line_tried
-        counts[middle] = count(middle)
-        if (counts[low] < budget) != (counts[middle] < budget):
-            high = middle
+    is_line = True  # most counts are lines over the rank, for which the first guess is exact
+    while high - low > 1 and budget not in (counts[low], counts.get(high)):
+        middle = (low + high) // 2
+        if is_line and high in counts:
+            share = (budget - counts[low]) / (counts[high] - counts[low])
+            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        is_line = not is_line
+        near = (middle + offset for offset in _OFFSETS if low < middle + offset < high)
+        found = next((rank for rank in near if is_counted(rank)), None)
+        if found is None or has_passed(low, found):
+            high = middle if found is None else found
         else:
-            low = middle
+            low = found
     return counts
 
 
