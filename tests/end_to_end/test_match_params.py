@@ -66,7 +66,7 @@ def test_the_rank_of_the_nearest_count_is_chosen(write_with, method):
     loaded = load_recipe(recipe).recipe
     _, skeleton = build_skeleton(loaded.model)
     counts = {}
-    for rank in range(max(1, matched.r - 1), matched.r + 2):
+    for rank in range(max(1, matched.r - 2), matched.r + 3):
         with suppress(UserError):
             groups = find_method(method).count(skeleton, replace(loaded.adapter, r=rank), None)
             counts[rank] = sum(group.num_parameters for group in groups)
