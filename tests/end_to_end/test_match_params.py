@@ -57,7 +57,7 @@ def match(path, overrides=()):
 
 
 @pytest.mark.parametrize(
-    "method", ["wegeft", "dora", "adalora", "vera", "gralora", "randlora", "shira"]
+    "method", ["wegeft", "dora", "adalora", "vera", "gralora", "randlora"]
 )
 def test_the_rank_of_the_nearest_count_is_chosen(write_with, method):
     recipe = write_with({**WITHOUT_RANK, "type": method})
