@@ -56,9 +56,7 @@ def match(path, overrides=()):
     return match_rank(loaded.recipe, path.parent, skeleton, targets, settle_targets).matched
 
 
-@pytest.mark.parametrize(
-    "method", ["wegeft", "dora", "adalora", "vera", "gralora", "randlora"]
-)
+@pytest.mark.parametrize("method", ["wegeft", "dora", "adalora", "vera", "gralora", "randlora"])
 def test_the_rank_of_the_nearest_count_is_chosen(write_with, method):
     recipe = write_with({**WITHOUT_RANK, "type": method})
     matched = match(recipe, ["adapter.match_params=5000"])
@@ -113,8 +111,14 @@ def test_ranks_that_a_method_refuses_are_passed_over(is_taken, budget, rank):
 
     counts = try_ranks(count, budget)
     assert min(counts, key=lambda r: (abs(counts[r] - budget), r)) == rank
-    with pytest.raises(UserError, match="is refused"):
-        try_ranks(lambda r: count(-1), budget)
+
+
+def test_a_method_that_refuses_every_rank_tells_why():
+    def refuse(r):
+        raise UserError(f"{r} is refused")
+
+    with pytest.raises(UserError, match="1 is refused"):
+        try_ranks(refuse, 100)
 
 
 @pytest.mark.parametrize(
