@@ -152,6 +152,7 @@ def test_a_method_that_refuses_every_rank_tells_why():
         (["adapter.match_params={params: 5, size: 1}"], "`params` and `scale`"),
         (["adapter.match_params={params: 5000, scale: 0}"], "must be above 0"),
         (["adapter.alpha=3", "adapter.match_params={params: 5000, scale: 1}"], "keep one of the"),
+        (["adapter.scale_rule=rank_width", "adapter.match_params={params: 5, scale: 1}"], "rule"),
         (["adapter.match_params=nowhere.yaml"], "no such file"),
     ],
 )

@@ -78,11 +78,12 @@ def match_rank(
     rank, number = _choose(try_ranks(count, budget), budget, section.type)
     chosen = settle(rank)
     matched = MatchedRank(recipe.adapter.match_params, budget, rank, chosen.alpha, number)
-    scale = 2.0 if chosen.alpha is None else chosen.alpha / rank
     note = (
         f"`{BUDGET_KEY}` chooses rank {rank}: {number:,} trainable parameters for a budget of "
-        f"{budget:,}, alpha / r = {scale:.3g}"
+        f"{budget:,}"
     )
+    if chosen.alpha is not None:
+        note += f", alpha / r = {chosen.alpha / rank:.3g}"
     return replace(targets, section=chosen, matched=matched, notes=(*targets.notes, note))
 
 

@@ -109,6 +109,9 @@ def list_budget_faults(adapter: AdapterSection, *, has_rank: bool) -> Iterator[t
         return
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
         yield f"`scale` must be above 0; got {scale!r}", "it is alpha / r at any rank"
+    if adapter.scale_rule != "none":
+        message = f"`scale` {scale} contradicts `adapter.scale_rule` {adapter.scale_rule!r}"
+        yield message, "keep one of the two"
     if adapter.alpha is not None:
         message = f"`scale` {scale} contradicts `adapter.alpha` {adapter.alpha}"
         yield message, "keep one of the two"
