@@ -179,6 +179,7 @@ NOT_HERE = {
     ),
     "data.problem_type": "a classifier's: test_sequence_classification.py",
     "model.revision": "a hub's; a folder has none",
+    "model.special_tokens": "test_special_tokens.py",
     "model.trust_remote_code": "tests/models holds that it is off",
     "data.train[].name": "a hub data set's",
     "data.cache_dir": "changes no row: tests/data/test_cache",

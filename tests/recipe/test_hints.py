@@ -56,7 +56,7 @@ def test_a_section_without_a_space_after_a_colon(tmp_path):
     [
         ("strict: true", "strict", "remove it"),
         ("stage: sft", "stage", "remove it"),
-        ("eos_token: x", "eos_token", "remove it"),
+        ("eos_token: x", "eos_token", "write `model.special_tokens: {eos_token: ...}`"),
         ("max_samples: 4", "max_samples", "`data.train[0].limit`"),
         ("eval_strategy: steps", "eval_strategy", "`train.eval_strategy`"),
         ("system_prompt: Be brief.", "system_prompt", "`data.system`"),

@@ -211,6 +211,11 @@ class Adapter:
         path, found = self._find_recorded(PROMPT_KEY)
         return None if found is None else PromptRecord.from_json(found, file=str(path))
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens of the training that replaced the tokenizer's own."""
+        return {} if self.prompt is None else dict(self.prompt.special_tokens)
+
     def _find_recorded(self, key: str) -> tuple[Path, Any]:
         """Return a value of the config, else of `wegeft_base.json`, and its file."""
         record = self.folder / BASE_NAME

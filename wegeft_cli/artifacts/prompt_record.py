@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.schema import SPECIAL_TOKENS
 
 PROMPT_KEY = "prompt"
 """Key of the record in the files of an adapter and of a merged model."""
@@ -27,6 +28,8 @@ class PromptRecord:
         system: Text of the system turn of conversations without one.
         chat_template: Text of a Jinja file.
         more_templates: Further templates, if the sources have several.
+        special_tokens: Special tokens that replaced the tokenizer's own, see
+            `model.special_tokens`.
     """
 
     template: str
@@ -36,6 +39,7 @@ class PromptRecord:
     system: str | None = None
     chat_template: str | None = None
     more_templates: tuple[str, ...] = ()
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -61,6 +65,8 @@ class PromptRecord:
             values["chat_template"] = self.chat_template
         if self.more_templates:
             values["more_templates"] = list(self.more_templates)
+        if self.special_tokens:
+            values["special_tokens"] = dict(self.special_tokens)
         return values
 
     @classmethod
@@ -73,6 +79,7 @@ class PromptRecord:
             **known,
             chat_template_kwargs=values.get("chat_template_kwargs") or {},
             more_templates=tuple(values.get("more_templates") or ()),
+            special_tokens=values.get("special_tokens") or {},
         )
 
 
@@ -88,4 +95,9 @@ def prompt_complaint(values: Any) -> str | None:
     more = values.get("more_templates") or []
     if not isinstance(more, list) or not all(isinstance(name, str) for name in more):
         return "a map with a list of names in `more_templates`"
+    tokens = values.get("special_tokens") or {}
+    if not isinstance(tokens, dict) or not all(
+        name in SPECIAL_TOKENS and isinstance(text, str) for name, text in tokens.items()
+    ):
+        return f"a map with a map of {', '.join(SPECIAL_TOKENS)} to texts in `special_tokens`"
     return None

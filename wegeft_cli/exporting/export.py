@@ -26,9 +26,13 @@ from wegeft_cli.methods.wegeft.lora_equivalent.files import (
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
 from wegeft_cli.methods.wegeft.lora_equivalent.readers import check_peft, prepare_for_vllm
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
-from wegeft_cli.models.base_folder import CHAT_TEMPLATE_NAME
+from wegeft_cli.models.base_folder import (
+    CHAT_TEMPLATE_NAME,
+    GENERATION_CONFIG_NAME,
+    special_token_files,
+)
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
-from wegeft_cli.models.loading import fetch_base_folder
+from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer_of, quiet_transformers
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_lora_card
 from wegeft_cli.recipe.schema import ModelSection
@@ -230,10 +234,15 @@ def _export_adapter(
     with base_errors(base, adapter.folder):
         base_dir = fetch_base_folder(name_or_path, revision)
         check_base(files.manifest, base_dir, adapter.folder, warn=reporter.warn)
+        section = ModelSection(
+            str(base_dir),
+            trust_remote_code=adapter.trusts_remote_code,
+            special_tokens=adapter.special_tokens,
+        )
         trained_form = choose_chat_template(
             adapter.prompt,
             options.chat_template,
-            ModelSection(str(base_dir), trust_remote_code=adapter.trusts_remote_code),
+            section,
             reporter.warn,
         )
         plan = plan_lora_equivalent(
@@ -254,11 +263,38 @@ def _export_adapter(
         result = (
             export.write_gguf(folder) if format == "gguf" else export.write_peft(folder, output)
         )
-        if (record := base_record_to_json(None, adapter.prompt)) is not None:
-            (folder / BASE_NAME).write_text(record, encoding="utf-8")
-        if trained_form is not None:
-            (folder / CHAT_TEMPLATE_NAME).write_text(trained_form, encoding="utf-8")
+        _write_form(folder, adapter, section, format, trained_form, reporter)
         return replace(result, output_dir=output)
+
+
+def _write_form(
+    folder: Path,
+    adapter: Adapter,
+    base: ModelSection,
+    format: str,
+    chat_template: str | None,
+    reporter: Reporter,
+) -> None:
+    """Write the prompt form of the training beside an exported adapter.
+
+    With special tokens of its own, the tokenizer and the generation config, which a server can be
+    given.
+    """
+    if (record := base_record_to_json(None, adapter.prompt)) is not None:
+        (folder / BASE_NAME).write_text(record, encoding="utf-8")
+    if base.special_tokens and format == "lora":
+        tokenizer = load_tokenizer_of(base)
+        with quiet_transformers():
+            tokenizer.save_pretrained(str(folder))
+        files = special_token_files(Path(base.name_or_path), tokenizer, base.special_tokens)
+        (folder / GENERATION_CONFIG_NAME).write_text(files[GENERATION_CONFIG_NAME], "utf-8")
+    elif base.special_tokens:
+        reporter.warn(
+            "llama.cpp reads the special tokens of the base's GGUF file, and this adapter was "
+            f"trained with {base.special_tokens}: merge it and export the model"
+        )
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE_NAME).write_text(chat_template, encoding="utf-8")
 
 
 def _check_readers(

@@ -86,9 +86,6 @@ def choose_chat_template(
             hint="the adapter is of an earlier version, of another program, or a classifier's; "
             "several adapters must have been trained with the same form",
         )
-    from wegeft_cli.models.loading import load_tokenizer
+    from wegeft_cli.models.loading import load_tokenizer_of
 
-    tokenizer = load_tokenizer(
-        base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
-    return write_trained_form(record, tokenizer)
+    return write_trained_form(record, load_tokenizer_of(base))

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from wegeft_cli.methods.wegeft.lora_equivalent.readers import (
     prepare_for_vllm,
 )
 from wegeft_cli.methods.wegeft.save_load import check_base
-from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
+from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer_of, name_quantization
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 
 
@@ -81,7 +82,7 @@ def open_in_vllm(
         "dtype": find_dtype(section.dtype, config),
         "trust_remote_code": section.trust_remote_code,
     }
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
+    tokenizer = load_tokenizer_of(replace(section, name_or_path=str(folder), revision=None))
     if adapter is None:
         model = vllm.open_model(str(folder), **told)
         return LoadedInVllm(

@@ -274,8 +274,11 @@ def _resolve_language_model(
     folder = Path(path)
     section = recipe.model if recipe is not None else ModelSection()
     if (folder / "config.json").is_file() or not folder.exists():
-        # A merged model is dense, even if its run's base was quantized.
-        section = replace(quantise_as(section, None), name_or_path=str(path), revision=None)
+        # A merged model is dense, even if its run's base was quantized, and its files have the
+        # special tokens.
+        section = replace(
+            quantise_as(section, None), name_or_path=str(path), revision=None, special_tokens={}
+        )
         return ModelTarget(path, section, None, None, recipe, base)
     adapter = Adapter.open(folder)
     section = _section_of_base(section, adapter, base)
@@ -312,7 +315,12 @@ def _resolve_classifier(path: str | Path, recipe: Recipe | None, base: str | Non
 def _section_of_base(section: ModelSection, adapter: Adapter, base: str | None) -> ModelSection:
     method_of(adapter).check_adapter(adapter)
     revision = None if base else adapter.revision
-    return replace(section, name_or_path=base or adapter.base, revision=revision)
+    return replace(
+        section,
+        name_or_path=base or adapter.base,
+        revision=revision,
+        special_tokens=adapter.special_tokens,
+    )
 
 
 def _head_of_model(folder: Path) -> HeadSpec:
@@ -341,13 +349,9 @@ def _load_language_model(
 ) -> tuple[Any, Any]:
     from accelerate import PartialState
 
-    from wegeft_cli.models.loading import load_base, load_tokenizer
+    from wegeft_cli.models.loading import load_base, load_tokenizer_of
 
-    tokenizer = load_tokenizer(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
+    tokenizer = load_tokenizer_of(section)
     return load_base(section, warn=warn).to(PartialState().device), tokenizer
 
 

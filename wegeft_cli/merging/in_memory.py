@@ -11,7 +11,8 @@ import torch
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.methods.registry import load_onto, method_of
-from wegeft_cli.models.loading import load_model, load_tokenizer, quiet_transformers
+from wegeft_cli.models.base_folder import special_token_files
+from wegeft_cli.models.loading import load_model, load_tokenizer_of, quiet_transformers
 from wegeft_cli.recipe.schema import ModelSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.storage.atomic import atomic_folder, check_free_space
@@ -30,6 +31,7 @@ class OutputFormat:
         max_shard_size: Largest size of a file's tensors, such as 5GB.
         texts: File name -> text of a file that is written beside the weights.
         chat_template: Chat template of the folder. Default: the base's.
+        special_tokens: Special tokens of the folder that replace the base's.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class OutputFormat:
     max_shard_size: str | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_whole(adapter: Adapter) -> bool:
@@ -94,11 +97,6 @@ def load_dense(section: ModelSection) -> tuple[Any, Any]:
     return model, load_tokenizer_of(section)
 
 
-def load_tokenizer_of(section: ModelSection) -> Any:
-    """Load the tokenizer of a base on disk."""
-    return load_tokenizer(section.name_or_path, trust_remote_code=section.trust_remote_code)
-
-
 def write_model(model: Any, processor: Any, form: OutputFormat) -> int:
     """Write a model with its tokenizer or image processor and return its number of tensors."""
     if form.dtype is not None:
@@ -110,6 +108,9 @@ def write_model(model: Any, processor: Any, form: OutputFormat) -> int:
     with atomic_folder(form.folder) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary), max_shard_size=form.max_shard_size or _MAX_SHARD)
         processor.save_pretrained(str(temporary))
-        for name, text in form.texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        texts: dict[str, str | None] = dict(form.texts)
+        if form.special_tokens:
+            texts |= special_token_files(temporary, processor, form.special_tokens)
+        for name, text in texts.items():
+            (temporary / name).write_text(text or "", encoding="utf-8")
         return len(list_tensors(temporary))

@@ -25,7 +25,6 @@ from wegeft_cli.merging.in_memory import (
     fold_whole,
     is_whole,
     load_dense,
-    load_tokenizer_of,
     write_model,
 )
 from wegeft_cli.merging.quantized import (
@@ -38,11 +37,16 @@ from wegeft_cli.merging.streaming import merge_stream
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
 from wegeft_cli.methods.wegeft.save_load import base_errors, check_fingerprint
-from wegeft_cli.models.base_folder import chat_template_files
+from wegeft_cli.models.base_folder import chat_template_files, special_token_files
 from wegeft_cli.models.completeness import warn_of_unused
 from wegeft_cli.models.device_memory import measure_peak_memory_gib
 from wegeft_cli.models.file_names import file_names
-from wegeft_cli.models.loading import build_skeleton, fetch_base_folder, name_quantization
+from wegeft_cli.models.loading import (
+    build_skeleton,
+    fetch_base_folder,
+    load_tokenizer_of,
+    name_quantization,
+)
 from wegeft_cli.public_arguments import checked_arguments
 from wegeft_cli.publishing.hub import HubTarget, publish
 from wegeft_cli.publishing.model_card import write_merged_card
@@ -162,7 +166,8 @@ def merge(
         ),
         PROVENANCE_NAME: json.dumps(job.provenance(), indent=2) + "\n",
     }
-    form = OutputFormat(output, dtype, max_shard_size, texts, trained_form)
+    tokens = job.section.special_tokens
+    form = OutputFormat(output, dtype, max_shard_size, texts, trained_form, tokens)
     with base_errors(base, adapters[0].folder):
         written = _merge_whole(job, form, reporter) if job.is_whole else _merge(job, form, reporter)
     if written.quantization is not None:
@@ -291,8 +296,24 @@ def _plan_job(
         name_or_path=base or first.base,
         revision=revision or (None if base else first.revision),
         trust_remote_code=first.trusts_remote_code,
+        special_tokens=_find_special_tokens(adapters),
     )
     return _Job(adapters, shares, section, dequantize, has_changes=not foreign)
+
+
+def _find_special_tokens(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return the special tokens that all adapters were trained with."""
+    first = adapters[0].special_tokens
+    for adapter in adapters[1:]:
+        if adapter.special_tokens != first:
+            raise UserError(
+                "the adapters were trained with different special tokens: "
+                f"{adapter.special_tokens or 'those of the base'}, and the first with "
+                f"{first or 'those of the base'}",
+                file=str(adapter.folder),
+                hint="merge adapters that were trained with the same model.special_tokens",
+            )
+    return first
 
 
 def _merge_whole(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
@@ -418,6 +439,9 @@ def _merge_changes(
     texts: dict[str, str | None] = dict(form.texts)
     if form.chat_template is not None:
         texts |= chat_template_files(stored.folder, form.chat_template)
+    if form.special_tokens:
+        tokenizer = load_tokenizer_of(job.section)
+        texts |= special_token_files(stored.folder, tokenizer, form.special_tokens, texts)
     with reporter.progress("merging", 100) as advance:
         report = merge_stream(
             stored,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from wegeft_cli.storage.json_files import read_object
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+GENERATION_CONFIG_NAME = "generation_config.json"
 _MORE_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (_TOKENIZER_CONFIG, "special_tokens_map.json")
+_CONFIG = "config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEY = "chat_template"
 
 
@@ -69,3 +75,52 @@ def chat_template_files(folder: Path, text: str) -> dict[str, str | None]:
     if values.pop(_KEY, None) is not None:
         files[_TOKENIZER_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return files
+
+
+def special_token_files(
+    folder: Path,
+    tokenizer: Any,
+    tokens: Mapping[str, str],
+    texts: Mapping[str, str | None] | None = None,
+) -> dict[str, str]:
+    """Return the files of a model folder that name special tokens, changed to these.
+
+    The end tokens of the base's generation config still end an answer, after the chosen one.
+
+    Args:
+        folder: A model folder.
+        tokenizer: Its tokenizer.
+        tokens: `bos_token`, `eos_token` or `pad_token` -> a token of the vocabulary.
+        texts: Files that replace some of the folder's.
+    """
+
+    def read(file: str) -> dict[str, Any]:
+        text = (texts or {}).get(file)
+        return read_object(folder / file) if text is None else dict(json.loads(text))
+
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(text) for name, text in tokens.items()}
+    changed: dict[str, dict[str, Any]] = {}
+    for file in _TOKENIZER_FILES:
+        if file == _TOKENIZER_CONFIG or (folder / file).is_file():
+            changed[file] = read(file) | dict(tokens)
+    config = read(_CONFIG)
+    # Without a generation config, transformers takes these ids from the model's.
+    generation = read(GENERATION_CONFIG_NAME) or {
+        name: number
+        for name, number in (config.get("text_config") or config).items()
+        if name in _TOKEN_IDS
+    }
+    former = generation.get("eos_token_id")
+    generation |= ids
+    if "eos_token_id" in ids and former is not None:
+        others = former if isinstance(former, list) else [former]
+        generation["eos_token_id"] = list(dict.fromkeys([ids["eos_token_id"], *others]))
+    changed[GENERATION_CONFIG_NAME] = generation
+    if config:
+        changed[_CONFIG] = config | ids
+        if isinstance(config.get("text_config"), dict):
+            changed[_CONFIG]["text_config"] = config["text_config"] | ids
+    return {
+        file: json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        for file, values in changed.items()
+    }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.errors import BaseModelError
+from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.storage.json_files import read_json
 
 MAX_LAYERS = 10_000
@@ -163,3 +163,16 @@ def _count_bytes(folder: Path | None) -> int:
     if folder is None:
         return 0
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def check_special_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> None:
+    """Raise UserError if a token is not in the vocabulary: the frozen base has no row for it."""
+    known = tokenizer.get_vocab()
+    for name, text in tokens.items():
+        if text not in known:
+            raise UserError(
+                f"the tokenizer has no token {text!r}",
+                key=f"model.special_tokens.{name}",
+                hint="choose a token of its vocabulary; a new token needs a base with a row for it "
+                "(docs/data.md, special tokens)",
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,12 @@ from torch import nn
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.base_folder import find_base_folder, is_path
 from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
-from wegeft_cli.models.config_check import check_config, check_labels, check_tokenizer
+from wegeft_cli.models.config_check import (
+    check_config,
+    check_labels,
+    check_special_tokens,
+    check_tokenizer,
+)
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
@@ -152,16 +157,37 @@ def load_image_processor(
         )
 
 
+def load_tokenizer_of(section: ModelSection) -> Any:
+    """Load the tokenizer of a recipe's `model` with its special tokens."""
+    return load_tokenizer(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        special_tokens=section.special_tokens,
+    )
+
+
 def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    special_tokens: Mapping[str, str] | None = None,
 ) -> Any:
-    """Load a model's tokenizer from a folder, a GGUF file or a hub id."""
+    """Load a model's tokenizer from a folder, a GGUF file or a hub id.
+
+    `special_tokens` maps `bos_token`, `eos_token` or `pad_token` to tokens of the vocabulary that
+    replace the tokenizer's own. They are applied as if its `tokenizer_config.json` named them.
+    """
     from transformers import AutoTokenizer
 
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
     with _translated(name_or_path, what="tokenizer"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            **_source(name_or_path, revision), trust_remote_code=trust_remote_code
-        )
+        source = _source(name_or_path, revision)
+        tokenizer = load(**source)
+        if special_tokens:
+            check_special_tokens(tokenizer, special_tokens)
+            tokenizer = load(**source, **special_tokens)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         # For some families transformers builds an empty tokenizer with only special tokens.
         raise BaseModelError(

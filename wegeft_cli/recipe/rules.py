@@ -12,7 +12,14 @@ from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
 from wegeft_cli.recipe.keys import KeyPath, find_nearest, format_key
 from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, list_budget_faults
-from wegeft_cli.recipe.schema import PACKING_ATTENTION, AdapterSection, ModelSection, Range, Recipe
+from wegeft_cli.recipe.schema import (
+    PACKING_ATTENTION,
+    SPECIAL_TOKENS,
+    AdapterSection,
+    ModelSection,
+    Range,
+    Recipe,
+)
 from wegeft_cli.recipe.schema_keys import explain_value, kind_at, section_kinds, strip_optional
 from wegeft_cli.recipe.unsupported import explain_unsupported
 
@@ -115,6 +122,17 @@ def _check_model(recipe: Recipe) -> Iterator[Fault]:
     elif recipe.model.quant_method != ModelSection.quant_method:
         message = f"{recipe.model.quant_method!r} requires `load_in_8bit`"
         yield "model.quant_method", message, "set `model.load_in_8bit: true`, or remove it"
+    yield from _check_special_tokens(recipe.model)
+
+
+def _check_special_tokens(model: ModelSection) -> Iterator[Fault]:
+    for name, text in model.special_tokens.items():
+        if name not in SPECIAL_TOKENS:
+            message = f"has the key {name!r}; it can have {', '.join(SPECIAL_TOKENS)}"
+            near = find_nearest(name, SPECIAL_TOKENS)
+            yield "model.special_tokens", message, f"did you mean `{near}`?" if near else None
+        elif not text:
+            yield f"model.special_tokens.{name}", "is empty", "name a token, or remove the key"
 
 
 def _check_quantized(recipe: Recipe) -> Iterator[Fault]:

@@ -123,6 +123,8 @@ CLASS_METRICS: tuple[str, ...] = get_args(ClassMetric)
 REGRESSION_METRICS: tuple[str, ...] = get_args(RegressionMetric)
 METRICS = (*CLASS_METRICS, *REGRESSION_METRICS)
 """The metrics of `eval.metric`; higher is better in all of them."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+"""Keys of `model.special_tokens`."""
 PACKING_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """Attention kernels (transformers' names) that separate packed rows by their positions."""
 
@@ -149,6 +151,10 @@ class ModelSection:
     rounds activations)."""
     trust_remote_code: bool = False
     """Run Python code that is part of the model's repository."""
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Tokens of the vocabulary that replace the tokenizer's own, e.g. {eos_token: "<|im_end|>"}:
+    bos_token, eos_token, pad_token. The adapter records them, and a merged model has them in its
+    files. A new token needs an extended base."""
     drop_path_rate: BelowOne | None = None
     """Stochastic depth of an image model during training, 0 <= rate < 1: the probability that the
     last block's residual branches are dropped, rising linearly from 0 at the first block. Null:

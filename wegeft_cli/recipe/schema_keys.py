@@ -131,13 +131,13 @@ _NO_COUNTERPART = {
     "do_train": "remove it: the command selects what is done",
     "tokens": "remove it: the vocabulary is not extended; add the tokens to a copy of the base "
     "(docs/data.md, special tokens)",
-    "special_tokens": "remove it: the tokenizer's own special tokens are used; change them in a "
-    "copy of the base (docs/data.md, special tokens)",
-    "eos_token": "remove it: the tokenizer's own end token is used; change it in a copy of the "
-    "base's tokenizer_config.json",
-    "tokenizer": "remove it: the base's own tokenizer is used; change it in a copy of the base "
-    "(docs/data.md, special tokens)",
-    "pad_token": "remove it: no padding token is needed, since masks come from lengths",
+    "special_tokens": "write it under `model`: `model.special_tokens`",
+    "bos_token": "write `model.special_tokens: {bos_token: ...}`",
+    "eos_token": "write `model.special_tokens: {eos_token: ...}`",
+    "tokenizer": "remove it: the base's own tokenizer is used; `model.special_tokens` chooses its "
+    "end and padding tokens, other changes need a copy of the base (docs/data.md, special tokens)",
+    "pad_token": "write `model.special_tokens: {pad_token: ...}`, or remove it: masks come from "
+    "lengths, so any token pads",
     "lora_plus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
     "loraplus_lr_ratio": "remove it: `train.lr_ratio` is WeGeFT's ratio",
     "pad_to_sequence_len": "remove it: a batch is padded to its longest row",

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -193,7 +193,9 @@ def describe_form(run: Run, setup: RunSetup) -> PromptRecord | None:
     """Return the prompt form of the training rows; None for a classifier."""
     if not run.task.generates_text:
         return None
-    return describe_prompt(run.recipe.data, cast(Any, setup.report).template, setup.tokenizer)
+    names = cast(Any, setup.report).template
+    record = describe_prompt(run.recipe.data, names, setup.tokenizer)
+    return replace(record, special_tokens=run.recipe.model.special_tokens)
 
 
 def find_form(run: Run, setup: RunSetup) -> TemplateSettings | None:

@@ -38,13 +38,9 @@ class CausalLM(Task):
         yield from refuse_image_folders(recipe)
 
     def load_processor(self, section: ModelSection) -> Any:
-        from wegeft_cli.models.loading import load_tokenizer
+        from wegeft_cli.models.loading import load_tokenizer_of
 
-        return load_tokenizer(
-            section.name_or_path,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
+        return load_tokenizer_of(section)
 
     def load_data(self, recipe: Recipe, recipe_dir: Path | None, processor: Any) -> TaskData:
         from wegeft_cli.data.text.dataset import build_datasets

@@ -34,7 +34,7 @@ LANGUAGE_ONLY = (
     "data.loss_on", "data.packing", "data.streaming", "data.cache_dir",
     "train.eval_tasks", "train.use_liger_kernel", "logging.sample_prompts", "eval.tasks",
     "eval.max_new_tokens", "eval.protocol", "eval.answer_metric",
-    "model.load_in_4bit", "model.load_in_8bit",
+    "model.load_in_4bit", "model.load_in_8bit", "model.special_tokens",
     "train.strategy", "train.compile",
 )  # fmt: skip
 """Keys that only language modeling reads."""

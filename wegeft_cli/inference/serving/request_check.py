@@ -132,8 +132,10 @@ def _find_faults_of_turn(name: str, turn: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _find_faulty_items(items: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     """Yield the faults of turns, reasoning and tool calls in /v1/responses."""
-    needed = {"function_call": ("call_id", "name", "arguments")}
-    needed["function_call_output"] = ("call_id", "output")
+    needed: dict[str, tuple[str, ...]] = {
+        "function_call": ("call_id", "name", "arguments"),
+        "function_call_output": ("call_id", "output"),
+    }
     for number, item in enumerate(items):
         name = f"input[{number}]"
         if "role" in item:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from wegeft_cli.inference.defaults import GREEDY
 from wegeft_cli.inference.loaded_in_vllm import find_dtype, find_lora
 from wegeft_cli.inference.prompt_format import PromptForm
 from wegeft_cli.inference.serving.targets import BASE, NamedTarget
-from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer, name_quantization
+from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer_of, name_quantization
 
 _SECONDS_TO_END = 30
 
@@ -80,7 +81,7 @@ def _describe_base(
 
     section = targets[0].target.section
     config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=section.trust_remote_code)
+    tokenizer = load_tokenizer_of(replace(section, name_or_path=str(folder), revision=None))
     options = ["--dtype", find_dtype(section.dtype, config)]
     if as_trained:
         written = {

@@ -14,6 +14,7 @@ from wegeft_cli.recipe.importing.trainer_keys import (
     convert_optimizer_name,
     set_times_per_epoch,
 )
+from wegeft_cli.recipe.schema import SPECIAL_TOKENS
 
 _RENAMED = {
     "base_model": "model.name_or_path",
@@ -72,8 +73,6 @@ _REASONS = {
     "loraplus_lr_ratio": "has no counterpart for LoRA (train.lr_ratio is WeGeFT's)",
     "xformers_attention": "has no counterpart",
     "flex_attention": "has no counterpart: set model.attn_implementation",
-    "special_tokens": "has no counterpart: change them in a copy of the base's "
-    "tokenizer_config.json",
     "tokens": "has no counterpart: the vocabulary is not extended",
     "resume_from_checkpoint": "is an option of the command: `wegeft train RECIPE --resume PATH`",
     "auto_resume_from_checkpoints": "is an option of the command: `--resume auto`",
@@ -107,6 +106,7 @@ def convert(at: Conversion, folder: Any) -> None:
     _convert_precision(at)
     _convert_attention(at)
     _convert_data(at)
+    _convert_special_tokens(at)
     _convert_intervals(at)
     _convert_trackers(at)
     _convert_plugins(at)
@@ -254,6 +254,14 @@ def _convert_template(at: Conversion) -> None:
             at.set("data.system", text, "default_system_message")
         else:
             at.drop("default_system_message", "has no counterpart for rows without turns")
+
+
+def _convert_special_tokens(at: Conversion) -> None:
+    given = at.take("special_tokens") or {}
+    if tokens := {name: text for name, text in given.items() if name in SPECIAL_TOKENS}:
+        at.set("model.special_tokens", tokens, "special_tokens")
+    for name in given.keys() - tokens.keys():
+        at.drop(f"special_tokens.{name}", "has no counterpart: change it in a copy of the base")
 
 
 def _convert_intervals(at: Conversion) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from wegeft_cli.recipe.importing.adapter_keys import set_dropout, set_method, set_targets
 from wegeft_cli.recipe.importing.conversion import Conversion
 from wegeft_cli.recipe.importing.trainer_keys import TRAINER_DEFAULTS, convert_trainer_keys
+from wegeft_cli.recipe.schema import SPECIAL_TOKENS
 
 _RENAMED = {
     "model_name_or_path": "model.name_or_path",
@@ -30,8 +31,6 @@ _NO_EFFECT = (
     "add_special_tokens", "gradient_checkpointing_use_reentrant",
 )  # fmt: skip
 _REASONS = {
-    "eos_token": "has no counterpart: change it in a copy of the base's tokenizer_config.json",
-    "pad_token": "has no counterpart: none is needed, since masks come from lengths",
     "lora_target_parameters": "has no counterpart",
     "model_init_kwargs": "has no counterpart",
     "test_split_size": "has no counterpart: set data.validation_fraction",
@@ -54,6 +53,9 @@ def convert(at: Conversion, folder: Any) -> None:
     at.rename(_RENAMED)
     if at.value("model.revision") == "main":
         del at.converted["model.revision"]
+    names = [name for name in SPECIAL_TOKENS if at.source.get(name)]
+    if tokens := {name: at.take(name) for name in names}:
+        at.set("model.special_tokens", tokens, ", ".join(names))
     _convert_adapter(at)
     _convert_data(at)
     convert_trainer_keys(at)

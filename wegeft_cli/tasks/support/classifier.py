@@ -15,7 +15,7 @@ from wegeft_cli.data.text.tokenizer import copy_backend
 from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.heads import HeadSpec
 from wegeft_cli.models.image_processor import ImageTransform
-from wegeft_cli.models.loading import load_tokenizer
+from wegeft_cli.models.loading import load_tokenizer_of
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.tasks.support.classification_metrics import (
@@ -36,11 +36,7 @@ def load_padding_tokenizer(section: ModelSection) -> Any:
     Raises:
         UserError: If there is none, or it has nothing to pad with.
     """
-    tokenizer = load_tokenizer(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
+    tokenizer = load_tokenizer_of(section)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise BaseModelError(

@@ -16,7 +16,7 @@ from wegeft_cli.data.batches.text import build_source
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.statistics import SourceStatistics
 from wegeft_cli.errors import UserError
-from wegeft_cli.models.loading import build_skeleton, load_tokenizer, pad_token_id
+from wegeft_cli.models.loading import build_skeleton, load_tokenizer_of, pad_token_id
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.support.flat_check import expect_flat
@@ -79,11 +79,7 @@ class TokenPreview:
 def preview_tokens(loaded: LoadedRecipe, num_rows: int, row: int | None) -> TokenPreview:
     """Read, render and tokenize the training rows, with statistics of all of them."""
     recipe, recipe_dir = loaded.recipe, loaded.path.parent
-    tokenizer = load_tokenizer(
-        recipe.model.name_or_path,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    tokenizer = load_tokenizer_of(recipe.model)
     # A look leaves nothing behind.
     section = replace(recipe.data, cache_dir=None)
     data = build_datasets(
