@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.models.kernels import compile_layers
 from wegeft_cli.runs.train import train
+from wegeft_cli.training import forward_context
 from wegeft_cli.training.forward_context import offload_activations
 
 # Inductor fuses products and sums: float32 in another order.
@@ -53,6 +54,51 @@ def test_offloading_moves_activations_and_no_weight(model, monkeypatch):
     assert len(moved) > 30
     assert not weights & set(moved)
     assert (18, 32) in moved  # what the factors' gradient needs: psi's input
+
+
+class Stream:
+    """A stream whose copies run when another stream waits for them, and no earlier."""
+
+    def __init__(self):
+        self.pending = []
+        self.most = self.done = 0
+
+    def copy(self, target, source):
+        target.zero_()
+        self.pending.append((target, source))
+        self.most = max(self.most, len(self.pending))
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        self.done += len(event.pending)
+        while event.pending:
+            target, source = event.pending.pop(0)
+            target.copy_(source)
+
+    wait_stream = wait_event
+
+
+def test_the_computation_waits_for_copies_beside_it(model, monkeypatch):
+    side, compute = Stream(), Stream()
+    expected = give_gradients(model, torch.enable_grad)
+    monkeypatch.setattr(forward_context, "_side_stream", lambda device: side)
+    monkeypatch.setattr(forward_context, "_copy", lambda stream, *pair: stream.copy(*pair))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+
+    with offload_activations(model, 1):
+        ids = torch.arange(18).view(2, 9)
+        loss = model(input_ids=ids, use_cache=False).logits.square().mean()
+    assert not side.pending
+    num_saved = compute.done
+    assert num_saved > 30
+    assert 2 <= side.most <= 3
+    del loss
+    assert torch.equal(give_gradients(model, lambda: offload_activations(model, 1)), expected)
+    # Each copy was awaited, and none was made in vain.
+    assert compute.done == 3 * num_saved
+    assert not side.pending
 
 
 def _same(tensor):
