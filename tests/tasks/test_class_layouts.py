@@ -15,9 +15,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     ConvBertConfig,
+    DistilBertConfig,
     GPT2Config,
+    LlamaConfig,
     MobileBertConfig,
+    ModernBertConfig,
     NystromformerConfig,
+    RobertaConfig,
     XLNetConfig,
     YosoConfig,
 )
@@ -26,12 +30,13 @@ from wegeft_cli.data.batches.base import ClassBatch
 from wegeft_cli.data.batches.labelled import TextCollator
 from wegeft_cli.data.batches.layout import Layout
 from wegeft_cli.evaluation.evaluate import evaluate
+from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.recipe.schema import DataSection, Recipe, TrainSection
 from wegeft_cli.reporter import SilentReporter
 from wegeft_cli.runs.train import train
 from wegeft_cli.tasks.registry import find_task
 from wegeft_cli.tasks.support.padding_check import tokenise_test_rows
-from wegeft_cli.training.classification_loss import ClassLoss
+from wegeft_cli.training.classification_loss import ClassLoss, compute_class_logits
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 PLAIN = {
@@ -42,8 +47,21 @@ PLAIN = {
     "attention_probs_dropout_prob": 0.0,
 }
 FAMILIES: dict[str, tuple[Callable[[int], Any], str]] = {
-    "bert": (lambda n: BertConfig(**PLAIN, vocab_size=n), "right"),
-    "gpt2": (lambda n: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=n), "right"),
+    "bert": (lambda n: BertConfig(**PLAIN, vocab_size=n), "flat"),
+    "gpt2": (lambda n: GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=n), "flat"),
+    "roberta": (
+        lambda n: RobertaConfig(**{**PLAIN, "max_position_embeddings": 512}, vocab_size=n),
+        "flat",
+    ),
+    "distilbert": (
+        lambda n: DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=n),
+        "flat",
+    ),
+    "modernbert": (
+        lambda n: ModernBertConfig(**SIZES, intermediate_size=48, vocab_size=n),
+        "right",
+    ),
+    "llama": (lambda n: LlamaConfig(**SIZES, intermediate_size=48, vocab_size=n), "flat"),
     "xlnet": (
         lambda n: XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=n),
         "left",
@@ -89,7 +107,8 @@ def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
     model, expected = build(family, tokenizer), FAMILIES[family][1]
     layout = find_task("sequence_classification").check_built(model, tokenizer, TWO)
     assert layout.kind == expected
-    assert (layout.note is None) == (expected == "right")
+    assert (layout.note is None) == (expected in ("flat", "right"))
+    assert (layout.reason is None) == (expected == "flat")
     rows = tokenise_test_rows(tokenizer, 64)
     collator, loss = TextCollator(tokenizer), ClassLoss(is_regression=False, layout=layout.kind)
 
@@ -99,7 +118,8 @@ def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
         for numbers in groups:
             labels = torch.tensor([number % 2 for number in numbers])
             inputs = collator.submit(rows, numbers, None)()
-            found = loss(model, ClassBatch(inputs, labels, numbers, 1))
+            lengths = tuple(rows.lengths[numbers].tolist())
+            found = loss(model, ClassBatch(inputs, labels, numbers, lengths))
             found.backward()
             total += found.item()
         return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -109,6 +129,36 @@ def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
     assert together == pytest.approx(alone, rel=1e-4)
     torch.testing.assert_close(gradients, single, rtol=1e-3, atol=1e-4)
     assert loss.pop_outputs().rows == [1, 0, 2, 1, 0, 2]
+
+
+def test_layers_compute_no_padding_and_are_recomputed_alike(tokenizer):
+    model, widths = build("bert", tokenizer), []
+    task = find_task("sequence_classification")
+    layout = task.check_built(model, tokenizer, TWO)
+    rows = tokenise_test_rows(tokenizer, 64)
+    inputs = TextCollator(tokenizer).submit(rows, [1, 0, 2], None)()
+    lengths = tuple(rows.lengths[[1, 0, 2]].tolist())
+    model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(
+        lambda module, args: widths.append(args[0].shape[:2])
+    )
+    found = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.train()  # without dropout
+            enable_checkpointing(model)
+        model.zero_grad()
+        compute_class_logits(model, inputs, layout.kind, lengths).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert widths == [(1, sum(lengths))] * 3  # the last one in the backward pass
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_run_begun_with_padding_continues_with_it(tokenizer):
+    model = build("bert", tokenizer)
+    layout = find_task("sequence_classification").check_built(
+        model, tokenizer, TWO, may_be_flat=False
+    )
+    assert (layout.kind, layout.reason) == ("right", "the run was begun with padded batches")
 
 
 def test_single_rows_need_no_layout(tokenizer):

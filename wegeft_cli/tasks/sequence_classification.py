@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class SequenceClassification(ClassificationTask):
-    """The rows are tokenized texts, padded on the right unless that changes a row's logits."""
+    """The rows are tokenized texts.
+
+    The layers see them end to end. Where that changes a row's logits, they are padded on the right,
+    or laid out as `find_layout` finds.
+    """
 
     auto_class = "AutoModelForSequenceClassification"
     noun = "sequence classifier"
@@ -77,6 +82,22 @@ class SequenceClassification(ClassificationTask):
         if batch_size == 1:
             return super().find_layout(model, processor, recipe, batch_size)
         return find_class_layout(model, processor, recipe)
+
+    def check_built(
+        self, model: nn.Module, processor: Any, recipe: Recipe, *, may_be_flat: bool = True
+    ) -> Layout:
+        from wegeft_cli.data.batches.layout import Layout
+        from wegeft_cli.tasks.support.flat_check import check_flat_classes
+
+        train = recipe.train
+        if train.per_device_train_batch_size == train.per_device_eval_batch_size == 1:
+            return super().check_built(model, processor, recipe)
+        reason: str | None = "the run was begun with padded batches"
+        if may_be_flat:
+            reason = check_flat_classes(model, processor, recipe)
+        if reason is None:
+            return Layout("flat")
+        return replace(super().check_built(model, processor, recipe), reason=reason)
 
     def collator(self, recipe: Recipe, processor: Any, model: nn.Module) -> Collator:
         from wegeft_cli.data.batches.labelled import TextCollator

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.data.batches.base import ClassBatch
 from wegeft_cli.data.batches.layout import Kind, split_batch
+from wegeft_cli.models.attention.row_attention import separate_padded_rows
 
 
 @dataclass
@@ -46,7 +47,7 @@ class ClassLoss:
 
     def __call__(self, model: nn.Module, batch: ClassBatch) -> Tensor:
         """Return the sum of the loss over the rows, a float32 scalar (float64 in such a model)."""
-        logits = compute_class_logits(model, batch.inputs, self._layout)
+        logits = compute_class_logits(model, batch.inputs, self._layout, batch.lengths)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if model.training:
             self._outputs = ClassifierOutputs()  # discards those of an interrupted validation
@@ -65,8 +66,17 @@ class ClassLoss:
         return outputs
 
 
-def compute_class_logits(model: nn.Module, inputs: Mapping[str, Any], layout: Kind) -> Tensor:
-    """Return the logits of a batch's rows, `[rows, classes]`, in one or more forward passes."""
+def compute_class_logits(
+    model: nn.Module, inputs: Mapping[str, Any], layout: Kind, lengths: tuple[int, ...]
+) -> Tensor:
+    """Return the logits of a batch's rows, `[rows, classes]`, in one or more forward passes.
+
+    The layout `flat` needs a model with `FlatLayers`.
+    """
+    if layout == "flat":
+        with separate_padded_rows(lengths):
+            flat_logits: Tensor = model(**inputs).logits
+        return flat_logits
     if layout == "right":
         logits: Tensor = model(**inputs).logits
         return logits

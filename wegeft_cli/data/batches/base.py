@@ -187,6 +187,8 @@ class PlannedSource:
 
     def num_positions(self) -> int:
         """Return the positions of one epoch, padding included."""
+        if self.is_flat:
+            return int(self.lengths[self.plan.epoch_order(0)].sum())
         return self.plan.count_positions(self.lengths, self.max_tokens)
 
     def padding_statistics(self) -> dict[str, Any]:
@@ -210,6 +212,8 @@ class PlannedSource:
     def _grouped_padding_share(self) -> float | None:
         if self.plan.group_lengths is not None:
             return None
+        if self.is_flat:
+            return 0.0
         grouped = replace(self.plan, group_lengths=self.lengths)
         tokens = int(self.lengths[grouped.epoch_order(0)].sum())
         return 1 - tokens / grouped.count_positions(self.lengths, self.max_tokens)
@@ -263,13 +267,13 @@ class ClassBatch:
         inputs: What the model's forward takes, by name.
         labels: `[rows]`: class numbers, int64, or of a regression numbers, float32.
         rows: Their numbers in the data set.
-        num_tokens: Real tokens, or patches.
+        lengths: Real tokens of each row, or patches.
     """
 
     inputs: Mapping[str, Any]
     labels: Tensor
     rows: Sequence[int]
-    num_tokens: int
+    lengths: tuple[int, ...]
 
     @property
     def num_label_tokens(self) -> int:

@@ -209,8 +209,8 @@ def submit_batch(
     """Begin to make a batch."""
     make = collator.submit(rows, numbers, seeds)
     labels = torch.from_numpy(rows.labels[list(numbers)])
-    num_tokens = int(rows.lengths[list(numbers)].sum())
-    return lambda: ClassBatch(make(), labels, list(numbers), num_tokens)
+    lengths = tuple(rows.lengths[list(numbers)].tolist())
+    return lambda: ClassBatch(make(), labels, list(numbers), lengths)
 
 
 def iterate_batches(

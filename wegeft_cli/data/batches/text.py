@@ -81,16 +81,14 @@ class PlannedBatches(PlannedSource):
         }
 
     def num_positions(self) -> int:
-        """Return the positions of one epoch; rows and packs laid end to end need no padding."""
-        if not (self.is_flat or (self._packs is not None and self._packs_are_flat)):
+        """Return the positions of one epoch; packs laid end to end need no padding either."""
+        if self._packs is None or not self._packs_are_flat:
             return super().num_positions()
         return int(self.lengths[self.plan.epoch_order(0)].sum())
 
     def padding_statistics(self) -> dict[str, Any]:
         """Return what one epoch computes for nothing; see `PlannedSource`."""
         statistics = super().padding_statistics()
-        if self.is_flat and statistics["grouped_padding_share"] is not None:
-            statistics["grouped_padding_share"] = 0.0
         if self._packs is None:
             return {**statistics, "packed_padding_share": self._packed_padding_share()}
         statistics["packed_sequences"] = len(self._packs)

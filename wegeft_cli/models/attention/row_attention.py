@@ -18,9 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _lengths: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)
+_padded_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("padded_lengths", default=None)
 
 _REFUSED = ("position_bias", "softcap", "s_aux")
 """Arguments of transformers' attention functions that this one does not know."""
+_PLAIN_MASKS = ("causal_mask_function", "bidirectional_mask_function")
+"""transformers' mask functions that hide nothing but padding and later tokens."""
 _MAX_HEAD_WIDTH = 256
 """Widest head of the variable-length kernels."""
 
@@ -36,6 +39,19 @@ def separate_rows(lengths: tuple[int, ...] | None) -> Iterator[None]:
         yield
     finally:
         _lengths.reset(token)
+
+
+@contextmanager
+def separate_padded_rows(lengths: tuple[int, ...]) -> Iterator[None]:
+    """Let the layers of the forward passes in the body see rows of these lengths end to end.
+
+    A forward pass takes a batch that is padded on the right; `FlatLayers` removes the padding.
+    """
+    token = _padded_lengths.set(lengths)
+    try:
+        yield
+    finally:
+        _padded_lengths.reset(token)
 
 
 def current_rows() -> tuple[int, ...] | None:
@@ -54,10 +70,12 @@ class Rows:
     Args:
         lengths: Tokens of each row, in order.
         window: Number of last tokens that a token sees, itself included; None: all.
+        padded_width: Positions of each row of the batch outside the layers, if it is padded there.
     """
 
     lengths: tuple[int, ...]
     window: int | None = None
+    padded_width: int | None = None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def band(self, length: int, device: torch.device) -> Tensor | None:
@@ -68,6 +86,17 @@ class Rows:
         if key not in self._made:
             ones = torch.ones(length, length, dtype=torch.bool, device=device)
             self._made[key] = ones.tril().triu(1 - self.window)
+        made: Tensor = self._made[key]
+        return made
+
+    def places(self, device: torch.device) -> Tensor:
+        """Return the places of the tokens in the flattened padded batch, int64 `[tokens]`."""
+        key = ("places", device)
+        if key not in self._made:
+            assert self.padded_width is not None
+            columns = torch.arange(self.padded_width)
+            is_token = columns < torch.tensor(self.lengths)[:, None]
+            self._made[key] = is_token.flatten().nonzero().flatten().to(device)
         made: Tensor = self._made[key]
         return made
 
@@ -169,6 +198,22 @@ def _attend_by_kernel(
     return output[None]
 
 
+def _find_padded_rows(lengths: tuple[int, ...], asked: dict[str, Any]) -> Rows | None:
+    """Return the rows of a padded batch, or None if its mask is more than that of its padding.
+
+    Windows are not accepted: the texts of the test are shorter.
+    """
+    mask = asked.get("attention_mask")
+    if mask is None or mask.ndim != 2 or asked.get("local_size") is not None:
+        return None
+    if getattr(asked.get("mask_function"), "__name__", "") not in _PLAIN_MASKS:
+        return None
+    sizes = tuple(asked.get(name) for name in ("batch_size", "q_length", "kv_length"))
+    width = mask.shape[1]
+    is_whole = not asked.get("use_vmap") and sizes == (len(lengths), width, width)
+    return Rows(lengths, padded_width=width) if is_whole else None
+
+
 def _make_mask(*args: Any, **kwargs: Any) -> Tensor | Rows | None:
     """Return transformers' sdpa mask, or `Rows` within `separate_rows`.
 
@@ -176,14 +221,22 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | Rows | None:
     of a tensor; transformers then separates the rows in it.
     """
     # A compiled model is never trained on rows end to end, and its tracer cannot read the variable.
-    lengths = None if torch.compiler.is_compiling() else _lengths.get()
+    if torch.compiler.is_compiling():
+        mask: Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
+    padded = _padded_lengths.get()
+    if padded is not None and not args:
+        rows = _find_padded_rows(padded, kwargs)
+        if rows is not None:
+            return rows
+    lengths = _lengths.get()
     if lengths is not None and not args and kwargs.get("batch_size") == 1:
         places = kwargs.get("cache_position")  # older versions pass no `q_length`
         num_tokens = kwargs.get("q_length") if places is None else len(places)
         is_plain = kwargs.get("attention_mask") is None and not kwargs.get("use_vmap")
         if is_plain and num_tokens == kwargs.get("kv_length") == sum(lengths):
             return Rows(lengths, kwargs.get("local_size"))
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    mask = sdpa_mask(*args, **kwargs)
     return mask
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wegeft_cli.data.batches.collate import Batch, collate_flat, collate_rows
-from wegeft_cli.data.batches.layout import compare_logits
+from wegeft_cli.data.batches.labelled import TextCollator
+from wegeft_cli.data.batches.layout import Kind, compare_logits
+from wegeft_cli.data.labelled.dataset import ClassRows
+from wegeft_cli.models.attention.flat_layers import FlatLayers
 from wegeft_cli.models.device_memory import is_out_of_memory
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.support.packing_check import build_rows
+from wegeft_cli.tasks.support.padding_check import tokenise_test_rows
+from wegeft_cli.training.classification_loss import compute_class_logits
 from wegeft_cli.training.forward_context import evaluating
 from wegeft_cli.training.loss import CausalLoss
 
@@ -64,18 +71,94 @@ def check_flat(model: nn.Module, recipe: Recipe) -> str | None:
         if is_out_of_memory(error):
             return "their test, which keeps all activations, does not fit into memory"
         return f"this {type(unwrap(model)).__name__} fails on rows end to end ({error!r:.200})"
-    error_of_logits, is_small = compare_logits(flat_logits, logits)
+    return _compare(model, (flat_logits, flat_gradients), (logits, gradients))
+
+
+def check_flat_classes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> str | None:
+    """Run a few texts end to end and one by one; return why they must be padded, or None.
+
+    The logits of a classifier and the gradient at the embedded tokens must agree. The hooks that
+    lay the rows end to end stay on a model that passes.
+    """
+    attention = getattr(unwrap(model).config.get_text_config(), "_attn_implementation", None)
+    if recipe.train.compile:
+        return "train.compile is set, and compiled layers take one shape"
+    if recipe.model.load_in_8bit:
+        return "products in 8 bits depend on the other rows of a batch"
+    if attention != "sdpa":
+        return f"the attention {attention!r} does not separate them"
+    rows = tokenise_test_rows(tokenizer, recipe.data.max_length)
+    numbers, layers = (1, 0, 2), FlatLayers(model)
+    reason = None
+    try:
+        parts = [_run_texts(model, tokenizer, recipe, rows, [number]) for number in numbers]
+        logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
+        flat_logits, flat_gradients = _run_texts(model, tokenizer, recipe, rows, numbers)
+        if layers.num_passes:
+            reason = _compare(model, (flat_logits, flat_gradients), (logits, gradients))
+        else:
+            reason = f"the layers of this {type(unwrap(model)).__name__} take another mask"
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error):
+            reason = "their test, which keeps all activations, does not fit into memory"
+        else:
+            name = type(unwrap(model)).__name__
+            reason = f"this {name} fails on rows end to end ({error!r:.200})"
+    if reason is not None:
+        layers.remove()
+    return reason
+
+
+def _run_texts(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, rows: ClassRows, numbers: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of texts, end to end if several, and a gradient at their tokens."""
+    inputs = TextCollator(tokenizer).submit(rows, numbers, None)()
+    device = next(model.parameters()).device
+    placed = {name: each.to(device) for name, each in inputs.items()}
+    lengths = tuple(rows.lengths[list(numbers)].tolist())
+    kind: Kind = "right" if len(numbers) == 1 else "flat"
+    precision = recipe.train.mixed_precision
+    with _embedded(model) as embedded, evaluating(model, precision), torch.enable_grad():
+        logits = compute_class_logits(model, placed, kind, lengths)
+        (gradient,) = torch.autograd.grad(logits.float().square().sum(), embedded[:1])
+    gradients = [row[:length] for row, length in zip(gradient, lengths, strict=True)]
+    return logits.detach(), torch.cat(gradients).float()
+
+
+def _compare(
+    model: nn.Module, flat: tuple[Tensor, Tensor], alone: tuple[Tensor, Tensor]
+) -> str | None:
+    """Compare logits and gradient of rows end to end with those of single rows."""
+    error_of_logits, is_small = compare_logits(flat[0], alone[0])
     if not is_small:
         return _describe(model, "logits", error_of_logits)
-    if flat_gradients.shape != gradients.shape:
+    if flat[1].shape != alone[1].shape:
         return "its gradient has another shape than that of single rows"
-    tolerance = _TOLERANCE_FLOAT32 if logits.dtype.itemsize > 2 else _TOLERANCE_16_BITS
-    size = gradients.norm()
-    error_of_gradient = float((flat_gradients - gradients).norm() / size) if size else 0.0
+    tolerance = _TOLERANCE_FLOAT32 if alone[0].dtype.itemsize > 2 else _TOLERANCE_16_BITS
+    size = alone[1].norm()
+    error_of_gradient = float((flat[1] - alone[1]).norm() / size) if size else 0.0
     # What is not finite without the other rows says nothing about them.
-    if gradients.isfinite().all() and not error_of_gradient <= tolerance:
+    if alone[1].isfinite().all() and not error_of_gradient <= tolerance:
         return _describe(model, "gradient", error_of_gradient)
     return None
+
+
+@contextmanager
+def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Start the graph of a forward pass at the embedded tokens, which the list receives."""
+    embedded: list[Tensor] = []
+
+    def start_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    embeddings: Any = unwrap(model).get_input_embeddings()
+    handle = embeddings.register_forward_hook(start_graph)
+    try:
+        yield embedded
+    finally:
+        handle.remove()
 
 
 def _describe(model: nn.Module, what: str, error: float) -> str:
@@ -89,21 +172,11 @@ def _run(model: nn.Module, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor
     The labels' loss is a sum, so that the gradients of the rows are those of the batch.
     """
     batch = batch.to(next(model.parameters()).device)
-    embedded: list[Tensor] = []
-
-    def start_graph(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    embeddings: Any = unwrap(model).get_input_embeddings()
-    handle = embeddings.register_forward_hook(start_graph)
-    try:
-        with evaluating(model, recipe.train.mixed_precision), torch.enable_grad():
-            logits = CausalLoss(model).compute_logits(model, batch)
-            targets = batch.labels.flatten()[batch.label_positions]
-            loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            gradients = torch.autograd.grad(loss, embedded)
-    finally:
-        handle.remove()
+    precision = recipe.train.mixed_precision
+    with _embedded(model) as embedded, evaluating(model, precision), torch.enable_grad():
+        logits = CausalLoss(model).compute_logits(model, batch)
+        targets = batch.labels.flatten()[batch.label_positions]
+        loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, embedded)
     tokens = torch.cat([each.flatten(0, -2) for each in gradients], -1)
     return logits.detach(), tokens.float()

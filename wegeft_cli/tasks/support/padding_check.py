@@ -93,7 +93,8 @@ def find_class_layout(model: nn.Module, tokenizer: Any, recipe: Recipe) -> Layou
     def run(numbers: Sequence[int], kind: Kind) -> Sequence[Tensor]:
         inputs = collator.submit(rows, numbers, None)()
         placed = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return [compute_class_logits(model, placed, kind)]
+        lengths = tuple(rows.lengths[list(numbers)].tolist())
+        return [compute_class_logits(model, placed, kind, lengths)]
 
     with evaluating(model, recipe.train.mixed_precision):
         kind, errors = find_layout(("right", "left", "equal", "single"), (0, 1, 2), (0, 3), run)
