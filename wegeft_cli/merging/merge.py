@@ -347,7 +347,8 @@ def _merge(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
     elif job.has_changes:
         num_tensors, num_folded = _merge_changes(stored, job, form, reporter)
     else:
-        reporter.note(f"a {job.first.peft_type} adapter is merged by PEFT, in memory")
+        by_whom = "" if method_of(job.first).needs_package else "by PEFT, "
+        reporter.note(f"{_name(job.first)} is merged {by_whom}in memory")
         model, tokenizer = load_dense(job.section)
         model, num_folded = fold_onto(model, job.first, job.section)
         num_tensors = write_model(model, tokenizer, form)

@@ -116,7 +116,7 @@ def write_card(
         measured=result.validation.get(adapter_step),
         omitted=[str(omission) for omission in omitted],
         is_wegeft=method.has_generators,
-        trains_in_place=method.trains_in_place,
+        is_own=method.needs_package and not method.has_generators,
     )
 
 

@@ -81,7 +81,8 @@ PeftMethod: TypeAlias = Literal[
     "ln_tuning", "adamss", "beft", "deft", "frod", "glora", "gralora", "osf", "peanut", "psoft",
     "pvera", "shira", "supertuning", "tinylora", "unilora",
 ]  # fmt: skip
-MethodName: TypeAlias = Literal["wegeft", InPlaceMethod, PeftMethod]
+SiblingMethod: TypeAlias = Literal["red", "ssf", "1lora", "tied_lora", "loreft"]
+MethodName: TypeAlias = Literal["wegeft", InPlaceMethod, SiblingMethod, PeftMethod]
 Share: TypeAlias = Literal["module_type", "input_dim", "none"]
 ScaleRule: TypeAlias = Literal["none", "rank_width"]
 Side: TypeAlias = Literal["input", "output"]
@@ -117,6 +118,8 @@ Metric: TypeAlias = Literal["auto", ClassMetric, RegressionMetric]
 
 INPLACE_TYPES: tuple[str, ...] = get_args(InPlaceMethod)
 """Methods that train some or all of the base's own parameters."""
+SIBLING_TYPES: tuple[str, ...] = get_args(SiblingMethod)
+"""Methods that edit a linear layer's output by an affine map."""
 PEFT_TYPES: tuple[str, ...] = get_args(PeftMethod)
 """PEFT's methods that adapt linear layers selected by name."""
 CLASS_METRICS: tuple[str, ...] = get_args(ClassMetric)
@@ -167,8 +170,9 @@ class AdapterSection:
 
     type: MethodName = "wegeft"
     """wegeft; full (every weight of the base), bitfit (its biases), linear_probe (only a
-    classifier's head); or the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). Every
-    method also trains a classifier's head."""
+    classifier's head); red, ssf, 1lora, tied_lora or loreft (affine edits of a layer's output); or
+    the name of a PEFT method (lora, dora, adalora, ia3, vera, ...). Every method also trains a
+    classifier's head."""
     r: Count = 64
     """Rank of the two shared maps, at least 1. Published setting: 64."""
     alpha: Positive | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -17,7 +17,6 @@ from wegeft_cli.artifacts.adapter_files import (
     save_adapter_files,
 )
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
-from wegeft_cli.artifacts.in_place_files import InplaceManifest
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
 from wegeft_cli.artifacts.prompt_record import PromptRecord
 from wegeft_cli.errors import BaseModelError, UserError
@@ -232,8 +231,20 @@ def attach_files(
     return owner
 
 
+class BaseRecord(Protocol):
+    """What an adapter's manifest records of its base."""
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        """The base's name or path."""
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The base's fingerprint, None if unknown."""
+
+
 def check_base(
-    manifest: AdapterManifest | InplaceManifest,
+    manifest: BaseRecord,
     base_dir: Path,
     adapter_dir: Path,
     *,
@@ -257,7 +268,7 @@ def check_base(
 
 
 def check_fingerprint(
-    manifest: AdapterManifest | InplaceManifest,
+    manifest: BaseRecord,
     found: str | None,
     base: str,
     adapter_dir: Path,
