@@ -10,7 +10,7 @@ import pytest
 
 from wegeft_cli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 from wegeft_cli.runs.bench import bench as workflow
-from wegeft_cli.runs.bench.bench import BenchResult
+from wegeft_cli.runs.bench.result import BenchResult
 from wegeft_cli.runs.bench.table import BenchRow, complete
 
 

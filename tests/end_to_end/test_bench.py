@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from wegeft_cli.analysis.report import report
+from wegeft_cli.analysis.report_page.lines import PALETTE
+from wegeft_cli.artifacts.adapter_files import WEIGHTS_NAME
 from wegeft_cli.errors import UserError
+from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.sweep import load_sweep
 from wegeft_cli.runs import children
+from wegeft_cli.runs.bench import measures
 from wegeft_cli.runs.bench.bench import bench
 from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
 from wegeft_cli.runs.bench.table import Candidate, find_best, note_edges
@@ -177,7 +183,9 @@ def test_runs_at_the_same_time_share_the_cores_or_the_devices(monkeypatch):
 def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
     pytest.importorskip("vl_convert")
     folder = tmp_path / "compared"
-    figures = {"validation_loss": {"mean": 1.25, "std": 0.5, "n": 2}}
+    size = {"mean": 768.0, "std": 0.0, "n": 2}
+    loss = {"mean": 1.25, "std": 0.5, "n": 2}
+    figures = {"validation_loss": loss, "trainable_parameters": size}
     row = {"figures": figures, "ratios": {"validation_loss": 1.5}, "num_seeds": 2, "notes": []}
     methods = []
     for label in ("lora", "<b>mine"):
@@ -201,6 +209,12 @@ def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
     assert "note of &lt;b&gt;mine" in page
     assert "<b>mine" not in page
     assert "0.125" in page
+    assert "Validation loss and trainable parameters" in page
+    # Without JavaScript, too: a bar of the deviation and a mark for each method.
+    still = page.partition('data-chart="chart-bench-0"')[2].partition("</figure>")[0]
+    bars, _, marks = still.partition("layer_0_marks")[2].partition("layer_1_marks")
+    for color in PALETTE[:2]:
+        assert bars.count(f'stroke="{color}"') == marks.count(f'fill="{color}"') == 1
     (folder / "bench.json").write_text('{"methods": [{}]}')
     with pytest.raises(UserError, match="damaged"):
         report([folder], look_inside=False)
@@ -253,3 +267,35 @@ def test_as_many_runs_as_places_train_at_once_and_a_stop_reaches_all(
     ended = train_all(lambda: bool(started))
     assert ended[0] == "interrupted"
     assert ended[1] == ["interrupted"] * len(started) + ["waiting"] * (3 - len(started))
+
+
+def test_a_run_is_scored_again_when_its_evaluation_changes(write_recipe, monkeypatch):
+    """The evaluation is an object that writes a score for each call."""
+    calls = []
+
+    def score(words, log, should_stop):
+        calls.append(words)
+        output = words[words.index("--output") + 1]
+        Path(output).write_text(json.dumps({"results": [{"task": "boolq", "score": len(calls)}]}))
+        return children.ChildEnd("finished")
+
+    monkeypatch.setattr(measures, "run_child", score)
+    recipe = load_recipe(write_recipe(eval={"tasks": ["boolq"], "limit": 2})).recipe
+    run_dir = Path(recipe.output_dir)
+    (run_dir / "adapter").mkdir(parents=True)
+    (run_dir / "adapter" / WEIGHTS_NAME).write_bytes(b"weights")
+
+    def evaluate(**changes):
+        asked = replace(recipe, eval=replace(recipe.eval, **changes))
+        assert measures.evaluate_run(run_dir, asked, lambda: False).status == "finished"
+        return measures.read_scores(run_dir)
+
+    assert evaluate() == evaluate() == {"score": 1.0}
+    assert evaluate(limit=1) == evaluate(limit=1) == {"score": 2.0}
+    assert evaluate(max_new_tokens=9) == {"score": 3.0}
+    assert evaluate() == {"score": 4.0}
+    # An interrupted evaluation leaves the record of its settings, and no scores.
+    (run_dir / "eval" / "adapter-bench-scores.json").unlink()
+    assert evaluate() == {"score": 5.0}
+    assert evaluate(tasks=[]) == {"score": 5.0}
+    assert len(calls) == 5

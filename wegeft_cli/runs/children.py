@@ -21,7 +21,7 @@ from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.artifacts.run_results import RunOutcome, read_outcome
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_errors, raise_all
-from wegeft_cli.recipe.load import LoadedRecipe, recipe_to_yaml
+from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.sweep import SweepRun
 from wegeft_cli.reporter import Advance, Reporter
 from wegeft_cli.runs.resume_rules import (
@@ -218,11 +218,11 @@ def check_runs(runs: Sequence[SweepRun], train: Callable[..., Any], reporter: Re
     raise_all(list(faults.values()))
 
 
-def check_recipes(runs: Sequence[tuple[LoadedRecipe, Path]]) -> None:
-    """Raise UserError for the runs, each with its folder, that were started by another recipe."""
+def check_recipes(runs: Sequence[SweepRun]) -> None:
+    """Raise UserError for the runs that were started by another recipe."""
     faults = []
-    for loaded, run_dir in runs:
-        directory = RunDirectory(run_dir)
+    for run, outcome in zip(runs, list_outcomes(runs), strict=True):
+        loaded, directory = run.loaded, RunDirectory(outcome.run_dir)
         if not directory.exists():
             continue
         try:

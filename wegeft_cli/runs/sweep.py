@@ -126,9 +126,7 @@ def sweep(
         reporter.note(note)
     check_all_names(run.loaded for run in loaded.runs)
     job = _Sweep(loaded, places, should_stop, reporter)
-    check_recipes(
-        [(run.loaded, o.run_dir) for run, o in zip(loaded.runs, job.outcomes, strict=True)]
-    )
+    check_recipes(loaded.runs)
     if dry_run:
         from wegeft_cli.runs.train import train  # loads torch
 

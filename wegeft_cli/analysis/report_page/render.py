@@ -17,6 +17,7 @@ from typing import Any
 
 from wegeft_cli.analysis.report_page import charts, overview
 from wegeft_cli.analysis.report_page.lines import Chart, draw_curves, list_curve_series
+from wegeft_cli.analysis.report_page.methods_chart import draw_methods
 from wegeft_cli.artifacts.sweep_table import SweepTable
 from wegeft_cli.storage.json_files import to_finite
 
@@ -41,8 +42,10 @@ def render_page(
 
     curves = draw_curves(runs)
     scores = charts.draw_scores(runs)
+    methods = [draw_methods(number, bench) for number, bench in enumerate(benches)]
     inspections = [_prepare_inspection(number, run) for number, run in enumerate(runs)]
     drawn = [*curves, *([scores] if scores else [])]
+    drawn += [chart for chart in methods if chart is not None]
     drawn += [chart for found in inspections for chart in found["charts"] + found["ablations"]]
     answers = _collect_answers(runs)
     bundle: Any = vl_convert.javascript_bundle  # None is its default, which its types lack
@@ -59,7 +62,10 @@ def render_page(
         runs=runs,
         summary=overview.summarize(runs),
         sweeps=[(sweep, overview.describe_sweep(sweep)) for sweep in sweeps],
-        benches=[(bench, overview.describe_bench(bench)) for bench in benches],
+        benches=[
+            (bench, overview.describe_bench(bench), chart)
+            for bench, chart in zip(benches, methods, strict=True)
+        ],
         facts=overview.list_facts(runs),
         differing=overview.compare_recipes(runs),
         curves=curves,

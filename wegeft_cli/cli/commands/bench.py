@@ -18,7 +18,7 @@ from wegeft_cli.cli.several_runs import (
 from wegeft_cli.cli.tables import show_table
 
 if TYPE_CHECKING:
-    from wegeft_cli.runs.bench.bench import BenchResult
+    from wegeft_cli.runs.bench.result import BenchResult
     from wegeft_cli.runs.bench.table import BenchRow
 
 _TITLES = {
