@@ -92,6 +92,11 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    @property
+    def found(self) -> list[UserError]:
+        """The faults so far."""
+        return list(self._found)
+
     def extend(self, faults: Iterable[UserError]) -> None:
         """Keep further faults."""
         self._found.extend(faults)

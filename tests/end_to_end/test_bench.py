@@ -147,7 +147,9 @@ def test_faults_are_told_before_the_first_run(write_recipe):
     assert "scores boolq in training" in seen
     # A method that the task or the base does not take.
     assert "linear_probe" in refuse(recipe, methods=["lora", "linear_probe"])
-    assert "no bias to train" in refuse(recipe, methods=["lora", "bitfit"])
+    assert "no bias to train (in bitfit)" in refuse(recipe, methods=["lora", "bitfit"])
+    unmet = refuse(recipe, settings=["lora:adapter.match_params=10"])
+    assert "rank 1 has 384 and rank 2 has 768 (in lora)" in unmet
     assert "no_such" in refuse(recipe, settings=["lora:adapter.target_modules=[no_such]"])
 
 

@@ -20,7 +20,14 @@ from typing import Any
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.artifacts.run_results import RunOutcome, read_outcome
 from wegeft_cli.distributed.signals import STOP_SIGNALS, VARIABLE
-from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError, disk_errors, raise_all
+from wegeft_cli.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    Faults,
+    UserError,
+    disk_errors,
+    raise_all,
+)
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.sweep import SweepRun
 from wegeft_cli.reporter import Advance, Reporter
@@ -202,20 +209,19 @@ def check_runs(runs: Sequence[SweepRun], train: Callable[..., Any], reporter: Re
     distinct: dict[str, SweepRun] = {}
     for run in runs:
         distinct.setdefault(repr(replace(run.loaded.recipe, seed=0, output_dir="")), run)
-    faults: dict[str, UserError] = {}
+    found: dict[str, tuple[UserError, list[str]]] = {}
     with reporter.progress("checking", len(distinct)) as advance:
         for done, run in enumerate(distinct.values(), start=1):
-            try:
+            faults = Faults()
+            with faults.collected():
                 train(run.loaded, resume="auto", dry_run=True)
-            except UserError as fault:
-                faults.setdefault(str(fault), fault)
-            except ExceptionGroup as group:
-                for each in group.exceptions:
-                    if not isinstance(each, UserError):
-                        raise
-                    faults.setdefault(str(each), each)
+            for fault in faults.found:
+                found.setdefault(str(fault), (fault, []))[1].append(run.name.partition("/")[0])
             advance(done)
-    raise_all(list(faults.values()))
+    for fault, names in found.values():
+        if len(names) < len(distinct):  # a fault of all runs needs no name
+            fault.message += f" (in {', '.join(names)})"
+    raise_all([fault for fault, _ in found.values()])
 
 
 def check_recipes(runs: Sequence[SweepRun]) -> None:

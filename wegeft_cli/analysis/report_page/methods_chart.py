@@ -47,7 +47,12 @@ def draw_methods(number: int, bench: Mapping[str, Any]) -> Chart | None:
         "field": "parameters",
         "type": "quantitative",
         "scale": {"type": "log", "nice": False, "padding": 24},
-        "axis": {"title": "trainable parameters", "format": "~s", "labelOverlap": True},
+        "axis": {
+            "title": "trainable parameters",
+            "format": "~s",
+            "labelOverlap": "greedy",
+            "labelSeparation": 6,
+        },
     }
     y = {"type": "quantitative", "scale": {"zero": False}, "title": title}
     color = {**shared, "scale": {"domain": names, "range": colors}, "legend": None}
