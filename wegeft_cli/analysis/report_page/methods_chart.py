@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wegeft_cli.analysis.report_page.lines import PALETTE, SOLID, Chart, make_chart
@@ -17,23 +17,7 @@ def draw_methods(number: int, bench: Mapping[str, Any]) -> Chart | None:
     """Draw a bench's methods, with the deviation over their seeds; None without any figure."""
     metric = str(bench["metric"])
     title = metric.replace("_", " ")
-    rows = []
-    for method in bench["methods"]:
-        size, figure = method["figures"].get(_PARAMETERS), method["figures"].get(metric)
-        if not (_is_mean(size) and _is_mean(figure)) or size["mean"] <= 0:
-            continue
-        spread = figure["std"] if is_number(figure.get("std")) else 0.0
-        rows.append(
-            {
-                "method": str(method["method"]),
-                "parameters": size["mean"],
-                "mean": figure["mean"],
-                "deviation": spread,
-                "low": figure["mean"] - spread,
-                "high": figure["mean"] + spread,
-                "seeds": figure.get("n"),
-            }
-        )
+    rows = _list_points(bench["methods"], metric)
     if not rows:
         return None
     names = [row["method"] for row in rows]
@@ -85,6 +69,28 @@ def draw_methods(number: int, bench: Mapping[str, Any]) -> Chart | None:
         for name, color, shape in zip(names, colors, shapes, strict=True)
     ]
     return {**chart, "legend": legend}
+
+
+def _list_points(methods: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Return the point and the bar of each method that has both figures."""
+    rows = []
+    for method in methods:
+        size, figure = method["figures"].get(_PARAMETERS), method["figures"].get(metric)
+        if not (_is_mean(size) and _is_mean(figure)) or size["mean"] <= 0:
+            continue
+        spread = figure["std"] if is_number(figure.get("std")) else 0.0
+        rows.append(
+            {
+                "method": str(method["method"]),
+                "parameters": size["mean"],
+                "mean": figure["mean"],
+                "deviation": spread,
+                "low": figure["mean"] - spread,
+                "high": figure["mean"] + spread,
+                "seeds": figure.get("n"),
+            }
+        )
+    return rows
 
 
 def _is_mean(figure: object) -> bool:
