@@ -121,18 +121,19 @@ test-triton: setup ## Weight dropout's kernel in Triton's interpreter, and compi
 	PYTHONPATH=.cache/triton:. $(BIN)/python scripts/compile_kernels.py
 
 # The lowest versions that pyproject.toml allows, in an environment of their own: torch from the package index is the
-# CUDA build (3 GB). uv finds the versions; typer's is named, because transformers brings a newer one.
+# CUDA build (3 GB). uv finds the versions. Three are named: transformers brings a newer typer, typer 0.15 loses the help
+# of arguments with click 8.5, and uv takes a newer datasets than it has to.
 LOWEST := .cache/lowest
 LOWEST_TESTS := $(addprefix tests/,methods/test_equations.py methods/test_folding.py methods/test_inject.py methods/test_autograd.py \
-	methods/test_trained_modules.py artifacts training/test_loop.py training/test_packed.py \
-	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py))
+	methods/test_trained_modules.py models/test_stochastic_depth.py artifacts training/test_loop.py training/test_packed.py \
+	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py special_tokens.py))
 
 $(LOWEST)/.setup-done: pyproject.toml
 	@echo "== setup: installing the lowest supported versions into $(LOWEST) (some minutes, once)"
 	"$(PYTHON)" -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[peft,vision]' \
-		'typer==0.15.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
+		'typer==0.15.*' 'click==8.1.*' 'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
 	@touch $@
 
 test-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate, export and their tests with the lowest versions (10 minutes)
