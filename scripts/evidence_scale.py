@@ -36,7 +36,7 @@ PRETRAINING = {32: 800, 64: 800, 128: 800}
 STEPS, WARMUP = 100, 10
 NUM_VALIDATION = 48
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-RANKS, SHARES = (4, 16, 64), ("module_type", "none")
+RANKS, SHARES = (4, 16, 64, 256), ("module_type", "none")
 RULES: dict[str, Callable[[int, int], float]] = {
     "s = 2": lambda rank, width: 2.0,
     "s = 32 / r": lambda rank, width: 32 / rank,
@@ -247,6 +247,7 @@ def list_searched() -> Iterator[list[Setting]]:
     for width in PRETRAINING:
         for share in SHARES:
             yield [Setting(width, rank, 2.0, share=share) for rank in RANKS]
+    yield [Setting(64, 16, 2.0, psi_rate=ratio) for ratio in (0.25, 1.0, 4.0)]
     yield [Setting(64, 16, scale) for scale in (0.125, 0.5, 2.0, 8.0, 32.0, 128.0)]
     for scale in LORA.values():
         yield [Setting(64, rank, scale(rank), method="lora") for rank in RANKS]
@@ -327,18 +328,19 @@ def fit(points: Sequence[tuple[Setting, float]]) -> str:
 
 def print_best(curves: dict[Setting, dict[float, float]]) -> None:
     """Print the best rate of every setting, and its exponents."""
-    print("| method | width | sharing | rank | scale | log2 best rate | lowest loss |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | width | sharing | rank | scale | psi's rate | log2 best rate | lowest loss |")
+    print("|---|---|---|---|---|---|---|---|")
     points = []
     order = sorted(curves, key=lambda each: (each.method, each.width, each.share, each.rank))
     for setting in order:
         rate = refine(curves[setting])
         if rate is None:
             continue
-        points.append((setting, rate))
+        if setting.psi_rate == 1:
+            points.append((setting, rate))
         print(
             f"| {setting.method} | {setting.width} | {setting.share} | {setting.rank} "
-            f"| {setting.scale:g} | {rate:.2f} | {min(curves[setting].values()):.3f} |"
+            f"| {setting.scale:g} | {setting.psi_rate:g} | {rate:.2f} | {min(curves[setting].values()):.3f} |"
         )
     print("\nlog2 of the best rate over log2 of each variable (standard error):")
     slow = [(each, rate) for each, rate in points if each.method == "wegeft" and rate < -8.5]
@@ -400,7 +402,7 @@ def draw(curves: dict[Setting, dict[float, float]], file: Path) -> None:
     best = best_losses(curves)
     figure = Figure(figsize=(3.0 * len(RULES), 3.0), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
-    colors = dict(zip(RANKS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    colors = dict(zip(RANKS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
     for place, rule in enumerate(RULES, start=1):
         axes = figure.add_subplot(1, len(RULES), place)
         for setting in (each for width in PRETRAINING for each in list_ruled(rule, width)):

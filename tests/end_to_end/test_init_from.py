@@ -13,6 +13,7 @@ from wegeft_cli.methods.init_from import init_from_adapter
 from wegeft_cli.methods.wegeft.inject import get_generators, inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
 from wegeft_cli.models.loading import load_model
+from wegeft_cli.planning.plan import plan
 from wegeft_cli.planning.validate import validate_recipe
 from wegeft_cli.recipe.schema import AdapterSection
 from wegeft_cli.runs.train import train
@@ -72,6 +73,12 @@ def test_every_factor_is_the_adapters_to_the_bit(first, llama_dir, ids):
     pairs = list(zip(generators.parameters(), get_generators(loaded).parameters(), strict=True))
     assert len(pairs) == 2 * len(TARGETS) + 1
     assert all(torch.equal(a, b) and a.requires_grad for a, b in pairs)
+
+
+def test_the_scale_of_a_rule_is_compared(write_recipe, first):
+    recipe = write_second(write_recipe, first, scale_rule="rank_width")
+    with pytest.raises(UserError, match="in the adapter of adapter.init_from 8.0"):
+        plan(recipe)
 
 
 def test_training_on_learns_from_there(write_recipe, first, read_metrics):
