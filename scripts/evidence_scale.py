@@ -340,7 +340,8 @@ def print_best(curves: dict[Setting, dict[float, float]]) -> None:
             points.append((setting, rate))
         print(
             f"| {setting.method} | {setting.width} | {setting.share} | {setting.rank} "
-            f"| {setting.scale:g} | {setting.psi_rate:g} | {rate:.2f} | {min(curves[setting].values()):.3f} |"
+            f"| {setting.scale:g} | {setting.psi_rate:g} | {rate:.2f} "
+            f"| {min(curves[setting].values()):.3f} |"
         )
     print("\nlog2 of the best rate over log2 of each variable (standard error):")
     slow = [(each, rate) for each, rate in points if each.method == "wegeft" and rate < -8.5]

@@ -77,7 +77,7 @@ def test_every_factor_is_the_adapters_to_the_bit(first, llama_dir, ids):
 
 def test_the_scale_of_a_rule_is_compared(write_recipe, first):
     recipe = write_second(write_recipe, first, scale_rule="rank_width")
-    with pytest.raises(UserError, match="in the adapter of adapter.init_from 8.0"):
+    with pytest.raises(UserError, match=r"in the adapter of adapter\.init_from 8\.0"):
         plan(recipe)
 
 
