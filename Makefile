@@ -133,7 +133,7 @@ $(LOWEST)/.setup-done: pyproject.toml
 	"$(PYTHON)" -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[peft,vision]' \
-		'typer==0.15.*' 'click==8.1.*' 'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
+		'typer==0.15.*' 'click==8.2.*' 'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
 	@touch $@
 
 test-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate, export and their tests with the lowest versions (10 minutes)
