@@ -18,8 +18,13 @@ from wegeft_cli.recipe.sweep import load_sweep
 from wegeft_cli.runs import children
 from wegeft_cli.runs.bench import measures
 from wegeft_cli.runs.bench.bench import bench
-from wegeft_cli.runs.bench.contestants import choose_search_seed, read_contestants, read_seeds
-from wegeft_cli.runs.bench.table import Candidate, find_best, note_edges
+from wegeft_cli.runs.bench.contestants import (
+    choose_search_seeds,
+    load_entries,
+    read_contestants,
+    read_seeds,
+)
+from wegeft_cli.runs.bench.table import Candidate, find_best, join_seeds, note_edges
 from wegeft_cli.runs.children import RunQueue, list_outcomes, list_places
 from wegeft_cli.runs.train import train
 
@@ -95,9 +100,38 @@ def test_arguments_are_read():
     assert found[1].search == (*found[0].search, "sweep.train.warmup_ratio=[0, 0.1]")
     assert read_seeds("3", 42) == [42, 43, 44]
     assert read_seeds("5,9", 42) == [5, 9]
-    assert choose_search_seed(42, [42, 43]) == 41
-    assert choose_search_seed(0, [0]) == 2**32 - 1
-    assert choose_search_seed(42, [41, 42]) == 40
+    assert choose_search_seeds(42, [42, 43], 1) == [41]
+    assert choose_search_seeds(0, [0], 1) == [2**32 - 1]
+    assert choose_search_seeds(42, [41, 42], 2) == [40, 39]
+    with pytest.raises(UserError, match="at least 1"):
+        choose_search_seeds(42, [42], 0)
+
+
+def test_the_mean_over_the_seeds_of_the_search_decides(write_recipe):
+    words = ["train.learning_rate=1e-3,1e-2"]
+    (contestant,) = read_contestants(["lora"], [], words)
+    (entry,) = load_entries(write_recipe(**SETTINGS), [], [contestant], [41, 40])
+    assert [len(runs) for _, runs in entry.combinations] == [2, 2]
+    assert entry.has_search
+    (alone,) = load_entries(
+        write_recipe(**SETTINGS), [], read_contestants(["lora"], [], []), [41, 40]
+    )
+    assert not alone.has_search
+    runs = [run for _, runs in entry.combinations for run in runs]
+    ended = [replace(each, status="finished") for each in list_outcomes(runs)]
+    # By the first seed alone the smaller rate is better.
+    candidates = [
+        join_seeds(values, ended[2 * i : 2 * i + 2], losses)
+        for i, ((values, _), losses) in enumerate(
+            zip(entry.combinations, ([1.0, 3.0], [1.5, 1.5]), strict=True)
+        )
+    ]
+    assert [each.validation_loss for each in candidates] == [2.0, 1.5]
+    best = find_best(candidates)
+    assert best is not None
+    assert best.values == {"train.learning_rate": 1e-2}
+    half = [ended[0], replace(ended[1], status="failed", error="diverged")]
+    assert join_seeds({}, half, [1.0, None]) == Candidate({}, "failed", None, "diverged")
 
 
 @pytest.mark.parametrize(

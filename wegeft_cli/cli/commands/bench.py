@@ -62,6 +62,15 @@ def bench(
             "They are combined with the recipe's sweep. Default: none.",
         ),
     ] = None,
+    search_seeds: Annotated[
+        int,
+        typer.Option(
+            "--search-seeds",
+            metavar="N",
+            min=1,
+            help="Seeds of each combination of the search; their mean validation loss decides.",
+        ),
+    ] = 1,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,6 +106,7 @@ def bench(
             methods=[name for name in methods.split(",") if name.strip()],
             seeds=seeds,
             search=search or [],
+            search_seeds=search_seeds,
             settings=settings or [],
             baseline=baseline,
             jobs=jobs,

@@ -19,7 +19,7 @@ from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.runs.bench.checks import check_entries, choose_baseline, list_unchecked
 from wegeft_cli.runs.bench.comparison_files import write_comparison
 from wegeft_cli.runs.bench.contestants import (
-    choose_search_seed,
+    choose_search_seeds,
     load_entries,
     read_contestants,
     read_seeds,
@@ -45,6 +45,7 @@ def bench(
     methods: Sequence[str] = ("wegeft", "lora"),
     seeds: str = "3",
     search: Sequence[str] = (),
+    search_seeds: int = 1,
     settings: Sequence[str] = (),
     baseline: str | None = None,
     jobs: int = 1,
@@ -66,6 +67,7 @@ def bench(
         seeds: A number of seeds from the recipe's on, or seeds such as `42,43,44`.
         search: `KEY=VALUE,VALUE,...` for all methods, or `LABEL:KEY=...`. Default: the recipe's
             `sweep`.
+        search_seeds: Number of seeds of each combination of the search, at least 1.
         settings: `LABEL:KEY=VALUE` for one method.
         baseline: The method of ratios and tests. Default: lora, else the first one.
         jobs: Number of runs at the same time, one device each.
@@ -89,14 +91,14 @@ def bench(
     places = list_places(jobs)
     first = _read_seed(recipe_path, overrides)
     numbers = read_seeds(seeds, first)
-    search_seed = choose_search_seed(first, numbers)
-    entries = load_entries(recipe_path, overrides, contestants, search_seed)
+    tried = choose_search_seeds(first, numbers, search_seeds)
+    entries = load_entries(recipe_path, overrides, contestants, tried)
     job = BenchStages(
         recipe_path,
         tuple(overrides),
         entries,
         numbers,
-        search_seed,
+        tried,
         choose_baseline(baseline, labels),
         places,
         should_stop,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from wegeft_cli.artifacts.run_results import SEED
 from wegeft_cli.errors import Faults, UserError, raise_all
 from wegeft_cli.methods.registry import method_names
 from wegeft_cli.recipe.keys import find_nearest
@@ -52,7 +53,7 @@ class Entry:
 
     Args:
         contestant: The method.
-        searched: One run for each combination of the search, of the search's seed.
+        searched: The runs of each combination of the search, one for each of its seeds.
     """
 
     contestant: Contestant
@@ -61,7 +62,16 @@ class Entry:
     @property
     def has_search(self) -> bool:
         """Whether there is more than one combination."""
-        return len(self.searched.runs) > 1
+        return len(self.combinations) > 1
+
+    @property
+    def combinations(self) -> list[tuple[dict[str, Any], list[SweepRun]]]:
+        """The values of each combination, without the seed, and its runs."""
+        found: dict[str, tuple[dict[str, Any], list[SweepRun]]] = {}
+        for run in self.searched.runs:
+            values = {key: value for key, value in run.values.items() if key != SEED}
+            found.setdefault(json.dumps(values), (values, []))[1].append(run)
+        return list(found.values())
 
     @property
     def recipe(self) -> Recipe:
@@ -156,23 +166,27 @@ def read_seeds(text: str, first: int) -> list[int]:
     return numbers
 
 
-def choose_search_seed(first: int, seeds: Sequence[int]) -> int:
-    """Return the seed of the search: the one before the recipe's that is no seed of the table."""
+def choose_search_seeds(first: int, seeds: Sequence[int], number: int) -> list[int]:
+    """Return the seeds of the search: those before the recipe's that are no seeds of the table."""
+    if number < 1:
+        raise UserError(f"must be at least 1, got {number}", key="--search-seeds")
+    found: list[int] = []
     seed = first
-    while True:
+    while len(found) < number:
         seed = (seed - 1) % (_MAX_SEED + 1)
         if seed not in seeds:
-            return seed
+            found.append(seed)
+    return found
 
 
 def load_entries(
-    path: Any, overrides: Sequence[str], contestants: Sequence[Contestant], search_seed: int
+    path: Any, overrides: Sequence[str], contestants: Sequence[Contestant], seeds: Sequence[int]
 ) -> list[Entry]:
     """Load the search's runs of each method, or raise every fault."""
     faults, entries = Faults(), []
     for contestant in contestants:
         with faults.collected():
-            words = [*contestant.search, f"sweep.seed=[{search_seed}]"]
+            words = [*contestant.search, f"sweep.seed={json.dumps(list(seeds))}"]
             entries.append(Entry(contestant, _load(path, overrides, contestant, words)))
     faults.raise_all()
     check_same_data(entries)

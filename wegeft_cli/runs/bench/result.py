@@ -22,7 +22,7 @@ class BenchResult:
         metric: The compared figure: score, or validation_loss.
         baseline: The method that ratios and tests refer to.
         seeds: Seeds of the table.
-        search_seed: Seed of the search's runs; None without a search.
+        search_seeds: Seeds of the search's runs; none without a search.
         jobs: Runs that trained at the same time.
         methods: One row per method.
         runs: Every run.
@@ -37,7 +37,7 @@ class BenchResult:
     metric: str
     baseline: str
     seeds: list[int]
-    search_seed: int | None
+    search_seeds: list[int]
     jobs: int
     methods: list[BenchRow]
     runs: list[RunOutcome]
@@ -51,7 +51,8 @@ class BenchResult:
             **{name: getattr(self, name) for name in ("status", "metric", "baseline", "seeds")},
             "recipe": str(self.recipe),
             "output_dir": str(self.output_dir),
-            "search_seed": self.search_seed,
+            "search_seed": self.search_seeds[0] if self.search_seeds else None,
+            "search_seeds": self.search_seeds,
             "jobs": self.jobs,
             "methods": [asdict(row) for row in self.methods],
             "runs": [run.to_json() for run in self.runs],

@@ -25,6 +25,7 @@ from wegeft_cli.runs.bench.table import (
     choose_metric,
     complete,
     find_best,
+    join_seeds,
     note_edges,
 )
 from wegeft_cli.runs.children import RunQueue, check_recipes, list_outcomes
@@ -39,7 +40,7 @@ class BenchStages:
         overrides: Overrides for all methods.
         entries: The methods.
         seeds: Seeds of the table.
-        search_seed: Seed of the search.
+        search_seeds: Seeds of the search.
         baseline: Label of the method of ratios and tests.
         places: Environment variables of the runs that train at the same time.
         should_stop: Polled several times a second; true lets the current runs save.
@@ -51,7 +52,7 @@ class BenchStages:
     overrides: tuple[str, ...]
     entries: Sequence[Entry]
     seeds: list[int]
-    search_seed: int
+    search_seeds: list[int]
     baseline: str
     places: Sequence[Mapping[str, str]]
     should_stop: Callable[[], bool]
@@ -129,7 +130,7 @@ class BenchStages:
             metric=metric,
             baseline=self.baseline,
             seeds=self.seeds,
-            search_seed=self.search_seed if self._searching else None,
+            search_seeds=self.search_seeds if self._searching else [],
             jobs=len(self.places),
             methods=[complete(row, baseline, metric) for row in rows],
             runs=self.outcomes,
@@ -170,14 +171,13 @@ class BenchStages:
     def _candidates(self, entry: Entry) -> list[Candidate]:
         outcomes = {outcome.name: outcome for outcome in self._search_outcomes}
         found = []
-        for run in entry.searched.runs:
-            values = {key: value for key, value in run.values.items() if key != SEED}
-            outcome = outcomes.get(run.name)
-            if outcome is None:
-                found.append(Candidate(values, "waiting"))
-                continue
-            loss = validation_loss(outcome, run.loaded.recipe)
-            found.append(Candidate(values, outcome.status, loss, outcome.error))
+        for values, runs in entry.combinations:
+            ended = [outcomes[run.name] for run in runs if run.name in outcomes]
+            losses = [
+                validation_loss(outcome, run.loaded.recipe)
+                for run, outcome in zip(runs, ended, strict=False)
+            ]
+            found.append(join_seeds(values, ended, losses))
         return found
 
     def _measure(self) -> str:

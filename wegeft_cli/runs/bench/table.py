@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wegeft_cli.artifacts.run_results import Statistic, describe_values
+from wegeft_cli.artifacts.run_results import RunOutcome, Statistic, describe_values
 from wegeft_cli.errors import UserError
 from wegeft_cli.runs.bench.measures import SCORE, VALIDATION_LOSS
 from wegeft_cli.statistics import PairedMeans, compare_means
@@ -31,7 +32,7 @@ class Candidate:
     Args:
         values: Dotted key -> value.
         status: waiting, running, finished, failed or interrupted.
-        validation_loss: Validation loss of its run; None without one.
+        validation_loss: Mean validation loss of its runs; None until each of them has one.
         error: Why the run failed.
     """
 
@@ -76,6 +77,19 @@ def choose_metric(rows: Sequence[BenchRow]) -> str:
     """Return `score` if every method that has results has scores, else `validation_loss`."""
     seeds = [figures for row in rows for figures in row.seeds.values()]
     return SCORE if seeds and all(SCORE in figures for figures in seeds) else VALIDATION_LOSS
+
+
+def join_seeds(
+    values: dict[str, Any], outcomes: Sequence[RunOutcome], losses: Sequence[float | None]
+) -> Candidate:
+    """Return a combination as far as its runs are, one for each seed of the search."""
+    if not outcomes:
+        return Candidate(values, "waiting")
+    first = next((each for each in outcomes if each.status != "finished"), outcomes[0])
+    known = [loss for loss in losses if loss is not None]
+    is_whole = first.status == "finished" and len(known) == len(outcomes)
+    mean = math.fsum(known) / len(known) if is_whole else None
+    return Candidate(values, first.status, mean, first.error)
 
 
 def find_best(searched: Sequence[Candidate]) -> Candidate | None:
