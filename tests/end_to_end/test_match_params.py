@@ -22,7 +22,7 @@ from wegeft_cli.planning.targets import settle_targets
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.sweep import load_sweep
 from wegeft_cli.runs.bench.contestants import load_entries, read_contestants
-from wegeft_cli.runs.children import RunQueue, list_outcomes
+from wegeft_cli.runs.children import RunQueue, check_recipes, list_outcomes
 from wegeft_cli.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -271,12 +271,25 @@ def test_a_queue_writes_the_budget_first_and_the_rank_once_it_is_chosen(write_wi
     queue.prepare()
     adapter = yaml.safe_load(file.read_text())["adapter"]
     assert (adapter["r"], adapter["alpha"], adapter["match_params"]) == (5, 2.5, None)
+    # A run that resumes from that file keeps its budget: the queue finds it again.
+    assert train(file, resume="auto").status == "finished"
+    record = json.loads((outcome.run_dir / "run.json").read_text())
+    assert record["match_params"]["asked"] == {"params": 1150, "scale": 0.5}
+    check_recipes(runs)
+
+
+def test_a_scale_that_is_interpolated_must_be_named(write_with):
+    recipe = write_with({**WITHOUT_RANK, "r": 16, "alpha": "${adapter.r}"})
+    with pytest.raises(UserError, match="is not known before they are interpolated"):
+        load_recipe(recipe, ["adapter.match_params=1150"])
+    asked = load_recipe(recipe, ["adapter.match_params={params: 1150, scale: 3}"]).recipe.adapter
+    assert (asked.match_params, asked.alpha) == ({"params": 1150, "scale": 3}, None)
 
 
 def test_a_method_of_a_bench_has_a_budget_of_its_own(write_with):
     search = ["train.learning_rate=0.01,0.02"]
     settings = ["lora:adapter.match_params=768"]
     found = read_contestants(["wegeft", "lora"], settings, search)
-    mine, lora = load_entries(write_with(WITH_SCALE), ["adapter.r=3"], found, 6)
+    mine, lora = load_entries(write_with(WITH_SCALE), ["adapter.r=3"], found, [6])
     assert (mine.recipe.adapter.r, mine.recipe.adapter.match_params) == (3, None)
     assert lora.recipe.adapter.match_params == {"params": 768, "scale": 0.5}

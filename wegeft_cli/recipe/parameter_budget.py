@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from wegeft_cli.errors import UserError
+
 if TYPE_CHECKING:
     from wegeft_cli.recipe.keys import KeyPath
     from wegeft_cli.recipe.schema import AdapterSection
@@ -162,6 +164,15 @@ def _keep_scale(old: Mapping[str, Any], new: dict[str, Any], is_alpha_chosen: bo
     rank, alpha, value = old[_RANK], old.get(_ALPHA), new[_BUDGET]
     if alpha is None or is_alpha_chosen or _ALPHA in new:
         return []
+    if any(isinstance(each, str) and "${" in each for each in (rank, alpha)):
+        if isinstance(value, dict) and value.get(_SCALE) is not None:
+            return [_ALPHA]
+        raise UserError(
+            f"replaces `adapter.r`, and the scale of r {rank!r} and alpha {alpha!r} is not known "
+            "before they are interpolated",
+            key=f"{_SECTION}.{_BUDGET}",
+            hint="name the scale, such as {params: 100000, scale: 2}",
+        )
     if not all(isinstance(each, int | float) for each in (rank, alpha)) or rank <= 0:
         return []
     if not isinstance(value, dict):

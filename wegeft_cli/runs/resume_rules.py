@@ -88,11 +88,16 @@ def check_same_recipe(
 
 
 def find_matched_rank(directory: RunDirectory, recipe: Recipe) -> MatchedRank | None:
-    """Return the rank that a run has chosen for the recipe's `adapter.match_params` before."""
-    asked = recipe.adapter.match_params
-    if asked is None:
-        return None
-    return MatchedRank.from_record(directory.record().get(MATCHED), asked)
+    """Return the rank that a run has chosen for the recipe's `adapter.match_params` before.
+
+    The run's own recipe.yaml has that rank in place of the budget, which is found too.
+    """
+    adapter, values = recipe.adapter, directory.record().get(MATCHED)
+    if adapter.match_params is not None:
+        return MatchedRank.from_record(values, adapter.match_params)
+    found = MatchedRank.from_record(values, values.get("asked")) if values else None
+    is_same = found is not None and (found.r, found.alpha) == (adapter.r, adapter.alpha)
+    return found if is_same else None
 
 
 def with_matched_rank(directory: RunDirectory, recipe: Recipe) -> Recipe:
