@@ -7,7 +7,7 @@ from typing import Any
 
 from wegeft_cli.errors import UserError, cut_text
 from wegeft_cli.recipe.keys import KeyPath, format_key, parse_key
-from wegeft_cli.recipe.parameter_budget import replace_rank
+from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, UnknownScaleError, replace_rank
 
 _ADAPTER = "adapter"
 
@@ -33,7 +33,12 @@ class MergedValues:
     def _replace_rank(self, new: Any) -> None:
         """Remove the way to choose the rank that new values of `adapter` replace."""
         if isinstance(new, dict):
-            for path in replace_rank(self.values.get(_ADAPTER), new, self.chosen):
+            try:
+                replaced = replace_rank(self.values.get(_ADAPTER), new, self.chosen)
+            except UnknownScaleError as error:
+                hint = "name the scale, such as {params: 100000, scale: 2}"
+                raise UserError(str(error), key=BUDGET_KEY, hint=hint) from error
+            for path in replaced:
                 self.places.pop(path, None)
 
     def set_place(self, path: KeyPath, place: str) -> None:

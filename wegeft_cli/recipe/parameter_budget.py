@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from wegeft_cli.errors import UserError
-
 if TYPE_CHECKING:
     from wegeft_cli.recipe.keys import KeyPath
     from wegeft_cli.recipe.schema import AdapterSection
@@ -128,6 +126,10 @@ def _hint_number(value: object) -> str:
     return "such as 100000 or other.yaml"
 
 
+class UnknownScaleError(ValueError):
+    """The scale that a budget would keep is interpolated."""
+
+
 def replace_rank(old: Any, new: dict[str, Any], chosen: Collection[KeyPath]) -> list[KeyPath]:
     """Let a later file or override choose the rank in the other of two ways.
 
@@ -142,6 +144,9 @@ def replace_rank(old: Any, new: dict[str, Any], chosen: Collection[KeyPath]) -> 
 
     Returns:
         The keys that were removed.
+
+    Raises:
+        UnknownScaleError: If the rank or its alpha is interpolated, and the budget names no scale.
     """
     if not isinstance(old, dict):
         return []
@@ -167,11 +172,9 @@ def _keep_scale(old: Mapping[str, Any], new: dict[str, Any], is_alpha_chosen: bo
     if any(isinstance(each, str) and "${" in each for each in (rank, alpha)):
         if isinstance(value, dict) and value.get(_SCALE) is not None:
             return [_ALPHA]
-        raise UserError(
+        raise UnknownScaleError(
             f"replaces `adapter.r`, and the scale of r {rank!r} and alpha {alpha!r} is not known "
-            "before they are interpolated",
-            key=f"{_SECTION}.{_BUDGET}",
-            hint="name the scale, such as {params: 100000, scale: 2}",
+            "before they are interpolated"
         )
     if not all(isinstance(each, int | float) for each in (rank, alpha)) or rank <= 0:
         return []
