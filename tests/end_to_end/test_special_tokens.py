@@ -140,3 +140,28 @@ def test_a_new_token_and_another_name_are_refused(write_recipe, trained, llama_d
     )
     with pytest.raises(UserError, match="trained with different special tokens"):
         merge([trained().run_dir, plain.run_dir], output=tmp_path / "merged")
+
+
+def test_a_begin_token_that_texts_would_not_begin_with_is_refused(llama_dir, tmp_path):
+    folder = shutil.copytree(llama_dir, tmp_path / "base")
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    begin = values["added_tokens"][0]
+    token = {"id": begin["content"], "ids": [begin["id"]], "tokens": [begin["content"]]}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": begin["content"], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {begin["content"]: token},
+    }
+    file.write_text(json.dumps(values))
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text())
+    config.write_text(json.dumps({**named, "bos_token": begin["content"]}))
+    other = values["added_tokens"][1]["content"]
+    assert load_tokenizer(str(folder))("a").input_ids[0] == begin["id"]
+    with pytest.raises(UserError, match="in front of every text"):
+        load_tokenizer(str(folder), special_tokens={"bos_token": other})

@@ -176,3 +176,19 @@ def check_special_tokens(tokenizer: Any, tokens: Mapping[str, str]) -> None:
                 hint="choose a token of its vocabulary; a new token needs a base with a row for it "
                 "(docs/data.md, special tokens)",
             )
+
+
+def check_begin_token(own: Any, changed: Any) -> None:
+    """Raise UserError if texts still begin with the tokenizer's own begin token.
+
+    A fast tokenizer inserts it as its tokenizer.json says, which names the token itself.
+    """
+    first = changed("a").input_ids[:1]
+    replaced = own.bos_token_id != changed.bos_token_id
+    if replaced and own.bos_token_id is not None and first == [own.bos_token_id]:
+        raise UserError(
+            f"the tokenizer inserts {own.bos_token!r} in front of every text, for every begin token",
+            key="model.special_tokens.bos_token",
+            hint="remove it, or change `post_processor` in the tokenizer.json of a copy of the "
+            "base",
+        )

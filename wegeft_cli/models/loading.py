@@ -20,6 +20,7 @@ from wegeft_cli.errors import BaseModelError, UserError
 from wegeft_cli.models.base_folder import find_base_folder, is_path
 from wegeft_cli.models.completeness import list_missing, list_unused, refuse_missing, warn_of_unused
 from wegeft_cli.models.config_check import (
+    check_begin_token,
     check_config,
     check_labels,
     check_special_tokens,
@@ -187,7 +188,8 @@ def load_tokenizer(
         tokenizer = load(**source)
         if special_tokens:
             check_special_tokens(tokenizer, special_tokens)
-            tokenizer = load(**source, **special_tokens)
+            own, tokenizer = tokenizer, load(**source, **special_tokens)
+            check_begin_token(own, tokenizer)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         # For some families transformers builds an empty tokenizer with only special tokens.
         raise BaseModelError(
