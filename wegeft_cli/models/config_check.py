@@ -187,7 +187,7 @@ def check_begin_token(own: Any, changed: Any) -> None:
     replaced = own.bos_token_id != changed.bos_token_id
     if replaced and own.bos_token_id is not None and first == [own.bos_token_id]:
         raise UserError(
-            f"the tokenizer inserts {own.bos_token!r} in front of every text, for every begin token",
+            f"the tokenizer inserts {own.bos_token!r} in front of every text in any case",
             key="model.special_tokens.bos_token",
             hint="remove it, or change `post_processor` in the tokenizer.json of a copy of the "
             "base",
