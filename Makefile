@@ -10,8 +10,10 @@ BASE_STAMP := $(VENV)/.base-done
 STAMP := $(VENV)/.setup-done
 # uv, where it is installed, is faster than pip.
 INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
-# Processes that share the tests, each with one thread.
+# Processes that share the tests, each with one thread. The tests of a file stay together, so that what they share is
+# made once.
 WORKERS := 2
+SHARED := -n $(WORKERS) --dist loadfile
 NUM_RECIPES := 17
 OLDEST_PEFT := 0.18.0
 # The newest that the oldest PEFT knows: it asks torchao, where that is installed, for a class gone since.
@@ -75,10 +77,10 @@ imports: setup ## Direction of imports (import-linter)
 	$(BIN)/lint-imports
 
 test: setup ## The fast tests, offline (sets up .venv first where it is missing)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m "not slow and not gpu"
 
 test-slow: setup ## The slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m "slow and not gpu"
 
 test-peft-suite: setup ## What PEFT promises of any method, against the installed PEFT
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peft_suite -m "not slow and not gpu"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -39,18 +40,23 @@ def wegeft() -> Callable[..., Result]:
 
 @pytest.fixture
 def start_wegeft() -> Callable[..., subprocess.Popen[str]]:
-    """Start the command line as a process of its own, with its streams as pipes."""
+    """Start the command line as a process of its own, with its streams as pipes.
+
+    `fresh` starts Python anew, where the start itself is tested.
+    """
 
     def start(
         *words: object,
         env: Mapping[str, str] | None = None,
         stdout: int = subprocess.PIPE,
         stderr: int = subprocess.PIPE,
+        fresh: bool = False,
     ) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "wegeft_cli", *(str(word) for word in words)]
         inherited = {name: value for name, value in os.environ.items() if name not in TERMINAL}
         environment = {**inherited, **ENVIRONMENT, **(env or {})}
-        return subprocess.Popen(
+        start_process = subprocess.Popen if fresh else preloaded.Popen
+        return start_process(
             command, stdout=stdout, stderr=stderr, text=True, env=environment, encoding="utf-8"
         )
 

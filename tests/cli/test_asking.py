@@ -6,10 +6,10 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 
+import preloaded
 import pytest
 from typer.testing import CliRunner
 
@@ -168,7 +168,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal():
 
 def test_a_ctrl_c_at_a_terminal_stops_the_answer_and_not_the_talk(llama_dir, tmp_path):
     controller, terminal = pty.openpty()
-    process = subprocess.Popen(
+    process = preloaded.Popen(
         [sys.executable, "-m", "wegeft_cli", "chat", str(llama_dir), "--max-new-tokens", "250"],
         stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "NO_COLOR": "1"}, cwd=tmp_path,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ASK = "import sys; from wegeft_cli.cli.app import main; sys.argv = ['wegeft']; main()"
@@ -23,7 +23,7 @@ def propose(shell: str, words: str, folder: Path) -> str:
         "_TYPER_COMPLETE_ARGS": words,
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
-    done = subprocess.run(
+    done = preloaded.run(
         [sys.executable, "-c", ASK],
         capture_output=True,
         text=True,

@@ -160,9 +160,9 @@ def test_the_import_of_torch_is_announced_before_it(run_wegeft, place):
     (stub / "torch.py").write_text("raise SystemExit('torch is imported')")
     path = os.pathsep.join([str(stub), os.environ.get("PYTHONPATH", "")])
     for command in (["train", place.recipe, "--dry-run"], ["plan", place.recipe]):
-        done = run_wegeft(*command, env={"PYTHONPATH": path})
+        done = run_wegeft(*command, env={"PYTHONPATH": path}, fresh=True)
         assert done.stderr.splitlines() == [f"{command[0]}: loading PyTorch", "torch is imported"]
-        done = run_wegeft(*command, env={"PYTHONPATH": path, "RANK": "1"})
+        done = run_wegeft(*command, env={"PYTHONPATH": path, "RANK": "1"}, fresh=True)
         assert done.stderr.splitlines() == ["torch is imported"]
 
 
@@ -180,7 +180,7 @@ def test_debugging_shows_the_traceback(run_wegeft, place):
 def test_a_reader_that_goes_away_is_no_fault(start_wegeft, words):
     read_end, write_end = os.pipe()
     os.close(read_end)
-    process = start_wegeft(*words, stdout=write_end)
+    process = start_wegeft(*words, stdout=write_end, fresh=True)
     os.close(write_end)
     _, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert (process.returncode, stderr) == (EXIT_DONE, "")
@@ -190,7 +190,7 @@ def test_a_reader_that_goes_away_is_no_fault(start_wegeft, words):
 @pytest.mark.parametrize("words", [["recipes", "list"], ["recipes", "list", "--json"]])
 def test_a_full_disk_under_the_output_is_told(start_wegeft, words):
     with Path("/dev/full").open("w") as full:
-        process = start_wegeft(*words, stdout=full.fileno())
+        process = start_wegeft(*words, stdout=full.fileno(), fresh=True)
         _, stderr = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == EXIT_FAILED
     assert "No space left on device" in stderr
@@ -200,9 +200,10 @@ def test_a_full_disk_under_the_output_is_told(start_wegeft, words):
 @pytest.mark.skipif(not HAS_FULL_DEVICE, reason="this system has no /dev/full")
 def test_a_full_disk_under_the_messages_ends_nothing(start_wegeft, place):
     with Path("/dev/full").open("w") as full:
-        process = start_wegeft("validate", place.recipe, "--json", stderr=full.fileno())
+        words = ["validate", place.recipe, "--json"]
+        process = start_wegeft(*words, stderr=full.fileno(), fresh=True)
         stdout, _ = process.communicate(timeout=WAIT_SECONDS)
-        failed = start_wegeft("validate", "missing.yaml", stderr=full.fileno())
+        failed = start_wegeft("validate", "missing.yaml", stderr=full.fileno(), fresh=True)
         failed.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == EXIT_DONE
     assert read_object(stdout)["valid"] is True
@@ -309,7 +310,7 @@ def test_a_run_asked_twice_leaves_at_once(start_wegeft, place):
 def test_ctrl_c_while_loading(start_wegeft, place, llama_dir, data_dir, command):
     # The pipe opens before torch is loaded, which takes seconds: the signal falls into those.
     words = {"plan": [place.recipe], "eval": [llama_dir, "--task", "boolq", "--data-dir", data_dir]}
-    process = start_wegeft(command, *words[command], env={"PYTHONVERBOSE": "1"})
+    process = start_wegeft(command, *words[command], env={"PYTHONVERBOSE": "1"}, fresh=True)
     assert process.stderr is not None
     assert any("import 'torch'" in line or "/torch/" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
@@ -353,11 +354,10 @@ def test_a_run_saves_when_its_terminal_is_closed(place):
 @pytest.mark.slow
 def test_nothing_else_reaches_the_real_standard_output(run_wegeft, place_with_run, data_dir):
     words = ["--task", "boolq", "--data-dir", data_dir, "--max-new-tokens", "2", "--json"]
-    value = read_object(run_wegeft("eval", *words).stdout)
+    value = read_object(run_wegeft("eval", *words, fresh=True).stdout)
     assert value["results"][0]["n"] == 6
-    new = run_wegeft(
-        "train", place_with_run.recipe, "output_dir=new", "train.max_steps=1", "--json"
-    )
+    words = ["output_dir=new", "train.max_steps=1", "--json"]
+    new = run_wegeft("train", place_with_run.recipe, *words, fresh=True)
     assert read_object(new.stdout)["status"] == "finished"
 
 
@@ -366,4 +366,4 @@ def test_the_console_script_is_the_same_program(run_wegeft):
     if not script.exists():
         pytest.skip("the package is not installed as a program here")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == run_wegeft("--version").stdout
+    assert done.stdout == run_wegeft("--version", fresh=True).stdout

@@ -1,12 +1,10 @@
 """Benchmarks on two processes of a training: errors, stops and waits; a sharded base generates."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded import run_group
 
 pytestmark = pytest.mark.slow
 
@@ -16,12 +14,7 @@ WORKER = Path(__file__).with_name("score_apart.py")
 @pytest.fixture(scope="module")
 def told(build_llama_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("apart")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), str(build_llama_dir()), str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_group(2, WORKER, build_llama_dir(), folder, timeout=240)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -1,13 +1,11 @@
 """One process of two is asked to stop in the middle of a step: both leave it, nothing is lost."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import run_group
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -26,16 +24,7 @@ def test_a_step_that_is_cut_is_done_again(write_recipe, strategy):
         write_recipe(name, train=train, adapter={"dropout": 0.2}, rows=rows)
         for name in ("whole", "cut")
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), *map(str, paths)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"},
-        check=False,
-    )
+    done = run_group(2, WORKER, *paths, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr[-9000:]
     runs = [path.parent / "runs" / path.stem for path in paths]
     factors = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,23 @@ def start(*words, **env):
         text=True,
         env={**os.environ, **ENVIRONMENT, **env},
     )
+
+
+def fork(*words, **env):
+    """Start a process that has loaded torch, where the launcher is not what is tested."""
+    return preloaded.Popen(
+        [sys.executable, "-m", "wegeft_cli", "train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, **env},
+    )
+
+
+def run_two(*words):
+    """Run two processes without the launcher."""
+    words = ("-m", "wegeft_cli", "train", *words)
+    return preloaded.run_group(2, *words, timeout=TIMEOUT_SECONDS)
 
 
 def finish(process):
@@ -90,10 +108,12 @@ def checkpoints_of(recipe):
 
 
 def test_the_command_starts_its_processes(write_recipe):
-    """It gives what torchrun gives, bit for bit, and says it once."""
+    """It replaces an earlier run, gives what torchrun gives, bit for bit, and says it once."""
     train = {"per_device_train_batch_size": 2}
     one, other = write_recipe("one", train=train), write_recipe("other", train=train)
-    done = run(one, "--num-processes", "2", "--json")
+    assert finish(fork(one)).returncode == EXIT_DONE
+    assert read_run(one)["num_processes"] == 1
+    done = run(one, "--overwrite", "--num-processes", "2", "--json")
     assert done.returncode == EXIT_DONE, done.stderr
     assert json.loads(done.stdout)["status"] == "finished"
     assert read_run(one)["num_processes"] == 2
@@ -112,7 +132,7 @@ def test_two_agents_meet(write_recipe):
     """Two machines, here two launchers, with one rendezvous."""
     train = {"per_device_train_batch_size": 2}
     one, other = write_recipe("one", train=train), write_recipe("other", train=train)
-    assert run(one, "--num-processes", "2").returncode == EXIT_DONE
+    assert run_two(one).returncode == EXIT_DONE
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     words = ["--num-processes", "2", "--num-machines", "2", "--rdzv-endpoint", endpoint]
@@ -122,15 +142,6 @@ def test_two_agents_meet(write_recipe):
     # Only the process of rank 0 speaks, whichever machine it is on.
     assert sum("finished" in agent.stdout for agent in ended) == 1
     assert are_equal(load_factors(one), load_factors(other))
-
-
-def test_an_earlier_run_is_replaced_by_several_processes(write_recipe):
-    recipe = write_recipe(train={"per_device_train_batch_size": 2})
-    assert run(recipe).returncode == EXIT_DONE
-    done = run(recipe, "--overwrite", "--num-processes", "2")
-    assert done.returncode == EXIT_DONE, done.stderr
-    assert read_run(recipe)["num_processes"] == 2
-    assert load_factors(recipe)
 
 
 def test_a_fault_is_told_once(write_recipe):
@@ -152,7 +163,7 @@ def test_a_killed_process_ends_the_run(write_recipe):
     assert done.returncode == EXIT_FAILED
     assert "process 1 of the run was killed by SIGKILL" in done.stderr
     assert read_run(recipe)["status"] == "failed"
-    resumed = run(recipe, "--num-processes", "2", "--resume", "auto", "train.num_train_epochs=10")
+    resumed = run_two(recipe, "--resume", "auto", "train.num_train_epochs=10")
     assert resumed.returncode == EXIT_DONE, resumed.stderr
     assert "resuming from step" in resumed.stderr or num_steps_of(recipe)
 
@@ -162,7 +173,7 @@ def test_a_restart_goes_on_to_the_same_bits(write_recipe):
     adapter = {"dropout": 0.2}
     whole = write_recipe("whole", train=train, adapter=adapter)
     broken = write_recipe("broken", train=train, adapter=adapter)
-    assert run(whole, "--num-processes", "2").returncode == EXIT_DONE
+    assert run_two(whole).returncode == EXIT_DONE
     process = start(broken, "--num-processes", "2", "--max-restarts", "1")
     wait_for(lambda: checkpoints_of(broken), process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -172,8 +183,9 @@ def test_a_restart_goes_on_to_the_same_bits(write_recipe):
     assert are_equal(load_factors(whole), load_factors(broken))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("max_restarts", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "max_restarts"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGUSR1, 0)]
+)
 def test_a_signal_saves_and_leaves(write_recipe, number, max_restarts):
     recipe = write_recipe(train={**LONG, "save_steps": 0})
     process = start(recipe, "--num-processes", "2", "--max-restarts", max_restarts)
@@ -214,8 +226,7 @@ def test_srun_joins(write_recipe):
         "MASTER_PORT": port,
     }
     tasks = [
-        start(recipe, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        for rank in range(2)
+        fork(recipe, **shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)
     ]
     ended = [finish(task) for task in tasks]
     assert [task.returncode for task in ended] == [EXIT_DONE] * 2, [t.stderr for t in ended]

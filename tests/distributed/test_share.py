@@ -1,12 +1,10 @@
 """A process that shares a base holds its part of it, and nothing of the files."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded import run_group
 
 pytestmark = pytest.mark.slow
 
@@ -18,12 +16,7 @@ def test_a_share_is_read_and_gathered_without_a_copy(build_llama_dir, tmp_path, 
     """Three do not divide the 32 rows: parts are then of unequal size."""
     base_dir = build_llama_dir(max_shard_size="40KB")
     assert len(list(base_dir.glob("*.safetensors"))) > 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_processes), str(WORKER), str(base_dir), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_group(num_processes, WORKER, base_dir, tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(num_processes)]
     for each in told:

@@ -1,28 +1,24 @@
 """`wegeft eval --num-processes`: the rows are shared, and come back in order."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from preloaded import run, run_group
 
 from wegeft_cli.runs.train import train
 
 TIMEOUT_SECONDS = 240
 
 
-def evaluate(run_dir, data_dir, output, *words):
-    command = [sys.executable, "-m", "wegeft_cli", "eval", str(run_dir), "--task", "boolq"]
-    command += ["--data-dir", str(data_dir), "--output", str(output), "--max-new-tokens", "5"]
-    return subprocess.run(
-        [*command, "--json", *words],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+def evaluate(num_processes, run_dir, data_dir, output, limit):
+    words = ["-m", "wegeft_cli", "eval", run_dir, "--task", "boolq", "--data-dir", data_dir]
+    words += ["--output", output, "--max-new-tokens", "5", "--limit", str(limit), "--json"]
+    if (num_processes, limit) == (2, 1):
+        return run_group(num_processes, *words, timeout=TIMEOUT_SECONDS)
+    if num_processes > 1:
+        words += ["--num-processes", str(num_processes)]
+    return run([sys.executable, *words], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
 
 
 @pytest.mark.slow
@@ -32,8 +28,7 @@ def test_shared_rows_are_all_rows_in_order(write_recipe, data_dir, tmp_path):
     told, samples = {}, {}
     for num_processes, limit in ((1, 5), (2, 5), (2, 1)):
         output = tmp_path / f"{num_processes}-{limit}.json"
-        words = [] if num_processes == 1 else ["--num-processes", str(num_processes)]
-        done = evaluate(run_dir, data_dir, output, "--limit", str(limit), *words)
+        done = evaluate(num_processes, run_dir, data_dir, output, limit)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert json.loads(output.read_text()) == result

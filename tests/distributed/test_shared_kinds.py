@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import run, run_group
 
 TIMEOUT_SECONDS = 240
 KINDS = ["humaneval", "mt_bench", "alpaca_eval", "lm-eval:tiny_choice"]
@@ -131,20 +130,17 @@ def test_every_kind_is_scored_by_two_processes_as_by_one(sets, llama_dir, judge,
     for count in ("1", "2"):
         place = tmp_path / count
         place.mkdir()
-        words = [word for kind in KINDS for word in ("--task", kind)]
-        words += ["--data-dir", str(sets), "--output", "out.json", "--max-new-tokens", "6"]
+        words = ["-m", "wegeft_cli", "eval", llama_dir]
+        words += [word for kind in KINDS for word in ("--task", kind)]
+        words += ["--data-dir", str(sets), "--output", place / "out.json", "--max-new-tokens", "6"]
         words += ["--allow-code-execution", "--num-samples", "3", "--temperature", "0.8"]
         words += ["--judge-url", f"http://127.0.0.1:{judge.server_address[1]}/v1"]
-        words += ["--judge-model", "strict", *(() if count == "1" else ("--num-processes", "2"))]
-        done = subprocess.run(
-            [sys.executable, "-m", "wegeft_cli", "eval", str(llama_dir), *words],
-            capture_output=True,
-            text=True,
-            cwd=place,
-            timeout=TIMEOUT_SECONDS,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(place / "cache")},
-            check=False,
-        )
+        words += ["--judge-model", "strict"]
+        if count == "1":
+            command = [sys.executable, *words]
+            done = run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        else:
+            done = run_group(2, *words, timeout=TIMEOUT_SECONDS)
         assert done.returncode == 0, done.stderr
         asked, judge.asked = sorted(judge.asked), []
         told[count] = {

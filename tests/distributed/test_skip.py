@@ -1,13 +1,12 @@
 """Two processes skip the same step, though one alone meets what is not finite."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+from preloaded import run, run_group
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -19,19 +18,10 @@ TIMEOUT_SECONDS = 240
 
 
 def launch(recipe, num_processes, *overrides):
-    command = [sys.executable]
+    words = ["-m", "wegeft_cli", "train", recipe, "--json", *overrides]
     if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(num_processes)]
-    command += ["-m", "wegeft_cli", "train", str(recipe), "--json", *overrides]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+        return run_group(num_processes, *words, timeout=TIMEOUT_SECONDS)
+    return run([sys.executable, *words], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
 
 
 @pytest.fixture

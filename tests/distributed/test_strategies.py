@@ -1,13 +1,11 @@
 """Two and four processes, under every strategy, are one process on the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import run_group
 from safetensors.torch import load_file
 
 from wegeft_cli.runs.train import train
@@ -62,16 +60,7 @@ def settings_of(num_processes):
 
 
 def launch(num_processes, paths, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_processes), str(WORKER), json.dumps(paths), *words]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"},
-        check=False,
-    )
+    return run_group(num_processes, WORKER, json.dumps(paths), *words, timeout=TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")

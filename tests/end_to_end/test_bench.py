@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from wegeft_cli.analysis.report import report
@@ -36,7 +37,8 @@ SMALL = ["lora:adapter.r=2"]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # seven processes: half a minute on a quiet machine
-def test_searched_trained_measured_and_resumed(write_recipe, listener, data_dir):
+def test_searched_trained_measured_and_resumed(write_recipe, listener, data_dir, monkeypatch):
+    monkeypatch.setattr(children.subprocess, "Popen", preloaded.Popen)
     recipe = write_recipe(
         **SETTINGS, eval={"tasks": ["boolq"], "data_dir": str(data_dir), "limit": 2}
     )

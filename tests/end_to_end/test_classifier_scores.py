@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from classifiers import write_images, write_recipe, write_vit
 
@@ -113,11 +112,8 @@ def test_samples_of_a_classifier_are_refused_with_the_way_to_score_it(run_dir):
 @pytest.mark.slow
 def test_two_processes_score_as_one(run_dir, tmp_path):
     alone = evaluate(run_dir, output=tmp_path / "alone.json")
-    words = ["eval", str(run_dir), "--num-processes", "2", "--json"]
-    words += ["--output", str(tmp_path / "both.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "wegeft_cli", *words], capture_output=True, text=True, check=False
-    )
+    words = ["eval", run_dir, "--json", "--output", tmp_path / "both.json"]
+    done = preloaded.run_group(2, "-m", "wegeft_cli", *words, timeout=240)
     assert done.returncode == 0, done.stderr
     both = json.loads(done.stdout)
     assert both["results"] == alone["results"]

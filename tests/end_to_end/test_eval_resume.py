@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import preloaded
 import pytest
 import torch
 
@@ -165,7 +166,7 @@ def test_shares_are_whole_and_even(monkeypatch):
 
 
 def run_eval(*words, **more):
-    return subprocess.Popen(
+    return preloaded.Popen(
         [sys.executable, "-m", "wegeft_cli", "eval", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,10 +1,8 @@
 """Tasks scored while training: the score that `wegeft eval` gives, on one process or two."""
 
 import json
-import os
-import subprocess
-import sys
 
+import preloaded
 import pytest
 
 from wegeft_cli.errors import UserError
@@ -169,16 +167,8 @@ def test_two_processes_share_the_rows(write_recipe, learning):
     alone = train(write_recipe("alone", **learning), ["train.per_device_train_batch_size=6"])
     learning["train"]["per_device_train_batch_size"] = 3
     recipe = write_recipe(**learning)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "wegeft_cli", "train", str(recipe), "--json"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    words = ["-m", "wegeft_cli", "train", recipe, "--json"]
+    done = preloaded.run_group(2, *words, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     run_dir = recipe.parent / "runs" / "tiny"
     validation = json.loads((run_dir / "run.json").read_text())["validation"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from wegeft_cli.runs.train import train
@@ -90,37 +90,22 @@ KILLS_OF_A_CASE = 4
 
 
 class KillableRuns:
-    """Training processes of `tests/end_to_end/killable_runs.py`, to be killed."""
+    """Training processes, to be killed."""
 
     def __init__(self) -> None:
-        self._pids: list[int] = []
-        script = Path(__file__).parent / "killable_runs.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def _ask(self, **asked: object) -> int | None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, "the process has ended"
-        found: int | None = json.loads(answer)
-        return found
+        self._processes: dict[int, preloaded.Popen] = {}
 
     def start(self, log: Path, *words: object) -> int:
-        pid = self._ask(start=[str(word) for word in words], log=str(log))
-        assert pid is not None
-        self._pids.append(pid)
-        return pid
+        command = [sys.executable, "-m", "wegeft_cli", *map(str, words)]
+        with log.open("a") as file:
+            process = preloaded.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
+        self._processes[process.pid] = process
+        return process.pid
 
     def poll(self, pid: int) -> int | None:
-        return self._ask(poll=pid)
+        return self._processes[pid].poll()
 
     def wait(self, pid: int, is_met: Callable[[], bool] = lambda: False) -> int | None:
         """Wait for the process, or None as soon as something is met."""
@@ -137,14 +122,9 @@ class KillableRuns:
         raise AssertionError(f"process {pid} neither ended nor got there")
 
     def close(self) -> None:
-        for pid in self._pids:
-            if self.poll(pid) is None:
-                os.kill(pid, signal.SIGKILL)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(PATIENCE_SECONDS)
-        self._process.stdout.close()
+        for process in self._processes.values():
+            process.kill()
+            process.wait(PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from wegeft_cli.artifacts.checkpoint import find_newest_checkpoint
@@ -25,8 +26,9 @@ def start():
     """A function that starts `wegeft train`; what still runs at the end is killed."""
     started = []
 
-    def start_(recipe, *arguments):
-        process = subprocess.Popen(
+    def start_(recipe, *arguments, fresh=False):
+        start_process = subprocess.Popen if fresh else preloaded.Popen
+        process = start_process(
             [sys.executable, "-m", "wegeft_cli", "train", str(recipe), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -100,7 +102,7 @@ def test_a_signal_saves_and_leaves(write_recipe, start, read_run, number):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is loaded")
 def test_a_signal_while_torch_is_loading_leaves_no_ruin(write_recipe, start):
     recipe = write_recipe(train={"max_steps": 100_000})
-    process = start(recipe)
+    process = start(recipe, fresh=True)
     maps = Path(f"/proc/{process.pid}/maps")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while "libtorch_cpu" not in maps.read_text():

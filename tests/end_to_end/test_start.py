@@ -9,6 +9,7 @@ import threading
 import time
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 
@@ -123,7 +124,7 @@ def test_a_moved_run_resumes_where_it_is(write_recipe, tmp_path, stop_after, rea
 def test_of_two_starts_at_once_exactly_one_wins(write_recipe, read_run):
     recipe = write_recipe(train={"max_steps": 30})
     processes = [
-        subprocess.Popen(
+        preloaded.Popen(
             [sys.executable, "-m", "wegeft_cli", "train", str(recipe)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

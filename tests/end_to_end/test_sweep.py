@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from wegeft_cli.errors import MachineError, UserError
@@ -59,7 +60,9 @@ def wait_for_lines(process, run_dir, num_lines):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # six processes: half a minute on a quiet machine
-def test_interrupted_resumed_and_averaged(write_recipe, read_adapter, read_metrics, listener):
+def test_interrupted_resumed_and_averaged(
+    write_recipe, read_adapter, read_metrics, listener, monkeypatch
+):
     recipe = write_recipe(sweep=GRID, **SETTINGS)
     root = recipe.parent / "runs" / "tiny"
     names = [f"learning_rate={rate}_seed={seed}" for rate in ("0.01", "1e+30") for seed in (1, 2)]
@@ -85,6 +88,7 @@ def test_interrupted_resumed_and_averaged(write_recipe, read_adapter, read_metri
     assert [path.name for path in saved] != ["step-00000060"]
     assert saved
 
+    monkeypatch.setattr(children.subprocess, "Popen", preloaded.Popen)
     result = sweep(recipe, reporter=listener)
     assert result.status == "failed"
     assert [(run.name, run.status) for run in result.runs] == list(
@@ -223,7 +227,8 @@ def test_a_stop_before_a_run_has_its_handlers_is_no_fault(write_recipe, monkeypa
 
 
 @pytest.mark.slow
-def test_a_run_killed_from_outside_is_told(write_recipe):
+def test_a_run_killed_from_outside_is_told(write_recipe, monkeypatch):
+    monkeypatch.setattr(children.subprocess, "Popen", preloaded.Popen)
     recipe = write_recipe(train={"max_steps": 100_000})
     run_dir = recipe.parent / "runs" / "tiny"
 

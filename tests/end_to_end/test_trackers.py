@@ -5,10 +5,10 @@ import math
 import os
 import sqlite3
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,7 +42,7 @@ def launch(tmp_path):
     """A function that trains in a process of its own: trackers keep threads and patch streams."""
 
     def run(recipe, *arguments, **variables):
-        done = subprocess.run(
+        done = preloaded.run(
             [sys.executable, "-m", "wegeft_cli", "train", str(recipe), "--json", *arguments],
             capture_output=True,
             text=True,
@@ -310,12 +310,7 @@ def test_names_are_masked_for_every_tracker(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_only_the_first_of_two_processes_tracks(write_recipe, tmp_path):
     recipe = write_recipe(**with_tracker("tensorboard", per_device_train_batch_size=2))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "wegeft_cli", "train", str(recipe)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = preloaded.run_group(2, "-m", "wegeft_cli", "train", recipe, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     run_dir = recipe.parent / "runs" / "tiny"
     assert len(list((run_dir / "logs").iterdir())) == 1

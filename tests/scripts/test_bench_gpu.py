@@ -6,6 +6,7 @@ import json
 import sys
 import time
 
+import preloaded
 import pytest
 import torch
 
@@ -17,7 +18,8 @@ def bench_gpu(load_script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["steps", "settings"])
-def test_a_part_measures_small_shapes(bench_gpu, tmp_path, part):
+def test_a_part_measures_small_shapes(bench_gpu, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(bench_gpu.subprocess, "Popen", preloaded.Popen)
     assert bench_gpu.main(["--small", "--parts", part, "--folder", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["parts"][part]["results"]
     assert not [row for row in rows if "error" in row]

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import openai
+import preloaded
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -82,7 +83,7 @@ def chat(client: openai.OpenAI, name: str, **more: Any) -> Any:
 def served(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `wegeft serve` and yield the process and its address."""
     command = [sys.executable, "-m", "wegeft_cli", "serve", *words, "--port", "0"]
-    server = subprocess.Popen(
+    server = preloaded.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
