@@ -26,8 +26,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,20 +54,25 @@ class Experiment:
         prepare: Takes the folder and the file of --data; returns the recipe.
         contestants: Label -> its settings (`adapter.*`).
         rates: Learning rates of every search.
-        more_rates: Label -> rates of its search, where the best one was an end of `rates`.
         search_seeds: Number of seeds of the search.
     """
 
     prepare: Callable[[Path, Path | None], dict[str, Any]]
     contestants: dict[str, list[str]]
     rates: list[str]
-    more_rates: dict[str, list[str]] = field(default_factory=dict)
     search_seeds: int = 1
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
-    """Write a JSONL file."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_parts(
+    parts: dict[str, list[dict[str, Any]]], folder: Path, **keys: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Write a JSONL file for each part of the rows; return the recipe's sources with these keys."""
+    sources = {}
+    for name, rows in parts.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        sources[name] = [{"path": str(file.resolve()), **keys}]
+    return sources
 
 
 def read_rows(file: Path | None) -> list[dict[str, Any]]:
@@ -77,7 +82,7 @@ def read_rows(file: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def language_recipe(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, Any]:
+def language_recipe(sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return the recipe of an experiment with SmolLM2-135M."""
     return {
         "seed": 42,
@@ -87,8 +92,7 @@ def language_recipe(train: dict[str, Any], validation: dict[str, Any]) -> dict[s
             "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
         },
         "data": {
-            "train": [train],
-            "validation": [validation],
+            **sources,
             "template": "question_answer",
             "max_length": 128,
         },
@@ -112,25 +116,19 @@ def prepare_gsm8k(folder: Path, data: Path | None) -> dict[str, Any]:
         for row in read_rows(data)
         if len(tokenizer(row["question"] + "\n" + row["answer"])["input_ids"]) <= MAX_TOKENS
     ]
+    parts = {"train": rows[:192], "validation": rows[192:256]}
     columns = {"prompt": "question", "completion": "answer"}
-    sources = []
-    for name, part in {"train": rows[:192], "validation": rows[192:256]}.items():
-        write_rows(part, folder / f"{name}.jsonl")
-        sources.append({"path": str((folder / f"{name}.jsonl").resolve()), "columns": columns})
-    return language_recipe(*sources)
+    return language_recipe(write_parts(parts, folder, columns=columns))
 
 
 def prepare_problems(folder: Path, data: Path | None) -> dict[str, Any]:
     """Take the quickstart's problems: 384 to train, the last 64 to validate, 200 to score."""
     file = PROBLEMS / "quickstart" / "train.json"
     rows = json.loads(file.read_text(encoding="utf-8"))
-    sources = []
-    for name, part in {"train": rows[:384], "validation": rows[-64:]}.items():
-        write_rows(part, folder / f"{name}.jsonl")
-        path = str((folder / f"{name}.jsonl").resolve())
-        sources.append({"path": path, "format": "instruction"})
+    parts = {"train": rows[:384], "validation": rows[-64:]}
+    sources = write_parts(parts, folder, format="instruction")
     tasks = {"tasks": ["quickstart"], "protocol": "quickstart", "data_dir": str(PROBLEMS.resolve())}
-    return {**language_recipe(*sources), "eval": tasks}
+    return {**language_recipe(sources), "eval": tasks}
 
 
 def prepare_steps(folder: Path, data: Path | None) -> dict[str, Any]:
@@ -142,9 +140,6 @@ def prepare_steps(folder: Path, data: Path | None) -> dict[str, Any]:
         {"text": row["question"], "label": row["answer"].count("<<")} for row in read_rows(data)
     ]
     parts = {"train": rows[:512], "validation": rows[512:768], "test": rows[768:1280]}
-    for name, part in parts.items():
-        write_rows(part, folder / f"{name}.jsonl")
-    sources = {name: [{"path": str((folder / f"{name}.jsonl").resolve())}] for name in parts}
     return {
         "seed": 42,
         "task": "sequence_classification",
@@ -153,7 +148,7 @@ def prepare_steps(folder: Path, data: Path | None) -> dict[str, Any]:
             "dtype": "float32",
         },
         "adapter": {"type": "wegeft", "target_modules": ["query", "value"]},
-        "data": {**sources, "problem_type": "regression", "max_length": 256},
+        "data": {**write_parts(parts, folder), "problem_type": "regression", "max_length": 256},
         "train": {
             "per_device_train_batch_size": 16,
             "per_device_eval_batch_size": 64,
@@ -197,13 +192,8 @@ IMAGES = {
     "per_layer": ["r=4", "alpha=4", "share=none"],
 }
 EXPERIMENTS = {
-    "gsm8k": Experiment(
-        prepare_gsm8k,
-        LANGUAGE,
-        ["1e-3", "3e-3", "1e-2"],
-        {"lora": ["1e-3", "3e-3", "1e-2", "3e-2"], "lora8": ["3e-4", "1e-3", "3e-3", "1e-2"]},
-    ),
-    "problems": Experiment(prepare_problems, LANGUAGE, ["1e-3", "3e-3", "1e-2"]),
+    "gsm8k": Experiment(prepare_gsm8k, LANGUAGE, ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]),
+    "problems": Experiment(prepare_problems, LANGUAGE, ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]),
     "steps": Experiment(prepare_steps, ENCODER, ["1e-3", "3e-3", "1e-2", "3e-2"], search_seeds=3),
     "digits": Experiment(
         prepare_digits, IMAGES, ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"], search_seeds=3
@@ -228,22 +218,8 @@ def run(name: str, data: Path | None, labels: list[str] | None, seeds: int, jobs
     for label in chosen:
         for setting in experiment.contestants[label]:
             command += ["--set", f"{label}:adapter.{setting}"]
-        if label in experiment.more_rates:
-            own = ",".join(experiment.more_rates[label])
-            command += ["--search", f"{label}:train.learning_rate={own}"]
-    return subprocess.run(
-        [
-            *command,
-            "--seeds",
-            str(seeds),
-            "--search-seeds",
-            str(experiment.search_seeds),
-            "--jobs",
-            str(jobs),
-            "--baseline",
-            "lora",
-        ]
-    ).returncode
+    command += ["--seeds", str(seeds), "--search-seeds", str(experiment.search_seeds)]
+    return subprocess.run([*command, "--jobs", str(jobs), "--baseline", "lora"]).returncode
 
 
 def _type(label: str) -> str:

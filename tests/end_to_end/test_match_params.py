@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from wegeft_cli.cli.commands.plan import show_groups
 from wegeft_cli.errors import UserError
@@ -28,6 +29,7 @@ from wegeft_cli.runs.train import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WITHOUT_RANK = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+TYPES = {str(getattr(kind, "value", kind)).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 WITH_SCALE = {**WITHOUT_RANK, "r": 4, "alpha": 2}
 
 
@@ -154,6 +156,11 @@ def test_a_method_that_refuses_every_rank_tells_why():
         (["adapter.alpha=3", "adapter.match_params={params: 5000, scale: 1}"], "keep one of the"),
         (["adapter.scale_rule=rank_width", "adapter.match_params={params: 5, scale: 1}"], "rule"),
         (["adapter.match_params=nowhere.yaml"], "no such file"),
+        pytest.param(
+            ["adapter.type=tinylora", "adapter.match_params=20000"],
+            "other options of the method change the number",
+            marks=pytest.mark.skipif("tinylora" not in TYPES, reason="a newer PEFT's"),
+        ),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_told(write_with, overrides, words):

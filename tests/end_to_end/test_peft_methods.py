@@ -58,3 +58,11 @@ def test_what_a_method_cannot_do_is_told_at_its_key(write_recipe, settings, key)
     with pytest.raises(UserError) as caught:
         load_recipe(write_recipe(**settings))
     assert caught.value.key == key
+
+
+def test_a_rank_without_effect_is_told(write_recipe, listener):
+    for name, is_told in (("ia3", True), ("lora", False)):
+        listener.notes.clear()
+        train(write_recipe(adapter={"type": name, "r": 3}), dry_run=True, reporter=listener)
+        note = f"`adapter.r` 3 has no effect on {name!r}"
+        assert (note in listener.notes) == is_told

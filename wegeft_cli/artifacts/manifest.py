@@ -19,6 +19,8 @@ from wegeft_cli.storage.json_files import is_number, parse_json, shorten
 PEFT_TYPE = "WEGEFT"
 INPLACE_TYPE = "WEGEFT_INPLACE"
 """`peft_type` of adapters that hold the base's own parameters; PEFT has no such method."""
+AFFINE_TYPE = "WEGEFT_AFFINE"
+"""`peft_type` of adapters of affine edits; PEFT has no such method."""
 FORMAT_VERSION = 1
 
 _ENTRY_KEYS = frozenset({"group", "rows", "transposed", "experts"})

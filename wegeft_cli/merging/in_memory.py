@@ -108,9 +108,9 @@ def write_model(model: Any, processor: Any, form: OutputFormat) -> int:
     with atomic_folder(form.folder) as temporary, quiet_transformers():
         model.save_pretrained(str(temporary), max_shard_size=form.max_shard_size or _MAX_SHARD)
         processor.save_pretrained(str(temporary))
-        texts: dict[str, str | None] = dict(form.texts)
+        texts = dict(form.texts)
         if form.special_tokens:
             texts |= special_token_files(temporary, processor, form.special_tokens)
         for name, text in texts.items():
-            (temporary / name).write_text(text or "", encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8")
         return len(list_tensors(temporary))

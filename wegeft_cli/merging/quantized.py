@@ -13,7 +13,13 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.in_memory import fold_onto
 from wegeft_cli.methods.registry import load_onto
-from wegeft_cli.models.loading import find_dtype, load_base, load_model, load_tokenizer, quantise_as
+from wegeft_cli.models.loading import (
+    find_dtype,
+    load_base,
+    load_model,
+    load_tokenizer_of,
+    quantise_as,
+)
 from wegeft_cli.models.quantization import dequantise, name_kind
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 from wegeft_cli.reporter import Reporter
@@ -92,7 +98,7 @@ def compare_logits(
         )
         return None
     trusts = section.trust_remote_code
-    tokenizer = load_tokenizer(section.name_or_path, trust_remote_code=trusts)
+    tokenizer = load_tokenizer_of(section)
     ids = torch.tensor([tokenizer(_TEXT).input_ids])
     model = load_onto(load_base(section), adapter, section)
     trained = _read_logits(model.eval(), ids)

@@ -142,6 +142,24 @@ def check_without_generators(recipe: Recipe) -> Iterator[Fault]:
         yield "train.strategy", message, "set `train.strategy: replicated`"
 
 
+def check_unread(recipe: Recipe, names: Sequence[str], why: str = "") -> Iterator[Fault]:
+    """Yield keys of `adapter` that a method does not read, where they are set."""
+    for name in names:
+        value = getattr(recipe.adapter, name)
+        if value != getattr(AdapterSection(), name):
+            message = f"{value!r} is not read by `adapter.type` {recipe.adapter.type!r}{why}"
+            yield f"adapter.{name}", message, "remove it"
+
+
+def count_whole(model: nn.Module, names: Sequence[str]) -> list[ParameterGroup]:
+    """Return the group of the modules that are trained whole, or nothing without any."""
+    if not names:
+        return []
+    parameters = [p for name in names for p in model.get_submodule(name).parameters()]
+    total = sum(parameter.numel() for parameter in parameters)
+    return [ParameterGroup(MODULES_TO_SAVE, len(names), None, total)]
+
+
 def check_no_peft_keys(recipe: Recipe) -> Iterator[Fault]:
     """Yield `adapter.peft` where a method that is not PEFT's does not read it."""
     if recipe.adapter.peft:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from wegeft_cli.methods.base import LAYER_KEYS, LayerChoice
+from wegeft_cli.methods.base import LAYER_KEYS, LayerChoice, check_unread
 from wegeft_cli.methods.peft.method import PeftMethod
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
@@ -29,11 +29,7 @@ class LnTuningMethod(PeftMethod):
     def check(self, recipe: Recipe) -> Iterator[Fault]:
         """Yield a rank or an alpha, which norms do not have."""
         yield from super().check(recipe)
-        for name in ("r", "alpha"):
-            value = getattr(recipe.adapter, name)
-            if value != getattr(AdapterSection(), name):
-                message = f"{value!r} is not read by `adapter.type` 'ln_tuning', which trains norms"
-                yield f"adapter.{name}", message, "remove it"
+        yield from check_unread(recipe, ("r", "alpha"), ", which trains norms")
 
     def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
         """Return None: no linear layer is adapted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from wegeft_cli.planning.memory import (
 from wegeft_cli.planning.rank_match import match_rank
 from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe
-from wegeft_cli.recipe.schema import Recipe, TrainSection
+from wegeft_cli.recipe.schema import AdapterSection, Recipe, TrainSection
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.tasks.base import Task, TaskData, without_cache
 from wegeft_cli.tasks.registry import find_task
@@ -242,6 +242,10 @@ def _check_model(
     targets = settle_targets(recipe, skeleton)
     targets = match_rank(recipe, loaded.path.parent, skeleton, targets, settle_targets)
     section = targets.section
+    if section.r != AdapterSection.r and not find_method(section.type).reads_rank(section):
+        options = " with these options" if section.peft else ""
+        note = f"`adapter.r` {section.r} has no effect on {section.type!r}{options}"
+        targets = replace(targets, notes=(*targets.notes, note))
     if not resuming:
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
         with missing.tolerated("adapter.init_from"):

@@ -159,6 +159,13 @@ def _choose(counts: dict[int, int], budget: int, method: str) -> tuple[int, int]
     if abs(counts[rank] - budget) <= _TOLERANCE * budget:
         return rank, counts[rank]
     others = [other for other in nearest if counts[other] != counts[rank]]
+    if not others and len(counts) > 1:
+        raise UserError(
+            f"{method!r} trains {counts[rank]:,} parameters here at each rank that was counted, "
+            f"and the budget is {budget:,}",
+            key=BUDGET_KEY,
+            hint="set `adapter.r`; other options of the method change the number",
+        )
     two = sorted([rank, *others[:1]])
     shown = " and ".join(f"rank {r} has {counts[r]:,}" for r in two)
     raise UserError(

@@ -19,6 +19,7 @@ from wegeft_cli.methods.base import (
     Method,
     ParameterGroup,
     check_without_generators,
+    count_whole,
 )
 from wegeft_cli.methods.peft.support import (
     NEED_WEIGHTS,
@@ -235,11 +236,8 @@ def _count_by_shape(
         number = count_layer(section.type, config, target.d_in, target.d_out)
         counts.setdefault(target.kind, []).append(number)
     groups = [ParameterGroup(kind, len(each), None, sum(each)) for kind, each in counts.items()]
-    if saved := find_saved_modules(skeleton, section.modules_to_save):
-        whole = [p for name in saved for p in skeleton.get_submodule(name).parameters()]
-        total = sum(parameter.numel() for parameter in whole)
-        groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
-    return groups
+    saved = find_saved_modules(skeleton, section.modules_to_save)
+    return [*groups, *count_whole(skeleton, saved)]
 
 
 METHOD = PeftMethod()

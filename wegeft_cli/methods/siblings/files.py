@@ -17,13 +17,11 @@ from wegeft_cli.artifacts.adapter_files import (
     WEIGHTS_NAME,
     load_finite_tensors,
 )
+from wegeft_cli.artifacts.manifest import AFFINE_TYPE
 from wegeft_cli.artifacts.prompt_record import PROMPT_KEY, PromptRecord
 from wegeft_cli.errors import UserError
 from wegeft_cli.storage.atomic import atomic_folder, save_tensors_atomic, write_text_atomic
 from wegeft_cli.storage.json_files import is_number, parse_json, shorten
-
-AFFINE_TYPE = "WEGEFT_AFFINE"
-"""`peft_type` of these adapters; PEFT has no such method."""
 
 
 @dataclass(frozen=True)

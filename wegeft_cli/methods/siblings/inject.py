@@ -24,7 +24,11 @@ from wegeft_cli.methods.wegeft.inject import (
 )
 from wegeft_cli.methods.wegeft.modules import Generators
 from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target, check_untied, find_targets
-from wegeft_cli.methods.wegeft.trained_modules import check_saved_modules, wrap_saved_modules
+from wegeft_cli.methods.wegeft.trained_modules import (
+    SavedModules,
+    check_saved_modules,
+    wrap_saved_modules,
+)
 from wegeft_cli.models.file_names import rename_layers, rename_tensors
 from wegeft_cli.recipe.schema import AdapterSection
 
@@ -41,21 +45,23 @@ class AffineEdits(nn.Module):
         method: Name of the method.
         targets: The layers.
         rank: r.
-        scale: alpha / r.
+        alpha: Numerator of the scale alpha / r.
         seed: The initial values are a pure function of (seed, layer name).
     """
 
     def __init__(
-        self, method: str, targets: Sequence[Target], rank: int, scale: float, seed: int
+        self, method: str, targets: Sequence[Target], rank: int, alpha: float, seed: int
     ) -> None:
         super().__init__()
         kind = EDITS[method]
-        self.names = {target.name.replace(".", "-"): target.name for target in targets}
+        self.alpha = alpha
+        self.names: dict[str, str] = {}
         self.edits, self.pairs = nn.ModuleDict(), nn.ModuleDict()
         for target in targets:
             shape = (target.d_in, target.d_out)
-            edit = kind(*shape, rank, scale, _seeded(seed, target.name))
-            self.edits[target.name.replace(".", "-")] = edit
+            key = target.name.replace(".", "-")  # a key of ModuleDict holds no dot
+            self.names[key] = target.name
+            self.edits[key] = edit = kind(*shape, rank, alpha / rank, _seeded(seed, target.name))
             if kind.shares:
                 group = f"{target.kind}_{target.d_in}_{target.d_out}"
                 if group not in self.pairs:
@@ -134,8 +140,8 @@ def inject_edits(
     check_untied(model, targets)
     check_saved_modules(model, saved, targets)
     model.requires_grad_(False)
-    alpha = default_alpha(section.r) if section.alpha is None else section.alpha
-    adapter = AffineEdits(section.type, targets, section.r, alpha / section.r, seed)
+    alpha = float(default_alpha(section.r) if section.alpha is None else section.alpha)
+    adapter = AffineEdits(section.type, targets, section.r, alpha, seed)
     first = next(model.get_submodule(targets[0].name).parameters())
     adapter.to(first.device)
     if first.dtype == torch.float64:
@@ -150,11 +156,11 @@ def inject_edits(
     return adapter
 
 
-def edits_of(model: nn.Module) -> tuple[Generators, AffineEdits]:
-    """Return the owner and the edits at a model's root."""
+def edits_of(model: nn.Module) -> tuple[SavedModules | None, AffineEdits]:
+    """Return the modules that are trained whole and the edits of a model."""
     owner = get_generators(model)
     assert owner is not None
-    return owner, cast(AffineEdits, owner.adapters[_ADAPTER])
+    return owner.saved_of(_ADAPTER), cast(AffineEdits, owner.adapters[_ADAPTER])
 
 
 def attach_tensors(
@@ -165,8 +171,7 @@ def attach_tensors(
     Raises:
         UserError: If a tensor is missing, unknown or of another shape.
     """
-    owner, adapter = edits_of(model)
-    whole = owner.saved_of(_ADAPTER)
+    whole, adapter = edits_of(model)
     layers = rename_layers(model, [name.removeprefix("edits.") for name in tensors])
     ours = adapter.named()
     theirs = {
@@ -195,7 +200,7 @@ def fold_edits(model: Any) -> int:
     Raises:
         UserError: If a layer is quantized, or its architecture has no place for a bias.
     """
-    owner, adapter = edits_of(model)
+    whole, adapter = edits_of(model)
     changed: dict[str, tuple[Tensor, Tensor]] = {}
     without: list[str] = []
     for name, edit in adapter.by_name().items():
@@ -224,8 +229,7 @@ def fold_edits(model: Any) -> int:
             if layer.bias is not None:
                 layer.bias.copy_(bias)
             count += 1 + (layer.bias is not None)
-        saved = owner.saved_of(_ADAPTER)
-        for name, tensor in ({} if saved is None else saved.named_tensors()).items():
+        for name, tensor in ({} if whole is None else whole.named_tensors()).items():
             model.get_parameter(name).copy_(tensor)
             count += 1
     return count

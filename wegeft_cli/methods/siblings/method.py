@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wegeft_cli.artifacts.manifest import AFFINE_TYPE
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.base import (
-    MODULES_TO_SAVE,
     UNREAD_WITHOUT_GENERATORS,
     AdapterRecord,
     LayerChoice,
     Method,
     ParameterGroup,
     check_no_peft_keys,
+    check_unread,
     check_without_generators,
+    count_whole,
 )
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import SIBLING_TYPES, AdapterSection, Recipe
@@ -37,7 +39,7 @@ class SiblingMethod(Method):
     """An affine edit of the output of each chosen linear layer."""
 
     names = SIBLING_TYPES
-    peft_types = ("WEGEFT_AFFINE",)
+    peft_types = (AFFINE_TYPE,)
     needs_package = True
 
     def describe(self, peft_type: str) -> str:
@@ -54,11 +56,7 @@ class SiblingMethod(Method):
         adapter = recipe.adapter
         yield from check_without_generators(recipe)
         yield from check_no_peft_keys(recipe)
-        for name in _UNREAD.get(adapter.type, ()):
-            value = getattr(adapter, name)
-            if value != getattr(AdapterSection(), name):
-                message = f"{value!r} is not read by `adapter.type` {adapter.type!r}"
-                yield f"adapter.{name}", message, "remove it"
+        yield from check_unread(recipe, _UNREAD.get(adapter.type, ()))
         if adapter.init_from is not None:
             message = f"{adapter.type!r} does not start from an adapter"
             yield "adapter.init_from", message, "remove it"
@@ -102,11 +100,8 @@ class SiblingMethod(Method):
             shared.add(group)
             counts.setdefault(target.kind, []).append(number)
         groups = [ParameterGroup(name, len(n), None, sum(n)) for name, n in counts.items()]
-        if saved := find_saved_modules(skeleton, section.modules_to_save, targets):
-            whole = [p for name in saved for p in skeleton.get_submodule(name).parameters()]
-            total = sum(parameter.numel() for parameter in whole)
-            groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
-        return groups
+        saved = find_saved_modules(skeleton, section.modules_to_save, targets)
+        return [*groups, *count_whole(skeleton, saved)]
 
     def inject(
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
@@ -125,18 +120,15 @@ class SiblingMethod(Method):
         from wegeft_cli.artifacts.adapter_files import CARD_NAME
         from wegeft_cli.methods.siblings.files import AffineManifest, save_affine_files
         from wegeft_cli.methods.siblings.inject import edits_of
-        from wegeft_cli.methods.wegeft.equations import default_alpha
         from wegeft_cli.models.quantization import find_kind
         from wegeft_cli.version import VERSION
 
-        owner, adapter = edits_of(model)
-        whole = owner.saved_of("default")
+        whole, adapter = edits_of(model)
         section, base = record.recipe.adapter, record.recipe.model
-        alpha = default_alpha(section.r) if section.alpha is None else section.alpha
         manifest = AffineManifest(
             method=section.type,
             r=section.r,
-            alpha=float(alpha),
+            alpha=adapter.alpha,
             target_modules=tuple(adapter.names.values()),
             modules_to_save=() if whole is None else tuple(whole.by_name()),
             task_type=record.task_type,

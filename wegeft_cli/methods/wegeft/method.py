@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from wegeft_cli.artifacts.manifest import PEFT_TYPE
 from wegeft_cli.methods.base import (
-    MODULES_TO_SAVE,
     AdapterRecord,
     LayerChoice,
     Method,
     ParameterGroup,
     check_no_peft_keys,
+    count_whole,
 )
 from wegeft_cli.recipe.rules import Fault
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
@@ -98,11 +98,7 @@ class WeGeFTMethod(Method):
             for name, members in assigned.items()
         ]
         saved = find_saved_modules(skeleton, section.modules_to_save, targets)
-        if saved:
-            modules = [skeleton.get_submodule(name) for name in saved]
-            total = sum(p.numel() for module in modules for p in module.parameters())
-            groups.append(ParameterGroup(MODULES_TO_SAVE, len(saved), None, total))
-        return groups
+        return [*groups, *count_whole(skeleton, saved)]
 
     def scale(self, skeleton: nn.Module, section: AdapterSection) -> float:
         """Return alpha / r, by the rule where one is set."""

@@ -37,10 +37,9 @@ def expect_flat(skeleton: nn.Module, recipe: Recipe) -> str | None:
     base: Any = unwrap(skeleton)
     config = base.config.get_text_config()
     attention = recipe.model.attn_implementation or getattr(config, "_attn_implementation", None)
-    if recipe.train.compile:
-        return "train.compile is set, and compiled layers take one shape"
-    if recipe.model.load_in_8bit:
-        return "products in 8 bits depend on the other rows of a batch"
+    reason = _refuse_settings(recipe)
+    if reason is not None:
+        return reason
     if attention != "sdpa" and not str(attention).startswith("flash_attention"):
         return f"the attention {attention!r} does not separate them"
     if getattr(base.config, "is_encoder_decoder", False):
@@ -49,6 +48,15 @@ def expect_flat(skeleton: nn.Module, recipe: Recipe) -> str | None:
         return "the model takes no `position_ids`"
     if getattr(base, "_is_stateful", False):
         return "the model has a recurrent state"
+    return None
+
+
+def _refuse_settings(recipe: Recipe) -> str | None:
+    """Return which setting forbids rows end to end in any model, or None."""
+    if recipe.train.compile:
+        return "train.compile is set, and compiled layers take one shape"
+    if recipe.model.load_in_8bit:
+        return "products in 8 bits depend on the other rows of a batch"
     return None
 
 
@@ -68,9 +76,7 @@ def check_flat(model: nn.Module, recipe: Recipe) -> str | None:
         logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
         flat_logits, flat_gradients = _run(model, collate_flat(rows), recipe)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if is_out_of_memory(error):
-            return "their test, which keeps all activations, does not fit into memory"
-        return f"this {type(unwrap(model)).__name__} fails on rows end to end ({error!r:.200})"
+        return _explain(model, error)
     return _compare(model, (flat_logits, flat_gradients), (logits, gradients))
 
 
@@ -81,15 +87,13 @@ def check_flat_classes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> str 
     lay the rows end to end stay on a model that passes.
     """
     attention = getattr(unwrap(model).config.get_text_config(), "_attn_implementation", None)
-    if recipe.train.compile:
-        return "train.compile is set, and compiled layers take one shape"
-    if recipe.model.load_in_8bit:
-        return "products in 8 bits depend on the other rows of a batch"
+    reason = _refuse_settings(recipe)
+    if reason is not None:
+        return reason
     if attention != "sdpa":
         return f"the attention {attention!r} does not separate them"
     rows = tokenise_test_rows(tokenizer, recipe.data.max_length)
     numbers, layers = (1, 0, 2), FlatLayers(model)
-    reason = None
     try:
         parts = [_run_texts(model, tokenizer, recipe, rows, [number]) for number in numbers]
         logits, gradients = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -99,11 +103,7 @@ def check_flat_classes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> str 
         else:
             reason = f"the layers of this {type(unwrap(model)).__name__} take another mask"
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        if is_out_of_memory(error):
-            reason = "their test, which keeps all activations, does not fit into memory"
-        else:
-            name = type(unwrap(model)).__name__
-            reason = f"this {name} fails on rows end to end ({error!r:.200})"
+        reason = _explain(model, error)
     if reason is not None:
         layers.remove()
     return reason
@@ -159,6 +159,12 @@ def _embedded(model: nn.Module) -> Iterator[list[Tensor]]:
         yield embedded
     finally:
         handle.remove()
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "their test, which keeps all activations, does not fit into memory"
+    return f"this {type(unwrap(model)).__name__} fails on rows end to end ({error!r:.200})"
 
 
 def _describe(model: nn.Module, what: str, error: float) -> str:
