@@ -13,7 +13,8 @@ from transformers import (
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
-from wegeft_cli.methods.siblings.inject import EDITS, attach_tensors, edits_of
+from wegeft_cli.methods.siblings.folding import affine_changes
+from wegeft_cli.methods.siblings.inject import EDITS, attach_tensors, edits_of, select_layers
 from wegeft_cli.recipe.schema import SIBLING_TYPES, AdapterSection
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -87,6 +88,27 @@ def test_an_edit_starts_at_the_base_and_merges_exactly(name, make):
     assert num_folded >= 8
     assert not any("wegeft" in key for key in merged.state_dict())
     torch.testing.assert_close(logits_of(merged), edited, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", SIBLING_TYPES)
+def test_a_change_in_blocks_of_rows_is_the_change_of_the_whole(name):
+    model = inject(build(lambda: llama(attention_bias=True)), name, target_modules=["q_proj"])
+    shake(model)
+    section = AdapterSection(type=name, r=4, target_modules=["q_proj"])
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    targets = select_layers(model, section)
+    changes = affine_changes(model, edits_of(model)[1], targets, {}, shapes, 0.5)
+    biased = name in ("red", "ssf", "loreft")
+    assert len(changes) == 2 * (1 + biased)
+    for key, change in changes.items():
+        own = model.get_parameter(key).detach()
+        layer, _, kind = key.rpartition(".")
+        edit = edits_of(model)[1].by_name()[layer]
+        exact = edit.merged_weight(own) if kind == "weight" else edit.merged_bias(own)
+        assert change.rows_at_once((5000, 32)) == (5000 if name == "loreft" else 1024)
+        step = len(own) if name == "loreft" or kind == "bias" else 5
+        blocks = [change(own[i : i + step].clone(), i) for i in range(0, len(own), step)]
+        torch.testing.assert_close(torch.cat(blocks), own + 0.5 * (exact - own), rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", SIBLING_TYPES)

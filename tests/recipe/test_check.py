@@ -61,8 +61,26 @@ def test_closed_choices(pattern):
     key = pattern.replace("[]", "[0]")
     assert key in [k for k, _ in faults]
     message = next(m for k, m in faults if k == key)
-    assert ", ".join(CHOICES[pattern]) in message
+    if pattern != "adapter.type":  # too many to list
+        assert ", ".join(CHOICES[pattern]) in message
     assert set(CHOICES[pattern]) == set(get_args(kind_at(parse_key(key))))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lorra", "did you mean `lora`, `glora` or `1lora`? docs/methods.md lists the methods"),
+        ("WeGeFT", "did you mean `wegeft`, `waveft` or `deft`? docs/methods.md lists the methods"),
+        ("nonsense", "docs/methods.md lists the methods"),
+        ("qlora", "write lora, and set `model.load_in_4bit: true`"),
+        ("bone", "use `miss`"),
+    ],
+)
+def test_an_unknown_method_is_answered_with_the_nearest_names(name, hint):
+    (fault,) = check_recipe(change(adapter={"type": name}), where=lambda key: None)
+    assert fault.hint == hint
+    assert name in fault.message
+    assert len(fault.message) < 100
 
 
 def test_nearest_choice_is_the_hint():

@@ -156,6 +156,12 @@ class Adapter:
         """Path of `adapter_model.safetensors`."""
         return self.folder / WEIGHTS_NAME
 
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The base's fingerprint; None where the config, which a method checks, holds none."""
+        found = self.config.get("base_fingerprint")
+        return found if isinstance(found, str) else None
+
     @cached_property
     def manifest(self) -> AdapterManifest:
         """The config of a WeGeFT adapter, strictly checked."""

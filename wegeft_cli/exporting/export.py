@@ -17,7 +17,7 @@ from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
 from wegeft_cli.inference.form_choice import choose_chat_template
-from wegeft_cli.methods.registry import require_generators
+from wegeft_cli.methods.registry import method_of, refuse_adapter
 from wegeft_cli.methods.wegeft.lora_equivalent.files import (
     count_bytes,
     plan_tensors,
@@ -25,7 +25,7 @@ from wegeft_cli.methods.wegeft.lora_equivalent.files import (
 )
 from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
 from wegeft_cli.methods.wegeft.lora_equivalent.readers import check_peft, prepare_for_vllm
-from wegeft_cli.methods.wegeft.save_load import base_errors, check_base
+from wegeft_cli.methods.wegeft.save_load import base_errors
 from wegeft_cli.models.base_folder import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
@@ -118,9 +118,10 @@ def export(
 ) -> ExportResult:
     """Write an adapter, or a model, in a form that other tools read.
 
-    lora: the exact LoRA equivalent, `B = s W phi, A = psi` with scaling 1 (output side `B = s phi,
-    A = psi W`), which stock PEFT, vLLM and SGLang read. gguf: the same pairs in llama.cpp's format,
-    or a whole model if the target is a model folder.
+    lora: the exact LoRA equivalent with scaling 1, which stock PEFT, vLLM and SGLang read: of
+    WeGeFT `B = s W phi, A = psi` (output side `B = s phi, A = psi W`), of 1LoRA `B = v, A = 1^T`,
+    of tied LoRA `B = s diag(v) B, A = diag(u) A`. gguf: the same pairs in llama.cpp's format, or a
+    whole model if the target is a model folder.
 
     Args:
         target: An adapter or run folder, or (gguf) a model folder; None takes the newest finished
@@ -220,10 +221,13 @@ def _export_adapter(
     reporter: Reporter,
 ) -> ExportResult:
     check_unused_folder(output)
-    hint = "merge it and export the model" if format == "gguf" else "PEFT reads it as it is"
-    require_generators(adapter, "only a WeGeFT adapter has an exact LoRA equivalent", hint=hint)
-    files = adapter.files
-    if (quantized := files.manifest.base_quantization) is not None:
+    method = method_of(adapter)
+    if not method.has_lora_equivalent(adapter):
+        is_readable = format == "lora" and not method.needs_package
+        hint = "PEFT reads it as it is" if is_readable else "merge it and export the model"
+        reason = "only WeGeFT, 1LoRA and tied LoRA have an exact LoRA equivalent"
+        refuse_adapter(adapter, reason, hint=hint)
+    if (quantized := adapter.quantization) is not None:
         reporter.warn(
             f"this adapter was trained on a base quantized as {quantized}; parity is measured on "
             "the 16-bit base, and served on that it answers otherwise than it was trained "
@@ -233,7 +237,6 @@ def _export_adapter(
     revision = revision or (None if base else adapter.revision)
     with base_errors(base, adapter.folder):
         base_dir = fetch_base_folder(name_or_path, revision)
-        check_base(files.manifest, base_dir, adapter.folder, warn=reporter.warn)
         section = ModelSection(
             str(base_dir),
             trust_remote_code=adapter.trusts_remote_code,
@@ -246,12 +249,12 @@ def _export_adapter(
             reporter.warn,
         )
         plan = plan_lora_equivalent(
-            files,
+            adapter,
             base_dir,
-            adapter.folder,
             pad_rank=options.pad_rank,
             pad_siblings=options.pad_siblings,
             trust_remote_code=adapter.trusts_remote_code,
+            warn=reporter.warn,
         )
     if options.server is None:
         _check_readers(plan, format, adapter.folder, reporter)
@@ -373,6 +376,8 @@ class _PairExport:
             self.name_or_path,
             self.revision,
             title=output.resolve().name,
+            method=plan.pairs.method,
+            formula=plan.pairs.formula,
             rank=plan.rank,
             num_modules=len(plan.members),
             num_parameters=sum(
@@ -395,7 +400,7 @@ class _PairExport:
         self.reporter.note("measuring parity: the base is loaded")
         parity = measure_parity(
             self.base_dir,
-            self.adapter.folder,
+            self.adapter,
             folder,
             prompts=self.options.prompts or PROMPTS,
             trust_remote_code=self.adapter.trusts_remote_code,

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import BaseModelError, MachineError
-from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
-from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
-from wegeft_cli.methods.wegeft.save_load import load_adapter
+from wegeft_cli.methods.registry import method_of
 from wegeft_cli.models.loading import load_model, load_tokenizer
 
 PROMPTS = (
@@ -26,13 +24,13 @@ PROMPTS = (
 )
 """Default prompts of the parity report."""
 
-_SPARE = 1.3  # logits, factors and a kept copy of the folded weights need room beside the model
+_SPARE = 1.3  # logits, factors and the pairs of the export need room beside the model
 _GIB = 2**30
 
 
 def measure_parity(
     base_dir: Path,
-    adapter_dir: Path,
+    adapter: Adapter,
     lora_dir: Path,
     *,
     prompts: Sequence[str],
@@ -60,10 +58,10 @@ def measure_parity(
             if dtype == "auto" and told == "float32":
                 break
             stored = told
-            base, adapter, merged, lora = _compute(model, adapter_dir, lora_dir, rows)
-            effects.append({"dtype": told, "effect": float((adapter - base).abs().max())})
+            base, adapted, merged, lora = _compute(model, adapter, lora_dir, rows)
+            effects.append({"dtype": told, "effect": float((adapted - base).abs().max())})
             results += [
-                {"dtype": told, "pair": f"adapter and {name}", **_compare(adapter, other)}
+                {"dtype": told, "pair": f"adapter and {name}", **_compare(adapted, other)}
                 for name, other in (("LoRA equivalent in PEFT", lora), ("merged", merged))
             ]
             del model
@@ -91,21 +89,20 @@ def _load(base_dir: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
 
 
 def _compute(
-    model: nn.Module, adapter_dir: Path, lora_dir: Path, rows: Sequence[Tensor]
+    model: nn.Module, adapter: Adapter, lora_dir: Path, rows: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return float32 logits of base, adapter, merge and LoRA export, [positions, vocabulary]."""
     from wegeft_cli.methods.peft.loading import load_peft
 
-    load_adapter(model, adapter_dir)
-    with disable_generators(model):
-        base = _logits(model, rows)
-    adapter = _logits(model, rows)
-    fold_generators(model)
-    merged = _logits(model, rows)
-    unfold_generators(model)
-    remove_generators(model)
-    lora = _logits(load_peft(model, Adapter.open(lora_dir)), rows)
-    return base, adapter, merged, lora
+    base = _logits(model, rows)
+    peft_model: Any = load_peft(model, Adapter.open(lora_dir))
+    lora = _logits(peft_model, rows)
+    model = peft_model.unload()
+    method = method_of(adapter)
+    model = method.load(model, adapter, base_dir=None, warn=lambda text: None).eval()
+    adapted = _logits(model, rows)
+    model, _ = method.fold(model, adapter)
+    return base, adapted, _logits(model, rows), lora
 
 
 def _logits(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,6 @@ from wegeft_cli.methods.wegeft.lora_equivalent.readers import (
     check_lora_for_vllm,
     prepare_for_vllm,
 )
-from wegeft_cli.methods.wegeft.save_load import check_base
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer_of, name_quantization
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 
@@ -123,22 +122,17 @@ def find_lora(
 ) -> tuple[Path, int]:
     """Return the folder and the rank of the LoRA adapter that vLLM reads.
 
-    The exact LoRA equivalent of a WeGeFT adapter is written to a temporary folder of `stack`.
+    An exact LoRA equivalent is written to a temporary folder of `stack`.
     """
-    method = method_of(adapter)
-    if not method.has_generators:
+    if not method_of(adapter).has_lora_equivalent(adapter):
         check_lora_for_vllm(adapter)
         tensors = load_finite_tensors(adapter.weights_path)
         ranks = [len(tensor) for name, tensor in tensors.items() if ".lora_A." in name]
         if not ranks:
             raise UserError("holds no LoRA pairs", file=str(adapter.weights_path))
         return adapter.folder, max(ranks)
-    check_base(adapter.files.manifest, base_dir, adapter.folder, warn=warn)
     equivalent = plan_lora_equivalent(
-        adapter.files,
-        base_dir,
-        adapter.folder,
-        trust_remote_code=section.trust_remote_code,
+        adapter, base_dir, trust_remote_code=section.trust_remote_code, warn=warn
     )
     equivalent = prepare_for_vllm(equivalent, adapter.folder, key="--backend")
     lora_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wegeft-lora-")))

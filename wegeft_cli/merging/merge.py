@@ -111,8 +111,9 @@ def merge(
     Each change is that of the base's own weight, so the order of the adapters does not matter.
     Modules that were trained whole take the place of the base's (W + w (trained - W) where the
     weight is not 1). WeGeFT adapters are streamed: the base's shards are copied in blocks of rows
-    and the model is never held. One adapter of another PEFT method is merged by PEFT, in memory;
-    in memory too a classifier's, whose head comes with it, and what trained the base's own weights.
+    and the model is never held. So is one adapter of affine edits, unless layers without a bias
+    get one. One adapter of another PEFT method is merged by PEFT, in memory; in memory too a
+    classifier's, whose head comes with it, and what trained the base's own weights.
 
     Args:
         adapter: An adapter, run or checkpoint folder, or several; None takes the newest finished
@@ -199,7 +200,8 @@ class _Job:
         shares: One weight for each.
         section: The base.
         dequantize: Whether dequantized weights were asked for.
-        has_changes: Whether every adapter is a sum of tensor changes, which can be streamed.
+        has_changes: Whether every adapter's method is streamed.
+        must_stream: Whether a base without safetensors is refused, as for every WeGeFT adapter.
     """
 
     adapters: Sequence[Adapter]
@@ -207,6 +209,7 @@ class _Job:
     section: ModelSection
     dequantize: bool
     has_changes: bool
+    must_stream: bool
 
     @property
     def first(self) -> Adapter:
@@ -279,11 +282,8 @@ def _plan_job(
     first = adapters[0]
     for adapter in adapters:
         method_of(adapter).check_adapter(adapter)
-    foreign = [
-        adapter
-        for adapter in adapters
-        if is_whole(adapter) or not method_of(adapter).has_generators
-    ]
+    whole = [adapter for adapter in adapters if is_whole(adapter)]
+    foreign = whole or [each for each in adapters if not method_of(each).has_generators]
     if foreign and (len(adapters) > 1 or list(shares) != [1.0]):
         raise UserError(
             f"{_name(foreign[0])} can only be merged alone and with weight 1",
@@ -298,7 +298,8 @@ def _plan_job(
         trust_remote_code=first.trusts_remote_code,
         special_tokens=_find_special_tokens(adapters),
     )
-    return _Job(adapters, shares, section, dequantize, has_changes=not foreign)
+    has_changes = not whole and all(method_of(adapter).is_streamed for adapter in adapters)
+    return _Job(adapters, shares, section, dequantize, has_changes, must_stream=not foreign)
 
 
 def _find_special_tokens(adapters: Sequence[Adapter]) -> dict[str, str]:
@@ -324,11 +325,13 @@ def _merge_whole(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
 
 
 def _merge(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
-    """Merge language models' adapters: streamed where they are WeGeFT's, else in memory."""
+    """Merge language models' adapters: streamed where their method is, else in memory."""
     base = job.section
-    base_dir = _find_base(base.name_or_path, base.revision, must_be_folder=job.has_changes)
-    job = replace(job, section=replace(base, name_or_path=str(base_dir), revision=None))
+    base_dir = _find_base(base.name_or_path, base.revision, must_be_folder=job.must_stream)
     stored = StoredModel(base_dir)
+    is_stored = job.must_stream or (base_dir.is_dir() and bool(stored.tensors))
+    section = replace(base, name_or_path=str(base_dir), revision=None)
+    job = replace(job, section=section, has_changes=job.has_changes and is_stored)
     if job.has_changes:
         _check_bases(stored, job.adapters, reporter)
     # Any of them may have been trained on a quantized base.
@@ -349,9 +352,7 @@ def _merge(job: _Job, form: OutputFormat, reporter: Reporter) -> _Written:
     else:
         by_whom = "" if method_of(job.first).needs_package else "by PEFT, "
         reporter.note(f"{_name(job.first)} is merged {by_whom}in memory")
-        model, tokenizer = load_dense(job.section)
-        model, num_folded = fold_onto(model, job.first, job.section)
-        num_tensors = write_model(model, tokenizer, form)
+        num_tensors, num_folded = _merge_in_memory(job, form, reporter)
     difference = None
     if quantization is not None and job.is_alone:
         difference = compare_logits(trained_base, job.first, form.folder, reporter)
@@ -415,14 +416,13 @@ def _check_bases(stored: StoredModel, adapters: Sequence[Adapter], reporter: Rep
     if not stored.tensors:
         message = f"the folder {place} holds no safetensors"
         raise BaseModelError(message)
-    manifests = [adapter.files.manifest for adapter in adapters]
     found = None
-    if any(manifest.base_fingerprint is not None for manifest in manifests):
+    if any(adapter.base_fingerprint is not None for adapter in adapters):
         found = fingerprint_tensors(stored.tensors)
-    for adapter, manifest in zip(adapters, manifests, strict=True):
-        hint = f"give the right one with --base (it was {manifest.base_model_name_or_path!r})"
+    for adapter in adapters:
+        hint = f"give the right one with --base (it was {adapter.base!r})"
         base = f"the base in {place}"
-        check_fingerprint(manifest, found, base, adapter.folder, hint=hint, warn=reporter.warn)
+        check_fingerprint(adapter, found, base, adapter.folder, hint=hint, warn=reporter.warn)
 
 
 def _merge_changes(
@@ -434,8 +434,10 @@ def _merge_changes(
     if changes is None:
         changes = _find_changes(job, shapes)
     if changes is None:
-        reporter.note("the base's files name its layers otherwise: merged in memory")
-        return _merge_changes_in_memory(job, form, reporter)
+        reporter.note(
+            "the base's files lack tensors that the merge changes, by these names: merged in memory"
+        )
+        return _merge_in_memory(job, form, reporter)
     size = form.max_shard_size
     texts: dict[str, str | None] = dict(form.texts)
     if form.chat_template is not None:
@@ -473,12 +475,16 @@ def _find_changes(
     return None if changes is None else {names.get(n, n): each for n, each in changes.items()}
 
 
-def _merge_changes_in_memory(job: _Job, form: OutputFormat, reporter: Reporter) -> tuple[int, int]:
+def _merge_in_memory(job: _Job, form: OutputFormat, reporter: Reporter) -> tuple[int, int]:
+    """Merge into the loaded base; return the numbers of all tensors and of the changed ones."""
     model, tokenizer = load_dense(job.section)
     warn_of_unused(model, reporter.warn)  # the merged model is without them
     parameters = dict(model.named_parameters())
-    changes = job.changes({name: tuple(p.shape) for name, p in parameters.items()}, model)
-    assert changes is not None
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    changes = job.changes(shapes, model) if job.has_changes else None
+    if changes is None:  # the method itself changes the model, which may get new tensors
+        model, num_folded = fold_onto(model, job.first, job.section)
+        return write_model(model, tokenizer, form), num_folded
     with torch.no_grad():
         for name, change in changes.items():
             stored = parameters[name]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.artifacts.prompt_record import PromptRecord
     from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.wegeft.targets import Target
     from wegeft_cli.recipe.rules import Fault
 
@@ -180,7 +181,9 @@ class Method(ABC):
     takes_any_name: ClassVar[bool] = False
     """Whether names and types that no other method has are this one's."""
     has_generators: ClassVar[bool] = False
-    """Whether the adapter is WeGeFT's: streamed merges, weights, editing and exact LoRA export."""
+    """Whether the adapter is WeGeFT's: merges of several with weights, editing, rows of a batch."""
+    is_streamed: ClassVar[bool] = False
+    """Whether `tensor_changes` describes a merge, so that the base is not loaded for it."""
     trains_in_place: ClassVar[bool] = False
     """Whether the adapter holds the base's own parameters, and so cannot be switched off."""
     is_lora: ClassVar[bool] = False
@@ -417,6 +420,19 @@ class Method(ABC):
             UserError: If the method cannot be merged.
         """
 
+    def foresee_merge(self, skeleton: nn.Module, section: AdapterSection) -> str | None:
+        """Return before a run a warning of how its merged model will differ from the base's form.
+
+        Args:
+            skeleton: The base on the meta device.
+            section: The recipe's `adapter`, with the layers that are adapted.
+
+        Returns:
+            The warning, which says whether the base's class loads the merged model; None without a
+            difference.
+        """
+        return None
+
     def tensor_changes(
         self,
         adapter: Adapter,
@@ -435,10 +451,40 @@ class Method(ABC):
                 base's files spell in another way.
 
         Returns:
-            Tensor name -> change. None if the method has no streamed merge, or if `shapes` lacks a
-            tensor that the adapter changes.
+            Tensor name -> change. None if the method has no streamed merge, if it needs the model,
+            or if `shapes` lacks a tensor that the adapter changes.
 
         Raises:
             UserError: If the adapter is damaged, or a shape differs.
         """
         return None
+
+    def has_lora_equivalent(self, adapter: Adapter) -> bool:
+        """Return whether an adapter's change is exactly a LoRA pair for each layer."""
+        return False
+
+    def lora_pairs(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        base_dir: Path,
+        *,
+        trust_remote_code: bool,
+        warn: Callable[[str], None],
+    ) -> LoraPairs:
+        """Return the exact LoRA pairs of an adapter that has some.
+
+        Args:
+            adapter: The adapter.
+            model: The base on the meta device.
+            base_dir: The base's files.
+            trust_remote_code: Whether the code that comes with the base is run.
+            warn: Called where the base cannot be compared with the adapter's.
+
+        Returns:
+            The pairs; weights are read when one is made.
+
+        Raises:
+            UserError: If the adapter is damaged or belongs to another base.
+        """
+        raise TypeError(f"{type(self).__name__} overrides has_lora_equivalent alone")

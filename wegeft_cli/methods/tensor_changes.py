@@ -14,6 +14,7 @@ from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, LowRankChange, merge_stored
 from wegeft_cli.methods.wegeft.targets import Rows
 from wegeft_cli.storage.safetensors_reader import block_rows
+from wegeft_cli.storage.safetensors_writer import TensorEdit
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,34 @@ class TensorChange:
     Args:
         low_rank: The generated changes, of all adapters.
         trained: (tensor trained in its place, weight w): a change by w (tensor - W).
+        edited: (edit, weight w): a change by w (edit(W) - W).
     """
 
     low_rank: list[LowRankChange] = field(default_factory=list)
     trained: list[tuple[Tensor, float]] = field(default_factory=list)
+    edited: list[tuple[TensorEdit, float]] = field(default_factory=list)
 
     def rows_at_once(self, shape: tuple[int, ...]) -> int:
         """Rows in one block; all where the change mixes the stored rows."""
-        if len(shape) == 3 and self.low_rank:
+        needed = [edit.rows_at_once(shape) for edit, _ in self.edited]
+        if self.low_rank:
+            needed.append(self._rows_of_pairs(shape))
+        return max(needed, default=block_rows(shape))
+
+    def _rows_of_pairs(self, shape: tuple[int, ...]) -> int:
+        if len(shape) == 3:
             return 1  # one expert
         if any(pair.side == "output" or pair.transposed for pair in self.low_rank):
             return shape[0]
-        return min(FOLD_ROWS, shape[0]) if self.low_rank else block_rows(shape)
+        return min(FOLD_ROWS, shape[0])
 
     def __call__(self, block: Tensor, start_row: int) -> Tensor:
         """Return the changed block; the given block may be overwritten."""
-        if not self.low_rank and [weight for _, weight in self.trained] == [1.0]:
-            return _rows_of(self.trained[0][0], block, start_row)
+        others: list[tuple[Tensor | TensorEdit, float]] = [*self.trained, *self.edited]
+        if not self.low_rank and [weight for _, weight in others] == [1.0]:
+            return _changed(others[0][0], block, start_row)
         # One change alone can be added in place: its own product with the block is taken first.
-        is_alone = len(self.low_rank) == 1 and not self.trained
+        is_alone = len(self.low_rank) == 1 and not others
         merged = block if is_alone else block.clone()
         for pair in self.low_rank:
             inside = pair.rows
@@ -50,8 +60,8 @@ class TensorChange:
                 if not inside:
                     continue
             merge_stored(block, replace(pair, rows=inside), into=merged)
-        for tensor, weight in self.trained:
-            merged += weight * (_rows_of(tensor, block, start_row) - block)
+        for change, weight in others:
+            merged += weight * (_changed(change, block, start_row) - block)
         return merged
 
 
@@ -104,12 +114,15 @@ def sum_changes(changes: Iterable[Mapping[str, TensorChange]]) -> dict[str, Tens
             summed = total.setdefault(name, TensorChange())
             summed.low_rank.extend(change.low_rank)
             summed.trained.extend(change.trained)
+            summed.edited.extend(change.edited)
     return total
 
 
-def _rows_of(tensor: Tensor, block: Tensor, start_row: int) -> Tensor:
-    """Return the rows of a trained tensor that replace a block, in the block's type."""
-    rows = tensor[start_row : start_row + block.shape[0]] if block.ndim else tensor
+def _changed(change: Tensor | TensorEdit, block: Tensor, start_row: int) -> Tensor:
+    """Return what replaces a block: an edit's result, or a trained tensor's rows in its type."""
+    if not isinstance(change, Tensor):
+        return change(block, start_row)
+    rows = change[start_row : start_row + block.shape[0]] if block.ndim else change
     return rows.to(block.device, block.dtype)
 
 

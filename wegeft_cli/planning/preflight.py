@@ -250,7 +250,10 @@ def _check_model(
         base_dir = find_base_folder(recipe.model.name_or_path, recipe.model.revision)
         with missing.tolerated("adapter.init_from"):
             check_init_from(section, skeleton, loaded.path.parent, base_dir=base_dir)
-    groups = find_method(section.type).count(skeleton, section, task.peft_task_type)
+    method = find_method(section.type)
+    if (warning := method.foresee_merge(skeleton, section)) is not None:
+        targets = replace(targets, warnings=(*targets.warnings, warning))
+    groups = method.count(skeleton, section, task.peft_task_type)
     model = skeleton_with_adapter(skeleton, recipe, section)
     return Preflight(loaded, task, config, skeleton, model, groups, targets, head=head)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import TypeAlias
 
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -48,7 +49,11 @@ def parse_key(text: str) -> KeyPath:
     return tuple(path)
 
 
-def find_nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
+def find_nearest(word: str, words: Sequence[str]) -> str | None:
     """Return the most similarly spelled word, or None."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=LEAST_LIKENESS)
-    return near[0] if near else None
+    return next(iter(find_similar(word, words)), None)
+
+
+def find_similar(word: str, words: Sequence[str]) -> list[str]:
+    """Return up to three similarly spelled words, the most similar one first."""
+    return difflib.get_close_matches(word, words, n=3, cutoff=LEAST_LIKENESS)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.recipe.grid import check_grid
-from wegeft_cli.recipe.keys import KeyPath, find_nearest, format_key
+from wegeft_cli.recipe.keys import KeyPath, find_nearest, find_similar, format_key
 from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, list_budget_faults
 from wegeft_cli.recipe.schema import (
     PACKING_ATTENTION,
@@ -34,6 +34,7 @@ METHOD_RULES = "wegeft_cli.methods.registry"
 
 `recipe` is below `tasks` and `methods`, so both are loaded by name, as plugins are.
 """
+_METHODS_PAGE = "docs/methods.md lists the methods"
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")  # becomes a part of tensor names in the adapter file
 
 
@@ -98,10 +99,10 @@ def list_choices(key: str, kind: Any) -> tuple[str, ...]:
 
 
 def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
+    if key == "adapter.type":
+        return _explain_method(key, str(value), choices)
     one_of = f"one of {', '.join(choices)}"
     refused = explain_unsupported(str(value))
-    if key == "adapter.type" and (known_type := load_rules(METHOD_RULES).explain_name(str(value))):
-        return key, f"`{value}` is not supported: {known_type[0]}", known_type[1]
     if refused is not None:
         return key, f"`{value}` is not supported: {refused[0]}", f"use {one_of}"
     message = f"must be {one_of}; got {value!r}"
@@ -110,6 +111,22 @@ def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
         return key, message, known
     near = find_nearest(str(value), choices)
     return key, message, f"did you mean `{near}`?" if near else None
+
+
+def _explain_method(key: str, name: str, methods: tuple[str, ...]) -> Fault:
+    """Return the fault of a method's name: there are too many names to list all."""
+    known = load_rules(METHOD_RULES).explain_name(name)
+    if known is not None:
+        return key, f"`{name}` is not supported: {known[0]}", known[1]
+    refused = explain_unsupported(name)
+    if refused is not None:
+        return key, f"`{name}` is not supported: {refused[0]}", _METHODS_PAGE
+    if (other := explain_value(key, name)) is not None:
+        return key, f"{name!r} is not the name of a method", other
+    *others, last = [f"`{each}`" for each in find_similar(name.lower(), methods)] or [""]
+    near = f"{', '.join(others)} or {last}" if others else last
+    meant = f"did you mean {near}? " if near else ""
+    return key, f"{name!r} is not the name of a method", meant + _METHODS_PAGE
 
 
 def _check_model(recipe: Recipe) -> Iterator[Fault]:

@@ -8,11 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+_ALL = slice(None)
+
 
 class AffineEdit(nn.Module, ABC):
     """An edit of the output y = W x + b of a linear layer that is affine in W and b.
 
-    The edited layer is again a linear layer, with the weight and the bias that `merged` returns.
+    The edited layer is again a linear layer, with the weight and the bias that `merged_weight` and
+    `merged_bias` return.
 
     Args:
         d_in: Input width of the layer.
@@ -24,6 +27,13 @@ class AffineEdit(nn.Module, ABC):
 
     shares: ClassVar[bool] = False
     """Whether layers of one kind and shape use the `pair` of the first of them."""
+    changes_bias: ClassVar[bool] = False
+    """Whether the bias changes, so that a layer without one needs one after a merge."""
+    mixes_rows: ClassVar[bool] = False
+    """Whether a row of the merged weight depends on other rows of W."""
+
+    formula: ClassVar[str] = ""
+    """W' - W of an edit that has a `lora_pair`."""
 
     def __init__(
         self, d_in: int, d_out: int, rank: int, scale: float, random: torch.Generator
@@ -50,13 +60,28 @@ class AffineEdit(nn.Module, ABC):
         """
 
     @abstractmethod
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weight [d_out, d_in] and the bias [d_out] of the edited layer.
+    def merged_weight(self, weight: Tensor, rows: slice = _ALL) -> Tensor:
+        """Return the weight of the edited layer, [d_out, d_in], or some rows of it.
 
         Args:
-            weight: W.
+            weight: W, or its rows `rows`.
+            rows: Which rows these are; all of them for an edit that mixes rows.
+        """
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return the bias of the edited layer, [d_out].
+
+        Args:
             bias: b, zeros where the layer has none.
         """
+        return bias
+
+    def lora_pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return A [r, d_in] and B [d_out, r] with W' = W + B A, in float64.
+
+        None for an edit that is no such sum.
+        """
+        return None
 
 
 class SharedPair(nn.Module):

@@ -1,8 +1,7 @@
-"""Putting affine edits onto a model, and folding them into its weights."""
+"""Putting affine edits onto a model."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -10,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.siblings.edit import AffineEdit, SharedPair
+from wegeft_cli.methods.siblings.files import AffineManifest, load_affine_tensors
 from wegeft_cli.methods.siblings.loreft import LoReft
 from wegeft_cli.methods.siblings.one_lora import OneLora
 from wegeft_cli.methods.siblings.scale_shift import ScaleShift
@@ -23,19 +24,21 @@ from wegeft_cli.methods.wegeft.inject import (
     use_generators,
 )
 from wegeft_cli.methods.wegeft.modules import Generators
-from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target, check_untied, find_targets
+from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target, check_untied
 from wegeft_cli.methods.wegeft.trained_modules import (
     SavedModules,
     check_saved_modules,
+    find_saved_modules,
     wrap_saved_modules,
 )
-from wegeft_cli.models.file_names import rename_layers, rename_tensors
+from wegeft_cli.models.file_names import current_names, rename_layers, rename_tensors
 from wegeft_cli.recipe.schema import AdapterSection
 
 EDITS: dict[str, type[AffineEdit]] = {
     "red": ScaleShift, "ssf": ScaleShift, "1lora": OneLora, "tied_lora": TiedLora, "loreft": LoReft,
 }  # fmt: skip
 _ADAPTER = "default"
+_EDITS = "edits."
 
 
 class AffineEdits(nn.Module):
@@ -76,7 +79,7 @@ class AffineEdits(nn.Module):
     def named(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in the adapter's file."""
         edits = {
-            f"edits.{name}.{part}": parameter
+            f"{_EDITS}{name}.{part}": parameter
             for name, edit in self.by_name().items()
             for part, parameter in edit.named_parameters()
         }
@@ -172,15 +175,77 @@ def attach_tensors(
         UserError: If a tensor is missing, unknown or of another shape.
     """
     whole, adapter = edits_of(model)
-    layers = rename_layers(model, [name.removeprefix("edits.") for name in tensors])
-    ours = adapter.named()
+    ours = {**adapter.named(), **({} if whole is None else whole.named_tensors())}
+    matched = _match_tensors(model, ours, tensors, saved, file=file)
+    with torch.no_grad():
+        for name, tensor in matched.items():
+            ours[name].copy_(tensor)
+
+
+def read_edits(
+    model: nn.Module, adapter: Adapter, manifest: AffineManifest
+) -> tuple[AffineEdits, list[Target], dict[str, Tensor]]:
+    """Return an adapter's edits without attaching them to a model, which may have no weights.
+
+    Returns:
+        The edits on the CPU, their layers, and the tensors of the modules that were trained whole
+        by the model's names.
+
+    Raises:
+        UserError: If a layer or module is missing, or a tensor is missing, unknown or of another
+            shape.
+    """
+    section = section_of(model, manifest)
+    targets = select_layers(model, section)
+    edits = AffineEdits(manifest.method, targets, manifest.r, manifest.alpha, seed=0)
+    own = edits.named()
+    whole = {
+        f"{name}.{part}": parameter
+        for name in find_saved_modules(model, section.modules_to_save, targets)
+        for part, parameter in model.get_submodule(name).named_parameters()
+    }
+    file = str(adapter.weights_path)
+    matched = _match_tensors(model, {**own, **whole}, *load_affine_tensors(adapter), file=file)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(matched.pop(name))
+    return edits, targets, matched
+
+
+def section_of(model: nn.Module, manifest: AffineManifest) -> AdapterSection:
+    """Return the section that injects an adapter's edits, with the model's names."""
+    return AdapterSection(
+        type=manifest.method,  # type: ignore[arg-type]
+        r=manifest.r,
+        alpha=manifest.alpha,
+        target_modules=list(current_names(model, list(manifest.target_modules))),
+        modules_to_save=list(current_names(model, list(manifest.modules_to_save))),
+    )
+
+
+def _match_tensors(
+    model: nn.Module,
+    ours: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    *,
+    file: str,
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors by the model's names; their names and shapes are those of ours.
+
+    Args:
+        model: The model, which may have no weights.
+        ours: The edits' and the whole modules' parameters by their names, see `AffineEdits.named`.
+        tensors: The edits' tensors as the file names them.
+        saved: Tensors of whole modules as the file names them.
+        file: The file, for the message.
+    """
+    layers = rename_layers(model, [name.removeprefix(_EDITS) for name in tensors])
     theirs = {
-        f"edits.{layers[name[6:]]}" if name.startswith("edits.") else name: tensor
+        _EDITS + layers[name.removeprefix(_EDITS)] if name.startswith(_EDITS) else name: tensor
         for name, tensor in tensors.items()
     }
-    named = {} if whole is None else whole.named_tensors()
-    ours |= named
-    theirs |= rename_tensors(model, saved, named)
+    theirs |= rename_tensors(model, saved, ours)
     for name in sorted(ours.keys() | theirs.keys()):
         shapes = [list(t[name].shape) if name in t else "nothing" for t in (ours, theirs)]
         if shapes[0] != shapes[1]:
@@ -189,80 +254,7 @@ def attach_tensors(
                 file=file,
                 hint="the adapter belongs to another base, or its two files do not belong together",
             )
-    with torch.no_grad():
-        for name, tensor in theirs.items():
-            ours[name].copy_(tensor)
-
-
-def fold_edits(model: Any) -> int:
-    """Fold the edits into the weights and biases, computed in float64; return how many changed.
-
-    Raises:
-        UserError: If a layer is quantized, or its architecture has no place for a bias.
-    """
-    whole, adapter = edits_of(model)
-    changed: dict[str, tuple[Tensor, Tensor]] = {}
-    without: list[str] = []
-    for name, edit in adapter.by_name().items():
-        layer = model.get_submodule(name)
-        if type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
-            raise UserError(
-                f"the weight of {name!r} is quantized and cannot be folded",
-                hint="merge into the 16-bit base instead",
-            )
-        (target,) = find_targets(model, [name])
-        weight = layer.weight.detach().double()
-        weight = weight.T if target.transposed else weight
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
-        with torch.no_grad():
-            weight, bias = edit.merged(weight, bias)
-        changed[name] = (weight.T if target.transposed else weight, bias)
-        if layer.bias is None and bool(bias.any()):
-            without.append(name)
-    if without:
-        _add_biases(model, without)
-    count = 0
-    with torch.no_grad():
-        for name, (weight, bias) in changed.items():
-            layer = model.get_submodule(name)
-            layer.weight.copy_(weight)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
-            count += 1 + (layer.bias is not None)
-        for name, tensor in ({} if whole is None else whole.named_tensors()).items():
-            model.get_parameter(name).copy_(tensor)
-            count += 1
-    return count
-
-
-def _add_biases(model: Any, names: Sequence[str]) -> None:
-    """Give layers a bias of zeros where switches of the architecture's config provide for it."""
-    lacking: Sequence[str] = names
-    for switches in (("attention_bias",), ("mlp_bias",), ("attention_bias", "mlp_bias")):
-        config = copy.deepcopy(getattr(model, "config", None))
-        if not all(hasattr(config, key) for key in switches):
-            continue
-        for key in switches:
-            setattr(config, key, True)
-        with torch.device("meta"):
-            modules = dict(type(model)(config).named_modules())
-        biases = {name: getattr(each, "bias", None) for name, each in modules.items()}
-        lacking = [name for name in names if biases.get(name) is None]
-        if not lacking:
-            for name, bias in biases.items():
-                layer = model.get_submodule(name)
-                if isinstance(bias, nn.Parameter) and layer.bias is None:
-                    layer.bias = nn.Parameter(layer.weight.new_zeros(bias.shape))
-            for key in switches:
-                setattr(model.config, key, True)
-            return
-    more = f" and {len(lacking) - 1} more layers" if lacking[1:] else ""
-    raise UserError(
-        f"the merged layer {lacking[0]!r}{more} needs a bias, which this architecture does not "
-        "have",
-        hint="use the adapter as it is (`wegeft eval`, `generate` and `serve` take it), or train "
-        "layers with a bias, or `1lora` or `tied_lora`, which need none",
-    )
+    return theirs
 
 
 def _seeded(seed: int, name: str) -> torch.Generator:

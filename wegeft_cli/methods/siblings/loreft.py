@@ -20,6 +20,9 @@ from wegeft_cli.methods.siblings.edit import AffineEdit
 class LoReft(AffineEdit):
     """Replace the output's coordinates R y by P y + c."""
 
+    changes_bias = True
+    mixes_rows = True
+
     def __init__(
         self, d_in: int, d_out: int, rank: int, scale: float, random: torch.Generator
     ) -> None:
@@ -43,12 +46,16 @@ class LoReft(AffineEdit):
         inner = y @ (self.source.T - columns) + self.source_bias
         return y + inner @ columns.T
 
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W + R^T (P - R) W and b + R^T ((P - R) b + c)."""
+    def merged_weight(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return W + R^T (P - R) W, for all rows alone."""
         columns = _orthonormal(self.basis.to(weight))
-        change = self.source.to(weight) - columns.T
-        shift = columns @ (change @ bias + self.source_bias.to(weight))
-        return weight + columns @ (change @ weight), bias + shift
+        return weight + columns @ ((self.source.to(weight) - columns.T) @ weight)
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return b + R^T ((P - R) b + c)."""
+        columns = _orthonormal(self.basis.to(bias))
+        change = (self.source.to(bias) - columns.T) @ bias
+        return bias + columns @ (change + self.source_bias.to(bias))
 
 
 def _orthonormal(basis: Tensor) -> Tensor:

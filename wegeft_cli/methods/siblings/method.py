@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.wegeft.targets import Target
 
 _UNREAD = {
@@ -40,6 +42,7 @@ class SiblingMethod(Method):
 
     names = SIBLING_TYPES
     peft_types = (AFFINE_TYPE,)
+    is_streamed = True
     needs_package = True
 
     def describe(self, peft_type: str) -> str:
@@ -159,20 +162,13 @@ class SiblingMethod(Method):
     ) -> nn.Module:
         """Attach the adapter's edits."""
         from wegeft_cli.methods.siblings.files import load_affine_tensors, read_affine_manifest
-        from wegeft_cli.methods.siblings.inject import attach_tensors
+        from wegeft_cli.methods.siblings.inject import attach_tensors, section_of
         from wegeft_cli.methods.wegeft.save_load import check_base
-        from wegeft_cli.models.file_names import current_names
 
         manifest = read_affine_manifest(adapter, self.names)
         if base_dir is not None:
             check_base(manifest, base_dir, adapter.folder, warn=warn)
-        section = AdapterSection(
-            type=manifest.method,  # type: ignore[arg-type]
-            r=manifest.r,
-            alpha=manifest.alpha,
-            target_modules=list(current_names(model, list(manifest.target_modules))),
-            modules_to_save=list(current_names(model, list(manifest.modules_to_save))),
-        )
+        section = section_of(model, manifest)
         self.inject(model, section, task_type=manifest.task_type, seed=0)
         attach_tensors(model, *load_affine_tensors(adapter), file=str(adapter.weights_path))
         return model
@@ -185,12 +181,67 @@ class SiblingMethod(Method):
 
     def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold the edits into weights and biases and remove them."""
-        from wegeft_cli.methods.siblings.inject import fold_edits
+        from wegeft_cli.methods.siblings.folding import fold_edits
         from wegeft_cli.methods.wegeft.inject import remove_generators
 
         num_folded = fold_edits(model)
         remove_generators(model)
         return model, num_folded
+
+    def tensor_changes(
+        self,
+        adapter: Adapter,
+        weight: float,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        model: nn.Module | None = None,
+    ) -> dict[str, TensorChange] | None:
+        """Return the merged weight and bias of each layer, and modules that were trained whole.
+
+        The files record no shapes of layers, so the model is needed.
+        """
+        from wegeft_cli.methods.siblings.files import read_affine_manifest
+        from wegeft_cli.methods.siblings.folding import affine_changes
+        from wegeft_cli.methods.siblings.inject import read_edits
+
+        if model is None:
+            return None
+        found = read_edits(model, adapter, read_affine_manifest(adapter, self.names))
+        return affine_changes(model, *found, shapes, weight)
+
+    def foresee_merge(self, skeleton: nn.Module, section: AdapterSection) -> str | None:
+        """Warn of layers that have no bias and get one, and say whether they can."""
+        from wegeft_cli.methods.siblings.folding import foresee_biases
+        from wegeft_cli.methods.siblings.inject import EDITS, select_layers
+
+        if not EDITS[section.type].changes_bias:
+            return None
+        return foresee_biases(skeleton, section.type, select_layers(skeleton, section))
+
+    def has_lora_equivalent(self, adapter: Adapter) -> bool:
+        """Return whether the edit adds a low-rank product to the weight, as 1LoRA and tied LoRA."""
+        from wegeft_cli.methods.siblings.files import read_affine_manifest
+        from wegeft_cli.methods.siblings.inject import EDITS
+
+        return bool(EDITS[read_affine_manifest(adapter, self.names).method].formula)
+
+    def lora_pairs(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        base_dir: Path,
+        *,
+        trust_remote_code: bool,
+        warn: Callable[[str], None],
+    ) -> LoraPairs:
+        """Return `B = v, A = 1^T` of 1LoRA, `B = s diag(v) B, A = diag(u) A` of tied LoRA."""
+        from wegeft_cli.methods.siblings.files import read_affine_manifest
+        from wegeft_cli.methods.siblings.lora_pairs import find_affine_pairs
+        from wegeft_cli.methods.wegeft.save_load import check_base
+
+        manifest = read_affine_manifest(adapter, self.names)
+        check_base(manifest, base_dir, adapter.folder, warn=warn)
+        return find_affine_pairs(adapter, model, manifest)
 
 
 METHOD = SiblingMethod()

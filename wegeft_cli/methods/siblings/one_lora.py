@@ -19,8 +19,11 @@ from wegeft_cli.methods.siblings.edit import AffineEdit
 class OneLora(AffineEdit):
     """Add `v sum(x)` to the output; `v` starts at 0."""
 
+    formula = "v 1^T"
+
     def __init__(self, d_in: int, d_out: int, *settings: Any) -> None:
         super().__init__(d_in, d_out, *settings)
+        self.d_in = d_in
         self.vector = nn.Parameter(torch.zeros(d_out))
 
     @staticmethod
@@ -32,6 +35,11 @@ class OneLora(AffineEdit):
         """Return y + v sum(x)."""
         return y + x.to(y.dtype).sum(-1, keepdim=True) * self.vector
 
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W + v 1^T and b."""
-        return weight + self.vector.to(weight)[:, None], bias
+    def merged_weight(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return W + v 1^T."""
+        return weight + self.vector.to(weight)[rows, None]
+
+    def lora_pair(self) -> tuple[Tensor, Tensor]:
+        """Return 1^T and v, of rank 1."""
+        vector = self.vector.detach().double()
+        return vector.new_ones(1, self.d_in), vector[:, None]

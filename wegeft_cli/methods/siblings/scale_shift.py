@@ -24,6 +24,8 @@ from wegeft_cli.methods.siblings.edit import AffineEdit
 class ScaleShift(AffineEdit):
     """Multiply each output feature by `g`, which starts at 1, and add `c`, which starts at 0."""
 
+    changes_bias = True
+
     def __init__(self, d_in: int, d_out: int, *settings: Any) -> None:
         super().__init__(d_in, d_out, *settings)
         self.scaling = nn.Parameter(torch.ones(d_out))
@@ -38,7 +40,10 @@ class ScaleShift(AffineEdit):
         """Return g * y + c."""
         return y * self.scaling + self.shift
 
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return diag(g) W and g * b + c."""
-        g, c = self.scaling.to(weight), self.shift.to(weight)
-        return g[:, None] * weight, g * bias + c
+    def merged_weight(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return diag(g) W."""
+        return self.scaling.to(weight)[rows, None] * weight
+
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return g * b + c."""
+        return self.scaling.to(bias) * bias + self.shift.to(bias)

@@ -21,6 +21,7 @@ class TiedLora(AffineEdit):
     """Add the shared pair's product, scaled by `u` and `v`, which start at 1; B starts at 0."""
 
     shares = True
+    formula = "s diag(v) B diag(u) A"
     pair: SharedPair
 
     def __init__(self, d_in: int, d_out: int, rank: int, scale: float, *settings: Any) -> None:
@@ -44,7 +45,12 @@ class TiedLora(AffineEdit):
         inner = (x.to(y.dtype) @ self.pair.A.T) * (self.scale * self.u)
         return y + (inner @ self.pair.B.T) * self.v
 
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W + s diag(v) B diag(u) A and b."""
+    def merged_weight(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return W + s diag(v) B diag(u) A."""
         A, B, u, v = (t.to(weight) for t in (self.pair.A, self.pair.B, self.u, self.v))
-        return weight + self.scale * (v[:, None] * B * u) @ A, bias
+        return weight + self.scale * (v[rows, None] * B[rows] * u) @ A
+
+    def lora_pair(self) -> tuple[Tensor, Tensor]:
+        """Return diag(u) A and s diag(v) B."""
+        A, B, u, v = (t.detach().double() for t in (self.pair.A, self.pair.B, self.u, self.v))
+        return u[:, None] * A, self.scale * v[:, None] * B

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.methods.tensor_changes import TensorChange
+    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.wegeft.targets import Target
 
 
@@ -34,6 +35,7 @@ class WeGeFTMethod(Method):
     names = ("wegeft",)
     peft_types = (PEFT_TYPE,)
     has_generators = True
+    is_streamed = True
     needs_package = True
 
     def unread_keys(self, name: str) -> tuple[str, ...]:
@@ -226,6 +228,26 @@ class WeGeFTMethod(Method):
             if not has_all_tensors(files, shapes):
                 return None
         return generated_changes(files, weight, shapes)
+
+    def has_lora_equivalent(self, adapter: Adapter) -> bool:
+        """Return that every adapter has one."""
+        return True
+
+    def lora_pairs(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        base_dir: Path,
+        *,
+        trust_remote_code: bool,
+        warn: Callable[[str], None],
+    ) -> LoraPairs:
+        """Return `B = s W phi, A = psi`, or `B = s phi, A = psi W` on the output side."""
+        from wegeft_cli.methods.wegeft.lora_equivalent.generated import find_generated_pairs
+
+        return find_generated_pairs(
+            adapter, model, base_dir, trust_remote_code=trust_remote_code, warn=warn
+        )
 
 
 METHOD = WeGeFTMethod()

@@ -231,16 +231,20 @@ def attach_files(
     return owner
 
 
-class BaseRecord(Protocol):
+class Fingerprinted(Protocol):
+    """An adapter, or its manifest."""
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The base's fingerprint, None if unknown."""
+
+
+class BaseRecord(Fingerprinted, Protocol):
     """What an adapter's manifest records of its base."""
 
     @property
     def base_model_name_or_path(self) -> str | None:
         """The base's name or path."""
-
-    @property
-    def base_fingerprint(self) -> str | None:
-        """The base's fingerprint, None if unknown."""
 
 
 def check_base(
@@ -268,7 +272,7 @@ def check_base(
 
 
 def check_fingerprint(
-    manifest: BaseRecord,
+    manifest: Fingerprinted,
     found: str | None,
     base: str,
     adapter_dir: Path,
@@ -279,7 +283,7 @@ def check_fingerprint(
     """Compare a base's fingerprint with the one that an adapter was trained on.
 
     Args:
-        manifest: The adapter's manifest.
+        manifest: The adapter, or its manifest.
         found: The base's fingerprint; None if unknown.
         base: Words for the base, for the messages.
         adapter_dir: The adapter's folder, for the message.

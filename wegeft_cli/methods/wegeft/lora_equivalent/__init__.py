@@ -1,1 +1,1 @@
-"""The exact LoRA equivalent of a WeGeFT adapter: its pairs, its layers and its files."""
+"""The exact LoRA equivalent of an adapter: its pairs, its layers and its files."""

@@ -33,9 +33,9 @@ def plan_tensors(equivalent: LoraEquivalent, dtype: str = "float32") -> Layout:
         prefix = f"{SAVED_PREFIX}{pair.name}"
         layout[f"{prefix}.lora_A.weight"] = (stored_type, A)
         layout[f"{prefix}.lora_B.weight"] = (stored_type, (d_out, ranks))
-        if equivalent.biased:  # PEFT has one switch for all layers
+        if equivalent.pairs.biased:  # PEFT has one switch for all layers
             layout[f"{prefix}.lora_B.bias"] = (stored_type, (d_out,))
-    for name, tensor in equivalent.files.saved_modules.items():
+    for name, tensor in equivalent.pairs.saved_modules.items():
         layout[f"{SAVED_PREFIX}{name}"] = (_NAMES_OF[tensor.dtype], tuple(tensor.shape))
     return layout
 
@@ -60,7 +60,7 @@ def write_lora_files(
         base: The base's name or path, for the config.
         advance: Callback with the number of tensors written.
     """
-    fingerprint = equivalent.files.manifest.base_fingerprint or "unknown"
+    fingerprint = equivalent.pairs.base_fingerprint or "unknown"
     metadata = {"format": "pt", "wegeft_version": VERSION, "base_fingerprint": fingerprint}
     maker = _TensorMaker(equivalent, advance)
     write_tensors(folder / WEIGHTS_NAME, plan_tensors(equivalent, dtype), maker, metadata)
@@ -70,11 +70,11 @@ def write_lora_files(
 
 def make_config(equivalent: LoraEquivalent, base: str, revision: str | None) -> dict[str, Any]:
     """Return the adapter's config: every key that readers need, all others at PEFT's defaults."""
-    manifest = equivalent.files.manifest
+    pairs = equivalent.pairs
     parameters = equivalent.find_parameters()
     return {
         "peft_type": "LORA",
-        "task_type": manifest.task_type,
+        "task_type": pairs.task_type,
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -87,8 +87,8 @@ def make_config(equivalent: LoraEquivalent, base: str, revision: str | None) -> 
         "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": equivalent.is_transposed,
-        "modules_to_save": list(manifest.modules_to_save) or None,
-        **({"lora_bias": True} if equivalent.biased else {}),
+        "modules_to_save": list(pairs.modules_to_save) or None,
+        **({"lora_bias": True} if pairs.biased else {}),
     }
 
 
@@ -105,7 +105,7 @@ class _TensorMaker:
     def __call__(self, full_name: str) -> Tensor:
         self.num_done += 1
         self.advance(self.num_done)
-        saved = self.equivalent.files.saved_modules.get(full_name.removeprefix(SAVED_PREFIX))
+        saved = self.equivalent.pairs.saved_modules.get(full_name.removeprefix(SAVED_PREFIX))
         if saved is not None:
             return saved
         name, _, part = full_name.rpartition(".lora_")

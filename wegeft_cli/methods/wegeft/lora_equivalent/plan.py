@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from wegeft_cli.artifacts.adapter_files import AdapterFiles
+from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.served_ranks import served_rank
-from wegeft_cli.artifacts.stored_names import has_all_tensors
-from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
-from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, make_lora_pair, stack_pairs
-from wegeft_cli.methods.wegeft.lora_equivalent.weights import (
-    LoadedWeights,
-    StoredWeights,
-    Weights,
-)
-from wegeft_cli.methods.wegeft.targets import Target, find_adaptable, module_of
+from wegeft_cli.methods.registry import method_of
+from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, LoraPairs, is_turned
+from wegeft_cli.methods.wegeft.targets import Target, find_adaptable
 from wegeft_cli.models.file_names import file_names
-from wegeft_cli.models.loading import build_meta_model, load_config, load_model
+from wegeft_cli.models.loading import build_meta_model, load_config
 from wegeft_cli.storage.safetensors_reader import list_tensors
 
 # Servers stack these into one matrix, so they need all of them.
@@ -46,8 +40,7 @@ class LoraEquivalent:
     """Which layers get a LoRA pair, and of what rank.
 
     Args:
-        files: The adapter, with the model's names of the layers.
-        stored: The model's name of each adapted layer -> its name in the base's files.
+        pairs: The adapter's pairs.
         model: The base on the meta device.
         architecture: The class that the base's config names, by which a server chooses its own.
         file_names: The model's tensors -> those of the base's files that have other names.
@@ -55,13 +48,10 @@ class LoraEquivalent:
         members: The layers that get a pair: the adapted ones, and siblings that get zeros.
         written: The pairs as the file has them.
         rank: The one rank of all pairs.
-        weights: The base's tensors.
-        biased: Layers whose bias changes, as the output side maps it.
         is_for_peft: Whether PEFT reads the files, rather than a server.
     """
 
-    files: AdapterFiles
-    stored: Mapping[str, str]
+    pairs: LoraPairs
     model: nn.Module
     architecture: str
     file_names: Mapping[str, str]
@@ -69,14 +59,13 @@ class LoraEquivalent:
     members: tuple[str, ...]
     written: tuple[WrittenPair, ...]
     rank: int
-    weights: Weights
-    biased: frozenset[str]
     is_for_peft: bool = True
 
     @property
     def is_pairs_alone(self) -> bool:
         """Whether it is LoRA pairs of layers and nothing else, which is all that servers read."""
-        return not self.biased and not self.files.saved_modules and not self.experts
+        others = self.pairs.biased or self.pairs.saved_modules or self.experts
+        return not others
 
     @property
     def is_part(self) -> bool:
@@ -107,54 +96,18 @@ class LoraEquivalent:
     def pair_shapes(self, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the shapes of A and of B, which hold the pairs of all experts one by one."""
         d_out, d_in = self.shape_of(name)
-        if self._is_turned(name):
+        if is_turned(self.model, self.linears[name]):
             d_out, d_in = d_in, d_out
         ranks = self.rank * max(1, self.linears[name].experts)
         return (ranks, d_in), (d_out, ranks)
 
-    def _is_turned(self, name: str) -> bool:
-        """Return whether PEFT takes a stacked weight for its transpose."""
-        target = self.linears[name]
-        marked = getattr(module_of(self.model, target), "is_transposed", False)
-        return target.experts > 0 and target.transposed != bool(marked)
-
     def make(self, name: str) -> LoraPair:
         """Compute the pair of one layer."""
-        target, manifest = self.linears[name], self.files.manifest
-        entries = manifest.modules.get(name, ())
-        if not entries:
-            zeros = torch.zeros(self.rank, target.d_in), torch.zeros(target.d_out, self.rank)
-            return LoraPair(*zeros)
-        if target.experts:
-            return self._make_experts(name)
-        weight = self.weights.read(f"{self.stored[name]}.weight")
-        assert weight is not None
-        return make_lora_pair(
-            weight.t() if entries[0].transposed else weight,
-            self.weights.read(f"{self.stored[name]}.bias") if name in self.biased else None,
-            [(*self.files.factors[entry.group], entry.rows) for entry in entries],
-            manifest.scale,
-            manifest.side,
-            self.rank,
-        )
-
-    def _make_experts(self, name: str) -> LoraPair:
-        target, manifest = self.linears[name], self.files.manifest
-        [entry] = manifest.modules[name]
-        pair = (*self.files.factors[entry.group], None)
-        stored = self.stored[name]
-        matrices = (
-            self.weights.read_expert(stored, number, target.experts)
-            for number in range(target.experts)
-        )
-        weights = (matrix.t() if target.transposed else matrix for matrix in matrices)
-        return stack_pairs(
-            (
-                make_lora_pair(weight, None, [pair], manifest.scale, manifest.side, self.rank)
-                for weight in weights
-            ),
-            turned=self._is_turned(name),
-        )
+        target = self.linears[name]
+        if name in self.pairs.layers:
+            return self.pairs.make(name, self.rank)
+        zeros = torch.zeros(self.rank, target.d_in), torch.zeros(target.d_out, self.rank)
+        return LoraPair(*zeros)
 
     def find_parameters(self) -> list[str]:
         """Return PEFT's `target_parameters`: stacked weights, and layers that it takes for them."""
@@ -185,61 +138,48 @@ class LoraEquivalent:
 
 
 def plan_lora_equivalent(
-    files: AdapterFiles,
+    adapter: Adapter,
     base_dir: Path,
-    adapter_dir: Path,
     *,
     pad_rank: bool = False,
     pad_siblings: bool = False,
     trust_remote_code: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> LoraEquivalent:
     """Decide which layers get a pair; the base's configuration and headers are read, no weights.
 
+    Args:
+        adapter: An adapter whose method `has_lora_equivalent`.
+        base_dir: The base's folder.
+        pad_rank: Whether the rank is filled up to the next one that servers make room for.
+        pad_siblings: Whether layers that servers stack with an adapted one get zeros.
+        trust_remote_code: Whether the code that comes with the base is run.
+        warn: Callback where the base cannot be compared with the adapter's.
+
+    Returns:
+        The layers and their pairs.
+
     Raises:
-        UserError: If the base is another architecture, or damaged.
+        UserError: If the base is another one or damaged, or the adapter is damaged.
     """
-    infos = list_tensors(base_dir)
     config = load_config(str(base_dir), trust_remote_code=trust_remote_code)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    pieces = file_names(model).find_pieces(infos)
-    named = name_as_in_model(model, files, adapter_dir)
-    modules = named.manifest.modules
-    weights: Weights
-    if has_all_tensors(files, infos):
-        weights = StoredWeights(infos, pieces)
-        names = [
-            ours if entries[0].experts and ours in pieces else theirs
-            for theirs, (ours, entries) in zip(files.manifest.modules, modules.items(), strict=True)
-        ]
-    else:
-        # The files name the layers otherwise than the model, which alone knows how they map.
-        loaded = load_model(str(base_dir), trust_remote_code=trust_remote_code)
-        weights = LoadedWeights(dict(loaded.named_parameters()))
-        names = list(modules)
-    stored = dict(zip(modules, names, strict=True))
+    pairs = method_of(adapter).lora_pairs(
+        adapter, model, base_dir, trust_remote_code=trust_remote_code, warn=warn
+    )
     linears = find_adaptable(model)
-    members = _with_siblings(modules, linears) if pad_siblings else tuple(modules)
-    written = tuple(WrittenPair(_name_in_peft(model, name, members), name) for name in members)
-    r = files.manifest.r
-    rank = max(r * len(entries) for entries in modules.values())
-    if pad_rank:
-        rank = served_rank(rank)
-    biased: frozenset[str] = frozenset()
-    if files.manifest.side == "output":
-        biased = frozenset(n for n in modules if model.get_submodule(n).bias is not None)
+    layers = tuple(pairs.layers)
+    members = _with_siblings(layers, linears) if pad_siblings else layers
     named_class = (getattr(config, "architectures", None) or [type(model).__name__])[0]
     return LoraEquivalent(
-        files=named,
-        stored=stored,
+        pairs=pairs,
         model=model,
         architecture=str(named_class),
-        file_names=file_names(model).match(infos),
+        file_names=file_names(model).match(list_tensors(base_dir)),
         linears=linears,
         members=members,
-        written=written,
-        rank=rank,
-        weights=weights,
-        biased=biased,
+        written=tuple(WrittenPair(_name_in_peft(model, name, members), name) for name in members),
+        rank=served_rank(pairs.rank) if pad_rank else pairs.rank,
     )
 
 
@@ -256,9 +196,9 @@ def _name_in_peft(model: nn.Module, name: str, members: tuple[str, ...]) -> str:
     return block + ".base_layer" * (len(own) - 1 - own.index(kind))
 
 
-def _with_siblings(modules: Mapping[str, object], linears: Mapping[str, Target]) -> tuple[str, ...]:
-    members = dict.fromkeys(modules)
-    for name in modules:
+def _with_siblings(layers: Sequence[str], linears: Mapping[str, Target]) -> tuple[str, ...]:
+    members = dict.fromkeys(layers)
+    for name in layers:
         parent, _, kind = name.rpartition(".")
         for siblings in _SIBLINGS:
             if kind in siblings:

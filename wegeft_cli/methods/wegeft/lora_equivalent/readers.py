@@ -135,15 +135,15 @@ def prepare_for_vllm(equivalent: LoraEquivalent, adapter_dir: Path, *, key: str)
         UserError: If vLLM refuses the adapter.
     """
     served = equivalent.architecture
-    saved = equivalent.files.manifest.modules_to_save
+    saved = equivalent.pairs.modules_to_save
     experts = equivalent.experts
     reasons = {
         "it is not known to read the LoRA of stacked experts as PEFT stores it "
         f"({', '.join(experts[:3])})": bool(experts),
         f"it serves {served} without LoRA adapters": served in _VLLM_WITHOUT_LORA,
         f"it reads no modules that were trained whole ({', '.join(saved)})": bool(saved),
-        f"it reads no changed biases ({', '.join(sorted(equivalent.biased)[:3])})": bool(
-            equivalent.biased
+        f"it reads no changed biases ({', '.join(sorted(equivalent.pairs.biased)[:3])})": bool(
+            equivalent.pairs.biased
         ),
         f"it serves ranks up to {SERVED_RANKS[-1]}": equivalent.rank > SERVED_RANKS[-1],
     }
