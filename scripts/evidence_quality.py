@@ -53,13 +53,13 @@ class Experiment:
     Args:
         prepare: Takes the folder and the file of --data; returns the recipe.
         contestants: Label -> its settings (`adapter.*`).
-        rates: Learning rates of every search.
+        rates: Adapter type -> the learning rates of its search; as many for each.
         search_seeds: Number of seeds of the search.
     """
 
     prepare: Callable[[Path, Path | None], dict[str, Any]]
     contestants: dict[str, list[str]]
-    rates: list[str]
+    rates: dict[str, list[str]]
     search_seeds: int = 1
 
 
@@ -86,7 +86,7 @@ def language_recipe(sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return the recipe of an experiment with SmolLM2-135M."""
     return {
         "seed": 42,
-        "model": {"name_or_path": str(LANGUAGE_MODEL.resolve()), "dtype": "float32"},
+        "model": {"name_or_path": str(LANGUAGE_MODEL.resolve()), "dtype": "bfloat16"},
         "adapter": {
             "type": "wegeft",
             "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
@@ -177,6 +177,7 @@ LANGUAGE = {
     "lora8": ["r=16", "alpha=32"],
     "per_layer": ["r=2", "alpha=1", "share=none"],
     "by_width": ["r=98", "alpha=49", "share=input_dim"],
+    "output": ["r=67", "alpha=33.5", "share=module_type", "side=output"],
 }
 ENCODER = {
     "wegeft": ["r=24", "alpha=24", "share=module_type"],
@@ -184,19 +185,32 @@ ENCODER = {
     "lora8": ["r=32", "alpha=64"],
     "per_layer": ["r=4", "alpha=4", "share=none"],
     "by_width": ["r=48", "alpha=48", "share=input_dim"],
+    "output": ["r=24", "alpha=24", "share=module_type", "side=output"],
 }
 IMAGES = {
     "wegeft": ["r=16", "alpha=16", "share=module_type"],
     "lora": ["r=4", "alpha=8"],
     "lora8": ["r=32", "alpha=64"],
     "per_layer": ["r=4", "alpha=4", "share=none"],
+    "output": ["r=16", "alpha=16", "share=module_type", "side=output"],
 }
+# Around the best rates of a first search by factors of three (docs/evidence.md).
+LANGUAGE_RATES = {
+    "wegeft": ["1e-3", "2e-3", "4e-3", "8e-3"],
+    "lora": ["2.5e-3", "5e-3", "1e-2", "2e-2"],
+}
+WIDE_RATES = ["1e-3", "3e-3", "1e-2", "3e-2"]
 EXPERIMENTS = {
-    "gsm8k": Experiment(prepare_gsm8k, LANGUAGE, ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]),
-    "problems": Experiment(prepare_problems, LANGUAGE, ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]),
-    "steps": Experiment(prepare_steps, ENCODER, ["1e-3", "3e-3", "1e-2", "3e-2"], search_seeds=3),
+    "gsm8k": Experiment(prepare_gsm8k, LANGUAGE, LANGUAGE_RATES),
+    "problems": Experiment(prepare_problems, LANGUAGE, LANGUAGE_RATES),
+    "steps": Experiment(
+        prepare_steps, ENCODER, {"wegeft": WIDE_RATES, "lora": WIDE_RATES}, search_seeds=3
+    ),
     "digits": Experiment(
-        prepare_digits, IMAGES, ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"], search_seeds=3
+        prepare_digits,
+        IMAGES,
+        {"wegeft": [*WIDE_RATES, "1e-1"], "lora": [*WIDE_RATES, "1e-1"]},
+        search_seeds=3,
     ),
 }
 
@@ -209,13 +223,14 @@ def run(name: str, data: Path | None, labels: list[str] | None, seeds: int, jobs
     settings = experiment.prepare(folder, data)
     OmegaConf.save({**settings, "output_dir": str((folder / "runs").resolve())}, recipe)
     chosen = labels or list(experiment.contestants)
-    rates = ",".join(experiment.rates)
     forms = [
         label if label in ("wegeft", "lora") else f"{label}={_type(label)}" for label in chosen
     ]
     command = [sys.executable, "-m", "wegeft_cli", "bench", str(recipe)]
-    command += ["--methods", ",".join(forms), "--search", f"train.learning_rate={rates}"]
+    command += ["--methods", ",".join(forms)]
     for label in chosen:
+        rates = ",".join(experiment.rates[_type(label)])
+        command += ["--search", f"{label}:train.learning_rate={rates}"]
         for setting in experiment.contestants[label]:
             command += ["--set", f"{label}:adapter.{setting}"]
     command += ["--seeds", str(seeds), "--search-seeds", str(experiment.search_seeds)]
