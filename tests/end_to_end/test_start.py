@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import preloaded
@@ -17,6 +18,7 @@ from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.signals import STOP_SIGNALS, StopRequest
 from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.runs import cpu_advice
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs.train import train
 
@@ -352,10 +354,52 @@ def test_more_threads_than_free_cores_are_warned_of(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if is_set:
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    monkeypatch.setattr(begin.torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(begin, "measure_free_cores", lambda: free)
+    monkeypatch.setattr(cpu_advice.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(cpu_advice, "measure_free_cores", lambda: free)
     train(write_recipe(), reporter=listener)
     assert any("OMP_NUM_THREADS=1" in text for text in listener.warnings) is warns
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed", "speed", "advice"),
+    [
+        ("float32", "none", 4.5, "4.5 times as fast as float32: model.dtype=bfloat16 shortens"),
+        ("float32", "none", 1.2, None),
+        ("float32", "bf16", 4.5, None),
+        ("bfloat16", "none", 0.25, "4.0 times as fast as bfloat16: model.dtype=float32 shortens"),
+        ("float32", "bf16", 0.25, "model.dtype=float32 train.mixed_precision=none shortens"),
+        ("bfloat16", "none", 4.5, None),
+        ("float16", "none", 4.5, None),
+    ],
+)
+def test_the_faster_number_type_is_named(monkeypatch, listener, dtype, mixed, speed, advice):
+    monkeypatch.setattr(cpu_advice, "measure_bfloat16_speed", lambda: speed)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(train=SimpleNamespace(mixed_precision=mixed)),
+        processes=SimpleNamespace(device=torch.device("cpu")),
+        reporter=listener,
+    )
+    base = torch.nn.Linear(5000, 5000, device="meta", dtype=getattr(torch, dtype))
+    cpu_advice.advise_dtype(run, base)
+    assert len(listener.notes) == (advice is not None)
+    assert advice is None or advice in listener.notes[0]
+
+
+def test_a_run_names_the_faster_number_type(write_recipe, monkeypatch, listener):
+    monkeypatch.setattr(cpu_advice, "_SMALL", 1)
+    monkeypatch.setattr(cpu_advice, "measure_bfloat16_speed", lambda: 4.5)
+    train(write_recipe(model={"dtype": "float32"}), reporter=listener)
+    assert [note for note in listener.notes if "model.dtype=bfloat16" in note]
+
+
+def test_a_small_base_gets_no_advice_on_its_type(write_recipe, monkeypatch, listener):
+    monkeypatch.setattr(cpu_advice, "measure_bfloat16_speed", lambda: 4.5)
+    train(write_recipe(model={"dtype": "float32"}), reporter=listener)
+    assert not [note for note in listener.notes if "this CPU multiplies" in note]
+
+
+def test_the_speed_of_bfloat16_is_a_ratio_of_two_measured_times():
+    assert 0.01 < cpu_advice.measure_bfloat16_speed() < 100
 
 
 def test_each_slow_stage_is_announced(write_recipe, listener):

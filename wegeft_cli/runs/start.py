@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -296,28 +295,6 @@ def _check_data(run: Run, resume: str | None, setup: RunSetup) -> None:
     if resume is not None and resume != AUTO:
         directory = RunDirectory.of_checkpoint(Path(resume).expanduser())
     check_same_data(directory.record(), _data_record(setup), directory.record_path)
-
-
-def warn_of_few_cores(run: Run) -> None:
-    """Warn if a CPU run uses more threads than the cores that it can have."""
-    threads = torch.get_num_threads()
-    if run.processes.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
-        return
-    cores = measure_free_cores()
-    if threads > 1 and cores < 0.75 * threads:
-        run.reporter.warn(
-            f"PyTorch uses {threads} threads and about {cores:.1f} cores are free, which can make "
-            f"the run many times slower; set OMP_NUM_THREADS={max(1, int(cores))}"
-        )
-
-
-def measure_free_cores() -> float:
-    """Return the cores that this process can use: its share, without those that are busy."""
-    cores = float(len(os.sched_getaffinity(0)))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, float(quota) / float(period))
-    return max(0.0, cores - os.getloadavg()[0])
 
 
 def _warn_of_threads(run: Run, state: RunState) -> None:

@@ -35,6 +35,7 @@ from wegeft_cli.runs.callbacks.run_files import (
 )
 from wegeft_cli.runs.callbacks.sample_prompts import SamplePromptsCallback
 from wegeft_cli.runs.callbacks.trackers import Trackers, TrackersCallback
+from wegeft_cli.runs.cpu_advice import advise_dtype, warn_of_few_cores
 from wegeft_cli.runs.finalize import export_adapter, find_adapter_step, load_finished_result
 from wegeft_cli.runs.resume_rules import (
     find_matched_rank,
@@ -53,7 +54,6 @@ from wegeft_cli.runs.start import (
     open_run,
     pass_record,
     record_base_fingerprint,
-    warn_of_few_cores,
 )
 from wegeft_cli.tasks.base import Loss
 from wegeft_cli.tasks.registry import find_task
@@ -184,6 +184,7 @@ def _load_model(
     if state.fingerprint is None:  # a model of the hub is on this machine from now on
         record_base_fingerprint(run, state, is_loaded=True)
         run.update_record({"base_fingerprint": state.fingerprint})
+    advise_dtype(run, base)
     run.reporter.note("adding the adapter and testing the model on a few rows")
     model, layout = build_model(
         base, run, setup, base_fingerprint=state.fingerprint, checkpoint=state.checkpoint
