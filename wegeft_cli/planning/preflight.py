@@ -43,7 +43,7 @@ from wegeft_cli.planning.memory import (
     list_learned,
     measure_available,
 )
-from wegeft_cli.planning.rank_match import match_rank
+from wegeft_cli.planning.rank_match import match_rank, naming_counted, read_counted_adapter
 from wegeft_cli.planning.targets import TargetSetup, settle_targets
 from wegeft_cli.recipe.load import LoadedRecipe
 from wegeft_cli.recipe.schema import AdapterSection, Recipe, TrainSection
@@ -195,7 +195,7 @@ def check_run(
     # The size of a new head follows from the rows. Otherwise the model comes first: it is cheaper.
     if not task.has_head:
         with faults.collected():
-            checked = _check_model(loaded, task, None, missing, resuming)
+            checked = _check_model(loaded, task, None, missing, reporter, resuming=resuming)
     if faults and not files_may_be_missing:
         faults.extend(_list_missing_data(loaded))
     faults.raise_all()  # reading rows may take minutes
@@ -206,7 +206,7 @@ def check_run(
         if data is None and head is not None:
             count = len(head.labels) or 1
             missing.reasons.append(f"classes: the head is counted with {count}, as in the base")
-        checked = _check_model(loaded, task, head, missing, resuming)
+        checked = _check_model(loaded, task, head, missing, reporter, resuming=resuming)
     task.check_model(recipe, checked.skeleton, data)
     if processor is not None:
         task.prepare_base(checked.skeleton, checked.head, processor)
@@ -228,19 +228,25 @@ def check_targets(loaded: LoadedRecipe) -> list[ParameterGroup]:
     """Check the base and the targets by its configuration, and return the learned parameters."""
     task = find_task(loaded.recipe.task)
     head = task.assumed_head(loaded.recipe) if task.has_head else None
-    return _check_model(loaded, task, head, _Missing(loaded, True), resuming=False).groups
+    missing = _Missing(loaded, True)
+    return _check_model(loaded, task, head, missing, SilentReporter(), resuming=False).groups
 
 
 def _check_model(
-    loaded: LoadedRecipe, task: Task, head: HeadSpec | None, missing: _Missing, resuming: bool
+    loaded: LoadedRecipe,
+    task: Task,
+    head: HeadSpec | None,
+    missing: _Missing,
+    reporter: Reporter,
+    *,
+    resuming: bool,
 ) -> Preflight:
     """Check the base without weights, with the method's targets and the adapter to start from."""
     recipe = loaded.recipe
     config, skeleton = build_skeleton(recipe.model, head)
     if recipe.train.use_liger_kernel:
         check_liger(config.model_type)
-    targets = settle_targets(recipe, skeleton)
-    targets = match_rank(recipe, loaded.path.parent, skeleton, targets, settle_targets)
+    targets = _settle_layers(loaded, skeleton, reporter)
     section = targets.section
     if section.r != AdapterSection.r and not find_method(section.type).reads_rank(section):
         options = " with these options" if section.peft else ""
@@ -256,6 +262,17 @@ def _check_model(
     groups = method.count(skeleton, section, task.peft_task_type)
     model = skeleton_with_adapter(skeleton, recipe, section)
     return Preflight(loaded, task, config, skeleton, model, groups, targets, head=head)
+
+
+def _settle_layers(loaded: LoadedRecipe, skeleton: nn.Module, reporter: Reporter) -> TargetSetup:
+    """Return the layers of a run, with the rank that a budget chooses."""
+    recipe = loaded.recipe
+    targets = settle_targets(recipe, skeleton)
+    counted = read_counted_adapter(targets.section, loaded.path.parent)
+    if counted is not None:
+        with naming_counted(targets.section):
+            counted = settle_targets(replace(recipe, adapter=counted), skeleton).section
+    return match_rank(recipe, skeleton, targets, counted, reporter)
 
 
 def _read_rows(recipe: Recipe, task: Task, missing: _Missing) -> tuple[Any, TaskData | None]:

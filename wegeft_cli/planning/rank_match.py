@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING
 from wegeft_cli.data.sources.paths import find_local
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.registry import find_method
+from wegeft_cli.planning.rank_search import TOLERANCE, try_ranks
 from wegeft_cli.recipe.load import load_recipe
 from wegeft_cli.recipe.parameter_budget import BUDGET_KEY, MatchedRank, read_budget
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
+from wegeft_cli.reporter import Reporter
 from wegeft_cli.tasks.registry import find_task
 
 if TYPE_CHECKING:
@@ -22,29 +25,58 @@ if TYPE_CHECKING:
 
     from wegeft_cli.planning.targets import TargetSetup
 
-_TOLERANCE = 0.1
-_LARGEST_RANK = 2**14
-_FIRST_RANKS = (1, 2, 4, 8, 16)
-_OFFSETS = (0, 1, -1, 2, -2, 3, -3)  # of ranks that are tried in place of a refused one
+_SLOW_SECONDS = 1.0  # a count that takes longer is reported
+
+
+def read_counted_adapter(section: AdapterSection, recipe_dir: Path) -> AdapterSection | None:
+    """Return the `adapter` of the recipe that a budget names; None for a number or no budget.
+
+    Raises:
+        UserError: If the recipe is at fault, or has a budget itself.
+    """
+    path = None if section.match_params is None else read_budget(section.match_params).params
+    if not isinstance(path, str):
+        return None
+    with naming_counted(section):
+        adapter = load_recipe(find_local(path, recipe_dir) or path, need_data=False).recipe.adapter
+        if adapter.match_params is not None:
+            raise UserError("has a budget itself", hint="name a recipe with `adapter.r`")
+        return adapter
+
+
+@contextmanager
+def naming_counted(section: AdapterSection) -> Iterator[None]:
+    """Name the key and the recipe that a budget names in the faults of that recipe."""
+    try:
+        yield
+    except* UserError as group:
+        path = read_budget(section.match_params).params
+        reasons = "; ".join(str(fault) for fault in group.exceptions)
+        raise UserError(f"{path!r} cannot be counted: {reasons}", key=BUDGET_KEY) from None
 
 
 def match_rank(
     recipe: Recipe,
-    recipe_dir: Path,
     skeleton: nn.Module,
     targets: TargetSetup,
-    settle_targets: Callable[[Recipe, nn.Module], TargetSetup],
+    counted: AdapterSection | None,
+    reporter: Reporter,
 ) -> TargetSetup:
     """Return the layers of a run with the rank that the recipe's budget chooses, if it has one.
 
     Args:
-        recipe_dir: The folder of the recipe's file.
+        recipe: The recipe.
         skeleton: The base on the meta device, with the task's head.
         targets: The layers of the recipe.
-        settle_targets: Decides which layers another recipe adapts.
+        counted: The other adapter whose parameters are the budget, with its layers; None where the
+            budget is a number.
+        reporter: Where counts that take long are reported.
+
+    Returns:
+        The layers, with the rank in their section.
 
     Raises:
-        UserError: If the method has no rank, the other recipe cannot be counted, or no rank is
+        UserError: If the method has no rank, the other adapter cannot be counted, or no rank is
             within 10 % of the budget.
         ExceptionGroup: If there are several such faults.
     """
@@ -59,22 +91,26 @@ def match_rank(
             hint="remove it, or set another `adapter.type`",
         )
     asked = read_budget(section.match_params)
-    budget = asked.params
-    if isinstance(budget, str):
-        other = _load_adapter(budget, recipe_dir)
-        with _explained(budget):
-            layers = settle_targets(replace(recipe, adapter=other), skeleton)
-            budget = _count(recipe, skeleton, layers.section)
+    if counted is not None:
+        with naming_counted(section):
+            budget = _count(recipe, skeleton, counted)
+    else:
+        budget = int(asked.params)
 
     def settle(rank: int) -> AdapterSection:
         alpha = section.alpha if asked.scale is None else asked.scale * rank
         return replace(section, r=rank, alpha=alpha, match_params=None)
 
     def count(rank: int) -> int:
+        start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ranks that are only tried
-            return _count(recipe, skeleton, settle(rank))
+            number = _count(recipe, skeleton, settle(rank))
+        if time.perf_counter() - start > _SLOW_SECONDS:
+            reporter.note(f"counted {section.type!r} at rank {rank}: {number:,} parameters")
+        return number
 
+    reporter.note(f"choosing the rank of {section.type!r} for {budget:,} trainable parameters")
     rank, number = _choose(try_ranks(count, budget), budget, section.type)
     chosen = settle(rank)
     matched = MatchedRank(recipe.adapter.match_params, budget, rank, chosen.alpha, number)
@@ -93,70 +129,11 @@ def _count(recipe: Recipe, skeleton: nn.Module, section: AdapterSection) -> int:
     return sum(group.num_parameters for group in groups)
 
 
-def _load_adapter(path: str, recipe_dir: Path) -> AdapterSection:
-    """Return the `adapter` of another recipe, which is counted on this base."""
-    with _explained(path):
-        adapter = load_recipe(find_local(path, recipe_dir) or path, need_data=False).recipe.adapter
-        if adapter.match_params is not None:
-            raise UserError("has a budget itself", hint="name a recipe with `adapter.r`")
-        return adapter
-
-
-@contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Name the key and the other recipe in its faults."""
-    try:
-        yield
-    except* UserError as group:
-        reasons = "; ".join(str(fault) for fault in group.exceptions)
-        raise UserError(f"{path!r} cannot be counted: {reasons}", key=BUDGET_KEY) from None
-
-
-def try_ranks(count: Callable[[int], int], budget: int) -> dict[int, int]:
-    """Count at ranks around a budget: doubled until it is passed, then between the last two.
-
-    The number of parameters may grow or shrink with the rank. A method may refuse some ranks, such
-    as odd ones, and all high ones.
-    """
-    counts: dict[int, int] = {}
-
-    def is_counted(rank: int) -> bool:
-        with suppress(UserError):
-            counts[rank] = counts[rank] if rank in counts else count(rank)
-        return rank in counts
-
-    def has_passed(before: int, after: int) -> bool:
-        return (counts[before] < budget) != (counts[after] < budget)
-
-    low = next((rank for rank in _FIRST_RANKS if is_counted(rank)), None)
-    if low is None:
-        return {1: count(1)}  # raises the reason
-    high = 2 * low
-    while counts[low] != budget and is_counted(high) and not has_passed(low, high):
-        if abs(counts[high] - budget) > abs(counts[low] - budget) or high >= _LARGEST_RANK:
-            return counts
-        low, high = high, 2 * high
-    is_line = True  # most counts are lines over the rank, for which the first guess is exact
-    while high - low > 1 and budget not in (counts[low], counts.get(high)):
-        middle = (low + high) // 2
-        if is_line and high in counts:
-            share = (budget - counts[low]) / (counts[high] - counts[low])
-            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        is_line = not is_line
-        near = (middle + offset for offset in _OFFSETS if low < middle + offset < high)
-        found = next((rank for rank in near if is_counted(rank)), None)
-        if found is None or has_passed(low, found):
-            high = middle if found is None else found
-        else:
-            low = found
-    return counts
-
-
 def _choose(counts: dict[int, int], budget: int, method: str) -> tuple[int, int]:
     """Return the rank of the nearest count, the lower one of two, and the count."""
     nearest = sorted(counts, key=lambda rank: (abs(counts[rank] - budget), rank))
     rank = nearest[0]
-    if abs(counts[rank] - budget) <= _TOLERANCE * budget:
+    if abs(counts[rank] - budget) <= TOLERANCE * budget:
         return rank, counts[rank]
     others = [other for other in nearest if counts[other] != counts[rank]]
     if not others and len(counts) > 1:
