@@ -48,7 +48,7 @@ def try_ranks(count: Callable[[int], int], budget: int) -> dict[int, int]:
 
 
 class _Search:
-    """The ranks that are counted so far, and those between which the budget lies."""
+    """The ranks that are counted so far, and those between which the budget is."""
 
     def __init__(self, count: Callable[[int], int], budget: int) -> None:
         self.counts: dict[int, int] = {}
@@ -108,7 +108,7 @@ class _Search:
         return first, self._above, guess
 
     def _find_bounds(self, is_growing: bool) -> tuple[int, int]:
-        """Return the ranks between which the budget lies; a bound may be a refused rank."""
+        """Return the ranks between which the budget is; a bound may be a refused rank."""
         before = [r for r, n in self.counts.items() if (n < self._budget) == is_growing]
         after = self.counts.keys() - before
         return max(before, default=self._below), min(after, default=self._above)
