@@ -19,6 +19,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+import preloaded
 import pytest
 import torch
 import yaml
@@ -46,7 +47,7 @@ def _without_waste() -> Iterator[None]:
     No power fails during these tests, and a run calls fsync some forty times.
     """
     with pytest.MonkeyPatch.context() as patch:
-        keep_traces(patch)
+        keep_traces(patch.setattr)
         patch.setattr(os, "fsync", os.fstat)
         yield
 
@@ -196,6 +197,12 @@ def write_recipe_in(llama_dir: Path, unequal_rows) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _planned_recipe(tmp_path_factory, write_recipe_in) -> None:
+    """Give forked processes the usual recipe, planned."""
+    preloaded.planned = write_recipe_in(tmp_path_factory.mktemp("planned"))
 
 
 @pytest.fixture

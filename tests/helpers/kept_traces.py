@@ -1,4 +1,4 @@
-"""Keeps what a pass without values has found, for the next equal pass of the same process.
+"""Keeps what a pass without values has found, for the next equal pass of a process and its forks.
 
 A run of these tests trains a tiny model for a few steps. More than half of its time goes into the
 passes without values that estimate its memory and find layers that cannot learn, and most runs
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from torch import nn
 
 from wegeft_cli.planning import memory, targets
@@ -26,19 +25,20 @@ UNSEEN = {
         "num_train_epochs", "max_steps", "learning_rate", "lr_ratio", "lr_scheduler_type",
         "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta1",
         "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "eval_steps", "save_steps",
-        "save_total_limit", "logging_steps", "load_best_model_at_end",
+        "save_total_limit", "logging_steps", "load_best_model_at_end", "strategy", "fsdp_size",
+        "check_steps", "ddp_timeout",
     ),
 }  # fmt: skip
 
 
-def keep_traces(patch: pytest.MonkeyPatch) -> None:
-    """Make the planning of this process remember its passes."""
+def keep_traces(put: Callable[[Any, str, Any], None]) -> None:
+    """Make the planning of this process remember its passes; `put` is a `setattr`."""
     for module, name in (
         (memory, "trace_step"),
         (memory, "trace_validation"),
         (targets, "_trace_lengths"),
     ):
-        patch.setattr(module, name, _remember(getattr(module, name)))
+        put(module, name, _remember(getattr(module, name)))
 
 
 def _remember(trace: Callable[..., Any]) -> Callable[..., Any]:

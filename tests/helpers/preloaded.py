@@ -1,6 +1,7 @@
 """Python processes that are forked from one that has loaded torch and transformers.
 
-Loading takes seconds, more than what most processes of these tests do. `Popen` and `run` are those
+Loading takes seconds, more than what most processes of these tests do. The forks do not wait for
+the disk, and have the passes without values of `planned`. `Popen` and `run` are those
 of `subprocess` for a command that begins with `sys.executable`; `run_group` starts several
 processes as `torchrun` does. A test of the start itself (imports, signals during imports, files
 in the working folder that shadow modules) uses `subprocess`.
@@ -29,6 +30,8 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"}
 LARGEST_ANSWER = 1 << 10
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 30
+planned: Path | None = None
+"""A recipe that is planned once, before any fork: its passes without values are kept."""
 
 
 class Server:
@@ -41,7 +44,7 @@ class Server:
         self._cache = TemporaryDirectory()
         with theirs:
             self._process = START_PROCESS(
-                [sys.executable, str(SERVER), str(theirs.fileno())],
+                [sys.executable, str(SERVER), str(theirs.fileno()), str(planned or "")],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **SETTINGS, "HF_DATASETS_CACHE": self._cache.name},

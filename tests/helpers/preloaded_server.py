@@ -1,8 +1,9 @@
 """Started by `preloaded`: loads what a run needs, then forks a process for each one asked for.
 
-The argument is the descriptor of a socket. A request to start is a JSON object with the three
-standard streams of the process; the answer is its process id. A request with a process id is
-answered by its status as `os.waitpid` gives it, or null while it runs.
+The arguments are the descriptor of a socket and the path of a recipe, or nothing. A request to
+start is a JSON object with the three standard streams of the process; the answer is its process
+id. A request with a process id is answered by its status as `os.waitpid` gives it, or null while
+it runs.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import transformers.models.llama.modeling_llama
 import transformers.trainer
+from kept_traces import keep_traces
 
 import wegeft_cli.cli.app
 import wegeft_cli.runs.train
+from wegeft_cli.planning.plan import plan
 
 LOADED = (datasets, peft, torch, transformers, wegeft_cli)
 FOLLOWS = "WEGEFT_FOLLOWS"
@@ -116,7 +119,17 @@ def leave(asked: dict[str, Any]) -> None:
     os._exit(code or 0)
 
 
+def prepare(recipe: str) -> None:
+    """Do once what forks would each do: plan the recipe. They do not wait for the disk."""
+    keep_traces(setattr)
+    os.fsync = os.fstat
+    # With a GPU, autograd starts threads, and a fork could not use it.
+    if recipe and not torch.cuda.device_count():
+        plan(recipe)
+
+
 if __name__ == "__main__":
+    prepare(sys.argv[2])
     gc.collect()
     gc.freeze()
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
