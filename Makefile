@@ -127,7 +127,7 @@ test-triton: setup ## Weight dropout's kernel in Triton's interpreter, and compi
 # of arguments with click 8.5, and uv takes a newer datasets than it has to.
 LOWEST := .cache/lowest
 LOWEST_TESTS := $(addprefix tests/,methods/test_equations.py methods/test_folding.py methods/test_inject.py methods/test_autograd.py \
-	methods/test_trained_modules.py models/test_stochastic_depth.py artifacts training/test_loop.py training/test_packed.py \
+	methods/test_trained_modules.py models/test_stochastic_depth.py artifacts training/test_loop.py training/test_skip.py training/test_packed.py \
 	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py special_tokens.py))
 
 $(LOWEST)/.setup-done: pyproject.toml

@@ -44,14 +44,14 @@ def test_ranks_fall_to_r_on_average(write_recipe, read_metrics):
 
 
 def test_a_last_step_that_is_skipped_leaves_the_ranks_chosen(write_recipe, monkeypatch):
-    sound = loop.is_finite_step
+    sound = loop.is_usable_step
     calls = []
 
-    def is_finite_step(*args):
+    def is_usable_step(*args):
         calls.append(args)
         return sound(*args) and len(calls) < 6
 
-    monkeypatch.setattr(loop, "is_finite_step", is_finite_step)
+    monkeypatch.setattr(loop, "is_usable_step", is_usable_step)
     result = train(write_recipe(adapter={"type": "adalora", "r": 2}))
     assert (len(calls), result.num_skipped) == (6, 1)
     config = json.loads((result.adapter_dir / "adapter_config.json").read_text())

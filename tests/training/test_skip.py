@@ -1,4 +1,4 @@
-"""A step that is not finite is skipped and counted, and leaves everything as it was."""
+"""A step without a usable gradient is skipped and counted, and leaves everything as it was."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from loop_hooks import LoopHooks
 
 from wegeft_cli.errors import MachineError
+from wegeft_cli.training.gradients import is_usable_step
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01}
 
@@ -138,3 +139,29 @@ def test_an_infinite_gradient_under_a_finite_loss_is_skipped_too(
     first = {"none": 1, "fp16": 18}[mixed_precision]
     assert [step for step, _, _ in told["skips"]] == [first, first + 1, first + 2]
     assert all(math.isfinite(loss) for _, loss, _ in told["skips"])
+
+
+@pytest.mark.parametrize("mixed_precision", ["none", "bf16"])
+def test_a_model_without_a_gradient_has_diverged(
+    make_model, make_source, run, factors_of, mixed_precision
+):
+    """The squares of its activations overflow, and the norm layer maps them to 0."""
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e25
+    start = factors_of(model)
+    told, hooks = listen()
+    with pytest.raises(MachineError, match=r"diverged at step 3: .* gradient norm 0\.0"):
+        run(model, make_source(num_steps=6), hooks=hooks, **ADAM, mixed_precision=mixed_precision,
+            max_skipped_steps=2)  # fmt: skip
+    # Every token is as likely as another.
+    assert [loss for _, loss, _ in told["skips"]] == pytest.approx(
+        [math.log(model.config.vocab_size)] * 3
+    )
+    assert torch.equal(factors_of(model), start)
+
+
+def test_a_loss_of_zero_has_no_gradient():
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert is_usable_step(0.0, 0.0, scaler)
+    assert not is_usable_step(1e-30, 0.0, scaler)

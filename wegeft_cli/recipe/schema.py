@@ -370,9 +370,9 @@ class TrainSection:
     """Keep an exponential moving average of the trained parameters, 0 < decay < 1. Validation and
     the adapter use the average. Null: no average."""
     max_skipped_steps: CountOrZero = 10
-    """Optimizer steps whose loss or gradient is NaN or infinite are skipped and counted. The run
-    fails after more skipped steps than this, or more than half of its steps. 0: fail at the
-    first."""
+    """Optimizer steps whose loss or gradient is NaN or infinite, or whose gradient is 0 at a loss
+    that is not, are skipped and counted. The run fails after more skipped steps than this, or more
+    than half of its steps. 0: fail at the first."""
     mixed_precision: MixedPrecision = "none"
     """none, bf16, or fp16 (with a loss scaler): autocast over the base. Factors stay float32."""
     gradient_checkpointing: bool = False

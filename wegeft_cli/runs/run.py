@@ -61,7 +61,7 @@ class TrainResult:
         adapter_step: Step of the adapter.
         best_step: Step of the best validation.
         best_metric: Value of `train.metric_for_best_model` at that step.
-        num_skipped: Steps whose loss or gradient was not finite.
+        num_skipped: Steps that were skipped (`train.max_skipped_steps`).
         estimated_memory_gib: Estimated peak memory of one device.
         peak_memory_gib: Measured peak memory.
         waste: `padding_share`, `packed_sequences`, `head_share`, `grouped_padding_share` (with

@@ -26,7 +26,7 @@ class Callback:
         """
 
     def on_skipped_step(self, trainer: Trainer, loss: float, grad_norm: float) -> None:
-        """Run after each step that was skipped because its loss or gradient was not finite.
+        """Run after each step that was skipped because `is_usable_step` denied it.
 
         Args:
             loss: The step's mean loss per labeled token.

@@ -1,4 +1,4 @@
-"""Sum gradients over processes, clip them, and check that they are finite."""
+"""Sum gradients over processes, clip them, and check that a step can use them."""
 
 from __future__ import annotations
 
@@ -81,11 +81,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float) -> 
     return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
 
 
-def is_finite_step(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScaler) -> bool:
+def is_usable_step(loss_sum: float, grad_norm: float, scaler: torch.amp.GradScaler) -> bool:
     """Return whether a step may be taken; equal on all processes, as the arguments are.
 
     The loss scaler handles a gradient that overflows by lowering its scale. It cannot handle a loss
-    that is not finite, because the loss is computed before it is scaled.
+    that is not finite, because the loss is computed before it is scaled. A norm layer maps
+    activations whose squares overflow to 0: the loss of such a model is finite, and no parameter
+    has a gradient.
     """
     can_rescale = scaler.is_enabled() and scaler.get_scale() >= _SMALLEST_SCALE
-    return math.isfinite(loss_sum) and (can_rescale or math.isfinite(grad_norm))
+    has_vanished = grad_norm == 0 and loss_sum != 0
+    is_finite = math.isfinite(loss_sum) and (can_rescale or math.isfinite(grad_norm))
+    return is_finite and not has_vanished

@@ -17,8 +17,9 @@ class LoopSettings:
         save_steps: Steps between two checkpoints; 0: one after the last step or at a stop.
         early_stopping_patience: Stop after this number of validations without improvement; None:
             never.
-        max_skipped_steps: Steps with a loss or gradient that is not finite, which are skipped. More
-            of them, or more than half of all steps, end the run.
+        max_skipped_steps: Steps with a loss or gradient that is not finite, or with a gradient of 0
+            at a loss that is not, which are skipped. More of them, or more than half of all steps,
+            end the run.
         ema_decay: Decay of a moving average of the trained parameters; None: no average.
         check_steps: Steps between two comparisons of the trained parameters across processes; 0:
             they are compared at saves only.

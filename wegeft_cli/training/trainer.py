@@ -25,7 +25,7 @@ from wegeft_cli.training.forward_context import autocast, offload_activations
 from wegeft_cli.training.gradients import (
     SummedStep,
     clip_gradients,
-    is_finite_step,
+    is_usable_step,
     read_step,
     sum_gradients,
 )
@@ -58,8 +58,9 @@ class Trainer:
     collective per step sums the gradients of `parameters`, which is correct for parameters that
     layers share.
 
-    A step whose loss or gradient is not finite is skipped: it counts as a step, but changes neither
-    the parameters nor the optimizer, the schedule or the average, and its loss enters no mean.
+    A step whose loss or gradient is not finite, or whose gradient is 0 at a loss that is not, is
+    skipped: it counts as a step, but changes neither the parameters nor the optimizer, the schedule
+    or the average, and its loss enters no mean.
 
     Args:
         model: The model on its device.
@@ -239,12 +240,12 @@ class Trainer:
             self.save()
 
     def update(self, summed: SummedStep) -> None:
-        """Apply the step's gradient, or skip the step if it is not finite."""
+        """Apply the step's gradient, or skip the step if `is_usable_step` denies it."""
         step, loss_sum, grad_norm = self.step, summed.loss_sum, summed.grad_norm
         num_labels, num_tokens = self.source.num_label_tokens(step), self.source.num_tokens(step)
         self._learning_rate = float(self.scheduler.get_last_lr()[0])
         self.progress.step += 1
-        if is_finite_step(loss_sum, grad_norm, self._scaler):
+        if is_usable_step(loss_sum, grad_norm, self._scaler):
             self._apply_gradient()
             self.progress.loss_sum += loss_sum
             self.progress.label_tokens += num_labels

@@ -175,7 +175,7 @@ def summary_lines(result: TrainResult) -> Iterator[str]:
         yield f"best validation: {result.best_metric:.4f} at step {result.best_step}; {kept}"
     if result.num_skipped:
         yield (
-            f"skipped: {result.num_skipped} steps whose loss or gradient was not finite; "
+            f"skipped: {result.num_skipped} steps whose loss or gradient cannot be used; "
             f"their rows are in {result.run_dir / 'skipped'}"
         )
     figures = [
