@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,6 +104,22 @@ class Faults:
     def raise_all(self) -> None:
         """Raise the faults, each once; see `raise_all`."""
         raise_all(list({str(fault): fault for fault in self._found}.values()))
+
+
+def raise_by_name(found: Mapping[str, Sequence[UserError]]) -> None:
+    """Raise the faults of several parts, each once; one that some parts lack names its parts.
+
+    Args:
+        found: Name of each part -> its faults; empty for a part without any.
+    """
+    parts: dict[str, tuple[UserError, dict[str, None]]] = {}
+    for name, faults in found.items():
+        for fault in faults:
+            parts.setdefault(str(fault), (fault, {}))[1][name] = None
+    for fault, names in parts.values():
+        if len(names) < len(found):
+            fault.message += f" (in {', '.join(names)})"
+    raise_all([fault for fault, _ in parts.values()])
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

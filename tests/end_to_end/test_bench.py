@@ -187,6 +187,12 @@ def test_faults_are_told_before_the_first_run(write_recipe):
     unmet = refuse(recipe, settings=["lora:adapter.match_params=10"])
     assert "rank 1 has 384 and rank 2 has 768 (in lora)" in unmet
     assert "no_such" in refuse(recipe, settings=["lora:adapter.target_modules=[no_such]"])
+    # A fault of all methods is shown once, one of some names them.
+    both = refuse(recipe, "train.max_steps=0", settings=["lora:adapter.r=0"])
+    assert both.count("must be -1 or at least 1; got 0") == 1
+    assert "must be at least 1; got 0 (in lora)" in both
+    assert "learns a prompt in front of the rows" in refuse(recipe, methods=["prompt_tuning"])
+    assert "`lora`" in refuse(recipe, methods=["lorra"])
 
 
 def test_a_dry_run_checks_every_method_and_trains_nothing(write_recipe, tmp_path):

@@ -329,6 +329,17 @@ class TestOverrides:
         assert recipe.seed == 2
 
     @pytest.mark.parametrize(
+        ("override", "hint"),
+        [
+            ("data.train.limit=1", "write `data.train[0].limit`"),
+            ("data.train.0.limit=1", "write `data.train[0]`"),
+        ],
+    )
+    def test_an_entry_of_a_list_is_named_in_the_hint(self, write, faults_of, override, hint):
+        (fault,) = faults_of(write("", sound=True), override)
+        assert fault.hint == hint
+
+    @pytest.mark.parametrize(
         ("override", "key", "message"),
         [
             ("train.learning_rate", None, "is not key=value"),

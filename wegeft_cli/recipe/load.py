@@ -406,7 +406,9 @@ def _add_unknown_override(path: KeyPath, value: Any, label: str, reader: ValueRe
         reader.errors.add(path, f"`{around}` is not a list", label, "remove the brackets")
     elif get_origin(kind) is list:
         message = f"`{around}` is a list: an entry is needed"
-        reader.errors.add(path, message, label, f"write `{around}[0].{path[-1]}`")
+        last = str(path[-1])
+        entry = f"{around}[{last}]" if last.isdecimal() else f"{around}[0].{last}"
+        reader.errors.add(path, message, label, f"write `{entry}`")
     else:
         reader.errors.add(path, f"`{around}` has no keys", label, f"write {around}=value")
 

@@ -99,8 +99,8 @@ def list_choices(key: str, kind: Any) -> tuple[str, ...]:
 
 
 def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
-    if key == "adapter.type":
-        return _explain_method(key, str(value), choices)
+    if key == "adapter.type" and (fault := explain_method(str(value))) is not None:
+        return key, *fault
     one_of = f"one of {', '.join(choices)}"
     refused = explain_unsupported(str(value))
     if refused is not None:
@@ -113,20 +113,23 @@ def _explain_choice(key: str, value: Any, choices: tuple[str, ...]) -> Fault:
     return key, message, f"did you mean `{near}`?" if near else None
 
 
-def _explain_method(key: str, name: str, methods: tuple[str, ...]) -> Fault:
-    """Return the fault of a method's name: there are too many names to list all."""
+def explain_method(name: str) -> tuple[str, str] | None:
+    """Return message and hint of an unknown `adapter.type`, of which there are too many to list."""
+    methods = list_values(("adapter", "type"))
+    if name in methods:
+        return None
     known = load_rules(METHOD_RULES).explain_name(name)
     if known is not None:
-        return key, f"`{name}` is not supported: {known[0]}", known[1]
+        return f"`{name}` is not supported: {known[0]}", known[1]
     refused = explain_unsupported(name)
     if refused is not None:
-        return key, f"`{name}` is not supported: {refused[0]}", _METHODS_PAGE
-    if (other := explain_value(key, name)) is not None:
-        return key, f"{name!r} is not the name of a method", other
+        return f"`{name}` is not supported: {refused[0]}", _METHODS_PAGE
+    message = f"{name!r} is not the name of a method"
+    if (other := explain_value("adapter.type", name)) is not None:
+        return message, other
     *others, last = [f"`{each}`" for each in find_similar(name.lower(), methods)] or [""]
     near = f"{', '.join(others)} or {last}" if others else last
-    meant = f"did you mean {near}? " if near else ""
-    return key, f"{name!r} is not the name of a method", meant + _METHODS_PAGE
+    return message, (f"did you mean {near}? " if near else "") + _METHODS_PAGE
 
 
 def _check_model(recipe: Recipe) -> Iterator[Fault]:

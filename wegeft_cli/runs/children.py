@@ -27,6 +27,7 @@ from wegeft_cli.errors import (
     UserError,
     disk_errors,
     raise_all,
+    raise_by_name,
 )
 from wegeft_cli.recipe.load import recipe_to_yaml
 from wegeft_cli.recipe.sweep import SweepRun
@@ -209,19 +210,15 @@ def check_runs(runs: Sequence[SweepRun], train: Callable[..., Any], reporter: Re
     distinct: dict[str, SweepRun] = {}
     for run in runs:
         distinct.setdefault(repr(replace(run.loaded.recipe, seed=0, output_dir="")), run)
-    found: dict[str, tuple[UserError, list[str]]] = {}
+    found: dict[str, list[UserError]] = {}
     with reporter.progress("checking", len(distinct)) as advance:
         for done, run in enumerate(distinct.values(), start=1):
             faults = Faults()
             with faults.collected():
                 train(run.loaded, resume="auto", dry_run=True)
-            for fault in faults.found:
-                found.setdefault(str(fault), (fault, []))[1].append(run.name.partition("/")[0])
+            found.setdefault(run.name.partition("/")[0], []).extend(faults.found)
             advance(done)
-    for fault, names in found.values():
-        if len(names) < len(distinct):  # a fault of all runs needs no name
-            fault.message += f" (in {', '.join(names)})"
-    raise_all([fault for fault, _ in found.values()])
+    raise_by_name(found)
 
 
 def check_recipes(runs: Sequence[SweepRun]) -> None:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wegeft_cli.artifacts.run_results import SEED
-from wegeft_cli.errors import Faults, UserError, raise_all
-from wegeft_cli.methods.registry import method_names
+from wegeft_cli.errors import Faults, UserError, raise_all, raise_by_name
 from wegeft_cli.recipe.keys import find_nearest
 from wegeft_cli.recipe.parameter_budget import BUDGET_KEY
+from wegeft_cli.recipe.rules import explain_method
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.recipe.sweep import LoadedSweep, SweepRun, load_sweep
 from wegeft_cli.runs.resume_rules import flatten
@@ -122,11 +122,9 @@ def _read_method(text: str) -> tuple[str, str]:
     if not _LABEL.fullmatch(label):
         hint = "letters, digits, `_`, `.` and `-`, as in small=lora"
         raise UserError(f"{text!r} has no usable name", key="--methods", hint=hint)
-    known = method_names()
-    if kind not in known:
-        near = find_nearest(kind, known)
-        hint = f"did you mean `{near}`?" if near else f"one of {', '.join(known)}"
-        raise UserError(f"no method is called {kind!r}", key="--methods", hint=hint)
+    if (fault := explain_method(kind)) is not None:
+        message, hint = fault
+        raise UserError(message, key="--methods", hint=hint)
     return label, kind
 
 
@@ -183,12 +181,14 @@ def load_entries(
     path: Any, overrides: Sequence[str], contestants: Sequence[Contestant], seeds: Sequence[int]
 ) -> list[Entry]:
     """Load the search's runs of each method, or raise every fault."""
-    faults, entries = Faults(), []
+    found, entries = {}, []
     for contestant in contestants:
+        faults = Faults()
         with faults.collected():
             words = [*contestant.search, f"sweep.seed={json.dumps(list(seeds))}"]
             entries.append(Entry(contestant, _load(path, overrides, contestant, words)))
-    faults.raise_all()
+        found[contestant.label] = faults.found
+    raise_by_name(found)
     check_same_data(entries)
     return entries
 
