@@ -20,7 +20,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from wegeft_cli.data.text import cache
 from wegeft_cli.data.text import chat_template as chat
-from wegeft_cli.data.text import dataset as parts
+from wegeft_cli.data.text import encoded_source as parts
 from wegeft_cli.data.text.dataset import PreparedData, build_datasets
 from wegeft_cli.data.text.encode import EncodedDataset
 from wegeft_cli.data.text.template_settings import TemplateSettings
