@@ -95,15 +95,22 @@ def test_time_left_leaves_out_the_first_step_and_what_came_before(clock):
 def test_a_log_gets_whole_lines_now_and_then_and_one_at_the_end(clock):
     file = io.StringIO()
     with show_progress(Console(file=file, width=40), ProgressLine("training", 200)) as advance:
-        for step in range(1, 151):
+        for step in range(1, 146):
             clock[0] += 1
             advance(step, **FIGURES)
     lines = file.getvalue().splitlines()
-    assert [text.split()[1] for text in lines] == [
-        f"{step}/200" for step in (30, 60, 90, 120, 150, 150)
-    ]
+    assert [text.split()[1] for text in lines] == [f"{step}/200" for step in (30, 60, 90, 120, 145)]
     assert all(part in text for text in lines for part in SHOWN)
     assert "\x1b" not in file.getvalue()
+
+
+def test_a_last_line_that_is_written_already_is_not_repeated(clock):
+    file = io.StringIO()
+    with show_progress(Console(file=file), ProgressLine("checking", 2)) as advance:
+        for done in (1, 2):
+            clock[0] += 31
+            advance(done)
+    assert [text.split()[1] for text in file.getvalue().splitlines()] == ["1/2", "2/2"]
 
 
 def test_a_log_tells_how_far_a_broken_run_came(clock):

@@ -103,23 +103,23 @@ def show_progress(console: Console, line: ProgressLine) -> Iterator[Callable[...
         with Live(line, console=console, refresh_per_second=_REFRESHES_PER_SECOND):
             yield line.advance
         return
-    due = time.monotonic() + LOG_SECONDS
+    due, is_written = time.monotonic() + LOG_SECONDS, False
 
     def write() -> None:
         parts = [line.title_and_count(), *line.format_figures(), line.clock()]
         console.print(Text(_GAP).join(parts), soft_wrap=True)
 
     def advance(done: float, **figures: str) -> None:
-        nonlocal due
+        nonlocal due, is_written
         line.advance(done, **figures)
-        if time.monotonic() >= due:
+        if is_written := time.monotonic() >= due:
             due = time.monotonic() + LOG_SECONDS
             write()
 
     try:
         yield advance
     finally:
-        if line.done:
+        if line.done and not is_written:
             write()
 
 
