@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,13 @@ from wegeft_cli.data.batches.mixture import Mixture
 from wegeft_cli.data.batches.packing import pack_rows
 from wegeft_cli.data.sources.paths import name_sources
 from wegeft_cli.data.text.encode import EncodedDataset, concatenate_datasets
-from wegeft_cli.data.text.encoded_source import (
-    EncodedSource,
-    SourceInputs,
-    encode_stream_head,
-    load_source,
-)
+from wegeft_cli.data.text.encoded_source import EncodedSource, SourceInputs, load_source
 from wegeft_cli.data.text.statistics import DataStatistics, SourceStatistics, compute_statistics
+from wegeft_cli.data.text.streaming import RowStream, open_source
 from wegeft_cli.data.text.templates import check_template
 from wegeft_cli.data.text.tokenizer import build_encoder
 from wegeft_cli.errors import UserError, add_key, raise_all
-from wegeft_cli.recipe.schema import DataSection
+from wegeft_cli.recipe.schema import DataSection, DataSource
 
 NUM_HEAD_ROWS = 1000
 """Number of rows of a stream that are read before training."""
@@ -92,7 +88,7 @@ def build_datasets(
             key = f"data.{group}[{number}]"
             try:
                 if section.streaming and group == "train":
-                    part = encode_stream_head(
+                    part = _encode_stream_head(
                         inputs, source, key, NUM_HEAD_ROWS // len(sources) + 1
                     )
                 else:
@@ -130,6 +126,33 @@ def build_datasets(
     return PreparedData(
         train, validation, report, mixture, reports, packs, validation_counts=validation_counts
     )
+
+
+def _encode_stream_head(
+    inputs: SourceInputs, source: DataSource, key: str, num_rows: int
+) -> EncodedSource:
+    """Tokenize the first rows of a streamed source, to find errors and lengths."""
+    opened = open_source(
+        source,
+        inputs.section,
+        tokenizer=inputs.tokenizer,
+        recipe_dir=inputs.recipe_dir,
+        key=key,
+    )
+    stream = RowStream(
+        [opened],
+        encoder=inputs.encoder,
+        max_length=inputs.section.max_length,
+        seed=0,
+        buffer_size=None,
+    )
+    rows = stream.take(num_rows)
+    dataset = EncodedDataset(
+        np.concatenate([ids for ids, _ in rows]),
+        np.concatenate([mask for _, mask in rows]),
+        np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
+    )
+    return EncodedSource(dataset, replace(opened.report(), notes=opened.renderer.list_notes()))
 
 
 def _split_off(

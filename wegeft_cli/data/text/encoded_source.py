@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from wegeft_cli.data.sources.loading import MAX_FAULTS, Rows, digest_source, find_files, load_rows
 from wegeft_cli.data.sources.paths import find_suffix
 from wegeft_cli.data.text.cache import (
@@ -23,7 +21,6 @@ from wegeft_cli.data.text.chat_template import Template, build_template
 from wegeft_cli.data.text.encode import EncodedDataset, EncodeStatistics, encode_rows
 from wegeft_cli.data.text.row_renderer import RowRenderer, build_renderer
 from wegeft_cli.data.text.statistics import SourceStatistics, list_reasons
-from wegeft_cli.data.text.streaming import RowStream, open_source
 from wegeft_cli.data.text.template_settings import AUTO, CHAT, read_settings
 from wegeft_cli.data.text.templates import is_template_file
 from wegeft_cli.data.text.tokenizer import Encoder
@@ -105,33 +102,6 @@ def load_source(inputs: SourceInputs, source: DataSource, group: str) -> Encoded
     except UserError as error:
         notes.append(f"not kept in data.cache_dir: {error.message}")
     return _add_notes(part, notes)
-
-
-def encode_stream_head(
-    inputs: SourceInputs, source: DataSource, key: str, num_rows: int
-) -> EncodedSource:
-    """Tokenize the first rows of a streamed source, to find errors and lengths."""
-    opened = open_source(
-        source,
-        inputs.section,
-        tokenizer=inputs.tokenizer,
-        recipe_dir=inputs.recipe_dir,
-        key=key,
-    )
-    stream = RowStream(
-        [opened],
-        encoder=inputs.encoder,
-        max_length=inputs.section.max_length,
-        seed=0,
-        buffer_size=None,
-    )
-    rows = stream.take(num_rows)
-    dataset = EncodedDataset(
-        np.concatenate([ids for ids, _ in rows]),
-        np.concatenate([mask for _, mask in rows]),
-        np.cumsum([0, *(len(ids) for ids, _ in rows)], dtype=np.int64),
-    )
-    return EncodedSource(dataset, replace(opened.report(), notes=opened.renderer.list_notes()))
 
 
 def _add_notes(part: EncodedSource, notes: Sequence[str]) -> EncodedSource:
