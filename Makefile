@@ -9,11 +9,13 @@ WEGEFT := $(BIN)/wegeft
 BASE_STAMP := $(VENV)/.base-done
 STAMP := $(VENV)/.setup-done
 # uv, where it is installed, is faster than pip.
-INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
-# Processes that share the tests, each with one thread. The tests of a file stay together, so that what they share is
-# made once.
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --no-compile)
+# pip compiles what it installs with one process, uv nothing. Some packages hold files that do not compile.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# Processes that share the tests, each with one thread. Each begins with a half of the files in order, so that what the
+# tests of a file share is made once; one that is done takes half of what another has left.
 WORKERS := 2
-SHARED := -n $(WORKERS) --dist loadfile
+SHARED := -n $(WORKERS) --dist worksteal
 NUM_RECIPES := 17
 OLDEST_PEFT := 0.18.0
 # The newest that the oldest PEFT knows: it asks torchao, where that is installed, for a class gone since.
@@ -48,11 +50,13 @@ $(BASE_STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) -e '.[gguf]' -c constraints.txt
+	@$(COMPILE)
 	@touch $@
 
 $(STAMP): $(BASE_STAMP)
 	@echo "== setup: installing the developers' packages of constraints.txt into $(VENV) (1 to 5 minutes, once)"
 	$(INSTALL) -e '.[dev]' -c constraints.txt
+	@$(COMPILE)
 	@touch $@
 
 format: setup ## Format the code and mend what ruff can mend

@@ -51,6 +51,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Layers with a state run position by position on a CPU.
+SHORT_ROWS = [{"prompt": f"Q{n}:", "completion": " a"} for n in range(4)]
+
 
 @pytest.fixture
 def write(
@@ -75,6 +78,7 @@ def write(
             adapter={"r": 2, "target_modules": "all-linear", **adapter},
             data={"max_length": 64},
             train={"max_steps": 1},
+            rows=SHORT_ROWS,
         )
 
     return write

@@ -229,6 +229,7 @@ def test_the_layers_that_zamba_does_not_share_are_trained(tmp_path, write_recipe
         model={"name_or_path": str(tmp_path / "base")},
         adapter={"target_modules": "all-linear"},
         train={"max_steps": 1},
+        rows=[{"prompt": f"Q{n}:", "completion": " a"} for n in range(4)],
     )
     with pytest.raises(UserError, match="is tied to") as caught:
         plan(recipe, ["adapter.target_modules=[q_proj,in_proj,linear]"])
