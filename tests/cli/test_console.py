@@ -367,3 +367,10 @@ def test_the_console_script_is_the_same_program(run_wegeft):
         pytest.skip("the package is not installed as a program here")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == run_wegeft("--version", fresh=True).stdout
+
+
+def test_the_names_of_rows_are_not_cut_for_the_sake_of_figures(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    figures = {f"figure {number:02d}": ["1.0"] for number in range(5)}
+    show_table({"method": ["per_layer_twice"], **figures})
+    assert "per_layer_twice" in capsys.readouterr().out

@@ -193,12 +193,15 @@ def show_table(
     table.title_style = "bold"
     for position, name in enumerate(kept):
         is_text = position == 0 or name in text
+        longest = max(map(len, (name, *kept[name])))
+        # Names of rows are cut beyond 24 characters; a wrapped column takes what is left.
+        least = min(24, longest) if position == 0 else len(name)
         table.add_column(
             Text(name),
             justify="left" if is_text else "right",
             no_wrap=name not in text,
             overflow="fold" if name in text else "ellipsis",
-            min_width=None if is_text else len(name),
+            min_width=None if name in text else least,
         )
     for position, cells in enumerate(zip(*kept.values(), strict=True)):
         table.add_row(*map(Text, cells), style="bold" if position in bold_rows else None)

@@ -148,7 +148,16 @@ def _print_rows(result: BenchResult) -> None:
     dropped = ("p (flip)", "merge s x", "merge s", "peak GiB x", f"{other} x", other, "step ms x")
     show_table(
         columns,
-        drop=(*dropped, "adapter KiB x", "adapter KiB", "peak GiB", "step ms", "p (t)", "seeds"),
+        drop=(
+            *dropped,
+            "adapter KiB x",
+            "adapter KiB",
+            "peak GiB",
+            "step ms",
+            "parameters x",
+            "p (t)",
+            "seeds",
+        ),
         bold_rows=[number for number, row in enumerate(rows) if row.method == result.baseline],
     )
 
