@@ -196,8 +196,8 @@ IMAGES = {
 }
 # Around the best rates of a first search by factors of three (docs/evidence.md).
 LANGUAGE_RATES = {
-    "wegeft": ["1e-3", "2e-3", "4e-3", "8e-3"],
-    "lora": ["2.5e-3", "5e-3", "1e-2", "2e-2"],
+    "wegeft": ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"],
+    "lora": ["1.25e-3", "2.5e-3", "5e-3", "1e-2", "2e-2"],
 }
 WIDE_RATES = ["1e-3", "3e-3", "1e-2", "3e-2"]
 EXPERIMENTS = {
