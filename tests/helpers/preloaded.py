@@ -25,8 +25,12 @@ from typing import Any
 
 START_PROCESS = subprocess.Popen  # also where a test has replaced it
 SERVER = Path(__file__).with_name("preloaded_server.py")
-# torchao loads libraries for GPUs otherwise.
-SETTINGS = {"OMP_NUM_THREADS": "1", "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"}
+# torchao loads libraries for GPUs otherwise, and tokenizers starts threads, which no fork has.
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 LARGEST_ANSWER = 1 << 10
 POLL_SECONDS = 0.005
 GRACE_SECONDS = 30
