@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.exporting import parity
 from wegeft_cli.exporting.export import ExportOptions, export
 
 pytestmark = [
@@ -94,6 +95,26 @@ def test_peft_reads_the_default_adapter_of_a_mixture(
     config = json.loads((result.output_dir / "adapter_config.json").read_text())
     assert any(name.endswith(".experts.down_proj") for name in config["target_parameters"])
     assert not {"gate_proj", "up_proj", "down_proj"} & set(config["target_modules"])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_parity_of_stacked_experts_is_measured(
+    build: Callable[..., Path],
+    make_adapter: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """PEFT wraps the experts once for each weight; all of it is taken off before the merge."""
+    folder, _ = make_adapter(build(kind), target_modules="all-linear")
+    tokens = {"one": list(range(4, 12))}
+    monkeypatch.setattr(
+        parity, "load_tokenizer", lambda *_, **__: lambda text: {"input_ids": tokens[text]}
+    )
+    found = export(folder, format="lora", options=ExportOptions(prompts=["one"])).parity
+    assert found is not None
+    assert found["is_measured"]
+    assert found["effects"][0]["effect"] > 1e-2
+    assert all(row["max_difference"] < 1e-5 * row["max_logit"] for row in found["results"])
 
 
 def test_experts_alone_are_exported_of_files_that_hold_each_of_them(
