@@ -52,6 +52,8 @@ def test_searched_trained_measured_and_resumed(write_recipe, listener, data_dir,
     result = bench(recipe, ["train.max_skipped_steps=0"], reporter=listener, **options)
     told = json.loads((root / "bench.json").read_text())
     assert told == json.loads(json.dumps(result.to_json()))
+    assert "search" in listener.titles
+    assert any("lora: the search chooses train.learning_rate=0" in x for x in listener.notes)
     # The rate 1e30 diverges. A note says so, and the other candidate is chosen.
     assert result.status == "failed"
     mine, lora = result.methods

@@ -257,6 +257,7 @@ class RunQueue:
         reporter: Receives messages and progress.
         places: Environment variables of the runs that train at the same time, one mapping for
             each place.
+        title: What the runs are, for the progress.
     """
 
     runs: Sequence[SweepRun]
@@ -264,6 +265,7 @@ class RunQueue:
     on_change: Callable[[], None]
     reporter: Reporter
     places: Sequence[Mapping[str, str]] = _ONE_PLACE
+    title: str = "runs"
     _active: dict[int, tuple[int, Child]] = field(default_factory=dict)  # place -> run, child
 
     def prepare(self) -> None:
@@ -283,7 +285,7 @@ class RunQueue:
     def train(self, should_stop: Callable[[], bool]) -> str:
         """Train the runs that are not finished; return finished, failed or interrupted."""
         waiting = [n for n, outcome in enumerate(self.outcomes) if outcome.status != "finished"]
-        with self.reporter.progress("runs", len(self.outcomes)) as advance:
+        with self.reporter.progress(self.title, len(self.outcomes)) as advance:
             try:
                 self._train(waiting, should_stop, advance)
             except BaseException:

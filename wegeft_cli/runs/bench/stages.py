@@ -83,19 +83,19 @@ class BenchStages:
 
     def prepare(self) -> None:
         """Write the recipes of the runs that can start now."""
-        self._queue(self._searching, self._search_outcomes).prepare()
+        self._queue("search", self._searching, self._search_outcomes).prepare()
         if all(outcome.status == "finished" for outcome in self._search_outcomes):
             self._load_seeds()
-            self._queue(self._seed_runs(), self._seed_outcomes).prepare()
+            self._queue("seeds", self._seed_runs(), self._seed_outcomes).prepare()
 
     def train(self) -> str:
         """Train and measure what is not finished; return finished, failed or interrupted."""
-        search = self._queue(self._searching, self._search_outcomes)
+        search = self._queue("search", self._searching, self._search_outcomes)
         search.prepare()
         if search.train(self.should_stop) == "interrupted":
             return "interrupted"
         self._load_seeds()
-        table = self._queue(self._seed_runs(), self._seed_outcomes)
+        table = self._queue("seeds", self._seed_runs(), self._seed_outcomes)
         table.prepare()
         if table.train(self.should_stop) == "interrupted" or self._measure() == "interrupted":
             return "interrupted"
@@ -136,11 +136,11 @@ class BenchStages:
             runs=self.outcomes,
         )
 
-    def _queue(self, runs: Sequence[SweepRun], outcomes: list[RunOutcome]) -> RunQueue:
+    def _queue(self, title: str, runs: Sequence[SweepRun], outcomes: list[RunOutcome]) -> RunQueue:
         def on_change() -> None:
             self.on_change(self.summarize("running"))
 
-        return RunQueue(runs, outcomes, on_change, self.reporter, self.places)
+        return RunQueue(runs, outcomes, on_change, self.reporter, self.places, title)
 
     def _load_seeds(self) -> None:
         """Choose each method's values by the search, and load the runs of its seeds."""
@@ -154,6 +154,9 @@ class BenchStages:
                 self._seeded[label] = []
                 continue
             if entry.has_search:
+                values = ", ".join(f"{key}={value}" for key, value in best.values.items())
+                loss = f"validation loss {best.validation_loss:.4f}"
+                self.reporter.note(f"{label}: the search chooses {values} ({loss})")
                 self._notes[label] += note_edges(self._candidates(entry), best)
             self._seeded[label] = load_seeds(
                 self.path, self.overrides, entry, best.values, self.seeds
