@@ -229,7 +229,7 @@ def test_runs_at_the_same_time_share_the_cores_or_the_devices(monkeypatch):
 def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
     pytest.importorskip("vl_convert")
     folder = tmp_path / "compared"
-    size = {"mean": 768.0, "std": 0.0, "n": 2}
+    size = {"mean": 43008.0, "std": 0.0, "n": 2}
     loss = {"mean": 1.25, "std": 0.5, "n": 2}
     figures = {"validation_loss": loss, "trainable_parameters": size}
     row = {"figures": figures, "ratios": {"validation_loss": 1.5}, "num_seeds": 2, "notes": []}
@@ -252,6 +252,8 @@ def test_a_report_shows_the_table_of_methods(write_recipe, tmp_path):
     assert result.output == folder / "report.html"
     assert result.runs == ["lora/seed=1", "<b>mine/seed=1"]
     assert "1.25 ± 0.5 (1.5 x)" in page
+    assert "43,008" in page
+    assert "4.301e+04" not in page
     assert "note of &lt;b&gt;mine" in page
     assert "<b>mine" not in page
     assert "0.125" in page

@@ -240,8 +240,11 @@ def _seconds(run: Run) -> float | None:
 def _format_statistic(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "-"
-    mean = format_number(figure["mean"])
-    return mean if figure["std"] is None else f"{mean} ± {figure['std']:.2g}"
+    mean, std = figure["mean"], figure["std"]
+    if mean >= 1000 and float(mean).is_integer() and not std:  # a count, equal for all seeds
+        return f"{int(mean):,}"
+    shown: str = format_number(mean)
+    return shown if std is None else f"{shown} ± {std:.2g}"
 
 
 def _inner(run: Run, *keys: str) -> Any:
