@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import Future
 from itertools import pairwise
 
 import pytest
@@ -83,6 +84,36 @@ def test_it_equals_the_merge_in_memory_to_the_byte(make_base, tmp_path, edits, d
     assert report.num_edited == 2
     assert report.num_tensors == len(load_folder(base))
     assert report.num_bytes == sum(t.nbytes for t in load_folder(base).values())
+
+
+class LateExecutor:
+    """Runs each task when its result is asked for: as late as a slow disk can be."""
+
+    def __init__(self, max_workers):
+        assert max_workers == 1  # more could write blocks in another order
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.result = lambda: function(*args)
+        return future
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slow_disk_writes_the_blocks_as_they_were(make_base, tmp_path, edits, monkeypatch, dtype):
+    base = make_base(dtype=torch.float32)  # once tensors are copied, once all are converted
+    monkeypatch.setattr(stream, "_COPY_BYTES", 100)
+    merge_stream(base, tmp_path / "fast", edits, dtype=dtype)
+    monkeypatch.setattr(stream, "ThreadPoolExecutor", LateExecutor)
+    merge_stream(base, tmp_path / "slow", edits, dtype=dtype)
+    expected = merge_in_memory(base, edits, getattr(torch, dtype))
+    assert_same(load_folder(tmp_path / "fast"), expected)
+    assert_same(load_folder(tmp_path / "slow"), expected)
 
 
 def test_shards_index_and_other_files_stay(sharded_dir, tmp_path, edits, hash_folder, names_in):

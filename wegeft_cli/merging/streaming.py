@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, cycle
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ class _Scratch:
     """Memory that all blocks share: new memory for each would cost the system a page at a time."""
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    outputs: Iterator[str] = field(default_factory=lambda: cycle(("one output", "other output")))
 
     def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor with any values; it is valid until the same use is taken again."""
@@ -73,6 +75,10 @@ class _Scratch:
         if buffer is None or buffer.numel() < num_bytes:
             buffer = self.buffers[use] = torch.empty(num_bytes, dtype=torch.uint8)
         return buffer[:num_bytes].view(dtype).view(shape)
+
+    def take_output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor that stays valid while the next block is computed."""
+        return self.take(next(self.outputs), shape, dtype)
 
 
 def merge_stream(
@@ -129,8 +135,12 @@ def merge_stream(
 
     num_done, scratch = 0, _Scratch()
     synced: list[Future[None]] = []
-    # The disk writes a finished file while the next one is computed.
-    with atomic_folder(output_dir) as folder, ThreadPoolExecutor(1) as background:
+    # A block is written while the next one is computed, and reaches the disk later still.
+    with (
+        atomic_folder(output_dir) as folder,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as syncer,
+    ):
         check_free_space(output_dir, num_bytes + num_extra, "the merged model")
         for path in others:
             copy_file(path, folder / path.relative_to(base_dir))
@@ -143,14 +153,15 @@ def merge_stream(
             (folder / INDEX_NAME).write_bytes(index)
         for output in outputs:
             with (folder / output.file_name).open("xb") as file:
-                file.write(output.header)
-                for item in output.items:
-                    for block in _stream_item(item, scratch):
-                        file.write(block)
-                        num_done += len(block)
-                        if on_progress is not None:
-                            on_progress(num_done, num_bytes)
-            synced.append(background.submit(sync_path, folder / output.file_name))
+                written = writer.submit(file.write, output.header)
+                for block in chain.from_iterable(_stream_item(i, scratch) for i in output.items):
+                    written.result()
+                    written = writer.submit(file.write, block)
+                    num_done += len(block)
+                    if on_progress is not None:
+                        on_progress(num_done, num_bytes)
+                written.result()
+            synced.append(syncer.submit(sync_path, folder / output.file_name))
         for future in synced:
             future.result()
     return StreamReport(len(tensors), len(edits), num_bytes)
@@ -188,13 +199,14 @@ def _check_edits(
 def _stream_item(item: Item, scratch: _Scratch) -> Iterator[memoryview]:
     """Return the bytes of one tensor of the result, in order, block by block.
 
-    A block is valid until the next one is asked for.
+    A block is valid until the one after the next is asked for.
     """
     source = item.source
     shape = source.shape or (1,)
+    is_copy = item.edit is None and item.dtype == source.dtype
     if item.edit is not None:
         num_rows = min(max(1, item.edit.rows_at_once(source.shape)), max(1, shape[0]))
-    elif item.dtype == source.dtype:
+    elif is_copy:
         # Bytes are bytes: one flat row of them needs no shape, and no type known to torch.
         shape, num_rows = (source.num_bytes,), _COPY_BYTES
     else:
@@ -207,10 +219,15 @@ def _stream_item(item: Item, scratch: _Scratch) -> Iterator[memoryview]:
         file.seek(source.start)
         for start in range(0, shape[0], num_rows):
             stop = min(start + num_rows, shape[0])
-            raw = scratch.take("read", ((stop - start) * row_bytes,), torch.uint8)
+            size = ((stop - start) * row_bytes,)
+            raw = (
+                scratch.take_output(size, torch.uint8)
+                if is_copy
+                else scratch.take("read", size, torch.uint8)
+            )
             data = raw.numpy().data
             read_into(data, file, source.shard)
-            if item.edit is None and item.dtype == source.dtype:
+            if is_copy:
                 yield data
             else:
                 block = raw.view(TORCH_DTYPES[source.dtype])
@@ -227,7 +244,7 @@ def _convert(item: Item, block: Tensor, start_row: int, scratch: _Scratch) -> me
         edited = item.edit(exact, start_row)
         if edited.shape != block.shape:
             raise ValueError(f"{item.name}: block {block.shape}, edited {edited.shape}")
-    written = scratch.take("written", tuple(block.shape), TORCH_DTYPES[item.dtype]).copy_(edited)
+    written = scratch.take_output(tuple(block.shape), TORCH_DTYPES[item.dtype]).copy_(edited)
     # A sum is finite only if all of its terms are, and is thirty times as fast as asking each. It
     # is summed in float32 for every type; a sum too large for it only costs the second check.
     if not math.isfinite(written.sum()) and bool(
