@@ -11,6 +11,7 @@ from wegeft_cli.analysis import spectrum
 from wegeft_cli.methods.wegeft.equations import delta_weight, lora_pair
 
 EXACT = 1e-9  # float64, through factorisations
+ROUNDED = 1e-5  # float32 products, and an iteration that ends at 3e-5
 SIDES = ("input", "output")
 
 
@@ -75,25 +76,75 @@ def test_a_weight_of_low_rank_takes_the_road_that_keeps_digits(random):
         assert torch.allclose(basis.T @ basis, torch.eye(10).double(), atol=EXACT)
 
 
-def test_wide_weights_take_the_randomised_road_with_the_same_shares(random, monkeypatch):
-    # A spectrum as trained weights have it: a slow power law.
-    u, _ = torch.linalg.qr(draw(random, 300, 200))
-    v, _ = torch.linalg.qr(draw(random, 200, 200))
-    W = (u * torch.arange(1, 201, dtype=torch.float64).pow(-0.5)) @ v.T
-    change = spectrum.decompose(W @ draw(random, 200, 8), draw(random, 8, 200))
-    exact = spectrum.leading_subspaces(W, 16)
+def make_wide(random, values, d_out=300):
+    """A weight with these singular values."""
+    u, _ = torch.linalg.qr(draw(random, d_out, len(values)))
+    v, _ = torch.linalg.qr(draw(random, len(values), len(values)))
+    return (u * values) @ v.T
+
+
+# Slow and fast decay, as trained weights have; several equal values; none that stands out.
+SPECTRA = {
+    "slow": torch.arange(1, 201).double().pow(-0.5),
+    "fast": torch.arange(1, 201).double().pow(-2),
+    "equal": torch.arange(200, 0, -1).double().div(5).ceil(),
+    "flat": torch.linspace(1, 0.5, 200).double(),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_wide_weights_are_decomposed_as_narrow_ones_are(random, monkeypatch, kind, dtype, turned):
+    W = make_wide(random, SPECTRA[kind]).to(dtype)
+    W = W.T if turned else W
+    k = 15  # whole sets of five equal values
+    d_in = W.shape[1]
+    change = spectrum.decompose(W.double() @ draw(random, d_in, 8), draw(random, 8, d_in))
+    exact = spectrum.leading_subspaces(W, k)
     monkeypatch.setattr(spectrum, "EXACT_WIDTH", 10)
+    monkeypatch.setattr(spectrum, "_leading_exact", None)  # the other road is not taken
     before = torch.get_rng_state()
-    rough = spectrum.leading_subspaces(W, 16)
+    found = spectrum.leading_subspaces(W, k)
     assert torch.equal(torch.get_rng_state(), before)
-    again = spectrum.leading_subspaces(W, 16)
-    assert torch.equal(rough[0], again[0])
-    for basis, true, vectors in (
-        (rough[0], exact[0], change.U),
-        (rough[2], exact[2], change.V),
-    ):
+    assert torch.equal(found[0], spectrum.leading_subspaces(W, k)[0])
+    assert torch.allclose(found[1], exact[1], rtol=ROUNDED)
+    for basis, true, vectors in ((found[0], exact[0], change.U), (found[2], exact[2], change.V)):
+        assert torch.allclose(basis.T @ basis, torch.eye(k).double(), atol=EXACT)
+        assert float((basis - true @ (true.T @ basis)).norm()) < 1e-3
         share = spectrum.share_inside(basis, vectors, change.sigma)
-        assert share == pytest.approx(spectrum.share_inside(true, vectors, change.sigma), abs=1e-3)
+        assert share == pytest.approx(
+            spectrum.share_inside(true, vectors, change.sigma), abs=ROUNDED
+        )
+        angles = spectrum.principal_angles(basis, vectors)
+        assert torch.allclose(angles, spectrum.principal_angles(true, vectors), atol=0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 11])
+def test_a_wide_weight_of_low_rank_takes_the_exact_road(random, monkeypatch, rank):
+    W = draw(random, 300, rank).float() @ draw(random, rank, 200).float()
+    exact = spectrum.leading_subspaces(W, 12)
+    monkeypatch.setattr(spectrum, "EXACT_WIDTH", 10)
+    found = spectrum.leading_subspaces(W, 12)
+    for one, two in zip(found, exact, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_wide_random_weight_has_the_shares_of_an_exact_decomposition(random):
+    """No gap between the singular values: the hardest case, of a real width."""
+    W = draw(random, 2816, 2048).float()
+    change = spectrum.decompose(W.double() @ draw(random, 2048, 64), draw(random, 64, 2048))
+    found = spectrum.leading_subspaces(W, 64)
+    exact = spectrum._leading_exact(W.double(), 64)
+    assert torch.allclose(found[1], exact[1], rtol=ROUNDED)
+    for basis, true, vectors in ((found[0], exact[0], change.U), (found[2], exact[2], change.V)):
+        share = spectrum.share_inside(basis, vectors, change.sigma)
+        true_share = spectrum.share_inside(true, vectors, change.sigma)
+        assert share == pytest.approx(true_share, abs=1e-6)
+        angles = spectrum.principal_angles(basis, vectors)
+        assert torch.allclose(angles, spectrum.principal_angles(true, vectors), atol=0.01)
 
 
 @pytest.mark.parametrize("side", SIDES)

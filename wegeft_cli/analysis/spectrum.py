@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 # Up to this width the singular vectors of W come from an exact decomposition.
-EXACT_WIDTH = 2048
-# Beyond it from a randomized one (Halko, Martinsson, Tropp 2011), with this number of extra
-# vectors and of passes over W. See tests/methods/test_spectrum.py for what that leaves.
-_OVERSAMPLING = 32
-_NUM_PASSES = 8
+EXACT_WIDTH = 1024
+# Beyond it from a block Lanczos bidiagonalization (Golub, Luk, Overton 1981) with blocks of this
+# size, until each triplet has ||W^T u - sigma v|| at most this share of the last sigma: tests in
+# tests/methods/test_spectrum.py show what that leaves. float32 cannot do better than the rounding.
+_BLOCK = 8
+_RESIDUAL = 3e-5
+_ROUNDING = 1e-6
+# Singular values below this share of the first one are too close to that rounding.
+_LEAST = 1e-3
 # Directions this much weaker than the strongest one are rounding: they have no angle.
 _NOISE = 1e-6
 # A Gram matrix squares the condition: below this share of the first singular value its last asked
@@ -85,27 +89,74 @@ def leading_subspaces(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         U_k [d_out, k], the singular values [k], V_k [d_in, k], in float64.
     """
     k = min(k, *W.shape)
-    if min(W.shape) <= EXACT_WIDTH:
-        return _leading_exact(W.double(), k)
-    width = min(k + _OVERSAMPLING, *W.shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the same figures every time
-        U, values, V = torch.svd_lowrank(W.float(), q=width, niter=_NUM_PASSES)
-    return U[:, :k].double(), values[:k].double(), V[:, :k].double()
-
-
-def _leading_exact(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose W through the Gram matrix of its shorter side, where that keeps enough digits."""
     tall = W if W.shape[0] >= W.shape[1] else W.T
+    found = None
+    if tall.shape[1] > max(EXACT_WIDTH, 4 * k):
+        found = _leading_iterative(tall.to(torch.promote_types(tall.dtype, torch.float32)), k)
+    long, values, short = _leading_exact(tall.double(), k) if found is None else found
+    return (long, values, short) if tall is W else (short, values, long)
+
+
+def _leading_exact(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose through the Gram matrix of the shorter side, where that keeps enough digits."""
     squares, vectors = torch.linalg.eigh(tall.T @ tall)
     values = squares.flip(0)[:k].clamp(min=0).sqrt()
-    if values[-1] < _GRAM_LEAST * values[0]:
-        u, values, vh = torch.linalg.svd(tall, full_matrices=False)
-        long, short, values = u[:, :k], vh[:k].T, values[:k]
-    else:
-        short = vectors.flip(1)[:, :k]
-        long = tall @ short / values
-    return (long, values, short) if tall is W else (short, values, long)
+    if not values[-1] > _GRAM_LEAST * values[0]:
+        long, values, rows = torch.linalg.svd(tall, full_matrices=False)
+        return long[:, :k], values[:k], rows[:k].T
+    short = vectors.flip(1)[:, :k]
+    return tall @ short / values, values, short
+
+
+def _leading_iterative(tall: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Decompose on a growing pair of bases U^T tall V = B, B block bidiagonal.
+
+    Every block is made orthogonal to all others, so no singular value appears twice. None where
+    the values fall too fast for the weight's type.
+    """
+    width = tall.shape[1]
+    random = torch.Generator().manual_seed(0)  # the same figures every time
+    start = torch.randn(_BLOCK, width, generator=random).to(tall.dtype)
+    block, above = _orthonormal(start, start[:0])
+    V, U = tall.new_empty(width, width), tall.new_empty(width, tall.shape[0])  # used row by row
+    B = torch.zeros(width, width, dtype=torch.float64)
+    size, next_check = 0, 2 * k
+    while True:
+        old, size = size, min(size + _BLOCK, width)
+        V[old:size] = block[: size - old]
+        U[old:size], B[old:size, old:size] = _orthonormal(V[old:size] @ tall.T, U[:old])
+        if old:
+            B[old - _BLOCK : old, old:size] = above[: size - old].T
+        block, above = _orthonormal(U[old:size] @ tall, V[:size])
+        if size < min(next_check, width):
+            continue
+        inner = B[:size, :size]
+        squares, vectors = torch.linalg.eigh(inner @ inner.T)
+        values, vectors = squares[-k:].clamp(min=0).sqrt(), vectors[:, -k:]
+        residual = torch.linalg.vector_norm(above.double() @ vectors[old - size :], dim=0).max()
+        if size == width or residual <= max(_RESIDUAL * values[0], _ROUNDING * values[-1]):
+            break
+        next_check = int(1.15 * size)
+    if not values[0] > _LEAST * values[-1]:
+        return None
+    # Once more in float64 within the space that was found: the vectors get orthonormal.
+    short = torch.linalg.qr(V[:size].T.double() @ (inner.T @ vectors))[0]
+    long, upper = torch.linalg.qr((tall @ short.to(tall.dtype)).double())
+    u, values, vh = torch.linalg.svd(upper)
+    return long @ u, values, short @ vh.T
+
+
+def _orthonormal(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal rows Q, orthogonal to those of a basis, and R: rows = R^T Q + basis part.
+
+    Args:
+        rows: [b, d].
+        basis: Orthonormal rows, [m, d].
+    """
+    for _ in range(2):  # the second time removes what rounding left
+        rows = rows - (rows @ basis.T) @ basis
+    q, upper = torch.linalg.qr(rows.T)
+    return q.T, upper
 
 
 def share_inside(basis: Tensor, vectors: Tensor, sigma: Tensor) -> float:
@@ -169,9 +220,11 @@ def inner_product(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> flo
 
     Args:
         one: B [d_out, r], A [r, d_in].
+        two: The other change's. The products have the wider of both types.
     """
-    (B1, A1), (B2, A2) = one, two
-    return float(((B1.double().T @ B2.double()) * (A1.double() @ A2.double().T)).sum())
+    dtype = torch.promote_types(one[0].dtype, two[0].dtype)
+    (B1, A1), (B2, A2) = ((B.to(dtype), A.to(dtype)) for B, A in (one, two))
+    return float(((B1.T @ B2).double() * (A1 @ A2.T).double()).sum())
 
 
 def direction_strengths(B: Tensor, A: Tensor) -> Tensor:
