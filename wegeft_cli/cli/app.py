@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import io
 import os
 import signal
@@ -110,7 +109,9 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if command.__name__ in _LOADS_TORCH:
                 note(f"{command.__name__}: loading PyTorch")
-                _load_torch()
+                from wegeft_cli.models.torch_import import load_torch
+
+                load_torch()
             return command(*args, **kwargs)
         except (UserError, ExceptionGroup) as error:
             if os.environ.get("WEGEFT_DEBUG") == "1":
@@ -159,21 +160,6 @@ def _report_to_launcher(message: str) -> None:
     from wegeft_cli.distributed.failures import report_to_launcher
 
     report_to_launcher(message)
-
-
-def _load_torch() -> None:
-    """Import PyTorch, and spare the garbage collector its objects.
-
-    There are so many that searching them takes a fifth of all imports, and none is garbage.
-    """
-    if "torch" in sys.modules:
-        return
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-    finally:
-        gc.enable()
-    gc.freeze()
 
 
 def _silence_imports() -> None:
