@@ -107,6 +107,10 @@ def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
     model, expected = build(family, tokenizer), FAMILIES[family][1]
     layout = find_task("sequence_classification").check_built(model, tokenizer, TWO)
     assert layout.kind == expected
+    skeleton = build(family, tokenizer).to("meta")
+    planned = find_task("sequence_classification").expect_layout(skeleton, TWO)
+    assert planned == ("flat" if expected == "flat" else "right")
+    assert not any(module._forward_pre_hooks for module in skeleton.modules())
     assert (layout.note is None) == (expected in ("flat", "right"))
     assert (layout.reason is None) == (expected == "flat")
     rows = tokenise_test_rows(tokenizer, 64)

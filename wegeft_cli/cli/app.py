@@ -109,7 +109,7 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if command.__name__ in _LOADS_TORCH:
                 note(f"{command.__name__}: loading PyTorch")
-                from wegeft_cli.models.torch_import import load_torch
+                from wegeft_cli.torch_import import load_torch
 
                 load_torch()
             return command(*args, **kwargs)

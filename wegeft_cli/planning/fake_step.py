@@ -18,7 +18,14 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, pytorch_utils
 
 from wegeft_cli.data.batches.base import BatchShape
-from wegeft_cli.models.attention.row_attention import Rows, attend, current_rows, separate_rows
+from wegeft_cli.models.attention.flat_layers import FlatLayers
+from wegeft_cli.models.attention.row_attention import (
+    Rows,
+    attend,
+    current_rows,
+    separate_padded_rows,
+    separate_rows,
+)
 from wegeft_cli.models.kernels import disable_checkpointing, enable_checkpointing
 from wegeft_cli.models.loading import find_dtype
 from wegeft_cli.recipe.schema import AdapterSection, Recipe
@@ -121,13 +128,13 @@ def without_values(model: Any, recipe: Recipe, *, is_masked: bool) -> Iterator[N
 
 
 @contextmanager
-def num_layers(model: Any, count: int) -> Iterator[None]:
-    """Cut the model to its first layers within the body."""
+def num_layers(model: Any, count: int) -> Iterator[nn.ModuleList]:
+    """Cut the model to its first layers within the body, which receives them."""
     parent, name = _find_layers(model)
     layers = getattr(parent, name)
     setattr(parent, name, layers[:count])
     try:
-        yield
+        yield getattr(parent, name)
     finally:
         setattr(parent, name, layers)
 
@@ -147,10 +154,10 @@ def _trace(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
     count = count_equal_layers(model, recipe)
     if not count:
         return _measure(model, recipe, shape)
-    with num_layers(model, 1):
-        one = _measure(model, recipe, shape)
-    with num_layers(model, 2):
-        two = _measure(model, recipe, shape)
+    with num_layers(model, 1) as layers:
+        one = _measure(model, recipe, shape, layers)
+    with num_layers(model, 2) as layers:
+        two = _measure(model, recipe, shape, layers)
     return replace(
         two,
         activations=two.activations + (count - 2) * (two.activations - one.activations),
@@ -170,14 +177,16 @@ def trace_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int
     """
     try:
         cut = nullcontext() if find_task(recipe.task).reads_images else num_layers(model, 2)
-        with cut:
-            return _measure_validation(model, recipe, shape)
+        with cut as layers:
+            return _measure_validation(model, recipe, shape, layers)
     except LookupError:
         return _measure_validation(model, recipe, shape)
 
 
-def _measure_validation(model: Any, recipe: Recipe, shape: BatchShape) -> tuple[int, int]:
-    rows = separate_rows(shape.row_lengths)
+def _measure_validation(
+    model: Any, recipe: Recipe, shape: BatchShape, layers: nn.ModuleList | None = None
+) -> tuple[int, int]:
+    rows = _rows_apart(model, recipe, shape, layers)
     with without_values(model, recipe, is_masked=shape.is_masked), rows, torch.no_grad():
         fake = find_task(recipe.task).fake_pass(model, recipe)
         with (
@@ -241,11 +250,13 @@ def _signature(layer: nn.Module, index: int, model: Any) -> Any:
     )
 
 
-def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
+def _measure(
+    model: Any, recipe: Recipe, shape: BatchShape, layers: nn.ModuleList | None = None
+) -> StepMemory:
     """Run forward and backward and count."""
     at_head: list[tuple[int, int]] = []
     # Around the backward pass too, in which checkpointed layers run again.
-    rows = separate_rows(shape.row_lengths)
+    rows = _rows_apart(model, recipe, shape, layers)
     with without_values(model, recipe, is_masked=shape.is_masked), rows:
         fake = find_task(recipe.task).fake_pass(model, recipe)
         for parameter in model.parameters():
@@ -267,6 +278,26 @@ def _measure(model: Any, recipe: Recipe, shape: BatchShape) -> StepMemory:
         backward=max(0, tracker.peak - max(top, activations)),
         blocks=blocks,
     )
+
+
+@contextmanager
+def _rows_apart(
+    model: nn.Module, recipe: Recipe, shape: BatchShape, layers: nn.ModuleList | None
+) -> Iterator[None]:
+    """Lay rows end to end in the forward passes of the body, as the task does in training.
+
+    `layers` are those of a model that is cut.
+    """
+    if shape.row_lengths is None or find_task(recipe.task).generates_text:
+        with separate_rows(shape.row_lengths):
+            yield
+        return
+    flat = FlatLayers(model, layers)
+    try:
+        with separate_padded_rows(shape.row_lengths):
+            yield
+    finally:
+        flat.remove()
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class Preflight:
     @cached_property
     def layout(self) -> Kind:
         """The expected layout of the batches; the loaded model decides."""
-        return self.task.expect_layout(self.model, self.loaded.recipe)
+        return self.task.expect_layout(self.skeleton, self.loaded.recipe)
 
     @cached_property
     def shapes(self) -> BatchShapes | None:

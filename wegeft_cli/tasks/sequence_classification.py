@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from wegeft_cli.data.batches.base import BatchShape
     from wegeft_cli.data.batches.labelled import Collator
-    from wegeft_cli.data.batches.layout import Layout
+    from wegeft_cli.data.batches.layout import Kind, Layout
     from wegeft_cli.data.labelled.texts import LabelledRows
     from wegeft_cli.models.heads import HeadSpec
 
@@ -83,14 +83,20 @@ class SequenceClassification(ClassificationTask):
             return super().find_layout(model, processor, recipe, batch_size)
         return find_class_layout(model, processor, recipe)
 
+    def expect_layout(self, skeleton: nn.Module, recipe: Recipe) -> Kind:
+        from wegeft_cli.tasks.support.flat_check import expects_flat_classes
+
+        if _has_single_rows(recipe) or not expects_flat_classes(skeleton, recipe):
+            return super().expect_layout(skeleton, recipe)
+        return "flat"
+
     def check_built(
         self, model: nn.Module, processor: Any, recipe: Recipe, *, may_be_flat: bool = True
     ) -> Layout:
         from wegeft_cli.data.batches.layout import Layout
         from wegeft_cli.tasks.support.flat_check import check_flat_classes
 
-        train = recipe.train
-        if train.per_device_train_batch_size == train.per_device_eval_batch_size == 1:
+        if _has_single_rows(recipe):
             return super().check_built(model, processor, recipe)
         reason: str | None = "the run was begun with padded batches"
         if may_be_flat:
@@ -117,6 +123,11 @@ class SequenceClassification(ClassificationTask):
         from wegeft_cli.tasks.support.classifier import digest_tokenizer
 
         return {"tokenizer_sha256": digest_tokenizer(processor)}
+
+
+def _has_single_rows(recipe: Recipe) -> bool:
+    train = recipe.train
+    return train.per_device_train_batch_size == train.per_device_eval_batch_size == 1
 
 
 TASK = SequenceClassification()

@@ -21,14 +21,16 @@ class FlatLayers:
     again need no other state. Without `Rows` of a padded batch the hooks change nothing.
 
     Args:
-        model: The model; its longest list of modules is taken for its layers.
+        model: The model.
+        layers: Its layers. None: its longest list of modules.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: nn.ModuleList | None = None) -> None:
         self.num_passes = 0
         self._handles: list[Any] = []
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        layers = max(lists, key=len, default=nn.ModuleList())
+        if layers is None:
+            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+            layers = max(lists, key=len, default=nn.ModuleList())
         for layer in layers:
             handle = layer.register_forward_pre_hook(self._flatten, with_kwargs=True)
             self._handles.append(handle)

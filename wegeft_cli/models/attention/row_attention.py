@@ -94,9 +94,10 @@ class Rows:
         key = ("places", device)
         if key not in self._made:
             assert self.padded_width is not None
-            columns = torch.arange(self.padded_width)
-            is_token = columns < torch.tensor(self.lengths)[:, None]
-            self._made[key] = is_token.flatten().nonzero().flatten().to(device)
+            starts = itertools.count(step=self.padded_width)
+            ranges = zip(starts, self.lengths, strict=False)
+            places = [torch.arange(start, start + length) for start, length in ranges]
+            self._made[key] = torch.cat(places).to(device)
         made: Tensor = self._made[key]
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ def classifier_pass(
     """Return the pass of `ClassLoss` over the inputs that a task makes of a shape."""
 
     def loss(shape: BatchShape) -> Tensor:
+        if shape.row_lengths is not None:  # padded outside the layers
+            lengths = shape.row_lengths
+            shape = replace(shape, num_sequences=len(lengths), length=max(lengths))
         device = next(model.parameters()).device
         labels = torch.zeros(shape.num_sequences, dtype=torch.int64, device=device)
         logits = model(**inputs(model, recipe, shape)).logits.float()

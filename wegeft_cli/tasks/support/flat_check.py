@@ -15,6 +15,7 @@ from wegeft_cli.data.batches.labelled import TextCollator
 from wegeft_cli.data.batches.layout import Kind, compare_logits
 from wegeft_cli.data.labelled.dataset import ClassRows
 from wegeft_cli.models.attention.flat_layers import FlatLayers
+from wegeft_cli.models.attention.row_attention import separate_padded_rows
 from wegeft_cli.models.device_memory import is_out_of_memory
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
@@ -80,18 +81,43 @@ def check_flat(model: nn.Module, recipe: Recipe) -> str | None:
     return _compare(model, (flat_logits, flat_gradients), (logits, gradients))
 
 
+def _refuse_classes(model: Any, recipe: Recipe) -> str | None:
+    """Return why a classifier's settings forbid rows end to end, or None."""
+    config = unwrap(model).config.get_text_config()
+    attention = recipe.model.attn_implementation or getattr(config, "_attn_implementation", None)
+    if attention != "sdpa":
+        return _refuse_settings(recipe) or f"the attention {attention!r} does not separate them"
+    return _refuse_settings(recipe)
+
+
+def expects_flat_classes(skeleton: nn.Module, recipe: Recipe) -> bool:
+    """Return whether the layers of a classifier without weights find the rows of a padded batch.
+
+    Its values are not known; `check_flat_classes` decides.
+    """
+    if _refuse_classes(skeleton, recipe) is not None:
+        return False
+    lengths, layers = (5, 3), FlatLayers(skeleton)
+    ids = torch.zeros((2, max(lengths)), dtype=torch.int64, device="meta")
+    try:
+        with separate_padded_rows(lengths), torch.no_grad():
+            skeleton(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+    finally:
+        layers.remove()
+    return layers.num_passes > 0
+
+
 def check_flat_classes(model: nn.Module, tokenizer: Any, recipe: Recipe) -> str | None:
     """Run a few texts end to end and one by one; return why they must be padded, or None.
 
     The logits of a classifier and the gradient at the embedded tokens must agree. The hooks that
     lay the rows end to end stay on a model that passes.
     """
-    attention = getattr(unwrap(model).config.get_text_config(), "_attn_implementation", None)
-    reason = _refuse_settings(recipe)
+    reason = _refuse_classes(model, recipe)
     if reason is not None:
         return reason
-    if attention != "sdpa":
-        return f"the attention {attention!r} does not separate them"
     rows = tokenise_test_rows(tokenizer, recipe.data.max_length)
     numbers, layers = (1, 0, 2), FlatLayers(model)
     try:
