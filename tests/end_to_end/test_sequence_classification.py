@@ -179,9 +179,9 @@ def test_a_decoder_without_anything_to_pad_with_is_refused(recipe, tmp_path, bui
 
 def test_a_validation_larger_than_a_step_counts_in_the_plan(recipe):
     long = [{"text": "word " * 60, "label": n % 2} for n in range(64)]
-    path = recipe(long)
-    small = plan(path, ["train.per_device_eval_batch_size=1"])
-    large = plan(path, ["train.per_device_eval_batch_size=64"])
+    path, alone = recipe(long), "train.per_device_train_batch_size=1"
+    small = plan(path, ["train.per_device_eval_batch_size=1", alone])
+    large = plan(path, ["train.per_device_eval_batch_size=64", alone])
     assert small.memory_gib["validation"] == 0
     assert large.memory_gib["validation"] > 0
     assert large.memory_gib["total"] > small.memory_gib["total"]

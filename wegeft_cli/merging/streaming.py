@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from wegeft_cli.storage.safetensors_reader import (
 )
 from wegeft_cli.storage.safetensors_writer import (
     Item,
+    Output,
     TensorEdit,
     copy_file,
     list_other_files,
@@ -152,19 +153,26 @@ def merge_stream(
         if index is not None:
             (folder / INDEX_NAME).write_bytes(index)
         for output in outputs:
-            with (folder / output.file_name).open("xb") as file:
-                written = writer.submit(file.write, output.header)
-                for block in chain.from_iterable(_stream_item(i, scratch) for i in output.items):
-                    written.result()
-                    written = writer.submit(file.write, block)
-                    num_done += len(block)
-                    if on_progress is not None:
-                        on_progress(num_done, num_bytes)
-                written.result()
+            for size in _write(folder / output.file_name, output, scratch, writer):
+                num_done += size
+                if on_progress is not None:
+                    on_progress(num_done, num_bytes)
             synced.append(syncer.submit(sync_path, folder / output.file_name))
         for future in synced:
             future.result()
     return StreamReport(len(tensors), len(edits), num_bytes)
+
+
+def _write(path: Path, output: Output, scratch: _Scratch, writer: Executor) -> Iterator[int]:
+    """Write a file, each block while the next one is computed; yield the blocks' bytes."""
+    with path.open("xb") as file:
+        written = writer.submit(file.write, output.header)
+        for item in output.items:
+            for block in _stream_item(item, scratch):
+                written.result()
+                written = writer.submit(file.write, block)
+                yield len(block)
+        written.result()
 
 
 def _check_dtype(dtype: str | None) -> str | None:
