@@ -34,7 +34,7 @@ export HF_DATASETS_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup format lint types imports test test-slow families recipes check bench bench-eval bench-merge bench-scaling bench-training site release-check \
-	bench-classification gpu test-lowest test-peft test-peft-suite test-triton test-vllm fuzz docs quickstart digits clean
+	bench-classification gpu main-road-lowest test-lowest test-peft test-peft-suite test-triton test-vllm fuzz docs quickstart digits clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,23 +127,26 @@ test-triton: setup ## Weight dropout's kernel in Triton's interpreter, and compi
 	PYTHONPATH=.cache/triton:. $(BIN)/python scripts/compile_kernels.py
 
 # The lowest versions that pyproject.toml allows, in an environment of their own: torch from the package index is the
-# CUDA build (3 GB). uv finds the versions. Three are named: transformers brings a newer typer, typer 0.15 loses the help
-# of arguments with click 8.5, and uv takes a newer datasets than it has to.
+# CUDA build (3 GB). uv finds the versions. datasets is named, because uv takes a newer one than it has to.
 LOWEST := .cache/lowest
 LOWEST_TESTS := $(addprefix tests/,methods/test_equations.py methods/test_folding.py methods/test_inject.py methods/test_autograd.py \
-	methods/test_trained_modules.py models/test_stochastic_depth.py artifacts training/test_loop.py training/test_skip.py training/test_packed.py \
-	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py special_tokens.py))
+	methods/test_trained_modules.py models/test_stochastic_depth.py artifacts tasks/test_class_layouts.py contracts/test_commands.py cli/test_help.py \
+	$(addprefix training/test_,loop.py skip.py packed.py schedules.py) \
+	$(addprefix end_to_end/test_,train.py merge.py evaluate.py generate.py export.py start.py adapters.py prompt_form.py resume.py special_tokens.py \
+	image_classification.py))
 
 $(LOWEST)/.setup-done: pyproject.toml
 	@echo "== setup: installing the lowest supported versions into $(LOWEST) (some minutes, once)"
-	"$(PYTHON)" -m venv $(LOWEST)
+	"$(PYTHON)" -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[peft,vision]' \
-		'typer==0.15.*' 'click==8.2.*' 'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
+		'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
 	@touch $@
 
-test-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate, export and their tests with the lowest versions (10 minutes)
+main-road-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate and export with the lowest versions (3 minutes)
 	$(LOWEST)/bin/python scripts/main_road.py
+
+test-lowest: main-road-lowest ## The same and the tests of these commands, with the lowest versions (10 minutes)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) $(LOWEST_TESTS) -m "not slow and not gpu" \
 		-W ignore::DeprecationWarning
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from classifiers import write_bert, write_images, write_texts, write_vit
+from classifiers import VIT_OUTPUT, write_bert, write_images, write_texts, write_vit
 from classifiers import write_recipe as write_class_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -103,7 +103,7 @@ def write_run(write_recipe_in, vit_dir, bert_dir, images_dir) -> dict[str, Write
             path = write_texts(folder / f"{name}.jsonl", rows)
             data = {"max_length": 64}
             data |= {part: [{"path": str(path)}] for part in ("train", "validation", "test")}
-        base, targets = (vit_dir, ["o_proj"]) if is_image else (bert_dir, ["query", "value"])
+        base, targets = (vit_dir, [VIT_OUTPUT]) if is_image else (bert_dir, ["query", "value"])
         sections["task"] = task
         sections["model"] = {"name_or_path": str(base), **sections.get("model", {})}
         sections["data"] = {**data, **sections.get("data", {})}

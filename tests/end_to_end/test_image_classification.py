@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from classifiers import write_images, write_processor, write_recipe, write_vit
+from classifiers import VIT_GROUP, write_images, write_processor, write_recipe, write_vit
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
@@ -125,8 +125,8 @@ def test_the_adapter_holds_pair_head_and_classes_alone(recipe, vit_dir):
     adapter_dir = train(recipe()).adapter_dir
     tensors = load_file(adapter_dir / "adapter_model.safetensors")
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == {
-        "base_model.wegeft_phi_o_proj": [32, 4],
-        "base_model.wegeft_psi_o_proj": [4, 32],
+        f"base_model.wegeft_phi_{VIT_GROUP}": [32, 4],
+        f"base_model.wegeft_psi_{VIT_GROUP}": [4, 32],
         "base_model.model.classifier.weight": [3, 32],
         "base_model.model.classifier.bias": [3],
     }
@@ -144,7 +144,7 @@ def test_step_0_is_the_base_with_a_head_that_hangs_on_the_seed(recipe):
         adapter_dir = train(recipe(name), [*still, f"seed={seed}"]).adapter_dir
         tensors = load_file(adapter_dir / "adapter_model.safetensors")
         heads.append(tensors["base_model.model.classifier.weight"])
-        assert not tensors["base_model.wegeft_psi_o_proj"].abs().max() > 1e-20
+        assert not tensors[f"base_model.wegeft_psi_{VIT_GROUP}"].abs().max() > 1e-20
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -333,7 +333,7 @@ def test_commands_for_texts_name_what_serves_a_classifier(recipe, tmp_path):
 def test_an_edited_adapter_keeps_its_classes(recipe, tmp_path, images_dir):
     run_dir = train(recipe()).run_dir
     (before,) = evaluate(run_dir)["results"]
-    edit(run_dir, output=tmp_path / "same", scale={"group:o_proj": 1.0})
+    edit(run_dir, output=tmp_path / "same", scale={f"group:{VIT_GROUP}": 1.0})
     (same,) = evaluate(tmp_path / "same", data_dir=images_dir)["results"]
     assert same["per_class"] == before["per_class"]
     restored = edit(tmp_path / "same", output=tmp_path / "back", restore=True).output_dir

@@ -20,6 +20,21 @@ except ImportError:  # transformers before 5.4
 EDGE = 8
 
 
+def _find_output() -> str:
+    """Return what the installed transformers calls the output projection of a ViT's attention."""
+    with torch.device("meta"):
+        model = ViTForImageClassification(ViTConfig(num_hidden_layers=1))
+    modules = dict(model.named_modules())
+    names = ("o_proj", "attention.output.dense")
+    (found,) = (name for name in names if any(each.endswith(f".{name}") for each in modules))
+    return found
+
+
+# As target, and as the group of tensors that such targets share.
+VIT_OUTPUT = _find_output()
+VIT_GROUP = VIT_OUTPUT.rpartition(".")[2]
+
+
 def write_vit(folder: Path, **changes: Any) -> Path:
     """A two-block ViT for grey images of 8 x 8, with a head of its own for three other classes."""
     torch.manual_seed(0)
@@ -92,7 +107,7 @@ def write_recipe(folder: Path, name: str = "tiny", **sections: Any) -> Path:
         "output_dir": str(folder / "runs" / name),
         "task": "image_classification",
         "model": {},
-        "adapter": {"r": 4, "alpha": 4, "target_modules": ["o_proj"], "init": "psi_zero"},
+        "adapter": {"r": 4, "alpha": 4, "target_modules": [VIT_OUTPUT], "init": "psi_zero"},
         "data": {},
         "train": {
             "per_device_train_batch_size": 4,

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 TARGETS = {
     *("setup", "format", "gpu", "lint", "types", "imports", "test", "test-slow", "recipes"),
-    *("families", "test-peft-suite", "test-vllm", "test-lowest", "test-triton"),
+    *("families", "test-peft-suite", "test-vllm", "main-road-lowest", "test-lowest", "test-triton"),
     *(
         "check",
         "bench",

@@ -41,13 +41,14 @@ def build_schedule(
     Raises:
         UserError: If an option is unknown or rejected.
     """
-    from transformers import SchedulerType, get_scheduler
+    from transformers import SchedulerType
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     if name == "constant" and warmup_steps:
         name = "constant_with_warmup"
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-    valid = [p for p in inspect.signature(function).parameters if p not in _SET_ELSEWHERE]
+    accepted = inspect.signature(function).parameters
+    valid = [p for p in accepted if p not in _SET_ELSEWHERE]
     given = dict(options or {})
     unknown = [option for option in given if option not in valid]
     if unknown:
@@ -58,13 +59,11 @@ def build_schedule(
     try:
         if given.get("num_decay_steps", 0) > num_steps - warmup_steps:
             raise ValueError(f"{num_steps} steps are too few with {warmup_steps} warm-up steps")
-        return get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=given,
-        )
+        # Not by transformers' get_scheduler: that of 5.2 drops the options of inverse_sqrt.
+        numbers = {"num_warmup_steps": warmup_steps, "num_training_steps": num_steps}
+        own = {key: value for key, value in numbers.items() if key in accepted}
+        schedule: LRScheduler = function(optimizer, **own, **given)
+        return schedule
     except (TypeError, ValueError, ArithmeticError) as error:
         raise _rejected_option(name, f"does not accept {given}: {error}", valid) from error
 

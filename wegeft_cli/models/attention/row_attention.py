@@ -209,10 +209,16 @@ def _find_padded_rows(lengths: tuple[int, ...], asked: dict[str, Any]) -> Rows |
         return None
     if getattr(asked.get("mask_function"), "__name__", "") not in _PLAIN_MASKS:
         return None
-    sizes = tuple(asked.get(name) for name in ("batch_size", "q_length", "kv_length"))
+    sizes = asked.get("batch_size"), _count_queries(asked), asked.get("kv_length")
     width = mask.shape[1]
     is_whole = not asked.get("use_vmap") and sizes == (len(lengths), width, width)
     return Rows(lengths, padded_width=width) if is_whole else None
+
+
+def _count_queries(asked: dict[str, Any]) -> int | None:
+    """Return the number of tokens that attend; transformers 5.2 passes their positions instead."""
+    places = asked.get("cache_position")
+    return asked.get("q_length") if places is None else len(places)
 
 
 def _make_mask(*args: Any, **kwargs: Any) -> Tensor | Rows | None:
@@ -232,10 +238,8 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | Rows | None:
             return rows
     lengths = _lengths.get()
     if lengths is not None and not args and kwargs.get("batch_size") == 1:
-        places = kwargs.get("cache_position")  # older versions pass no `q_length`
-        num_tokens = kwargs.get("q_length") if places is None else len(places)
         is_plain = kwargs.get("attention_mask") is None and not kwargs.get("use_vmap")
-        if is_plain and num_tokens == kwargs.get("kv_length") == sum(lengths):
+        if is_plain and _count_queries(kwargs) == kwargs.get("kv_length") == sum(lengths):
             return Rows(lengths, kwargs.get("local_size"))
     mask = sdpa_mask(*args, **kwargs)
     return mask
