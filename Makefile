@@ -143,7 +143,7 @@ $(LOWEST)/.setup-done: pyproject.toml
 		'datasets==4.0.*' 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6'
 	@touch $@
 
-main-road-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate and export with the lowest versions (3 minutes)
+main-road-lowest: $(LOWEST)/.setup-done ## Train, merge, evaluate, generate and export with the lowest versions (4 minutes)
 	$(LOWEST)/bin/python scripts/main_road.py
 
 test-lowest: main-road-lowest ## The same and the tests of these commands, with the lowest versions (10 minutes)
