@@ -107,7 +107,7 @@ def test_damaged_recipes(refuse, place, command, content, part):
         (["seed=x"], ["override `seed=x`", "whole number"]),
         (["train.warmup_ratio=0.1", "train.warmup_steps=3"], ["contradicts", "keep one"]),
         (["adapter.r=0"], ["adapter.r", "at least 1"]),
-        (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`?"]),
+        (["adapter.type=lorra"], ["adapter.type", "did you mean `lora`, `glora` or `1lora`?"]),
         (["task=image_clasification"], ["task", "did you mean `image_classification`?"]),
         (["adapter.type=adalora", "train.ema_decay=0.9"], ["train.ema_decay", "adalora"]),
         (["train.strategy=fsdp_2"], ["train.strategy", "did you mean `fsdp2`?"]),
