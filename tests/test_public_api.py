@@ -22,6 +22,15 @@ def test_importing_it_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_import_of_torch_leaves_the_collector_on_and_its_objects_out():
+    code = (
+        "import gc, sys; from wegeft_cli.torch_import import load_torch; load_torch(); "
+        "print('torch' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3
+
+
 def test_every_name_is_there():
     assert len(wegeft_cli.__all__) == len(set(wegeft_cli.__all__)) == 25
     for name in wegeft_cli.__all__:

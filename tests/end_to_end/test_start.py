@@ -18,6 +18,7 @@ from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.artifacts.run_directory import RunDirectory
 from wegeft_cli.distributed.signals import STOP_SIGNALS, StopRequest
 from wegeft_cli.errors import MachineError, UserError
+from wegeft_cli.methods.registry import find_method
 from wegeft_cli.runs import cpu_advice
 from wegeft_cli.runs import start as begin
 from wegeft_cli.runs.train import train
@@ -370,6 +371,7 @@ def test_more_threads_than_free_cores_are_warned_of(
         ("float32", "bf16", 0.25, "model.dtype=float32 train.mixed_precision=none shortens"),
         ("bfloat16", "none", 4.5, None),
         ("float16", "none", 4.5, None),
+        ("float32", "fp16", 4.5, None),
     ],
 )
 def test_the_faster_number_type_is_named(monkeypatch, listener, dtype, mixed, speed, advice):
@@ -377,6 +379,7 @@ def test_the_faster_number_type_is_named(monkeypatch, listener, dtype, mixed, sp
     run = SimpleNamespace(
         recipe=SimpleNamespace(train=SimpleNamespace(mixed_precision=mixed)),
         processes=SimpleNamespace(device=torch.device("cpu")),
+        method=find_method("lora"),
         reporter=listener,
     )
     base = torch.nn.Linear(5000, 5000, device="meta", dtype=getattr(torch, dtype))
@@ -385,11 +388,18 @@ def test_the_faster_number_type_is_named(monkeypatch, listener, dtype, mixed, sp
     assert advice is None or advice in listener.notes[0]
 
 
-def test_a_run_names_the_faster_number_type(write_recipe, monkeypatch, listener):
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("wegeft", "model.dtype=bfloat16"), ("full", "train.mixed_precision=bf16")],
+)
+def test_a_run_names_the_faster_number_type(write_recipe, monkeypatch, listener, method, key):
     monkeypatch.setattr(cpu_advice, "_SMALL", 1)
     monkeypatch.setattr(cpu_advice, "measure_bfloat16_speed", lambda: 4.5)
-    train(write_recipe(model={"dtype": "float32"}), reporter=listener)
-    assert [note for note in listener.notes if "model.dtype=bfloat16" in note]
+    recipe = write_recipe(model={"dtype": "float32"})
+    train(recipe, [f"adapter.type={method}"], reporter=listener)
+    (note,) = [note for note in listener.notes if "this CPU multiplies" in note]
+    assert key in note
+    assert train(recipe, [f"adapter.type={method}", key], dry_run=True, overwrite=True)
 
 
 def test_a_small_base_gets_no_advice_on_its_type(write_recipe, monkeypatch, listener):
@@ -398,8 +408,17 @@ def test_a_small_base_gets_no_advice_on_its_type(write_recipe, monkeypatch, list
     assert not [note for note in listener.notes if "this CPU multiplies" in note]
 
 
-def test_the_speed_of_bfloat16_is_a_ratio_of_two_measured_times():
-    assert 0.01 < cpu_advice.measure_bfloat16_speed() < 100
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_speed_of_bfloat16_is_a_ratio_of_two_measured_times(monkeypatch, dtype):
+    slow, multiply, now = getattr(torch, dtype), torch.mm, [0.0]
+
+    def take_time(one, other):
+        now[0] += 8.0 if one.dtype == slow else 2.0
+        return multiply(one, other)
+
+    monkeypatch.setattr(cpu_advice.torch, "mm", take_time)
+    monkeypatch.setattr(cpu_advice.time, "perf_counter", lambda: now[0])
+    assert cpu_advice.measure_bfloat16_speed() == (4.0 if dtype == "float32" else 0.25)
 
 
 def test_each_slow_stage_is_announced(write_recipe, listener):

@@ -62,7 +62,9 @@ def _describe(value: Any) -> str:
             seen[name] = replace(getattr(value, name), **usual)
         return repr(seen)
     if isinstance(value, nn.Module):
-        return repr((value, value.config.to_json_string(use_diff=False), _list_parts(value)))
+        config = value.config
+        own = config.to_json_string(use_diff=False), config._attn_implementation
+        return repr((value, own, _list_parts(value)))
     return repr(value)
 
 

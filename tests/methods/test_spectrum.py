@@ -131,6 +131,16 @@ def test_a_wide_weight_of_low_rank_takes_the_exact_road(random, monkeypatch, ran
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(13, 200), (16, 16), (20, 20), (30, 25)])
+def test_a_wide_weight_with_zero_rows_takes_the_exact_road(random, monkeypatch, rows, columns):
+    W = torch.zeros(300, 200)
+    W[:rows, :columns] = draw(random, rows, columns).float()
+    exact = spectrum.leading_subspaces(W, 12)
+    monkeypatch.setattr(spectrum, "EXACT_WIDTH", 10)
+    found = spectrum.leading_subspaces(W, 12)
+    assert torch.allclose(found[1], exact[1], rtol=ROUNDED)
+
+
 @pytest.mark.slow
 def test_a_wide_random_weight_has_the_shares_of_an_exact_decomposition(random):
     """No gap between the singular values: the hardest case, of a real width."""

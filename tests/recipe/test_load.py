@@ -332,7 +332,8 @@ class TestOverrides:
         ("override", "hint"),
         [
             ("data.train.limit=1", "write `data.train[0].limit`"),
-            ("data.train.0.limit=1", "write `data.train[0]`"),
+            ("data.train.0.limit=1", "write `data.train[0].limit`"),
+            ("data.train.columns.prompt=q", "write `data.train[0].columns.prompt`"),
         ],
     )
     def test_an_entry_of_a_list_is_named_in_the_hint(self, write, faults_of, override, hint):

@@ -51,8 +51,8 @@ def open_in_vllm(
 ) -> LoadedModel:
     """Start vLLM on what a command is to work on; arguments and errors as in `LoadedModel.open`.
 
-    A WeGeFT adapter goes in as its exact LoRA equivalent, written to a temporary folder. An adapter
-    of a quantized base is refused.
+    An adapter with a LoRA equivalent (WeGeFT, 1LoRA, tied LoRA) is passed as that, written to a
+    temporary folder. An adapter of a quantized base is refused.
     """
     from transformers import AutoConfig, GenerationConfig
 

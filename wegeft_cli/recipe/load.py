@@ -380,7 +380,7 @@ def _apply_override(text: str, merged: MergedValues, errors: ReadErrors) -> None
     known = [stop for stop in range(1, len(path) + 1) if kind_at(path[:stop]) is None]
     reader = ValueReader(document, errors)
     if known:
-        _add_unknown_override(path[: known[0]], item, label, reader)
+        _add_unknown_override(path[: known[0]], path[known[0] :], item, label, reader)
         return
     read = reader.read_value(kind_at(path), item, node, path, label)
     settings = [] if read is DROPPED else [(path, read)]
@@ -392,8 +392,10 @@ def _apply_override(text: str, merged: MergedValues, errors: ReadErrors) -> None
         merged.set_place(target, label)
 
 
-def _add_unknown_override(path: KeyPath, value: Any, label: str, reader: ValueReader) -> None:
-    """Record that the schema does not have an override's key."""
+def _add_unknown_override(
+    path: KeyPath, rest: KeyPath, value: Any, label: str, reader: ValueReader
+) -> None:
+    """Record that the schema does not have an override's key, which `rest` continues."""
     if path[0] == SWEEP and len(path) == 2:
         message, hint = explain_swept(str(path[1]))
         reader.errors.add(path, message, label, hint)
@@ -407,8 +409,8 @@ def _add_unknown_override(path: KeyPath, value: Any, label: str, reader: ValueRe
     elif get_origin(kind) is list:
         message = f"`{around}` is a list: an entry is needed"
         last = str(path[-1])
-        entry = f"{around}[{last}]" if last.isdecimal() else f"{around}[0].{last}"
-        reader.errors.add(path, message, label, f"write `{entry}`")
+        inside = (int(last), *rest) if last.isdecimal() else (0, last, *rest)
+        reader.errors.add(path, message, label, f"write `{format_key((*path[:-1], *inside))}`")
     else:
         reader.errors.add(path, f"`{around}` has no keys", label, f"write {around}=value")
 

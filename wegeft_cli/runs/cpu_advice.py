@@ -47,17 +47,21 @@ def advise_dtype(run: Run, base: nn.Module) -> None:
     several times as fast as in float32, one without them several times as slowly.
     """
     weights = list(base.parameters())
-    if run.processes.device.type != "cpu" or sum(each.numel() for each in weights) < _SMALL:
+    mixed = run.recipe.train.mixed_precision
+    is_small = sum(each.numel() for each in weights) < _SMALL
+    if run.processes.device.type != "cpu" or is_small or mixed == "fp16":
         return
-    is_mixed = run.recipe.train.mixed_precision == "bf16"
+    is_mixed = mixed == "bf16"
     computing = torch.bfloat16 if is_mixed else max(weights, key=lambda each: each.numel()).dtype
     if computing not in (torch.float32, torch.bfloat16):
         return
     ratio = measure_bfloat16_speed()
     if computing == torch.float32 and ratio >= _RATIO:
+        # Weights that are trained themselves stay in float32.
+        key = "train.mixed_precision=bf16" if run.method.trains_in_place else "model.dtype=bfloat16"
         run.reporter.note(
             f"this CPU multiplies bfloat16 matrices {ratio:.1f} times as fast as float32: "
-            f"model.dtype=bfloat16 shortens the run"
+            f"{key} shortens the run"
         )
     if computing == torch.bfloat16 and ratio <= 1 / _RATIO:
         run.reporter.note(

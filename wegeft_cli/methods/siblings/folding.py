@@ -222,8 +222,7 @@ def foresee_biases(model: Any, method: str, targets: Sequence[Target]) -> str | 
     shown = _show_layers([target for target in bare if target.name in places.lacking])
     return (
         f"`{method}` gives {shown} a first bias, for which {kind} has no place: this adapter "
-        "cannot be merged; `wegeft eval`, `generate` and `serve` use it as it is, and `1lora` and "
-        "`tied_lora` need no bias"
+        "cannot be merged. `wegeft eval` uses it as it is; `1lora` and `tied_lora` need no bias"
     )
 
 
