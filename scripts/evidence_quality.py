@@ -243,12 +243,17 @@ def _type(label: str) -> str:
 
 
 def read_results() -> dict[str, dict[str, Any]]:
-    """Read bench.json of every experiment that has one."""
+    """Read bench.json of every experiment in which each method has finished seeds."""
     files = {name: ROOT / name / "runs" / "bench.json" for name in EXPERIMENTS}
-    return {
+    tables = {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name, file in files.items()
         if file.is_file()
+    }
+    return {
+        name: found
+        for name, found in tables.items()
+        if all(read_figures(row, "validation_loss") for row in found["methods"])
     }
 
 
@@ -296,33 +301,26 @@ def table(found: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
-    """Draw the validation loss over trainable parameters: one panel for each experiment."""
+    """Draw the validation loss of every seed and its mean: one panel for each experiment."""
     figure = Figure(figsize=(3.4 * len(results), 3.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (name, found) in enumerate(results.items(), start=1):
         axes = figure.add_subplot(1, len(results), place)
-        for row in found["methods"]:
+        ticks = []
+        for column, row in enumerate(found["methods"]):
             values = list(read_figures(row, "validation_loss").values())
-            if not values:
-                continue
             color = "tab:orange" if row["type"] == "lora" else "tab:blue"
+            axes.plot([column] * len(values), values, "o", color=color, alpha=0.5)
+            axes.hlines(mean(values), column - 0.25, column + 0.25, color=color)
             parameters = row["figures"]["trainable_parameters"]["mean"]
-            spread = stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(parameters, mean(values), yerr=spread, fmt="o", capsize=3, color=color)
-            axes.annotate(
-                row["method"],
-                (parameters, mean(values)),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize="small",
-            )
-        axes.set_xscale("log")
+            ticks.append(f"{row['method']}\n{parameters:,.0f}")
+        axes.set_xticks(range(len(ticks)), ticks, fontsize="small")
         axes.margins(x=0.3, y=0.15)
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("trainable parameters")
         if place == 1:
             axes.set_ylabel("validation loss")
-        axes.grid(visible=True, alpha=0.3)
+        axes.grid(visible=True, axis="y", alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
 
