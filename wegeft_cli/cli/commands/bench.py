@@ -187,8 +187,10 @@ def _print_end(result: BenchResult) -> None:
     for row in result.methods:
         if row.test is not None:
             show(
-                f"p of {row.method}: paired over {row.test.n} seeds against {result.baseline}, "
-                f"t-test and exact sign flips (at least {row.test.least_sign_flip_p:.2g})",
+                f"p of {row.method}: {_format_p(row.test.t_test_p)} (t-test), "
+                f"{_format_p(row.test.sign_flip_p)} (exact sign flips, at least "
+                f"{row.test.least_sign_flip_p:.2g}), paired over {row.test.n} seeds against "
+                f"{result.baseline}",
                 style="dim",
                 **plain,
             )
