@@ -64,7 +64,7 @@ def test_the_table_the_notes_and_the_exit_code(wegeft, end_with, monkeypatch, st
         "1.49",
     ):
         assert words in shown.stdout
-    assert "(at least 0.5)" in shown.stdout
+    assert "at least 0.5)" in shown.stdout
     assert "lora: [red] note of lora" in shown.stdout
     assert "runs/bench.json" in shown.stdout
     told = wegeft("bench", "tiny.yaml", "--json")

@@ -102,6 +102,18 @@ def build(family, tokenizer):
     return model.eval()
 
 
+def runs_on_meta(skeleton: torch.nn.Module) -> bool:
+    """Return whether the rotary embedding, where there is one, accepts tensors without values."""
+    rotary = getattr(skeleton.base_model, "rotary_emb", None)
+    places = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    try:
+        if rotary is not None:
+            rotary(torch.zeros(1, 2, 32, device="meta"), position_ids=places)
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
     model, expected = build(family, tokenizer), FAMILIES[family][1]
@@ -109,7 +121,10 @@ def test_a_batch_gives_loss_and_gradient_of_single_rows(family, tokenizer):
     assert layout.kind == expected
     skeleton = build(family, tokenizer).to("meta")
     planned = find_task("sequence_classification").expect_layout(skeleton, TWO)
-    assert planned == ("flat" if expected == "flat" else "right")
+    # transformers 5.2 turns autocast off in a rotary embedding, which torch 2.6 cannot do for
+    # tensors without values. The plan then takes padded batches.
+    finds_rows = expected == "flat" and runs_on_meta(skeleton)
+    assert planned == ("flat" if finds_rows else "right")
     assert not any(module._forward_pre_hooks for module in skeleton.modules())
     assert (layout.note is None) == (expected in ("flat", "right"))
     assert (layout.reason is None) == (expected == "flat")
