@@ -50,7 +50,7 @@ def advise_dtype(run: Run, base: nn.Module) -> None:
     mixed = run.recipe.train.mixed_precision
     is_small = sum(each.numel() for each in weights) < _SMALL
     if run.processes.device.type != "cpu" or is_small or mixed == "fp16":
-        return
+        return  # a scaled float16 run was chosen on purpose, and neither type replaces it
     is_mixed = mixed == "bf16"
     computing = torch.bfloat16 if is_mixed else max(weights, key=lambda each: each.numel()).dtype
     if computing not in (torch.float32, torch.bfloat16):

@@ -145,19 +145,11 @@ def _print_rows(result: BenchResult) -> None:
     columns["p (t)"] = [_format_p(row.test.t_test_p if row.test else None) for row in rows]
     columns["p (flip)"] = [_format_p(row.test.sign_flip_p if row.test else None) for row in rows]
     other = "validation loss" if result.metric == "score" else "score"
-    dropped = ("p (flip)", "merge s x", "merge s", "peak GiB x", f"{other} x", other, "step ms x")
+    dropped = ["p (flip)", "merge s x", "merge s", "peak GiB x", f"{other} x", other, "step ms x"]
+    dropped += ["adapter KiB x", "adapter KiB", "peak GiB", "step ms", "parameters x", "p (t)"]
     show_table(
         columns,
-        drop=(
-            *dropped,
-            "adapter KiB x",
-            "adapter KiB",
-            "peak GiB",
-            "step ms",
-            "parameters x",
-            "p (t)",
-            "seeds",
-        ),
+        drop=[*dropped, "seeds"],
         bold_rows=[number for number, row in enumerate(rows) if row.method == result.baseline],
     )
 
