@@ -85,9 +85,10 @@ def _refuse_classes(model: Any, recipe: Recipe) -> str | None:
     """Return why a classifier's settings forbid rows end to end, or None."""
     config = unwrap(model).config.get_text_config()
     attention = recipe.model.attn_implementation or getattr(config, "_attn_implementation", None)
-    if attention != "sdpa":
-        return _refuse_settings(recipe) or f"the attention {attention!r} does not separate them"
-    return _refuse_settings(recipe)
+    reason = _refuse_settings(recipe)
+    if reason is None and attention != "sdpa":
+        reason = f"the attention {attention!r} does not separate them"
+    return reason
 
 
 def expects_flat_classes(skeleton: nn.Module, recipe: Recipe) -> bool:
