@@ -1,14 +1,15 @@
 """Quality for a budget of parameters: `wegeft bench` on real rows, with five seeds.
 
     python scripts/evidence_quality.py gsm8k --data train.jsonl
+    python scripts/evidence_quality.py multiarith --data MultiArith/test.json
     python scripts/evidence_quality.py problems
     python scripts/evidence_quality.py steps --data train.jsonl
     python scripts/evidence_quality.py digits
     python scripts/evidence_quality.py figure
 
-`gsm8k` and `problems` (the quickstart's) train SmolLM2-135M, `steps` the MiniLM encoder on the
-number of calculations in a GSM8K problem, `digits` a small ViT. `train.jsonl` is GSM8K's training
-file.
+`gsm8k`, `multiarith` and `problems` (the quickstart's) train SmolLM2-135M, `steps` the MiniLM
+encoder on the number of calculations in a GSM8K problem, `digits` a small ViT. `train.jsonl` is
+GSM8K's training file, `test.json` LLM-Adapters' file of MultiArith.
 `figure` prints the tables as Markdown and draws docs/images/evidence.png.
 
 WeGeFT is compared with LoRA at equal trainable parameters and at eight times more, each at its own
@@ -76,10 +77,13 @@ def write_parts(
 
 
 def read_rows(file: Path | None) -> list[dict[str, Any]]:
-    """Read GSM8K's file, or end with the reason."""
+    """Read the file of --data, JSON or JSONL, or end with the reason."""
     if file is None or not file.is_file():
-        raise SystemExit("--data FILE: GSM8K's train.jsonl")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        raise SystemExit("--data FILE: GSM8K's train.jsonl, or MultiArith's test.json")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return list(json.loads(text))
 
 
 def language_recipe(sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -119,6 +123,21 @@ def prepare_gsm8k(folder: Path, data: Path | None) -> dict[str, Any]:
     parts = {"train": rows[:192], "validation": rows[192:256]}
     columns = {"prompt": "question", "completion": "answer"}
     return language_recipe(write_parts(parts, folder, columns=columns))
+
+
+def prepare_multiarith(folder: Path, data: Path | None) -> dict[str, Any]:
+    """Take MultiArith's different questions: 192 to train, 64 to validate, 200 to score."""
+    rows = list({row["instruction"]: row for row in read_rows(data)}.values())
+    for row in rows:
+        row["instruction"], row["output"] = row["instruction"].strip(), row["output"].strip()
+    parts = {"train": rows[:192], "validation": rows[192:256]}
+    recipe = language_recipe(write_parts(parts, folder, format="instruction"))
+    test = folder / "test.jsonl"
+    scored = [{"instruction": r["instruction"], "answer": r["answer"]} for r in rows[256:456]]
+    test.write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
+    recipe["data"]["max_length"] = 192
+    tasks = {"tasks": [f"data:{test.resolve()}"], "answer_metric": "number", "max_new_tokens": 112}
+    return {**recipe, "eval": tasks}
 
 
 def prepare_problems(folder: Path, data: Path | None) -> dict[str, Any]:
@@ -202,6 +221,7 @@ LANGUAGE_RATES = {
 WIDE_RATES = ["1e-3", "3e-3", "1e-2", "3e-2"]
 EXPERIMENTS = {
     "gsm8k": Experiment(prepare_gsm8k, LANGUAGE, LANGUAGE_RATES),
+    "multiarith": Experiment(prepare_multiarith, LANGUAGE, LANGUAGE_RATES),
     "problems": Experiment(prepare_problems, LANGUAGE, LANGUAGE_RATES),
     "steps": Experiment(
         prepare_steps, ENCODER, {"wegeft": WIDE_RATES, "lora": WIDE_RATES}, search_seeds=3

@@ -164,6 +164,10 @@ def test_the_import_of_torch_is_announced_before_it(run_wegeft, place):
         assert done.stderr.splitlines() == [f"{command[0]}: loading PyTorch", "torch is imported"]
         done = run_wegeft(*command, env={"PYTHONPATH": path, "RANK": "1"}, fresh=True)
         assert done.stderr.splitlines() == ["torch is imported"]
+    for command in ("train", "plan", "preview"):
+        done = run_wegeft(command, "missing.yaml", env={"PYTHONPATH": path}, fresh=True)
+        assert done.returncode == EXIT_USER, done.stderr
+        assert "loading PyTorch" not in done.stderr  # the fault is reported before the import
 
 
 def test_debugging_shows_the_traceback(run_wegeft, place):

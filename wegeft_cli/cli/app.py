@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TextIO, cast
 import typer
 
 from wegeft_cli.cli.broken_imports import describe_import_error
-from wegeft_cli.cli.console import LastingStream, note, print_fault, print_message
+from wegeft_cli.cli.console import LastingStream, print_fault, print_message
 from wegeft_cli.cli.lazy import Group, LazyCommands
 from wegeft_cli.distributed.signals import follow_starter
 from wegeft_cli.errors import EXIT_INTERRUPTED, MachineError, UserError
@@ -43,10 +43,8 @@ HELP = {
 }
 """Each command with its help, so that `wegeft --help` imports none of them."""
 
-_LOADS_TORCH = {
-    *("train", "plan", "preview", "merge", "generate", "chat", "serve", "inspect", "export"),
-}
-"""Commands whose imports take seconds, during which a terminal or a log would be silent."""
+_LOADS_TORCH = {"merge", "generate", "chat", "serve", "inspect", "export"}
+"""Commands that import PyTorch at once; those with a recipe read it first."""
 
 _FUNCTIONS = {"eval": "evaluate", "recipes": "recipes_app"}
 _FOLDERS = {"generate": "inference.", "chat": "inference.", "serve": "inference."}
@@ -108,10 +106,9 @@ def guard(command: Callable[..., Any]) -> Callable[..., Any]:
         _silence_imports()
         try:
             if command.__name__ in _LOADS_TORCH:
-                note(f"{command.__name__}: loading PyTorch")
-                from wegeft_cli.torch_import import load_torch
+                from wegeft_cli.cli.start import start_torch
 
-                load_torch()
+                start_torch(command.__name__)
             return command(*args, **kwargs)
         except (UserError, ExceptionGroup) as error:
             if os.environ.get("WEGEFT_DEBUG") == "1":

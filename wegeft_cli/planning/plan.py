@@ -86,12 +86,15 @@ class Plan:
 
 @checked_arguments
 def plan(
-    recipe_path: str | Path, overrides: Sequence[str] = (), *, reporter: Reporter | None = None
+    recipe_path: str | Path | LoadedRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    reporter: Reporter | None = None,
 ) -> Plan:
     """Count what a recipe will cost; a folder with only config.json will do.
 
     Args:
-        recipe_path: A recipe file, or the name of a shipped one.
+        recipe_path: A recipe file, the name of a shipped recipe, or a loaded recipe.
         overrides: `key=value` texts that win over the file.
         reporter: Where words go.
 

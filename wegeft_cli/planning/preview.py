@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wegeft_cli.planning.preflight import attach_locations
 from wegeft_cli.public_arguments import checked_arguments
-from wegeft_cli.recipe.load import load_recipe
+from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
 from wegeft_cli.reporter import Reporter, SilentReporter
 from wegeft_cli.tasks.base import Preview
 from wegeft_cli.tasks.registry import find_task
@@ -15,7 +15,7 @@ from wegeft_cli.tasks.registry import find_task
 
 @checked_arguments
 def preview(
-    recipe_path: str | Path,
+    recipe_path: str | Path | LoadedRecipe,
     overrides: Sequence[str] = (),
     *,
     num_rows: int = 2,
@@ -25,7 +25,7 @@ def preview(
     """Read a recipe's training rows as `train` does; no weights are needed.
 
     Args:
-        recipe_path: A recipe file, or the name of a shipped one.
+        recipe_path: A recipe file, the name of a shipped recipe, or a loaded recipe.
         overrides: `key=value` texts that win over the file.
         num_rows: First rows to show of each source, dropped ones included; of a classifier, of each
             class, at most 20 in all.

@@ -77,12 +77,12 @@ class Settings:
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, need_data: bool = True
+    path: str | Path | LoadedRecipe, overrides: Sequence[str] = (), *, need_data: bool = True
 ) -> LoadedRecipe:
     """Load a recipe, or raise all of its faults at once.
 
     Args:
-        path: A YAML file, or the name of a shipped recipe.
+        path: A YAML file, the name of a shipped recipe, or a loaded recipe, which is returned.
         overrides: `key=value` with dotted keys (`data.train[0].limit=5`) and YAML values. They
             replace values of the file; a later override replaces an earlier one.
         need_data: Whether `data.train` is required, as for training.
@@ -94,6 +94,8 @@ def load_recipe(
         UserError: If the recipe has one fault: file, line, column, key, message and hint.
         ExceptionGroup: If it has several; a group of `UserError`.
     """
+    if isinstance(path, LoadedRecipe):
+        return path
     settings = read_settings(path, overrides)
     recipe = build_recipe(settings, need_data=need_data)
     raise_all(settings.errors.faults)

@@ -96,10 +96,7 @@ def train(
         MachineError: If the machine failed: full disk, out of memory, divergence.
     """
     reporter = reporter or SilentReporter()
-    if isinstance(recipe_path, LoadedRecipe):
-        loaded = recipe_path
-    else:
-        loaded = load_recipe(recipe_path, overrides)
+    loaded = load_recipe(recipe_path, overrides)
     for note in loaded.notes:
         reporter.note(note)
     with attach_locations(loaded):

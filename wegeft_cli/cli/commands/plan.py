@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, print_json, show
+from wegeft_cli.cli.start import open_recipe
 from wegeft_cli.cli.tables import show_table
 from wegeft_cli.storage.sizes import GIB, format_size
 
@@ -17,9 +18,10 @@ def plan(
     recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False
 ) -> None:
     """Estimate parameters, steps and memory. A folder with only config.json is enough."""
+    loaded = open_recipe("plan", recipe, overrides)
     from wegeft_cli.planning.plan import plan as run
 
-    result = run(recipe, overrides or [], reporter=RichReporter())
+    result = run(loaded, reporter=RichReporter())
     if as_json:
         print_json(result.to_json())
         return

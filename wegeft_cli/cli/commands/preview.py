@@ -9,6 +9,7 @@ import typer
 
 from wegeft_cli.cli.arguments import JsonOption, OverridesArgument, RecipeArgument
 from wegeft_cli.cli.console import RichReporter, escape_control, get_console, print_json, show
+from wegeft_cli.cli.start import open_recipe
 from wegeft_cli.cli.tables import show_table
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def preview(
     as_json: JsonOption = False,
 ) -> None:
     """Show rows as the model reads them, and statistics of all rows, without weights."""
+    loaded = open_recipe("preview", recipe, overrides)
     from wegeft_cli.planning.preview import preview as run
 
-    result = run(recipe, overrides or [], num_rows=rows, row=row, reporter=RichReporter())
+    result = run(loaded, num_rows=rows, row=row, reporter=RichReporter())
     if as_json:
         print_json(result.to_json())
     else:

@@ -18,6 +18,7 @@ from wegeft_cli.cli.arguments import (
 )
 from wegeft_cli.cli.console import RichReporter, note, print_json, show
 from wegeft_cli.cli.relaunch import relaunch
+from wegeft_cli.cli.start import open_recipe
 from wegeft_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
 if TYPE_CHECKING:
@@ -91,16 +92,17 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train the recipe's adapter and write it to the output folder."""
-    from wegeft_cli.distributed.failures import LAUNCHED, may_be_restarted, num_restarts
-    from wegeft_cli.distributed.launch import join_slurm
-    from wegeft_cli.distributed.signals import StopRequest
-
     if num_processes is None and (num_machines, rdzv_endpoint, max_restarts) != (1, None, 0):
         raise UserError(
             "--num-machines, --rdzv-endpoint and --max-restarts need --num-processes",
             key="--num-processes",
             hint="set the number of processes too",
         )
+    loaded = open_recipe("train", recipe, overrides)
+    from wegeft_cli.distributed.failures import LAUNCHED, may_be_restarted, num_restarts
+    from wegeft_cli.distributed.launch import join_slurm
+    from wegeft_cli.distributed.signals import StopRequest
+
     if num_processes is not None:
         os.environ[LAUNCHED] = "1"
         group = {"num_machines": num_machines, "rdzv_endpoint": rdzv_endpoint}
@@ -120,8 +122,7 @@ def train(
         from wegeft_cli.runs.train import train as run
 
         result = run(
-            recipe,
-            overrides or [],
+            loaded,
             resume=resume,
             dry_run=dry_run,
             overwrite=overwrite,
