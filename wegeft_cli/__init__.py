@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from wegeft_cli.evaluation.evaluate import evaluate
     from wegeft_cli.inference.generate import generate
     from wegeft_cli.merging.merge import merge
-    from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
-    from wegeft_cli.methods.wegeft.inject import (
+    from wegeft_cli.methods.layers.owner import (
         disable_generators,
         get_generators,
-        inject_generators,
         remove_generators,
         use_generators,
     )
+    from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+    from wegeft_cli.methods.wegeft.inject import inject_generators
     from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
     from wegeft_cli.planning.plan import plan
     from wegeft_cli.planning.preview import preview
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "inject_generators": "wegeft_cli.methods.wegeft.inject",
-    "get_generators": "wegeft_cli.methods.wegeft.inject",
-    "use_generators": "wegeft_cli.methods.wegeft.inject",
-    "disable_generators": "wegeft_cli.methods.wegeft.inject",
-    "remove_generators": "wegeft_cli.methods.wegeft.inject",
+    "get_generators": "wegeft_cli.methods.layers.owner",
+    "use_generators": "wegeft_cli.methods.layers.owner",
+    "disable_generators": "wegeft_cli.methods.layers.owner",
+    "remove_generators": "wegeft_cli.methods.layers.owner",
     "fold_generators": "wegeft_cli.methods.wegeft.folding",
     "unfold_generators": "wegeft_cli.methods.wegeft.folding",
     "save_adapter": "wegeft_cli.methods.wegeft.save_load",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from wegeft_cli.cli.app import app
 from wegeft_cli.errors import UserError
 from wegeft_cli.merging.merge import merge
-from wegeft_cli.methods.wegeft.inject import disable_generators
+from wegeft_cli.methods.layers.owner import disable_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
 from wegeft_cli.models.loading import build_skeleton
 from wegeft_cli.planning.plan import plan

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from wegeft_cli.artifacts.manifest import AdapterManifest
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.inject import disable_generators, use_generators
+from wegeft_cli.methods.layers.owner import disable_generators, use_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

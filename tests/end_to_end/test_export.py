@@ -170,8 +170,8 @@ def test_parity_is_told_in_numbers(llama_dir, make_adapter, monkeypatch):
     card = (result.output_dir / "README.md").read_text()
     assert f"{told['results'][0]['max_difference']:.2e}" in card
     # Numbers that would show a fault: half the twin is half the effect away.
+    from wegeft_cli.methods.lora_equivalent import pairs
     from wegeft_cli.methods.wegeft import equations
-    from wegeft_cli.methods.wegeft.lora_equivalent import pairs
 
     def halved(W, phi, psi, s, side):
         A, B = equations.lora_pair(W, phi, psi, s, side)

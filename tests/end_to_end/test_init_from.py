@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.init_from import init_from_adapter
-from wegeft_cli.methods.wegeft.inject import get_generators, inject_generators
+from wegeft_cli.methods.layers.owner import get_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter
 from wegeft_cli.models.loading import load_model
 from wegeft_cli.planning.plan import plan

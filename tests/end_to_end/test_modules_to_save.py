@@ -12,9 +12,10 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
 from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.merging.merge import merge
+from wegeft_cli.methods.layers.owner import disable_generators
 from wegeft_cli.methods.peft.loading import load_peft
 from wegeft_cli.methods.wegeft.folding import fold_generators
-from wegeft_cli.methods.wegeft.inject import disable_generators, inject_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
 from wegeft_cli.planning.plan import plan
 from wegeft_cli.runs.train import train

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from wegeft_cli.methods.wegeft.modules import Generators
+from wegeft_cli.methods.layers.owner import Generators
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 

@@ -21,13 +21,13 @@ from transformers import (
 
 from wegeft_cli.artifacts.adapter_files import load_adapter_files
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.owner import Generators, remove_generators
+from wegeft_cli.methods.layers.targets import find_experts, find_targets
 from wegeft_cli.methods.tensor_changes import generated_changes
 from wegeft_cli.methods.wegeft.equations import merged_weight
 from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
-from wegeft_cli.methods.wegeft.inject import inject_generators, remove_generators
-from wegeft_cli.methods.wegeft.modules import Generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import load_adapter, save_adapter
-from wegeft_cli.methods.wegeft.targets import find_experts, find_targets
 from wegeft_cli.models.kernels import enable_checkpointing
 from wegeft_cli.storage.safetensors_reader import list_tensors, load_tensors
 

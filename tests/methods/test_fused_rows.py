@@ -10,7 +10,7 @@ from families.checkpoints import build_config
 from transformers import AutoModel
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.targets import find_targets
+from wegeft_cli.methods.layers.targets import find_targets
 
 # Test -> family, fused linear, the module beside it that reads the attended values, configuration.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
-from wegeft_cli.methods.wegeft.inject import (
+from wegeft_cli.methods.layers.owner import (
     disable_generators,
     get_generators,
-    inject_generators,
     remove_generators,
     use_generators,
 )
+from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.models.kernels import enable_checkpointing
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

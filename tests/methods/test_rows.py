@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.inject import get_generators, inject_generators, use_generators
-from wegeft_cli.methods.wegeft.modules import Generators
+from wegeft_cli.methods.layers.owner import Generators, get_generators, use_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 
 NAMES = ("first", None, "second", "first", "third")
 SETTINGS: dict[str, dict[str, Any]] = {

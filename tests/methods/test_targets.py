@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.targets import find_targets
 from wegeft_cli.methods.wegeft.inject import select_targets
 from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
-from wegeft_cli.methods.wegeft.targets import find_targets
 
 
 def faults_of(error: BaseException) -> list[UserError]:

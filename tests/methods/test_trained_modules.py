@@ -8,17 +8,16 @@ import torch
 from transformers import PoolFormerConfig, PoolFormerForImageClassification
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
-from wegeft_cli.methods.wegeft.inject import (
+from wegeft_cli.methods.layers.owner import (
     disable_generators,
     get_generators,
-    inject_generators,
     remove_generators,
-    select_targets,
     use_generators,
 )
-from wegeft_cli.methods.wegeft.targets import find_linears
-from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+from wegeft_cli.methods.layers.targets import find_linears
+from wegeft_cli.methods.layers.trained_modules import find_saved_modules
+from wegeft_cli.methods.wegeft.folding import fold_generators, unfold_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators, select_targets
 from wegeft_cli.models.heads import find_head_modules
 from wegeft_cli.models.kernels import enable_checkpointing
 

@@ -31,7 +31,8 @@ from wegeft_cli.evaluation.evaluate import evaluate
 from wegeft_cli.exporting.export import ExportOptions, export
 from wegeft_cli.inference.generate import generate
 from wegeft_cli.merging.merge import merge
-from wegeft_cli.methods.wegeft.inject import disable_generators, inject_generators
+from wegeft_cli.methods.layers.owner import disable_generators
+from wegeft_cli.methods.wegeft.inject import inject_generators
 from wegeft_cli.methods.wegeft.save_load import save_adapter
 
 ROOT = Path(__file__).parents[2]

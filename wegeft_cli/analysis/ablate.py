@@ -24,8 +24,8 @@ from wegeft_cli.evaluation.classifiers import batch_size_of, load_splits, refuse
 from wegeft_cli.evaluation.runner import EvaluationRunner
 from wegeft_cli.evaluation.score import Score
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, task_of_path
+from wegeft_cli.methods.layers.owner import disable_generators, remove_generators
 from wegeft_cli.methods.registry import require_generators
-from wegeft_cli.methods.wegeft.inject import disable_generators, remove_generators
 from wegeft_cli.methods.wegeft.save_load import attach_files
 from wegeft_cli.models.heads import find_head_modules
 from wegeft_cli.public_arguments import checked_arguments

@@ -21,9 +21,9 @@ from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.run_directory import find_recipe_of
 from wegeft_cli.errors import UserError
 from wegeft_cli.inference.loaded_model import ModelTarget
+from wegeft_cli.methods.layers.targets import find_linears
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.methods.wegeft.save_load import attach_files
-from wegeft_cli.methods.wegeft.targets import find_linears
 from wegeft_cli.models.heads import image_inputs
 from wegeft_cli.models.image_processor import make_array, make_picture, make_thumbnail
 from wegeft_cli.models.loading import load_backbone, load_image_processor

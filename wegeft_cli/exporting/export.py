@@ -17,15 +17,15 @@ from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
 from wegeft_cli.inference.form_choice import choose_chat_template
-from wegeft_cli.methods.registry import method_of, refuse_adapter
-from wegeft_cli.methods.wegeft.lora_equivalent.files import (
+from wegeft_cli.methods.base_check import base_errors
+from wegeft_cli.methods.lora_equivalent.files import (
     count_bytes,
     plan_tensors,
     write_lora_files,
 )
-from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
-from wegeft_cli.methods.wegeft.lora_equivalent.readers import check_peft, prepare_for_vllm
-from wegeft_cli.methods.wegeft.save_load import base_errors
+from wegeft_cli.methods.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
+from wegeft_cli.methods.lora_equivalent.readers import check_peft, prepare_for_vllm
+from wegeft_cli.methods.registry import method_of, refuse_adapter
 from wegeft_cli.models.base_folder import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wegeft_cli.exporting.gguf_layers import declare_tensor, import_gguf, read_layers, to_numpy
-from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent
+from wegeft_cli.methods.lora_equivalent.plan import LoraEquivalent
 
 
 def write_adapter_gguf(

@@ -16,13 +16,13 @@ from wegeft_cli.artifacts.adapter_files import load_finite_tensors
 from wegeft_cli.errors import UserError
 from wegeft_cli.generation import vllm_engine as vllm
 from wegeft_cli.inference.loaded_model import LoadedModel, ModelTarget, model_errors
-from wegeft_cli.methods.registry import method_of
-from wegeft_cli.methods.wegeft.lora_equivalent.files import write_lora_files
-from wegeft_cli.methods.wegeft.lora_equivalent.plan import plan_lora_equivalent
-from wegeft_cli.methods.wegeft.lora_equivalent.readers import (
+from wegeft_cli.methods.lora_equivalent.files import write_lora_files
+from wegeft_cli.methods.lora_equivalent.plan import plan_lora_equivalent
+from wegeft_cli.methods.lora_equivalent.readers import (
     check_lora_for_vllm,
     prepare_for_vllm,
 )
+from wegeft_cli.methods.registry import method_of
 from wegeft_cli.models.loading import fetch_base_folder, load_tokenizer_of, name_quantization
 from wegeft_cli.recipe.schema import ModelSection, Recipe
 

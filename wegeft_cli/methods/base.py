@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from wegeft_cli.artifacts.adapter import Adapter
     from wegeft_cli.artifacts.prompt_record import PromptRecord
+    from wegeft_cli.methods.layers.targets import Target
+    from wegeft_cli.methods.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.tensor_changes import TensorChange
-    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
-    from wegeft_cli.methods.wegeft.targets import Target
     from wegeft_cli.recipe.rules import Fault
 
 MODULES_TO_SAVE = "modules_to_save"

@@ -46,7 +46,7 @@ def select_parameters(
     if method == "full":
         chosen = {"all": list(named)}
     else:
-        from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
+        from wegeft_cli.methods.layers.trained_modules import find_saved_modules
 
         saved = find_saved_modules(model, modules_to_save)
         whole = [name for name in named if any(name.startswith(f"{module}.") for module in saved)]
@@ -219,7 +219,7 @@ class InPlaceMethod(Method):
     ) -> nn.Module:
         """Copy the trained values into the base's own parameters."""
         from wegeft_cli.artifacts.in_place_files import load_inplace_files
-        from wegeft_cli.methods.wegeft.save_load import check_base
+        from wegeft_cli.methods.base_check import check_base
         from wegeft_cli.models.file_names import rename_tensors
 
         manifest, tensors = load_inplace_files(adapter)

@@ -52,7 +52,7 @@ def _find_norms(model: nn.Module, section: AdapterSection) -> list[str]:
         UserError: If a target is no norm, or there is none.
     """
     from wegeft_cli.errors import UserError
-    from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
+    from wegeft_cli.methods.layers.trained_modules import list_saved_modules
     from wegeft_cli.models.module_names import find_named, is_inside_any
 
     saved = list_saved_modules(model, section.modules_to_save)

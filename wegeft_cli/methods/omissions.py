@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from wegeft_cli.methods.base import Omission
-from wegeft_cli.methods.wegeft.targets import (
+from wegeft_cli.methods.layers.targets import (
     ROOT_NAME,
     Target,
     find_adaptable,

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wegeft_cli.data.batches.base import BatchShape
 from wegeft_cli.errors import UserError, raise_all
 from wegeft_cli.methods.base import LayerChoice, Omission
+from wegeft_cli.methods.layers.targets import Target, find_hits, module_of
 from wegeft_cli.methods.omissions import omit_targets
 from wegeft_cli.methods.registry import find_method
 from wegeft_cli.methods.wegeft.sharing import pattern_matches
-from wegeft_cli.methods.wegeft.targets import Target, find_hits, module_of
 from wegeft_cli.planning.fake_step import (
     count_equal_layers,
     find_layers,

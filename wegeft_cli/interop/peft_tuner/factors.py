@@ -10,10 +10,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from wegeft_cli.methods.layers.owner import Generators
+from wegeft_cli.methods.layers.targets import Target
 from wegeft_cli.methods.wegeft.autograd import low_rank_edit
 from wegeft_cli.methods.wegeft.hooks import LinearEdit
-from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
-from wegeft_cli.methods.wegeft.targets import Target
+from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
 
 
 class FactorPair:

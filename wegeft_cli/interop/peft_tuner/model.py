@@ -23,9 +23,9 @@ from wegeft_cli.interop.peft_tuner.config import WegeftConfig
 from wegeft_cli.interop.peft_tuner.factors import FactorPair, Part, draw_zero_factor, is_dense
 from wegeft_cli.interop.peft_tuner.layer import WegeftLinear
 from wegeft_cli.interop.peft_tuner.plan import Plan, read_plan, search_plan
-from wegeft_cli.methods.wegeft.inject import get_generators
+from wegeft_cli.methods.layers.owner import get_generators
+from wegeft_cli.methods.layers.targets import Rows, Target
 from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
-from wegeft_cli.methods.wegeft.targets import Rows, Target
 from wegeft_cli.models.file_names import file_names
 
 _PHI, _PSI = "wegeft_phi_", "wegeft_psi_"

@@ -14,8 +14,8 @@ from wegeft_cli.artifacts.manifest import ModuleEntry, entries_as_json, entries_
 from wegeft_cli.artifacts.stored_names import spell_name
 from wegeft_cli.errors import UserError
 from wegeft_cli.interop.peft_tuner.config import WegeftConfig
+from wegeft_cli.methods.layers.targets import Target, check_untied
 from wegeft_cli.methods.wegeft.sharing import assign_groups
-from wegeft_cli.methods.wegeft.targets import Target, check_untied
 from wegeft_cli.models.file_names import file_names
 
 # Full module name -> its group, or with the rows of a fused projection its groups.

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from wegeft_cli.methods.base import LayerChoice, Omission
-from wegeft_cli.methods.omissions import list_omissions, omit_targets
-from wegeft_cli.methods.wegeft.targets import (
+from wegeft_cli.methods.layers.targets import (
     Target,
     find_adaptable,
     find_heads,
@@ -19,7 +18,8 @@ from wegeft_cli.methods.wegeft.targets import (
     find_linears,
     find_targets,
 )
-from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
+from wegeft_cli.methods.layers.trained_modules import list_saved_modules
+from wegeft_cli.methods.omissions import list_omissions, omit_targets
 from wegeft_cli.models.file_names import shorten_names
 from wegeft_cli.models.module_names import ends_with, is_inside_any
 from wegeft_cli.recipe.schema import AdapterSection

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
-    from wegeft_cli.methods.wegeft.targets import Target
+    from wegeft_cli.methods.layers.targets import Target
 
 _SET_ELSEWHERE = {
     "r": "adapter.r",
@@ -226,8 +226,8 @@ def _count_by_shape(
     skeleton: nn.Module, section: AdapterSection, task_type: str | None
 ) -> list[ParameterGroup]:
     """Count by the layers' shapes what PEFT cannot build without weights, see `count_layer`."""
+    from wegeft_cli.methods.layers.trained_modules import find_saved_modules
     from wegeft_cli.methods.peft.layers import choose_peft_layers
-    from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
     config = _build_config(section, task_type)
     choice = choose_peft_layers(skeleton, section, config)

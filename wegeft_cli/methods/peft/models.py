@@ -14,9 +14,9 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter_files import CONFIG_NAME
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.layers.trained_modules import find_saved_modules
 from wegeft_cli.methods.peft.support import ADDED_IN
 from wegeft_cli.methods.wegeft.equations import default_alpha
-from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
 # Recipe names that are settings of another method rather than methods of their own.
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.targets import Target, find_targets
 from wegeft_cli.methods.siblings.edit import AffineEdit
 from wegeft_cli.methods.siblings.inject import AffineEdits, edits_of
 from wegeft_cli.methods.tensor_changes import TensorChange
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS
-from wegeft_cli.methods.wegeft.targets import Target, find_targets
 
 # Keys of a transformers config that give projections a bias.
 _SWITCHES = (("attention_bias",), ("mlp_bias",), ("attention_bias", "mlp_bias"))

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.owner import Generators, get_generators, use_generators
+from wegeft_cli.methods.layers.targets import ROOT_NAME, Target, check_untied
+from wegeft_cli.methods.layers.trained_modules import (
+    SavedModules,
+    check_saved_modules,
+    find_saved_modules,
+    wrap_saved_modules,
+)
 from wegeft_cli.methods.siblings.edit import AffineEdit, SharedPair
 from wegeft_cli.methods.siblings.files import AffineManifest, load_affine_tensors
 from wegeft_cli.methods.siblings.loreft import LoReft
@@ -18,19 +26,7 @@ from wegeft_cli.methods.siblings.one_lora import OneLora
 from wegeft_cli.methods.siblings.scale_shift import ScaleShift
 from wegeft_cli.methods.siblings.tied_lora import TiedLora
 from wegeft_cli.methods.wegeft.equations import default_alpha
-from wegeft_cli.methods.wegeft.inject import (
-    get_generators,
-    select_section_targets,
-    use_generators,
-)
-from wegeft_cli.methods.wegeft.modules import Generators
-from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target, check_untied
-from wegeft_cli.methods.wegeft.trained_modules import (
-    SavedModules,
-    check_saved_modules,
-    find_saved_modules,
-    wrap_saved_modules,
-)
+from wegeft_cli.methods.wegeft.inject import select_section_targets
 from wegeft_cli.models.file_names import current_names, rename_layers, rename_tensors
 from wegeft_cli.recipe.schema import AdapterSection
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
+from wegeft_cli.methods.lora_equivalent.pairs import LoraPair
 from wegeft_cli.methods.siblings.edit import AffineEdit
 from wegeft_cli.methods.siblings.files import AffineManifest
 from wegeft_cli.methods.siblings.inject import read_edits
-from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair
 from wegeft_cli.models.file_names import current_names
 
 

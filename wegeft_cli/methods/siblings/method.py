@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.layers.targets import Target
+    from wegeft_cli.methods.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.tensor_changes import TensorChange
-    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
-    from wegeft_cli.methods.wegeft.targets import Target
 
 _UNREAD = {
     "red": ("r", "alpha"), "ssf": ("r", "alpha"), "1lora": ("r", "alpha"), "loreft": ("alpha",),
@@ -66,9 +66,9 @@ class SiblingMethod(Method):
 
     def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
         """Return the whole linear layers; `all-linear` omits stacked experts."""
+        from wegeft_cli.methods.layers.trained_modules import list_saved_modules
         from wegeft_cli.methods.omissions import list_omissions
         from wegeft_cli.methods.siblings.inject import select_layers
-        from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
 
         targets = select_layers(skeleton, section)
         if section.target_modules != "all-linear":
@@ -88,8 +88,8 @@ class SiblingMethod(Method):
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
         """Count by the formula of the edit, summed by kind of layer."""
+        from wegeft_cli.methods.layers.trained_modules import find_saved_modules
         from wegeft_cli.methods.siblings.inject import EDITS, select_layers
-        from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
         targets, kind = select_layers(skeleton, section), EDITS[section.type]
         if not targets:
@@ -110,8 +110,8 @@ class SiblingMethod(Method):
         self, model: nn.Module, section: AdapterSection, *, task_type: str | None, seed: int
     ) -> nn.Module:
         """Attach an edit to each layer."""
+        from wegeft_cli.methods.layers.trained_modules import find_saved_modules
         from wegeft_cli.methods.siblings.inject import inject_edits, select_layers
-        from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
         targets = select_layers(model, section)
         saved = find_saved_modules(model, section.modules_to_save, targets)
@@ -161,9 +161,9 @@ class SiblingMethod(Method):
         warn: Callable[[str], None],
     ) -> nn.Module:
         """Attach the adapter's edits."""
+        from wegeft_cli.methods.base_check import check_base
         from wegeft_cli.methods.siblings.files import load_affine_tensors, read_affine_manifest
         from wegeft_cli.methods.siblings.inject import attach_tensors, section_of
-        from wegeft_cli.methods.wegeft.save_load import check_base
 
         manifest = read_affine_manifest(adapter, self.names)
         if base_dir is not None:
@@ -175,14 +175,14 @@ class SiblingMethod(Method):
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
         """Switch the edits off."""
-        from wegeft_cli.methods.wegeft.inject import disable_generators
+        from wegeft_cli.methods.layers.owner import disable_generators
 
         return disable_generators(model)
 
     def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold the edits into weights and biases and remove them."""
+        from wegeft_cli.methods.layers.owner import remove_generators
         from wegeft_cli.methods.siblings.folding import fold_edits
-        from wegeft_cli.methods.wegeft.inject import remove_generators
 
         num_folded = fold_edits(model)
         remove_generators(model)
@@ -235,9 +235,9 @@ class SiblingMethod(Method):
         warn: Callable[[str], None],
     ) -> LoraPairs:
         """Return `B = v, A = 1^T` of 1LoRA, `B = s diag(v) B, A = diag(u) A` of tied LoRA."""
+        from wegeft_cli.methods.base_check import check_base
         from wegeft_cli.methods.siblings.files import read_affine_manifest
         from wegeft_cli.methods.siblings.lora_pairs import find_affine_pairs
-        from wegeft_cli.methods.wegeft.save_load import check_base
 
         manifest = read_affine_manifest(adapter, self.names)
         check_base(manifest, base_dir, adapter.folder, warn=warn)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wegeft_cli.methods.layers.owner import Generators
+from wegeft_cli.methods.layers.targets import Target
 from wegeft_cli.methods.wegeft.autograd import compute_dtype
-from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
-from wegeft_cli.methods.wegeft.targets import Target
+from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
 
 # Attributes that describe a weight and that a change of its entries leaves as they are.
 _DESCRIPTIONS = frozenset(

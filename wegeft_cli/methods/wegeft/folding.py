@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.owner import get_generators
+from wegeft_cli.methods.layers.targets import Rows, Target, module_of, weight_of
 from wegeft_cli.methods.wegeft.equations import Side, delta_weight
-from wegeft_cli.methods.wegeft.inject import get_generators
 from wegeft_cli.methods.wegeft.modules import Generator
-from wegeft_cli.methods.wegeft.targets import Rows, Target, module_of, weight_of
 
 # Rows of a weight folded at a time. The streaming merge takes the same blocks, so that both give
 # the same bits: a matrix product may round differently when it is cut differently.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.owner import Generators
+from wegeft_cli.methods.layers.targets import Rows, Target
 from wegeft_cli.methods.wegeft.autograd import compute_dtype, project_weight
 from wegeft_cli.methods.wegeft.equations import cheaper_view
-from wegeft_cli.methods.wegeft.modules import Generator, Generators, GeneratorSettings
-from wegeft_cli.methods.wegeft.targets import Rows, Target
+from wegeft_cli.methods.wegeft.modules import Generator, GeneratorSettings
 
 
 @dataclass(frozen=True)

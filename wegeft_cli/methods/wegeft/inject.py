@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from wegeft_cli.errors import UserError
-from wegeft_cli.methods.wegeft.equations import ScaleRule, Side, default_alpha, ruled_alpha
-from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
-from wegeft_cli.methods.wegeft.hooks import LinearEdit
-from wegeft_cli.methods.wegeft.modules import (
-    AdapterGenerators,
-    Generators,
-    GeneratorSettings,
-    Init,
-    View,
-)
-from wegeft_cli.methods.wegeft.sharing import Share, assign_groups, pattern_matches
-from wegeft_cli.methods.wegeft.targets import (
+from wegeft_cli.methods.layers.owner import Generators, get_generators, use_generators
+from wegeft_cli.methods.layers.targets import (
     ROOT_NAME,
     Target,
     check_dense,
@@ -29,12 +18,17 @@ from wegeft_cli.methods.wegeft.targets import (
     find_targets,
     module_of,
 )
-from wegeft_cli.methods.wegeft.trained_modules import (
+from wegeft_cli.methods.layers.trained_modules import (
     check_saved_modules,
     find_saved_modules,
     list_saved_modules,
     wrap_saved_modules,
 )
+from wegeft_cli.methods.wegeft.equations import ScaleRule, Side, default_alpha, ruled_alpha
+from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
+from wegeft_cli.methods.wegeft.hooks import LinearEdit
+from wegeft_cli.methods.wegeft.modules import AdapterGenerators, GeneratorSettings, Init, View
+from wegeft_cli.methods.wegeft.sharing import Share, assign_groups, pattern_matches
 from wegeft_cli.recipe.schema import AdapterSection
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -296,56 +290,6 @@ def attach_generators(
             edit.add(adapter_name, adapter[group], target, settings)
     wrap_saved_modules(model, owner, adapter_name, saved_modules)
     use_generators(model, adapter_name)
-    return owner
-
-
-def get_generators(model: nn.Module) -> Generators | None:
-    """Give the generators at the model's root, or None where there are none."""
-    owner = getattr(model, ROOT_NAME, None)
-    return owner if isinstance(owner, Generators) else None
-
-
-def use_generators(model: nn.Module, adapter_name: str) -> None:
-    """Make one adapter the active one: only it changes the layers, only what is its own learns.
-
-    Args:
-        model: A model with generators.
-        adapter_name: Which.
-
-    Raises:
-        KeyError: If there is no such adapter.
-    """
-    owner = _need_generators(model)
-    owner[adapter_name]  # there must be one
-    if owner.folded not in (None, adapter_name):
-        raise ValueError(f"adapter {owner.folded!r} is folded: unfold_generators first")
-    for parts in (owner.adapters, owner.saved):
-        for name, part in parts.items():
-            part.requires_grad_(name == adapter_name)
-    owner.active = adapter_name
-
-
-@contextmanager
-def disable_generators(model: nn.Module) -> Iterator[None]:
-    """Run the base model alone inside the block; a folded adapter stays folded."""
-    with _need_generators(model).turned_off():
-        yield
-
-
-def remove_generators(model: nn.Module) -> None:
-    """Take all generators out: the model is the plain base again (folded changes stay folded)."""
-    owner = _need_generators(model)
-    for edit in owner.edits.values():
-        edit.detach()
-    for switch in owner.switches.values():
-        switch.detach()
-    delattr(model, ROOT_NAME)
-
-
-def _need_generators(model: nn.Module) -> Generators:
-    owner = get_generators(model)
-    if owner is None:
-        raise ValueError("the model has no generators: call inject_generators first")
     return owner
 
 

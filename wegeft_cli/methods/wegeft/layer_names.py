@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import describe_pieces, match_stored_names, spell_name
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.wegeft.targets import Target, find_adaptable, make_target
+from wegeft_cli.methods.layers.targets import Target, find_adaptable, make_target
 from wegeft_cli.models.file_names import file_names
 from wegeft_cli.storage.safetensors_reader import list_tensors
 

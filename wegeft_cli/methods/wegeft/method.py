@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wegeft_cli.artifacts.adapter import Adapter
+    from wegeft_cli.methods.layers.targets import Target
+    from wegeft_cli.methods.lora_equivalent.pairs import LoraPairs
     from wegeft_cli.methods.tensor_changes import TensorChange
-    from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPairs
-    from wegeft_cli.methods.wegeft.targets import Target
 
 
 class WeGeFTMethod(Method):
@@ -57,9 +57,9 @@ class WeGeFTMethod(Method):
 
     def choose_layers(self, skeleton: nn.Module, section: AdapterSection) -> LayerChoice | None:
         """Return the targets; explicit groups choose among those of `all-linear`."""
+        from wegeft_cli.methods.layers.trained_modules import list_saved_modules
         from wegeft_cli.methods.omissions import list_omissions
         from wegeft_cli.methods.wegeft.inject import select_section_targets
-        from wegeft_cli.methods.wegeft.trained_modules import list_saved_modules
 
         targets = select_section_targets(skeleton, section)
         if section.target_modules != "all-linear" or section.groups is not None:
@@ -80,10 +80,10 @@ class WeGeFTMethod(Method):
         self, skeleton: nn.Module, section: AdapterSection, task_type: str | None
     ) -> list[ParameterGroup]:
         """Count 2 d r parameters for each group, and the modules that are trained whole."""
+        from wegeft_cli.methods.layers.trained_modules import find_saved_modules
         from wegeft_cli.methods.wegeft.equations import count_parameters
         from wegeft_cli.methods.wegeft.inject import select_section_targets
         from wegeft_cli.methods.wegeft.sharing import assign_groups, group_widths
-        from wegeft_cli.methods.wegeft.trained_modules import find_saved_modules
 
         targets = select_section_targets(skeleton, section)
         assigned = assign_groups(
@@ -194,14 +194,14 @@ class WeGeFTMethod(Method):
 
     def disabled(self, model: Any) -> AbstractContextManager[Any]:
         """Switch the generators off."""
-        from wegeft_cli.methods.wegeft.inject import disable_generators
+        from wegeft_cli.methods.layers.owner import disable_generators
 
         return disable_generators(model)
 
     def fold(self, model: Any, adapter: Adapter) -> tuple[nn.Module, int]:
         """Fold the generated changes into the weights and remove the generators."""
+        from wegeft_cli.methods.layers.owner import remove_generators
         from wegeft_cli.methods.wegeft.folding import fold_generators
-        from wegeft_cli.methods.wegeft.inject import remove_generators
 
         num_folded = fold_generators(model, keep_base=False)
         remove_generators(model)
@@ -243,7 +243,7 @@ class WeGeFTMethod(Method):
         warn: Callable[[str], None],
     ) -> LoraPairs:
         """Return `B = s W phi, A = psi`, or `B = s phi, A = psi W` on the output side."""
-        from wegeft_cli.methods.wegeft.lora_equivalent.generated import find_generated_pairs
+        from wegeft_cli.methods.wegeft.lora_pairs import find_generated_pairs
 
         return find_generated_pairs(
             adapter, model, base_dir, trust_remote_code=trust_remote_code, warn=warn

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError
+from wegeft_cli.methods.layers.targets import Target
 from wegeft_cli.methods.wegeft.autograd import low_rank_edit
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.sharing import Share
-from wegeft_cli.methods.wegeft.targets import Target
 
 if TYPE_CHECKING:
-    from wegeft_cli.methods.wegeft.expert_weights import ExpertEdit
-    from wegeft_cli.methods.wegeft.hooks import LinearEdit
-    from wegeft_cli.methods.wegeft.trained_modules import ModuleSwitch, SavedModules
+    pass
 
 Init = Literal["phi_zero", "psi_zero"]
 View = Literal["auto", "activation", "weight"]
@@ -158,87 +155,3 @@ class AdapterGenerators(nn.ModuleDict):
 
 def _to_disk(factor: Tensor) -> Tensor:
     return factor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-class Generators(nn.Module):
-    """All adapters of one model, registered once at its root.
-
-    Layers hold unregistered references, so each factor is one parameter, is saved once and is
-    found once by an optimizer, for any number of layers that use it. So are the copies of
-    modules that are trained whole.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleDict()
-        # Adapter -> the modules that it trains whole; only adapters that have some are there.
-        self.saved = nn.ModuleDict()
-        self.active: str | None = None
-        # The adapter of each row of a batch, in the place of the active one.
-        self.row_names: tuple[str | None, ...] | None = None
-        self.edits: dict[str, LinearEdit | ExpertEdit] = {}
-        self.switches: dict[str, ModuleSwitch] = {}
-        self.folded: str | None = None
-        # Base tensors as they were before a fold, by parameter name; unfold puts them back.
-        self.kept: dict[str, Tensor] = {}
-
-    def __getitem__(self, adapter_name: str) -> AdapterGenerators:
-        """Give one adapter's generators by name."""
-        if adapter_name not in self.adapters:
-            known = ", ".join(self.adapters) or "none"
-            raise KeyError(f"no adapter {adapter_name!r}; there is {known}")
-        return cast(AdapterGenerators, self.adapters[adapter_name])
-
-    def saved_of(self, adapter_name: str) -> SavedModules | None:
-        """Give the modules that an adapter trains whole, or None where it trains factors alone."""
-        if adapter_name not in self.saved:
-            return None
-        return cast("SavedModules", self.saved[adapter_name])
-
-    @property
-    def working(self) -> str | None:
-        """Name of the adapter that the layers apply now: the active one, unless it is folded."""
-        return None if self.folded is not None else self.active
-
-    @contextmanager
-    def turned_off(self) -> Iterator[None]:
-        """Run the base model alone inside the block."""
-        before, self.active = self.active, None
-        try:
-            yield
-        finally:
-            self.active = before
-
-    @contextmanager
-    def use_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Let each row of a batch use an adapter of its own inside the block.
-
-        Every forward pass in the block has these rows, or the same multiple of each, as beams have.
-        A row gets what its adapter alone gives it; the base is computed once for all rows.
-
-        Args:
-            names: The adapter of each row; None is the base.
-
-        Raises:
-            KeyError: If there is no such adapter.
-            UserError: If an adapter is folded, or one of these trains whole modules or experts,
-                which have one weight for all rows.
-        """
-        for name in {name for name in names if name is not None}:
-            self[name]  # there must be one
-            if name in self.saved:
-                raise UserError(f"adapter {name!r} trains whole modules, which rows cannot share")
-        if self.folded is not None:
-            raise UserError(f"adapter {self.folded!r} is folded: unfold_generators first")
-        if not all(edit.takes_rows for edit in self.edits.values()):
-            raise UserError("the rows of a batch cannot have adapters of experts of their own")
-        before = self.active, self.row_names
-        self.active, self.row_names = None, tuple(names)
-        try:
-            yield
-        finally:
-            self.active, self.row_names = before
-
-    def trainable(self) -> list[nn.Parameter]:
-        """List what learns, each parameter once: factors, and modules that are trained whole."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]

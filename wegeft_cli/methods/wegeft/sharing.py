@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from wegeft_cli.errors import UserError, raise_all
+from wegeft_cli.methods.layers.targets import Target
 from wegeft_cli.methods.wegeft.equations import Side
-from wegeft_cli.methods.wegeft.targets import Target
 from wegeft_cli.models.module_names import ends_with
 
 Share = Literal["module_type", "input_dim", "none"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.data.batches.base import BatchShape
-from wegeft_cli.methods.wegeft.targets import ROOT_NAME
+from wegeft_cli.methods.layers.targets import ROOT_NAME
 from wegeft_cli.models.module_names import unwrap
 from wegeft_cli.recipe.schema import Recipe
 from wegeft_cli.tasks.base import FakePass

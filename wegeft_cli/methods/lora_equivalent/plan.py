@@ -11,9 +11,9 @@ from torch import nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.served_ranks import served_rank
+from wegeft_cli.methods.layers.targets import Target, find_adaptable
+from wegeft_cli.methods.lora_equivalent.pairs import LoraPair, LoraPairs, is_turned
 from wegeft_cli.methods.registry import method_of
-from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair, LoraPairs, is_turned
-from wegeft_cli.methods.wegeft.targets import Target, find_adaptable
 from wegeft_cli.models.file_names import file_names
 from wegeft_cli.models.loading import build_meta_model, load_config
 from wegeft_cli.storage.safetensors_reader import list_tensors

@@ -6,25 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import has_all_tensors
-from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
-from wegeft_cli.methods.wegeft.lora_equivalent.pairs import (
+from wegeft_cli.methods.base_check import check_base
+from wegeft_cli.methods.layers.targets import Rows, Target, find_adaptable
+from wegeft_cli.methods.lora_equivalent.pairs import (
     LoraPair,
     is_turned,
-    make_lora_pair,
     stack_pairs,
 )
-from wegeft_cli.methods.wegeft.lora_equivalent.weights import (
+from wegeft_cli.methods.lora_equivalent.weights import (
     LoadedWeights,
     StoredWeights,
     Weights,
 )
-from wegeft_cli.methods.wegeft.save_load import check_base
-from wegeft_cli.methods.wegeft.targets import Target, find_adaptable
+from wegeft_cli.methods.wegeft.equations import Side, lora_pair
+from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.models.file_names import file_names
 from wegeft_cli.models.loading import load_model
 from wegeft_cli.storage.safetensors_reader import list_tensors
@@ -173,3 +174,43 @@ def find_generated_pairs(
         weights=weights,
         biased=biased,
     )
+
+
+def make_lora_pair(
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Sequence[tuple[Tensor, Tensor, Rows | None]],
+    scale: float,
+    side: Side,
+    rank: int,
+) -> LoraPair:
+    """Compute the LoRA pair of one layer in float32, or float64 where the weight is float64.
+
+    Each group that adapts some rows of a fused layer takes its own ranks: A is stacked, and B is
+    zero outside a group's rows and beyond the ranks that are needed.
+
+    Args:
+        weight: Frozen weight, [d_out, d_in].
+        bias: The layer's bias, [d_out], or None.
+
+    Raises:
+        ValueError: If the rank is too small.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    d_out, d_in = weight.shape
+    A = torch.zeros(rank, d_in, dtype=dtype)
+    B = torch.zeros(d_out, rank, dtype=dtype)
+    shift = torch.zeros(d_out, dtype=dtype) if side == "output" and bias is not None else None
+    start = 0
+    for phi, psi, rows in pairs:
+        stop = start + phi.shape[1]
+        if stop > rank:
+            raise ValueError(f"the pairs have more than {rank} ranks")
+        phi, psi = phi.to(dtype), psi.to(dtype)
+        index = torch.cat([torch.arange(a, b) for a, b in rows or ((0, d_out),)])
+        part = weight[index].to(dtype) if rows is not None else weight.to(dtype)
+        A[start:stop], B[index, start:stop] = lora_pair(part, phi, psi, scale, side)
+        if shift is not None and bias is not None:
+            shift[index] = scale * (phi @ (psi @ bias[index].to(dtype)))
+        start = stop
+    return LoraPair(A, B, shift)

@@ -17,7 +17,7 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import SAVED_PREFIX, WEIGHTS_NAME
 from wegeft_cli.artifacts.served_ranks import SERVED_RANKS
 from wegeft_cli.errors import UserError, name_first
-from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, WrittenPair
+from wegeft_cli.methods.lora_equivalent.plan import LoraEquivalent, WrittenPair
 from wegeft_cli.storage.json_files import shorten
 from wegeft_cli.storage.safetensors_reader import load_tensors
 

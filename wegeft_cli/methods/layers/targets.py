@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.models.module_names import ends_with
+from wegeft_cli.recipe.schema import Side
 
 Rows = tuple[tuple[int, int], ...]
 

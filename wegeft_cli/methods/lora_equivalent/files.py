@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from wegeft_cli.artifacts.adapter_files import CONFIG_NAME, SAVED_PREFIX, WEIGHTS_NAME
-from wegeft_cli.methods.wegeft.lora_equivalent.pairs import LoraPair
-from wegeft_cli.methods.wegeft.lora_equivalent.plan import LoraEquivalent, WrittenPair
+from wegeft_cli.methods.lora_equivalent.pairs import LoraPair
+from wegeft_cli.methods.lora_equivalent.plan import LoraEquivalent, WrittenPair
 from wegeft_cli.storage.safetensors_reader import DTYPE_NAMES, TORCH_DTYPES, tensor_bytes
 from wegeft_cli.storage.safetensors_writer import write_tensors
 from wegeft_cli.version import VERSION

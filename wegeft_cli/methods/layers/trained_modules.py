@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from wegeft_cli.errors import UserError, raise_all
-from wegeft_cli.methods.wegeft.modules import Generators
-from wegeft_cli.methods.wegeft.targets import ROOT_NAME, Target
+from wegeft_cli.methods.layers.owner import Generators
+from wegeft_cli.methods.layers.targets import ROOT_NAME, Target
 from wegeft_cli.models.module_names import find_named
 
 _KEY = "adapter.modules_to_save"

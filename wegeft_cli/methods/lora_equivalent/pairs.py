@@ -9,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from wegeft_cli.methods.wegeft.equations import Side, lora_pair
-from wegeft_cli.methods.wegeft.targets import Rows, Target, module_of
+from wegeft_cli.methods.layers.targets import Target, module_of
 
 
 @dataclass(frozen=True)
@@ -75,46 +74,6 @@ def is_turned(model: nn.Module, target: Target) -> bool:
     """Return whether PEFT takes a stacked weight of experts for its transpose."""
     marked = getattr(module_of(model, target), "is_transposed", False)
     return target.experts > 0 and target.transposed != bool(marked)
-
-
-def make_lora_pair(
-    weight: Tensor,
-    bias: Tensor | None,
-    pairs: Sequence[tuple[Tensor, Tensor, Rows | None]],
-    scale: float,
-    side: Side,
-    rank: int,
-) -> LoraPair:
-    """Compute the LoRA pair of one layer in float32, or float64 where the weight is float64.
-
-    Each group that adapts some rows of a fused layer takes its own ranks: A is stacked, and B is
-    zero outside a group's rows and beyond the ranks that are needed.
-
-    Args:
-        weight: Frozen weight, [d_out, d_in].
-        bias: The layer's bias, [d_out], or None.
-
-    Raises:
-        ValueError: If the rank is too small.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    d_out, d_in = weight.shape
-    A = torch.zeros(rank, d_in, dtype=dtype)
-    B = torch.zeros(d_out, rank, dtype=dtype)
-    shift = torch.zeros(d_out, dtype=dtype) if side == "output" and bias is not None else None
-    start = 0
-    for phi, psi, rows in pairs:
-        stop = start + phi.shape[1]
-        if stop > rank:
-            raise ValueError(f"the pairs have more than {rank} ranks")
-        phi, psi = phi.to(dtype), psi.to(dtype)
-        index = torch.cat([torch.arange(a, b) for a, b in rows or ((0, d_out),)])
-        part = weight[index].to(dtype) if rows is not None else weight.to(dtype)
-        A[start:stop], B[index, start:stop] = lora_pair(part, phi, psi, scale, side)
-        if shift is not None and bias is not None:
-            shift[index] = scale * (phi @ (psi @ bias[index].to(dtype)))
-        start = stop
-    return LoraPair(A, B, shift)
 
 
 def stack_pairs(pairs: Iterable[LoraPair], *, turned: bool) -> LoraPair:
