@@ -164,7 +164,7 @@ def prepare_steps(folder: Path, data: Path | None) -> dict[str, Any]:
         "task": "sequence_classification",
         "model": {
             "name_or_path": str(Path(spec.origin).parent / "model"),
-            "dtype": "float32",
+            "dtype": "bfloat16",
         },
         "adapter": {"type": "wegeft", "target_modules": ["query", "value"]},
         "data": {**write_parts(parts, folder), "problem_type": "regression", "max_length": 256},
@@ -322,27 +322,37 @@ def table(found: dict[str, Any]) -> str:
 
 def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
     """Draw the validation loss of every seed and its mean: one panel for each experiment."""
-    figure = Figure(figsize=(3.4 * len(results), 3.2), dpi=130, layout="constrained")
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(3.8 * columns, 3.3 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (name, found) in enumerate(results.items(), start=1):
-        axes = figure.add_subplot(1, len(results), place)
-        ticks = []
+        axes = figure.add_subplot(rows, columns, place)
+        counts: dict[int, list[str]] = {}
         for column, row in enumerate(found["methods"]):
             values = list(read_figures(row, "validation_loss").values())
             color = "tab:orange" if row["type"] == "lora" else "tab:blue"
             axes.plot([column] * len(values), values, "o", color=color, alpha=0.5)
             axes.hlines(mean(values), column - 0.25, column + 0.25, color=color)
             parameters = row["figures"]["trainable_parameters"]["mean"]
-            ticks.append(f"{row['method']}\n{parameters:,.0f}")
-        axes.set_xticks(range(len(ticks)), ticks, fontsize="small")
-        axes.margins(x=0.3, y=0.15)
+            counts.setdefault(round(parameters), []).append(row["method"])
+        names = [row["method"] for row in found["methods"]]
+        axes.set_xticks(range(len(names)), names, fontsize="small", rotation=20)
+        axes.margins(x=0.1, y=0.15)
         axes.set_title(name, fontsize="medium")
-        axes.set_xlabel("trainable parameters")
-        if place == 1:
+        axes.set_xlabel(describe_counts(counts), fontsize="small")
+        if place % columns == 1 or columns == 1:
             axes.set_ylabel("validation loss")
         axes.grid(visible=True, axis="y", alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
+
+
+def describe_counts(counts: dict[int, list[str]]) -> str:
+    """Return the trainable parameters: the most frequent number, and the methods with others."""
+    usual = max(counts, key=lambda count: len(counts[count]))
+    others = [f"{'/'.join(counts[n])} {n:,}" for n in sorted(counts) if n != usual]
+    return f"parameters: {'; '.join([f'{usual:,}', *others])}"
 
 
 def main() -> None:

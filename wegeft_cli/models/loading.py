@@ -27,6 +27,7 @@ from wegeft_cli.models.config_check import (
     check_tokenizer,
 )
 from wegeft_cli.models.heads import HeadSpec
+from wegeft_cli.models.kernels import bound_kernel_caches
 from wegeft_cli.models.quantization import build_quantization, keep_trainable
 from wegeft_cli.recipe.schema import ModelSection, QuantMethod
 from wegeft_cli.storage.containment import check_model_folder
@@ -112,6 +113,7 @@ def load_model(
         UserError: If there is no such model, its weights are unreadable, or a language model's are
             incomplete.
     """
+    bound_kernel_caches()
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
         source["use_safetensors"] = True
