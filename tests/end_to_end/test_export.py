@@ -226,8 +226,10 @@ def test_what_cannot_be_exported_is_told_and_nothing_written(
         export(folder, format="onnx", output=out)
     with pytest.raises(UserError, match="int8"):
         export(folder, format="lora", output=out, options=ExportOptions(dtype="int8"))
-    with pytest.raises(UserError, match="only an adapter has a LoRA equivalent"):
+    with pytest.raises(UserError, match="is a model: only an adapter has a LoRA equivalent"):
         export(llama_dir, format="lora", output=out)
+    with pytest.raises(UserError, match="nothing' is no folder on this machine"):
+        export(tmp_path / "nothing", format="lora", output=out)
     with pytest.raises(UserError, match="no folder"):
         export(tmp_path / "nothing", format="gguf", output=out)
     lora = export(folder, format="lora", options=PLAIN)

@@ -180,8 +180,10 @@ def _export_model(
     reporter: Reporter,
 ) -> ExportResult:
     if format != "gguf":
+        is_here = Path(target).exists()
         raise UserError(
-            f"{target!r} is a model: only an adapter has a LoRA equivalent",
+            f"{target!r} {'is a model' if is_here else 'is no folder on this machine'}: "
+            "only an adapter has a LoRA equivalent",
             key="--format",
             hint="give the adapter or the run, or --format gguf",
         )
