@@ -81,9 +81,9 @@ def read_rows(file: Path | None) -> list[dict[str, Any]]:
     if file is None or not file.is_file():
         raise SystemExit("--data FILE: GSM8K's train.jsonl, or MultiArith's test.json")
     text = file.read_text(encoding="utf-8")
-    if file.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
-    return list(json.loads(text))
+    if file.suffix == ".json":
+        return list(json.loads(text))
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def language_recipe(sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -130,6 +130,8 @@ def prepare_multiarith(folder: Path, data: Path | None) -> dict[str, Any]:
     rows = list({row["instruction"]: row for row in read_rows(data)}.values())
     for row in rows:
         row["instruction"], row["output"] = row["instruction"].strip(), row["output"].strip()
+    if len(rows) < 456:
+        raise SystemExit(f"{data}: {len(rows)} different questions, of which 456 are needed")
     parts = {"train": rows[:192], "validation": rows[192:256]}
     recipe = language_recipe(write_parts(parts, folder, format="instruction"))
     test = folder / "test.jsonl"
@@ -359,7 +361,7 @@ def main() -> None:
     """Run one experiment, or print and draw all that have results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "figure"])
-    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl, or MultiArith's")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="labels; default: all")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1)

@@ -16,9 +16,9 @@ from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.lora_files import load_lora_files
 from wegeft_cli.artifacts.manifest import ModuleEntry
 from wegeft_cli.errors import BaseModelError, UserError
-from wegeft_cli.methods.base_check import base_errors, check_base
 from wegeft_cli.methods.layers.targets import find_linears
 from wegeft_cli.methods.registry import method_of, refuse_adapter
+from wegeft_cli.methods.trained_base import base_errors, check_base
 from wegeft_cli.methods.wegeft.equations import lora_pair
 from wegeft_cli.methods.wegeft.layer_names import find_module_name
 from wegeft_cli.models.loading import fetch_base_folder, load_backbone

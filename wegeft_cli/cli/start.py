@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wegeft_cli.cli.console import note
-from wegeft_cli.recipe.load import LoadedRecipe, load_recipe
-from wegeft_cli.torch_import import load_torch
+
+if TYPE_CHECKING:
+    from wegeft_cli.recipe.load import LoadedRecipe
 
 
 def open_recipe(command: str, path: str | Path, overrides: Sequence[str] | None) -> LoadedRecipe:
@@ -25,6 +27,8 @@ def open_recipe(command: str, path: str | Path, overrides: Sequence[str] | None)
         UserError: If the recipe is invalid.
         ExceptionGroup: If there are several faults.
     """
+    from wegeft_cli.recipe.load import load_recipe
+
     loaded = load_recipe(path, overrides or [])
     start_torch(command)
     return loaded
@@ -33,4 +37,6 @@ def open_recipe(command: str, path: str | Path, overrides: Sequence[str] | None)
 def start_torch(command: str) -> None:
     """Import PyTorch, which takes seconds in which a terminal or a log would be silent."""
     note(f"{command}: loading PyTorch")
+    from wegeft_cli.torch_import import load_torch
+
     load_torch()

@@ -17,7 +17,6 @@ from wegeft_cli.artifacts.adapter_files import BASE_NAME, CARD_NAME
 from wegeft_cli.errors import UserError
 from wegeft_cli.exporting.parity import PROMPTS, measure_parity
 from wegeft_cli.inference.form_choice import choose_chat_template
-from wegeft_cli.methods.base_check import base_errors
 from wegeft_cli.methods.lora_equivalent.files import (
     count_bytes,
     plan_tensors,
@@ -26,6 +25,7 @@ from wegeft_cli.methods.lora_equivalent.files import (
 from wegeft_cli.methods.lora_equivalent.plan import LoraEquivalent, plan_lora_equivalent
 from wegeft_cli.methods.lora_equivalent.readers import check_peft, prepare_for_vllm
 from wegeft_cli.methods.registry import method_of, refuse_adapter
+from wegeft_cli.methods.trained_base import base_errors
 from wegeft_cli.models.base_folder import (
     CHAT_TEMPLATE_NAME,
     GENERATION_CONFIG_NAME,
@@ -180,10 +180,12 @@ def _export_model(
     reporter: Reporter,
 ) -> ExportResult:
     if format != "gguf":
-        is_here = Path(target).exists()
+        if not Path(target).exists():
+            raise UserError(
+                "there is no such path", file=target, hint="give an adapter folder or a run folder"
+            )
         raise UserError(
-            f"{target!r} {'is a model' if is_here else 'is no folder on this machine'}: "
-            "only an adapter has a LoRA equivalent",
+            f"{target!r} is a model: only an adapter has a LoRA equivalent",
             key="--format",
             hint="give the adapter or the run, or --format gguf",
         )

@@ -180,7 +180,7 @@ class ModelTarget(_Classified):
 
     def load_base(self, warn: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
         """Load the model, or the adapter's base, with its tokenizer or image processor."""
-        from wegeft_cli.methods.base_check import base_errors
+        from wegeft_cli.methods.trained_base import base_errors
 
         if self.section.trust_remote_code and self.head is None:
             # The run, and its recipe, may come from another person.

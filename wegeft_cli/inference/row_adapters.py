@@ -59,7 +59,7 @@ def load_row_adapters(
     Raises:
         UserError: If one is no WeGeFT adapter, or their prompt forms differ.
     """
-    from wegeft_cli.methods.base_check import check_base
+    from wegeft_cli.methods.trained_base import check_base
     from wegeft_cli.methods.wegeft.save_load import attach_files
 
     for named in targets:

@@ -34,9 +34,9 @@ from wegeft_cli.merging.quantized import (
     fold_dequantized,
 )
 from wegeft_cli.merging.streaming import merge_stream
-from wegeft_cli.methods.base_check import base_errors, check_fingerprint
 from wegeft_cli.methods.registry import method_of
 from wegeft_cli.methods.tensor_changes import TensorChange, sum_changes
+from wegeft_cli.methods.trained_base import base_errors, check_fingerprint
 from wegeft_cli.models.base_folder import chat_template_files, special_token_files
 from wegeft_cli.models.completeness import warn_of_unused
 from wegeft_cli.models.device_memory import measure_peak_memory_gib

@@ -219,7 +219,7 @@ class InPlaceMethod(Method):
     ) -> nn.Module:
         """Copy the trained values into the base's own parameters."""
         from wegeft_cli.artifacts.in_place_files import load_inplace_files
-        from wegeft_cli.methods.base_check import check_base
+        from wegeft_cli.methods.trained_base import check_base
         from wegeft_cli.models.file_names import rename_tensors
 
         manifest, tensors = load_inplace_files(adapter)

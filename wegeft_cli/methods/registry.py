@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from wegeft_cli.recipe.schema import ModelSection
 
 _RANK_KEY = "adapter.r"
-_OTHER_MODULES = (*("base", "base_check", "registry", "init_from", "omissions", "tensor_changes"),)
+_OTHER_MODULES = ("base", "init_from", "omissions", "registry", "tensor_changes", "trained_base")
 
 
 def iterate_methods() -> Iterator[Method]:

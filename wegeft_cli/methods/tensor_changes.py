@@ -11,8 +11,8 @@ from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import tensors_of_layer
 from wegeft_cli.errors import UserError
 from wegeft_cli.methods.layers.targets import Rows
-from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.folding import FOLD_ROWS, LowRankChange, merge_stored
+from wegeft_cli.recipe.schema import Side
 from wegeft_cli.storage.safetensors_reader import block_rows
 from wegeft_cli.storage.safetensors_writer import TensorEdit
 

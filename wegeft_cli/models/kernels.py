@@ -18,14 +18,20 @@ _CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 _NUM_CACHED = 64
 
 
-def bound_kernel_caches() -> None:
-    """Let PyTorch and oneDNN each keep 64 CPU kernels instead of 1,024.
+def bound_kernel_caches(model: nn.Module) -> None:
+    """Let PyTorch and oneDNN each keep 64 CPU kernels instead of 1,024, for the whole process.
 
     In bfloat16 a matrix product has a kernel of its own for each shape, about 0.7 MiB, and rows end
     to end give nearly every pass a new number of tokens. The layers of one pass share some 30
-    kernels. Both libraries read the variables before their first kernel; the user's own values
-    stay.
+    kernels. Experts do not: each has its own number of tokens, so a model with experts leaves the
+    limits alone. Both libraries read these environment variables before their first kernel; values
+    that are set stay.
+
+    Args:
+        model: A model that has computed nothing yet.
     """
+    if any("experts" in name for name, _ in model.named_parameters()):
+        return
     for name in _CACHES:
         os.environ.setdefault(name, str(_NUM_CACHED))
 

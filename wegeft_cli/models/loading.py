@@ -107,13 +107,13 @@ def load_model(
             the checkpoint lacks to the reasons; `unused_weights` are those that it alone has.
 
     Returns:
-        The model in evaluation mode, on the CPU by default.
+        The model in evaluation mode, on the CPU by default. `bound_kernel_caches` has set two
+        environment variables.
 
     Raises:
         UserError: If there is no such model, its weights are unreadable, or a language model's are
             incomplete.
     """
-    bound_kernel_caches()
     source = _source(name_or_path, revision)
     if "gguf_file" not in source:
         source["use_safetensors"] = True
@@ -132,6 +132,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    bound_kernel_caches(model)
     missing = list_missing(report)
     if head is None:
         refuse_missing(model, missing, name_or_path)

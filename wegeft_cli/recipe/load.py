@@ -82,7 +82,8 @@ def load_recipe(
     """Load a recipe, or raise all of its faults at once.
 
     Args:
-        path: A YAML file, the name of a shipped recipe, or a loaded recipe, which is returned.
+        path: A YAML file, the name of a shipped recipe, or a loaded recipe without overrides,
+            which is returned as it is.
         overrides: `key=value` with dotted keys (`data.train[0].limit=5`) and YAML values. They
             replace values of the file; a later override replaces an earlier one.
         need_data: Whether `data.train` is required, as for training.
@@ -95,6 +96,12 @@ def load_recipe(
         ExceptionGroup: If it has several; a group of `UserError`.
     """
     if isinstance(path, LoadedRecipe):
+        if overrides:
+            raise UserError(
+                "apply to a file, and this recipe is loaded already",
+                key="overrides",
+                hint="load_recipe(path, overrides) applies them",
+            )
         return path
     settings = read_settings(path, overrides)
     recipe = build_recipe(settings, need_data=need_data)

@@ -1,1 +1,1 @@
-"""Which layers of a model are adapted, and what the model owns for them; for every method."""
+"""Which layers of a model are adapted, and what the model owns for them; for several methods."""

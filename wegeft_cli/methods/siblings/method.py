@@ -161,9 +161,9 @@ class SiblingMethod(Method):
         warn: Callable[[str], None],
     ) -> nn.Module:
         """Attach the adapter's edits."""
-        from wegeft_cli.methods.base_check import check_base
         from wegeft_cli.methods.siblings.files import load_affine_tensors, read_affine_manifest
         from wegeft_cli.methods.siblings.inject import attach_tensors, section_of
+        from wegeft_cli.methods.trained_base import check_base
 
         manifest = read_affine_manifest(adapter, self.names)
         if base_dir is not None:
@@ -235,9 +235,9 @@ class SiblingMethod(Method):
         warn: Callable[[str], None],
     ) -> LoraPairs:
         """Return `B = v, A = 1^T` of 1LoRA, `B = s diag(v) B, A = diag(u) A` of tied LoRA."""
-        from wegeft_cli.methods.base_check import check_base
         from wegeft_cli.methods.siblings.files import read_affine_manifest
         from wegeft_cli.methods.siblings.lora_pairs import find_affine_pairs
+        from wegeft_cli.methods.trained_base import check_base
 
         manifest = read_affine_manifest(adapter, self.names)
         check_base(manifest, base_dir, adapter.folder, warn=warn)

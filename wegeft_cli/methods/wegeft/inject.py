@@ -1,4 +1,4 @@
-"""Putting generators into a model, switching them, and taking them out again."""
+"""Putting generators into a model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.stored_names import has_all_tensors
-from wegeft_cli.methods.base_check import check_base
 from wegeft_cli.methods.layers.targets import Rows, Target, find_adaptable
 from wegeft_cli.methods.lora_equivalent.pairs import (
     LoraPair,
@@ -24,6 +23,7 @@ from wegeft_cli.methods.lora_equivalent.weights import (
     StoredWeights,
     Weights,
 )
+from wegeft_cli.methods.trained_base import check_base
 from wegeft_cli.methods.wegeft.equations import Side, lora_pair
 from wegeft_cli.methods.wegeft.layer_names import name_as_in_model
 from wegeft_cli.models.file_names import file_names

@@ -1,4 +1,4 @@
-"""The generators as modules: owned once, at the model's root; the layers only refer to them."""
+"""The generators of one adapter as modules: a pair of factors for each group of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from wegeft_cli.methods.layers.targets import Target
 from wegeft_cli.methods.wegeft.autograd import low_rank_edit
 from wegeft_cli.methods.wegeft.equations import Side
 from wegeft_cli.methods.wegeft.sharing import Share
-
-if TYPE_CHECKING:
-    pass
 
 Init = Literal["phi_zero", "psi_zero"]
 View = Literal["auto", "activation", "weight"]

@@ -17,8 +17,8 @@ from wegeft_cli.artifacts.adapter_files import (
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.artifacts.manifest import AdapterManifest, ModuleEntry
 from wegeft_cli.artifacts.prompt_record import PromptRecord
-from wegeft_cli.methods.base_check import check_base
 from wegeft_cli.methods.layers.owner import Generators, get_generators
+from wegeft_cli.methods.trained_base import check_base
 from wegeft_cli.methods.wegeft.inject import attach_generators
 from wegeft_cli.methods.wegeft.layer_names import (
     find_checkpoint_names,

@@ -12,10 +12,10 @@ from wegeft_cli.artifacts.adapter import Adapter
 from wegeft_cli.artifacts.adapter_files import AdapterFiles
 from wegeft_cli.artifacts.fingerprint import fingerprint_base
 from wegeft_cli.errors import UserError, name_first, raise_all
-from wegeft_cli.methods.base_check import check_fingerprint
 from wegeft_cli.methods.layers.owner import get_generators
 from wegeft_cli.methods.layers.targets import Target, find_adaptable
 from wegeft_cli.methods.layers.trained_modules import find_saved_modules
+from wegeft_cli.methods.trained_base import check_fingerprint
 from wegeft_cli.methods.wegeft.inject import find_section_alpha, select_section_targets
 from wegeft_cli.methods.wegeft.layer_names import find_module_name, find_saved
 from wegeft_cli.methods.wegeft.sharing import assign_groups

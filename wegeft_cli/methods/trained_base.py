@@ -1,4 +1,4 @@
-"""Whether a base is the one that an adapter was trained on."""
+"""The base that an adapter was trained on: is it this one, and what if it cannot be loaded."""
 
 from __future__ import annotations
 
