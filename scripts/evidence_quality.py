@@ -215,6 +215,15 @@ IMAGES = {
     "per_layer": ["r=4", "alpha=4", "share=none"],
     "output": ["r=16", "alpha=16", "share=module_type", "side=output"],
 }
+SHOWN = {
+    "wegeft": "WeGeFT\nmodule_type",
+    "per_layer": "WeGeFT\nnone",
+    "by_width": "WeGeFT\ninput_dim",
+    "output": "WeGeFT\noutput side",
+    "lora": "LoRA\nas many",
+    "lora8": "LoRA\n8x",
+}
+"""Labels of the figure."""
 # Around the best rates of a first search by factors of three (docs/evidence.md).
 LANGUAGE_RATES = {
     "wegeft": ["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"],
@@ -326,35 +335,27 @@ def draw(results: dict[str, dict[str, Any]], file: Path) -> None:
     """Draw the validation loss of every seed and its mean: one panel for each experiment."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(3.8 * columns, 3.3 * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.3 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (name, found) in enumerate(results.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        counts: dict[int, list[str]] = {}
+        ticks = []
         for column, row in enumerate(found["methods"]):
             values = list(read_figures(row, "validation_loss").values())
             color = "tab:orange" if row["type"] == "lora" else "tab:blue"
             axes.plot([column] * len(values), values, "o", color=color, alpha=0.5)
             axes.hlines(mean(values), column - 0.25, column + 0.25, color=color)
             parameters = row["figures"]["trainable_parameters"]["mean"]
-            counts.setdefault(round(parameters), []).append(row["method"])
-        names = [row["method"] for row in found["methods"]]
-        axes.set_xticks(range(len(names)), names, fontsize="small", rotation=20)
+            ticks.append(f"{SHOWN.get(row['method'], row['method'])}\n{parameters:,.0f}")
+        axes.set_xticks(range(len(ticks)), ticks, fontsize="x-small")
         axes.margins(x=0.1, y=0.15)
         axes.set_title(name, fontsize="medium")
-        axes.set_xlabel(describe_counts(counts), fontsize="small")
+        axes.set_xlabel("trainable parameters", fontsize="small")
         if place % columns == 1 or columns == 1:
             axes.set_ylabel("validation loss")
         axes.grid(visible=True, axis="y", alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
-
-
-def describe_counts(counts: dict[int, list[str]]) -> str:
-    """Return the trainable parameters: the most frequent number, and the methods with others."""
-    usual = max(counts, key=lambda count: len(counts[count]))
-    others = [f"{'/'.join(counts[n])} {n:,}" for n in sorted(counts) if n != usual]
-    return f"parameters: {'; '.join([f'{usual:,}', *others])}"
 
 
 def main() -> None:
