@@ -67,7 +67,8 @@ format: setup ## Format the code and mend what ruff can mend
 DOCUMENTED := $(addprefix wegeft_cli/,analysis/ablate.py analysis/edit.py analysis/inspect.py analysis/report.py \
 	evaluation/benchmarks/base.py evaluation/evaluate.py inference/generate.py interop/peft.py merging/merge.py \
 	methods/base.py methods/trained_base.py methods/layers/owner.py methods/wegeft/autograd.py methods/wegeft/equations.py \
-	methods/wegeft/folding.py methods/wegeft/inject.py methods/wegeft/save_load.py planning/plan.py planning/preview.py recipe/load.py runs/bench/bench.py runs/sweep.py runs/train.py tasks/base.py)
+	methods/wegeft/folding.py methods/wegeft/inject.py methods/wegeft/save_load.py planning/plan.py planning/preview.py \
+	recipe/load.py runs/bench/bench.py runs/sweep.py runs/train.py tasks/base.py)
 
 lint: setup ## Style, formatting and docstrings (ruff, pydoclint)
 	$(BIN)/ruff check .

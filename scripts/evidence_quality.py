@@ -14,8 +14,8 @@ GSM8K's training file, `test.json` LLM-Adapters' file of MultiArith.
 
 WeGeFT is compared with LoRA at equal trainable parameters and at eight times more, each at its own
 best learning rate. The rate is chosen by the validation loss of seeds that the table does not use:
-one, or three for `digits`, whose rows are few. A repeated command resumes. Recipes,
-data and runs are under .cache/evidence.
+one, or three for `digits`, whose rows are few. A repeated command resumes. Recipes, data and runs
+are under .cache/evidence.
 
 Run `make quickstart` (or scripts/quickstart_model.py and scripts/quickstart_data.py) and
 scripts/digits_model.py first. OMP_NUM_THREADS sets the threads of a run.
@@ -134,11 +134,10 @@ def prepare_multiarith(folder: Path, data: Path | None) -> dict[str, Any]:
         raise SystemExit(f"{data}: {len(rows)} different questions, of which 456 are needed")
     parts = {"train": rows[:192], "validation": rows[192:256]}
     recipe = language_recipe(write_parts(parts, folder, format="instruction"))
-    test = folder / "test.jsonl"
     scored = [{"instruction": r["instruction"], "answer": r["answer"]} for r in rows[256:456]]
-    test.write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
+    test = write_parts({"test": scored}, folder)["test"][0]["path"]
     recipe["data"]["max_length"] = 192
-    tasks = {"tasks": [f"data:{test.resolve()}"], "answer_metric": "number", "max_new_tokens": 112}
+    tasks = {"tasks": [f"data:{test}"], "answer_metric": "number", "max_new_tokens": 112}
     return {**recipe, "eval": tasks}
 
 

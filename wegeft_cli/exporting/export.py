@@ -142,7 +142,9 @@ def export(
         hint = f"with --format lora, one of {', '.join(SERVERS)}"
         raise UserError(f"got {options.server!r}", key="--for", hint=hint)
     path = Path(target) if target is not None else None
-    is_model = path is not None and ((path / "config.json").is_file() or not path.exists())
+    # Only GGUF is made of models, so only there can a missing path be a model on a hub.
+    is_on_hub = path is not None and format == "gguf" and not path.exists()
+    is_model = is_on_hub or (path is not None and (path / "config.json").is_file())
     allowed = [*DTYPE_NAMES, *(["q8_0"] if is_model and format == "gguf" else [])]
     if options.dtype is not None and options.dtype not in allowed:
         message = f"got {options.dtype!r}"
@@ -180,10 +182,6 @@ def _export_model(
     reporter: Reporter,
 ) -> ExportResult:
     if format != "gguf":
-        if not Path(target).exists():
-            raise UserError(
-                "there is no such path", file=target, hint="give an adapter folder or a run folder"
-            )
         raise UserError(
             f"{target!r} is a model: only an adapter has a LoRA equivalent",
             key="--format",
